@@ -1,0 +1,246 @@
+"""Every setting and its default: the only place where a default is written.
+
+The command line and the TOML file are derived from these dataclasses. `Settings` is what a run does to
+its slides, and its `digest` names that; `Running` is how the work is scheduled, and never changes a result.
+"""
+
+import dataclasses
+import hashlib
+import json
+import tomllib
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from cyclopts import Parameter
+
+
+class ConfigError(ValueError):
+    """A setting that is misspelt, of the wrong type, or outside its range."""
+
+
+def _require(holds: bool, message: str) -> None:
+    if not holds:
+        raise ConfigError(message)
+
+
+@dataclass(frozen=True)
+class Tissue:
+    """Where to look. Nuclei are reported inside the tissue mask only, so the tiling cannot show."""
+
+    thumbnail_mpp: float = 8.0
+    "Scale of the thumbnail that the tissue is found on, in micrometres per pixel."
+    min_area_um2: float = 10_000.0
+    "Specks of tissue smaller than this are glass."
+    margin_um: float = 40.0
+    "How far the mask is grown, so that nuclei at the edge of the tissue are inside."
+    everywhere: bool = False
+    "Take the whole slide for tissue (fields of view, regions cut out by hand)."
+
+    def __post_init__(self) -> None:
+        _require(1 <= self.thumbnail_mpp <= 100, f"thumbnail-mpp={self.thumbnail_mpp}: need 1 to 100 um")
+        _require(self.min_area_um2 >= 0, f"min-area-um2={self.min_area_um2}: need 0 or more")
+        _require(self.margin_um >= 0, f"margin-um={self.margin_um}: need 0 or more")
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """The grid, in work pixels. `pipeline.stages.plan_slide` checks the margin against nuclei and views."""
+
+    mpp: float = 0.25
+    "Working scale, in micrometres per pixel; every slide is resampled to it."
+    tile: int = 1024
+    "Side of a patch."
+    margin: int = 64
+    "What a patch sees beyond what its tile owns: half the largest nucleus, the seam's tolerance, the shift."
+    block: int = 4
+    "A block is block x block tiles: one shard, one task, the unit of resume."
+
+    def __post_init__(self) -> None:
+        _require(0.05 <= self.mpp <= 5, f"mpp={self.mpp}: need 0.05 to 5 um per pixel")
+        _require(self.tile % 32 == 0 and self.tile > 0, f"tile={self.tile}: need a positive multiple of 32")
+        _require(0 <= 2 * self.margin < self.tile, f"margin={self.margin} leaves no core in a tile of {self.tile} px: need 2 * margin < tile")
+        _require(self.block >= 1, f"block={self.block}: need 1 or more")
+
+
+@dataclass(frozen=True)
+class Staining:
+    method: Annotated[Literal["none", "reinhard", "macenko"], Parameter(name=["--stain.method", "--stain"])] = "none"
+    "Stain normalisation, fitted once per slide and applied on the device."
+    patches: int = 64
+    "How many tissue regions of 256 x 256 px the fit pools."
+
+    def __post_init__(self) -> None:
+        _require(self.patches >= 1, f"patches={self.patches}: need 1 or more")
+
+
+@dataclass(frozen=True)
+class Detection:
+    weights: Annotated[str, Parameter(name=["--detector.weights", "--weights"])] = "nuclei"
+    "Name of shipped weights, or a .safetensors file."
+    score: float = 0.5
+    "Detections below this (fused) score are dropped."
+    nms: float = 0.4
+    "Boxes of one tile, or of several views, that overlap by more than this IoU are one nucleus."
+    proposals_per_mm2: int = 46_000
+    "Region proposals kept, per area of a patch: 3,000 in a tile of 1024 px at 0.25 um."
+    instances_per_mm2: int = 30_000
+    "The most nuclei a patch may hold; a patch that reaches it is split in four and reported."
+    batch: int = 0
+    "Patches per inference; 0 chooses 1 on a CPU and 8 on a GPU."
+    device: str = "auto"
+    "cpu, cuda, cuda:N, or auto: the GPU if there is one."
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    "auto: bfloat16 where the device computes in it, else float32."
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.score < 1, f"score={self.score}: need 0 <= score < 1")
+        _require(0 < self.nms < 1, f"nms={self.nms}: need 0 < nms < 1")
+        _require(self.proposals_per_mm2 > 0, f"proposals-per-mm2={self.proposals_per_mm2}: need more than 0")
+        _require(self.instances_per_mm2 > 0, f"instances-per-mm2={self.instances_per_mm2}: need more than 0")
+        _require(self.batch >= 0, f"batch={self.batch}: need 0 (automatic) or more")
+
+
+@dataclass(frozen=True)
+class Fusion:
+    views: Annotated[Literal[1, 2, 4, 8], Parameter(name=["--fusion.views", "--views"])] = 1
+    "Inferences per patch: 1, 2, 4 or 8 flips, quarter-turns and shifts, fused by overlap with votes."
+
+
+@dataclass(frozen=True)
+class Stitching:
+    max_diameter_um: float = 28.0
+    "The largest nucleus that seams must not cut; the margin is checked against it."
+    tolerance_px: float = 2.0
+    "Within this distance of its core a tile claims too: predictions of two tiles may differ by so much."
+    iou: float = 0.3
+    "Two detections of different tiles that overlap by this IoU are one nucleus."
+    simplify_px: float = 0.25
+    "How far a simplified outline may stray from the exact one, in work pixels."
+
+    def __post_init__(self) -> None:
+        _require(self.max_diameter_um > 0, f"max-diameter-um={self.max_diameter_um}: need more than 0")
+        _require(self.tolerance_px >= 0, f"tolerance-px={self.tolerance_px}: need 0 or more")
+        _require(0 < self.iou <= 1, f"iou={self.iou}: need 0 < iou <= 1")
+        _require(self.simplify_px >= 0, f"simplify-px={self.simplify_px}: need 0 or more")
+
+
+@dataclass(frozen=True)
+class Exporting:
+    formats: tuple[str, ...] = ("qupath",)
+    "What is written beside nuclei.parquet: qupath (nuclei.geojson.zip), csv (nuclei.csv)."
+    crop: bool = True
+    "Subtract the slide's bounds, as QuPath's OpenSlide reader crops to them."
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is done to a slide. Equal settings and weights give equal results, whatever the scheduling."""
+
+    tissue: Tissue = field(default_factory=Tissue)
+    tiling: Tiling = field(default_factory=Tiling)
+    stain: Staining = field(default_factory=Staining)
+    detector: Detection = field(default_factory=Detection)
+    fusion: Fusion = field(default_factory=Fusion)
+    stitching: Stitching = field(default_factory=Stitching)
+    export: Exporting = field(default_factory=Exporting)
+
+    def digest(self, weights_sha256: str) -> str:
+        """Name of everything a result depends on: the settings but for device and batch, and the weights."""
+        content = dataclasses.asdict(self)
+        for scheduling in ("device", "batch", "weights"):
+            del content["detector"][scheduling]
+        content["weights"] = weights_sha256
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Running:
+    """How the work is done; none of it changes a result."""
+
+    workers: int = 0
+    "Threads that read, tile and polygonise beside the detector; 0: the cores, at most four."
+    window: int = 4
+    "Blocks in flight: it bounds memory and scratch space however large the slide."
+    scheduler: str = ""
+    "Address of a running Dask scheduler (tcp://host:8786); without it this process does the work."
+    keep_work: bool = False
+    "Keep the patches and instances of finished slides."
+    overwrite: bool = False
+    "Do slides again whose results exist."
+
+    def __post_init__(self) -> None:
+        _require(self.workers >= 0, f"workers={self.workers}: need 0 (automatic) or more")
+        _require(self.window >= 1, f"window={self.window}: need 1 or more")
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Shape of the detector; it travels inside the weights file, so a file builds its own network."""
+
+    backbone: str = "tf_efficientnet_lite0"
+    "A timm model with feature maps at strides 4, 8, 16 and 32."
+    channels: int = 96
+    "Of the feature pyramid."
+    upscale: float = 1.5
+    "How much a patch is enlarged before the backbone."
+    anchors: tuple[tuple[int, ...], ...] = ((18, 30), (44, 64), (92, 132), (190, 270))
+    "Anchor sides per pyramid level, in upscaled pixels: 12 to 180 work pixels, 3 to 45 um at 0.25."
+    box_hidden: int = 256
+    mask_channels: int = 64
+    mask_layers: int = 3
+    mask_size: int = 28
+    mpp: float = 0.25
+    "Working scale it was trained at."
+    classes: tuple[str, ...] = ("Nucleus",)
+
+
+T = TypeVar("T")
+
+
+def load(path: Path) -> Settings:
+    """Settings from a TOML file, whose tables are the fields of `Settings`.
+
+    Raises ConfigError for a file that is not TOML, an unknown key (it lists the right ones), a wrong type
+    or a value out of range.
+    """
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"{path} is not a readable TOML file: {error}") from error
+    return build(Settings, content, where=str(path))
+
+
+def build(kind: type[T], content: Any, where: str) -> T:
+    """A dataclass from nested dicts, strictly: as `dataclasses.asdict` gave them, or JSON or TOML."""
+    _require(isinstance(content, dict), f"{where}: {content!r} is not a table of settings")
+    hints = typing.get_type_hints(kind)
+    for key in content:
+        _require(key in hints, f"{where}: unknown key '{key}'; the keys here are {', '.join(hints)}")
+    try:
+        return kind(**{key: _convert(hints[key], value, f"{where}: {key}") for key, value in content.items()})
+    except TypeError as error:
+        raise ConfigError(f"{where}: {error}") from error
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        return build(hint, value, where)
+    origin, options = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        _require(value in options and not isinstance(value, bool), f"{where}={value!r}: need one of {', '.join(map(str, options))}")
+        return value
+    if origin is tuple:
+        _require(isinstance(value, list | tuple), f"{where}={value!r}: need a list")
+        if options[-1] is not Ellipsis:
+            _require(len(value) == len(options), f"{where}={value!r}: need {len(options)} values")
+            return tuple(_convert(option, item, where) for option, item in zip(options, value, strict=True))
+        return tuple(_convert(options[0], item, where) for item in value)
+    if origin in (typing.Union, types.UnionType):
+        return None if value is None else _convert(next(o for o in options if o is not type(None)), value, where)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    _require(type(value) is hint, f"{where}={value!r}: need {hint.__name__}")
+    return value

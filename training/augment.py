@@ -1,0 +1,60 @@
+"""What staining rooms, scanners and microtomes vary, applied to training crops."""
+
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageFilter
+
+# Ruifrok & Johnston 2001: optical densities of haematoxylin, eosin and the residual, in rows, normalised
+HED = np.array([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]])
+HED /= np.linalg.norm(HED, axis=1, keepdims=True)
+RGB_FROM_HED = HED.astype(np.float32)
+HED_FROM_RGB = np.linalg.inv(HED).astype(np.float32)
+
+
+def crop(
+    image: NDArray[np.uint8], labels: NDArray[np.int32], zoom: float, side: int, rng: np.random.Generator
+) -> tuple[NDArray[np.uint8], NDArray[np.int32]]:
+    """A random square of the image, turned and flipped, resampled by about `zoom` to `side` px.
+
+    The scale varies by a factor of 0.75 to 1.35 around `zoom`, for nuclei vary in size between organs and
+    scanners. Labels are resampled by the nearest pixel. Images smaller than the crop are padded by white.
+    """
+    factor = zoom * math.exp(rng.uniform(math.log(0.75), math.log(1.35)))
+    source = max(8, round(side / factor))
+    short_y, short_x = (max(0, source - n) for n in labels.shape)
+    if short_y or short_x:
+        image = np.pad(image, ((0, short_y), (0, short_x), (0, 0)), constant_values=255)
+        labels = np.pad(labels, ((0, short_y), (0, short_x)))
+    y = int(rng.integers(0, labels.shape[0] - source + 1))
+    x = int(rng.integers(0, labels.shape[1] - source + 1))
+    window = (slice(y, y + source), slice(x, x + source))
+    small = Image.fromarray(np.ascontiguousarray(image[window])).resize((side, side), Image.Resampling.BICUBIC)
+    marks = Image.fromarray(np.ascontiguousarray(labels[window])).resize((side, side), Image.Resampling.NEAREST)
+    turned, turned_labels = np.asarray(small), np.asarray(marks)
+    if rng.random() < 0.5:
+        turned, turned_labels = turned[:, ::-1], turned_labels[:, ::-1]
+    turns = int(rng.integers(4))
+    return np.rot90(turned, turns), np.rot90(turned_labels, turns)
+
+
+def recolour(image: NDArray[np.uint8], strength: float, rng: np.random.Generator) -> NDArray[np.uint8]:
+    """Stain, brightness, blur and compression as another laboratory would have given them. uint8 (h, w, 3).
+
+    The stain moves in Ruifrok's colour space: each density is scaled and shifted (Tellez et al. 2018).
+    """
+    density = -np.log((image.astype(np.float32) + 1) / 256) @ HED_FROM_RGB
+    density *= rng.normal(1, 0.22 * strength, 3).clip(0.4, 1.8).astype(np.float32)
+    density += rng.normal(0, 0.04 * strength, 3).astype(np.float32)
+    light = np.exp(-density @ RGB_FROM_HED)
+    light = (light - 0.5) * rng.normal(1, 0.12 * strength) + 0.5 + rng.normal(0, 0.04 * strength)
+    light *= rng.normal(1, 0.04 * strength, 3).astype(np.float32)
+    pixels = Image.fromarray((light.clip(0, 1) * 255).astype(np.uint8))
+    if rng.random() < 0.25:
+        pixels = pixels.filter(ImageFilter.GaussianBlur(float(rng.uniform(0.3, 1.3))))
+    recoloured = np.asarray(pixels)
+    if rng.random() < 0.2:
+        noise = rng.normal(0, rng.uniform(2, 8), recoloured.shape)
+        recoloured = (recoloured + noise).clip(0, 255).astype(np.uint8)
+    return recoloured
