@@ -111,7 +111,7 @@ class Fusion:
 
 @dataclass(frozen=True)
 class Stitching:
-    max_diameter_um: float = 28.0
+    max_diameter_um: float = 24.0
     "The largest nucleus that seams must not cut; the margin is checked against it."
     tolerance_px: float = 2.0
     "Within this distance of its core a tile claims too: predictions of two tiles may differ by so much."
@@ -129,7 +129,7 @@ class Stitching:
 
 @dataclass(frozen=True)
 class Exporting:
-    formats: tuple[str, ...] = ("qupath",)
+    formats: tuple[Literal["qupath", "csv"], ...] = ("qupath",)
     "What is written beside nuclei.parquet: qupath (nuclei.geojson.zip), csv (nuclei.csv)."
     crop: bool = True
     "Subtract the slide's bounds, as QuPath's OpenSlide reader crops to them."
@@ -195,6 +195,36 @@ class Architecture:
     mpp: float = 0.25
     "Working scale it was trained at."
     classes: tuple[str, ...] = ("Nucleus",)
+
+
+@dataclass(frozen=True)
+class Training:
+    """How the weights come to be."""
+
+    steps: int = 4000
+    "Optimiser steps of the whole schedule (warm-up, then cosine)."
+    minutes: float = 0.0
+    "Stop cleanly after so many minutes, to be continued by the same command; 0: only at the last step."
+    batch: int = 4
+    crop_px: int = 192
+    "Side of a training crop, in work pixels."
+    rate: float = 8e-4
+    "Highest learning rate (AdamW)."
+    warmup: int = 200
+    decay: float = 0.02
+    strength: float = 1.0
+    "Of the stain, brightness and blur augmentation; 0 is none."
+    average: float = 0.998
+    "Decay of the running average of the weights, which is what is saved."
+    hold_out: int = 2
+    "Training images kept aside (the last of a seeded shuffle), for thresholds and curves."
+    init: str = "imagenet"
+    "Weights to start from: imagenet (the backbone only; needs nightslide[train]), random, or a file."
+    seed: int = 0
+    device: str = "auto"
+    loaders: int = 1
+    "Processes that prepare crops."
+    save_every: int = 250
 
 
 T = TypeVar("T")

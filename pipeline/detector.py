@@ -272,23 +272,31 @@ def read_notes(path: Path) -> dict[str, str]:
         raise WeightsError(f"{path} is not a whole safetensors file ({error}): download or copy it again") from error
 
 
+def read_architecture(path: Path) -> Architecture:
+    """What a weights file says of its network. Raises WeightsError where it says nothing, or nonsense."""
+    notes = read_notes(path)
+    if "architecture" not in notes or "sha256" not in notes:
+        raise WeightsError(f"{path} holds no Nightslide detector: need a file written by 'nightslide train'")
+    try:
+        return build(Architecture, json.loads(notes["architecture"]), f"{path}: architecture")
+    except ValueError as error:  # ConfigError and JSONDecodeError
+        raise WeightsError(f"{path} names no architecture that can be built: {error}") from error
+
+
 def load_weights(path: Path) -> NucleusDetector:
     """The detector that a weights file holds, in float32, ready for inference.
 
     Raises WeightsError where the file is damaged (checksum), not a Nightslide file, or does not fit the
     architecture that it names. Nothing is unpickled.
     """
-    notes = read_notes(path)
-    if "architecture" not in notes or "sha256" not in notes:
-        raise WeightsError(f"{path} holds no Nightslide detector: need a file written by 'nightslide train'")
+    architecture, checksum = read_architecture(path), read_notes(path)["sha256"]
     tensors = safetensors.torch.load_file(path)
-    if _content_sha256({k: v.flatten() for k, v in tensors.items()}) != notes["sha256"]:
+    if _content_sha256({k: v.flatten() for k, v in tensors.items()}) != checksum:
         raise WeightsError(f"{path} is damaged: its tensors do not match their checksum; download or copy it again")
     try:
-        architecture = build(Architecture, json.loads(notes["architecture"]), f"{path}: architecture")
         model = NucleusDetector(architecture)
         missing, unknown = model.load_state_dict({k: v.float() for k, v in tensors.items()}, strict=False)
-    except (ConfigError, ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError) as error:
         raise WeightsError(f"{path} does not fit the architecture it names: {error}") from error
     missing = [name for name in missing if not name.endswith("num_batches_tracked")]
     if missing or unknown:

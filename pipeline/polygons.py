@@ -57,7 +57,8 @@ def _outline(soft: NDArray[Any], boxes: Floats, level: float) -> Polygons:
     generator = contourpy.contour_generator(
         z=mosaic, name="serial", fill_type=contourpy.FillType.ChunkCombinedOffsetOffset
     )
-    points, ring_starts, part_starts = (chunk[0] for chunk in generator.filled(level, np.inf))
+    filled: Any = generator.filled(level, np.inf)
+    points, ring_starts, part_starts = (chunk[0] for chunk in filled)
     if points is None:
         return np.full(count, shapely.Polygon(), dtype=object)
     # A ring lies strictly between the rows of zeros around its mask, so any point of it tells the owner.
@@ -109,12 +110,14 @@ def solid(polygons: Polygons) -> Polygons:
 
 
 def simplify(polygons: Polygons, tolerance_px: float) -> Polygons:
-    """Fewer vertices, none dropped that lies further than `tolerance_px` from the new outline.
+    """Fewer vertices; none dropped that lies further than `tolerance_px` from the new outline.
 
-    polygons: object (N,), valid. Douglas and Peucker (1973); tolerance 0 drops only vertices on straight lines.
+    polygons: object (N,), valid. Douglas and Peucker (1973); tolerance 0 drops what lies on a straight line.
+    GEOS may drop the vertex where a ring starts too: beside it the outline can stray by twice the tolerance.
     Returns object (N,), valid, same frame; only an empty polygon is simplified to an empty one.
     """
-    simplified: Polygons = np.array(shapely.simplify(polygons, tolerance_px, preserve_topology=False), dtype=object)
+    quick = shapely.simplify(polygons, tolerance_px, preserve_topology=False)
+    simplified = np.array(quick, dtype=object)
     # Seven times as fast as keeping the topology of all, which few outlines need.
     harmed = ~shapely.is_valid(simplified) | shapely.is_empty(simplified)
     simplified[harmed] = shapely.simplify(polygons[harmed], tolerance_px, preserve_topology=True)
@@ -217,7 +220,7 @@ def measure(polygons: Polygons, um_per_px: tuple[float, float]) -> Measures:
     cross *= np.where(edges.hole, -turn, turn)[edges.ring]  # rings add, holes take away, however they turn
 
     def total(per_edge: Floats) -> Floats:
-        return np.bincount(owner, per_edge, count)
+        return np.bincount(owner, per_edge, count).astype(np.float64)  # int where there is no edge
 
     area = total(cross) / 2
     some = np.where(area > 0, area, np.nan)
@@ -227,12 +230,15 @@ def measure(polygons: Polygons, um_per_px: tuple[float, float]) -> Measures:
     cov = total((x0 * y1 + 2 * x0 * y0 + 2 * x1 * y1 + x1 * y0) * cross) / 24 / some - mean_x * mean_y
     mean, spread = (var_x + var_y) / 2, np.hypot((var_x - var_y) / 2, cov)
     perimeter = total(np.hypot(x1 - x0, y1 - y0))
-    shapes = (
-        area,
-        perimeter,
-        4 * np.pi * area / np.where(perimeter > 0, perimeter, np.nan) ** 2,
-        4 * np.sqrt(np.maximum(mean + spread, 0)),
-        4 * np.sqrt(np.maximum(mean - spread, 0)),
+
+    def column(values: Floats) -> NDArray[np.float32]:
+        return np.nan_to_num(values).astype(np.float32)
+
+    return Measures(
+        area_um2=column(area),
+        perimeter_um=column(perimeter),
+        circularity=column(4 * np.pi * area / np.where(perimeter > 0, perimeter, np.nan) ** 2),
+        major_axis_um=column(4 * np.sqrt(np.maximum(mean + spread, 0))),
+        minor_axis_um=column(4 * np.sqrt(np.maximum(mean - spread, 0))),
+        centroid=np.stack([mean_x, mean_y], axis=1) / scale + corner,
     )
-    centroid = np.stack([mean_x, mean_y], axis=1) / scale + corner
-    return Measures(*(np.nan_to_num(shape).astype(np.float32) for shape in shapes), centroid=centroid)

@@ -1,11 +1,9 @@
 """Claim and resolve: the instances of overlapping tiles -> each nucleus once.
 
 A tile claims what is anchored in its core or within a tolerance of it, so that a nucleus at a seam is claimed
-by at least one tile though their predictions differ; of those claimed by several tiles one is kept. Nothing is
-merged, and instances of one tile are never compared: that tile saw both. All coordinates are work px.
+by at least one tile though their predictions differ; of those claimed by several tiles one is kept. Nothing
+is merged, and instances of one tile are never compared: that tile saw both. All coordinates are work px.
 """
-
-from typing import NamedTuple
 
 import numpy as np
 import shapely
@@ -15,6 +13,10 @@ from pipeline.polygons import Floats, Ints, Polygons
 from slides.geometry import Box, Size
 
 Bools = NDArray[np.bool_]
+
+# An outline that its patch cut off ends up to half a mask cell, and the tolerance of `simplify`, short of the
+# edge: 2 px for the largest nuclei.
+_SHORT_PX = 2.0
 
 
 def claim(anchors: Floats, core: Box, *, tolerance: float) -> Bools:
@@ -31,41 +33,95 @@ def claim(anchors: Floats, core: Box, *, tolerance: float) -> Bools:
     return np.asarray(across & down)
 
 
-def touching(bounds: Floats, read: Box, slide: Size, *, within: float) -> Bools:
+def touching(bounds: Floats, read: Box, slide: Size) -> Bools:
     """Which instances reach an edge of what their tile read, where the slide goes on: they may be cut off.
 
-    bounds: float64 (N, 4), x0 y0 x1 y1; `within`: so many px from the edge count as touching
+    bounds: float64 (N, 4), x0 y0 x1 y1; within 2 px of the edge is touching
     slide: size of the work frame; an edge of `read` on or beyond the slide's own cuts nothing
     Returns bool (N,). A claimed instance that touches says that the margin is too small for it.
     """
     x0, y0, x1, y1 = bounds.T
-    left = (read.x0 > 0) & (x0 <= read.x0 + within)
-    upper = (read.y0 > 0) & (y0 <= read.y0 + within)
-    right = (read.x1 < slide.width) & (x1 >= read.x1 - within)
-    lower = (read.y1 < slide.height) & (y1 >= read.y1 - within)
+    left = (read.x0 > 0) & (x0 <= read.x0 + _SHORT_PX)
+    upper = (read.y0 > 0) & (y0 <= read.y0 + _SHORT_PX)
+    right = (read.x1 < slide.width) & (x1 >= read.x1 - _SHORT_PX)
+    lower = (read.y1 < slide.height) & (y1 >= read.y1 - _SHORT_PX)
     return np.asarray(left | upper | right | lower)
 
 
 def overhang(bounds: Floats, cores: NDArray[np.number]) -> Floats:
-    """How far each instance reaches out of its tile's core, in px; 0 if it lies inside.
+    """How far each instance reaches out of its tile's core, in px; negative: how far inside it stays.
 
     bounds, cores: (N, 4), x0 y0 x1 y1, the core of each instance's own tile. Returns float64 (N,).
     """
     out = np.concatenate([cores[:, :2] - bounds[:, :2], bounds[:, 2:] - cores[:, 2:]], axis=1)
-    return np.asarray(out.max(axis=1, initial=0), dtype=np.float64)
+    return np.asarray(out.max(axis=1), dtype=np.float64)
 
 
 def seam_candidates(bounds: Floats, cores: NDArray[np.number], reach: float) -> Bools:
     """Which instances can have a rival in another tile: those nearer than `reach` to their core's border.
 
-    bounds, cores: (N, 4) as for `overhang`; `reach`: at least the largest overhang of the slide
+    bounds, cores: (N, 4) as for `overhang`; `reach`: at least the largest overhang of the slide, at least 0
     Returns bool (N,).
-    Law: `resolve` of the candidates alone decides as `resolve` of all, and keeps every other. A rival belongs
-    to a core beside this one and reaches out of it by no more than `reach`, so where the two overlap is less
-    than `reach` from this core's border, or outside it.
+    Law: `resolve` of the candidates alone decides as `resolve` of all, which keeps every other. A rival
+    belongs to a core beside this one and reaches out of that by no more than `reach`, so what the two share
+    lies less than `reach` inside this core's border, or outside it.
     """
-    return overhang(bounds, cores) + reach > _depth(bounds, cores)
+    return np.asarray(overhang(bounds, cores) > -reach)
 
 
-def _depth(bounds: Floats, cores: NDArray[np.number]) -> Floats:
-    return bounds
+def resolve(polygons: Polygons, tile: Ints, score: NDArray[np.floating], *, iou: float) -> Bools:
+    """Of instances of different tiles that are one nucleus, keep the best.
+
+    polygons: object (N,), valid; tile: int (N,), any numbers that tell tiles apart; score: float (N,)
+    iou: 0 < iou <= 1; two polygons that overlap by so much are one nucleus
+    Returns bool (N,), what stays. Best first: by score, then area, then the bytes of the outline.
+    Laws: neither the order of the instances nor the numbers of the tiles change which outlines stay. Of equal
+    copies in several tiles one stays or none. Two instances that one tile saw side by side both stay or go
+    for other reasons.
+    """
+    if not 0 < iou <= 1:
+        raise ValueError(f"iou={iou}: need 0 < iou <= 1")
+    # Equal copies act as one outline: else it would be chance which copy, hence which tile, meets the others.
+    first, outline = _outlines(polygons, score)
+    better, worse = _overlapping(polygons[first], iou)
+    rivals = ~_seen_together(better, worse, outline, tile)
+    stays = np.ones(len(first), dtype=bool)
+    # In order of the better one, so that its own fate is settled when it decides over others.
+    for winner, loser in zip(better[rivals].tolist(), worse[rivals].tolist(), strict=True):
+        if stays[winner]:
+            stays[loser] = False
+    lowest = np.full(len(first), np.iinfo(np.int64).max)
+    np.minimum.at(lowest, outline, tile)
+    return np.asarray(stays[outline] & (tile == lowest[outline]))
+
+
+def _outlines(polygons: Polygons, score: NDArray[np.floating]) -> tuple[Ints, Ints]:
+    """Distinct (outline, score), the best first -> an instance of each (K,), and which it is of each (N,)."""
+    _, spelling = np.unique(shapely.to_wkb(polygons, byte_order=1), return_inverse=True)
+    keys = np.stack([-score.astype(np.float64), -shapely.area(polygons), spelling], axis=1)
+    _, first, outline = np.unique(keys, axis=0, return_index=True, return_inverse=True)
+    return first, outline.reshape(-1)
+
+
+def _overlapping(polygons: Polygons, iou: float) -> tuple[Ints, Ints]:
+    """Pairs (i, j), i < j, whose intersection over union is at least `iou`; sorted."""
+    i, j = shapely.STRtree(polygons).query(polygons, predicate="intersects")
+    i, j = i[i < j], j[i < j]
+    shared, area = shapely.area(shapely.intersection(polygons[i], polygons[j])), shapely.area(polygons)
+    overlap = shared >= iou * (area[i] + area[j] - shared)
+    i, j = i[overlap], j[overlap]
+    order = np.lexsort((j, i))
+    return i[order], j[order]
+
+
+def _seen_together(i: Ints, j: Ints, outline: Ints, tile: Ints) -> Bools:
+    """Of pairs of outlines, which are both among the instances of some tile."""
+    _, tile = np.unique(tile, return_inverse=True)
+    tiles = tile.max(initial=0) + 1
+    seen = np.unique(outline * tiles + tile)  # every (outline, tile) there is, by outline
+    start, stop = np.searchsorted(seen, i * tiles), np.searchsorted(seen, (i + 1) * tiles)
+    pair = np.arange(len(i)).repeat(stop - start)
+    nth = np.arange(len(pair)) - (np.cumsum(stop - start) - (stop - start)).repeat(stop - start)
+    tile_of_i = seen[start.repeat(stop - start) + nth] % tiles
+    both = np.isin(j[pair] * tiles + tile_of_i, seen)
+    return np.bincount(pair, both, len(i)) > 0

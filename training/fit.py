@@ -5,7 +5,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -15,41 +15,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
-from pipeline.config import Architecture
+from pipeline.config import Architecture, Training
 from pipeline.detector import NucleusDetector, WeightsError, choose_device, choose_precision, load_weights, save_weights
 from pipeline.tables import committed
 from training.annotations import Annotated
 from training.dataset import Crop, Crops
-
-
-@dataclass(frozen=True)
-class Training:
-    """How the weights come to be."""
-
-    steps: int = 4000
-    "Optimiser steps of the whole schedule (warm-up, then cosine)."
-    minutes: float = 0.0
-    "Stop cleanly after so many minutes, to be continued by the same command; 0: only at the last step."
-    batch: int = 4
-    crop_px: int = 192
-    "Side of a training crop, in work pixels."
-    rate: float = 8e-4
-    "Highest learning rate (AdamW)."
-    warmup: int = 200
-    decay: float = 0.02
-    strength: float = 1.0
-    "Of the stain, brightness and blur augmentation; 0 is none."
-    average: float = 0.998
-    "Decay of the running average of the weights, which is what is saved."
-    hold_out: int = 2
-    "Training images kept aside (the last of a seeded shuffle), for thresholds and curves."
-    init: str = "imagenet"
-    "Weights to start from: imagenet (the backbone only; needs nightslide[train]), random, or a file."
-    seed: int = 0
-    device: str = "auto"
-    loaders: int = 1
-    "Processes that prepare crops."
-    save_every: int = 250
 
 
 class Continue(Sampler[int]):
@@ -84,7 +54,7 @@ def fit(
     """
     out.mkdir(parents=True, exist_ok=True)
     device = choose_device(training.device)
-    torch.manual_seed(training.seed)
+    torch.manual_seed(training.seed)  # what is not pretrained starts from random weights
     model = start(training.init, architecture).to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     average = {k: v.detach().clone() for k, v in model.state_dict().items()}
     optimiser = torch.optim.AdamW(_groups(model, training.decay), lr=training.rate)
@@ -99,6 +69,7 @@ def fit(
     for step, batch in enumerate(loader, first + 1):
         for group in optimiser.param_groups:
             group["lr"] = group["scale"] * rate_at(step, training)
+        torch.manual_seed(training.seed * 1_000_003 + step)  # torchvision draws its samples from the global state
         losses = _step(model, batch, device)
         total = torch.stack(list(losses.values())).sum()
         optimiser.zero_grad(set_to_none=True)

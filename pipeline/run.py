@@ -1,0 +1,491 @@
+"""An archive: which slides there are, what has been done, what failed, and the ledger that says so."""
+
+import contextlib
+import csv
+import dataclasses
+import json
+import os
+import platform
+import shutil
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import wait as wait_all
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import shapely
+
+from pipeline import schedule, stages, tables
+from pipeline.config import ConfigError, Running, Settings
+from pipeline.detector import file_sha256, find_weights, read_notes
+from pipeline.polygons import Polygons
+from pipeline.stages import BlockRecord, Job
+from slides import phantom
+from slides.geometry import Size
+from slides.slide import open_slide
+
+SUFFIXES = frozenset(
+    ".svs .tif .tiff .ndpi .scn .mrxs .vms .vmu .bif .svslide .dcm .czi .zvi".split()
+)  # what OpenSlide's formats are called; other files are opened only where they are named
+
+
+class RunError(ConfigError):
+    """Inputs or an output folder that a run cannot begin with."""
+
+
+class Source(NamedTuple):
+    """A slide of the archive, and the folder of its results relative to the run's."""
+
+    path: Path
+    name: str
+    mpp: float | None
+
+
+class Archive(NamedTuple):
+    sources: tuple[Source, ...]
+    skipped: int  # files in the folders that are no slides by their suffix
+
+
+@dataclass(frozen=True)
+class Row:
+    """A slide's line in the ledger."""
+
+    slide: str
+    status: str  # done, done before, failed, interrupted
+    cause: str = ""
+    mpp: float = 0.0
+    mpp_source: str = ""
+    tissue_mm2: float = 0.0
+    tiles: int = 0
+    nuclei: int = 0
+    seconds_plan: float = 0.0
+    seconds_tile: float = 0.0
+    seconds_detect: float = 0.0
+    seconds_outline: float = 0.0
+    seconds_stitch: float = 0.0
+    seconds_export: float = 0.0
+    seconds: float = 0.0
+    detector_waiting: float = 0.0
+    area_lost_mm2: float = 0.0
+    saturated_tiles: int = 0
+    touching_nuclei: int = 0
+    seam_duplicates: int = 0
+    note: str = ""
+
+
+# ------------------------------------------------------------------------------------------------- inputs
+
+
+def find_slides(inputs: Sequence[Path], out: Path | None = None, mpp: float | None = None) -> Archive:
+    """Slides among files, folders (searched to any depth) and CSV manifests (columns path and, if given, mpp).
+
+    A slide's name is its path relative to its input folder, without suffix; where two slides would share a
+    name both keep their suffix, and then a number. `mpp` is for every slide that the manifest gives none.
+    A file that is reached twice counts once. Raises RunError for an input that does not exist, or no slide.
+    """
+    found: list[tuple[Path, Path, float | None]] = []  # path, relative name with suffix, mpp
+    skipped = 0
+    for given in inputs:
+        if given.is_dir():
+            inside = [p for p in _walk(given) if out is None or not p.resolve().is_relative_to(out.resolve())]
+            chosen = [p for p in inside if p.suffix.lower() in SUFFIXES]
+            found += [(p, p.relative_to(given), mpp) for p in chosen]
+            skipped += len(inside) - len(chosen)
+        elif given.suffix.lower() == ".csv":
+            found += [(p, Path(p.name), mpp if m is None else m) for p, m in _manifest(given)]
+        elif given.exists():
+            found.append((given, Path(given.name), mpp))
+        else:
+            raise RunError(f"{given} does not exist: need slides, folders of slides, or a CSV manifest")
+    unique = {path.resolve(): (path, relative, scale) for path, relative, scale in reversed(found)}
+    ordered = sorted(unique.values(), key=lambda entry: (entry[1].as_posix(), entry[0].as_posix()))
+    if not ordered:
+        raise RunError(
+            f"no slides in {', '.join(map(str, inputs))}: {skipped} other files were skipped; folders are searched "
+            f"for {' '.join(sorted(SUFFIXES))}"
+        )
+    return Archive(tuple(_name(ordered)), skipped)
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    """Files under a folder, links followed, each real folder once."""
+    seen: set[str] = set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(place)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders.sort()
+        yield from (Path(place) / name for name in sorted(names))
+
+
+def _manifest(path: Path) -> list[tuple[Path, float | None]]:
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file)
+            if "path" not in (reader.fieldnames or []):
+                raise RunError(f"{path} has the columns {reader.fieldnames}: need path and, where wanted, mpp")
+            rows = list(reader)
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise RunError(f"{path} is not a readable CSV manifest: {error}") from error
+    entries = []
+    for number, row in enumerate(rows, 2):
+        slide = path.parent / (row["path"] or "")
+        if not (row["path"] or "").strip() or not slide.exists():
+            raise RunError(f"{path}, line {number}: {row['path']!r} does not exist")
+        try:
+            entries.append((slide, float(row["mpp"]) if (row.get("mpp") or "").strip() else None))
+        except ValueError:
+            raise RunError(f"{path}, line {number}: mpp={row['mpp']!r} is not a number") from None
+    return entries
+
+
+def _name(ordered: Iterable[tuple[Path, Path, float | None]]) -> Iterator[Source]:
+    entries = list(ordered)
+    short = [relative.with_suffix("").as_posix() for _, relative, _ in entries]
+    # two that differ in case alone would be one folder on many file systems
+    counts: dict[str, int] = {}
+    for name in short:
+        counts[name.casefold()] = counts.get(name.casefold(), 0) + 1
+    taken: set[str] = set()
+    for (path, relative, mpp), name in zip(entries, short, strict=True):
+        wanted = name if counts[name.casefold()] == 1 else relative.as_posix()
+        final, number = wanted, 2
+        while final.casefold() in taken:
+            final, number = f"{wanted}-{number}", number + 1
+        taken.add(final.casefold())
+        yield Source(path, final, mpp)
+
+
+# ---------------------------------------------------------------------------------------------------- run
+
+
+def run(
+    inputs: Sequence[Path], out: Path, settings: Settings, running: Running, *,
+    mpp: float | None = None, client: Any = None, say: Callable[[str], None] = print,
+) -> list[Row]:
+    """Segment every slide and write the results of DESIGN's layout under `out`; the ledger is returned.
+
+    client: a `dask.distributed.Client` that shares this file system, instead of threads of this process.
+    What is done is kept: a second call continues at the block. A slide that fails does not stop the others.
+    Raises RunError, WeightsError or ConfigError before anything is begun.
+    """
+    archive = find_slides(inputs, out, mpp)
+    weights = find_weights(settings.detector.weights)
+    settings = dataclasses.replace(settings, detector=dataclasses.replace(settings.detector, weights=str(weights)))
+    digest = settings.digest(file_sha256(weights))
+    _open_run(out, settings, digest, weights, running.overwrite)
+    say(f"{len(archive.sources)} slides, {archive.skipped} other files skipped; results in {out}")
+    rows: dict[str, Row] = {}
+    stop = threading.Event()
+    with schedule.pools(running, client) as places:
+        serial = isinstance(places.cpu, schedule.Loop)
+        # a second slide is planned and tiled while the first one ends, so the detector need not wait
+        with ThreadPoolExecutor(1 if serial else 2) as hands:
+            futures: dict[Future[Row], Source] = {}
+            for source in archive.sources:
+                job = Job(source.path.resolve(), (out / source.name).resolve(), settings, digest, source.mpp)
+                futures[hands.submit(_one_slide, source, job, places, running, stop, say)] = source
+            try:
+                pending = set(futures)
+                while pending:
+                    done, pending = wait_all(pending, timeout=0.5)
+                    for future in done:
+                        rows[futures[future].name] = future.result()
+                    if done:
+                        _write_ledger(out, [rows[s.name] for s in archive.sources if s.name in rows])
+            except BaseException:
+                stop.set()
+                for future in futures:
+                    future.cancel()
+                raise
+    return [rows[s.name] for s in archive.sources]
+
+
+def _open_run(out: Path, settings: Settings, digest: str, weights: Path, overwrite: bool) -> None:
+    """Write run.json, or make sure that the folder's is of the same settings."""
+    path = out / "run.json"
+    if path.exists() and not overwrite:
+        before = json.loads(path.read_text(encoding="utf-8"))
+        if before["digest"] != digest:
+            raise RunError(
+                f"{out} holds a run with other settings ({before['digest']}, this one is {digest}): "
+                f"{_differences(before, settings, weights)}. Choose another --out, or give --overwrite"
+            )
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    content = {
+        "digest": digest, "settings": asdict(settings), "weights_sha256": file_sha256(weights),
+        "weights_notes": {k: v for k, v in read_notes(weights).items() if k != "architecture"},
+        "host": platform.node(), "python": platform.python_version(),
+        "versions": {name: metadata.version(name) for name in VERSIONED},
+    }
+    with tables.committed(path) as part:
+        part.write_text(json.dumps(content, indent=1), encoding="utf-8")
+
+
+VERSIONED = ("nightslide", "torch", "torchvision", "timm", "zarr", "numpy", "shapely", "pyarrow", "openslide-python")
+
+
+def _differences(before: dict[str, Any], settings: Settings, weights: Path) -> str:
+    now, then = asdict(settings), before["settings"]
+    changed = [
+        f"{table}.{key} was {then.get(table, {}).get(key)!r}, is {value!r}"
+        for table, values in now.items() for key, value in values.items()
+        if json.loads(json.dumps(value)) != then.get(table, {}).get(key)
+    ]
+    if before["weights_sha256"] != file_sha256(weights):
+        changed.append("the weights file has other content")
+    return "; ".join(changed) or "the version changed"
+
+
+def _one_slide(
+    source: Source, job: Job, places: schedule.Pools, running: Running, stop: threading.Event,
+    say: Callable[[str], None],
+) -> Row:
+    """The slide's row, whatever happens to it."""
+    if stop.is_set():
+        return Row(source.name, "interrupted")
+    try:
+        before = _finished(job)
+        if before is not None and not running.overwrite:
+            say(f"{source.name}: done before, {before.nuclei:,} nuclei")
+            return dataclasses.replace(before, status="done before")
+        if running.overwrite and job.folder.exists():
+            for name in ("work", *RESULTS):
+                path = job.folder / name
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        row = _segment(source, job, places, running, stop)
+        say(summary(row))
+        return row
+    except Exception as error:
+        cause = f"{error}" if str(error) else type(error).__name__
+        say(f"{source.name}: FAILED: {cause}")
+        _explain(source, job, error)
+        return Row(source.name, "failed", cause=" ".join(cause.split()))
+
+
+def _explain(source: Source, job: Job, error: Exception) -> None:
+    """Append the traceback to errors.log of the run, for whoever mends it."""
+    out = Path(str(job.folder).removesuffix(str(Path(source.name))))
+    with contextlib.suppress(OSError), (out / "errors.log").open("a", encoding="utf-8") as log:
+        log.write(f"{source.path}\n{''.join(traceback.format_exception(error))}\n")
+
+
+RESULTS = ("slide.json", "thumbnail.jpg", "overlay.jpg", "nuclei.parquet", "nuclei.geojson.zip", "nuclei.csv")
+
+
+def _finished(job: Job) -> Row | None:
+    """The row of a slide whose results are complete: slide.json is written last."""
+    path = job.folder / "slide.json"
+    if not path.exists():
+        return None
+    content = json.loads(path.read_text(encoding="utf-8"))
+    return Row(**content["ledger"]) if content["digest"] == job.digest else None
+
+
+def _segment(
+    source: Source, job: Job, places: schedule.Pools, running: Running, stop: threading.Event
+) -> Row:
+    began = time.perf_counter()
+    blocks = places.cpu.submit(stages.begin, job).result()
+    planned = time.perf_counter()
+    plan = stages.read_plan(job.work)
+    steps = (schedule.Step(stages.tile_block, False), schedule.Step(stages.detect_block, True))
+    records: list[BlockRecord] = []
+    for outcome in schedule.flow(places, ((job, b) for b in blocks), steps, running.window, stop):
+        if outcome.error is not None:
+            raise outcome.error
+        records.append(outcome.record)
+    if len(records) < len(blocks):
+        return Row(source.name, "interrupted")
+    detected = time.perf_counter()
+    stitched = places.cpu.submit(stages.stitch_slide, job).result()
+    exported_from = time.perf_counter()
+    places.cpu.submit(stages.export_slide, job).result()
+    ended = time.perf_counter()
+    device = sum(r.device_seconds for r in records)
+    row = Row(
+        source.name, "done", mpp=round((plan.scale.x + plan.scale.y) / 2, 6), mpp_source=plan.scale.source,
+        tissue_mm2=round(plan.tissue.area_mm2, 4), tiles=len(plan.tiles), nuclei=stitched.nuclei,
+        seconds_plan=round(planned - began, 3), seconds_tile=round(sum(r.tile_seconds for r in records), 3),
+        seconds_detect=round(device, 3), seconds_outline=round(sum(r.outline_seconds for r in records), 3),
+        seconds_stitch=round(exported_from - detected, 3), seconds_export=round(ended - exported_from, 3),
+        seconds=round(ended - began, 3), detector_waiting=round(max(0.0, 1 - device / max(ended - began, 1e-9)), 4),
+        area_lost_mm2=round(sum(r.lost_mm2 for r in records), 6), saturated_tiles=sum(r.saturated for r in records),
+        touching_nuclei=sum(r.touching for r in records), seam_duplicates=stitched.dropped, note=plan.stain_note,
+    )
+    stages.finish(job, plan, asdict(row))
+    if not running.keep_work:
+        shutil.rmtree(job.work)
+    return row
+
+
+def _write_ledger(out: Path, rows: Sequence[Row]) -> None:
+    with tables.committed(out / "ledger.csv") as path, path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, [f.name for f in dataclasses.fields(Row)])
+        writer.writeheader()
+        writer.writerows(asdict(row) for row in rows)
+
+
+def summary(row: Row) -> str:
+    """What a person wants to know of a slide: nuclei, stages with seconds and mm2 per second, warnings."""
+    stages_ = ("plan", "tile", "detect", "outline", "stitch", "export")
+    area = row.tissue_mm2
+    parts = []
+    for name in stages_:
+        seconds = getattr(row, f"seconds_{name}")
+        parts.append(f"{name} {seconds:.1f} s" + (f" ({area / seconds:.3f} mm2/s)" if seconds >= 0.05 else ""))
+    lines = [
+        f"{row.slide}: {row.nuclei:,} nuclei in {area:.2f} mm2, {row.seconds:.1f} s "
+        f"({row.seconds / area if area else 0:.1f} s/mm2); detector waiting {row.detector_waiting:.0%}",
+        "    " + ", ".join(parts),
+    ]
+    if row.area_lost_mm2:
+        lines.append(f"    WARNING: {row.area_lost_mm2:.3f} mm2 of the slide cannot be read and were left out")
+    if row.saturated_tiles:
+        lines.append(f"    WARNING: {row.saturated_tiles} tiles hold more nuclei than --detector.instances-per-mm2 allows")
+    if row.touching_nuclei:
+        lines.append(f"    {row.touching_nuclei} nuclei reach the edge of what their tile read: a larger --tiling.margin sees them whole")
+    if row.note:
+        lines.append(f"    not normalised: {row.note}")
+    return "\n".join(lines)
+
+
+# --------------------------------------------------------------------------------------------------- plan
+
+
+class Forecast(NamedTuple):
+    """What a slide will cost, or why it will fail."""
+
+    slide: str
+    problem: str
+    mpp: float
+    mpp_source: str
+    tissue_mm2: float
+    tiles: int
+    hours: float
+    disk_gb: float
+
+
+def forecast(source: Source, settings: Settings, seconds_per_mm2: float) -> Forecast:
+    """Open a slide, find its tissue, and say what a run would take. Reads a thumbnail only."""
+    unnormalised = dataclasses.replace(settings, stain=dataclasses.replace(settings.stain, method="none"))
+    try:
+        with open_slide(source.path, mpp=source.mpp) as slide:
+            plan = stages.plan_slide(slide, unnormalised)
+    except Exception as error:
+        return Forecast(source.name, " ".join(str(error).split()), 0, "", 0, 0, 0, 0)
+    area = plan.tissue.area_mm2
+    # 6,000 nuclei per mm2 of 500 bytes in the table and 250 in the zip: measured on ../shared's slides
+    return Forecast(source.name, "", plan.scale.x, plan.scale.source, area, len(plan.tiles),
+                    area * seconds_per_mm2 * settings.fusion.views / 3600, area * 6000 * 750 / 1e9)
+
+
+# ------------------------------------------------------------------------------------------------- doctor
+
+
+def check_up(say: Callable[[str], None] = print) -> int:
+    """Versions, devices, name conflicts, weights, and a smoke test. Returns 0 where all is well, else 1."""
+    import openslide
+    import torch
+
+    from pipeline.config import Detection
+    from pipeline.detector import shipped
+
+    problems = []
+    for name in VERSIONED:
+        say(f"{name} {metadata.version(name)}")
+    say(f"OpenSlide library {openslide.__library_version__}, Python {platform.python_version()}, {os.cpu_count()} cores")
+    for index in range(torch.cuda.device_count()):
+        memory = torch.cuda.get_device_properties(index).total_memory / 2**30
+        say(f"cuda:{index} {torch.cuda.get_device_name(index)}, {memory:.0f} GiB")
+    if not torch.cuda.is_available():
+        say("no CUDA device: the detector runs on the CPU")
+    owners = metadata.packages_distributions()
+    for package in ("slides", "pipeline", "training"):
+        others = set(owners.get(package, [])) - {"nightslide"}
+        if others:
+            problems.append(f"{', '.join(sorted(others))} also provides a package '{package}': use an environment of its own")
+    for name in shipped():
+        say(f"weights {name}: {file_sha256(find_weights(name))[:16]}")
+    try:
+        running = stages.engine(Detection())
+        with torch.inference_mode():
+            features = running.model.features(torch.zeros(1, 3, 64, 64, device=running.device))
+        say(f"smoke test: the detector computes on {running.device} in {str(running.precision).removeprefix('torch.')}")
+        if not all(torch.isfinite(value).all() for value in features.values()):
+            problems.append("the detector gives values that are not finite: reinstall torch, or choose --detector.device cpu")
+    except Exception as error:
+        problems.append(f"the detector does not run: {error}")
+    for problem in problems:
+        say(f"PROBLEM: {problem}")
+    say("all is well" if not problems else f"{len(problems)} problems")
+    return int(bool(problems))
+
+
+# --------------------------------------------------------------------------------------------------- demo
+
+DEMO_SIZE = Size(3600, 2800)  # work px: 0.6 mm2, most of it tissue
+
+
+class Match(NamedTuple):
+    """Found against true nuclei: a pair counts from an IoU of .5 on."""
+
+    found: int
+    true: int
+    hits: int
+
+    @property
+    def precision(self) -> float:
+        return self.hits / max(1, self.found)
+
+    @property
+    def recall(self) -> float:
+        return self.hits / max(1, self.true)
+
+    @property
+    def f1(self) -> float:
+        return 2 * self.hits / max(1, self.found + self.true)
+
+
+def match(found: Polygons, true: Polygons) -> Match:
+    """Score polygons of one frame against each other, each used at most once."""
+    i, j = shapely.STRtree(true).query(found, predicate="intersects")
+    shared = shapely.area(shapely.intersection(found[i], true[j]))
+    iou = shared / (shapely.area(found[i]) + shapely.area(true[j]) - shared)
+    hit = iou >= 0.5
+    return Match(len(found), len(true), min(len(np.unique(i[hit])), len(np.unique(j[hit]))))
+
+
+def run_demo(out: Path, seed: int, settings: Settings, say: Callable[[str], None] = print) -> int:
+    """Phantom slide -> run -> score against the truth it knows. Returns the run's exit status."""
+    began = time.perf_counter()
+    out.mkdir(parents=True, exist_ok=True)
+    slide = out / f"phantom-{seed}.tif"
+    drawn = phantom.draw(DEMO_SIZE, seed)
+    with tables.committed(slide) as part:
+        phantom.write(part, drawn)
+    say(f"drew {slide}: {len(drawn.polygons):,} nuclei on {DEMO_SIZE.width} x {DEMO_SIZE.height} px")
+    (row,) = run([slide], out / "results", settings, Running(), say=say)
+    if row.status == "failed":
+        return 1
+    folder = out / "results" / slide.stem
+    found = tables.geometry(tables.read_nuclei(folder / "nuclei.parquet", ["geometry"]))
+    scores = match(found, np.array([shapely.Polygon(ring) for ring in drawn.polygons], object))
+    say(
+        f"against the truth, at IoU .5: precision {scores.precision:.3f}, recall {scores.recall:.3f}, "
+        f"F1 {scores.f1:.3f} ({scores.found:,} found, {scores.true:,} true)"
+    )
+    say(f"look at   {folder / 'overlay.jpg'}")
+    say(f"          {folder / 'thumbnail.jpg'}")
+    say(f"in QuPath open {slide}, then drag {folder / 'nuclei.geojson.zip'} onto it")
+    say(f"{time.perf_counter() - began:.0f} s")
+    return 0

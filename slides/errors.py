@@ -1,0 +1,40 @@
+"""What can go wrong with a slide, as one tree.
+
+    SlideError
+    ├── SlideNotFound        (FileNotFoundError)  no such file
+    ├── SlideUnreadable                           does not open: empty, truncated, not a slide, parts missing
+    ├── ScaleUnknown                              opens, but states no believable micrometres per pixel
+    ├── RegionUnreadable                          opens, but this region cannot be decoded
+    ├── GridError            (ValueError)         tile, margin and block do not make a grid
+    └── StoreMismatch                             a patch store made with another configuration
+
+Every message states the value, the rule and the remedy, and names the slide where one is meant.
+"""
+
+
+class SlideError(Exception):
+    """Root of everything that `slides` raises on purpose."""
+
+
+class SlideNotFound(SlideError, FileNotFoundError):
+    """There is no file at the slide's path."""
+
+
+class SlideUnreadable(SlideError):
+    """The file exists but is not a slide that can be read."""
+
+
+class ScaleUnknown(SlideError):
+    """Neither the user nor the slide states a believable number of micrometres per pixel."""
+
+
+class RegionUnreadable(SlideError):
+    """A region of an otherwise readable slide cannot be decoded."""
+
+
+class GridError(SlideError, ValueError):
+    """Tile, margin and block do not make a grid, or a place outside the grid was asked for."""
+
+
+class StoreMismatch(SlideError):
+    """The patch store on disk belongs to another configuration or another grid."""

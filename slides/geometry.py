@@ -1,0 +1,90 @@
+"""Sizes, boxes and the one affine between the work frame and the slide.
+
+x right, y down. Boxes are half-open. Points are `(x, y)`, arrays are `(y, x)`.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+
+class Size(NamedTuple):
+    """Extent in pixels; the frame is that of whatever holds it."""
+
+    width: int
+    height: int
+
+
+class Box(NamedTuple):
+    """Half-open rectangle of pixels: `x0 <= x < x1`, `y0 <= y < y1`. Methods never give a negative size."""
+
+    x0: int
+    y0: int
+    x1: int
+    y1: int
+
+    @property
+    def width(self) -> int:
+        return self.x1 - self.x0
+
+    @property
+    def height(self) -> int:
+        return self.y1 - self.y0
+
+    @property
+    def size(self) -> Size:
+        return Size(self.width, self.height)
+
+    @property
+    def area(self) -> int:
+        """Pixels inside; 0 exactly when the box is empty."""
+        return self.width * self.height
+
+    def intersect(self, other: "Box") -> "Box":
+        """The pixels in both. Disjoint boxes give an empty box, never a negative one."""
+        x0, y0 = max(self.x0, other.x0), max(self.y0, other.y0)
+        return Box(x0, y0, max(x0, min(self.x1, other.x1)), max(y0, min(self.y1, other.y1)))
+
+    def shift(self, dx: int, dy: int) -> "Box":
+        """The same box, moved."""
+        return Box(self.x0 + dx, self.y0 + dy, self.x1 + dx, self.y1 + dy)
+
+    def grow(self, by: int) -> "Box":
+        """`by` more pixels on every side (fewer when negative, down to empty around the middle)."""
+        shrink_x, shrink_y = max(by, -(self.width // 2)), max(by, -(self.height // 2))
+        return Box(self.x0 - shrink_x, self.y0 - shrink_y, self.x1 + shrink_x, self.y1 + shrink_y)
+
+    def within(self, corner: tuple[int, int]) -> tuple[slice, slice]:
+        """Index `(rows, columns)` of this box in an array whose first pixel lies at `corner` (x, y)."""
+        x, y = corner
+        return slice(self.y0 - y, self.y1 - y), slice(self.x0 - x, self.x1 - x)
+
+
+def union(boxes: Sequence[Box]) -> Box:
+    """The smallest box that holds every one of `boxes`, of which there is at least one."""
+    x0, y0, x1, y1 = zip(*boxes, strict=True)
+    return Box(min(x0), min(y0), max(x1), max(y1))
+
+
+class Affine(NamedTuple):
+    """Work pixels -> slide pixels: `slide = work * scale + offset`, axis by axis.
+
+    Law: `slide_to_work(work_to_slide(xy)) == xy` within rounding, and the other way round.
+    """
+
+    scale_x: float
+    scale_y: float
+    offset_x: float
+    offset_y: float
+
+    def work_to_slide(self, work_xy: ArrayLike) -> NDArray[np.float64]:
+        """work_xy: (..., 2) work px. Returns float64 (..., 2), slide px."""
+        work = np.asarray(work_xy, dtype=np.float64)
+        return work * (self.scale_x, self.scale_y) + (self.offset_x, self.offset_y)
+
+    def slide_to_work(self, slide_xy: ArrayLike) -> NDArray[np.float64]:
+        """slide_xy: (..., 2) slide px. Returns float64 (..., 2), work px."""
+        slide = np.asarray(slide_xy, dtype=np.float64)
+        return (slide - (self.offset_x, self.offset_y)) / (self.scale_x, self.scale_y)

@@ -1,0 +1,504 @@
+"""A slide as the rest of the house sees it: one scale, one frame, pixels at any resolution.
+
+Three frames: slide px (level 0), level px (only in here), work px (the `bounds` at a chosen mpp, from their
+top-left corner). `Slide.work` gives the affine from the work frame to the slide.
+"""
+
+import hashlib
+import math
+import os
+import struct
+import threading
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import IO, NamedTuple, Self
+
+import numpy as np
+import openslide
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+
+from slides.errors import RegionUnreadable, ScaleUnknown, SlideNotFound, SlideUnreadable
+from slides.geometry import Affine, Box, Size
+
+Pixels = NDArray[np.uint8]
+Mask = NDArray[np.bool_]
+Window = tuple[float, float, float, float]  # x0 y0 x1 y1, px of the array that it looks into
+
+# Micrometres per pixel that a microscope can have made; OpenSlide reports 1000 for a TIFF without resolution.
+BELIEVABLE_MPP = (0.05, 5.0)
+
+# Side of what is read from the slide in one go, level px: it bounds the memory and changes no pixel.
+_CHUNK = 2048
+
+# Side of what is resampled in one call, work px. Whole cells of a fixed lattice are resampled and then cut to
+# the box, because the filter's weights depend, in their last bits, on where the call starts and ends.
+_CELL = 128
+
+# Side of what is tried on its own in a damaged region, level px, where the slide does not state its tiles.
+_USUAL_TILE = 256
+
+# Pillow's bicubic filter reaches 2 pixels, of the coarser raster, to either side; the third covers rounding.
+_REACH = 3
+
+_EIGHT_BIT_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr")
+_MICROMETRES = {"inch": 25400.0, "centimeter": 10000.0}
+_WHITE = 255
+
+
+class Level(NamedTuple):
+    """One level of the pyramid: its size, level px, and level-0 px per level px as OpenSlide counts them."""
+
+    size: Size
+    downsample: float
+
+
+class Scale(NamedTuple):
+    """Micrometres per pixel at level 0, and who says so: `user`, `metadata` or `tiff resolution`."""
+
+    x: float
+    y: float
+    source: str
+
+
+class Slide:
+    """A readable slide of known scale. Made by `open_slide`; safe to share between threads, fork and pickle.
+
+    path, vendor (`image` for a plain picture), size (level 0), bounds (slide px; what the scanner recorded),
+    levels, scale, quick_hash (identifies the file), has_icc (recorded only: colours are left as stored).
+    OpenSlide's handles are not shared: each thread of each process has its own, opened on first use.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], mpp: float | None) -> None:
+        self.path = Path(path)
+        self._mpp = mpp
+        self._handles: dict[tuple[int, int], openslide.AbstractSlide] = {}
+        handle = self._handle()
+        properties = dict(handle.properties)  # the handle may be dropped below
+        self.vendor: str = properties.get("openslide.vendor", "image")
+        self.size = Size(*handle.dimensions)
+        self.levels = tuple(
+            Level(Size(*size), downsample)
+            for size, downsample in zip(handle.level_dimensions, handle.level_downsamples, strict=True)
+        )
+        self.bounds = _bounds(properties, self.size)
+        self._tile_sizes = tuple(_tile_size(properties, level) for level in range(len(self.levels)))
+        self.has_icc = handle.color_profile is not None
+        self.quick_hash: str = properties.get("openslide.quickhash-1") or _file_hash(self.path)
+        # A damaged file must be called damaged, whether or not it states a scale.
+        self._prove_readable()
+        self.scale = _scale(self.path, properties, mpp)
+
+    def __reduce__(self) -> tuple[type["Slide"], tuple[Path, float | None]]:
+        return Slide, (self.path, self._mpp)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close this process's handles. Reading again opens new ones."""
+        for key in [key for key in self._handles if key[0] == os.getpid()]:
+            self._handles.pop(key).close()
+
+    def work(self, mpp: float) -> tuple[Size, Affine]:
+        """The work frame at `mpp` micrometres per pixel: its size, and the affine work px -> slide px.
+
+        It covers `bounds`; the last row and column may hang over them by less than a pixel.
+        """
+        ratio_x, ratio_y = mpp / self.scale.x, mpp / self.scale.y
+        # A ratio such as 0.5/0.4999999 must not add a column for the rounding of a division.
+        size = Size(
+            max(1, math.ceil(self.bounds.width / ratio_x - 1e-6)),
+            max(1, math.ceil(self.bounds.height / ratio_y - 1e-6)),
+        )
+        return size, Affine(ratio_x, ratio_y, float(self.bounds.x0), float(self.bounds.y0))
+
+    def read(self, box: Box, mpp: float) -> Pixels:
+        """The pixels of `box` (work px at `mpp`). Returns uint8 (h, w, 3), RGB.
+
+        White outside the work frame; transparent areas are blended on white; resampled from the best level
+        with an antialiasing bicubic filter. Raises RegionUnreadable.
+        Law: the pixels do not depend on the box: a part read on its own is, bit for bit, a part of the whole.
+        """
+        return self._pixels(box, mpp, strict=True)[0]
+
+    def salvage(self, box: Box, mpp: float) -> tuple[Pixels, Mask]:
+        """Like `read`, but what cannot be decoded is white: uint8 (h, w, 3), and bool (h, w): lost.
+
+        What is lost is lost by the slide's own stored tiles where it states their size, else by 256 px of the
+        level that is read from; the neighbours of a damaged tile are kept.
+        """
+        return self._pixels(box, mpp, strict=False)
+
+    def thumbnail(self, mpp: float) -> Pixels:
+        """The whole work frame at a coarse `mpp`. uint8 (h, w, 3); unreadable parts are white."""
+        size, _ = self.work(mpp)
+        return self.salvage(Box(0, 0, *size), mpp)[0]
+
+    def _pixels(self, box: Box, mpp: float, *, strict: bool) -> tuple[Pixels, Mask]:
+        """`read` and `salvage`: whole cells of a fixed lattice, read from the slide in chunks."""
+        size, affine = self.work(mpp)
+        level = self._best_level(affine)
+        to_level = self._to_level(affine, level)
+        fit = int(_CHUNK / max(1.0, to_level.scale_x, to_level.scale_y))  # work px whose source is one chunk
+        cell_side = max(1, min(_CELL, fit))
+        group_side = max(1, fit // cell_side) * cell_side
+        frame = Box(0, 0, *size)
+        inside = box.intersect(frame)
+        pixels = np.full((box.height, box.width, 3), _WHITE, np.uint8)
+        lost = np.zeros((box.height, box.width), np.bool_)
+        if not inside.area:
+            return pixels, lost
+        for group in _cells(_snapped(inside, cell_side).intersect(frame), (group_side, group_side)):
+            source, _ = self._source(group, level, to_level)
+            stored, gone = self._read_source(level, source, strict=strict)
+            for cell in _cells(group, (cell_side, cell_side)):
+                part = cell.intersect(inside)
+                place = part.within((box.x0, box.y0))
+                whole, window = self._source(cell, level, to_level)
+                at, within = whole.within((source.x0, source.y0)), part.within((cell.x0, cell.y0))
+                resized = Image.fromarray(stored[at]).resize(cell.size, Image.Resampling.BICUBIC, box=window)
+                pixels[place] = np.asarray(resized)[within]
+                if gone[at].any():
+                    lost[place] = gone[at][_nearest(window, cell.size)][within]
+        return pixels, lost
+
+    def _source(self, piece: Box, level: int, to_level: Affine) -> tuple[Box, Window]:
+        """Where `piece` (work px) comes from: level px with the filter's reach; its exact edges in there."""
+        (x0, y0), (x1, y1) = to_level.work_to_slide([piece[:2], piece[2:]]).tolist()
+        # Pixels that are neither scaled nor shifted need no filter.
+        reach_x = 0 if (to_level.scale_x, x0 % 1) == (1, 0) else _REACH * max(1.0, to_level.scale_x)
+        reach_y = 0 if (to_level.scale_y, y0 % 1) == (1, 0) else _REACH * max(1.0, to_level.scale_y)
+        left, top = math.floor(x0 - reach_x), math.floor(y0 - reach_y)
+        source = Box(left, top, math.ceil(x1 + reach_x), math.ceil(y1 + reach_y))
+        return source, (x0 - left, y0 - top, x1 - left, y1 - top)
+
+    def _read_source(self, level: int, source: Box, *, strict: bool) -> tuple[Pixels, Mask]:
+        """As `_read_level`, for a `source` that may hang over the bounds: its last pixels are continued."""
+        stored = source.intersect(self._level_bounds(level))
+        pixels, lost = self._read_level(level, stored, strict=strict)
+        rows = stored.y0 - source.y0, source.y1 - stored.y1
+        columns = stored.x0 - source.x0, source.x1 - stored.x1
+        if not any(rows + columns):
+            return pixels, lost
+        pixels = np.pad(pixels, (rows, columns, (0, 0)), mode="edge")
+        return pixels, np.pad(lost, (rows, columns), mode="edge")
+
+    def _best_level(self, affine: Affine) -> int:
+        """The coarsest level that is not coarser than the work frame; level 0 where all are.
+
+        One part in a hundred is forgiven: pyramids round their sizes, and 4.0006 is meant to be 4.
+        """
+        wanted = min(affine.scale_x, affine.scale_y) * 1.01
+        fine_enough = [i for i, level in enumerate(self.levels) if level.downsample <= wanted]
+        return max(fine_enough, key=lambda i: self.levels[i].downsample, default=0)
+
+    def _to_level(self, affine: Affine, level: int) -> Affine:
+        """Work px -> px of a level."""
+        x, y = self._level_ratio(level)
+        return Affine(affine.scale_x / x, affine.scale_y / y, affine.offset_x / x, affine.offset_y / y)
+
+    def _level_ratio(self, level: int) -> tuple[float, float]:
+        """Level-0 px per px of a level, along x and y: OpenSlide's `downsample` is the mean of the two."""
+        width, height = self.levels[level].size
+        return self.size.width / width, self.size.height / height
+
+    def _level_bounds(self, level: int) -> Box:
+        """The bounds in px of a level, whole pixels, at least one."""
+        x, y = self._level_ratio(level)
+        x0, y0 = math.floor(self.bounds.x0 / x), math.floor(self.bounds.y0 / y)
+        x1, y1 = math.ceil(self.bounds.x1 / x), math.ceil(self.bounds.y1 / y)
+        return Box(x0, y0, max(x1, x0 + 1), max(y1, y0 + 1)).intersect(Box(0, 0, *self.levels[level].size))
+
+    def _read_level(self, level: int, box: Box, *, strict: bool) -> tuple[Pixels, Mask]:
+        """Stored pixels of a level (`box` in level px), on white: uint8 (h, w, 3), and bool (h, w): lost.
+
+        Each pixel is the same whichever box it is read in. OpenSlide is asked for a corner in level-0 px;
+        where the downsample is fractional, that corner falls between level pixels and the region is shifted
+        by a part of a pixel. There every read starts at a corner of a fixed lattice.
+        strict: raises RegionUnreadable; else what cannot be decoded is white and lost.
+        """
+        whole = float(self.levels[level].downsample).is_integer()
+        pixels = np.full((box.height, box.width, 3), _WHITE, np.uint8)
+        lost = np.zeros((box.height, box.width), np.bool_)
+        for cell in _cells(box, (_CHUNK, _CHUNK), lattice=not whole):
+            part = cell.intersect(box)
+            corner = (part.x0, part.y0) if whole else (cell.x0, cell.y0)
+            place = part.within((box.x0, box.y0))
+            try:
+                pixels[place] = self._region(level, Box(*corner, part.x1, part.y1))[part.within(corner)]
+            except RegionUnreadable:
+                if strict:
+                    raise
+                pixels[place], lost[place] = self._stored_tiles(level, part)
+        return pixels, lost
+
+    def _stored_tiles(self, level: int, box: Box) -> tuple[Pixels, Mask]:
+        """What can be decoded of a damaged region, one stored tile at a time; as `_read_level`."""
+        pixels = np.full((box.height, box.width, 3), _WHITE, np.uint8)
+        lost = np.zeros((box.height, box.width), np.bool_)
+        for tile in _cells(box, self._tile_sizes[level], lattice=True):
+            part = tile.intersect(box)
+            place = part.within((box.x0, box.y0))
+            try:
+                pixels[place] = self._region(level, part)
+            except RegionUnreadable:
+                lost[place] = True
+        return pixels, lost
+
+    def _region(self, level: int, box: Box) -> Pixels:
+        """One call to OpenSlide: `box` in level px, uint8 (h, w, 3). Raises RegionUnreadable."""
+        downsample = self.levels[level].downsample
+        location = (round(box.x0 * downsample), round(box.y0 * downsample))
+        try:
+            rgba = np.asarray(self._handle().read_region(location, level, box.size))
+        except openslide.OpenSlideError as error:
+            # After an error OpenSlide refuses everything else: drop the handle, the next read opens another.
+            self._handles.pop((os.getpid(), threading.get_ident())).close()
+            raise RegionUnreadable(
+                f"{self.path}: {box.width} x {box.height} px at {location} of level {level} cannot be "
+                f"decoded ({error}): the file is damaged there; copy it again, or go on without this region"
+            ) from error
+        return _on_white(rgba)
+
+    def _handle(self) -> openslide.AbstractSlide:
+        """This thread's handle, opened if need be; a forked child opens its own."""
+        key = (os.getpid(), threading.get_ident())
+        if key not in self._handles:
+            self._handles[key] = _open_handle(self.path)
+        return self._handles[key]
+
+    def _prove_readable(self) -> None:
+        """Raise SlideUnreadable if none of 49 pixels spread over the coarsest level and level 0 decodes."""
+        cause: RegionUnreadable | None = None
+        for level in dict.fromkeys((len(self.levels) - 1, 0)):
+            bounds = self._level_bounds(level)
+            # From the middle outwards: on a sound slide the first one answers.
+            for row, col in sorted(np.ndindex(7, 7), key=lambda place: abs(place[0] - 3) + abs(place[1] - 3)):
+                x = bounds.x0 + (2 * col + 1) * bounds.width // 14
+                y = bounds.y0 + (2 * row + 1) * bounds.height // 14
+                try:
+                    self._region(level, Box(x, y, x + 1, y + 1))
+                    return
+                except RegionUnreadable as error:
+                    cause = error
+        raise SlideUnreadable(f"{self.path} opens, but nothing in it can be read: copy it again") from cause
+
+
+def open_slide(path: str | os.PathLike[str], *, mpp: float | None = None) -> Slide:
+    """Open a slide, or a plain PNG, JPEG, WebP, BMP or single-image TIFF as a slide of one level.
+
+    mpp: micrometres per pixel at level 0 as the user knows them; else the slide's metadata, else its TIFF
+    resolution tags. Values outside 0.05-5 um are not believed.
+    Raises SlideNotFound, SlideUnreadable, and ScaleUnknown only once the slide has proved readable.
+    """
+    return Slide(path, mpp)
+
+
+def _open_handle(path: Path) -> openslide.AbstractSlide:
+    """OpenSlide's handle, or a picture in the same clothes. Raises SlideNotFound, SlideUnreadable."""
+    if not path.is_file():
+        raise SlideNotFound(f"{path}: there is no such file")
+    try:
+        return openslide.OpenSlide(path)
+    except openslide.OpenSlideUnsupportedFormatError as error:
+        if complaint := _what_is_missing(path):
+            raise SlideUnreadable(f"{path} {complaint}") from error
+        return _open_picture(path)
+    except openslide.OpenSlideError as error:
+        raise SlideUnreadable(f"{path} is damaged or incomplete: {_reworded(path, str(error))}") from error
+
+
+def _open_picture(path: Path) -> openslide.ImageSlide:
+    """A plain image as a slide of one level. Raises SlideUnreadable if it is none, or damaged."""
+    try:
+        with Image.open(path, formats=["PNG", "JPEG", "WEBP", "BMP", "TIFF"]) as picture:
+            count, mode = getattr(picture, "n_frames", 1), picture.mode
+            # Of several images the first may be a label: then it is a slide in a format that OpenSlide lacks.
+            if count == 1 and mode in _EIGHT_BIT_MODES:
+                return _Picture(picture)
+    except UnidentifiedImageError as error:
+        raise SlideUnreadable(f"{path} is not a slide: OpenSlide and Pillow know no such format") from error
+    except Image.DecompressionBombError as error:
+        raise SlideUnreadable(f"{path}: {error}: convert it to a tiled pyramidal TIFF") from error
+    except (OSError, SyntaxError, ValueError) as error:
+        raise SlideUnreadable(f"{path} is a damaged image ({error}): copy it again") from error
+    raise SlideUnreadable(
+        f"{path} holds {count} image(s) of mode {mode} in no format that OpenSlide knows: "
+        f"need a slide, or one image of 8 bits a channel; convert it to a tiled pyramidal TIFF"
+    )
+
+
+class _Picture(openslide.ImageSlide):
+    """A plain image whose TIFF resolution, if any, is told the way OpenSlide tells it."""
+
+    def __init__(self, picture: Image.Image) -> None:
+        tags = getattr(picture, "tag_v2", {})
+        unit = {2: "inch", 3: "centimeter"}.get(tags.get(296, 2), "none")
+        resolution = {"tiff.XResolution": tags.get(282), "tiff.YResolution": tags.get(283)}
+        self._stated = {name: str(float(value)) for name, value in resolution.items() if value}
+        self._stated["tiff.ResolutionUnit"] = unit
+        super().__init__(picture.convert("RGBA"))
+
+    @property
+    def properties(self) -> Mapping[str, str]:
+        return self._stated
+
+
+def _what_is_missing(path: Path) -> str | None:
+    """The rest of a sentence that starts with the path: what this file lacks; None if nothing is seen."""
+    size = path.stat().st_size
+    if size == 0:
+        return "is empty (0 bytes): copy it again"
+    if path.suffix.lower() == ".mrxs" and not path.with_suffix("").is_dir():
+        return f"lacks its data: copy the folder {path.stem!r} beside it"
+    try:
+        with path.open("rb") as file:
+            beyond = _directory_beyond(file, size)
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"
+    if beyond is not None:
+        return f"is truncated: it has {size} bytes, its directory lies at byte {beyond}; copy it again"
+    return None
+
+
+def _directory_beyond(file: IO[bytes], size: int) -> int | None:
+    """Offset of the first TIFF directory beyond the end of the file; None if all are there, or no TIFF.
+
+    TIFF 6.0, section 2, and BigTIFF: byte order, 42 or 43, offset of the first directory; each directory is a
+    count, its entries, and the offset of the next.
+    """
+    head = file.read(16).ljust(16, b"\0")
+    order = {b"II": "<", b"MM": ">"}.get(head[:2])
+    if order is None or (version := struct.unpack(order + "H", head[2:4])[0]) not in (42, 43):
+        return None
+    start, count_code, entry, offset_code = (4, "H", 12, "I") if version == 42 else (8, "Q", 20, "Q")
+    offset: int = struct.unpack_from(order + offset_code, head, start)[0]
+    seen: set[int] = set()
+    while offset and offset not in seen:
+        seen.add(offset)
+        file.seek(offset)
+        count_bytes = file.read(struct.calcsize(count_code))
+        if len(count_bytes) < struct.calcsize(count_code):
+            return offset
+        after = file.tell() + entry * int(struct.unpack(order + count_code, count_bytes)[0])
+        if after + struct.calcsize(offset_code) > size:
+            return offset
+        file.seek(after)
+        offset = struct.unpack(order + offset_code, file.read(struct.calcsize(offset_code)))[0]
+    return None
+
+
+def _reworded(path: Path, complaint: str) -> str:
+    """OpenSlide's complaint; a missing part of a slide of several files is named, with the remedy."""
+    if "No such file" not in complaint:
+        return f"{complaint}; copy it again"
+    missing = os.path.relpath(complaint.rpartition("open ")[2].partition(": No such file")[0], path.parent)
+    return f"its part {missing} is missing; copy everything that belongs to {path.name} beside it"
+
+
+def _bounds(properties: Mapping[str, str], size: Size) -> Box:
+    """The part of the slide that was scanned, slide px: `openslide.bounds-*`, else everything."""
+    whole = Box(0, 0, *size)
+    try:
+        sides = ("x", "y", "width", "height")
+        x, y, width, height = (int(properties[f"openslide.bounds-{side}"]) for side in sides)
+    except (KeyError, ValueError):
+        return whole
+    inside = Box(x, y, x + width, y + height).intersect(whole)
+    return inside if inside.area else whole
+
+
+def _scale(path: Path, properties: Mapping[str, str], mpp: float | None) -> Scale:
+    """The first believable scale of user, metadata, TIFF resolution. Raises ScaleUnknown."""
+    low, high = BELIEVABLE_MPP
+    if mpp is not None:
+        if not low <= mpp <= high:
+            raise ScaleUnknown(f"mpp={mpp:g} for {path}: need {low:g} to {high:g} micrometres per pixel")
+        return Scale(mpp, mpp, "user")
+    stated = (_stated_scale(properties), _resolution_scale(properties))
+    for scale in stated:
+        if scale and all(low <= value <= high for value in scale[:2]):
+            return scale
+    found = next((f"{s.x:g} um/px, not between {low:g} and {high:g}" for s in stated if s), "no resolution")
+    raise ScaleUnknown(f"{path} states {found}: pass --mpp (micrometres per pixel at level 0)")
+
+
+def _stated_scale(properties: Mapping[str, str]) -> Scale | None:
+    """What the scanner wrote; nothing for a generic TIFF, where OpenSlide repeats the resolution tags."""
+    if properties.get("openslide.vendor") == "generic-tiff":
+        return None
+    try:
+        x, y = float(properties["openslide.mpp-x"]), float(properties["openslide.mpp-y"])
+    except (KeyError, ValueError):
+        return None
+    return Scale(x, y, "metadata")
+
+
+def _resolution_scale(properties: Mapping[str, str]) -> Scale | None:
+    """TIFF resolution tags: pixels per unit -> micrometres per pixel."""
+    try:
+        unit = _MICROMETRES[properties["tiff.ResolutionUnit"]]
+        x, y = float(properties["tiff.XResolution"]), float(properties["tiff.YResolution"])
+    except (KeyError, ValueError):
+        return None
+    return Scale(unit / x, unit / y, "tiff resolution") if x > 0 and y > 0 else None
+
+
+def _file_hash(path: Path) -> str:
+    """sha256 of the file's size, first and last MiB: identifies a file that OpenSlide gives no quickhash."""
+    size, mib = path.stat().st_size, 2**20
+    digest = hashlib.sha256(str(size).encode())
+    with path.open("rb") as file:
+        digest.update(file.read(mib))
+        file.seek(max(0, size - mib))
+        digest.update(file.read(mib))
+    return digest.hexdigest()
+
+
+def _tile_size(properties: Mapping[str, str], level: int) -> tuple[int, int]:
+    """Width and height of the tiles in which a level is stored, level px."""
+    stated = (properties.get(f"openslide.level[{level}].tile-{side}", "0") for side in ("width", "height"))
+    width, height = (int(value) if value.isdecimal() else 0 for value in stated)
+    # A strip, or a whole plane stored as one tile, is no unit to lose.
+    return (width, height) if 64 <= min(width, height) <= max(width, height) <= _CHUNK else (_USUAL_TILE,) * 2
+
+
+def _cells(box: Box, side: tuple[int, int], *, lattice: bool = False) -> Iterator[Box]:
+    """Cut `box` into rectangles of at most `side` (width, height), row by row.
+
+    lattice: they are whole and start at multiples of `side`, so that the outer ones hang over the box.
+    """
+    width, height = side
+    left, top = (box.x0 // width * width, box.y0 // height * height) if lattice else (box.x0, box.y0)
+    for y in range(top, box.y1, height):
+        for x in range(left, box.x1, width):
+            cell = Box(x, y, x + width, y + height)
+            yield cell if lattice else cell.intersect(box)
+
+
+def _snapped(box: Box, side: int) -> Box:
+    """The box grown outwards to multiples of `side`."""
+    x0, y0 = box.x0 // side * side, box.y0 // side * side
+    return Box(x0, y0, -(-box.x1 // side) * side, -(-box.y1 // side) * side)
+
+
+def _nearest(window: Window, size: Size) -> tuple[NDArray[np.intp], ...]:
+    """Index (rows, columns) of the pixels under the centres of `size` pixels stretched over `window`."""
+    x0, y0, x1, y1 = window
+    columns = x0 + (np.arange(size.width) + 0.5) * ((x1 - x0) / size.width)
+    rows = y0 + (np.arange(size.height) + 0.5) * ((y1 - y0) / size.height)
+    return np.ix_(np.floor(rows).astype(np.intp), np.floor(columns).astype(np.intp))
+
+
+def _on_white(rgba: Pixels) -> Pixels:
+    """uint8 (h, w, 4), straight alpha -> uint8 (h, w, 3), blended on white."""
+    rgb, alpha = rgba[..., :3], rgba[..., 3:]
+    if alpha.min(initial=255) == 255:
+        return rgb
+    # At most 255 * 255 + 127: fits 16 bits.
+    weight = alpha.astype(np.uint16)
+    return ((rgb * weight + _WHITE * (255 - weight) + 127) // 255).astype(np.uint8)

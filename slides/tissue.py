@@ -1,0 +1,167 @@
+"""Where the tissue is: from a thumbnail to a mask, and what a mask can be asked."""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy import ndimage
+
+from slides.geometry import Box
+
+# The hue of anything darker is noise: intensities are held above this, so densities below -ln(20/255) = 2.5.
+_DARKEST = 20.0
+
+# H&E absorbs green most: eosin spares red, haematoxylin spares blue. Tissue is where the density in green is
+# above the smaller of the other two by this much. White, grey and black are not, however bright or uneven.
+_STAINED = 0.05
+
+# Blue and green ink absorb red more than green; haematoxylin hardly does.
+_INK_RED_TO_GREEN = 1.2
+
+# Red ink is strong, spares red, and absorbs blue nearly as much as green; eosin absorbs half as much.
+_RED_INK_DENSITY, _RED_INK_BLUE_TO_GREEN, _RED_INK_RED_TO_GREEN = 0.6, 0.8, 0.3
+
+# Black ink, and what some scanners write outside their bounds: dense in all colours, and grey.
+_BLACK_DENSITY, _BLACK_SPREAD = 1.0, 0.25
+
+# Ink comes in strokes. What is smaller is pigment or a fold, or blood if it is red, and part of the tissue.
+_STROKE_UM2, _RED_STROKE_UM2 = 6_000.0, 40_000.0
+
+# The soft rim of a stroke.
+_RIM_UM = 24.0
+
+# Vessels, ducts and fat belong to the tissue around them; larger holes are glass.
+_HOLE_UM2 = 100_000.0
+
+# Clean glass is nearly neutral: a tint up to this many grey levels is the lamp's, and is taken out.
+_TINT = 14.0
+
+
+class TissueMap(NamedTuple):
+    """A tissue mask with the two scales that are needed to ask it.
+
+    mask: bool (h, w) at `mpp`, over the work frame; work_mpp: of the work px in the questions.
+    """
+
+    mask: NDArray[np.bool_]
+    mpp: float
+    work_mpp: float
+
+    def contains(self, work_xy: ArrayLike) -> NDArray[np.bool_]:
+        """work_xy: (N, 2) work px. Returns bool (N,): on tissue. Outside the mask is no tissue."""
+        points = np.asarray(work_xy, np.float64).reshape(-1, 2)
+        x, y = np.floor(points * (self.work_mpp / self.mpp)).astype(np.int64).T
+        height, width = self.mask.shape
+        inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
+        found = np.zeros(len(points), np.bool_)
+        found[inside] = self.mask[y[inside], x[inside]]
+        return found
+
+    def any_in(self, box: Box) -> bool:
+        """Whether any tissue touches `box` (work px). An empty box holds none."""
+        return bool(self._window(box).any())
+
+    def share_of(self, box: Box) -> float:
+        """The share of the mask's pixels touching `box` (work px) that are tissue; 0 where none touch it."""
+        window = self._window(box)
+        return float(window.mean()) if window.size else 0.0
+
+    @property
+    def area_mm2(self) -> float:
+        return float(self.mask.sum()) * self.mpp**2 / 1e6
+
+    def _window(self, box: Box) -> NDArray[np.bool_]:
+        """The part of the mask that touches `box` (work px)."""
+        if not box.area:
+            return self.mask[:0, :0]
+        scale = self.work_mpp / self.mpp
+        x0, y0 = max(0, math.floor(box.x0 * scale)), max(0, math.floor(box.y0 * scale))
+        x1, y1 = max(0, math.ceil(box.x1 * scale)), max(0, math.ceil(box.y1 * scale))
+        return self.mask[y0:y1, x0:x1]
+
+
+def tissue_mask(
+    thumbnail: NDArray[np.uint8], mpp: float, *, min_area_um2: float, margin_um: float
+) -> NDArray[np.bool_]:
+    """Find H&E-stained tissue, generously.
+
+    thumbnail: uint8 (h, w, 3) at `mpp` micrometres per pixel, 4 to 16 or so.
+    min_area_um2: smaller pieces are dirt; margin_um: the mask is grown by this much, so that the nuclei at
+    the tissue's edge are in.
+    Returns bool (h, w). Holes are kept out only where they are larger than 0.1 mm2.
+
+    Stain is told by its colour, not by its darkness: so uneven glass, grey glass and black borders are out,
+    and pale tissue is in. Strokes of blue, green, red or black ink are taken out. The rules stand at the
+    constants of this module.
+    """
+    if not thumbnail.size:
+        return np.zeros(thumbnail.shape[:2], np.bool_)
+    density = _densities(thumbnail)
+    red, green, blue = density
+    ink = _ink(density, mpp)
+    tissue = (green - np.minimum(red, blue) > _STAINED) & ~ink
+    # Pieces nearer to each other than the margin count as one.
+    tissue = _shrunk(_grown(tissue, margin_um / mpp), margin_um / mpp) & ~ink
+    tissue = ~_without_small(~tissue, _HOLE_UM2 / mpp**2) & ~ink
+    tissue = _without_small(tissue, min_area_um2 / mpp**2)
+    return _grown(tissue, margin_um / mpp)
+
+
+def _densities(thumbnail: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """Optical densities, -ln(I / glass), of a slightly smoothed thumbnail. float32 (3, h, w)."""
+    # Compression leaves blocks of false colour around edges; one pixel of blur takes them out.
+    smooth = ndimage.gaussian_filter(thumbnail.astype(np.float32), (1.0, 1.0, 0.0), mode="nearest")
+    intensity = np.maximum(smooth, _DARKEST)
+    density: NDArray[np.float32] = -np.log(intensity / _glass(smooth)).transpose(2, 0, 1)
+    return density
+
+
+def _glass(smooth: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The colour of clean glass, float32 (3,), from the brightest twentieth of the picture.
+
+    Where that is no bright, nearly neutral colour, there is no glass in the picture: then it is white.
+    """
+    darkest_channel = smooth.min(axis=2)
+    lit = darkest_channel[darkest_channel > _DARKEST]
+    if not lit.size:
+        return np.full(3, 255, np.float32)
+    brightest = smooth[darkest_channel >= np.percentile(lit, 95)]
+    colour: NDArray[np.float32] = np.median(brightest, axis=0).astype(np.float32)
+    if colour.min() < 150 or np.ptp(colour) > _TINT:
+        return np.full(3, 255, np.float32)
+    return colour
+
+
+def _ink(density: NDArray[np.float32], mpp: float) -> NDArray[np.bool_]:
+    """Strokes of a pen and black borders, with their rims: bool (h, w). density: float32 (3, h, w)."""
+    red, green, blue = density
+    blue_or_green = (red > _INK_RED_TO_GREEN * green) & (red > _STAINED)
+    red_ink = (blue > _RED_INK_BLUE_TO_GREEN * green) & (red < _RED_INK_RED_TO_GREEN * green)
+    spread = density.max(axis=0) - density.min(axis=0)
+    black = (density.min(axis=0) > _BLACK_DENSITY) & (spread < _BLACK_SPREAD * density.max(axis=0))
+    strokes = _without_small(blue_or_green | black, _STROKE_UM2 / mpp**2)
+    red_strokes = _without_small(red_ink & (green > _RED_INK_DENSITY), _RED_STROKE_UM2 / mpp**2)
+    return _grown(strokes | red_strokes, _RIM_UM / mpp)
+
+
+def _grown(mask: NDArray[np.bool_], by_px: float) -> NDArray[np.bool_]:
+    """All pixels within `by_px` of the mask."""
+    if not mask.any():
+        return mask
+    grown: NDArray[np.bool_] = ndimage.distance_transform_edt(~mask) <= by_px
+    return grown
+
+
+def _shrunk(mask: NDArray[np.bool_], by_px: float) -> NDArray[np.bool_]:
+    """All pixels further than `by_px` from what is not the mask. The picture's edge takes nothing away."""
+    return ~_grown(~mask, by_px)
+
+
+def _without_small(mask: NDArray[np.bool_], area_px: float) -> NDArray[np.bool_]:
+    """The mask's pieces of at least `area_px` pixels; pieces touch by sides or corners."""
+    labels, _ = ndimage.label(mask, structure=np.ones((3, 3)))
+    large = np.bincount(labels.ravel()) >= area_px
+    large[0] = False
+    kept: NDArray[np.bool_] = large[labels]
+    return kept

@@ -1,0 +1,61 @@
+"""Settings: one place, strict, and a digest that names what results depend on."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from pipeline.config import Architecture, ConfigError, Detection, Running, Settings, Tiling, build, load
+
+
+def test_settings_survive_a_round_trip_through_plain_values() -> None:
+    for kind in (Settings, Running, Architecture):
+        assert build(kind, dataclasses.asdict(kind()), "test") == kind()
+
+
+def test_toml_sets_what_it_names_and_leaves_the_rest(tmp_path: Path) -> None:
+    file = tmp_path / "night.toml"
+    file.write_text("[tiling]\ntile = 512\n[detector]\nscore = 0.25\n[export]\nformats = ['csv']\n")
+    settings = load(file)
+    assert settings.tiling == Tiling(tile=512)
+    assert settings.detector == Detection(score=0.25)
+    assert settings.export.formats == ("csv",)
+    assert settings.stitching == Settings().stitching
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[detector]\nscor = 0.3", "unknown key 'scor'; the keys here are weights, score"),
+        ("[detektor]\nscore = 0.3", "unknown key 'detektor'; the keys here are tissue, tiling"),
+        ("[detector]\nscore = 'high'", "score='high': need float"),
+        ("[tiling]\ntile = 512.5", "tile=512.5: need int"),
+        ("[tiling]\ntile = true", "tile=True: need int"),
+        ("[fusion]\nviews = 3", "views=3: need one of 1, 2, 4, 8"),
+        ("[tiling]\nmargin = 600", "margin=600 leaves no core in a tile of 1024 px: need 2 * margin < tile"),
+        ("tiling = 5", "5 is not a table"),
+        ("[tiling", "is not a readable TOML file"),
+    ],
+)
+def test_bad_settings_are_named(tmp_path: Path, text: str, said: str) -> None:
+    file = tmp_path / "bad.toml"
+    file.write_text(text)
+    with pytest.raises(ConfigError) as raised:
+        load(file)
+    assert said in str(raised.value)
+
+
+def test_the_digest_names_what_results_depend_on_and_nothing_else() -> None:
+    settings = Settings()
+    same = dataclasses.replace(settings, detector=dataclasses.replace(settings.detector, device="cpu", batch=3))
+    other = dataclasses.replace(settings, detector=dataclasses.replace(settings.detector, score=0.51))
+    assert settings.digest("a") == same.digest("a")
+    assert settings.digest("a") != other.digest("a")
+    assert settings.digest("a") != settings.digest("b")
+
+
+def test_every_field_has_a_sane_type_and_settings_are_frozen() -> None:
+    for field in dataclasses.fields(Settings):
+        table = getattr(Settings(), field.name)
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(table, dataclasses.fields(table)[0].name, None)

@@ -1,0 +1,113 @@
+"""The detector's parts: shapes, caps, and weights that are what they say."""
+
+import json
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+
+from pipeline.config import Architecture, ConfigError
+from pipeline.detector import (
+    Caps,
+    NucleusDetector,
+    WeightsError,
+    caps,
+    choose_device,
+    find_weights,
+    load_weights,
+    read_architecture,
+    save_weights,
+    shipped,
+)
+
+TINY = Architecture(channels=16, box_hidden=16, mask_channels=8, mask_layers=1)
+
+
+@pytest.fixture(scope="module")
+def tiny() -> NucleusDetector:
+    torch.manual_seed(0)
+    return NucleusDetector(TINY).eval()
+
+
+def test_boxes_are_inside_the_patch_and_masks_are_soft(tiny: NucleusDetector) -> None:
+    images = torch.rand(2, 3, 96, 96)
+    limits = Caps(proposals=50, instances=20)
+    with torch.inference_mode():
+        features = tiny.features(images)
+        side = tiny.side(images.shape[-2:])
+        found = tiny.classify(features, tiny.propose(features, side, limits), side, limits, 0.0, 0.5)
+        masks = tiny.masks(features, [f.boxes for f in found], [f.classes for f in found], side)
+    assert side == (144, 144)
+    for candidates, soft in zip(found, masks, strict=True):
+        assert 0 < len(candidates.boxes) <= limits.instances
+        assert candidates.boxes.min() >= 0 and candidates.boxes.max() <= 96
+        assert (candidates.boxes[:, 2:] > candidates.boxes[:, :2]).all()
+        assert (candidates.scores.diff() <= 0).all()
+        assert soft.shape == (len(candidates.boxes), 28, 28)
+        assert 0 <= soft.min() and soft.max() <= 1
+        assert candidates.saturated == (len(candidates.boxes) == limits.instances)
+
+
+def test_no_boxes_give_no_masks(tiny: NucleusDetector) -> None:
+    with torch.inference_mode():
+        features = tiny.features(torch.rand(1, 3, 96, 96))
+        (masks,) = tiny.masks(features, [torch.empty(0, 4)], [torch.empty(0, dtype=torch.int64)], (144, 144))
+    assert masks.shape == (0, 28, 28)
+
+
+def test_caps_follow_the_area() -> None:
+    assert caps(1024, 0.25, 46_000, 30_000) == Caps(3015, 1966)
+    assert caps(2048, 0.25, 46_000, 30_000).proposals == pytest.approx(4 * 3015, abs=4)
+
+
+def test_weights_survive_a_round_trip(tiny: NucleusDetector, tmp_path: Path) -> None:
+    """Law: what was saved loads equal, in half precision, and says its architecture."""
+    file = tmp_path / "tiny.safetensors"
+    save_weights(tiny, file, {"recipe": "none"})
+    loaded = load_weights(file)
+    assert read_architecture(file) == TINY
+    for name, value in tiny.state_dict().items():
+        if value.is_floating_point():
+            assert torch.equal(loaded.state_dict()[name], value.half().float()), name
+    assert not loaded.training
+
+
+def test_a_damaged_file_is_refused(tiny: NucleusDetector, tmp_path: Path) -> None:
+    file = tmp_path / "tiny.safetensors"
+    save_weights(tiny, file, {})
+    content = bytearray(file.read_bytes())
+    content[-100] ^= 0xFF
+    file.write_bytes(content)
+    with pytest.raises(WeightsError, match="do not match their checksum"):
+        load_weights(file)
+    file.write_bytes(content[: len(content) // 2])
+    with pytest.raises(WeightsError, match="not a whole safetensors file"):
+        load_weights(file)
+
+
+def test_foreign_files_are_refused(tmp_path: Path) -> None:
+    foreign = tmp_path / "foreign.safetensors"
+    safetensors.torch.save_file({"a": torch.zeros(3)}, foreign)
+    with pytest.raises(WeightsError, match="holds no Nightslide detector"):
+        load_weights(foreign)
+    safetensors.torch.save_file({"a": torch.zeros(3)}, foreign, {"sha256": "", "architecture": json.dumps({"depth": 3})})
+    with pytest.raises(WeightsError, match="unknown key 'depth'"):
+        load_weights(foreign)
+    pickled = tmp_path / "model.pth"
+    torch.save({"a": torch.zeros(3)}, pickled)
+    with pytest.raises(WeightsError, match="not a whole safetensors file"):
+        load_weights(pickled)
+
+
+def test_a_missing_name_lists_what_there_is() -> None:
+    assert "nuclei" in shipped()
+    with pytest.raises(WeightsError, match="no weights 'nucleii'.*nuclei"):
+        find_weights("nucleii")
+
+
+def test_a_device_that_is_not_there_is_named() -> None:
+    with pytest.raises(ConfigError, match="need cpu, cuda, cuda:N or auto"):
+        choose_device("gpu!")
+    with pytest.raises(ConfigError, match="CUDA devices"):
+        choose_device("cuda:99")

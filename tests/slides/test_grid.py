@@ -1,0 +1,91 @@
+"""Laws of the tile grid: who owns what, who reads what."""
+
+import numpy as np
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from slides.errors import GridError
+from slides.geometry import Box, Size
+from slides.grid import Tile, TileGrid, check_margin, read_box
+
+
+@st.composite
+def grids(draw: st.DrawFn) -> TileGrid:
+    margin = draw(st.integers(0, 12))
+    stride = draw(st.integers(1, 40))
+    size = Size(draw(st.integers(1, 9 * stride)), draw(st.integers(1, 9 * stride)))
+    return TileGrid(size, stride + 2 * margin, margin, draw(st.integers(1, 5)))
+
+
+def _tiles(grid: TileGrid) -> list[Tile]:
+    return [tile for block in range(grid.blocks) for tile in grid.tiles_of(block)]
+
+
+@given(grids())
+@example(TileGrid(Size(1, 1), 1, 0, 1))
+def test_cores_partition_the_frame(grid: TileGrid) -> None:
+    owners = np.zeros((grid.size.height, grid.size.width), int)
+    for tile in _tiles(grid):
+        assert tile.core.area > 0
+        owners[tile.core.within((0, 0))] += 1
+    assert (owners == 1).all()
+
+
+@given(grids())
+def test_every_read_is_one_tile_and_holds_its_core_a_margin_inside(grid: TileGrid) -> None:
+    for tile in _tiles(grid):
+        assert tile.read.size == Size(grid.tile, grid.tile)
+        assert tile.read.grow(-grid.margin).intersect(Box(0, 0, *grid.size)) == tile.core
+        assert (tile.core.x0, tile.core.y0) == (tile.read.x0 + grid.margin, tile.read.y0 + grid.margin)
+
+
+@given(grids())
+def test_every_tile_is_in_exactly_one_block(grid: TileGrid) -> None:
+    places = [(tile.row, tile.col) for tile in _tiles(grid)]
+    assert sorted(places) == [(row, col) for row in range(grid.rows) for col in range(grid.cols)]
+    for block in range(grid.blocks):
+        tiles = grid.tiles_of(block)
+        assert {grid.block_of(tile.row, tile.col) for tile in tiles} == {block}
+        assert [tile[:2] for tile in tiles] == sorted(tile[:2] for tile in tiles)
+        assert len(tiles) <= grid.block**2
+        assert all(tile.read.intersect(read_box(tiles)) == tile.read for tile in tiles)
+
+
+@pytest.mark.parametrize(
+    ("numbers", "message"),
+    [
+        ((Size(10, 10), 1024, 600, 1), "margin=600 leaves no core in a tile of 1024 px: need 2 * margin < tile"),
+        ((Size(10, 10), 64, -1, 1), "margin=-1: need margin >= 0"),
+        ((Size(10, 10), 64, 8, 0), "block=0: need at least 1"),
+        ((Size(0, 10), 64, 8, 1), "size=0 x 10 px holds nothing"),
+    ],
+)
+def test_numbers_that_make_no_grid(numbers: tuple, message: str) -> None:
+    with pytest.raises(GridError) as raised:
+        TileGrid(*numbers)
+    assert message in str(raised.value)
+    assert isinstance(raised.value, ValueError)
+
+
+def test_outside_the_grid() -> None:
+    grid = TileGrid(Size(100, 100), 64, 8, 2)
+    with pytest.raises(GridError, match=r"tile \(0, 3\) is outside"):
+        grid.tile_at(0, 3)
+    with pytest.raises(GridError, match="need 0 <= block < 4"):
+        grid.tiles_of(4)
+
+
+def test_a_known_grid() -> None:
+    grid = TileGrid(Size(100, 60), 64, 8, 2)
+    assert (grid.stride, grid.rows, grid.cols, grid.blocks, grid.block_shape) == (48, 2, 3, 2, (1, 2))
+    assert grid.tile_at(1, 2) == (1, 2, Box(96, 48, 100, 60), Box(88, 40, 152, 104))
+
+
+@given(st.integers(0, 200), st.floats(0, 200), st.floats(0, 10), st.floats(0, 20))
+def test_the_margin_rule(margin: int, diameter: float, tolerance: float, shift: float) -> None:
+    if margin >= diameter / 2 + tolerance + shift:
+        check_margin(margin, diameter, tolerance, shift)
+    else:
+        with pytest.raises(GridError, match=f"margin={margin} cuts objects"):
+            check_margin(margin, diameter, tolerance, shift)

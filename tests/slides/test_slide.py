@@ -1,0 +1,373 @@
+"""Slides of all sorts: scale, frames, pixels, damage."""
+
+import pickle
+import shutil
+import struct
+import threading
+from collections.abc import Callable
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import openslide
+import pytest
+import tifffile
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from scipy import ndimage
+
+from slides.errors import RegionUnreadable, ScaleUnknown, SlideError, SlideNotFound, SlideUnreadable
+from slides.geometry import Box, Size
+from slides.slide import Slide, open_slide
+
+Writer = Callable[..., Path]
+WIDTH, HEIGHT = 613, 467  # neither is a multiple of anything, so pyramids have fractional downsamples
+
+
+@pytest.fixture(scope="module")
+def picture() -> np.ndarray:
+    """Smooth noise with some edges, uint8 (467, 613, 3)."""
+    noise = np.random.default_rng(0).normal(size=(HEIGHT, WIDTH, 3))
+    smooth = ndimage.gaussian_filter(noise, (3, 3, 0))
+    image = np.clip(128 + smooth / smooth.std() * 50, 0, 255).astype(np.uint8)
+    image[100:200, 150:300] = (200, 120, 180)
+    return image
+
+
+@pytest.fixture(scope="module")
+def pyramid(tmp_path_factory: pytest.TempPathFactory, picture: np.ndarray) -> Writer:
+    """Write the picture as a tiled pyramid. mpp None: no resolution tags."""
+    folder = tmp_path_factory.mktemp("pyramids")
+
+    def make(name: str, mpp: float | None, factors: tuple[int, ...] = (1, 2, 4)) -> Path:
+        path = folder / name
+        with tifffile.TiffWriter(path) as tiff:
+            for factor in factors:
+                level = picture[: HEIGHT // factor * factor, : WIDTH // factor * factor]
+                level = level.reshape(HEIGHT // factor, factor, WIDTH // factor, factor, 3).mean((1, 3))
+                resolution = {} if mpp is None else {"resolution": (1e4 / mpp / factor,) * 2, "resolutionunit": 3}
+                tiff.write(
+                    level.astype(np.uint8), tile=(128, 128), photometric="rgb", compression="adobe_deflate",
+                    subfiletype=int(factor > 1), metadata=None, **resolution,
+                )
+        return path
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def slide(pyramid: Writer) -> Slide:
+    return open_slide(pyramid("plain.tif", 0.5))
+
+
+# Laws
+
+
+@given(data=st.data(), mpp=st.sampled_from([0.31, 0.5, 0.77, 1.0, 1.03, 2.1, 4.0]))
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_pixels_do_not_depend_on_the_box(slide: Slide, data: st.DataObject, mpp: float) -> None:
+    """A part read on its own is, bit for bit, a part of the whole; white outside."""
+    size, _ = slide.work(mpp)
+    frame = Box(0, 0, *size)
+    x0 = data.draw(st.integers(-30, size.width), "x0")
+    y0 = data.draw(st.integers(-30, size.height), "y0")
+    box = Box(x0, y0, x0 + data.draw(st.integers(0, 200), "w"), y0 + data.draw(st.integers(0, 200), "h"))
+    pixels = slide.read(box, mpp)
+    inside = box.intersect(frame)
+    expected = np.full((box.height, box.width, 3), 255, np.uint8)
+    if inside.area:
+        expected[inside.within((x0, y0))] = slide.read(frame, mpp)[inside.within((0, 0))]
+    assert np.array_equal(pixels, expected)
+    again, lost = slide.salvage(box, mpp)
+    assert np.array_equal(again, pixels)
+    assert not lost.any()
+
+
+def test_level_0_comes_back_unchanged(slide: Slide, picture: np.ndarray) -> None:
+    assert np.array_equal(slide.read(Box(0, 0, WIDTH, HEIGHT), slide.scale.x), picture)
+
+
+@pytest.mark.parametrize("mpp", [0.25, 0.5, 0.8, 2.0, 3.7])
+def test_points_of_the_work_frame_lie_where_the_affine_says(pyramid: Writer, mpp: float) -> None:
+    """A disc's centre of mass, found in work px, is its centre on the slide: no half pixel is lost anywhere."""
+    path = pyramid("plain.tif", 0.5).with_name("disc.tif")
+    y, x = np.mgrid[:600, :800] + 0.5
+    disc = (255 * (np.hypot(x - 321.3, y - 222.6) > 60)).astype(np.uint8)[..., None].repeat(3, axis=2)
+    with tifffile.TiffWriter(path) as tiff:
+        for factor in (1, 2, 4):
+            level = disc.reshape(600 // factor, factor, 800 // factor, factor, 3).mean((1, 3)).astype(np.uint8)
+            tiff.write(
+                level, tile=(128, 128), photometric="rgb", subfiletype=int(factor > 1), metadata=None,
+                resolution=(20000, 20000), resolutionunit=3,
+            )
+    with open_slide(path) as slide:
+        size, affine = slide.work(mpp)
+        dark = 255.0 - slide.read(Box(0, 0, *size), mpp)[..., 0]
+    row, col = ndimage.center_of_mass(dark)
+    centre = affine.work_to_slide((col + 0.5, row + 0.5))
+    np.testing.assert_allclose(centre, (321.3, 222.6), atol=0.1)
+
+
+def test_downsampling_is_antialiased(tmp_path: Path) -> None:
+    """A fine checkerboard becomes grey, not black or white, also without a pyramid."""
+    board = (np.indices((512, 512)).sum(0) % 2 * 255).astype(np.uint8)[..., None].repeat(3, axis=2)
+    Image.fromarray(board).save(tmp_path / "board.png")
+    with open_slide(tmp_path / "board.png", mpp=0.25) as slide:
+        assert np.abs(slide.thumbnail(1.9).astype(int) - 127).max() <= 6
+
+
+def test_a_slide_survives_pickling_threads_and_processes(slide: Slide) -> None:
+    box = Box(50, 60, 250, 200)
+    expected = slide.read(box, 0.5)
+    copy = pickle.loads(pickle.dumps(slide))
+    assert (copy.path, copy.scale, copy.bounds) == (slide.path, slide.scale, slide.bounds)
+    assert np.array_equal(copy.read(box, 0.5), expected)
+
+    found: list[np.ndarray] = []
+    threads = [threading.Thread(target=lambda: found.append(slide.read(box, 0.5))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 4
+    assert all(np.array_equal(pixels, expected) for pixels in found)
+
+    context = get_context("spawn")
+    with context.Pool(1) as pool:
+        assert np.array_equal(pool.apply(slide.read, (box, 0.5)), expected)
+
+
+def test_closing_is_not_the_end(slide: Slide) -> None:
+    before = slide.read(Box(0, 0, 20, 20), 0.5)
+    slide.close()
+    assert np.array_equal(slide.read(Box(0, 0, 20, 20), 0.5), before)
+
+
+# Scale
+
+
+def test_scale_from_the_tiff_resolution(slide: Slide) -> None:
+    assert slide.scale.source == "tiff resolution"
+    assert slide.scale.x == pytest.approx(0.5, rel=1e-6)
+    assert slide.vendor == "generic-tiff"
+    assert slide.work(0.25)[0] == Size(2 * WIDTH, 2 * HEIGHT)
+
+
+@pytest.mark.parametrize("mpp", [None, 1000.0, 0.01])
+def test_an_unknown_or_unbelievable_scale_is_refused_with_the_remedy(pyramid: Writer, mpp: float | None) -> None:
+    path = pyramid(f"scale-{mpp}.tif", mpp)
+    with pytest.raises(ScaleUnknown, match=r"scale-.*pass --mpp"):
+        open_slide(path)
+    assert open_slide(path, mpp=0.4).scale == (0.4, 0.4, "user")
+
+
+def test_the_user_is_believed_before_the_slide_but_not_everything(pyramid: Writer) -> None:
+    path = pyramid("plain.tif", 0.5)
+    assert open_slide(path, mpp=0.26).scale == (0.26, 0.26, "user")
+    with pytest.raises(ScaleUnknown, match="mpp=250 .* need 0.05 to 5"):
+        open_slide(path, mpp=250)
+
+
+# Plain images
+
+
+@pytest.mark.parametrize(("suffix", "mode"), [("png", "RGB"), ("png", "L"), ("jpg", "RGB"), ("webp", "RGB")])
+def test_plain_images_are_slides_of_one_level(
+    tmp_path: Path, picture: np.ndarray, suffix: str, mode: str
+) -> None:
+    path = tmp_path / f"image.{suffix}"
+    Image.fromarray(picture).convert(mode).save(path)
+    with pytest.raises(ScaleUnknown, match="pass --mpp"):
+        open_slide(path)
+    with open_slide(path, mpp=0.25) as slide:
+        assert (slide.vendor, slide.size, len(slide.levels)) == ("image", Size(WIDTH, HEIGHT), 1)
+        assert len(slide.quick_hash) == 64
+        stored = np.asarray(Image.open(path).convert("RGB"))
+        assert np.array_equal(slide.read(Box(0, 0, WIDTH, HEIGHT), 0.25), stored)
+
+
+def test_a_plain_tiff_states_its_resolution(tmp_path: Path, picture: np.ndarray) -> None:
+    path = tmp_path / "strips.tif"
+    tifffile.imwrite(path, picture, photometric="rgb", resolution=(40000, 40000), resolutionunit=3)
+    assert open_slide(path).scale.source == "tiff resolution"
+    assert open_slide(path).scale.x == pytest.approx(0.25, rel=1e-6)
+
+
+def test_transparency_is_blended_on_white(tmp_path: Path) -> None:
+    rgba = np.zeros((64, 64, 4), np.uint8)
+    rgba[:, 32:, 3] = 255
+    rgba[:, 16:32, 3] = 51
+    Image.fromarray(rgba).save(tmp_path / "clear.png")
+    with open_slide(tmp_path / "clear.png", mpp=0.25) as slide:
+        assert slide.read(Box(0, 0, 64, 64), 0.25)[5, [0, 20, 40], 1].tolist() == [255, 204, 0]
+
+
+# Damage
+
+
+def test_no_such_file(tmp_path: Path) -> None:
+    with pytest.raises(SlideNotFound, match=r"lost\.svs: there is no such file"):
+        open_slide(tmp_path / "lost.svs")
+    with pytest.raises(FileNotFoundError):
+        open_slide(tmp_path)
+
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "cause"),
+    [
+        ("empty.svs", b"", "is empty"),
+        ("text.svs", b"not a slide " * 100, "is not a slide"),
+        ("short.tif", b"II*\0" + struct.pack("<I", 5000) + bytes(100), "is truncated: it has 108 bytes"),
+        ("big.tif", b"MM\0+" + struct.pack(">HHQ", 8, 0, 9999) + bytes(100), "is truncated"),
+        ("alone.mrxs", b"\xff\xd8\xff" + bytes(100), "copy the folder 'alone' beside it"),
+        ("broken.png", b"\x89PNG\r\n\x1a\n" + bytes(50), "is not a slide|is a damaged image"),
+    ],
+)
+def test_what_does_not_open_says_why(tmp_path: Path, name: str, content: bytes, cause: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(SlideUnreadable, match=cause) as raised:
+        open_slide(tmp_path / name)
+    assert name in str(raised.value)
+
+
+def test_a_truncated_picture_is_damaged(tmp_path: Path, picture: np.ndarray) -> None:
+    Image.fromarray(picture).save(tmp_path / "whole.png")
+    (tmp_path / "half.png").write_bytes((tmp_path / "whole.png").read_bytes()[:100_000])
+    with pytest.raises(SlideUnreadable, match=r"half\.png is a damaged image"):
+        open_slide(tmp_path / "half.png", mpp=0.25)
+
+
+def _spoil(path: Path, target: Path, tiles: Callable[[int], bool]) -> Path:
+    """Copy a tiled TIFF with some tiles of its first level overwritten."""
+    shutil.copy(path, target)
+    with tifffile.TiffFile(path) as tiff:
+        page = tiff.pages[0]
+        places = list(zip(page.dataoffsets, page.databytecounts, strict=True))
+    with target.open("r+b") as file:
+        for i, (offset, length) in enumerate(places):
+            if tiles(i):
+                file.seek(offset)
+                file.write(bytes(length))
+    return target
+
+
+def test_one_bad_tile_is_lost_alone_and_the_rest_is_kept(
+    pyramid: Writer, tmp_path: Path, picture: np.ndarray
+) -> None:
+    path = _spoil(pyramid("flat.tif", 0.5, (1,)), tmp_path / "spoilt.tif", lambda i: i == 6)
+    bad = Box(128, 128, 256, 256)  # the seventh of 5 x 4 tiles of 128 px
+    with open_slide(path) as slide:
+        frame = Box(0, 0, WIDTH, HEIGHT)
+        with pytest.raises(RegionUnreadable, match=r"spoilt\.tif.*cannot be decoded"):
+            slide.read(frame, 0.5)
+        # The handle has been replaced.
+        assert np.array_equal(slide.read(Box(300, 0, 400, 100), 0.5), picture[:100, 300:400])
+        pixels, lost = slide.salvage(frame, 0.5)
+        expected = picture.copy()
+        expected[bad.within((0, 0))] = 255
+        assert lost.sum() == bad.area
+        assert lost[bad.within((0, 0))].all()
+        # Resolution tags are single precision, so the scale is 0.5 within 1e-8 and edges are resampled.
+        kept = ~ndimage.binary_dilation(lost, iterations=4)
+        assert np.abs(pixels.astype(int) - expected)[kept].max() <= 1
+        part, gone = slide.salvage(Box(100, 90, 300, 260), 0.25)
+        assert 0.2 < gone.mean() < 1
+        assert (part[ndimage.binary_erosion(gone, iterations=8)] == 255).all()
+
+
+def test_a_file_that_opens_but_decodes_nowhere_is_refused(pyramid: Writer, tmp_path: Path) -> None:
+    path = _spoil(pyramid("flat.tif", 0.5, (1,)), tmp_path / "hopeless.tif", lambda i: True)
+    with pytest.raises(SlideUnreadable, match=r"hopeless\.tif opens, but nothing in it can be read"):
+        open_slide(path)
+
+
+def test_damage_is_told_before_the_missing_scale(pyramid: Writer, tmp_path: Path) -> None:
+    path = _spoil(pyramid("flat-none.tif", None, (1,)), tmp_path / "both.tif", lambda i: True)
+    with pytest.raises(SlideUnreadable):
+        open_slide(path)
+
+
+# The shared slides behave as their README says
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "mpp", "source"),
+    [
+        ("CMU-1-Small-Region.svs", Size(2220, 2967), 0.499, "metadata"),
+        ("leica-offset-region.scn", Size(2220, 2967), 0.5, "metadata"),
+        ("mirax-sparse.mrxs", Size(2048, 2816), 0.499, "metadata"),
+        ("philips.tiff", Size(2304, 3072), 0.499, "metadata"),
+        ("generic-pyramid-jpeg.tif", Size(2220, 2967), 0.499, "tiff resolution"),
+        ("damaged/zeroed-60kB-in-tile-data.svs", Size(2220, 2967), 0.499, "metadata"),
+        ("damaged/random-byte-flips-in-tiles.svs", Size(2220, 2967), 0.499, "metadata"),
+    ],
+)
+def test_shared_slides_open(shared: Path, name: str, size: Size, mpp: float, source: str) -> None:
+    with open_slide(shared / "slides" / name) as slide:
+        assert slide.bounds.size == size
+        assert slide.scale.source == source
+        assert slide.scale.x == pytest.approx(mpp, rel=1e-5)
+        thumbnail = slide.thumbnail(16)
+        assert thumbnail.shape[:2] == slide.work(16)[0][::-1]
+        assert thumbnail.min() < 150
+
+
+@pytest.mark.parametrize("name", ["TCGA-CR-7395-01A-01-TS1.svs", "generic-no-resolution.tif"])
+def test_shared_slides_without_a_scale_need_the_user(shared: Path, name: str) -> None:
+    with pytest.raises(ScaleUnknown, match="pass --mpp"):
+        open_slide(shared / "slides" / name)
+    with open_slide(shared / "slides" / name, mpp=0.25) as slide:
+        assert slide.has_icc == name.startswith("TCGA")
+        assert slide.read(Box(100, 100, 164, 164), 0.25).shape == (64, 64, 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "cause"),
+    [
+        ("empty.svs", "is empty"),
+        ("text-renamed.svs", "is not a slide"),
+        ("truncated-50pct.svs", "is truncated"),
+        ("mirax-missing-datafile/mirax-sparse.mrxs", r"Data0000\.dat is missing"),
+    ],
+)
+def test_shared_slides_that_do_not_open(shared: Path, name: str, cause: str) -> None:
+    with pytest.raises(SlideError, match=cause) as raised:
+        open_slide(shared / "slides" / "damaged" / name)
+    assert Path(name).name in str(raised.value)
+
+
+def test_shared_leica_reads_only_inside_its_bounds(shared: Path) -> None:
+    """The container was written around the CMU pixels: the work frame starts where they start."""
+    with (
+        open_slide(shared / "slides" / "leica-offset-region.scn") as leica,
+        open_slide(shared / "slides" / "CMU-1-Small-Region.svs") as cmu,
+    ):
+        assert leica.bounds == Box(3000, 5000, 5220, 7967)
+        size, affine = leica.work(0.5)
+        assert affine.work_to_slide((0, 0)).tolist() == [3000, 5000]
+        box = Box(600, 900, 800, 1100)
+        difference = leica.read(box, leica.scale.x).astype(int) - cmu.read(box, cmu.scale.x)
+        assert np.abs(difference).mean() < 3
+        assert (leica.read(Box(-10, -10, 0, 0), 0.5) == 255).all()
+        assert (leica.read(Box(size.width, 0, size.width + 9, 9), 0.5) == 255).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "low", "high"), [("zeroed-60kB-in-tile-data.svs", 0.01, 0.1), ("random-byte-flips-in-tiles.svs", 0.2, 0.7)]
+)
+def test_shared_slides_with_unreadable_regions(shared: Path, name: str, low: float, high: float) -> None:
+    with open_slide(shared / "slides" / "damaged" / name) as slide:
+        frame = Box(0, 0, *slide.work(0.5)[0])
+        with pytest.raises(RegionUnreadable):
+            slide.read(frame, 0.5)
+        _, lost = slide.salvage(frame, 0.5)
+        assert low < lost.mean() < high
+
+
+def test_shared_slides_read_as_openslide_reads(shared: Path) -> None:
+    path = shared / "slides" / "CMU-1-Small-Region.svs"
+    with open_slide(path) as slide, openslide.OpenSlide(path) as handle:
+        expected = np.asarray(handle.read_region((700, 900), 0, (300, 200)).convert("RGB"))
+        assert np.array_equal(slide.read(Box(700, 900, 1000, 1100), slide.scale.x), expected)
