@@ -1,17 +1,94 @@
-from typing import NamedTuple
+"""The views of a tile -> its instances: boxes fused by overlap with votes, masks averaged."""
+
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
-from torchvision.ops import nms
+from torchvision.ops import box_iou, nms
+
 from pipeline.config import Detection
 from pipeline.detector import Candidates, Caps, NucleusDetector
 from pipeline.views import View, apply, apply_boxes, undo_boxes, undo_masks
+
+_LEADERS_AT_ONCE = 512  # rows of the overlap matrix held at once: 8 views of 3,000 boxes stay under 50 MB
+
+
 class Fused(NamedTuple):
-    boxes: Tensor
-    scores: Tensor
-    classes: Tensor
-    votes: Tensor
-def fuse(boxes,scores,classes,*,iou): return Fused(boxes[0],scores[0],classes[0],torch.ones_like(classes[0]))
+    """Boxes of one patch after fusion, best first; parallel (N, ...)."""
+
+    boxes: Tensor  # float32 (N, 4)
+    scores: Tensor  # float32 (N,): the mean over all views, where one that saw nothing counts 0
+    classes: Tensor  # int64 (N,)
+    votes: Tensor  # int64 (N,): how many views saw it
+
+
+def fuse(boxes: Sequence[Tensor], scores: Sequence[Tensor], classes: Sequence[Tensor], *, iou: float) -> Fused:
+    """Fuse the boxes that several views give one patch, all in the patch's frame.
+
+    boxes: a float32 (Ni, 4) per view; scores: (Ni,); classes: int64 (Ni,); iou: what overlaps by more is one
+    The best boxes lead (non-maximum suppression over all views); every other box joins the leader it overlaps
+    most, and of each view a leader counts the best. The fused box is the mean weighted by score, the class
+    the one of the highest summed score.
+    Laws: one view is returned as it is, with one vote each; the order of the views does not matter, to the bit.
+    """
+    count = len(boxes)
+    if count == 1:
+        return Fused(boxes[0], scores[0], classes[0], torch.ones_like(classes[0]))
+    every, score, klass = torch.cat(list(boxes)), torch.cat(list(scores)), torch.cat(list(classes))
+    view = torch.cat([torch.full_like(c, i) for i, c in enumerate(classes)])
+    order = _canonical(every, score, klass)
+    every, score, klass, view = every[order], score[order], klass[order], view[order]
+    leaders = nms(every, score, iou).sort().values  # canonical order is falling score
+    leader, overlap = _best_leader(every, every[leaders], iou)
+    # of the boxes that one view gives a leader, the first in canonical order counts
+    joined = torch.where(overlap)[0]
+    key = leader[joined] * count + view[joined]
+    counted = joined[_first_of_each(key)]
+    counted = counted.sort().values  # sums run in canonical order, whatever the order of the views
+    target = leader[counted]
+    total = torch.zeros(len(leaders), dtype=torch.float64, device=every.device)
+    weight = score[counted].double()
+    total.index_add_(0, target, weight)
+    mean = torch.zeros(len(leaders), 4, dtype=torch.float64, device=every.device)
+    mean.index_add_(0, target, every[counted].double() * weight[:, None])
+    votes = torch.zeros(len(leaders), dtype=torch.int64, device=every.device)
+    votes.index_add_(0, target, torch.ones_like(target))
+    kinds = int(klass.max()) + 1 if len(klass) else 1
+    ballots = torch.zeros(len(leaders), kinds, dtype=torch.float64, device=every.device)
+    ballots.index_put_((target, klass[counted]), weight, accumulate=True)
+    fused = Fused(
+        (mean / total.clamp(min=1e-12)[:, None]).to(every.dtype), (total / count).to(score.dtype), ballots.argmax(1), votes
+    )
+    best = _canonical(fused.boxes, fused.scores, fused.classes)
+    return Fused(*(values[best] for values in fused))
+
+
+def _canonical(boxes: Tensor, scores: Tensor, classes: Tensor) -> Tensor:
+    """Indices by falling score, then by coordinates and class: an order that no input order shows in."""
+    order = torch.arange(len(boxes), device=boxes.device)
+    for key in (classes, boxes[:, 3], boxes[:, 2], boxes[:, 1], boxes[:, 0], -scores):
+        order = order[key[order].argsort(stable=True)]
+    return order
+
+
+def _best_leader(boxes: Tensor, leaders: Tensor, iou: float) -> tuple[Tensor, Tensor]:
+    """Each box's most overlapping leader (N,), and whether by `iou` or more (N,). The first of equals."""
+    best = torch.full((len(boxes),), -1.0, device=boxes.device)
+    index = torch.zeros(len(boxes), dtype=torch.int64, device=boxes.device)
+    for first in range(0, len(leaders), _LEADERS_AT_ONCE):
+        overlap, at = box_iou(leaders[first : first + _LEADERS_AT_ONCE], boxes).max(0)
+        better = overlap > best
+        best, index = torch.where(better, overlap, best), torch.where(better, at + first, index)
+    return index, best >= iou
+
+
+def _first_of_each(key: Tensor) -> Tensor:
+    """Index of the first occurrence of every distinct value."""
+    order = key.argsort(stable=True)
+    fresh = torch.ones_like(key, dtype=torch.bool)
+    fresh[1:] = key[order][1:] != key[order][:-1]
+    return order[fresh]
 
 
 class Instances(NamedTuple):

@@ -1,13 +1,112 @@
-"""placeholder until views arrive"""
+"""The views of the multi-inference: flips, quarter-turns and small shifts of a patch, and the way back.
+
+A view flips left and right, then turns by quarters anticlockwise, then shifts. The shift rolls the image
+around its edge, so that every view can be undone exactly; what comes round lies in the margin, which the
+margin rule accounts for. Boxes and points move with the pixels that they lie on, but are not rolled round.
+
+Laws, for every view: undo(apply(x)) == x, for images, boxes, masks and points; the box of a pixel becomes
+the box of the pixel it moves to.
+"""
+
 from typing import NamedTuple
+
 import torch
+from torch import Tensor
+
+_SHIFT = 5  # px; no multiple of a feature map's stride, so that the grid of anchors falls elsewhere
+
+
 class View(NamedTuple):
     flip: bool
     turns: int
-    shift: tuple[int,int]
-def views(n): return (View(False,0,(0,0)),)
-def largest_shift(n): return 0
-def apply(v,x): return x
-def apply_boxes(v,b,s): return b
-def undo_boxes(v,b,s): return b
-def undo_masks(v,m): return m
+    shift: tuple[int, int]  # right, down; px
+
+
+_ALL = (
+    View(False, 0, (0, 0)),
+    View(False, 2, (_SHIFT, _SHIFT)),
+    View(True, 0, (0, _SHIFT)),
+    View(True, 2, (_SHIFT, 0)),
+    View(False, 1, (0, 0)),
+    View(False, 3, (_SHIFT, _SHIFT)),
+    View(True, 1, (0, _SHIFT)),
+    View(True, 3, (_SHIFT, 0)),
+)
+
+
+def views(count: int) -> tuple[View, ...]:
+    """The first `count` views: 1 (the patch as it is), 2, 4, or 8 (all flips and quarter-turns).
+
+    Raises ValueError for any other number.
+    """
+    if count not in (1, 2, 4, 8):
+        raise ValueError(f"views={count}: need 1, 2, 4 or 8")
+    return _ALL[:count]
+
+
+def largest_shift(count: int) -> int:
+    """How far the views of this number move a patch, in px along either axis."""
+    return max(max(view.shift) for view in views(count))
+
+
+def apply(view: View, images: Tensor) -> Tensor:
+    """Square images (..., S, S) as the view shows them."""
+    if view.flip:
+        images = images.flip(-1)
+    images = torch.rot90(images, view.turns, (-2, -1))
+    return images.roll((view.shift[1], view.shift[0]), (-2, -1)) if any(view.shift) else images
+
+
+def undo(view: View, images: Tensor) -> Tensor:
+    """Square images (..., S, S) of the view, as the patch shows them."""
+    if any(view.shift):
+        images = images.roll((-view.shift[1], -view.shift[0]), (-2, -1))
+    return _unturned(view, images)
+
+
+def undo_masks(view: View, soft: Tensor) -> Tensor:
+    """Masks on the grid of their boxes (N, M, M): they flip and turn, and move with their boxes."""
+    return _unturned(view, soft)
+
+
+def apply_masks(view: View, soft: Tensor) -> Tensor:
+    """The inverse of `undo_masks`."""
+    return apply(view._replace(shift=(0, 0)), soft)
+
+
+def _unturned(view: View, images: Tensor) -> Tensor:
+    images = torch.rot90(images, -view.turns, (-2, -1))
+    return images.flip(-1) if view.flip else images
+
+
+def apply_points(view: View, xy: Tensor, side: float) -> Tensor:
+    """Points (N, 2) of the patch, in px from its corner, as the view shows them. side: of the patch, px."""
+    x, y = xy.unbind(-1)
+    if view.flip:
+        x = side - x
+    for _ in range(view.turns % 4):
+        x, y = y, side - x
+    return torch.stack([x + view.shift[0], y + view.shift[1]], -1)
+
+
+def undo_points(view: View, xy: Tensor, side: float) -> Tensor:
+    """Points (N, 2) of the view, in the patch."""
+    x, y = xy[..., 0] - view.shift[0], xy[..., 1] - view.shift[1]
+    for _ in range(view.turns % 4):
+        x, y = side - y, x
+    return torch.stack([side - x if view.flip else x, y], -1)
+
+
+def apply_boxes(view: View, boxes: Tensor, side: float) -> Tensor:
+    """Boxes (N, 4), x0 y0 x1 y1 of the patch, as the view shows them."""
+    return _ordered(apply_points(view, boxes.reshape(-1, 2, 2), side))
+
+
+def undo_boxes(view: View, boxes: Tensor, side: float) -> Tensor:
+    """Boxes (N, 4) of the view, in the patch."""
+    return _ordered(undo_points(view, boxes.reshape(-1, 2, 2), side))
+
+
+def _ordered(corners: Tensor) -> Tensor:
+    """Any two opposite corners (N, 2, 2) -> x0 y0 x1 y1 (N, 4)."""
+    return torch.cat([corners.amin(1), corners.amax(1)], -1)

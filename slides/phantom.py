@@ -125,7 +125,7 @@ def write(path: Path, phantom: Phantom, mpp: float = _MPP) -> None:
     per_cm = 1e4 / mpp
     factor = 1
     with tifffile.TiffWriter(path) as tiff:
-        while factor == 1 or max(image.size) / factor >= 2 * _TILE:
+        while factor == 1 or max(image.size) / factor >= _TILE:
             tiff.write(
                 np.asarray(image.reduce(factor)),
                 tile=(_TILE, _TILE),

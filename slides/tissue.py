@@ -89,7 +89,8 @@ def tissue_mask(
     thumbnail: uint8 (h, w, 3) at `mpp` micrometres per pixel, 4 to 16 or so.
     min_area_um2: smaller pieces are dirt; margin_um: the mask is grown by this much, so that the nuclei at
     the tissue's edge are in.
-    Returns bool (h, w). Holes are kept out only where they are larger than 0.1 mm2.
+    Returns bool (h, w). Holes are kept out only where they are larger than 0.1 mm2
+    or open to the edge of the picture.
 
     Stain is told by its colour, not by its darkness: so uneven glass, grey glass and black borders are out,
     and pale tissue is in. Strokes of blue, green, red or black ink are taken out. The rules stand at the
@@ -103,7 +104,7 @@ def tissue_mask(
     tissue = (green - np.minimum(red, blue) > _STAINED) & ~ink
     # Pieces nearer to each other than the margin count as one.
     tissue = _shrunk(_grown(tissue, margin_um / mpp), margin_um / mpp) & ~ink
-    tissue = ~_without_small(~tissue, _HOLE_UM2 / mpp**2) & ~ink
+    tissue = _filled(tissue, _HOLE_UM2 / mpp**2) & ~ink
     tissue = _without_small(tissue, min_area_um2 / mpp**2)
     return _grown(tissue, margin_um / mpp)
 
@@ -156,6 +157,15 @@ def _grown(mask: NDArray[np.bool_], by_px: float) -> NDArray[np.bool_]:
 def _shrunk(mask: NDArray[np.bool_], by_px: float) -> NDArray[np.bool_]:
     """All pixels further than `by_px` from what is not the mask. The picture's edge takes nothing away."""
     return ~_grown(~mask, by_px)
+
+
+def _filled(mask: NDArray[np.bool_], area_px: float) -> NDArray[np.bool_]:
+    """The mask without its holes of fewer than `area_px` pixels. What is open to the picture's edge is no hole."""
+    labels, _ = ndimage.label(np.pad(~mask, 1, constant_values=True))
+    small = np.bincount(labels.ravel()) < area_px
+    small[[0, labels[0, 0]]] = False
+    filled: NDArray[np.bool_] = mask | small[labels][1:-1, 1:-1]
+    return filled
 
 
 def _without_small(mask: NDArray[np.bool_], area_px: float) -> NDArray[np.bool_]:

@@ -114,7 +114,8 @@ def test_downsampling_is_antialiased(tmp_path: Path) -> None:
     board = (np.indices((512, 512)).sum(0) % 2 * 255).astype(np.uint8)[..., None].repeat(3, axis=2)
     Image.fromarray(board).save(tmp_path / "board.png")
     with open_slide(tmp_path / "board.png", mpp=0.25) as slide:
-        assert np.abs(slide.thumbnail(1.9).astype(int) - 127).max() <= 6
+        # The last pixels hang over the picture, whose edge is continued: no checkerboard there.
+        assert np.abs(slide.thumbnail(1.9)[:-3, :-3].astype(int) - 127).max() <= 6
 
 
 def test_a_slide_survives_pickling_threads_and_processes(slide: Slide) -> None:
@@ -272,7 +273,7 @@ def test_one_bad_tile_is_lost_alone_and_the_rest_is_kept(
         # Resolution tags are single precision, so the scale is 0.5 within 1e-8 and edges are resampled.
         kept = ~ndimage.binary_dilation(lost, iterations=4)
         assert np.abs(pixels.astype(int) - expected)[kept].max() <= 1
-        part, gone = slide.salvage(Box(100, 90, 300, 260), 0.25)
+        part, gone = slide.salvage(Box(200, 180, 400, 360), 0.25)
         assert 0.2 < gone.mean() < 1
         assert (part[ndimage.binary_erosion(gone, iterations=8)] == 255).all()
 

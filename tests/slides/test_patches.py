@@ -1,0 +1,210 @@
+"""The patch store: what is done reads back, whatever happens; blocks do not touch each other."""
+
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from slides.errors import GridError, StoreMismatch
+from slides.geometry import Box, Size
+from slides.grid import Tile, TileGrid
+from slides.patches import PatchStore, cut
+from slides.slide import open_slide
+
+ROOT = Path(__file__).resolve().parents[2]
+GRID = TileGrid(Size(100, 70), tile=24, margin=4, block=3)  # 5 x 7 tiles in 2 x 3 blocks
+
+
+def _content(tiles: tuple[Tile, ...], seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    patches = rng.integers(0, 256, (len(tiles), GRID.tile, GRID.tile, 3), np.uint8)
+    return patches, rng.random(len(tiles), np.float32)
+
+
+@given(order=st.permutations(range(GRID.blocks)), keep=st.integers(0, 2**32 - 1))
+@settings(max_examples=8)
+def test_what_is_written_reads_back(
+    tmp_path_factory: pytest.TempPathFactory, order: list[int], keep: int
+) -> None:
+    """In any order of blocks, for all tiles of a block or some; other blocks stay as they are."""
+    store = PatchStore.create(tmp_path_factory.mktemp("store") / "patches.zarr", GRID, "digest")
+    written = {}
+    for block in order:
+        assert not store.is_done(block)
+        tiles = tuple(tile for i, tile in enumerate(GRID.tiles_of(block)) if keep >> i & 1)
+        written[block] = (tiles, *_content(tiles, block))
+        store.write(block, *written[block])
+    reopened = PatchStore.create(store.path, GRID, "digest")
+    for block, (tiles, patches, lost) in written.items():
+        assert reopened.is_done(block)
+        found, shares = reopened.read(block, tiles)
+        assert np.array_equal(found, patches)
+        assert np.array_equal(shares, lost)
+        others = tuple(tile for tile in GRID.tiles_of(block) if tile not in tiles)
+        assert (reopened.read(block, others)[0] == 255).all()
+
+
+def test_a_white_block_leaves_no_shard_but_is_done(tmp_path: Path) -> None:
+    store = PatchStore.create(tmp_path / "patches.zarr", GRID, "digest")
+    tiles = GRID.tiles_of(0)
+    store.write(0, tiles, np.full((9, 24, 24, 3), 255, np.uint8), np.zeros(9, np.float32))
+    assert store.is_done(0)
+    assert not (store.path / "patches" / "c").exists()
+    assert (store.read(0, tiles)[0] == 255).all()
+
+
+def test_discarding_frees_the_block_and_nothing_else(tmp_path: Path) -> None:
+    store = PatchStore.create(tmp_path / "patches.zarr", GRID, "digest")
+    for block in (0, 1):
+        store.write(block, GRID.tiles_of(block), *_content(GRID.tiles_of(block), block))
+    store.discard(0)
+    store.discard(0)
+    assert [store.is_done(block) for block in (0, 1)] == [False, True]
+    shards = [path for path in (store.path / "patches" / "c").rglob("*") if path.is_file()]
+    assert [path.relative_to(store.path / "patches").parts[:3] for path in shards] == [("c", "0", "1")]
+    store.write(0, GRID.tiles_of(0), *_content(GRID.tiles_of(0), 7))
+    assert np.array_equal(store.read(0, GRID.tiles_of(0))[0], _content(GRID.tiles_of(0), 7)[0])
+
+
+def test_a_shard_is_written_without_reading_the_old_one(tmp_path: Path) -> None:
+    """What a killed process left behind does not matter, not even garbage."""
+    store = PatchStore.create(tmp_path / "patches.zarr", GRID, "digest")
+    tiles = GRID.tiles_of(4)
+    shard = store.path / "patches" / "c" / "1" / "1" / "0" / "0" / "0"
+    shard.parent.mkdir(parents=True)
+    shard.write_bytes(b"garbage")
+    store.write(4, tiles, *_content(tiles))
+    assert np.array_equal(store.read(4, tiles)[0], _content(tiles)[0])
+
+
+def test_another_configuration_or_grid_is_refused_and_both_are_shown(tmp_path: Path) -> None:
+    path = tmp_path / "patches.zarr"
+    PatchStore.create(path, GRID, "aaaa")
+    with pytest.raises(StoreMismatch, match=r"patches\.zarr was made with digest aaaa, this run has bbbb"):
+        PatchStore.create(path, GRID, "bbbb")
+    with pytest.raises(StoreMismatch, match="'margin': 4.*'margin': 3"):
+        PatchStore.create(path, TileGrid(GRID.size, 24, 3, 3), "aaaa")
+    (tmp_path / "other").mkdir()
+    with pytest.raises(StoreMismatch, match="is not a patch store"):
+        PatchStore.create(tmp_path / "other", GRID, "aaaa")
+
+
+def test_tiles_of_another_block_are_refused(tmp_path: Path) -> None:
+    store = PatchStore.create(tmp_path / "patches.zarr", GRID, "digest")
+    with pytest.raises(GridError, match="is not in block 0"):
+        store.read(0, GRID.tiles_of(1))
+
+
+# A process of its own: makes or opens the store, then writes blocks (for ever, if told so).
+WRITER = """
+import sys
+from pathlib import Path
+import numpy as np
+from slides.geometry import Size
+from slides.grid import TileGrid
+from slides.patches import PatchStore
+
+grid = TileGrid(Size(100, 70), tile=24, margin=4, block=3)
+store = PatchStore.create(Path(sys.argv[1]), grid, "digest")
+again = True
+while again:
+    for block in map(int, sys.argv[3:]):
+        tiles, rng = grid.tiles_of(block), np.random.default_rng(block)
+        patches = rng.integers(0, 256, (len(tiles), 24, 24, 3), np.uint8)
+        store.write(block, tiles, patches, rng.random(len(tiles), np.float32))
+    again = sys.argv[2] == "for ever"
+"""
+
+
+def _writer(path: Path, how_long: str, blocks: Iterable[int]) -> subprocess.Popen[bytes]:
+    return subprocess.Popen([sys.executable, "-c", WRITER, str(path), how_long, *map(str, blocks)], cwd=ROOT)
+
+
+def _assert_done_is_whole(path: Path) -> int:
+    """Every block that says done holds all its patches. Returns how many do."""
+    store = PatchStore.create(path, GRID, "digest")
+    done = [block for block in range(GRID.blocks) if store.is_done(block)]
+    for block in done:
+        patches, lost = _content(GRID.tiles_of(block), block)
+        found, shares = store.read(block, GRID.tiles_of(block))
+        assert np.array_equal(found, patches)
+        assert np.array_equal(shares, lost)
+    return len(done)
+
+
+def test_a_killed_writer_never_leaves_a_block_that_is_done_by_half(tmp_path: Path) -> None:
+    path = tmp_path / "patches.zarr"
+    with _writer(path, "for ever", range(GRID.blocks)) as writer:
+        while writer.poll() is None and not any(path.glob("done/c/*/*")):
+            time.sleep(0.01)
+        time.sleep(0.05)
+        writer.kill()
+    _assert_done_is_whole(path)
+    with _writer(path, "once", range(GRID.blocks)) as writer:
+        assert writer.wait() == 0
+    assert _assert_done_is_whole(path) == GRID.blocks
+
+
+def test_processes_write_different_blocks_at_the_same_time(tmp_path: Path) -> None:
+    path = tmp_path / "patches.zarr"  # whoever comes first makes the store
+    writers = [_writer(path, "once", range(first, GRID.blocks, 3)) for first in range(3)]
+    assert [writer.wait() for writer in writers] == [0, 0, 0]
+    assert _assert_done_is_whole(path) == GRID.blocks
+    assert [entry.name for entry in tmp_path.iterdir()] == ["patches.zarr"]
+
+
+# Cutting
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> Path:
+    path = tmp_path / "picture.png"
+    noise = np.random.default_rng(2).integers(0, 250, (70, 100, 3), np.uint8)
+    Image.fromarray(noise).save(path)
+    return path
+
+
+def test_patches_are_what_their_reads_hold_and_cores_put_together_are_the_slide(picture: Path) -> None:
+    with open_slide(picture, mpp=0.25) as slide:
+        whole = slide.read(Box(0, 0, *GRID.size), 0.25)
+        together = np.zeros_like(whole)
+        for block in range(GRID.blocks):
+            tiles = GRID.tiles_of(block)
+            patches, lost = cut(slide, tiles, GRID, 0.25)
+            assert not lost.any()
+            for tile, patch in zip(tiles, patches, strict=True):
+                assert np.array_equal(patch, slide.read(tile.read, 0.25))
+                together[tile.core.within((0, 0))] = patch[tile.core.within((tile.read.x0, tile.read.y0))]
+    assert np.array_equal(together, whole)
+
+
+def test_a_block_is_read_once(picture: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with open_slide(picture, mpp=0.25) as slide:
+        boxes = []
+        salvage = slide.salvage
+        monkeypatch.setattr(slide, "salvage", lambda box, mpp: boxes.append(box) or salvage(box, mpp))
+        cut(slide, GRID.tiles_of(0), GRID, 0.25)
+        assert boxes == [Box(-4, -4, 52, 52)]
+        patches, lost = cut(slide, (), GRID, 0.25)
+        assert (patches.shape, lost.shape) == ((0, 24, 24, 3), (0,))
+
+
+def test_the_lost_share_is_the_cores(shared: Path) -> None:
+    """The shares, weighted by the cores' areas, add up to the area lost."""
+    with open_slide(shared / "slides" / "damaged" / "zeroed-60kB-in-tile-data.svs") as slide:
+        size, _ = slide.work(1.0)
+        grid = TileGrid(size, 256, 32, 4)
+        total = 0.0
+        for block in range(grid.blocks):
+            tiles = grid.tiles_of(block)
+            total += float(cut(slide, tiles, grid, 1.0)[1] @ [tile.core.area for tile in tiles])
+        _, lost = slide.salvage(Box(0, 0, *size), 1.0)
+        assert total == pytest.approx(lost.sum(), rel=1e-4)
+        assert total > 0
