@@ -114,10 +114,10 @@ def infer(
     side = images.shape[-1]
     pyramids, seen = [], []
     for view in chosen:
-        features = model.features(apply(view, images))
+        shown = apply(view, images)
+        features = model.features(shown)
         pyramids.append(features)
-        # what a view alone would drop can still be carried by the others
-        found = candidates(model, apply(view, images), features, detection, limits, margin, len(chosen))
+        found = candidates(model, shown, features, detection, limits, margin, len(chosen))
         seen.append([c._replace(boxes=undo_boxes(view, c.boxes, side)) for c in found])
     fused = [_fuse_patch(views_of_patch, detection) for views_of_patch in zip(*seen, strict=True)]
     boxes, classes = [f.boxes for f in fused], [f.classes for f in fused]
@@ -147,6 +147,7 @@ def candidates(
 ) -> list[Candidates]:
     """Boxes of every patch in one view; a patch whose caps are reached is looked at again in four parts."""
     side = model.side(images.shape[-2:])
+    # what a view alone would drop can still be carried by the others
     floor = detection.score if views == 1 else detection.score / 2
     found = model.classify(features, model.propose(features, side, limits), side, limits, floor, detection.nms)
     return [

@@ -184,7 +184,7 @@ def _fit_reinhard(pixels: Tensor) -> Numbers:
 def _transfer_reinhard(images: Tensor, source: Numbers, target: Numbers) -> Tensor:
     """Tissue to the target's mean and deviation along Ruderman's axes; glass is kept, with a smooth passage."""
     (mean, deviation), (mean_to, deviation_to) = (
-        (torch.tensor(n[name], dtype=torch.float64) for name in ("mean", "deviation")) for n in (source, target)
+        [torch.tensor(n[name], dtype=torch.float64) for name in ("mean", "deviation")] for n in (source, target)
     )
     gain = deviation_to / deviation
     # lab' = gain (lab - mean) + mean_to is affine in log LMS: log LMS' - log LMS = matrix log LMS + offset
@@ -267,3 +267,21 @@ def _find(method: Any) -> _Method:
     if method not in _METHODS:
         raise StainError(f"stain method {method!r}: need one of {', '.join(_METHODS)}")
     return _METHODS[method]
+
+
+# Every fourth pixel, down and across, of the 16 training images of Kumar et al. (2017), pooled and fitted:
+# seven organs of many laboratories. tests/pipeline/test_stain.py computes them again.
+TEMPLATE: Mapping[str, Stain] = {
+    "none": Stain("none", {}),
+    "reinhard": Stain(
+        "reinhard", {"mean": (-0.479063, -0.045649, 0.023381), "deviation": (0.262446, 0.047006, 0.01484)}
+    ),
+    "macenko": Stain(
+        "macenko",
+        {
+            "haematoxylin": (0.62431, 0.690624, 0.36507),
+            "eosin": (0.068402, 0.831802, 0.550842),
+            "strength": (2.440143, 1.41938),
+        },
+    ),
+}

@@ -84,7 +84,7 @@ class PatchStore:
         all_lost = np.zeros((side, side), np.float32)
         all_patches[rows, cols] = patches
         all_lost[rows, cols] = lost
-        # Not done while the shard changes; the flag comes back last. And no old shard: Zarr would read it first.
+        # Not done while the shard changes; the flag comes back last. Zarr would read an old shard: it goes.
         self.discard(block)
         self._patches[self._place(block)] = all_patches
         self._lost[self._place(block)] = all_lost

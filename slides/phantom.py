@@ -25,8 +25,8 @@ _MPP = 0.25
 # Coarse fields (tissue, nests, lumens) are made at one pixel in 8.
 _COARSE = 8
 
-# Natural optical density of one unit of stain in red, green, blue: near Ruifrok's haematoxylin, and an eosin that
-# absorbs blue too, as measured inside and outside the nuclei of public H&E images.
+# Natural optical density of one unit of stain in red, green, blue: near Ruifrok's haematoxylin, and an eosin
+# that absorbs blue too, as measured inside and outside the nuclei of public H&E images.
 _HAEMATOXYLIN = (0.62, 0.74, 0.4)
 _EOSIN = (0.22, 0.82, 0.46)
 _PEN = (1.9, 1.3, 0.35)

@@ -83,7 +83,7 @@ class Slide:
         )
         self.bounds = _bounds(properties, self.size)
         self._tile_sizes = tuple(_tile_size(properties, level) for level in range(len(self.levels)))
-        self.has_icc = handle.color_profile is not None
+        self.has_icc = "openslide.icc-size" in properties
         self.quick_hash: str = properties.get("openslide.quickhash-1") or _file_hash(self.path)
         # A damaged file must be called damaged, whether or not it states a scale.
         self._prove_readable()
@@ -333,7 +333,7 @@ def _open_picture(path: Path) -> openslide.ImageSlide:
 
 
 class _Picture(openslide.ImageSlide):
-    """A plain image whose TIFF resolution, if any, is told the way OpenSlide tells it."""
+    """A plain image that tells its TIFF resolution and colour profile the way OpenSlide does."""
 
     def __init__(self, picture: Image.Image) -> None:
         tags = getattr(picture, "tag_v2", {})
@@ -341,6 +341,8 @@ class _Picture(openslide.ImageSlide):
         resolution = {"tiff.XResolution": tags.get(282), "tiff.YResolution": tags.get(283)}
         self._stated = {name: str(float(value)) for name, value in resolution.items() if value}
         self._stated["tiff.ResolutionUnit"] = unit
+        if profile := picture.info.get("icc_profile"):
+            self._stated["openslide.icc-size"] = str(len(profile))
         super().__init__(picture.convert("RGBA"))
 
     @property

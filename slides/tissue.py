@@ -160,7 +160,7 @@ def _shrunk(mask: NDArray[np.bool_], by_px: float) -> NDArray[np.bool_]:
 
 
 def _filled(mask: NDArray[np.bool_], area_px: float) -> NDArray[np.bool_]:
-    """The mask without its holes of fewer than `area_px` pixels. What is open to the picture's edge is no hole."""
+    """The mask without its holes under `area_px` pixels. What is open to the picture's edge is no hole."""
     labels, _ = ndimage.label(np.pad(~mask, 1, constant_values=True))
     small = np.bincount(labels.ravel()) < area_px
     small[[0, labels[0, 0]]] = False

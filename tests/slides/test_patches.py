@@ -89,7 +89,7 @@ def test_another_configuration_or_grid_is_refused_and_both_are_shown(tmp_path: P
     PatchStore.create(path, GRID, "aaaa")
     with pytest.raises(StoreMismatch, match=r"patches\.zarr was made with digest aaaa, this run has bbbb"):
         PatchStore.create(path, GRID, "bbbb")
-    with pytest.raises(StoreMismatch, match="'margin': 4.*'margin': 3"):
+    with pytest.raises(StoreMismatch, match=r"'margin': 4.*'margin': 3"):
         PatchStore.create(path, TileGrid(GRID.size, 24, 3, 3), "aaaa")
     (tmp_path / "other").mkdir()
     with pytest.raises(StoreMismatch, match="is not a patch store"):
