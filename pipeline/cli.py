@@ -74,8 +74,7 @@ def run(
     failed = [r for r in rows if r.status == "failed"]
     done = [r for r in rows if r.status.startswith("done")]
     print(
-        f"{len(done)} of {len(rows)} slides done, {sum(r.nuclei for r in done):,} nuclei; "
-        f"ledger: {out / 'ledger.csv'}"
+        f"{len(done)} of {len(rows)} slides done, {sum(r.nuclei for r in done):,} nuclei; ledger: {out / 'ledger.csv'}"
     )
     for row in failed:
         print(f"  failed: {row.slide}: {row.cause}", file=sys.stderr)

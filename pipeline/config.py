@@ -61,7 +61,10 @@ class Tiling:
     def __post_init__(self) -> None:
         _require(0.05 <= self.mpp <= 5, f"mpp={self.mpp}: need 0.05 to 5 um per pixel")
         _require(self.tile % 32 == 0 and self.tile > 0, f"tile={self.tile}: need a positive multiple of 32")
-        _require(0 <= 2 * self.margin < self.tile, f"margin={self.margin} leaves no core in a tile of {self.tile} px: need 2 * margin < tile")
+        _require(
+            0 <= 2 * self.margin < self.tile,
+            f"margin={self.margin} leaves no core in a tile of {self.tile} px: need 2 * margin < tile",
+        )
         _require(self.block >= 1, f"block={self.block}: need 1 or more")
 
 
@@ -260,7 +263,10 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         return build(hint, value, where)
     origin, options = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
-        _require(value in options and not isinstance(value, bool), f"{where}={value!r}: need one of {', '.join(map(str, options))}")
+        _require(
+            value in options and not isinstance(value, bool),
+            f"{where}={value!r}: need one of {', '.join(map(str, options))}",
+        )
         return value
     if origin is tuple:
         _require(isinstance(value, list | tuple), f"{where}={value!r}: need a list")

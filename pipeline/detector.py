@@ -63,11 +63,10 @@ class NucleusDetector(nn.Module):
         super().__init__()
         self.architecture = architecture
         channels = architecture.channels
-        self.backbone = timm.create_model(architecture.backbone, features_only=True, out_indices=(1, 2, 3, 4))
+        backbone: Any = timm.create_model(architecture.backbone, features_only=True, out_indices=(1, 2, 3, 4))
+        self.backbone = backbone
         # the pretrained maps have a deviation of about 10: without a norm layer the loss is NaN in a few steps
-        self.pyramid = FeaturePyramidNetwork(
-            self.backbone.feature_info.channels(), channels, norm_layer=nn.BatchNorm2d
-        )
+        self.pyramid = FeaturePyramidNetwork(backbone.feature_info.channels(), channels, norm_layer=nn.BatchNorm2d)
         self.rpn = RegionProposalNetwork(
             AnchorGenerator(architecture.anchors, (RATIOS,) * len(architecture.anchors)),
             _ProposalHead(channels, len(RATIOS) * len(architecture.anchors[0])),
@@ -82,7 +81,12 @@ class NucleusDetector(nn.Module):
         mask_layers: list[nn.Module] = []
         for layer in range(architecture.mask_layers):
             mask_layers += [
-                nn.Conv2d(architecture.mask_channels if layer else channels, architecture.mask_channels, 3, padding=1),
+                nn.Conv2d(
+                    architecture.mask_channels if layer else channels,
+                    architecture.mask_channels,
+                    3,
+                    padding=1,
+                ),
                 nn.ReLU(inplace=True),
             ]
         self.roi_heads = RoIHeads(
@@ -112,9 +116,7 @@ class NucleusDetector(nn.Module):
     def features(self, images: Tensor) -> dict[str, Tensor]:
         """images: (B, 3, H, W) in 0..1 -> feature maps at strides 4 to 32 of the enlarged image."""
         if self.architecture.upscale != 1:
-            images = F.interpolate(
-                images, scale_factor=self.architecture.upscale, mode="bilinear", align_corners=False
-            )
+            images = F.interpolate(images, scale_factor=self.architecture.upscale, mode="bilinear", align_corners=False)
         return self._maps(images)
 
     def _maps(self, images: Tensor) -> dict[str, Tensor]:
@@ -128,12 +130,17 @@ class NucleusDetector(nn.Module):
         self.rpn._post_nms_top_n = {"training": 1000, "testing": caps.proposals}
         sizes = [side] * features["0"].shape[0]
         images = ImageList(features["0"].new_empty((len(sizes), 1, *side)), sizes)
-        proposals, _ = self.rpn(images, {k: v.float() for k, v in features.items()})
+        proposals: list[Tensor] = self.rpn(images, {k: v.float() for k, v in features.items()})[0]
         return proposals
 
     def classify(
-        self, features: Mapping[str, Tensor], proposals: list[Tensor], side: tuple[int, int],
-        caps: Caps, score: float, nms: float,
+        self,
+        features: Mapping[str, Tensor],
+        proposals: list[Tensor],
+        side: tuple[int, int],
+        caps: Caps,
+        score: float,
+        nms: float,
     ) -> list[Candidates]:
         """Proposals -> boxes with class and score, after class-agnostic NMS, in patch px."""
         heads = self.roi_heads
@@ -150,13 +157,17 @@ class NucleusDetector(nn.Module):
             width, height = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
             keep = torch.where((best >= score) & (width >= 2) & (height >= 2))[0]
             keep = keep[batched_nms(boxes[keep], best[keep], torch.zeros_like(keep), nms)]
-            saturated = offered >= caps.proposals and len(keep) > caps.proposals // 3 or len(keep) > caps.instances
+            saturated = (offered >= caps.proposals and len(keep) > caps.proposals // 3) or len(keep) > caps.instances
             keep = keep[: caps.instances]
             found.append(Candidates(boxes[keep] / self.architecture.upscale, best[keep], klass[keep], saturated))
         return found
 
     def masks(
-        self, features: Mapping[str, Tensor], boxes: list[Tensor], classes: list[Tensor], side: tuple[int, int]
+        self,
+        features: Mapping[str, Tensor],
+        boxes: list[Tensor],
+        classes: list[Tensor],
+        side: tuple[int, int],
     ) -> list[Tensor]:
         """Soft masks float32 (N, M, M) in 0..1 of each image's boxes (patch px): the grid spans the box."""
         heads = self.roi_heads
@@ -183,7 +194,7 @@ class NucleusDetector(nn.Module):
         return int(shape[0] * self.architecture.upscale), int(shape[1] * self.architecture.upscale)
 
 
-class _ProposalHead(RPNHead):
+class _ProposalHead(RPNHead):  # type: ignore[misc] # torchvision is not typed
     """Under autocast torchvision would compute boxes, and the targets of training, in bfloat16's 8 bits."""
 
     def forward(self, x: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
@@ -220,7 +231,9 @@ def caps(side_px: int, mpp: float, proposals_per_mm2: int, instances_per_mm2: in
 def shipped() -> tuple[str, ...]:
     """Names of the weights that come with the package."""
     folder = resources.files("pipeline") / "weights"
-    return tuple(sorted(f.name.removesuffix(".safetensors") for f in folder.iterdir() if f.name.endswith(".safetensors")))
+    return tuple(
+        sorted(f.name.removesuffix(".safetensors") for f in folder.iterdir() if f.name.endswith(".safetensors"))
+    )
 
 
 def find_weights(name: str) -> Path:
@@ -301,7 +314,7 @@ def load_weights(path: Path) -> NucleusDetector:
     missing = [name for name in missing if not name.endswith("num_batches_tracked")]
     if missing or unknown:
         raise WeightsError(f"{path} does not fit its architecture: missing {missing[:3]}, unknown {list(unknown)[:3]}")
-    return model.eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
+    return model.eval().to(memory_format=torch.channels_last)
 
 
 def choose_device(name: str) -> torch.device:
@@ -313,7 +326,9 @@ def choose_device(name: str) -> torch.device:
     except RuntimeError as error:
         raise ConfigError(f"device={name!r}: need cpu, cuda, cuda:N or auto") from error
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(f"device={name!r}: this machine shows {torch.cuda.device_count()} CUDA devices; use cpu or auto")
+        raise ConfigError(
+            f"device={name!r}: this machine shows {torch.cuda.device_count()} CUDA devices; use cpu or auto"
+        )
     return device
 
 
@@ -328,5 +343,5 @@ def choose_precision(name: str, device: torch.device) -> torch.dtype:
 
 
 def _cpu_has_bfloat16() -> bool:
-    capabilities: dict[str, Any] = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    capabilities: Mapping[str, Any] = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") or capabilities.get("amx"))

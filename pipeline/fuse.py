@@ -58,7 +58,10 @@ def fuse(boxes: Sequence[Tensor], scores: Sequence[Tensor], classes: Sequence[Te
     ballots = torch.zeros(len(leaders), kinds, dtype=torch.float64, device=every.device)
     ballots.index_put_((target, klass[counted]), weight, accumulate=True)
     fused = Fused(
-        (mean / total.clamp(min=1e-12)[:, None]).to(every.dtype), (total / count).to(score.dtype), ballots.argmax(1), votes
+        (mean / total.clamp(min=1e-12)[:, None]).to(every.dtype),
+        (total / count).to(score.dtype),
+        ballots.argmax(1),
+        votes,
     )
     best = _canonical(fused.boxes, fused.scores, fused.classes)
     return Fused(*(values[best] for values in fused))
@@ -103,7 +106,12 @@ class Instances(NamedTuple):
 
 
 def infer(
-    model: NucleusDetector, images: Tensor, chosen: Sequence[View], detection: Detection, limits: Caps, margin: int
+    model: NucleusDetector,
+    images: Tensor,
+    chosen: Sequence[View],
+    detection: Detection,
+    limits: Caps,
+    margin: int,
 ) -> list[Instances]:
     """Detect in every view, fuse the boxes, and average the masks that each view gives the fused boxes.
 
@@ -127,7 +135,7 @@ def infer(
         moved = [apply_boxes(view, b, side) for b in boxes]
         soft = torch.cat(model.masks(features, moved, classes, model.side((side, side))))
         total = total.to(soft.device) + undo_masks(view, soft)
-    masks = (total / len(chosen)).split(counts)
+    masks = torch.split(total / len(chosen), counts)
     return [
         Instances(f.boxes, f.scores, f.classes, f.votes, m, any(c.saturated for c in patch))
         for f, m, patch in zip(fused, masks, zip(*seen, strict=True), strict=True)
@@ -142,8 +150,13 @@ def _fuse_patch(seen: Sequence[Candidates], detection: Detection) -> Fused:
 
 
 def candidates(
-    model: NucleusDetector, images: Tensor, features: Mapping[str, Tensor], detection: Detection, limits: Caps,
-    margin: int, views: int,
+    model: NucleusDetector,
+    images: Tensor,
+    features: Mapping[str, Tensor],
+    detection: Detection,
+    limits: Caps,
+    margin: int,
+    views: int,
 ) -> list[Candidates]:
     """Boxes of every patch in one view; a patch whose caps are reached is looked at again in four parts."""
     side = model.side(images.shape[-2:])
@@ -163,14 +176,16 @@ def _in_quarters(
 
     A quarter owns the boxes whose centre lies in it; what two of them claim, a last NMS settles.
     """
-    size, half = image.shape[-1], image.shape[-1] // 2
+    half = image.shape[-1] // 2
     parts = []
     for top in (0, 1):
         for left in (0, 1):
             x, y = left * (half - margin), top * (half - margin)
             piece = image[:, :, y : y + half + margin, x : x + half + margin]
             side, features = model.side(piece.shape[-2:]), model.features(piece)
-            (part,) = model.classify(features, model.propose(features, side, limits), side, limits, floor, detection.nms)
+            (part,) = model.classify(
+                features, model.propose(features, side, limits), side, limits, floor, detection.nms
+            )
             boxes = part.boxes + part.boxes.new_tensor([x, y, x, y])
             centre = (boxes[:, :2] + boxes[:, 2:]) / 2
             mine = ((centre[:, 0] >= half) == bool(left)) & ((centre[:, 1] >= half) == bool(top))

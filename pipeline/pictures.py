@@ -16,9 +16,7 @@ from slides.tissue import TissueMap
 _TISSUE, _TILE = (0, 130, 60), (60, 60, 160)
 
 
-def draw_plan(
-    picture: NDArray[np.uint8], mpp: float, tissue: TissueMap, tiles: Iterable[Tile], path: Path
-) -> None:
+def draw_plan(picture: NDArray[np.uint8], mpp: float, tissue: TissueMap, tiles: Iterable[Tile], path: Path) -> None:
     """thumbnail.jpg: the tissue's outline, and the cores of the tiles that are processed.
 
     picture: uint8 (h, w, 3) of the whole work frame at `mpp`

@@ -31,7 +31,21 @@ from slides.geometry import Size
 from slides.slide import open_slide
 
 SUFFIXES = frozenset(
-    ".svs .tif .tiff .ndpi .scn .mrxs .vms .vmu .bif .svslide .dcm .czi .zvi".split()
+    [
+        ".svs",
+        ".tif",
+        ".tiff",
+        ".ndpi",
+        ".scn",
+        ".mrxs",
+        ".vms",
+        ".vmu",
+        ".bif",
+        ".svslide",
+        ".dcm",
+        ".czi",
+        ".zvi",
+    ]
 )  # what OpenSlide's formats are called; other files are opened only where they are named
 
 
@@ -168,8 +182,14 @@ def _name(ordered: Iterable[tuple[Path, Path, float | None]]) -> Iterator[Source
 
 
 def run(
-    inputs: Sequence[Path], out: Path, settings: Settings, running: Running, *,
-    mpp: float | None = None, client: Any = None, say: Callable[[str], None] = print,
+    inputs: Sequence[Path],
+    out: Path,
+    settings: Settings,
+    running: Running,
+    *,
+    mpp: float | None = None,
+    client: Any = None,
+    say: Callable[[str], None] = print,
 ) -> list[Row]:
     """Segment every slide and write the results of DESIGN's layout under `out`; the ledger is returned.
 
@@ -222,23 +242,37 @@ def _open_run(out: Path, settings: Settings, digest: str, weights: Path, overwri
         return
     out.mkdir(parents=True, exist_ok=True)
     content = {
-        "digest": digest, "settings": asdict(settings), "weights_sha256": file_sha256(weights),
+        "digest": digest,
+        "settings": asdict(settings),
+        "weights_sha256": file_sha256(weights),
         "weights_notes": {k: v for k, v in read_notes(weights).items() if k != "architecture"},
-        "host": platform.node(), "python": platform.python_version(),
+        "host": platform.node(),
+        "python": platform.python_version(),
         "versions": {name: metadata.version(name) for name in VERSIONED},
     }
     with tables.committed(path) as part:
         part.write_text(json.dumps(content, indent=1), encoding="utf-8")
 
 
-VERSIONED = ("nightslide", "torch", "torchvision", "timm", "zarr", "numpy", "shapely", "pyarrow", "openslide-python")
+VERSIONED = (
+    "nightslide",
+    "torch",
+    "torchvision",
+    "timm",
+    "zarr",
+    "numpy",
+    "shapely",
+    "pyarrow",
+    "openslide-python",
+)
 
 
 def _differences(before: dict[str, Any], settings: Settings, weights: Path) -> str:
     now, then = asdict(settings), before["settings"]
     changed = [
         f"{table}.{key} was {then.get(table, {}).get(key)!r}, is {value!r}"
-        for table, values in now.items() for key, value in values.items()
+        for table, values in now.items()
+        for key, value in values.items()
         if json.loads(json.dumps(value)) != then.get(table, {}).get(key)
     ]
     if before["weights_sha256"] != file_sha256(weights):
@@ -247,7 +281,11 @@ def _differences(before: dict[str, Any], settings: Settings, weights: Path) -> s
 
 
 def _one_slide(
-    source: Source, job: Job, places: schedule.Pools, running: Running, stop: threading.Event,
+    source: Source,
+    job: Job,
+    places: schedule.Pools,
+    running: Running,
+    stop: threading.Event,
     say: Callable[[str], None],
 ) -> Row:
     """The slide's row, whatever happens to it."""
@@ -291,9 +329,7 @@ def _finished(job: Job) -> Row | None:
     return Row(**content["ledger"]) if content["digest"] == job.digest else None
 
 
-def _segment(
-    source: Source, job: Job, places: schedule.Pools, running: Running, stop: threading.Event
-) -> Row:
+def _segment(source: Source, job: Job, places: schedule.Pools, running: Running, stop: threading.Event) -> Row:
     began = time.perf_counter()
     blocks = places.cpu.submit(stages.begin, job).result()
     planned = time.perf_counter()
@@ -313,14 +349,26 @@ def _segment(
     ended = time.perf_counter()
     device = sum(r.device_seconds for r in records)
     row = Row(
-        source.name, "done", mpp=round((plan.scale.x + plan.scale.y) / 2, 6), mpp_source=plan.scale.source,
-        tissue_mm2=round(plan.tissue.area_mm2, 4), tiles=len(plan.tiles), nuclei=stitched.nuclei,
-        seconds_plan=round(planned - began, 3), seconds_tile=round(sum(r.tile_seconds for r in records), 3),
-        seconds_detect=round(device, 3), seconds_outline=round(sum(r.outline_seconds for r in records), 3),
-        seconds_stitch=round(exported_from - detected, 3), seconds_export=round(ended - exported_from, 3),
-        seconds=round(ended - began, 3), detector_waiting=round(max(0.0, 1 - device / max(ended - began, 1e-9)), 4),
-        area_lost_mm2=round(sum(r.lost_mm2 for r in records), 6), saturated_tiles=sum(r.saturated for r in records),
-        touching_nuclei=sum(r.touching for r in records), seam_duplicates=stitched.dropped, note=plan.stain_note,
+        source.name,
+        "done",
+        mpp=round((plan.scale.x + plan.scale.y) / 2, 6),
+        mpp_source=plan.scale.source,
+        tissue_mm2=round(plan.tissue.area_mm2, 4),
+        tiles=len(plan.tiles),
+        nuclei=stitched.nuclei,
+        seconds_plan=round(planned - began, 3),
+        seconds_tile=round(sum(r.tile_seconds for r in records), 3),
+        seconds_detect=round(device, 3),
+        seconds_outline=round(sum(r.outline_seconds for r in records), 3),
+        seconds_stitch=round(exported_from - detected, 3),
+        seconds_export=round(ended - exported_from, 3),
+        seconds=round(ended - began, 3),
+        detector_waiting=round(max(0.0, 1 - device / max(ended - began, 1e-9)), 4),
+        area_lost_mm2=round(sum(r.lost_mm2 for r in records), 6),
+        saturated_tiles=sum(r.saturated for r in records),
+        touching_nuclei=sum(r.touching for r in records),
+        seam_duplicates=stitched.dropped,
+        note=plan.stain_note,
     )
     stages.finish(job, plan, asdict(row))
     if not running.keep_work:
@@ -351,9 +399,13 @@ def summary(row: Row) -> str:
     if row.area_lost_mm2:
         lines.append(f"    WARNING: {row.area_lost_mm2:.3f} mm2 of the slide cannot be read and were left out")
     if row.saturated_tiles:
-        lines.append(f"    WARNING: {row.saturated_tiles} tiles hold more nuclei than --detector.instances-per-mm2 allows")
+        lines.append(
+            f"    WARNING: {row.saturated_tiles} tiles hold more nuclei than --detector.instances-per-mm2 allows"
+        )
     if row.touching_nuclei:
-        lines.append(f"    {row.touching_nuclei} nuclei reach the edge of what their tile read: a larger --tiling.margin sees them whole")
+        lines.append(
+            f"    {row.touching_nuclei} nuclei reach the edge of what their tile read: raise --tiling.margin"
+        )
     if row.note:
         lines.append(f"    not normalised: {row.note}")
     return "\n".join(lines)
@@ -385,8 +437,16 @@ def forecast(source: Source, settings: Settings, seconds_per_mm2: float) -> Fore
         return Forecast(source.name, " ".join(str(error).split()), 0, "", 0, 0, 0, 0)
     area = plan.tissue.area_mm2
     # 6,000 nuclei per mm2 of 500 bytes in the table and 250 in the zip: measured on ../shared's slides
-    return Forecast(source.name, "", plan.scale.x, plan.scale.source, area, len(plan.tiles),
-                    area * seconds_per_mm2 * settings.fusion.views / 3600, area * 6000 * 750 / 1e9)
+    return Forecast(
+        source.name,
+        "",
+        plan.scale.x,
+        plan.scale.source,
+        area,
+        len(plan.tiles),
+        area * seconds_per_mm2 * settings.fusion.views / 3600,
+        area * 6000 * 750 / 1e9,
+    )
 
 
 # ------------------------------------------------------------------------------------------------- doctor
@@ -403,7 +463,9 @@ def check_up(say: Callable[[str], None] = print) -> int:
     problems = []
     for name in VERSIONED:
         say(f"{name} {metadata.version(name)}")
-    say(f"OpenSlide library {openslide.__library_version__}, Python {platform.python_version()}, {os.cpu_count()} cores")
+    say(
+        f"OpenSlide library {openslide.__library_version__}, Python {platform.python_version()}, {os.cpu_count()} cores"
+    )
     for index in range(torch.cuda.device_count()):
         memory = torch.cuda.get_device_properties(index).total_memory / 2**30
         say(f"cuda:{index} {torch.cuda.get_device_name(index)}, {memory:.0f} GiB")
@@ -413,7 +475,9 @@ def check_up(say: Callable[[str], None] = print) -> int:
     for package in ("slides", "pipeline", "training"):
         others = set(owners.get(package, [])) - {"nightslide"}
         if others:
-            problems.append(f"{', '.join(sorted(others))} also provides a package '{package}': use an environment of its own")
+            problems.append(
+                f"{', '.join(sorted(others))} also provides a package '{package}': use an environment of its own"
+            )
     for name in shipped():
         say(f"weights {name}: {file_sha256(find_weights(name))[:16]}")
     try:
@@ -422,7 +486,9 @@ def check_up(say: Callable[[str], None] = print) -> int:
             features = running.model.features(torch.zeros(1, 3, 64, 64, device=running.device))
         say(f"smoke test: the detector computes on {running.device} in {str(running.precision).removeprefix('torch.')}")
         if not all(torch.isfinite(value).all() for value in features.values()):
-            problems.append("the detector gives values that are not finite: reinstall torch, or choose --detector.device cpu")
+            problems.append(
+                "the detector gives values that are not finite: reinstall torch, or choose --detector.device cpu"
+            )
     except Exception as error:
         problems.append(f"the detector does not run: {error}")
     for problem in problems:

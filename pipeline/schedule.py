@@ -88,7 +88,7 @@ def _threads(count: int) -> Iterator[Executor]:
 def _connect(address: str) -> Any:
     from distributed import Client
 
-    return Client(address, set_as_default=False)
+    return Client(address, set_as_default=False)  # type: ignore[no-untyped-call]
 
 
 def _offers_gpu(client: Any) -> bool:
@@ -97,7 +97,10 @@ def _offers_gpu(client: Any) -> bool:
 
 
 def flow(
-    places: Pools, items: Iterable[tuple[Any, ...]], steps: Sequence[Step], window: int,
+    places: Pools,
+    items: Iterable[tuple[Any, ...]],
+    steps: Sequence[Step],
+    window: int,
     stop: threading.Event | None = None,
 ) -> Iterator[Outcome]:
     """Send every item through the steps; outcomes come as they are done, in any order.

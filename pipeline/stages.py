@@ -123,7 +123,9 @@ def plan_slide(slide: Slide, settings: Settings) -> Plan:
     size, to_slide = slide.work(tiling.mpp)
     grid = TileGrid(size, tiling.tile, tiling.margin, tiling.block)
     check_margin(
-        tiling.margin, settings.stitching.max_diameter_um / tiling.mpp, settings.stitching.tolerance_px,
+        tiling.margin,
+        settings.stitching.max_diameter_um / tiling.mpp,
+        settings.stitching.tolerance_px,
         views.largest_shift(settings.fusion.views),
     )
     thumbnail_mpp = max(settings.tissue.thumbnail_mpp, tiling.mpp)
@@ -132,12 +134,24 @@ def plan_slide(slide: Slide, settings: Settings) -> Plan:
         mask = np.ones(thumbnail.shape[:2], bool)
     else:
         mask = tissue_mask(
-            thumbnail, thumbnail_mpp, min_area_um2=settings.tissue.min_area_um2, margin_um=settings.tissue.margin_um
+            thumbnail,
+            thumbnail_mpp,
+            min_area_um2=settings.tissue.min_area_um2,
+            margin_um=settings.tissue.margin_um,
         )
     tissue = TissueMap(mask, thumbnail_mpp, tiling.mpp)
     fitted, note = _fit_stain(slide, grid, tissue, settings)
     return Plan(
-        slide.quick_hash, slide.vendor, slide.scale, slide.size, slide.bounds, to_slide, grid, tissue, fitted, note
+        slide.quick_hash,
+        slide.vendor,
+        slide.scale,
+        slide.size,
+        slide.bounds,
+        to_slide,
+        grid,
+        tissue,
+        fitted,
+        note,
     )
 
 
@@ -152,7 +166,8 @@ def _fit_stain(slide: Slide, grid: TileGrid, tissue: TissueMap, settings: Settin
     if method == "none":
         return stain.fit(np.empty((0, 1, 1, 3), np.uint8), np.empty((0, 1, 1), bool), "none"), ""
     rows, columns = np.nonzero(tissue.mask)
-    chosen = np.unique(np.linspace(0, len(rows) - 1, settings.stain.patches).astype(int)) if len(rows) else []
+    wanted = settings.stain.patches if len(rows) else 0
+    chosen = np.unique(np.linspace(0, len(rows) - 1, wanted).astype(int))
     ratio, side = tissue.mpp / tissue.work_mpp, 256
     regions, masks = [], []
     for index in chosen:
@@ -197,9 +212,16 @@ def _write_plan(plan: Plan, work: Path) -> None:
     with tables.committed(work / "tissue.npy") as path, path.open("wb") as file:
         np.save(file, plan.tissue.mask, allow_pickle=False)
     content = {
-        "quick_hash": plan.quick_hash, "vendor": plan.vendor, "scale": plan.scale, "size": plan.size,
-        "bounds": plan.bounds, "to_slide": plan.to_slide, "grid": asdict(plan.grid),
-        "tissue": [plan.tissue.mpp, plan.tissue.work_mpp], "stain": plan.stain.to_json(), "stain_note": plan.stain_note,
+        "quick_hash": plan.quick_hash,
+        "vendor": plan.vendor,
+        "scale": plan.scale,
+        "size": plan.size,
+        "bounds": plan.bounds,
+        "to_slide": plan.to_slide,
+        "grid": asdict(plan.grid),
+        "tissue": [plan.tissue.mpp, plan.tissue.work_mpp],
+        "stain": plan.stain.to_json(),
+        "stain_note": plan.stain_note,
     }
     with tables.committed(work / "plan.json") as path:
         path.write_text(json.dumps(content, indent=1), encoding="utf-8")
@@ -210,10 +232,16 @@ def _read_plan(work: Path, _changed_ns: int) -> Plan:
     content = json.loads((work / "plan.json").read_text(encoding="utf-8"))
     grid = content["grid"]
     return Plan(
-        content["quick_hash"], content["vendor"], Scale(*content["scale"]), Size(*content["size"]), Box(*content["bounds"]),
-        Affine(*content["to_slide"]), TileGrid(Size(*grid["size"]), grid["tile"], grid["margin"], grid["block"]),
+        content["quick_hash"],
+        content["vendor"],
+        Scale(*content["scale"]),
+        Size(*content["size"]),
+        Box(*content["bounds"]),
+        Affine(*content["to_slide"]),
+        TileGrid(Size(*grid["size"]), grid["tile"], grid["margin"], grid["block"]),
         TissueMap(np.load(work / "tissue.npy", allow_pickle=False), *content["tissue"]),
-        stain.Stain.from_json(content["stain"]), content["stain_note"],
+        stain.Stain.from_json(content["stain"]),
+        content["stain_note"],
     )
 
 
@@ -286,7 +314,10 @@ def detect_patches(patches: NDArray[np.uint8], plan: Plan, settings: Settings) -
     running = engine(settings.detector)
     size = settings.detector.batch or (8 if running.device.type == "cuda" else 1)
     limits = caps(
-        patches.shape[1], settings.tiling.mpp, settings.detector.proposals_per_mm2, settings.detector.instances_per_mm2
+        patches.shape[1],
+        settings.tiling.mpp,
+        settings.detector.proposals_per_mm2,
+        settings.detector.instances_per_mm2,
     )
     chosen = views.views(settings.fusion.views)
     for first in range(0, len(patches), size):
@@ -309,8 +340,13 @@ def _off_device(image: torch.Tensor, found: fuse.Instances) -> Found:
     inside = (found.soft > 0.5).float()[:, None]
     means = (density * inside).sum((2, 3)) / inside.sum((2, 3)).clamp(min=1)
     return Found(
-        found.boxes.float().cpu().numpy(), found.soft.float().cpu().numpy(), found.scores.float().cpu().numpy(),
-        found.classes.cpu().numpy(), found.votes.cpu().numpy(), means.cpu().numpy(), found.saturated,
+        found.boxes.float().cpu().numpy(),
+        found.soft.float().cpu().numpy(),
+        found.scores.float().cpu().numpy(),
+        found.classes.cpu().numpy(),
+        found.votes.cpu().numpy(),
+        means.cpu().numpy(),
+        found.saturated,
     )
 
 
@@ -331,8 +367,12 @@ def outline(found: Found, tile: Tile, plan: Plan, settings: Settings) -> tuple[p
     cut_off = int(stitch.touching(bounds, tile.read, plan.grid.size).sum())
     kept = np.flatnonzero(mine)
     table = tables.instances(
-        tile=tile, geometry=shapes[kept], score=found.scores[kept], votes=found.votes[kept],
-        klass=found.classes[kept], stains=found.stains[kept],
+        tile=tile,
+        geometry=shapes[kept],
+        score=found.scores[kept],
+        votes=found.votes[kept],
+        klass=found.classes[kept],
+        stains=found.stains[kept],
     )
     return table, cut_off
 
@@ -369,8 +409,16 @@ def detect_block(job: Job, block: int, tile_seconds: float = 0.0) -> BlockRecord
     rows = pa.concat_tables([table for table, _, _ in done])
     core_mm2 = np.array([t.core.width * t.core.height for t in tiles]) * (job.settings.tiling.mpp / 1000) ** 2
     record = BlockRecord(
-        block, rows.num_rows, float((lost * core_mm2).sum()), saturated, sum(c for _, c, _ in done), tile_seconds,
-        device_seconds, sum(s for _, _, s in done), began, time.monotonic(),
+        block,
+        rows.num_rows,
+        float((lost * core_mm2).sum()),
+        saturated,
+        sum(c for _, c, _ in done),
+        tile_seconds,
+        device_seconds,
+        sum(s for _, _, s in done),
+        began,
+        time.monotonic(),
     )
     tables.write_instances(target, rows, record._asdict())
     store.discard(block)
@@ -391,7 +439,15 @@ class StitchRecord(NamedTuple):
     dropped: int  # second sights of a nucleus that another tile shows better
 
 
-COLOURS = ((40, 220, 90), (230, 60, 60), (90, 110, 255), (240, 160, 30), (40, 120, 220), (0, 170, 170), (200, 90, 150))
+COLOURS = (
+    (40, 220, 90),
+    (230, 60, 60),
+    (90, 110, 255),
+    (240, 160, 30),
+    (40, 120, 220),
+    (0, 170, 170),
+    (200, 90, 150),
+)
 
 
 def stitch_slide(job: Job) -> StitchRecord:
@@ -414,7 +470,9 @@ def stitch_slide(job: Job) -> StitchRecord:
             rows = rows.filter(pa.array(keep))
             outlines = shapely.transform(tables.geometry(rows), plan.to_slide.work_to_slide)
             writer.write(
-                outlines, klass=[classes[i] for i in rows["klass"].to_numpy()], score=rows["score"].to_numpy(),
+                outlines,
+                klass=[classes[i] for i in rows["klass"].to_numpy()],
+                score=rows["score"].to_numpy(),
                 votes=rows["votes"].to_numpy(),
                 stains=np.stack([rows["haematoxylin"].to_numpy(), rows["eosin"].to_numpy()], 1),
             )
@@ -465,7 +523,11 @@ def export_slide(job: Job) -> None:
         mpp = _picture_mpp(plan, OVERLAY_PX)
         picture = slide.thumbnail(mpp)
     pictures.draw_overlay(
-        picture, job.folder / "nuclei.parquet", plan.to_slide, mpp / job.settings.tiling.mpp, job.folder / "overlay.jpg"
+        picture,
+        job.folder / "nuclei.parquet",
+        plan.to_slide,
+        mpp / job.settings.tiling.mpp,
+        job.folder / "overlay.jpg",
     )
 
 
@@ -478,8 +540,14 @@ def write_formats(folder: Path, exporting: Exporting) -> dict[str, Exported]:
 def finish(job: Job, plan: Plan, ledger: dict[str, Any]) -> None:
     """Write slide.json, the mark of a finished slide."""
     content = {
-        "digest": job.digest, "source": job.source.name, "quick_hash": plan.quick_hash, "vendor": plan.vendor,
-        "size": plan.size, "bounds": plan.bounds, "um_per_px": plan.scale, "stain": plan.stain.to_json(),
+        "digest": job.digest,
+        "source": job.source.name,
+        "quick_hash": plan.quick_hash,
+        "vendor": plan.vendor,
+        "size": plan.size,
+        "bounds": plan.bounds,
+        "um_per_px": plan.scale,
+        "stain": plan.stain.to_json(),
         "ledger": ledger,
     }
     with tables.committed(job.folder / "slide.json") as path:

@@ -77,7 +77,7 @@ def fit(patches: NDArray[np.uint8] | Tensor, tissue: NDArray[np.bool_] | Tensor,
         raise StainError(
             f"patches {tuple(patches.shape)}, tissue {tuple(tissue.shape)}: need (B, H, W, 3) and (B, H, W)"
         )
-    numbers = _find(method).fit(torch.as_tensor(patches[tissue]))  # type: ignore[index]
+    numbers = _find(method).fit(torch.as_tensor(patches[tissue]))
     return Stain(method, {name: tuple(round(v, 6) for v in values) for name, values in numbers.items()})
 
 
@@ -238,9 +238,7 @@ def _percentile(values: Tensor, share: float) -> float:
 
 def _transfer_macenko(images: Tensor, source: Numbers, target: Numbers) -> Tensor:
     """Amounts of both stains scaled to the target's strengths and painted with its colours."""
-    vectors, vectors_to = (
-        torch.tensor([n["haematoxylin"], n["eosin"]], dtype=torch.float64) for n in (source, target)
-    )
+    vectors, vectors_to = (torch.tensor([n["haematoxylin"], n["eosin"]], dtype=torch.float64) for n in (source, target))
     gain = torch.tensor(target["strength"], dtype=torch.float64) / torch.tensor(source["strength"], dtype=torch.float64)
     # All linear in the densities: OD' - OD = amounts (gain vectors_to - vectors), what else OD holds is kept.
     change = torch.linalg.pinv(vectors) @ (gain[:, None] * vectors_to - vectors)  # (3, 3), row vectors

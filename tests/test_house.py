@@ -9,9 +9,22 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("slides", "pipeline", "training")
-PIPELINE = (
-    "config stain detector views fuse polygons stitch tables export pictures stages schedule run cli".split()
-)
+PIPELINE = [
+    "config",
+    "stain",
+    "detector",
+    "views",
+    "fuse",
+    "polygons",
+    "stitch",
+    "tables",
+    "export",
+    "pictures",
+    "stages",
+    "schedule",
+    "run",
+    "cli",
+]
 
 
 def imports(path: Path) -> set[str]:
@@ -93,6 +106,11 @@ def test_the_top_level_is_as_designed() -> None:
         pytest.skip("not a git checkout")
     top = {line.split("/")[0] for line in listed.stdout.splitlines()}
     assert {n for n in top if not n.startswith(".")} <= {
-        *PACKAGES, "workflows", "tests", "pyproject.toml", "README.md", "LICENSE",
+        *PACKAGES,
+        "workflows",
+        "tests",
+        "pyproject.toml",
+        "README.md",
+        "LICENSE",
     }
     assert not list((ROOT / "tests").rglob("__init__.py"))

@@ -51,7 +51,13 @@ def targets(labels: NDArray[np.int32]) -> tuple[Tensor, Tensor, Tensor]:
     columns, rows = masks.any(1), masks.any(2)  # (N, S) each
     side = labels.shape[0]
     boxes = np.stack(
-        [columns.argmax(1), rows.argmax(1), side - columns[:, ::-1].argmax(1), side - rows[:, ::-1].argmax(1)], 1
+        [
+            columns.argmax(1),
+            rows.argmax(1),
+            side - columns[:, ::-1].argmax(1),
+            side - rows[:, ::-1].argmax(1),
+        ],
+        1,
     )
     return (
         torch.from_numpy(boxes.astype(np.float32)).reshape(-1, 4),

@@ -34,7 +34,7 @@ class Overlap(NamedTuple):
     def iou(self) -> NDArray[np.float64]:
         """(T, P)"""
         union = self.truth[:, None] + self.predicted[None] - self.shared
-        return self.shared / np.maximum(union, 1)
+        return np.asarray(self.shared / np.maximum(union, 1), np.float64)
 
 
 class Scores(NamedTuple):
@@ -74,8 +74,17 @@ def score(truth: Labels, predicted: Labels) -> Scores:
     precision = hits / len(pairs.predicted) if len(pairs.predicted) else float(not len(pairs.truth))
     recall = hits / len(pairs.truth) if len(pairs.truth) else float(not len(pairs.predicted))
     return Scores(
-        dice(truth, predicted), aji(pairs), aji_plus(pairs), dq, sq, dq * sq, precision, recall, dq,
-        len(pairs.truth), len(pairs.predicted),
+        dice(truth, predicted),
+        aji(pairs),
+        aji_plus(pairs),
+        dq,
+        sq,
+        dq * sq,
+        precision,
+        recall,
+        dq,
+        len(pairs.truth),
+        len(pairs.predicted),
     )
 
 
@@ -128,9 +137,9 @@ def panoptic(pairs: Overlap) -> tuple[float, float]:
 
 def mean(scores: Sequence[Scores]) -> Scores:
     """Mean over images; counts are summed."""
-    table = np.array(scores, float)
-    averaged = table.mean(0)
-    return Scores(*averaged[:-2].tolist(), int(table[:, -2].sum()), int(table[:, -1].sum()))
+    means = dict(zip(Scores._fields, np.array(scores, float).mean(0).tolist(), strict=True))
+    counts = {name: sum(getattr(s, name) for s in scores) for name in ("annotated", "found")}
+    return Scores(**{**means, **counts})
 
 
 def label_map(nuclei: Path, shape: tuple[int, int]) -> Labels:
@@ -141,7 +150,11 @@ def label_map(nuclei: Path, shape: tuple[int, int]) -> Labels:
 
 
 def predict(
-    images: Sequence[Annotated], folder: Path, settings: Settings, running: Running, say: Callable[[str], None]
+    images: Sequence[Annotated],
+    folder: Path,
+    settings: Settings,
+    running: Running,
+    say: Callable[[str], None],
 ) -> dict[str, Labels]:
     """Label maps by image id, through `pipeline.run`: each image is a slide of its own, tissue everywhere."""
     scales = {a.mpp for a in images}
@@ -156,8 +169,12 @@ def predict(
 
 
 def evaluate(
-    images: Sequence[Annotated], settings: Settings, running: Running, *,
-    save_labels: Path | None = None, say: Callable[[str], None] = lambda line: None,
+    images: Sequence[Annotated],
+    settings: Settings,
+    running: Running,
+    *,
+    save_labels: Path | None = None,
+    say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Scores]:
     """Scores by image id. save_labels: a folder for the predicted label maps, uint16 PNG."""
     with tempfile.TemporaryDirectory() as folder:
@@ -175,10 +192,15 @@ def report(scores: dict[str, Scores]) -> str:
     width = max(len("mean over images"), *map(len, scores))
     lines = [f"{'image':{width}}  " + "  ".join(f"{f:>9}" for f in fields) + "  annotated  found"]
     for name, s in [*scores.items(), ("mean over images", mean(list(scores.values())))]:
-        lines.append(f"{name:{width}}  " + "  ".join(f"{getattr(s, f):9.3f}" for f in fields) + f"  {s.annotated:9}  {s.found:5}")
+        lines.append(
+            f"{name:{width}}  " + "  ".join(f"{getattr(s, f):9.3f}" for f in fields) + f"  {s.annotated:9}  {s.found:5}"
+        )
     return "\n".join(lines)
 
 
 def as_json(scores: dict[str, Scores]) -> str:
-    content = {"images": {k: v._asdict() for k, v in scores.items()}, "mean": mean(list(scores.values()))._asdict()}
+    content = {
+        "images": {k: v._asdict() for k, v in scores.items()},
+        "mean": mean(list(scores.values()))._asdict(),
+    }
     return json.dumps(content, indent=1)

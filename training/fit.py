@@ -16,7 +16,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
 from pipeline.config import Architecture, Training
-from pipeline.detector import NucleusDetector, WeightsError, choose_device, choose_precision, load_weights, save_weights
+from pipeline.detector import (
+    NucleusDetector,
+    WeightsError,
+    choose_device,
+    choose_precision,
+    load_weights,
+    save_weights,
+)
 from pipeline.tables import committed
 from training.annotations import Annotated
 from training.dataset import Crop, Crops
@@ -44,7 +51,10 @@ def split_off(images: Sequence[Annotated], hold_out: int, seed: int) -> tuple[li
 
 
 def fit(
-    sets: Sequence[Sequence[Annotated]], out: Path, training: Training, architecture: Architecture,
+    sets: Sequence[Sequence[Annotated]],
+    out: Path,
+    training: Training,
+    architecture: Architecture,
     say: Callable[[str], None] = print,
 ) -> Path:
     """Train on `sets` and write weights; continues from `out`/checkpoint.safetensors if it is there.
@@ -55,15 +65,25 @@ def fit(
     out.mkdir(parents=True, exist_ok=True)
     device = choose_device(training.device)
     torch.manual_seed(training.seed)  # what is not pretrained starts from random weights
-    model = start(training.init, architecture).to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model = start(training.init, architecture).to(device).to(memory_format=torch.channels_last)
     average = {k: v.detach().clone() for k, v in model.state_dict().items()}
     optimiser = torch.optim.AdamW(_groups(model, training.decay), lr=training.rate)
     first = _resume(out / "checkpoint.safetensors", model, average, optimiser)
-    crops = Crops([split_off(s, training.hold_out, training.seed)[0] for s in sets],
-                  round(training.crop_px * architecture.upscale), architecture.mpp / architecture.upscale,
-                  training.strength, training.seed)
-    loader = DataLoader(crops, training.batch, sampler=Continue(first * training.batch, training.steps * training.batch),
-                        num_workers=training.loaders, collate_fn=list, persistent_workers=training.loaders > 0)
+    crops = Crops(
+        [split_off(s, training.hold_out, training.seed)[0] for s in sets],
+        round(training.crop_px * architecture.upscale),
+        architecture.mpp / architecture.upscale,
+        training.strength,
+        training.seed,
+    )
+    loader = DataLoader(
+        crops,
+        training.batch,
+        sampler=Continue(first * training.batch, training.steps * training.batch),
+        num_workers=training.loaders,
+        collate_fn=list,
+        persistent_workers=training.loaders > 0,
+    )
     began, skipped, step = time.monotonic(), 0, first
     log = Log(out / "losses.csv", say)
     for step, batch in enumerate(loader, first + 1):
@@ -147,7 +167,11 @@ def _step(model: NucleusDetector, batch: Sequence[Crop], device: torch.device) -
     """Losses of one batch. Crops come enlarged already, so the images are handed over as the network sees them."""
     images = torch.stack([c.image for c in batch]).to(device, non_blocking=True)
     targets = [{"boxes": c.boxes.to(device), "labels": c.labels.to(device), "masks": c.masks.to(device)} for c in batch]
-    with torch.autocast(device.type, choose_precision("auto", device), enabled=choose_precision("auto", device) != torch.float32):
+    with torch.autocast(
+        device.type,
+        choose_precision("auto", device),
+        enabled=choose_precision("auto", device) != torch.float32,
+    ):
         losses: dict[str, Tensor] = model(images, targets)
     return losses
 
@@ -161,16 +185,25 @@ def _follow(average: dict[str, Tensor], model: NucleusDetector, keep: float) -> 
             average[name].copy_(value)
 
 
-def _save(out: Path, model: NucleusDetector, average: dict[str, Tensor], optimiser: torch.optim.Optimizer,
-          step: int, training: Training) -> None:
+def _save(
+    out: Path,
+    model: NucleusDetector,
+    average: dict[str, Tensor],
+    optimiser: torch.optim.Optimizer,
+    step: int,
+    training: Training,
+) -> None:
     """One checkpoint that continues exactly, and the averaged weights for use."""
     state = {f"model.{k}": v for k, v in model.state_dict().items()}
     state |= {f"average.{k}": v for k, v in average.items()}
     for index, entry in optimiser.state_dict()["state"].items():
         state |= {f"optimiser.{index}.{k}": v for k, v in entry.items()}
     with committed(out / "checkpoint.safetensors") as path:
-        safetensors.torch.save_file({k: v.detach().cpu().clone().contiguous() for k, v in state.items()}, path,
-                                    {"step": str(step), "training": json.dumps(asdict(training))})
+        safetensors.torch.save_file(
+            {k: v.detach().cpu().clone().contiguous() for k, v in state.items()},
+            path,
+            {"step": str(step), "training": json.dumps(asdict(training))},
+        )
     averaged = NucleusDetector(model.architecture)
     averaged.load_state_dict({k: v.cpu() for k, v in average.items()})
     with committed(out / "nuclei.safetensors") as path:
@@ -216,6 +249,9 @@ class Log:
             if new:
                 writer.writerow(["step", *self.sums, "skipped", "seconds"])
             writer.writerow([step, *(f"{v:.4f}" for v in self.sums.values()), skipped, f"{seconds:.2f}"])
-        self.say(f"step {step}/{steps}  " + "  ".join(f"{k.removeprefix('loss_')} {v:.3f}" for k, v in self.sums.items())
-                 + f"  skipped {skipped}  {seconds:.2f} s")
+        self.say(
+            f"step {step}/{steps}  "
+            + "  ".join(f"{k.removeprefix('loss_')} {v:.3f}" for k, v in self.sums.items())
+            + f"  skipped {skipped}  {seconds:.2f} s"
+        )
         self.sums, self.since = {}, time.monotonic()

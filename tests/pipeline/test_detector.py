@@ -41,11 +41,13 @@ def test_boxes_are_inside_the_patch_and_masks_are_soft(tiny: NucleusDetector) ->
     assert side == (144, 144)
     for candidates, soft in zip(found, masks, strict=True):
         assert 0 < len(candidates.boxes) <= limits.instances
-        assert candidates.boxes.min() >= 0 and candidates.boxes.max() <= 96
+        assert candidates.boxes.min() >= 0
+        assert candidates.boxes.max() <= 96
         assert (candidates.boxes[:, 2:] > candidates.boxes[:, :2]).all()
         assert (candidates.scores.diff() <= 0).all()
         assert soft.shape == (len(candidates.boxes), 28, 28)
-        assert 0 <= soft.min() and soft.max() <= 1
+        assert soft.min() >= 0
+        assert soft.max() <= 1
         assert candidates.saturated == (len(candidates.boxes) == limits.instances)
 
 
@@ -91,7 +93,9 @@ def test_foreign_files_are_refused(tmp_path: Path) -> None:
     safetensors.torch.save_file({"a": torch.zeros(3)}, foreign)
     with pytest.raises(WeightsError, match="holds no Nightslide detector"):
         load_weights(foreign)
-    safetensors.torch.save_file({"a": torch.zeros(3)}, foreign, {"sha256": "", "architecture": json.dumps({"depth": 3})})
+    safetensors.torch.save_file(
+        {"a": torch.zeros(3)}, foreign, {"sha256": "", "architecture": json.dumps({"depth": 3})}
+    )
     with pytest.raises(WeightsError, match="unknown key 'depth'"):
         load_weights(foreign)
     pickled = tmp_path / "model.pth"
@@ -102,7 +106,7 @@ def test_foreign_files_are_refused(tmp_path: Path) -> None:
 
 def test_a_missing_name_lists_what_there_is() -> None:
     assert "nuclei" in shipped()
-    with pytest.raises(WeightsError, match="no weights 'nucleii'.*nuclei"):
+    with pytest.raises(WeightsError, match=r"no weights 'nucleii'.*nuclei"):
         find_weights("nucleii")
 
 

@@ -15,7 +15,14 @@ from pipeline.views import views
 
 # coarse numbers, so that ties in scores and overlaps are common
 coordinates = st.integers(0, 12)
-boxes_ = st.tuples(coordinates, coordinates, st.integers(2, 8), st.integers(2, 8), st.sampled_from([0.25, 0.5, 0.75]), st.integers(0, 1))
+boxes_ = st.tuples(
+    coordinates,
+    coordinates,
+    st.integers(2, 8),
+    st.integers(2, 8),
+    st.sampled_from([0.25, 0.5, 0.75]),
+    st.integers(0, 1),
+)
 one_view = st.lists(boxes_, max_size=6)
 
 

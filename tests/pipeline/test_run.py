@@ -44,8 +44,13 @@ def oracle(patches: np.ndarray, plan: stages.Plan, settings: Settings) -> Iterat
             masks[i, y - y.min(), x - x.min()] = True
             boxes[i] = x.min(), y.min(), x.min() + side, y.min() + side
         yield stages.Found(
-            boxes, masks, (0.5 + ids % 97 / 200).astype(np.float32), np.zeros(len(ids), np.int64),
-            np.ones(len(ids), np.int64), np.zeros((len(ids), 2), np.float32), False,
+            boxes,
+            masks,
+            (0.5 + ids % 97 / 200).astype(np.float32),
+            np.zeros(len(ids), np.int64),
+            np.ones(len(ids), np.int64),
+            np.zeros((len(ids), 2), np.float32),
+            False,
         )
 
 
@@ -68,7 +73,8 @@ def paint(path: Path, seed: int) -> int:
 
 def chosen(tile: int = 128, margin: int = 20, block: int = 2) -> Settings:
     return Settings(
-        tissue=Tissue(everywhere=True), tiling=Tiling(tile=tile, margin=margin, block=block),
+        tissue=Tissue(everywhere=True),
+        tiling=Tiling(tile=tile, margin=margin, block=block),
         stitching=Stitching(max_diameter_um=2 * RADIUS * 0.25, simplify_px=0.0),
     )
 
@@ -104,12 +110,19 @@ def expected(slide: tuple[Path, int], tmp_path_factory: pytest.TempPathFactory) 
 
 
 @given(
-    tile=st.sampled_from([64, 96, 128, 160, 224]), margin=st.integers(RADIUS + 3, 28), block=st.integers(1, 4),
+    tile=st.sampled_from([64, 96, 128, 160, 224]),
+    margin=st.integers(RADIUS + 3, 28),
+    block=st.integers(1, 4),
     workers=st.sampled_from([1, 3]),
 )
 @hypothesis_settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
 def test_detections_do_not_depend_on_the_tiling(
-    tile: int, margin: int, block: int, workers: int, slide: tuple[Path, int], expected: Path,
+    tile: int,
+    margin: int,
+    block: int,
+    workers: int,
+    slide: tuple[Path, int],
+    expected: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
     """Law: with an oracle, whatever the tile, margin, block, and number of workers: the same polygons."""
@@ -181,7 +194,12 @@ def test_a_finished_slide_is_not_done_again(slide: tuple[Path, int], tmp_path: P
     assert row.nuclei == slide[1]
     assert (folder / "nuclei.parquet").stat().st_mtime_ns == before
     (row,) = run(
-        [slide[0]], tmp_path, chosen(), dataclasses.replace(ONE, overwrite=True), mpp=0.25, say=lambda line: None
+        [slide[0]],
+        tmp_path,
+        chosen(),
+        dataclasses.replace(ONE, overwrite=True),
+        mpp=0.25,
+        say=lambda line: None,
     )
     assert row.status == "done"
     assert not (folder / "work").exists()
@@ -196,15 +214,20 @@ def test_other_settings_are_refused_and_both_are_shown(slide: tuple[Path, int], 
 def test_results_are_as_designed(slide: tuple[Path, int], tmp_path: Path) -> None:
     folder = segment(slide[0], tmp_path, chosen())
     assert sorted(p.name for p in folder.iterdir()) == [
-        "nuclei.geojson.zip", "nuclei.parquet", "overlay.jpg", "slide.json", "thumbnail.jpg",
+        "nuclei.geojson.zip",
+        "nuclei.parquet",
+        "overlay.jpg",
+        "slide.json",
+        "thumbnail.jpg",
     ]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["discs", "ledger.csv", "run.json"]
     with (tmp_path / "ledger.csv").open() as file:
         (row,) = csv.DictReader(file)
     assert (row["status"], int(row["nuclei"]), row["mpp_source"]) == ("done", slide[1], "user")
-    assert json.loads((tmp_path / "run.json").read_text())["digest"] == json.loads(
-        (folder / "slide.json").read_text()
-    )["digest"]
+    assert (
+        json.loads((tmp_path / "run.json").read_text())["digest"]
+        == json.loads((folder / "slide.json").read_text())["digest"]
+    )
     with zipfile.ZipFile(folder / "nuclei.geojson.zip") as archive:
         features = [f for n in archive.namelist() for f in json.loads(archive.read(n))["features"]]
     assert len(features) == slide[1]
@@ -228,7 +251,12 @@ def test_a_slide_that_fails_does_not_stop_the_others(slide: tuple[Path, int], tm
     (archive / "notes.txt").write_text("no slide")
     (archive / "deep er" / "däs.png").write_bytes(slide[0].read_bytes())
     rows = run(
-        [archive, archive / "deep er" / "däs.png"], tmp_path / "out", chosen(), ONE, mpp=0.25, say=lambda line: None
+        [archive, archive / "deep er" / "däs.png"],
+        tmp_path / "out",
+        chosen(),
+        ONE,
+        mpp=0.25,
+        say=lambda line: None,
     )
     assert [(r.slide, r.status) for r in rows] == [("broken", "failed"), ("däs", "done")]
     assert "broken.svs" in rows[0].cause

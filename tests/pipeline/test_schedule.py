@@ -35,7 +35,8 @@ def test_every_item_takes_every_step_once(items: list[int], window: int, workers
         if item == 13:
             assert isinstance(outcome.error, ValueError)
         else:
-            assert outcome.error is None and outcome.record == 3 * item
+            assert outcome.error is None
+            assert outcome.record == 3 * item
 
 
 def test_no_more_than_the_window_is_begun() -> None:
@@ -85,7 +86,11 @@ def client() -> Any:
 def test_a_dask_client_gives_the_same_as_threads(client: Any) -> None:
     """Law: loop, threads and Dask give the same records."""
     results = []
-    for running, given_client in ((Running(workers=1), None), (Running(workers=2), None), (Running(), client)):
+    for running, given_client in (
+        (Running(workers=1), None),
+        (Running(workers=2), None),
+        (Running(), client),
+    ):
         with pools(running, given_client) as places:
             outcomes = flow(places, ((i,) for i in range(12)), STEPS, 4)
             results.append(sorted((o.item, o.record) for o in outcomes))

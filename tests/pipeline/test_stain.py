@@ -21,9 +21,7 @@ def painted(seed: int, haematoxylin: tuple[float, ...], eosin: tuple[float, ...]
     vectors = np.array([haematoxylin, eosin])
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     # mostly one of the two stains, as in tissue, sometimes both
-    amounts = rng.gamma(2, 0.4, (96, 96, 2)) * rng.permuted(
-        np.broadcast_to([1.0, 0.05], (96, 96, 2)), axis=-1
-    )
+    amounts = rng.gamma(2, 0.4, (96, 96, 2)) * rng.permuted(np.broadcast_to([1.0, 0.05], (96, 96, 2)), axis=-1)
     return (np.exp(-amounts @ vectors)[None] * 255).round().astype(np.uint8)
 
 
@@ -108,7 +106,7 @@ def test_densities_of_pure_stains() -> None:
     """A pixel of one unit of a stain has density 1 of it and 0 of the other."""
     vectors = np.array([(0.65111, 0.70119, 0.29049), (0.2159, 0.8012, 0.5581)])
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    pixels = torch.tensor(10.0 ** -vectors, dtype=torch.float32).T.reshape(1, 3, 1, 2)
+    pixels = torch.tensor(10.0**-vectors, dtype=torch.float32).T.reshape(1, 3, 1, 2)
     torch.testing.assert_close(hed(pixels)[0, :, 0], torch.eye(2), atol=1e-4, rtol=0)
 
 

@@ -195,6 +195,15 @@ def test_a_plain_tiff_states_its_resolution(tmp_path: Path, picture: np.ndarray)
     assert open_slide(path).scale.x == pytest.approx(0.25, rel=1e-6)
 
 
+def test_a_colour_profile_is_recorded(tmp_path: Path, picture: np.ndarray) -> None:
+    Image.fromarray(picture).save(tmp_path / "with.png", icc_profile=b"colours stay as stored")
+    Image.fromarray(picture).save(tmp_path / "without.png")
+    with open_slide(tmp_path / "with.png", mpp=0.25) as slide:
+        assert slide.has_icc
+        assert np.array_equal(slide.read(Box(0, 0, WIDTH, HEIGHT), 0.25), picture)
+    assert not open_slide(tmp_path / "without.png", mpp=0.25).has_icc
+
+
 def test_transparency_is_blended_on_white(tmp_path: Path) -> None:
     rgba = np.zeros((64, 64, 4), np.uint8)
     rgba[:, 32:, 3] = 255

@@ -16,11 +16,25 @@ from training.dataset import Crops, targets
 from training.fit import fit, rate_at, split_off
 
 TINY = Architecture(
-    channels=16, upscale=1.0, box_hidden=32, mask_channels=16, mask_layers=1, anchors=((12,), (24,), (48,), (96,))
+    channels=16,
+    upscale=1.0,
+    box_hidden=32,
+    mask_channels=16,
+    mask_layers=1,
+    anchors=((12,), (24,), (48,), (96,)),
 )
 QUICK = Training(
-    steps=40, batch=2, crop_px=96, rate=2e-3, warmup=5, strength=0.0, average=0.5, hold_out=0, init="imagenet",
-    loaders=0, device="cpu",
+    steps=40,
+    batch=2,
+    crop_px=96,
+    rate=2e-3,
+    warmup=5,
+    strength=0.0,
+    average=0.5,
+    hold_out=0,
+    init="imagenet",
+    loaders=0,
+    device="cpu",
 )
 
 
