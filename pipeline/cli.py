@@ -2,10 +2,11 @@
 
 import sys
 from collections.abc import Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
 
-from cyclopts import App, Parameter
+from cyclopts import App, CycloptsError, Parameter
 from cyclopts.config import Toml
 
 from pipeline.config import ConfigError, Exporting, Running, Settings, load
@@ -17,6 +18,7 @@ app = App(
     name="nightslide",
     help="Segment every nucleus in H&E whole-slide images, and hand the result to QuPath.",
     help_format="plaintext",
+    version=lambda: metadata.version("nightslide"),
 )
 app.command("training.cli:train", name="train")
 app.command("training.cli:evaluate", name="evaluate")
@@ -27,11 +29,17 @@ def main(tokens: Sequence[str] | None = None) -> None:
     from slides.errors import SlideError
 
     try:
-        sys.exit(app.meta(sys.argv[1:] if tokens is None else tokens))
+        status = app.meta(
+            sys.argv[1:] if tokens is None else tokens,
+            result_action="return_value",
+            exit_on_error=False,
+            print_error=False,
+        )
+        sys.exit(status)
     except KeyboardInterrupt:
         print("interrupted; the same command continues where it stopped", file=sys.stderr)
         sys.exit(130)
-    except (ConfigError, SlideError) as error:
+    except (ConfigError, SlideError, CycloptsError) as error:
         print(f"nightslide: {error}", file=sys.stderr)
         sys.exit(2)
 
@@ -45,6 +53,8 @@ def launch(
     if config is not None:
         load(config)  # an unknown key or a wrong value is an error that names the right ones
         app.config = (Toml(config, must_exist=True, use_commands_as_keys=False),)
+    else:
+        app.config = ()
     return app(tokens, result_action="return_value", exit_on_error=False, print_error=False)
 
 

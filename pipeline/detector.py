@@ -32,7 +32,7 @@ LEVELS = ("0", "1", "2", "3")  # strides 4, 8, 16, 32; torchvision names feature
 RATIOS = (0.5, 1.0, 2.0)
 
 
-class WeightsError(Exception):
+class WeightsError(ConfigError):
     """A weights file that is missing, damaged, not ours, or of another architecture."""
 
 
@@ -122,7 +122,8 @@ class NucleusDetector(nn.Module):
     def _maps(self, images: Tensor) -> dict[str, Tensor]:
         images = (images * 2 - 1).contiguous(memory_format=torch.channels_last)
         maps = self.backbone(images)
-        return dict(self.pyramid(OrderedDict(zip(LEVELS, maps, strict=True))))
+        pyramid = self.pyramid(OrderedDict(zip(LEVELS, maps, strict=True)))
+        return {level: map_.float() for level, map_ in pyramid.items()}  # RoIAlign wants float32, in each head
 
     def propose(self, features: Mapping[str, Tensor], side: tuple[int, int], caps: Caps) -> list[Tensor]:
         """Region proposals of each image, (P, 4) in enlarged px, at most caps.proposals."""
@@ -130,7 +131,7 @@ class NucleusDetector(nn.Module):
         self.rpn._post_nms_top_n = {"training": 1000, "testing": caps.proposals}
         sizes = [side] * features["0"].shape[0]
         images = ImageList(features["0"].new_empty((len(sizes), 1, *side)), sizes)
-        proposals: list[Tensor] = self.rpn(images, {k: v.float() for k, v in features.items()})[0]
+        proposals: list[Tensor] = self.rpn(images, dict(features))[0]
         return proposals
 
     def classify(
@@ -144,7 +145,7 @@ class NucleusDetector(nn.Module):
     ) -> list[Candidates]:
         """Proposals -> boxes with class and score, after class-agnostic NMS, in patch px."""
         heads = self.roi_heads
-        pooled = heads.box_roi_pool({k: v.float() for k, v in features.items()}, proposals, [side] * len(proposals))
+        pooled = heads.box_roi_pool(dict(features), proposals, [side] * len(proposals))
         logits, deltas = heads.box_predictor(heads.box_head(pooled))
         counts = [len(p) for p in proposals]
         decoded = heads.box_coder.decode(deltas, proposals).split(counts)  # (P, 1 + K, 4) each
@@ -172,7 +173,7 @@ class NucleusDetector(nn.Module):
         """Soft masks float32 (N, M, M) in 0..1 of each image's boxes (patch px): the grid spans the box."""
         heads = self.roi_heads
         enlarged = [b * self.architecture.upscale for b in boxes]
-        pooled = heads.mask_roi_pool({k: v.float() for k, v in features.items()}, enlarged, [side] * len(boxes))
+        pooled = heads.mask_roi_pool(dict(features), enlarged, [side] * len(boxes))
         logits = heads.mask_predictor(heads.mask_head(pooled))  # (sum N, 1 + K, M, M)
         klass = torch.cat(classes) + 1
         chosen = logits[torch.arange(len(logits), device=logits.device), klass]  # (sum N, M, M)
@@ -183,7 +184,7 @@ class NucleusDetector(nn.Module):
 
         targets, in the crops' own pixels: boxes float32 (N, 4), labels int64 (N,) 1-based, masks uint8 (N, S, S).
         """
-        features = {k: v.float() for k, v in self._maps(images).items()}
+        features = self._maps(images)
         sizes = [(images.shape[-2], images.shape[-1])] * len(images)
         proposals, losses = self.rpn(ImageList(images, sizes), features, targets)
         _, head_losses = self.roi_heads(features, proposals, sizes, targets)

