@@ -358,10 +358,9 @@ def outline(found: Found, tile: Tile, plan: Plan, settings: Settings) -> tuple[p
     shapes = polygons.solid(polygons.polygons(found.soft, found.boxes, level=0.5))
     shapes = polygons.simplify(shapes, settings.stitching.simplify_px)
     shapes = shapely.transform(shapes, lambda xy: xy + np.array(tile.read[:2], float))
-    anchors = shapely.get_coordinates(shapely.centroid(shapes))
-    full = ~shapely.is_empty(shapes)
-    anchors = np.full((len(shapes), 2), np.nan) if len(anchors) != full.sum() else _spread(anchors, full)
-    mine = full & stitch.claim(anchors, tile.core, tolerance=settings.stitching.tolerance_px)
+    centroids = shapely.centroid(shapes)
+    anchors = np.stack([shapely.get_x(centroids), shapely.get_y(centroids)], 1)  # NaN where nothing was outlined
+    mine = stitch.claim(anchors, tile.core, tolerance=settings.stitching.tolerance_px)
     mine[mine] = plan.tissue.contains(anchors[mine])
     bounds = shapely.bounds(shapes[mine])
     cut_off = int(stitch.touching(bounds, tile.read, plan.grid.size).sum())
@@ -375,12 +374,6 @@ def outline(found: Found, tile: Tile, plan: Plan, settings: Settings) -> tuple[p
         stains=found.stains[kept],
     )
     return table, cut_off
-
-
-def _spread(values: NDArray[np.float64], where: NDArray[np.bool_]) -> NDArray[np.float64]:
-    out = np.full((len(where), 2), np.nan)
-    out[where] = values
-    return out
 
 
 def detect_block(job: Job, block: int, tile_seconds: float = 0.0) -> BlockRecord:

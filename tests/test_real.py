@@ -1,0 +1,100 @@
+"""The whole way on real slides and real images, with the shipped weights."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import geopandas
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pipeline import stages
+from pipeline.config import Running, Settings, Tissue
+from pipeline.detector import find_weights, read_notes
+from pipeline.run import run
+from training.annotations import find
+from training.evaluate import evaluate
+
+EXPECTED = {
+    "CMU-1-Small-Region": ("done", ""),
+    "TCGA-CR-7395-01A-01-TS1": ("failed", "pass --mpp"),
+    "damaged/empty": ("failed", "empty"),
+    "damaged/mirax-missing-datafile/mirax-sparse": ("failed", "Data0000.dat is missing"),
+    "damaged/random-byte-flips-in-tiles": ("done", ""),
+    "damaged/text-renamed": ("failed", "is not a slide"),
+    "damaged/truncated-50pct": ("failed", "truncated"),
+    "damaged/zeroed-60kB-in-tile-data": ("done", ""),
+    "generic-no-resolution": ("failed", "pass --mpp"),
+    "generic-pyramid-jpeg": ("done", ""),
+    "leica-offset-region": ("done", ""),
+    "mirax-sparse": ("done", ""),
+    "philips": ("done", ""),
+}
+
+
+def one_square(patches: np.ndarray, plan: stages.Plan, settings: Settings) -> Iterator[stages.Found]:
+    """Finds one square in the middle of every patch: what is tested is everything around the detector."""
+    for _ in patches:
+        yield stages.Found(
+            np.array([[500, 500, 528, 528]], np.float32),
+            np.ones((1, 28, 28), np.float32),
+            np.array([0.9], np.float32),
+            np.zeros(1, np.int64),
+            np.ones(1, np.int64),
+            np.zeros((1, 2), np.float32),
+            False,
+        )
+
+
+def test_an_archive_of_every_format_with_damage_between(
+    shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Readable slides are done, the others fail alone with a cause that a user understands."""
+    monkeypatch.setattr(stages, "detect_patches", one_square)
+    rows = {r.slide: r for r in run([shared / "slides"], tmp_path, Settings(), Running(), say=lambda line: None)}
+    assert {name: row.status for name, row in rows.items()} == {n: status for n, (status, _) in EXPECTED.items()}
+    for name, (_, cause) in EXPECTED.items():
+        assert cause in rows[name].cause
+    for name in ("damaged/zeroed-60kB-in-tile-data", "damaged/random-byte-flips-in-tiles"):
+        assert rows[name].area_lost_mm2 > 0
+    assert rows["CMU-1-Small-Region"].area_lost_mm2 == 0
+    for name in ("CMU-1-Small-Region", "leica-offset-region", "mirax-sparse", "philips", "generic-pyramid-jpeg"):
+        assert rows[name].tissue_mm2 == pytest.approx(0.86, rel=0.1)
+        assert rows[name].nuclei > 10
+        with Image.open(tmp_path / name / "thumbnail.jpg") as thumbnail:
+            assert max(thumbnail.size) <= 1200
+    leica = geopandas.read_parquet(tmp_path / "leica-offset-region" / "nuclei.parquet").total_bounds
+    assert leica[0] >= 3000
+    assert leica[1] >= 5000
+    assert leica[2] <= 5220
+    assert leica[3] <= 7967
+
+
+def test_a_slide_without_scale_runs_where_the_user_gives_one(
+    shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stages, "detect_patches", one_square)
+    slide = shared / "slides" / "generic-no-resolution.tif"
+    (row,) = run([slide], tmp_path, Settings(), Running(), mpp=0.499, say=lambda line: None)
+    assert (row.status, row.mpp_source, row.mpp) == ("done", "user", 0.499)
+
+
+def test_the_shipped_weights_segment_an_image_they_never_saw(shared: Path, tmp_path: Path) -> None:
+    """A test image of Kumar's set, through the path of `nightslide evaluate`; its label maps can be written."""
+    torch.set_num_threads(2)
+    images = [a for a in find(shared / "data" / "kumar", ["test_same_organ"], 0.25) if a.id.startswith("TCGA-18")]
+    settings = Settings(tissue=Tissue(everywhere=True))
+    scores = evaluate(images, settings, Running(), save_labels=tmp_path)
+    assert scores["TCGA-18-5592-01Z-00-DX1"].aji > 0.45
+    assert scores["TCGA-18-5592-01Z-00-DX1"].pq > 0.4
+    labels = np.asarray(Image.open(tmp_path / "TCGA-18-5592-01Z-00-DX1.png"))
+    assert labels.dtype == np.uint16
+    assert len(np.unique(labels)) > 200
+
+
+def test_the_shipped_weights_say_how_they_came_to_be() -> None:
+    notes = read_notes(find_weights("nuclei"))
+    assert json.loads(notes["recipe"])["seed"] == 0
+    assert int(notes["step"]) > 0
