@@ -110,7 +110,8 @@ def plan(
     seconds_per_mm2
         What a mm2 of tissue takes in one view; a finished run's ledger tells it for your machine.
     """
-    from pipeline.run import find_slides, forecast
+    from pipeline.archive import find_slides
+    from pipeline.run import forecast
 
     archive = find_slides(inputs, mpp=mpp)
     rows = [forecast(source, settings, seconds_per_mm2) for source in archive.sources]
@@ -169,7 +170,7 @@ def demo(
     seed
         Another seed draws another slide.
     """
-    from pipeline.run import run_demo
+    from pipeline.demo import run_demo
 
     return run_demo(out, seed, settings)
 
@@ -177,6 +178,6 @@ def demo(
 @app.command
 def doctor() -> int:
     """Say what is installed, which devices there are, what is in the way, and whether it works."""
-    from pipeline.run import check_up
+    from pipeline.doctor import check_up
 
     return check_up()

@@ -1,16 +1,15 @@
-"""An archive: which slides there are, what has been done, what failed, and the ledger that says so."""
+"""A run over an archive: order, resume, what failed, and the ledger that says so."""
 
 import contextlib
 import csv
 import dataclasses
 import json
-import os
 import platform
 import shutil
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_all
 from dataclasses import asdict, dataclass
@@ -18,52 +17,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-import shapely
-
 from pipeline import schedule, stages, tables
-from pipeline.config import ConfigError, Running, Settings
+from pipeline.archive import RunError, Source, find_slides
+from pipeline.config import Running, Settings
 from pipeline.detector import file_sha256, find_weights, read_notes
-from pipeline.polygons import Polygons
 from pipeline.stages import BlockRecord, Job
-from slides import phantom
-from slides.geometry import Size
 from slides.slide import open_slide
-
-SUFFIXES = frozenset(
-    [
-        ".svs",
-        ".tif",
-        ".tiff",
-        ".ndpi",
-        ".scn",
-        ".mrxs",
-        ".vms",
-        ".vmu",
-        ".bif",
-        ".svslide",
-        ".dcm",
-        ".czi",
-        ".zvi",
-    ]
-)  # what OpenSlide's formats are called; other files are opened only where they are named
-
-
-class RunError(ConfigError):
-    """Inputs or an output folder that a run cannot begin with."""
-
-
-class Source(NamedTuple):
-    """A slide of the archive, and the folder of its results relative to the run's."""
-
-    path: Path
-    name: str
-    mpp: float | None
-
-
-class Archive(NamedTuple):
-    sources: tuple[Source, ...]
-    skipped: int  # files in the folders that are no slides by their suffix
 
 
 @dataclass(frozen=True)
@@ -91,94 +50,6 @@ class Row:
     touching_nuclei: int = 0
     seam_duplicates: int = 0
     note: str = ""
-
-
-# ------------------------------------------------------------------------------------------------- inputs
-
-
-def find_slides(inputs: Sequence[Path], out: Path | None = None, mpp: float | None = None) -> Archive:
-    """Slides among files, folders (searched to any depth) and CSV manifests (columns path and, if given, mpp).
-
-    A slide's name is its path relative to its input folder, without suffix; where two slides would share a
-    name both keep their suffix, and then a number. `mpp` is for every slide that the manifest gives none.
-    A file that is reached twice counts once. Raises RunError for an input that does not exist, or no slide.
-    """
-    found: list[tuple[Path, Path, float | None]] = []  # path, relative name with suffix, mpp
-    skipped = 0
-    for given in inputs:
-        if given.is_dir():
-            inside = [p for p in _walk(given) if out is None or not p.resolve().is_relative_to(out.resolve())]
-            chosen = [p for p in inside if p.suffix.lower() in SUFFIXES]
-            found += [(p, p.relative_to(given), mpp) for p in chosen]
-            skipped += len(inside) - len(chosen)
-        elif given.suffix.lower() == ".csv":
-            found += [(p, Path(p.name), mpp if m is None else m) for p, m in _manifest(given)]
-        elif given.exists():
-            found.append((given, Path(given.name), mpp))
-        else:
-            raise RunError(f"{given} does not exist: need slides, folders of slides, or a CSV manifest")
-    unique = {path.resolve(): (path, relative, scale) for path, relative, scale in reversed(found)}
-    ordered = sorted(unique.values(), key=lambda entry: (entry[1].as_posix(), entry[0].as_posix()))
-    if not ordered:
-        raise RunError(
-            f"no slides in {', '.join(map(str, inputs))}: {skipped} other files were skipped; folders are searched "
-            f"for {' '.join(sorted(SUFFIXES))}"
-        )
-    return Archive(tuple(_name(ordered)), skipped)
-
-
-def _walk(folder: Path) -> Iterator[Path]:
-    """Files under a folder, links followed, each real folder once."""
-    seen: set[str] = set()
-    for place, folders, names in os.walk(folder, followlinks=True):
-        real = os.path.realpath(place)
-        if real in seen:
-            folders.clear()
-            continue
-        seen.add(real)
-        folders.sort()
-        yield from (Path(place) / name for name in sorted(names))
-
-
-def _manifest(path: Path) -> list[tuple[Path, float | None]]:
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
-            if "path" not in (reader.fieldnames or []):
-                raise RunError(f"{path} has the columns {reader.fieldnames}: need path and, where wanted, mpp")
-            rows = list(reader)
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise RunError(f"{path} is not a readable CSV manifest: {error}") from error
-    entries = []
-    for number, row in enumerate(rows, 2):
-        slide = path.parent / (row["path"] or "")
-        if not (row["path"] or "").strip() or not slide.exists():
-            raise RunError(f"{path}, line {number}: {row['path']!r} does not exist")
-        try:
-            entries.append((slide, float(row["mpp"]) if (row.get("mpp") or "").strip() else None))
-        except ValueError:
-            raise RunError(f"{path}, line {number}: mpp={row['mpp']!r} is not a number") from None
-    return entries
-
-
-def _name(ordered: Iterable[tuple[Path, Path, float | None]]) -> Iterator[Source]:
-    entries = list(ordered)
-    short = [relative.with_suffix("").as_posix() for _, relative, _ in entries]
-    # two that differ in case alone would be one folder on many file systems
-    counts: dict[str, int] = {}
-    for name in short:
-        counts[name.casefold()] = counts.get(name.casefold(), 0) + 1
-    taken: set[str] = set()
-    for (path, relative, mpp), name in zip(entries, short, strict=True):
-        wanted = name if counts[name.casefold()] == 1 else relative.as_posix()
-        final, number = wanted, 2
-        while final.casefold() in taken:
-            final, number = f"{wanted}-{number}", number + 1
-        taken.add(final.casefold())
-        yield Source(path, final, mpp)
-
-
-# ---------------------------------------------------------------------------------------------------- run
 
 
 def run(
@@ -403,9 +274,7 @@ def summary(row: Row) -> str:
             f"    WARNING: {row.saturated_tiles} tiles hold more nuclei than --detector.instances-per-mm2 allows"
         )
     if row.touching_nuclei:
-        lines.append(
-            f"    {row.touching_nuclei} nuclei reach the edge of what their tile read: raise --tiling.margin"
-        )
+        lines.append(f"    {row.touching_nuclei} nuclei reach the edge of what their tile read: raise --tiling.margin")
     if row.note:
         lines.append(f"    not normalised: {row.note}")
     return "\n".join(lines)
@@ -447,111 +316,3 @@ def forecast(source: Source, settings: Settings, seconds_per_mm2: float) -> Fore
         area * seconds_per_mm2 * settings.fusion.views / 3600,
         area * 6000 * 750 / 1e9,
     )
-
-
-# ------------------------------------------------------------------------------------------------- doctor
-
-
-def check_up(say: Callable[[str], None] = print) -> int:
-    """Versions, devices, name conflicts, weights, and a smoke test. Returns 0 where all is well, else 1."""
-    import openslide
-    import torch
-
-    from pipeline.config import Detection
-    from pipeline.detector import shipped
-
-    problems = []
-    for name in VERSIONED:
-        say(f"{name} {metadata.version(name)}")
-    say(
-        f"OpenSlide library {openslide.__library_version__}, Python {platform.python_version()}, {os.cpu_count()} cores"
-    )
-    for index in range(torch.cuda.device_count()):
-        memory = torch.cuda.get_device_properties(index).total_memory / 2**30
-        say(f"cuda:{index} {torch.cuda.get_device_name(index)}, {memory:.0f} GiB")
-    if not torch.cuda.is_available():
-        say("no CUDA device: the detector runs on the CPU")
-    owners = metadata.packages_distributions()
-    for package in ("slides", "pipeline", "training"):
-        others = set(owners.get(package, [])) - {"nightslide"}
-        if others:
-            problems.append(
-                f"{', '.join(sorted(others))} also provides a package '{package}': use an environment of its own"
-            )
-    for name in shipped():
-        say(f"weights {name}: {file_sha256(find_weights(name))[:16]}")
-    try:
-        running = stages.engine(Detection())
-        with torch.inference_mode():
-            features = running.model.features(torch.zeros(1, 3, 64, 64, device=running.device))
-        say(f"smoke test: the detector computes on {running.device} in {str(running.precision).removeprefix('torch.')}")
-        if not all(torch.isfinite(value).all() for value in features.values()):
-            problems.append(
-                "the detector gives values that are not finite: reinstall torch, or choose --detector.device cpu"
-            )
-    except Exception as error:
-        problems.append(f"the detector does not run: {error}")
-    for problem in problems:
-        say(f"PROBLEM: {problem}")
-    say("all is well" if not problems else f"{len(problems)} problems")
-    return int(bool(problems))
-
-
-# --------------------------------------------------------------------------------------------------- demo
-
-DEMO_SIZE = Size(3600, 2800)  # work px: 0.6 mm2, most of it tissue
-
-
-class Match(NamedTuple):
-    """Found against true nuclei: a pair counts from an IoU of .5 on."""
-
-    found: int
-    true: int
-    hits: int
-
-    @property
-    def precision(self) -> float:
-        return self.hits / max(1, self.found)
-
-    @property
-    def recall(self) -> float:
-        return self.hits / max(1, self.true)
-
-    @property
-    def f1(self) -> float:
-        return 2 * self.hits / max(1, self.found + self.true)
-
-
-def match(found: Polygons, true: Polygons) -> Match:
-    """Score polygons of one frame against each other, each used at most once."""
-    i, j = shapely.STRtree(true).query(found, predicate="intersects")
-    shared = shapely.area(shapely.intersection(found[i], true[j]))
-    iou = shared / (shapely.area(found[i]) + shapely.area(true[j]) - shared)
-    hit = iou >= 0.5
-    return Match(len(found), len(true), min(len(np.unique(i[hit])), len(np.unique(j[hit]))))
-
-
-def run_demo(out: Path, seed: int, settings: Settings, say: Callable[[str], None] = print) -> int:
-    """Phantom slide -> run -> score against the truth it knows. Returns the run's exit status."""
-    began = time.perf_counter()
-    out.mkdir(parents=True, exist_ok=True)
-    slide = out / f"phantom-{seed}.tif"
-    drawn = phantom.draw(DEMO_SIZE, seed)
-    with tables.committed(slide) as part:
-        phantom.write(part, drawn)
-    say(f"drew {slide}: {len(drawn.polygons):,} nuclei on {DEMO_SIZE.width} x {DEMO_SIZE.height} px")
-    (row,) = run([slide], out / "results", settings, Running(), say=say)
-    if row.status == "failed":
-        return 1
-    folder = out / "results" / slide.stem
-    found = tables.geometry(tables.read_nuclei(folder / "nuclei.parquet", ["geometry"]))
-    scores = match(found, np.array([shapely.Polygon(ring) for ring in drawn.polygons], object))
-    say(
-        f"against the truth, at IoU .5: precision {scores.precision:.3f}, recall {scores.recall:.3f}, "
-        f"F1 {scores.f1:.3f} ({scores.found:,} found, {scores.true:,} true)"
-    )
-    say(f"look at   {folder / 'overlay.jpg'}")
-    say(f"          {folder / 'thumbnail.jpg'}")
-    say(f"in QuPath open {slide}, then drag {folder / 'nuclei.geojson.zip'} onto it")
-    say(f"{time.perf_counter() - began:.0f} s")
-    return 0

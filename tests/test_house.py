@@ -22,7 +22,10 @@ PIPELINE = [
     "pictures",
     "stages",
     "schedule",
+    "archive",
     "run",
+    "demo",
+    "doctor",
     "cli",
 ]
 

@@ -32,7 +32,9 @@ def test_every_command_explains_itself_and_is_in_the_readme(
     assert f"nightslide {command}" in README
 
 
-def test_every_setting_is_a_flag_with_its_default(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_setting_is_a_flag_with_its_default(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Law: defaults are written once; the help shows the dataclasses'."""
     monkeypatch.setenv("COLUMNS", "240")
     _, out, _ = said(capsys, "run", "--help")

@@ -25,8 +25,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from pipeline import stages, tables
+from pipeline.archive import RunError, find_slides
 from pipeline.config import ConfigError, Running, Settings, Stitching, Tiling, Tissue
-from pipeline.run import RunError, find_slides, match, run
+from pipeline.demo import match
+from pipeline.run import run
 
 HEIGHT, WIDTH, RADIUS = 330, 410, 9
 ONE = Running(workers=1)
