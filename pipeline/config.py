@@ -83,9 +83,9 @@ class Staining:
 class Detection:
     weights: Annotated[str, Parameter(name=["--detector.weights", "--weights"])] = "nuclei"
     "Name of shipped weights, or a .safetensors file."
-    score: float = 0.5
+    score: float = 0.35
     "Detections below this (fused) score are dropped."
-    nms: float = 0.4
+    nms: float = 0.3
     "Boxes of one tile, or of several views, that overlap by more than this IoU are one nucleus."
     proposals_per_mm2: int = 46_000
     "Region proposals kept, per area of a patch: 3,000 in a tile of 1024 px at 0.25 um."

@@ -172,7 +172,8 @@ class NucleusDetector(nn.Module):
     ) -> list[Tensor]:
         """Soft masks float32 (N, M, M) in 0..1 of each image's boxes (patch px): the grid spans the box."""
         heads = self.roi_heads
-        enlarged = [b * self.architecture.upscale for b in boxes]
+        # torchvision samples the masks it trains on half a pixel beyond their boxes (RoIAlign without `aligned`)
+        enlarged = [b * self.architecture.upscale - 0.5 for b in boxes]
         pooled = heads.mask_roi_pool(dict(features), enlarged, [side] * len(boxes))
         logits = heads.mask_predictor(heads.mask_head(pooled))  # (sum N, 1 + K, M, M)
         klass = torch.cat(classes) + 1

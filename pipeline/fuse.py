@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torchvision.ops import box_iou, nms
 
@@ -11,7 +12,7 @@ from pipeline.config import Detection
 from pipeline.detector import Candidates, Caps, NucleusDetector
 from pipeline.views import View, apply, apply_boxes, undo_boxes, undo_masks
 
-_LEADERS_AT_ONCE = 512  # rows of the overlap matrix held at once: 8 views of 3,000 boxes stay under 50 MB
+_BOXES_AT_ONCE = 512  # rows of the overlap matrix held at once
 
 
 class Fused(NamedTuple):
@@ -40,28 +41,19 @@ def fuse(boxes: Sequence[Tensor], scores: Sequence[Tensor], classes: Sequence[Te
     order = _canonical(every, score, klass)
     every, score, klass, view = every[order], score[order], klass[order], view[order]
     leaders = nms(every, score, iou).sort().values  # canonical order is falling score
-    leader, overlap = _best_leader(every, every[leaders], iou)
-    # of the boxes that one view gives a leader, the first in canonical order counts
-    joined = torch.where(overlap)[0]
-    key = leader[joined] * count + view[joined]
-    counted = joined[_first_of_each(key)]
-    counted = counted.sort().values  # sums run in canonical order, whatever the order of the views
-    target = leader[counted]
-    total = torch.zeros(len(leaders), dtype=torch.float64, device=every.device)
-    weight = score[counted].double()
-    total.index_add_(0, target, weight)
-    mean = torch.zeros(len(leaders), 4, dtype=torch.float64, device=every.device)
-    mean.index_add_(0, target, every[counted].double() * weight[:, None])
-    votes = torch.zeros(len(leaders), dtype=torch.int64, device=every.device)
-    votes.index_add_(0, target, torch.ones_like(target))
-    kinds = int(klass.max()) + 1 if len(klass) else 1
-    ballots = torch.zeros(len(leaders), kinds, dtype=torch.float64, device=every.device)
-    ballots.index_put_((target, klass[counted]), weight, accumulate=True)
+    members = _members(_best_leader(every, every[leaders]), view, len(leaders), count)  # (L, V)
+    there = members < len(every)
+    members = members.clamp(max=max(len(every) - 1, 0))
+    weight = score[members].double() * there  # (L, V)
+    total = weight.sum(1)
+    lead = every[leaders].double()
+    away = every[members].double() - lead[:, None]  # (L, V, 4): what agrees with the leader moves it not at all
+    kinds = F.one_hot(klass[members], int(klass.max()) + 1 if len(klass) else 1)  # (L, V, K)
     fused = Fused(
-        (mean / total.clamp(min=1e-12)[:, None]).to(every.dtype),
+        (lead + (away * weight[..., None]).sum(1) / total.clamp(min=1e-12)[:, None]).to(every.dtype),
         (total / count).to(score.dtype),
-        ballots.argmax(1),
-        votes,
+        (kinds * weight[..., None]).sum(1).argmax(1),
+        there.sum(1),
     )
     best = _canonical(fused.boxes, fused.scores, fused.classes)
     return Fused(*(values[best] for values in fused))
@@ -75,23 +67,30 @@ def _canonical(boxes: Tensor, scores: Tensor, classes: Tensor) -> Tensor:
     return order
 
 
-def _best_leader(boxes: Tensor, leaders: Tensor, iou: float) -> tuple[Tensor, Tensor]:
-    """Each box's most overlapping leader (N,), and whether by `iou` or more (N,). The first of equals."""
-    best = torch.full((len(boxes),), -1.0, device=boxes.device)
-    index = torch.zeros(len(boxes), dtype=torch.int64, device=boxes.device)
-    for first in range(0, len(leaders), _LEADERS_AT_ONCE):
-        overlap, at = box_iou(leaders[first : first + _LEADERS_AT_ONCE], boxes).max(0)
-        better = overlap > best
-        best, index = torch.where(better, overlap, best), torch.where(better, at + first, index)
-    return index, best >= iou
+def _best_leader(boxes: Tensor, leaders: Tensor) -> Tensor:
+    """Each box's most overlapping leader, int64 (N,); the first of equals.
+
+    Every box has one that overlaps by the IoU of the suppression: itself, or the one that suppressed it.
+    """
+    best = torch.empty(len(boxes), dtype=torch.int64, device=boxes.device)
+    order = boxes[:, 0].argsort()  # neighbours in x together, so that few leaders are near
+    for first in range(0, len(boxes), _BOXES_AT_ONCE):
+        part = order[first : first + _BOXES_AT_ONCE]
+        some = boxes[part]
+        near = torch.where((leaders[:, 0] <= some[:, 2].max()) & (leaders[:, 2] >= some[:, 0].min()))[0]
+        best[part] = near[box_iou(some, leaders[near]).argmax(1)]
+    return best
 
 
-def _first_of_each(key: Tensor) -> Tensor:
-    """Index of the first occurrence of every distinct value."""
-    order = key.argsort(stable=True)
-    fresh = torch.ones_like(key, dtype=torch.bool)
-    fresh[1:] = key[order][1:] != key[order][:-1]
-    return order[fresh]
+def _members(leader: Tensor, view: Tensor, leaders: int, views: int) -> Tensor:
+    """Of the boxes that each view gives a leader, the first: int64 (L, V), ascending along V, N where none.
+
+    Ascending, so that sums over V run in canonical order whatever the order of the views; a table, because
+    scattered additions run in any order on a GPU, and scattered minima do not care.
+    """
+    table = torch.full((leaders * views,), len(leader), dtype=torch.int64, device=leader.device)
+    table.scatter_reduce_(0, leader * views + view, torch.arange(len(leader), device=leader.device), "amin")
+    return table.reshape(leaders, views).sort(1).values
 
 
 class Instances(NamedTuple):

@@ -22,12 +22,13 @@ from torch import Tensor
 Numbers = Mapping[str, tuple[float, ...]]
 
 _DARKEST = 1 / 255  # black is not infinitely dense: 8 bits end here
-_STAINED_OD = 0.15  # Macenko's beta: a pixel less dense than this tells nothing about its colour
-_FEWEST_PIXELS = 1_000
-_LEAST_CHROMA = 0.1  # grey is 0, H&E slides are 0.25 to 0.6
-_LEAST_DEVIATION = 0.001  # of log10 colours; H&E slides have 0.02 and more
-_LEAST_ANGLE_DEG = 10.0  # between two stains; H&E slides have 15 and more
-_LEAST_STRENGTH = 0.05  # OD of the 99th percentile; H&E slides have 0.5 and more
+_GLASS_OD, _TISSUE_OD = 0.03, 0.15  # of D; the upper is Macenko's beta: paler pixels have no colour to speak of
+_CELL_PX = 4
+_FEWEST_CELLS = 500
+_LEAST_CHROMA = 0.1  # grey is 0; H&E has 0.16 and more
+_LEAST_DEVIATION = 0.001  # of log10 colours; H&E has, along red-green, 0.002 and more
+_LEAST_ANGLE_DEG = 10.0  # between two stains; H&E has 14 and more: less would amplify noise more than stain
+_LEAST_STRENGTH = 0.05  # OD of the 99th percentile; H&E has 0.4 and more
 
 
 class StainError(ValueError):
@@ -77,7 +78,7 @@ def fit(patches: NDArray[np.uint8] | Tensor, tissue: NDArray[np.bool_] | Tensor,
         raise StainError(
             f"patches {tuple(patches.shape)}, tissue {tuple(tissue.shape)}: need (B, H, W, 3) and (B, H, W)"
         )
-    numbers = _find(method).fit(torch.as_tensor(patches[tissue]))
+    numbers = _find(method).fit(torch.as_tensor(patches), torch.as_tensor(tissue))
     return Stain(method, {name: tuple(round(v, 6) for v in values) for name, values in numbers.items()})
 
 
@@ -120,17 +121,21 @@ def _mix(images: Tensor, matrix: Tensor) -> Tensor:
     return F.conv2d(images, matrix.to(images)[:, :, None, None])
 
 
-def _stained(pixels: Tensor) -> Tensor:
-    """uint8 (N, 3) -> float32 (M, 3) in 0..1, the pixels dense enough to have a colour.
+def _stained(patches: Tensor, tissue: Tensor) -> Tensor:
+    """Mean colours, float32 (M, 3) in 0..1, of the cells of 4 x 4 px that are tissue and have a colour.
 
+    Cells, because a stain hardly changes within a micrometre but a sensor's noise does, and the extremes
+    that Macenko looks for would be the noise's.
     Raises StainError when they are too few, or grey on the whole.
     """
-    intensities = pixels.float() / 255
-    stained = intensities[_density(intensities).mean(1) > _STAINED_OD]
-    if len(stained) < _FEWEST_PIXELS:
+    cells = F.avg_pool2d(patches.permute(0, 3, 1, 2).float() / 255, _CELL_PX)  # (B, 3, H / 4, W / 4)
+    whole = -F.max_pool2d(-tissue[:, None].float(), _CELL_PX)[:, 0] > 0  # (B, H / 4, W / 4)
+    colours = cells.permute(0, 2, 3, 1)[whole]
+    stained = colours[_density(colours).mean(1) > _TISSUE_OD]
+    if len(stained) < _FEWEST_CELLS:
         raise StainError(
-            f"{len(stained)} of {len(pixels)} tissue pixels are stained (optical density over {_STAINED_OD}): "
-            f"need {_FEWEST_PIXELS}; fit on more tissue, or use 'none'"
+            f"{len(stained)} of {len(colours)} cells of {_CELL_PX} x {_CELL_PX} tissue pixels are stained (optical "
+            f"density over {_TISSUE_OD}): need {_FEWEST_CELLS}; fit on more tissue, or use 'none'"
         )
     red, green, blue = _density(stained).mean(0).tolist()
     mean = (red + green + blue) / 3
@@ -143,10 +148,17 @@ def _stained(pixels: Tensor) -> Tensor:
     return stained
 
 
+def _tissue_share(images: Tensor) -> Tensor:
+    """(B, 3, H, W) -> (B, 1, H, W): 0 on glass, which is kept, 1 on tissue, which is moved; smooth between."""
+    depth = (_density(images).mean(1, keepdim=True) - _GLASS_OD) / (_TISSUE_OD - _GLASS_OD)
+    depth = depth.clamp(0, 1)
+    return depth * depth * (3 - 2 * depth)
+
+
 # ------------------------------------------------------------------------------------------------- none
 
 
-def _fit_none(_pixels: Tensor) -> Numbers:
+def _fit_none(_patches: Tensor, _tissue: Tensor) -> Numbers:
     return {}
 
 
@@ -164,50 +176,45 @@ _RGB_TO_LMS = torch.tensor(
 _LOG_LMS_TO_LAB = torch.tensor([3.0, 6.0, 2.0], dtype=torch.float64).rsqrt()[:, None] * torch.tensor(
     [[1, 1, 1], [1, 1, -2], [1, -1, 0]], dtype=torch.float64
 )
-# Between these mean densities a pixel passes from glass, which is kept, to tissue, which is moved.
-_GLASS_OD, _TISSUE_OD = 0.03, _STAINED_OD
 
 
-def _fit_reinhard(pixels: Tensor) -> Numbers:
-    """Mean and standard deviation of the tissue's pixels along Ruderman's axes, log10 units."""
-    colours = _stained(pixels)[None].permute(0, 2, 1)[..., None]  # (1, 3, M, 1)
-    lab = _mix(_mix(colours, _RGB_TO_LMS).clamp(min=_DARKEST).log10(), _LOG_LMS_TO_LAB)[0, :, :, 0].double()
-    deviation = lab.std(1).tolist()
+def _fit_reinhard(patches: Tensor, tissue: Tensor) -> Numbers:
+    """Mean and standard deviation of the tissue along Ruderman's axes, log10 units."""
+    cones = _stained(patches, tissue) @ _RGB_TO_LMS.T.to(patches.device, torch.float32)  # (M, 3)
+    lab = cones.clamp(min=_DARKEST).log10().double() @ _LOG_LMS_TO_LAB.T.to(patches.device)
+    deviation = lab.std(0).tolist()
     if min(deviation) < _LEAST_DEVIATION:
         raise StainError(
             f"the tissue has nearly one colour (deviations {', '.join(f'{d:.4f}' for d in deviation)} along "
             f"Ruderman's axes): need {_LEAST_DEVIATION}; fit on more tissue, or use 'none'"
         )
-    return {"mean": tuple(lab.mean(1).tolist()), "deviation": tuple(deviation)}
+    return {"mean": tuple(lab.mean(0).tolist()), "deviation": tuple(deviation)}
 
 
 def _transfer_reinhard(images: Tensor, source: Numbers, target: Numbers) -> Tensor:
     """Tissue to the target's mean and deviation along Ruderman's axes; glass is kept, with a smooth passage."""
-    (mean, deviation), (mean_to, deviation_to) = (
-        [torch.tensor(n[name], dtype=torch.float64) for name in ("mean", "deviation")] for n in (source, target)
-    )
+    mean, deviation = (torch.tensor(source[name], dtype=torch.float64) for name in ("mean", "deviation"))
+    mean_to, deviation_to = (torch.tensor(target[name], dtype=torch.float64) for name in ("mean", "deviation"))
     gain = deviation_to / deviation
     # lab' = gain (lab - mean) + mean_to is affine in log LMS: log LMS' - log LMS = matrix log LMS + offset
     back = torch.linalg.inv(_LOG_LMS_TO_LAB)
     matrix, offset = back @ torch.diag(gain - 1) @ _LOG_LMS_TO_LAB, back @ (mean_to - gain * mean)
     cones = _mix(images, _RGB_TO_LMS)
     change = _mix(cones.clamp(min=_DARKEST).log10(), matrix) + offset.to(images)[:, None, None]
-    depth = (_density(images).mean(1, keepdim=True) - _GLASS_OD) / (_TISSUE_OD - _GLASS_OD)
-    depth = depth.clamp(0, 1)
-    gate = depth * depth * (3 - 2 * depth)
-    return _mix(cones * torch.pow(10, gate * change), torch.linalg.inv(_RGB_TO_LMS)).clamp(0, 1)
+    change *= _tissue_share(images)
+    return _mix(cones * torch.pow(10, change), torch.linalg.inv(_RGB_TO_LMS)).clamp(0, 1)
 
 
 # ---------------------------------------------------------------------------------------------- Macenko
 
 
-def _fit_macenko(pixels: Tensor) -> Numbers:
+def _fit_macenko(patches: Tensor, tissue: Tensor) -> Numbers:
     """Unit vectors of the two stains and their 99th percentiles. Macenko et al. (2009).
 
     The plane is spanned by the first two singular vectors of the densities; in it, the stains are the
     1st and 99th percentile of the angle. Haematoxylin is the one that absorbs more red.
     """
-    density = _density(_stained(pixels))  # (M, 3)
+    density = _density(_stained(patches, tissue))  # (M, 3)
     wide = density.double()
     plane = torch.linalg.eigh(wide.T @ wide).eigenvectors[:, [2, 1]]  # (3, 2)
     plane = plane * plane[:, :1].sum().sign()  # towards the densities, so that angles lie around 0
@@ -237,19 +244,20 @@ def _percentile(values: Tensor, share: float) -> float:
 
 
 def _transfer_macenko(images: Tensor, source: Numbers, target: Numbers) -> Tensor:
-    """Amounts of both stains scaled to the target's strengths and painted with its colours."""
+    """Amounts of both stains scaled to the target's strengths, painted with its colours; glass is kept."""
     vectors, vectors_to = (torch.tensor([n["haematoxylin"], n["eosin"]], dtype=torch.float64) for n in (source, target))
     gain = torch.tensor(target["strength"], dtype=torch.float64) / torch.tensor(source["strength"], dtype=torch.float64)
     # All linear in the densities: OD' - OD = amounts (gain vectors_to - vectors), what else OD holds is kept.
     change = torch.linalg.pinv(vectors) @ (gain[:, None] * vectors_to - vectors)  # (3, 3), row vectors
-    return (images * (-_mix(_density(images), change.T)).exp()).clamp(0, 1)
+    change_od = _mix(_density(images), change.T) * _tissue_share(images)
+    return (images * (-change_od).exp()).clamp(0, 1)
 
 
 # ------------------------------------------------------------------------------------- methods, template
 
 
 class _Method(NamedTuple):
-    fit: Callable[[Tensor], Numbers]  # uint8 (N, 3), the tissue's pixels
+    fit: Callable[[Tensor, Tensor], Numbers]  # patches and tissue as `fit` takes them
     transfer: Callable[[Tensor, Numbers, Numbers], Tensor]
     lengths: Mapping[str, int]  # of the numbers
 
@@ -267,19 +275,20 @@ def _find(method: Any) -> _Method:
     return _METHODS[method]
 
 
-# Every fourth pixel, down and across, of the 16 training images of Kumar et al. (2017), pooled and fitted:
-# seven organs of many laboratories. tests/pipeline/test_stain.py computes them again.
+# The typical image: each of the 16 training images of Kumar et al. (2017) fitted alone, as slides are, and of
+# every number the median. Pooled they would give a target of wider colours than any slide has.
+# tests/pipeline/test_stain.py computes them again.
 TEMPLATE: Mapping[str, Stain] = {
     "none": Stain("none", {}),
     "reinhard": Stain(
-        "reinhard", {"mean": (-0.479063, -0.045649, 0.023381), "deviation": (0.262446, 0.047006, 0.01484)}
+        "reinhard", {"mean": (-0.424042, -0.040493, 0.020432), "deviation": (0.217757, 0.037962, 0.007799)}
     ),
     "macenko": Stain(
         "macenko",
         {
-            "haematoxylin": (0.62431, 0.690624, 0.36507),
-            "eosin": (0.068402, 0.831802, 0.550842),
-            "strength": (2.440143, 1.41938),
+            "haematoxylin": (0.511356, 0.754105, 0.411409),
+            "eosin": (0.149538, 0.817207, 0.547106),
+            "strength": (2.401532, 1.041591),
         },
     ),
 }

@@ -7,10 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torchvision.ops import box_iou, nms
 
 from pipeline.config import Architecture, Detection
 from pipeline.detector import Caps, NucleusDetector
-from pipeline.fuse import fuse, infer
+from pipeline.fuse import _best_leader, fuse, infer
 from pipeline.views import views
 
 # coarse numbers, so that ties in scores and overlaps are common
@@ -111,3 +112,14 @@ def test_a_saturated_patch_is_looked_at_in_quarters(tiny: NucleusDetector) -> No
     assert not roomy.saturated or len(roomy.boxes) > 10
     assert crowded.saturated
     assert 10 < len(crowded.boxes) <= 40
+
+
+@given(st.integers(0, 2**32))
+@settings(max_examples=20)
+def test_the_best_leader_is_the_one_of_the_whole_matrix(seed: int) -> None:
+    """Looking only at the leaders near in x finds what a search of all of them finds."""
+    random = torch.Generator().manual_seed(seed)
+    corner = torch.rand(1500, 2, generator=random) * 200
+    boxes = torch.cat([corner, corner + 4 + 20 * torch.rand(1500, 2, generator=random)], 1)
+    leaders = boxes[nms(boxes, torch.arange(1500.0).flip(0), 0.3).sort().values]
+    assert torch.equal(_best_leader(boxes, leaders), box_iou(boxes, leaders).argmax(1))
