@@ -30,6 +30,7 @@ from pipeline.config import Architecture, ConfigError, build
 
 LEVELS = ("0", "1", "2", "3")  # strides 4, 8, 16, 32; torchvision names feature maps by strings
 RATIOS = (0.5, 1.0, 2.0)
+LEAST_OBJECTNESS = 0.05  # of a proposal that is worth a look; half of them fall below it, and no score with them
 
 
 class WeightsError(ConfigError):
@@ -126,7 +127,8 @@ class NucleusDetector(nn.Module):
         return {level: map_.float() for level, map_ in pyramid.items()}  # RoIAlign wants float32, in each head
 
     def propose(self, features: Mapping[str, Tensor], side: tuple[int, int], caps: Caps) -> list[Tensor]:
-        """Region proposals of each image, (P, 4) in enlarged px, at most caps.proposals."""
+        """Region proposals of each image, (P, 4) in enlarged px, at most caps.proposals; few where little is."""
+        self.rpn.score_thresh = LEAST_OBJECTNESS  # in training every proposal teaches
         self.rpn._pre_nms_top_n = {"training": 1500, "testing": caps.proposals}
         self.rpn._post_nms_top_n = {"training": 1000, "testing": caps.proposals}
         sizes = [side] * features["0"].shape[0]
@@ -186,6 +188,7 @@ class NucleusDetector(nn.Module):
         targets, in the crops' own pixels: boxes float32 (N, 4), labels int64 (N,) 1-based, masks uint8 (N, S, S).
         """
         features = self._maps(images)
+        self.rpn.score_thresh = 0.0
         sizes = [(images.shape[-2], images.shape[-1])] * len(images)
         proposals, losses = self.rpn(ImageList(images, sizes), features, targets)
         _, head_losses = self.roi_heads(features, proposals, sizes, targets)

@@ -305,7 +305,7 @@ def forecast(source: Source, settings: Settings, seconds_per_mm2: float) -> Fore
     except Exception as error:
         return Forecast(source.name, " ".join(str(error).split()), 0, "", 0, 0, 0, 0)
     area = plan.tissue.area_mm2
-    # 6,000 nuclei per mm2 of 500 bytes in the table and 250 in the zip: measured on ../shared's slides
+    # a dense slide has 6,000 nuclei per mm2; each takes 415 bytes in the table and 284 in the zip
     return Forecast(
         source.name,
         "",
@@ -314,5 +314,5 @@ def forecast(source: Source, settings: Settings, seconds_per_mm2: float) -> Fore
         area,
         len(plan.tiles),
         area * seconds_per_mm2 * settings.fusion.views / 3600,
-        area * 6000 * 750 / 1e9,
+        area * 6000 * 700 / 1e9,
     )
