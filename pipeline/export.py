@@ -1,12 +1,12 @@
-"""nuclei.parquet -> what others read: QuPath's GeoJSON, a table in CSV, the pictures a person looks at first.
+"""nuclei.parquet -> what other programs read: QuPath's GeoJSON, a table in CSV.
 
 Row group by row group, so memory does not grow with the slide; equal tables give equal bytes. Text is put
-together column by column in Arrow, and outlines are drawn edge by edge in numpy: no loop over objects.
+together column by column in Arrow, not object by object.
 """
 
 import json
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -16,14 +16,9 @@ import pyarrow.compute as pc
 import pyarrow.csv
 import shapely
 from numpy.typing import NDArray
-from PIL import Image
-from scipy import ndimage
 
-from pipeline.polygons import Floats, Polygons, solid
+from pipeline.polygons import Polygons, solid
 from pipeline.tables import NUCLEI, Provenance, committed, geometry, iter_nuclei, read_provenance
-from slides.geometry import Affine
-from slides.grid import Tile, TileGrid
-from slides.tissue import TissueMap
 
 # A million detections load into QuPath in 2 GB as shards of this size, and need 12 GB in one file.
 _SHARD = 50_000
@@ -111,19 +106,6 @@ FORMATS: Mapping[str, Format] = {
 }
 
 
-def write_formats(folder: Path, formats: Iterable[str], *, crop: bool) -> dict[str, Exported]:
-    """Make each of `formats` from the nuclei.parquet of a slide's folder, beside it. Safe to run again.
-
-    Raises ValueError for a format that there is not, before anything is written.
-    """
-    chosen = list(formats)
-    unknown = sorted(set(chosen) - set(FORMATS))
-    if unknown:
-        raise ValueError(f"format '{unknown[0]}': the formats are {', '.join(FORMATS)}")
-    nuclei = folder / "nuclei.parquet"
-    return {name: FORMATS[name].write(nuclei, folder / FORMATS[name].file, crop=crop) for name in chosen}
-
-
 def _origin(provenance: Provenance, crop: bool) -> tuple[float, float]:
     return (float(provenance.bounds.x0), float(provenance.bounds.y0)) if crop else (0.0, 0.0)
 
@@ -197,65 +179,3 @@ def _add(archive: zipfile.ZipFile, name: str, features: pa.ChunkedArray) -> None
     member.compress_type, member.create_system, member.external_attr = zipfile.ZIP_DEFLATED, 3, 0o644 << 16
     text = '{"type":"FeatureCollection","features":[\n' + ",\n".join(features.to_pylist()) + "\n]}\n"
     archive.writestr(member, text.encode(), compresslevel=1)
-
-
-# ------------------------------------------------------------------------------------------------ pictures
-
-_TISSUE_COLOUR, _TILE_COLOUR, _SKIPPED_COLOUR = (0, 130, 60), (50, 90, 220), (200, 205, 215)
-
-
-def draw_plan(
-    thumbnail: NDArray[np.uint8], tissue: TissueMap, grid: TileGrid, tiles: Iterable[Tile], out: Path
-) -> None:
-    """What will be looked at, as a JPEG: the tile grid, the cores of `tiles` in blue, the tissue's outline.
-
-    thumbnail: uint8 (h, w, 3) of the whole work frame, at the scale of `tissue`
-    """
-    picture = np.array(thumbnail)
-    every = [grid.tile_at(row, col) for row in range(grid.rows) for col in range(grid.cols)]
-    for chosen, colour in ((every, _SKIPPED_COLOUR), (tiles, _TILE_COLOUR)):
-        cores = np.array([tile.core for tile in chosen], dtype=np.float64).reshape(-1, 4)
-        x0, y0, x1, y1 = (cores * (tissue.work_mpp / tissue.mpp)).T
-        ring = np.stack([x0, y0, x1, y0, x1, y1, x0, y1, x0, y0], axis=1).reshape(-1, 5, 2)
-        _draw(picture, ring[:, :-1].reshape(-1, 2), ring[:, 1:].reshape(-1, 2), np.array(colour, np.uint8))
-    mask = tissue.mask[: picture.shape[0], : picture.shape[1]]
-    picture[: mask.shape[0], : mask.shape[1]][mask & ~ndimage.binary_erosion(mask)] = _TISSUE_COLOUR
-    _save(picture, out)
-
-
-def draw_overlay(
-    picture: NDArray[np.uint8], nuclei: Path, to_slide: Affine, work_px: float, out: Path
-) -> None:
-    """The outlines of all nuclei, in the colours of their classes, on a picture of the slide, as a JPEG.
-
-    picture: uint8 (h, w, 3) of the whole work frame, a pixel of it being `work_px` work px
-    """
-    picture = np.array(picture)
-    colours = read_provenance(nuclei).colours
-    known, palette = pa.array(list(colours), pa.string()), np.array(list(colours.values()), np.uint8)
-    for rows in iter_nuclei(nuclei, ["geometry", "class"]):
-        xy, owner = shapely.get_coordinates(geometry(rows), return_index=True)
-        xy = to_slide.slide_to_work(xy) / work_px
-        edge = np.flatnonzero(owner[1:] == owner[:-1])
-        klass = pc.index_in(rows["class"], known).to_numpy()
-        _draw(picture, xy[edge], xy[edge + 1], palette[klass[owner[edge]]])
-    _save(picture, out)
-
-
-def _draw(picture: NDArray[np.uint8], start: Floats, end: Floats, colour: NDArray[np.uint8]) -> None:
-    """Draw lines one pixel wide into `picture`; what lies outside is left out.
-
-    start, end: float64 (E, 2), x y in picture px; colour: uint8 (3,) or (E, 3)
-    """
-    points = np.ceil(np.abs(end - start).max(axis=1, initial=0)).astype(np.int64) + 1
-    line = np.arange(len(points)).repeat(points)
-    way = (np.arange(len(line)) - (np.cumsum(points) - points)[line]) / np.maximum(points - 1, 1)[line]
-    x, y = np.floor(start[line] + (end - start)[line] * way[:, None]).astype(np.int64).T
-    inside = (x >= 0) & (x < picture.shape[1]) & (y >= 0) & (y < picture.shape[0])
-    picture[y[inside], x[inside]] = np.broadcast_to(colour, (len(points), 3))[line[inside]]
-
-
-def _save(picture: NDArray[np.uint8], out: Path) -> None:
-    with committed(out) as partial:
-        # Colour at full resolution: lines are one pixel wide.
-        Image.fromarray(picture).save(partial, format="JPEG", quality=90, subsampling=0)

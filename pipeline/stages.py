@@ -205,6 +205,8 @@ def begin(job: Job) -> tuple[int, ...]:
             _write_plan(plan, job.work)
     PatchStore.create(job.work / "patches.zarr", plan.grid, job.digest)
     job.instances(0).parent.mkdir(exist_ok=True)
+    for folder in (job.folder, job.work, job.instances(0).parent):
+        tables.sweep(folder)  # what a killed process left half-written
     return plan.blocks
 
 

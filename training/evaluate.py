@@ -164,8 +164,12 @@ def predict(
     failed = [r for r in rows if not r.status.startswith("done")]
     if failed:
         raise AnnotationError(f"{failed[0].slide} could not be segmented: {failed[0].cause}")
-    shapes = {a.id: Image.open(a.image).size for a in images}
-    return {i: label_map(folder / i / "nuclei.parquet", (h, w)) for i, (w, h) in shapes.items()}
+    found = {}
+    for annotated in images:
+        with Image.open(annotated.image) as image:
+            width, height = image.size
+        found[annotated.id] = label_map(folder / annotated.id / "nuclei.parquet", (height, width))
+    return found
 
 
 def evaluate(

@@ -13,13 +13,10 @@ import pytest
 import shapely
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from PIL import Image
 
 from pipeline import export, tables
 from pipeline.polygons import solid
-from slides.geometry import Affine, Box, Size
-from slides.grid import TileGrid
-from slides.tissue import TissueMap
+from slides.geometry import Box
 
 PROVENANCE = tables.Provenance(
     slide="4f0c",
@@ -280,70 +277,3 @@ def test_the_csv_reads_back_equal(tmp_path, crop):
         np.testing.assert_array_equal(np.array([row[name] for row in back], np.float32), rows[name])
     x = np.array([float(row["centroid_x"]) for row in back])
     np.testing.assert_allclose(x + 100 * crop, rows["centroid_x"])
-
-
-def test_formats_are_made_beside_the_table(tmp_path):
-    write(tmp_path / "nuclei.parquet", blobs(4))
-    done = export.write_formats(tmp_path, ["qupath", "csv"], crop=True)
-    assert done == {"qupath": export.Exported(4), "csv": export.Exported(4)}
-    assert {p.name for p in tmp_path.iterdir()} == {"nuclei.csv", "nuclei.geojson.zip", "nuclei.parquet"}
-
-
-def test_a_format_that_there_is_not_is_refused_before_anything_is_written(tmp_path):
-    write(tmp_path / "nuclei.parquet", blobs(1))
-    with pytest.raises(ValueError, match="format 'xml': the formats are qupath, csv"):
-        export.write_formats(tmp_path, ["csv", "xml"], crop=True)
-    assert [p.name for p in tmp_path.iterdir()] == ["nuclei.parquet"]
-
-
-def near(picture: np.ndarray, colour: tuple[int, int, int]) -> np.ndarray:
-    """bool (h, w): that colour, within what JPEG does to a thin line."""
-    return np.abs(picture.astype(int) - colour).sum(axis=2) < 150
-
-
-def test_the_plan_shows_tissue_and_tiles(tmp_path):
-    grid = TileGrid(Size(800, 600), 240, 20, 2)
-    mask = np.zeros((60, 80), dtype=bool)
-    mask[5:15, 25:38] = True
-    tissue = TissueMap(mask, mpp=2.5, work_mpp=0.25)
-    tiles = [grid.tile_at(0, 1)]
-    export.draw_plan(np.full((60, 80, 3), 255, np.uint8), tissue, grid, tiles, tmp_path / "thumbnail.jpg")
-    picture = np.asarray(Image.open(tmp_path / "thumbnail.jpg"))
-    assert picture.shape == (60, 80, 3)
-    darker = picture.min(axis=2) < 170
-    assert darker[0, 22:38].all()  # the tile's upper edge
-    assert darker[2:18, 20].all()  # its left edge
-    assert not darker[50:, 50:].any()  # skipped tiles are pale
-    assert darker[5, 25:38].all()
-    assert not darker[9:12, 28:35].any()  # inside the tissue nothing is drawn
-
-
-def test_the_overlay_shows_every_nucleus_where_it_is(tmp_path):
-    """Slide px 100, 250 at a scale of 2 slide px a work px, 5 work px a picture px: 10 slide px."""
-    shapes = np.array([shapely.box(300, 450, 600, 750), shapely.box(2000, 2150, 2300, 2400)])
-    nuclei = tmp_path / "nuclei.parquet"
-    with tables.NucleiWriter(nuclei, PROVENANCE) as writer:
-        writer.write(
-            shapes,
-            klass=list(PROVENANCE.colours),
-            score=np.ones(2),
-            votes=np.ones(2, dtype=int),
-            stains=np.zeros((2, 2)),
-        )
-    white = np.full((200, 210, 3), 255, np.uint8)
-    export.draw_overlay(white, nuclei, Affine(2, 2, 100, 250), 5.0, tmp_path / "overlay.jpg")
-    picture = np.asarray(Image.open(tmp_path / "overlay.jpg"))
-    assert near(picture, (200, 30, 30))[20:51, 20].all()
-    assert near(picture, (200, 30, 30))[50, 20:51].all()
-    assert near(picture, (0, 128, 255))[190:, 190].all()
-    drawn = picture.min(axis=2) < 200
-    assert not drawn[25:45, 25:45].any()
-    assert not drawn[60:190, 60:180].any()
-    assert (white == 255).all()
-
-
-def test_an_overlay_of_nuclei_beyond_the_picture_is_the_picture(tmp_path):
-    nuclei = write(tmp_path / "nuclei.parquet", np.array([shapely.box(-900, -900, -800, -800)]))
-    white = np.full((9, 9, 3), 255, np.uint8)
-    export.draw_overlay(white, nuclei, Affine(1, 1, 0, 0), 1.0, tmp_path / "o.jpg")
-    assert (np.asarray(Image.open(tmp_path / "o.jpg")) == 255).all()
