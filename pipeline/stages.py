@@ -77,6 +77,7 @@ class Plan(NamedTuple):
     grid: TileGrid
     tissue: TissueMap
     stain: stain.Stain
+    has_icc: bool  # the pixels are taken as stored; the profile is not applied
     stain_note: str  # why the slide is not normalised although it was asked for; empty otherwise
 
     @property
@@ -151,6 +152,7 @@ def plan_slide(slide: Slide, settings: Settings) -> Plan:
         grid,
         tissue,
         fitted,
+        slide.has_icc,
         note,
     )
 
@@ -223,6 +225,7 @@ def _write_plan(plan: Plan, work: Path) -> None:
         "grid": asdict(plan.grid),
         "tissue": [plan.tissue.mpp, plan.tissue.work_mpp],
         "stain": plan.stain.to_json(),
+        "has_icc": plan.has_icc,
         "stain_note": plan.stain_note,
     }
     with tables.committed(work / "plan.json") as path:
@@ -243,6 +246,7 @@ def _read_plan(work: Path, _changed_ns: int) -> Plan:
         TileGrid(Size(*grid["size"]), grid["tile"], grid["margin"], grid["block"]),
         TissueMap(np.load(work / "tissue.npy", allow_pickle=False), *content["tissue"]),
         stain.Stain.from_json(content["stain"]),
+        content["has_icc"],
         content["stain_note"],
     )
 
@@ -542,6 +546,7 @@ def finish(job: Job, plan: Plan, ledger: dict[str, Any]) -> None:
         "size": plan.size,
         "bounds": plan.bounds,
         "um_per_px": plan.scale,
+        "has_icc": plan.has_icc,
         "stain": plan.stain.to_json(),
         "ledger": ledger,
     }
