@@ -18,8 +18,10 @@ app = App(
     name="nightslide",
     help="Segment every nucleus in H&E whole-slide images, and hand the result to QuPath.",
     help_format="plaintext",
+    suppress_keyboard_interrupt=False,
     version=lambda: metadata.version("nightslide"),
 )
+app.meta.suppress_keyboard_interrupt = False
 app.command("training.cli:train", name="train")
 app.command("training.cli:evaluate", name="evaluate")
 

@@ -172,7 +172,7 @@ def _one_slide(
                 path = job.folder / name
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         row = _segment(source, job, places, running, stop)
-        say(summary(row))
+        say(summary(row) if row.status == "done" else f"{source.name}: interrupted")
         return row
     except Exception as error:
         cause = f"{error}" if str(error) else type(error).__name__

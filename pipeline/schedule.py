@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 
 from pipeline.config import Running
 
+_LOOK_UP_S = 0.5  # how often a flow looks whether it is to stop
+
 
 class Pools(NamedTuple):
     """Two places for tasks: beside the detector, and on it."""
@@ -125,7 +127,10 @@ def flow(
 
     fill()
     while running:
-        done, _ = wait(running, return_when=FIRST_COMPLETED)
+        done, _ = wait(running, timeout=_LOOK_UP_S, return_when=FIRST_COMPLETED)
+        if stop and stop.is_set():  # what has not begun never will; what has begun ends and is kept
+            for future in [f for f in running if f not in done and f.cancel()]:
+                del running[future]
         for future in done:
             item, index = running.pop(future)
             error = future.exception()
