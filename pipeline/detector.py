@@ -30,7 +30,7 @@ from pipeline.config import Architecture, ConfigError, build
 
 LEVELS = ("0", "1", "2", "3")  # strides 4, 8, 16, 32; torchvision names feature maps by strings
 RATIOS = (0.5, 1.0, 2.0)
-LEAST_OBJECTNESS = 0.05  # of a proposal that is worth a look; half of them fall below it, and no score with them
+LEAST_OBJECTNESS = 0.05  # of a proposal that is worth a look
 
 
 class WeightsError(ConfigError):

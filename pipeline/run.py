@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from pipeline import schedule, stages, tables
 from pipeline.archive import RunError, Source, find_slides
 from pipeline.config import Running, Settings
-from pipeline.detector import file_sha256, find_weights, read_notes
+from pipeline.detector import file_sha256, find_weights, read_architecture, read_notes
 from pipeline.stages import BlockRecord, Job
 from slides.slide import open_slide
 
@@ -70,6 +70,12 @@ def run(
     """
     archive = find_slides(inputs, out, mpp)
     weights = find_weights(settings.detector.weights)
+    trained_mpp = read_architecture(weights).mpp
+    if abs(settings.tiling.mpp / trained_mpp - 1) > 0.1:
+        raise RunError(
+            f"tiling.mpp={settings.tiling.mpp}, but {weights.name} was trained at {trained_mpp} um per pixel: "
+            f"need the same within a tenth; leave --tiling.mpp out, or choose other --weights"
+        )
     settings = dataclasses.replace(settings, detector=dataclasses.replace(settings.detector, weights=str(weights)))
     digest = settings.digest(file_sha256(weights))
     _open_run(out, settings, digest, weights, running.overwrite)
@@ -163,8 +169,8 @@ def _one_slide(
     if stop.is_set():
         return Row(source.name, "interrupted")
     try:
-        before = _finished(job)
-        if before is not None and not running.overwrite:
+        before = None if running.overwrite else _finished(job)
+        if before is not None:
             say(f"{source.name}: done before, {before.nuclei:,} nuclei")
             return dataclasses.replace(before, status="done before")
         if running.overwrite and job.folder.exists():
@@ -197,7 +203,12 @@ def _finished(job: Job) -> Row | None:
     if not path.exists():
         return None
     content = json.loads(path.read_text(encoding="utf-8"))
-    return Row(**content["ledger"]) if content["digest"] == job.digest else None
+    row = Row(**content["ledger"])
+    if job.mpp is not None and row.mpp != round(job.mpp, 6):
+        raise RunError(
+            f"{row.slide} was done at mpp={row.mpp}, now mpp={job.mpp}: choose another --out, or --overwrite"
+        )
+    return row if content["digest"] == job.digest else None
 
 
 def _segment(source: Source, job: Job, places: schedule.Pools, running: Running, stop: threading.Event) -> Row:

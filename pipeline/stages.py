@@ -194,6 +194,11 @@ def begin(job: Job) -> tuple[int, ...]:
     with open_slide(job.source, mpp=job.mpp) as slide:
         if (job.work / "plan.json").exists():
             plan = read_plan(job.work)
+            if plan.scale != slide.scale:
+                raise SlideChanged(
+                    f"{job.source.name} was begun at {plan.scale.x} um/px ({plan.scale.source}), now it has "
+                    f"{slide.scale.x} ({slide.scale.source}): give the same --mpp, or --overwrite"
+                )
             if plan.quick_hash != slide.quick_hash:
                 raise SlideChanged(
                     f"{job.source.name} is not the file this work began on ({slide.quick_hash[:12]}, was "

@@ -213,6 +213,16 @@ def test_other_settings_are_refused_and_both_are_shown(slide: tuple[Path, int], 
         run([slide[0]], tmp_path, chosen(tile=64), ONE, mpp=0.25)
 
 
+def test_another_scale_or_one_the_weights_do_not_know_is_refused(slide: tuple[Path, int], tmp_path: Path) -> None:
+    segment(slide[0], tmp_path, chosen())
+    (row,) = run([slide[0]], tmp_path, chosen(), ONE, mpp=0.26, say=lambda line: None)
+    assert row.status == "failed"
+    assert "was done at mpp=0.25, now mpp=0.26" in row.cause
+    coarse = dataclasses.replace(chosen(), tiling=Tiling(mpp=0.5, tile=128, margin=20))
+    with pytest.raises(RunError, match=r"trained at 0\.25 um per pixel"):
+        run([slide[0]], tmp_path / "coarse", coarse, ONE, mpp=0.25)
+
+
 def test_results_are_as_designed(slide: tuple[Path, int], tmp_path: Path) -> None:
     folder = segment(slide[0], tmp_path, chosen())
     assert sorted(p.name for p in folder.iterdir()) == [
