@@ -24,6 +24,8 @@ app = App(
 app.meta.suppress_keyboard_interrupt = False
 app.command("training.cli:train", name="train")
 app.command("training.cli:evaluate", name="evaluate")
+app.command("training.cli:fit_stain", name="fit-stain")
+app.command("training.cli:convert", name="convert")
 
 
 def main(tokens: Sequence[str] | None = None) -> None:

@@ -10,8 +10,10 @@ import json
 import tomllib
 import types
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, Literal, TypeVar
 
 from cyclopts import Parameter
@@ -70,10 +72,16 @@ class Tiling:
 
 @dataclass(frozen=True)
 class Staining:
-    method: Annotated[Literal["none", "reinhard", "macenko"], Parameter(name=["--stain.method", "--stain"])] = "none"
+    method: Annotated[
+        Literal["none", "reinhard", "macenko", "dcgmm"], Parameter(name=["--stain.method", "--stain"])
+    ] = "none"
     "Stain normalisation, fitted once per slide and applied on the device."
-    patches: int = 64
+    patches: Annotated[int, Parameter(name="--stain.patches")] = 64
     "How many tissue regions of 256 x 256 px the fit pools."
+    weights: Annotated[str, Parameter(name="--stain.weights")] = "stain"
+    "The network of dcgmm: name of shipped weights, or a .safetensors file."
+    template: Annotated[str, Parameter(name="--stain.template")] = ""
+    "A slide or an image to normalise to; without it, a typical image of the training sets."
 
     def __post_init__(self) -> None:
         _require(self.patches >= 1, f"patches={self.patches}: need 1 or more")
@@ -144,17 +152,24 @@ class Settings:
 
     tissue: Tissue = field(default_factory=Tissue)
     tiling: Tiling = field(default_factory=Tiling)
-    stain: Staining = field(default_factory=Staining)
+    # "*": else --stain would stand for the table, and could not be given with --stain.patches and the like
+    stain: Annotated[Staining, Parameter(name="*")] = field(default_factory=Staining)
     detector: Detection = field(default_factory=Detection)
     fusion: Fusion = field(default_factory=Fusion)
     stitching: Stitching = field(default_factory=Stitching)
     export: Exporting = field(default_factory=Exporting)
 
-    def digest(self, weights_sha256: str) -> str:
-        """Name of everything a result depends on: the settings but for device and batch, and the weights."""
+    def digest(self, weights_sha256: str, stain_sha256: Mapping[str, str] = MappingProxyType({})) -> str:
+        """Name of everything a result depends on: the settings but for device and batch, and the files' contents.
+
+        stain_sha256: of the files that the stain normalisation reads, `weights` and `template`, where it does.
+        """
         content = dataclasses.asdict(self)
         for scheduling in ("device", "batch", "weights"):
             del content["detector"][scheduling]
+        for file in ("weights", "template"):
+            del content["stain"][file]
+        content["stain"].update(stain_sha256)
         content["weights"] = weights_sha256
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -191,6 +206,8 @@ class Architecture:
     "How much a patch is enlarged before the backbone."
     anchors: tuple[tuple[int, ...], ...] = ((18, 30), (44, 64), (92, 132), (190, 270))
     "Anchor sides per pyramid level, in upscaled pixels: 12 to 180 work pixels, 3 to 45 um at 0.25."
+    semantic: int = 64
+    "Channels of the branch that sees every pixel before any box is made; 0: none."
     box_hidden: int = 256
     mask_channels: int = 64
     mask_layers: int = 3
@@ -216,17 +233,61 @@ class Training:
     warmup: int = 200
     decay: float = 0.02
     strength: float = 1.0
-    "Of the stain, brightness and blur augmentation; 0 is none."
+    "Of the stain, brightness, blur, compression and elastic augmentation; 0 is none."
+    normalise: float = 0.0
+    "Share of crops that are first normalised to the stain of another training image."
+    by_class: bool = False
+    "Tell the sets' classes apart; without it there is one, Nucleus."
     average: float = 0.998
     "Decay of the running average of the weights, which is what is saved."
     hold_out: int = 2
     "Training images kept aside (the last of a seeded shuffle), for thresholds and curves."
     init: str = "imagenet"
-    "Weights to start from: imagenet (the backbone only; needs nightslide[train]), random, or a file."
+    "Weights to start from: imagenet (the backbone only; needs nightslide[train]), random, shipped ones, or a file."
     seed: int = 0
     device: str = "auto"
     loaders: int = 1
     "Processes that prepare crops."
+    save_every: int = 250
+
+
+@dataclass(frozen=True)
+class StainArchitecture:
+    """Shape of dcgmm's network; it travels inside the weights file."""
+
+    clusters: int = 3
+    "Gaussians of the mixture."
+    channels: tuple[int, ...] = (8, 16, 32)
+    "Of the U-Net's levels, finest first; each level halves the picture."
+    floor: float = 0.03
+    "Least standard deviation of a Gaussian, so that none collapses onto a few pixels."
+    mpp: float = 0.25
+    "Working scale it was trained at."
+
+    def __post_init__(self) -> None:
+        _require(2 <= self.clusters <= 8, f"clusters={self.clusters}: need 2 to 8")
+        _require(
+            1 <= len(self.channels) <= 5 and min(self.channels) > 0, f"channels={self.channels}: need 1 to 5 levels"
+        )
+        _require(self.floor > 0, f"floor={self.floor}: need more than 0")
+
+
+@dataclass(frozen=True)
+class StainTraining:
+    """How dcgmm's network comes to be."""
+
+    steps: int = 1000
+    "Optimiser steps of the whole schedule (warm-up, then cosine)."
+    minutes: float = 0.0
+    "Stop cleanly after so many minutes, to be continued by the same command; 0: only at the last step."
+    batch: int = 16
+    crop_px: int = 128
+    "Side of a training crop, in work pixels; every crop has a mixture of its own."
+    rate: float = 3e-3
+    "Highest learning rate (Adam)."
+    warmup: int = 50
+    seed: int = 0
+    device: str = "auto"
     save_every: int = 250
 
 

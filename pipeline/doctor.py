@@ -10,8 +10,8 @@ import torch
 
 from pipeline import stages
 from pipeline.config import Detection
-from pipeline.detector import file_sha256, find_weights, shipped
 from pipeline.run import VERSIONED
+from pipeline.tensorfile import file_sha256, find_weights, shipped
 
 
 def check_up(say: Callable[[str], None] = print) -> int:

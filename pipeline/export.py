@@ -88,9 +88,7 @@ def write_csv(nuclei: Path, out: Path, *, crop: bool) -> Exported:
     written = 0
     with (
         committed(out) as partial,
-        pyarrow.csv.CSVWriter(
-            partial, schema, write_options=pyarrow.csv.WriteOptions(quoting_style="needed")
-        ) as file,
+        pyarrow.csv.CSVWriter(partial, schema, write_options=pyarrow.csv.WriteOptions(quoting_style="needed")) as file,
     ):
         for rows in iter_nuclei(nuclei, order):
             corner = {"centroid_x": x, "centroid_y": y}
@@ -141,10 +139,16 @@ def _features(rows: pa.Table, outlines: Polygons, provenance: Provenance) -> pa.
     known = pa.array(list(classes), pa.string())
     classification = pa.array(list(classes.values()), pa.string()).take(pc.index_in(rows["class"], known))
     return pc.binary_join_element_wise(
-        '{"type":"Feature","id":"', rows["id"],
-        '","geometry":{"type":"Polygon","coordinates":[[', _rings(outlines),
-        ']]},"properties":{"objectType":"detection","classification":', classification,
-        ',"measurements":{', _measurements(rows), "}}}", "",
+        '{"type":"Feature","id":"',
+        rows["id"],
+        '","geometry":{"type":"Polygon","coordinates":[[',
+        _rings(outlines),
+        ']]},"properties":{"objectType":"detection","classification":',
+        classification,
+        ',"measurements":{',
+        _measurements(rows),
+        "}}}",
+        "",
     )
 
 

@@ -20,8 +20,9 @@ from typing import Any, NamedTuple
 from pipeline import schedule, stages, tables
 from pipeline.archive import RunError, Source, find_slides
 from pipeline.config import Running, Settings
-from pipeline.detector import file_sha256, find_weights, read_architecture, read_notes
+from pipeline.detector import read_architecture
 from pipeline.stages import BlockRecord, Job
+from pipeline.tensorfile import file_sha256, find_weights, read_notes
 from slides.slide import open_slide
 
 
@@ -76,9 +77,20 @@ def run(
             f"tiling.mpp={settings.tiling.mpp}, but {weights.name} was trained at {trained_mpp} um per pixel: "
             f"need the same within a tenth; leave --tiling.mpp out, or choose other --weights"
         )
-    settings = dataclasses.replace(settings, detector=dataclasses.replace(settings.detector, weights=str(weights)))
-    digest = settings.digest(file_sha256(weights))
-    _open_run(out, settings, digest, weights, running.overwrite)
+    stain_files = stages.stain_files(settings)
+    settings = dataclasses.replace(
+        settings,
+        detector=dataclasses.replace(settings.detector, weights=str(weights)),
+        stain=dataclasses.replace(
+            settings.stain,
+            weights=str(stain_files.get("weights", settings.stain.weights)),
+            template=str(stain_files.get("template", "")),
+        ),
+    )
+    stages.stain_target(settings)  # a template that tells no stain is refused before anything is begun
+    stain_sha256 = {name: file_sha256(p) for name, p in stain_files.items()}
+    digest = settings.digest(file_sha256(weights), stain_sha256)
+    _open_run(out, settings, digest, weights, stain_sha256, running.overwrite)
     say(f"{len(archive.sources)} slides, {archive.skipped} other files skipped; results in {out}")
     rows: dict[str, Row] = {}
     stop = threading.Event()
@@ -106,7 +118,9 @@ def run(
     return [rows[s.name] for s in archive.sources]
 
 
-def _open_run(out: Path, settings: Settings, digest: str, weights: Path, overwrite: bool) -> None:
+def _open_run(
+    out: Path, settings: Settings, digest: str, weights: Path, stain_sha256: dict[str, str], overwrite: bool
+) -> None:
     """Write run.json, or make sure that the folder's is of the same settings."""
     path = out / "run.json"
     if path.exists() and not overwrite:
@@ -114,7 +128,7 @@ def _open_run(out: Path, settings: Settings, digest: str, weights: Path, overwri
         if before["digest"] != digest:
             raise RunError(
                 f"{out} holds a run with other settings ({before['digest']}, this one is {digest}): "
-                f"{_differences(before, settings, weights)}. Choose another --out, or give --overwrite"
+                f"{_differences(before, settings, weights, stain_sha256)}. Choose another --out, or give --overwrite"
             )
         return
     out.mkdir(parents=True, exist_ok=True)
@@ -122,6 +136,7 @@ def _open_run(out: Path, settings: Settings, digest: str, weights: Path, overwri
         "digest": digest,
         "settings": asdict(settings),
         "weights_sha256": file_sha256(weights),
+        "stain_sha256": stain_sha256,
         "weights_notes": {k: v for k, v in read_notes(weights).items() if k != "architecture"},
         "host": platform.node(),
         "python": platform.python_version(),
@@ -144,7 +159,7 @@ VERSIONED = (
 )
 
 
-def _differences(before: dict[str, Any], settings: Settings, weights: Path) -> str:
+def _differences(before: dict[str, Any], settings: Settings, weights: Path, stain_sha256: dict[str, str]) -> str:
     now, then = asdict(settings), before["settings"]
     changed = [
         f"{table}.{key} was {then.get(table, {}).get(key)!r}, is {value!r}"
@@ -154,6 +169,9 @@ def _differences(before: dict[str, Any], settings: Settings, weights: Path) -> s
     ]
     if before["weights_sha256"] != file_sha256(weights):
         changed.append("the weights file has other content")
+    for name, sha256 in stain_sha256.items():
+        if before.get("stain_sha256", {}).get(name) not in (None, sha256):
+            changed.append(f"the file of stain.{name} has other content")
     return "; ".join(changed) or "the version changed"
 
 

@@ -24,18 +24,21 @@ import torch
 from numpy.typing import NDArray
 from torchvision.ops import roi_align
 
-from pipeline import fuse, pictures, polygons, stain, stitch, tables, views
+from pipeline import dcgmm, fuse, pictures, polygons, stain, stitch, tables, views
 from pipeline.config import Detection, Exporting, Settings
+from pipeline.dcgmm import ClusterNet
 from pipeline.detector import (
     NucleusDetector,
     caps,
     choose_device,
     choose_precision,
-    find_weights,
+    fold,
     load_weights,
     read_architecture,
 )
 from pipeline.export import FORMATS, Exported
+from pipeline.tensorfile import find_weights
+from slides.errors import ScaleUnknown, SlideNotFound
 from slides.geometry import Affine, Box, Size
 from slides.grid import Tile, TileGrid, check_margin
 from slides.patches import PatchStore, cut
@@ -77,6 +80,7 @@ class Plan(NamedTuple):
     grid: TileGrid
     tissue: TissueMap
     stain: stain.Stain
+    target: stain.Stain  # what it is normalised to
     has_icc: bool  # the pixels are taken as stored; the profile is not applied
     stain_note: str  # why the slide is not normalised although it was asked for; empty otherwise
 
@@ -129,19 +133,13 @@ def plan_slide(slide: Slide, settings: Settings) -> Plan:
         settings.stitching.tolerance_px,
         views.largest_shift(settings.fusion.views),
     )
-    thumbnail_mpp = max(settings.tissue.thumbnail_mpp, tiling.mpp)
-    thumbnail = slide.thumbnail(thumbnail_mpp)
-    if settings.tissue.everywhere:
-        mask = np.ones(thumbnail.shape[:2], bool)
-    else:
-        mask = tissue_mask(
-            thumbnail,
-            thumbnail_mpp,
-            min_area_um2=settings.tissue.min_area_um2,
-            margin_um=settings.tissue.margin_um,
-        )
-    tissue = TissueMap(mask, thumbnail_mpp, tiling.mpp)
-    fitted, note = _fit_stain(slide, grid, tissue, settings)
+    tissue = _find_tissue(slide, settings)
+    target, note = stain_target(settings), ""
+    try:
+        fitted = _fit_stain(slide, tissue, settings, stain_network(settings))
+    except stain.StainError as error:
+        fitted = target = stain.TEMPLATE["none"]
+        note = str(error)
     return Plan(
         slide.quick_hash,
         slide.vendor,
@@ -152,6 +150,7 @@ def plan_slide(slide: Slide, settings: Settings) -> Plan:
         grid,
         tissue,
         fitted,
+        target,
         slide.has_icc,
         note,
     )
@@ -162,27 +161,97 @@ def _picture_mpp(plan: Plan, longest_px: int) -> float:
     return plan.tissue.work_mpp * max(1.0, max(plan.grid.size) / longest_px)
 
 
-def _fit_stain(slide: Slide, grid: TileGrid, tissue: TissueMap, settings: Settings) -> tuple[stain.Stain, str]:
-    """The slide's stain from regions spread evenly over its tissue; 'none', with the cause, where it cannot be."""
+def _find_tissue(slide: Slide, settings: Settings) -> TissueMap:
+    mpp = max(settings.tissue.thumbnail_mpp, settings.tiling.mpp)
+    thumbnail = slide.thumbnail(mpp)
+    if settings.tissue.everywhere:
+        return TissueMap(np.ones(thumbnail.shape[:2], bool), mpp, settings.tiling.mpp)
+    area, margin = settings.tissue.min_area_um2, settings.tissue.margin_um
+    return TissueMap(tissue_mask(thumbnail, mpp, min_area_um2=area, margin_um=margin), mpp, settings.tiling.mpp)
+
+
+def _fit_stain(slide: Slide, tissue: TissueMap, settings: Settings, network: ClusterNet | None) -> stain.Stain:
+    """The slide's stain from regions spread evenly over its tissue. Raises StainError where it cannot be told."""
     method = settings.stain.method
     if method == "none":
-        return stain.fit(np.empty((0, 1, 1, 3), np.uint8), np.empty((0, 1, 1), bool), "none"), ""
+        return stain.TEMPLATE["none"]
     rows, columns = np.nonzero(tissue.mask)
-    wanted = settings.stain.patches if len(rows) else 0
-    chosen = np.unique(np.linspace(0, len(rows) - 1, wanted).astype(int))
+    if not len(rows):
+        raise stain.StainError("no tissue was found to fit the stain on")
+    chosen = np.unique(np.linspace(0, len(rows) - 1, settings.stain.patches).astype(int))
     ratio, side = tissue.mpp / tissue.work_mpp, 256
+    size = slide.work(settings.tiling.mpp)[0]
     regions, masks = [], []
     for index in chosen:
         x, y = int((columns[index] + 0.5) * ratio) - side // 2, int((rows[index] + 0.5) * ratio) - side // 2
+        # whatever hangs over the edge is white that no lamp has lit
+        x, y = (max(0, min(corner, extent - side)) for corner, extent in ((x, size.width), (y, size.height)))
         pixels, lost = slide.salvage(Box(x, y, x + side, y + side), settings.tiling.mpp)
+        lost[max(0, size.height - y) :], lost[:, max(0, size.width - x) :] = True, True
         regions.append(pixels)
         masks.append(~lost)
+    return stain.fit(np.stack(regions), np.stack(masks), method, network)
+
+
+def stain_files(settings: Settings) -> dict[str, Path]:
+    """The files that this stain normalisation reads: `weights` of dcgmm's network, `template` where one is given.
+
+    Raises WeightsError, SlideNotFound.
+    """
+    files = {"weights": find_weights(settings.stain.weights)} if settings.stain.method == "dcgmm" else {}
+    if settings.stain.template and settings.stain.method != "none":
+        files["template"] = Path(settings.stain.template).resolve()
+        if not files["template"].is_file():
+            raise SlideNotFound(f"{files['template']}: there is no such file to take as --stain.template")
+    return files
+
+
+def stain_network(settings: Settings) -> ClusterNet | None:
+    """The network of dcgmm on the detector's device, loaded once per process, file and device; else None."""
+    if settings.stain.method != "dcgmm":
+        return None
+    weights = find_weights(settings.stain.weights)
+    with _loading:
+        return _stain_network(weights, weights.stat().st_mtime_ns, settings.detector.device)
+
+
+@functools.lru_cache(maxsize=2)
+def _stain_network(weights: Path, _changed_ns: int, device_name: str) -> ClusterNet:
+    return dcgmm.load(weights).to(choose_device(device_name))
+
+
+def stain_target(settings: Settings) -> stain.Stain:
+    """What slides are normalised to: the stain of --stain.template, or the one that comes with the method.
+
+    Found once per process. Raises what `stain_files`, `fit_template` and `stain.read_template` raise.
+    """
+    return _stain_target(settings, tuple(path.stat().st_mtime_ns for path in stain_files(settings).values()))
+
+
+@functools.lru_cache(maxsize=2)
+def _stain_target(settings: Settings, _changed_ns: tuple[int, ...]) -> stain.Stain:
+    files = stain_files(settings)
+    if "template" in files:
+        return fit_template(files["template"], settings, stain_network(settings))
+    return stain.read_template(files["weights"]) if "weights" in files else stain.TEMPLATE[settings.stain.method]
+
+
+def fit_template(path: Path, settings: Settings, network: ClusterNet | None) -> stain.Stain:
+    """The stain of a slide or an image, fitted as a slide's is.
+
+    A file that does not state its scale is taken at the working one: a stain hardly depends on it. Where no tissue
+    is found it is a field of view, too small for that, and taken whole.
+    Raises StainError where it tells no stain, SlideError where it cannot be read.
+    """
     try:
-        if not regions:
-            raise stain.StainError("no tissue was found to fit the stain on")
-        return stain.fit(np.stack(regions), np.stack(masks), method), ""
-    except stain.StainError as error:
-        return stain.fit(np.empty((0, 1, 1, 3), np.uint8), np.empty((0, 1, 1), bool), "none"), str(error)
+        slide = open_slide(path)
+    except ScaleUnknown:
+        slide = open_slide(path, mpp=settings.tiling.mpp)
+    with slide:
+        tissue = _find_tissue(slide, settings)
+        if not tissue.mask.any():
+            tissue = tissue._replace(mask=~tissue.mask)
+        return _fit_stain(slide, tissue, settings, network)
 
 
 def begin(job: Job) -> tuple[int, ...]:
@@ -230,6 +299,7 @@ def _write_plan(plan: Plan, work: Path) -> None:
         "grid": asdict(plan.grid),
         "tissue": [plan.tissue.mpp, plan.tissue.work_mpp],
         "stain": plan.stain.to_json(),
+        "target": plan.target.to_json(),
         "has_icc": plan.has_icc,
         "stain_note": plan.stain_note,
     }
@@ -251,6 +321,7 @@ def _read_plan(work: Path, _changed_ns: int) -> Plan:
         TileGrid(Size(*grid["size"]), grid["tile"], grid["margin"], grid["block"]),
         TissueMap(np.load(work / "tissue.npy", allow_pickle=False), *content["tissue"]),
         stain.Stain.from_json(content["stain"]),
+        stain.Stain.from_json(content["target"]),
         content["has_icc"],
         content["stain_note"],
     )
@@ -305,7 +376,7 @@ def engine(settings: Detection) -> Engine:
 @functools.lru_cache(maxsize=2)
 def _engine(weights: Path, device_name: str, precision: str) -> Engine:
     device = choose_device(device_name)
-    return Engine(load_weights(weights).to(device), device, choose_precision(precision, device))
+    return Engine(fold(load_weights(weights)).to(device), device, choose_precision(precision, device))
 
 
 class Found(NamedTuple):
@@ -335,9 +406,7 @@ def detect_patches(patches: NDArray[np.uint8], plan: Plan, settings: Settings) -
         batch = torch.from_numpy(patches[first : first + size]).to(running.device, non_blocking=True)
         raw = batch.permute(0, 3, 1, 2).float() / 255  # (B, 3, T, T)
         with torch.inference_mode():
-            images = raw
-            if plan.stain.method != "none":
-                images = stain.normalise(raw, plan.stain, stain.TEMPLATE[plan.stain.method])
+            images = stain.normalise(raw, plan.stain, plan.target, stain_network(settings))
             with torch.autocast(running.device.type, running.precision, enabled=running.precision != torch.float32):
                 found = fuse.infer(running.model, images, chosen, settings.detector, limits, settings.tiling.margin)
             for image, instances in zip(raw, found, strict=True):
@@ -553,6 +622,7 @@ def finish(job: Job, plan: Plan, ledger: dict[str, Any]) -> None:
         "um_per_px": plan.scale,
         "has_icc": plan.has_icc,
         "stain": plan.stain.to_json(),
+        "stain_target": plan.target.to_json(),
         "ledger": ledger,
     }
     with tables.committed(job.folder / "slide.json") as path:

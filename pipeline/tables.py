@@ -271,9 +271,7 @@ class NucleiWriter:
         if np.isfinite(self._extent).all():
             column["bbox"] = self._extent.tolist()
         geo = {"version": "1.1.0", "primary_column": "geometry", "columns": {"geometry": column}}
-        self._file.add_key_value_metadata(
-            {b"geo": _json(geo), _KEY: _json(dataclasses.asdict(self._provenance))}
-        )
+        self._file.add_key_value_metadata({b"geo": _json(geo), _KEY: _json(dataclasses.asdict(self._provenance))})
 
 
 def read_nuclei(path: Path, columns: Sequence[str] | None = None) -> pa.Table:

@@ -44,9 +44,7 @@ class TileGrid:
         if self.margin < 0:
             raise GridError(f"margin={self.margin}: need margin >= 0")
         if self.tile <= 2 * self.margin:
-            raise GridError(
-                f"margin={self.margin} leaves no core in a tile of {self.tile} px: need 2 * margin < tile"
-            )
+            raise GridError(f"margin={self.margin} leaves no core in a tile of {self.tile} px: need 2 * margin < tile")
         if self.block < 1:
             raise GridError(f"block={self.block}: need at least 1 tile along the side of a block")
 

@@ -71,9 +71,7 @@ class PatchStore:
         """Whether the block has been written, whole."""
         return bool(np.asarray(self._done[self.grid.block_place(block)]))
 
-    def write(
-        self, block: int, tiles: tuple[Tile, ...], patches: NDArray[np.uint8], lost: NDArray[np.float32]
-    ) -> None:
+    def write(self, block: int, tiles: tuple[Tile, ...], patches: NDArray[np.uint8], lost: NDArray[np.float32]) -> None:
         """Store the patches of a block: of all its tiles or of some; the others become white. Safe to repeat.
 
         patches: uint8 (n, tile, tile, 3); lost: float32 (n,); both in the order of `tiles`.
@@ -165,9 +163,7 @@ def _make(path: Path, grid: TileGrid, identity: dict[str, Any]) -> None:
         compressors=ZstdCodec(level=_COMPRESSION),
         dimension_names=("row", "col", "y", "x", "channel"),
     )
-    group.create_array(
-        "lost", shape=(rows, cols), chunks=(grid.block, grid.block), dtype=np.float32, fill_value=0.0
-    )
+    group.create_array("lost", shape=(rows, cols), chunks=(grid.block, grid.block), dtype=np.float32, fill_value=0.0)
     group.create_array("done", shape=(down, across), chunks=(1, 1), dtype=np.bool_, fill_value=False)
     try:
         beside.rename(path)

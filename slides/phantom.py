@@ -111,9 +111,7 @@ def draw(size: Size, seed: int) -> Phantom:
     haematoxylin, eosin = _background(scene, labels, rng)
     _paint(nuclei, haematoxylin, eosin, rng)
     pen = _pen(size, rng)
-    return Phantom(
-        _photograph(haematoxylin, eosin, pen, rng), labels, tuple(nucleus.outline for nucleus in nuclei)
-    )
+    return Phantom(_photograph(haematoxylin, eosin, pen, rng), labels, tuple(nucleus.outline for nucleus in nuclei))
 
 
 def write(path: Path, phantom: Phantom, mpp: float = _MPP) -> None:

@@ -11,7 +11,10 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("slides", "pipeline", "training")
 PIPELINE = [
     "config",
+    "tensorfile",
+    "dcgmm",
     "stain",
+    "pooling",
     "detector",
     "views",
     "fuse",

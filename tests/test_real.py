@@ -12,10 +12,9 @@ from PIL import Image
 
 from pipeline import stages
 from pipeline.config import Running, Settings, Tissue
-from pipeline.detector import find_weights, read_notes
 from pipeline.run import run
-from training.annotations import find
-from training.evaluate import evaluate
+from pipeline.tensorfile import find_weights, read_notes
+from training.evaluate import Kept, evaluate, gather
 
 EXPECTED = {
     "CMU-1-Small-Region": ("done", ""),
@@ -84,11 +83,13 @@ def test_a_slide_without_scale_runs_where_the_user_gives_one(
 def test_the_shipped_weights_segment_an_image_they_never_saw(shared: Path, tmp_path: Path) -> None:
     """A test image of Kumar's set, through the path of `nightslide evaluate`; its label maps can be written."""
     torch.set_num_threads(2)
-    images = [a for a in find(shared / "data" / "kumar", ["test_same_organ"], 0.25) if a.id.startswith("TCGA-18")]
+    whole = gather([shared / "data" / "kumar"], ["test_same_organ"], [0.25])
+    name = "TCGA-18-5592-01Z-00-DX1"
+    one = whole._replace(members=tuple(m for m in whole.members if m.name == name))
     settings = Settings(tissue=Tissue(everywhere=True))
-    scores = evaluate(images, settings, Running(), save_labels=tmp_path)
-    assert scores["TCGA-18-5592-01Z-00-DX1"].aji > 0.45
-    assert scores["TCGA-18-5592-01Z-00-DX1"].pq > 0.4
+    scores = evaluate(one, settings, Running(), kept=Kept(labels=tmp_path), say=lambda line: None).images[name]
+    assert scores.aji > 0.55
+    assert scores.pq > 0.5
     labels = np.asarray(Image.open(tmp_path / "TCGA-18-5592-01Z-00-DX1.png"))
     assert labels.dtype == np.uint16
     assert len(np.unique(labels)) > 200

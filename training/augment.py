@@ -1,5 +1,6 @@
 """What staining rooms, scanners and microtomes vary, applied to training crops."""
 
+import io
 import math
 
 import numpy as np
@@ -14,12 +15,18 @@ HED_FROM_RGB = np.linalg.inv(HED).astype(np.float32)
 
 
 def crop(
-    image: NDArray[np.uint8], labels: NDArray[np.int32], zoom: float, side: int, rng: np.random.Generator
+    image: NDArray[np.uint8],
+    labels: NDArray[np.int32],
+    zoom: float,
+    side: int,
+    strength: float,
+    rng: np.random.Generator,
 ) -> tuple[NDArray[np.uint8], NDArray[np.int32]]:
-    """A random square of the image, turned and flipped, resampled by about `zoom` to `side` px.
+    """A random square of the image, turned, flipped, bent, resampled by about `zoom` to `side` px.
 
     The scale varies by a factor of 0.75 to 1.35 around `zoom`, for nuclei vary in size between organs and
     scanners. Labels are resampled by the nearest pixel. Images smaller than the crop are padded by white.
+    strength: 0 bends nothing, 1 three crops in ten
     """
     factor = zoom * math.exp(rng.uniform(math.log(0.75), math.log(1.35)))
     source = max(8, round(side / factor))
@@ -30,13 +37,43 @@ def crop(
     y = int(rng.integers(0, labels.shape[0] - source + 1))
     x = int(rng.integers(0, labels.shape[1] - source + 1))
     window = (slice(y, y + source), slice(x, x + source))
-    small = Image.fromarray(np.ascontiguousarray(image[window])).resize((side, side), Image.Resampling.BICUBIC)
-    marks = Image.fromarray(np.ascontiguousarray(labels[window])).resize((side, side), Image.Resampling.NEAREST)
-    turned, turned_labels = np.asarray(small), np.asarray(marks)
+    cut = Image.fromarray(np.ascontiguousarray(image[window]))
+    marks = Image.fromarray(np.ascontiguousarray(labels[window]))
+    if rng.random() < 0.3 * strength:
+        mesh = bend(source, side, rng)
+        cut = cut.transform((side, side), Image.Transform.MESH, mesh, Image.Resampling.BICUBIC)
+        marks = marks.transform((side, side), Image.Transform.MESH, mesh, Image.Resampling.NEAREST)
+    else:
+        cut = cut.resize((side, side), Image.Resampling.BICUBIC)
+        marks = marks.resize((side, side), Image.Resampling.NEAREST)
+    turned, turned_labels = np.asarray(cut), np.asarray(marks)
     if rng.random() < 0.5:
         turned, turned_labels = turned[:, ::-1], turned_labels[:, ::-1]
     turns = int(rng.integers(4))
     return np.rot90(turned, turns), np.rot90(turned_labels, turns)
+
+
+def bend(
+    source: int, side: int, rng: np.random.Generator, cells: int = 6
+) -> list[tuple[tuple[int, int, int, int], tuple[float, ...]]]:
+    """A mesh for Pillow that shifts the knots of a grid at random: tissue folds and stretches under the knife.
+
+    Maps a square of `side` px onto one of `source` px; inner knots move by up to a fifth of a cell, so that
+    no cell folds over, and the outline stays.
+    """
+    knots = np.linspace(0, source, cells + 1)
+    grid = np.stack(np.meshgrid(knots, knots), -1)  # (cells + 1, cells + 1, 2), x y in source px
+    grid[1:-1, 1:-1] += rng.uniform(-0.2, 0.2, (cells - 1, cells - 1, 2)) * source / cells
+    edges = np.linspace(0, side, cells + 1).round().astype(int)
+    return [
+        (
+            (int(edges[c]), int(edges[r]), int(edges[c + 1]), int(edges[r + 1])),
+            # the corners of a cell as Pillow wants them: upper left, lower left, lower right, upper right
+            tuple(grid[[r, r + 1, r + 1, r], [c, c, c + 1, c + 1]].ravel().tolist()),
+        )
+        for r in range(cells)
+        for c in range(cells)
+    ]
 
 
 def recolour(image: NDArray[np.uint8], strength: float, rng: np.random.Generator) -> NDArray[np.uint8]:
@@ -57,4 +94,13 @@ def recolour(image: NDArray[np.uint8], strength: float, rng: np.random.Generator
     if rng.random() < 0.2:
         noise = rng.normal(0, rng.uniform(2, 8), recoloured.shape)
         recoloured = (recoloured + noise).clip(0, 255).astype(np.uint8)
+    if rng.random() < 0.25:
+        return compress(recoloured, int(rng.integers(35, 90)))
     return recoloured
+
+
+def compress(image: NDArray[np.uint8], quality: int) -> NDArray[np.uint8]:
+    """As JPEG of this quality gives it back, which is how scanners store slides. uint8 (h, w, 3)."""
+    with io.BytesIO() as buffer:
+        Image.fromarray(image).save(buffer, "JPEG", quality=quality)
+        return np.asarray(Image.open(buffer))

@@ -1,123 +1,144 @@
-"""Train the detector: one loop, the whole state in one checkpoint, a budget in minutes or steps."""
+"""Train the detector: one loop, the whole state in one checkpoint, a budget in minutes or steps.
 
-import csv
+Runs on a CPU or a GPU, or under torchrun on several: every process then trains on crops of its own
+(`--batch` of them), and the first one writes.
+"""
+
+import dataclasses
 import json
 import math
+import os
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import safetensors.torch
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Sampler
 
-from pipeline.config import Architecture, Training
-from pipeline.detector import (
-    NucleusDetector,
-    WeightsError,
-    choose_device,
-    choose_precision,
-    load_weights,
-    save_weights,
-)
+from pipeline.config import Architecture, ConfigError, Training
+from pipeline.detector import NucleusDetector, choose_device, choose_precision, load_weights, save_weights
 from pipeline.tables import committed
-from training.annotations import Annotated
+from pipeline.tensorfile import WeightsError, find_weights
+from training import checkpoint
+from training.annotations import Annotated, Annotations
 from training.dataset import Crop, Crops
+from training.progress import Held, Log, check, hold
+
+
+class Team(NamedTuple):
+    """This process among those that train together; torchrun says so in the environment."""
+
+    rank: int
+    size: int
+    device: torch.device
 
 
 class Continue(Sampler[int]):
-    """Crop numbers from where the checkpoint stands to the end of the schedule."""
+    """Crop numbers from where the checkpoint stands to the end of the schedule: every process its own."""
 
-    def __init__(self, first: int, last: int) -> None:
-        self.first, self.last = first, last
+    def __init__(self, first: int, training: Training, team: Team) -> None:
+        self.steps, self.batch, self.team = range(first, training.steps), training.batch, team
 
     def __iter__(self) -> Iterator[int]:
-        return iter(range(self.first, self.last))
+        for step in self.steps:
+            start = (step * self.team.size + self.team.rank) * self.batch
+            yield from range(start, start + self.batch)
 
     def __len__(self) -> int:
-        return self.last - self.first
-
-
-def split_off(images: Sequence[Annotated], hold_out: int, seed: int) -> tuple[list[Annotated], list[Annotated]]:
-    """(trained on, held out): the same for the same images and seed."""
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed)).tolist()
-    hold_out = min(hold_out, len(images) - 1)
-    chosen = set(order[len(images) - hold_out :])
-    return [a for i, a in enumerate(images) if i not in chosen], [a for i, a in enumerate(images) if i in chosen]
+        return len(self.steps) * self.batch
 
 
 def fit(
-    sets: Sequence[Sequence[Annotated]],
+    sets: Sequence[Annotations],
     out: Path,
     training: Training,
     architecture: Architecture,
     say: Callable[[str], None] = print,
 ) -> Path:
-    """Train on `sets` and write weights; continues from `out`/checkpoint.safetensors if it is there.
+    """Train on `sets` and write weights; continues from `out`/checkpoint if it is there.
 
-    Writes to `out`: checkpoint.safetensors (parameters, average, optimiser, step), losses.csv, and
-    nuclei.safetensors (the averaged weights, half precision). Returns the latter's path.
+    Writes to `out`: checkpoint/ (everything that continuing needs), nuclei.safetensors (the averaged weights, half
+    precision; returned), losses.csv, scores.csv and held_out/ (what the average finds in images that were held
+    out), curves.png.
+    Law: stopped and continued, the weights are those of an uninterrupted training (on one kind of machine).
     """
-    out.mkdir(parents=True, exist_ok=True)
-    device = choose_device(training.device)
+    team = _team(training)
+    if training.by_class:
+        architecture = dataclasses.replace(architecture, classes=_common_classes(sets))
+    split = [split_off(s.images, training.hold_out, training.seed) for s in sets]
     torch.manual_seed(training.seed)  # what is not pretrained starts from random weights
-    model = start(training.init, architecture).to(device).to(memory_format=torch.channels_last)
+    model = start(training.init, architecture).to(team.device).to(memory_format=torch.channels_last)
     average = {k: v.detach().clone() for k, v in model.state_dict().items()}
     optimiser = torch.optim.AdamW(_groups(model, training.decay), lr=training.rate)
-    first = _resume(out / "checkpoint.safetensors", model, average, optimiser)
-    crops = Crops(
-        [split_off(s, training.hold_out, training.seed)[0] for s in sets],
-        round(training.crop_px * architecture.upscale),
-        architecture.mpp / architecture.upscale,
-        training.strength,
-        training.seed,
-    )
-    loader = DataLoader(
-        crops,
-        training.batch,
-        sampler=Continue(first * training.batch, training.steps * training.batch),
-        num_workers=training.loaders,
-        collate_fn=list,
-        persistent_workers=training.loaders > 0,
-    )
-    began, skipped, step = time.monotonic(), 0, first
-    log = Log(out / "losses.csv", say)
+    first = checkpoint.resume(out / "checkpoint", model, average, optimiser)
+    loader = _loader([trained for trained, _ in split], first, training, model.architecture, team)
+    crops = [hold(a, model.architecture.mpp) for _, held in split for a in held] if team.rank == 0 else []
+    wrapped = _wrapped(model, team)
+    log, step, skipped, began = Log(out, say), first, 0, time.monotonic()
     for step, batch in enumerate(loader, first + 1):
         for group in optimiser.param_groups:
             group["lr"] = group["scale"] * rate_at(step, training)
-        torch.manual_seed(training.seed * 1_000_003 + step)  # torchvision draws its samples from the global state
-        losses = _step(model, batch, device)
-        total = torch.stack(list(losses.values())).sum()
+        # torchvision draws its samples from the global state
+        torch.manual_seed((training.seed * 1_000_003 + step) * team.size + team.rank)
+        losses = _losses(wrapped, batch, team.device)
         optimiser.zero_grad(set_to_none=True)
-        total.backward()  # type: ignore[no-untyped-call]
+        torch.stack(list(losses.values())).sum().backward()  # type: ignore[no-untyped-call]
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 5.0)
         if torch.isfinite(norm):
             optimiser.step()
         else:
             skipped += 1
         _follow(average, model, min(training.average, step / (step + 10)))
-        log.add(step, training.steps, losses, norm, skipped)
-        spent = (time.monotonic() - began) / 60
-        stop = step == training.steps or 0 < training.minutes <= spent
-        if stop or step % training.save_every == 0:
-            _save(out, model, average, optimiser, step, training)
+        stop = _agreed(step == training.steps or 0 < training.minutes * 60 <= time.monotonic() - began, team)
+        if team.rank == 0:
+            log.losses(step, training.steps, losses, norm, skipped)
+            if stop or step % training.save_every == 0:
+                recipe = dataclasses.asdict(training)
+                checkpoint.save(out / "checkpoint", model, average, optimiser, step, recipe)
+                _write(out, model.architecture, average, crops, log, {"step": step, **recipe})
         if stop:
             break
-    say(f"stopped at step {step} of {training.steps}: {out / 'nuclei.safetensors'}")
+    if team.rank == 0:
+        say(f"stopped at step {step} of {training.steps}: {out / 'nuclei.safetensors'}")
+    _disband(team)
     return out / "nuclei.safetensors"
 
 
+def split_off(images: Sequence[Annotated], hold_out: int, seed: int) -> tuple[list[Annotated], list[Annotated]]:
+    """(trained on, held out): the same for the same images and seed; at least one image is trained on."""
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed)).tolist()
+    hold_out = min(hold_out, len(images) - 1)
+    chosen = set(order[len(images) - hold_out :])
+    return [a for i, a in enumerate(images) if i not in chosen], [a for i, a in enumerate(images) if i in chosen]
+
+
 def start(init: str, architecture: Architecture) -> NucleusDetector:
-    """A detector before training: ImageNet's backbone, random, or another file's weights."""
-    if init not in ("imagenet", "random"):
-        return load_weights(Path(init)).train()
+    """A detector before training: ImageNet's backbone, random, or another file's weights.
+
+    A file may have other classes: what then does not fit starts at random. Raises WeightsError where it differs
+    in more.
+    """
+    if init in ("imagenet", "random"):
+        model = NucleusDetector(architecture)
+        if init == "imagenet":
+            model.backbone.load_state_dict(imagenet(model.backbone.state_dict(), architecture.backbone))
+        return model.train()
+    other = load_weights(find_weights(init))
+    theirs = dataclasses.asdict(dataclasses.replace(other.architecture, classes=architecture.classes))
+    differing = {k: v for k, v in dataclasses.asdict(architecture).items() if theirs[k] != v}
+    if differing:
+        names = ", ".join(f"{k} {theirs[k]}, not {v}" for k, v in differing.items())
+        raise WeightsError(f"{init} has {names}: need --architecture.{next(iter(differing))} as the file has it")
     model = NucleusDetector(architecture)
-    if init == "imagenet":
-        model.backbone.load_state_dict(imagenet(model.backbone.state_dict(), architecture.backbone))
+    wanted = model.state_dict()
+    fitting = {k: v for k, v in other.state_dict().items() if wanted[k].shape == v.shape}
+    model.load_state_dict({**wanted, **fitting})
     return model.train()
 
 
@@ -153,6 +174,31 @@ def rate_at(step: int, training: Training) -> float:
     return training.rate * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
 
 
+def _common_classes(sets: Sequence[Annotations]) -> tuple[str, ...]:
+    classes = {s.classes for s in sets}
+    if len(classes) > 1:
+        named = "; ".join(f"{s.name}: {', '.join(s.classes)}" for s in sets)
+        raise ConfigError(f"the sets have different classes ({named}): need the same, or one set, or no --by-class")
+    return classes.pop()
+
+
+def _loader(
+    sets: Sequence[Sequence[Annotated]], first: int, training: Training, architecture: Architecture, team: Team
+) -> DataLoader[Crop]:
+    crops = Crops(
+        sets, round(training.crop_px * architecture.upscale), architecture.mpp / architecture.upscale, training
+    )
+    return DataLoader(
+        crops,
+        training.batch,
+        sampler=Continue(first, training, team),
+        num_workers=training.loaders,
+        collate_fn=list,
+        persistent_workers=training.loaders > 0,
+        pin_memory=team.device.type == "cuda",
+    )
+
+
 def _groups(model: NucleusDetector, decay: float) -> list[dict[str, Any]]:
     """The pretrained backbone learns slower; norms and biases do not decay."""
     groups = []
@@ -163,15 +209,15 @@ def _groups(model: NucleusDetector, decay: float) -> list[dict[str, Any]]:
     return groups
 
 
-def _step(model: NucleusDetector, batch: Sequence[Crop], device: torch.device) -> dict[str, Tensor]:
+def _losses(model: nn.Module, batch: Sequence[Crop], device: torch.device) -> dict[str, Tensor]:
     """Losses of one batch. Crops come enlarged already, so the images are handed over as the network sees them."""
     images = torch.stack([c.image for c in batch]).to(device, non_blocking=True)
-    targets = [{"boxes": c.boxes.to(device), "labels": c.labels.to(device), "masks": c.masks.to(device)} for c in batch]
-    with torch.autocast(
-        device.type,
-        choose_precision("auto", device),
-        enabled=choose_precision("auto", device) != torch.float32,
-    ):
+    targets = [
+        {name: getattr(c, name).to(device, non_blocking=True) for name in ("boxes", "labels", "masks", "regions")}
+        for c in batch
+    ]
+    precision = choose_precision("auto", device)
+    with torch.autocast(device.type, precision, enabled=precision != torch.float32):
         losses: dict[str, Tensor] = model(images, targets)
     return losses
 
@@ -185,73 +231,64 @@ def _follow(average: dict[str, Tensor], model: NucleusDetector, keep: float) -> 
             average[name].copy_(value)
 
 
-def _save(
+def _write(
     out: Path,
-    model: NucleusDetector,
-    average: dict[str, Tensor],
-    optimiser: torch.optim.Optimizer,
-    step: int,
-    training: Training,
+    architecture: Architecture,
+    average: Mapping[str, Tensor],
+    crops: Sequence[Held],
+    log: Log,
+    recipe: Mapping[str, Any],
 ) -> None:
-    """One checkpoint that continues exactly, and the averaged weights for use."""
-    state = {f"model.{k}": v for k, v in model.state_dict().items()}
-    state |= {f"average.{k}": v for k, v in average.items()}
-    for index, entry in optimiser.state_dict()["state"].items():
-        state |= {f"optimiser.{index}.{k}": v for k, v in entry.items()}
-    with committed(out / "checkpoint.safetensors") as path:
-        safetensors.torch.save_file(
-            {k: v.detach().cpu().clone().contiguous() for k, v in state.items()},
-            path,
-            {"step": str(step), "training": json.dumps(asdict(training))},
-        )
-    averaged = NucleusDetector(model.architecture)
-    averaged.load_state_dict({k: v.cpu() for k, v in average.items()})
+    """The averaged weights for use, and how they do on what was held out."""
+    state = torch.get_rng_state()  # a new network draws random weights: the training must not notice
+    averaged = NucleusDetector(architecture)
+    torch.set_rng_state(state)
+    averaged.load_state_dict(average)
     with committed(out / "nuclei.safetensors") as path:
-        save_weights(averaged, path, {"recipe": json.dumps(asdict(training)), "step": str(step)})
+        save_weights(averaged, path, {"recipe": json.dumps(recipe), "step": str(recipe["step"])})
+    if crops:
+        averaged = averaged.eval().to(next(iter(average.values())).device).to(memory_format=torch.channels_last)
+        log.scores(recipe["step"], check(averaged, crops, out / "held_out"))
 
 
-def _resume(path: Path, model: NucleusDetector, average: dict[str, Tensor], optimiser: torch.optim.Optimizer) -> int:
-    """Step to continue from; 0 without a checkpoint."""
-    if not path.exists():
-        return 0
-    with safetensors.safe_open(path, "pt") as file:
-        step = int(file.metadata()["step"])
-        tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 - not a dict
-    model.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
-    for name in average:
-        average[name].copy_(tensors[f"average.{name}"])
-    state: dict[int, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
-        if key.startswith("optimiser."):
-            _, index, name = key.split(".")
-            state.setdefault(int(index), {})[name] = value
-    optimiser.load_state_dict({**optimiser.state_dict(), "state": state})
-    return step
+# ------------------------------------------------------------------------------------------------- the machine
 
 
-class Log:
-    """losses.csv, and a line now and then."""
+def _team(training: Training) -> Team:
+    """Join the processes that torchrun started, if it did."""
+    size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    device = choose_device(training.device)
+    if device.type == "cuda" and size > 1:
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    if size > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return Team(rank, size, device)
 
-    def __init__(self, path: Path, say: Callable[[str], None], every: int = 20) -> None:
-        self.path, self.say, self.every = path, say, every
-        self.sums: dict[str, float] = {}
-        self.since = time.monotonic()
 
-    def add(self, step: int, steps: int, losses: dict[str, Tensor], norm: Tensor, skipped: int) -> None:
-        for name, value in {**losses, "norm": norm}.items():
-            self.sums[name] = self.sums.get(name, 0.0) + float(value.detach()) / self.every
-        if step % self.every:
-            return
-        seconds = (time.monotonic() - self.since) / self.every
-        new = not self.path.exists()
-        with self.path.open("a", newline="") as file:
-            writer = csv.writer(file)
-            if new:
-                writer.writerow(["step", *self.sums, "skipped", "seconds"])
-            writer.writerow([step, *(f"{v:.4f}" for v in self.sums.values()), skipped, f"{seconds:.2f}"])
-        self.say(
-            f"step {step}/{steps}  "
-            + "  ".join(f"{k.removeprefix('loss_')} {v:.3f}" for k, v in self.sums.items())
-            + f"  skipped {skipped}  {seconds:.2f} s"
-        )
-        self.sums, self.since = {}, time.monotonic()
+def _wrapped(model: NucleusDetector, team: Team) -> nn.Module:
+    """The model as the loop calls it: quick on a CPU, gradients shared by a team."""
+    if team.device.type == "cpu":
+        for module in model.modules():
+            if isinstance(module, nn.Conv2d) and module.groups == module.in_channels > 1:
+                module.forward = partial(_in_float32, module)  # type: ignore[method-assign]
+    return DistributedDataParallel(model) if team.size > 1 else model
+
+
+def _in_float32(convolution: nn.Conv2d, x: Tensor) -> Tensor:
+    """A depthwise convolution outside autocast: on a CPU its backward pass in bfloat16 is four times slower."""
+    with torch.autocast(x.device.type, enabled=False):
+        return type(convolution).forward(convolution, x.float()).to(x.dtype)
+
+
+def _agreed(stop: bool, team: Team) -> bool:
+    """What the first process says: clocks differ, and a team stops at the same step."""
+    if team.size == 1:
+        return stop
+    flag = torch.tensor(int(stop), device=team.device)
+    dist.broadcast(flag, 0)
+    return bool(flag.item())
+
+
+def _disband(team: Team) -> None:
+    if team.size > 1:
+        dist.destroy_process_group()

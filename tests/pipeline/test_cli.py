@@ -11,7 +11,7 @@ from pipeline.cli import app, main
 from pipeline.config import Running, Settings
 
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-COMMANDS = ("run", "plan", "demo", "train", "evaluate", "export", "doctor")
+COMMANDS = ("run", "plan", "demo", "train", "evaluate", "fit-stain", "convert", "export", "doctor")
 
 
 def said(capsys: pytest.CaptureFixture[str], *tokens: str) -> tuple[int, str, str]:
@@ -23,9 +23,7 @@ def said(capsys: pytest.CaptureFixture[str], *tokens: str) -> tuple[int, str, st
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_explains_itself_and_is_in_the_readme(
-    command: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_every_command_explains_itself_and_is_in_the_readme(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     status, out, _ = said(capsys, command, "--help")
     assert status == 0
     assert f"Usage: nightslide {command}" in out
@@ -67,7 +65,7 @@ def test_every_command_in_the_readme_is_understood(tokens: list[str]) -> None:
         assert (Path(__file__).parents[2] / tokens[at + 1]).is_file()
         tokens = tokens[:at] + tokens[at + 2 :]
     command, bound, ignored = app.parse_args(tokens, exit_on_error=False, print_error=False)
-    assert command.__name__ == tokens[0]
+    assert command.__name__ == tokens[0].replace("-", "_")
     assert bound.arguments or len(tokens) == 1
     assert not ignored
 
@@ -92,7 +90,7 @@ def test_shipped_configurations_are_valid() -> None:
         (["run", "x.svs", "--out", "o", "--config", "none.toml"], "none.toml"),
         (["bogus"], 'Unknown command "bogus"'),
         (["export", "nowhere"], "holds no nuclei.parquet"),
-        (["evaluate", "--data", "nowhere"], "holds no images"),
+        (["evaluate", "--data", "nowhere"], "nowhere does not exist"),
     ],
 )
 def test_wrong_usage_is_named_and_ends_with_2(

@@ -11,15 +11,14 @@ from pipeline.config import Architecture, ConfigError
 from pipeline.detector import (
     Caps,
     NucleusDetector,
-    WeightsError,
     caps,
     choose_device,
-    find_weights,
+    fold,
     load_weights,
     read_architecture,
     save_weights,
-    shipped,
 )
+from pipeline.tensorfile import WeightsError, find_weights, shipped
 
 TINY = Architecture(channels=16, box_hidden=16, mask_channels=8, mask_layers=1)
 
@@ -49,6 +48,26 @@ def test_boxes_are_inside_the_patch_and_masks_are_soft(tiny: NucleusDetector) ->
         assert soft.min() >= 0
         assert soft.max() <= 1
         assert candidates.saturated == (len(candidates.boxes) == limits.instances)
+
+
+def test_folded_batch_norms_change_nothing() -> None:
+    """Law: features before and after folding agree within rounding, with statistics that are not those of a new net."""
+    torch.manual_seed(1)
+    model = NucleusDetector(TINY)
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.uniform_(module.running_mean, -0.3, 0.3)
+            torch.nn.init.uniform_(module.running_var, 0.5, 2)
+            torch.nn.init.uniform_(module.weight, 0.5, 1.5)
+            torch.nn.init.uniform_(module.bias, -0.3, 0.3)
+    images = torch.rand(1, 3, 64, 64)
+    with torch.inference_mode():
+        wanted = model.eval().features(images)
+        found = fold(model).features(images)
+    assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in model.modules())
+    for level, features in wanted.items():
+        assert features.std() > 0.01
+        torch.testing.assert_close(found[level], features, rtol=1e-3, atol=1e-4)
 
 
 def test_no_boxes_give_no_masks(tiny: NucleusDetector) -> None:
@@ -91,7 +110,7 @@ def test_a_damaged_file_is_refused(tiny: NucleusDetector, tmp_path: Path) -> Non
 def test_foreign_files_are_refused(tmp_path: Path) -> None:
     foreign = tmp_path / "foreign.safetensors"
     safetensors.torch.save_file({"a": torch.zeros(3)}, foreign)
-    with pytest.raises(WeightsError, match="holds no Nightslide detector"):
+    with pytest.raises(WeightsError, match="holds no weights of Nightslide"):
         load_weights(foreign)
     safetensors.torch.save_file(
         {"a": torch.zeros(3)}, foreign, {"sha256": "", "architecture": json.dumps({"depth": 3})}

@@ -155,9 +155,7 @@ NASTY = {
         [(0, 0), (10, 0), (10, 10), (5.001, 5), (0, 10), (0, 9), (5, 4.998), (10, 9.9), (9, 0.5), (0, 0.5)]
     ).buffer(0),
     "hour glass": shapely.Polygon([(0, 0), (10, 0), (5.002, 5), (10, 10), (0, 10), (4.998, 5)]),
-    "comb": shapely.Polygon(
-        [(0, 0), (20, 0), *((20 - i, (5, 0.003)[i % 2]) for i in range(20)), (0, 5)]
-    ).buffer(0),
+    "comb": shapely.Polygon([(0, 0), (20, 0), *((20 - i, (5, 0.003)[i % 2]) for i in range(20)), (0, 5)]).buffer(0),
     "huge": shapely.Point(60_000, 70_000).buffer(50_000, 500),
     "far": shapely.box(3e6 + 0.123, 2e6, 3e6 + 9.5, 2e6 + 9.5),
     "left of the bounds": shapely.box(-5.5, -7.25, 3, 4),

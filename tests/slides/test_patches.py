@@ -30,9 +30,7 @@ def _content(tiles: tuple[Tile, ...], seed: int = 0) -> tuple[np.ndarray, np.nda
 
 @given(order=st.permutations(range(GRID.blocks)), keep=st.integers(0, 2**32 - 1))
 @settings(max_examples=8)
-def test_what_is_written_reads_back(
-    tmp_path_factory: pytest.TempPathFactory, order: list[int], keep: int
-) -> None:
+def test_what_is_written_reads_back(tmp_path_factory: pytest.TempPathFactory, order: list[int], keep: int) -> None:
     """In any order of blocks, for all tiles of a block or some; other blocks stay as they are."""
     store = PatchStore.create(tmp_path_factory.mktemp("store") / "patches.zarr", GRID, "digest")
     written = {}

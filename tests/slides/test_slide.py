@@ -48,8 +48,14 @@ def pyramid(tmp_path_factory: pytest.TempPathFactory, picture: np.ndarray) -> Wr
                 level = level.reshape(HEIGHT // factor, factor, WIDTH // factor, factor, 3).mean((1, 3))
                 per_cm = None if mpp is None else (1e4 / mpp / factor,) * 2
                 tiff.write(
-                    level.astype(np.uint8), tile=(128, 128), photometric="rgb", compression="adobe_deflate",
-                    subfiletype=int(factor > 1), metadata=None, resolution=per_cm, resolutionunit=3,
+                    level.astype(np.uint8),
+                    tile=(128, 128),
+                    photometric="rgb",
+                    compression="adobe_deflate",
+                    subfiletype=int(factor > 1),
+                    metadata=None,
+                    resolution=per_cm,
+                    resolutionunit=3,
                 )
         return path
 
@@ -98,8 +104,13 @@ def test_points_of_the_work_frame_lie_where_the_affine_says(pyramid: Writer, mpp
         for factor in (1, 2, 4):
             level = disc.reshape(600 // factor, factor, 800 // factor, factor, 3).mean((1, 3))
             tiff.write(
-                level.astype(np.uint8), tile=(128, 128), photometric="rgb",
-                subfiletype=int(factor > 1), metadata=None, resolution=(20000, 20000), resolutionunit=3,
+                level.astype(np.uint8),
+                tile=(128, 128),
+                photometric="rgb",
+                subfiletype=int(factor > 1),
+                metadata=None,
+                resolution=(20000, 20000),
+                resolutionunit=3,
             )
     with open_slide(path) as slide:
         size, affine = slide.work(mpp)
@@ -174,9 +185,7 @@ def test_the_user_is_believed_before_the_slide_but_not_everything(pyramid: Write
 
 
 @pytest.mark.parametrize(("suffix", "mode"), [("png", "RGB"), ("png", "L"), ("jpg", "RGB"), ("webp", "RGB")])
-def test_plain_images_are_slides_of_one_level(
-    tmp_path: Path, picture: np.ndarray, suffix: str, mode: str
-) -> None:
+def test_plain_images_are_slides_of_one_level(tmp_path: Path, picture: np.ndarray, suffix: str, mode: str) -> None:
     path = tmp_path / f"image.{suffix}"
     Image.fromarray(picture).convert(mode).save(path)
     with pytest.raises(ScaleUnknown, match="pass --mpp"):
@@ -223,7 +232,6 @@ def test_no_such_file(tmp_path: Path) -> None:
         open_slide(tmp_path)
 
 
-
 @pytest.mark.parametrize(
     ("name", "content", "cause"),
     [
@@ -263,9 +271,7 @@ def _spoil(path: Path, target: Path, tiles: Callable[[int], bool]) -> Path:
     return target
 
 
-def test_one_bad_tile_is_lost_alone_and_the_rest_is_kept(
-    pyramid: Writer, tmp_path: Path, picture: np.ndarray
-) -> None:
+def test_one_bad_tile_is_lost_alone_and_the_rest_is_kept(pyramid: Writer, tmp_path: Path, picture: np.ndarray) -> None:
     path = _spoil(pyramid("flat.tif", 0.5, (1,)), tmp_path / "spoilt.tif", lambda i: i == 6)
     bad = Box(128, 128, 256, 256)  # the seventh of 5 x 4 tiles of 128 px
     with open_slide(path) as slide:

@@ -1,86 +1,272 @@
-"""Measures: known answers by hand, and laws that hold for any pair of label maps."""
+"""A dataset down the path of `run`, with an oracle in the detector's place, so that every score is known."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-from hypothesis.extra.numpy import arrays
+from PIL import Image
 
-from training.evaluate import aji, aji_plus, dice, mean, overlap, panoptic, score
+from pipeline import stages
+from pipeline.archive import find_slides
+from pipeline.config import Architecture, Detection, Running, Settings, Stitching, Tiling, Tissue
+from pipeline.detector import NucleusDetector, save_weights
+from pipeline.run import Row
+from pipeline.tensorfile import file_sha256
+from training import evaluate as evaluating
+from training.annotations import Annotated, AnnotationError, Pixels
+from training.evaluate import (
+    COLUMNS,
+    Kept,
+    Member,
+    as_json,
+    evaluate,
+    gather,
+    judge,
+    keep,
+    predict,
+    report,
+    summarise,
+)
+from training.measures import MEASURES, Detections, score
 
-maps = arrays(np.int32, (6, 7), elements=st.sampled_from([0, 0, 1, 2, 5, 900]))
-
-
-def squares(*corners: tuple[int, int, int]) -> np.ndarray:
-    """A 20 x 20 map with labelled 4 x 4 squares at (row, column, label)."""
-    labels = np.zeros((20, 20), np.int32)
-    for row, column, label in corners:
-        labels[row : row + 4, column : column + 4] = label
-    return labels
-
-
-@given(maps)
-def test_a_map_against_itself_is_perfect(labels: np.ndarray) -> None:
-    scores = score(labels, labels)
-    assert scores[:9] == (1.0,) * 9
-    assert scores.annotated == scores.found
-
-
-@given(maps, maps)
-def test_measures_are_bounded_and_do_not_depend_on_the_numbers_of_labels(a: np.ndarray, b: np.ndarray) -> None:
-    # in the same order: of two predictions that a nucleus overlaps equally, AJI takes the first
-    renumbered = np.where(b == 0, 0, 7 * b + 3)
-    first, second = score(a, b), score(a, renumbered)
-    assert tuple(first) == pytest.approx(tuple(second))
-    assert all(0 <= value <= 1 for value in first[:9])
-    assert first.aji_plus <= first.dice + 1e-12
+SIDE = 12  # of a nucleus, a square
+CLASSES = ("Odd", "Even")
 
 
-def test_nothing_and_nothing_is_perfect_nothing_against_something_is_worst() -> None:
-    empty, one = squares(), squares((2, 2, 7))
-    assert score(empty, empty)[:9] == (1.0,) * 9
-    for scores in (score(empty, one), score(one, empty)):
-        assert (scores.dice, scores.aji, scores.aji_plus, scores.dq, scores.pq) == (0, 0, 0, 0, 0)
+def oracle(patches: np.ndarray, plan: stages.Plan, settings: Settings) -> Iterator[stages.Found]:
+    """Reads nuclei back from their colours; misses every fifth, and calls every sixth 'Odd' though it is even."""
+    for patch in patches:
+        number = patch[..., 0].astype(np.int64)
+        ids = np.array([i for i in np.unique(number[number != 255]) if i % 5], np.int64)
+        corners = [np.argwhere(number == i).min(0) for i in ids]
+        boxes = np.array([(x, y, x + SIDE, y + SIDE) for y, x in corners], np.float32).reshape(-1, 4)
+        yield stages.Found(
+            boxes,
+            np.ones((len(ids), SIDE, SIDE), bool),
+            (1 - ids / 500).astype(np.float32),
+            np.where(ids % 6, (ids + 1) % 2, 0),
+            np.ones(len(ids), np.int64),
+            np.zeros((len(ids), 2), np.float32),
+            False,
+        )
 
 
-def test_a_shift_by_one_pixel() -> None:
-    """Two squares, one found exactly, one shifted by a pixel: 12 of 16 pixels shared, IoU 12/20."""
-    truth, found = squares((1, 1, 1), (10, 10, 2)), squares((1, 1, 4), (10, 11, 9))
-    pairs = overlap(truth, found)
-    assert dice(truth, found) == pytest.approx(2 * 28 / 64)
-    assert aji(pairs) == pytest.approx(28 / 36)
-    assert aji_plus(pairs) == pytest.approx(28 / 36)
-    dq, sq = panoptic(pairs)
-    assert dq == 1
-    assert sq == pytest.approx((1 + 12 / 20) / 2)
+def draw_dataset(folder: Path, images: dict[str, int], *, classes: bool) -> Path:
+    """Images on white with so many square nuclei, number i in the grey value i; 'odd' and 'even' as classes."""
+    for name in ("images", "labels", *(["classes"] if classes else [])):
+        (folder / name).mkdir(parents=True)
+    for id_, count in images.items():
+        labels = np.zeros((100, 140), np.uint16)
+        for i in range(1, count + 1):
+            y, x = 3 + 20 * ((i - 1) // 6), 5 + 20 * ((i - 1) % 6)
+            labels[y : y + SIDE, x : x + SIDE] = i
+        grey = np.where(labels, labels, 255).astype(np.uint8)
+        Image.fromarray(np.stack([grey] * 3, 2)).save(folder / "images" / f"{id_}.png")
+        Image.fromarray(labels).save(folder / "labels" / f"{id_}.png")
+        if classes:
+            kinds = np.where(labels, 2 - labels % 2, 0).astype(np.uint8)
+            Image.fromarray(kinds).save(folder / "classes" / f"{id_}.png")
+    ids = sorted(images)
+    (folder / "splits.json").write_text(json.dumps({"first": ids[:1], "rest": ids[1:], "all": ids}))
+    described = {"mpp": 0.25, "groups": {i: i[0] for i in ids}} | ({"classes": CLASSES} if classes else {})
+    (folder / "dataset.json").write_text(json.dumps(described))
+    return folder
 
 
-def test_a_false_positive_and_a_miss() -> None:
-    truth, found = squares((1, 1, 1), (10, 10, 2)), squares((1, 1, 1), (1, 12, 3))
-    pairs = overlap(truth, found)
-    assert aji(pairs) == pytest.approx(16 / (16 + 16 + 16))
-    dq, sq = panoptic(pairs)
-    assert (dq, sq) == (0.5, 1.0)
-    scores = score(truth, found)
-    assert (scores.precision, scores.recall, scores.f1) == (0.5, 0.5, 0.5)
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file that names two classes; the oracle stands for its network."""
+    small = Architecture(channels=16, box_hidden=8, mask_channels=8, mask_layers=1, classes=CLASSES)
+    path = tmp_path_factory.mktemp("weights") / "two.safetensors"
+    save_weights(NucleusDetector(small), path, {})
+    return path
 
 
-def test_one_prediction_that_covers_two_nuclei() -> None:
-    """AJI lets both take it, so it stands in the union twice; AJI+ gives it to one of them."""
-    truth = squares((1, 1, 1), (1, 5, 2))
-    found = np.where(truth > 0, 3, 0).astype(np.int32)
-    pairs = overlap(truth, found)
-    assert aji(pairs) == pytest.approx((16 + 16) / (32 + 32))
-    assert aji_plus(pairs) == pytest.approx(16 / (16 + 32))
-    assert panoptic(pairs)[0] == 0  # IoU of exactly one half is no match
-    assert dice(truth, found) == 1
+@pytest.fixture(scope="module")
+def settings(weights: Path) -> Settings:
+    return Settings(
+        tissue=Tissue(everywhere=True),
+        tiling=Tiling(tile=128, margin=32),
+        stitching=Stitching(max_diameter_um=5.0, simplify_px=0.0),
+        detector=Detection(weights=str(weights)),
+    )
 
 
-def test_a_mean_is_over_images_and_counts_are_summed() -> None:
-    both = mean([score(squares((1, 1, 1)), squares((1, 1, 1))), score(squares((1, 1, 1)), squares())])
-    assert (both.aji, both.annotated, both.found) == (0.5, 2, 1)
+@pytest.fixture(autouse=True)
+def _oracle(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stages, "detect_patches", oracle)
 
 
-def test_maps_of_different_shape_are_refused() -> None:
-    with pytest.raises(ValueError, match="need the same shape"):
-        overlap(np.zeros((3, 4), np.int32), np.zeros((4, 3), np.int32))
+ONE = Running(workers=1)
+
+
+def test_every_score_of_an_oracle_is_known(tmp_path: Path, settings: Settings) -> None:
+    """One image of 12 nuclei (5 and 10 missed), one of 4, one of none: through tiles, seams and tables."""
+    data = draw_dataset(tmp_path / "data", {"a1": 12, "a2": 4, "b1": 0}, classes=True)
+    collection = gather([data], ["first", "rest"])
+    kept = Kept(tmp_path / "labels", tmp_path / "pictures")
+    found = evaluate(collection, settings, ONE, kept=kept)
+
+    first, second, empty = (found.images[i] for i in ("a1", "a2", "b1"))
+    assert (first.annotated, first.found, first.recall, first.precision) == (12, 10, 10 / 12, 1)
+    assert (first.sq, first.hausdorff_um) == (1, 0)
+    assert first.pq == first.f1 == 20 / 22
+    assert first.aji == first.aji_plus == first.pixel_recall == 10 / 12
+    assert (first.ap, first.ap50) == pytest.approx((84 / 101, 84 / 101))  # recalls 0 to .83
+    assert first.class_accuracy == 8 / 10  # 6 and 12 are called odd
+    assert (second.pq, second.aji, second.ap) == pytest.approx((1, 1, 1))
+    assert empty.pq == empty.dice == 1
+    assert np.isnan(empty.ap)
+
+    assert found.overall.mean.f1 == pytest.approx((20 / 22 + 1 + 1) / 3)
+    assert found.overall.pooled.f1 == 28 / 30
+    assert found.overall.mean.ap == pytest.approx((84 / 101 + 1) / 2)
+    assert found.within["split"]["first"].pooled == first
+    assert found.within["split"]["rest"].mean.annotated == 4
+    assert {name: s.mean.images for name, s in found.within["group"].items()} == {"a": 2, "b": 1}
+
+    # odd: 1 3 7 9 11 and the two that are even are found, 5 is missed; of the second image 1 and 3
+    odd, even = found.classes["Odd"], found.classes["Even"]
+    assert (odd.pooled.precision, odd.pooled.recall) == (7 / 9, 7 / 8)
+    assert (even.pooled.precision, even.pooled.recall) == (1, 5 / 8)
+    assert odd.mean.images == 2  # the empty image says nothing of a class
+    assert found.over_classes is not None
+    assert found.over_classes.pooled.pq == pytest.approx((odd.pooled.pq + even.pooled.pq) / 2)
+
+    for image in collection.members:
+        labels = np.asarray(Image.open(tmp_path / "labels" / f"{image.name}.png"))
+        assert labels.dtype == np.uint16
+        assert score(image.annotated.read().labels, labels.astype(np.int32)).pq == found.images[image.name].pq
+        with Image.open(tmp_path / "pictures" / f"{image.name}.png") as picture:
+            assert picture.width > 3 * 140
+
+    content = json.loads(as_json(found, collection.members, "nightslide evaluate"))
+    assert content["weights_sha256"] == file_sha256(Path(settings.detector.weights))
+    assert content["digest"] == settings.digest(content["weights_sha256"])
+    assert (content["command"], content["images"], content["mpp"]) == ("nightslide evaluate", 3, [0.25])
+    assert (content["views"], content["stain"]) == (1, "none")
+    assert content["area_mm2"] == pytest.approx(3 * 100 * 140 * 0.25**2 / 1e6, abs=1e-4)
+    assert content["per_image"]["b1"]["ap"] is None
+    assert content["per_image"]["a1"]["classes"]["Even"]["recall"] == 3 / 6
+    assert content["overall"]["pooled"]["f1"] == 28 / 30
+
+    (tmp_path / "json").mkdir()
+    (tmp_path / "json" / "none-1.json").write_text(json.dumps(content))
+    script = Path(evaluating.__file__).parents[1] / "workflows" / "experiments" / "tables.py"
+    command = [sys.executable, str(script), str(tmp_path / "json"), "--mean"]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    for line in (
+        f"| none-1 | two.safetensors {content['weights_sha256'][:8]} | none | 1 | 3 |",
+        "| **all images of all rows** |  |  |  | 3 |",
+        "\nfirst, image mean:\n",
+        f" {found.overall.mean.pq:.3f} ",
+        " `nightslide evaluate` |",
+    ):
+        assert line in printed
+
+    table = report(found).splitlines()
+    assert [line.split(",")[0] for line in table[1:]] == [
+        "split first", "split rest", "class Odd", "class Even", "mean over classes", "all", "all",
+    ]  # fmt: skip
+    assert len({len(line) for line in table}) == 1
+    assert "a1" in report(found, per_image=True)
+
+
+def test_classes_that_the_weights_do_not_know_are_not_scored(tmp_path: Path, settings: Settings) -> None:
+    data = draw_dataset(tmp_path / "data", {"a1": 3}, classes=True)
+    (data / "dataset.json").write_text(json.dumps({"mpp": 0.25, "classes": ["Round", "Long"]}))
+    found = evaluate(gather([data]), settings, ONE)
+    assert found.classes == {}
+    assert found.over_classes is None
+    assert found.overall.mean.f1 == 1
+    assert "class" not in report(found)
+
+
+def test_an_image_that_cannot_be_segmented_is_named(
+    tmp_path: Path, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(patches: np.ndarray, plan: stages.Plan, settings: Settings) -> Iterator[stages.Found]:
+        raise RuntimeError("no such luck")
+
+    monkeypatch.setattr(stages, "detect_patches", broken)
+    data = draw_dataset(tmp_path / "data", {"a1": 3}, classes=False)
+    with pytest.raises(AnnotationError, match="a1 could not be segmented: no such luck"):
+        evaluate(gather([data]), settings, ONE)
+
+
+def test_every_image_is_handed_over_with_its_own_scale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Law: what `run` sees are the pixels and the scale of the annotated image, whatever it is called."""
+    rng = np.random.default_rng(0)
+    pixels = [Pixels(rng.integers(0, 256, (9, 7, 3)).astype(np.uint8), np.zeros((9, 7), np.int32), np.zeros(0, int))
+              for _ in range(3)]  # fmt: skip
+    names = ("z", "same/name", "same_name")
+    members = [Member(n, Annotated(n, "", 0.2 + i / 30, lambda i=i: pixels[i]), ()) for i, n in enumerate(names)]
+
+    def looking(inputs: list[Path], out: Path, *_: object, **__: object) -> list[Row]:
+        archive = find_slides(inputs)
+        assert [s.mpp for s in archive.sources] == [m.annotated.mpp for m in members]
+        for source, expected in zip(archive.sources, pixels, strict=True):
+            assert np.array_equal(np.asarray(Image.open(source.path)), expected.image)
+        return [Row(s.name, "done") for s in archive.sources]
+
+    monkeypatch.setattr(evaluating, "run", looking)
+    rows = predict(members, tmp_path, Settings(), ONE, lambda line: None)
+    assert len({r.slide for r in rows}) == 3
+
+
+def test_gather_knows_splits_groups_and_datasets(tmp_path: Path) -> None:
+    one = draw_dataset(tmp_path / "one", {"a1": 1, "b1": 2}, classes=False)
+    two = draw_dataset(tmp_path / "two", {"a1": 3, "c1": 4}, classes=True)
+    alone = gather([one], ["all"])
+    assert [(m.name, m.within) for m in alone.members] == [("a1", (("group", "a"),)), ("b1", (("group", "b"),))]
+    # an image of two splits counts once, and in both
+    both = gather([one], ["first", "all"]).members
+    assert [m.name for m in both] == ["a1", "b1"]
+    assert both[0].within == (("split", "first"), ("split", "all"), ("group", "a"))
+    together = gather([one, two], mpp=[0.5, 0.2])
+    assert [m.name for m in together.members] == ["one/a1", "one/b1", "two/a1", "two/c1"]
+    assert [m.annotated.mpp for m in together.members] == [0.5, 0.5, 0.2, 0.2]
+    assert together.members[2].within[0] == ("data", "two")
+    assert together.classes == ()  # only the second has any
+    assert gather([two]).classes == CLASSES
+
+
+def test_what_cannot_be_gathered_is_said(tmp_path: Path) -> None:
+    one = draw_dataset(tmp_path / "one", {"a1": 1}, classes=False)
+    with pytest.raises(AnnotationError, match="3 values of mpp for 2 datasets"):
+        gather([one, one], mpp=[1, 2, 3])
+    with pytest.raises(AnnotationError, match="datasets called one, one: need a different name"):
+        gather([one, one])
+    with pytest.raises(AnnotationError, match="no split 'tset': its splits are first, rest"):
+        gather([one], ["tset"])
+
+
+def test_more_detections_than_a_label_map_holds_are_refused(tmp_path: Path) -> None:
+    pixels = Pixels(np.zeros((300, 300, 3), np.uint8), np.zeros((300, 300), np.int32), np.zeros(0, np.int64))
+    found = np.arange(90_000, dtype=np.int32).reshape(300, 300)
+    with pytest.raises(AnnotationError, match="big holds 89,999 detections, a 16-bit label map 65,535"):
+        keep(Kept(tmp_path), "big", pixels, found)
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(AnnotationError, match="leads out of"):
+        keep(Kept(tmp_path / "in"), "../out", pixels, found % 9)
+    keep(Kept(), "big", pixels, found)
+
+
+def test_groups_of_one_image_are_left_out_of_the_table() -> None:
+    """They are in the JSON all the same."""
+    empty = Pixels(np.zeros((4, 4, 3), np.uint8), np.zeros((4, 4), np.int32), np.zeros(0, np.int64))
+    none = Detections(np.zeros(0, object), np.zeros(0), np.zeros(0, np.int64))
+    image = judge(empty, none, 0.25, 0)
+    annotated = Annotated("x", "", 0.25, lambda: empty)
+    members = [Member(n, annotated, (("group", n[0]),)) for n in ("a1", "a2", "b1", "b2")]
+    assert "group a" in report(summarise(members, (), [image] * 4, {}))
+    assert "group b" not in report(summarise(members[1:3], (), [image] * 2, {}))
+    assert set(summarise(members[1:3], (), [image] * 2, {}).within["group"]) == {"a", "b"}
+
+
+def test_every_measure_has_a_column() -> None:
+    assert {*COLUMNS, "dq"} == {*MEASURES}  # DQ is F1, in one column

@@ -2,22 +2,29 @@
 
 import csv
 import dataclasses
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from PIL import Image
 
-from pipeline.config import Architecture, Training
-from pipeline.detector import Caps, WeightsError, load_weights
-from training.annotations import Annotated, AnnotationError, find, read_labels
-from training.dataset import Crops, targets
-from training.fit import fit, rate_at, split_off
+from pipeline.config import Architecture, ConfigError, Training
+from pipeline.detector import Caps, load_weights
+from pipeline.tensorfile import WeightsError
+from training.annotated import Annotated, Pixels
+from training.annotations import find
+from training.dataset import Crops, regions, targets
+from training.fit import Continue, Team, fit, rate_at, split_off, start
 
 TINY = Architecture(
     channels=16,
     upscale=1.0,
+    semantic=8,
     box_hidden=32,
     mask_channels=16,
     mask_layers=1,
@@ -63,37 +70,139 @@ def _threads() -> None:
     torch.set_num_threads(2)
 
 
+def silent(line: str) -> None:
+    pass
+
+
 def test_the_trainer_overfits_a_few_tiles(data: Path, tmp_path: Path) -> None:
     """Law: it learns what it is shown; all 16 discs of an image are found, and little else."""
     images = find(data, [], 0.25)
-    weights = fit([images], tmp_path, dataclasses.replace(QUICK, steps=90), TINY, say=lambda line: None)
+    weights = fit([images], tmp_path, dataclasses.replace(QUICK, steps=140), TINY, say=silent)
     with (tmp_path / "losses.csv").open() as file:
         rows = list(csv.DictReader(file))
     total = [sum(float(r[k]) for k in r if k.startswith("loss_")) for r in rows]
     assert total[-1] < 0.5 * total[0]
     model = load_weights(weights)
-    pixels = torch.from_numpy(np.asarray(Image.open(images[0].image)).copy()).permute(2, 0, 1)[None].float() / 255
+    pixels = torch.from_numpy(images.images[0].read().image.copy()).permute(2, 0, 1)[None].float() / 255
     with torch.inference_mode():
         features, limits = model.features(pixels), Caps(200, 100)
         (found,) = model.classify(features, model.propose(features, (128, 128), limits), (128, 128), limits, 0.5, 0.4)
     assert 14 <= len(found.boxes) <= 20
 
 
-def test_it_continues_exactly(data: Path, tmp_path: Path) -> None:
+def test_it_continues_exactly_and_shows_what_it_does(data: Path, tmp_path: Path) -> None:
     """Law: stopped after some steps and continued, the weights are those of an uninterrupted training."""
-    images = find(data, ["train"], 0.25)
-    settings = dataclasses.replace(QUICK, steps=4)
-    whole = fit([images], tmp_path / "whole", settings, TINY, say=lambda line: None)
-    fit([images], tmp_path / "parts", dataclasses.replace(settings, minutes=1e-9), TINY, say=lambda line: None)
-    assert not (tmp_path / "parts" / "losses.csv").exists()  # it stopped after the first step
-    parts = fit([images], tmp_path / "parts", settings, TINY, say=lambda line: None)
+    images = find(data, [], 0.25)
+    settings = dataclasses.replace(QUICK, steps=4, save_every=1, hold_out=1)
+    whole = fit([images], tmp_path / "whole", settings, TINY, say=silent)
+    fit([images], tmp_path / "parts", dataclasses.replace(settings, minutes=1e-9), TINY, say=silent)
+    with (tmp_path / "parts" / "scores.csv").open() as file:
+        assert [row["step"] for row in csv.DictReader(file)] == ["1"]  # it stopped after the first step
+    (tmp_path / "parts" / "checkpoint").rename(tmp_path / "parts" / "checkpoint.old")  # killed while replacing it
+    parts = fit([images], tmp_path / "parts", settings, TINY, say=silent)
     first, second = load_weights(whole).state_dict(), load_weights(parts).state_dict()
     assert all(torch.equal(first[k], second[k]) for k in first)
+    for folder in ("whole", "parts"):
+        with (tmp_path / folder / "scores.csv").open() as file:
+            rows = list(csv.DictReader(file))
+        assert [row["step"] for row in rows] == ["1", "2", "3", "4"]
+        assert all(0 <= float(row["pq"]) <= 1 for row in rows)
+        assert len(list((tmp_path / folder / "held_out").glob("*.png"))) == 1
+        with Image.open(tmp_path / folder / "curves.png") as curves:
+            assert curves.size[0] > 500
+    assert (tmp_path / "whole" / "scores.csv").read_bytes() == (tmp_path / "parts" / "scores.csv").read_bytes()
+    assert max(p.stat().st_size for p in (tmp_path / "whole" / "checkpoint").iterdir()) < 16 * 2**20
+    fit([images], tmp_path / "whole", settings, TINY, say=silent)  # done already: nothing to do
+    again = load_weights(whole).state_dict()
+    assert all(torch.equal(first[k], again[k]) for k in first)
+
+
+def test_a_damaged_checkpoint_is_named(data: Path, tmp_path: Path) -> None:
+    images = find(data, [], 0.25)
+    settings = dataclasses.replace(QUICK, steps=1)
+    fit([images], tmp_path, settings, TINY, say=silent)
+    part = tmp_path / "checkpoint" / "00.safetensors"
+    part.write_bytes(part.read_bytes()[:1000])
+    with pytest.raises(WeightsError, match="checkpoint cannot be continued from"):
+        fit([images], tmp_path, dataclasses.replace(settings, steps=2), TINY, say=silent)
+
+
+def test_processes_of_a_team_share_the_work() -> None:
+    """Law: together they see every crop number of the schedule, none twice."""
+    numbers = [list(Continue(3, QUICK, Team(rank, 3, torch.device("cpu")))) for rank in range(3)]
+    assert sorted(n for own in numbers for n in own) == list(range(3 * 3 * QUICK.batch, 3 * QUICK.steps * QUICK.batch))
+    alone = list(Continue(3, QUICK, Team(0, 1, torch.device("cpu"))))
+    assert alone == list(range(3 * QUICK.batch, QUICK.steps * QUICK.batch))
+
+
+def test_two_processes_train_together(data: Path, tmp_path: Path) -> None:
+    """torchrun with two processes on the CPU: they agree on the stop, and one writes."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += [
+        "--no-python",
+        str(Path(sys.executable).with_name("nightslide")),
+        "train",
+        "--data",
+        str(data),
+        "--mpp",
+        "0.25",
+        "--out",
+        str(tmp_path),
+    ]
+    command += [
+        "--steps",
+        "2",
+        "--batch",
+        "1",
+        "--crop-px",
+        "64",
+        "--hold-out",
+        "0",
+        "--init",
+        "random",
+        "--loaders",
+        "0",
+    ]
+    command += ["--device", "cpu", "--architecture.channels", "16", "--architecture.box-hidden", "16"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert load_weights(tmp_path / "nuclei.safetensors").architecture.channels == 16
+    assert done.stdout.count("stopped at step 2 of 2") == 1
+
+
+def test_classes_are_learnt_when_asked_for(data: Path, tmp_path: Path) -> None:
+    """A detector of two classes, from weights of one: what fits is kept, the rest starts anew."""
+    one = fit([find(data, [], 0.25)], tmp_path / "one", dataclasses.replace(QUICK, steps=1), TINY, say=silent)
+    (images,) = (find(data, [], 0.25),)
+    two = images._replace(images=tuple(a._replace(read=Halves(a)) for a in images.images), classes=("Round", "Other"))
+    settings = dataclasses.replace(QUICK, steps=1, init=str(one), by_class=True)
+    model = load_weights(fit([two], tmp_path / "two", settings, TINY, say=silent))
+    assert model.architecture.classes == ("Round", "Other")
+    begun = start(str(one), model.architecture)
+    before = safetensors.torch.load_file(one)
+    assert torch.equal(begun.rpn.head.cls_logits.weight, before["rpn.head.cls_logits.weight"].float())
+    with pytest.raises(ConfigError, match="different classes"):
+        fit([two, images], tmp_path / "both", settings, TINY, say=silent)
+    crops = Crops([two.images], 96, 0.25, settings)
+    assert set(torch.cat([crops[i].labels for i in range(4)]).tolist()) == {1, 2}
+
+
+class Halves:
+    """Every second nucleus is of the second class."""
+
+    def __init__(self, annotated: Annotated) -> None:
+        self.annotated = annotated
+
+    def __call__(self) -> Pixels:
+        pixels = self.annotated.read()
+        return pixels._replace(kinds=1 + np.arange(len(pixels.kinds)) % 2)
 
 
 def test_crops_are_the_same_in_every_process(data: Path) -> None:
     images = find(data, [], 0.25)
-    first, second = (Crops([images], 64, 0.25, 1.0, seed=3) for _ in range(2))
+    settings = dataclasses.replace(QUICK, strength=1.0, normalise=0.5, seed=3)
+    first, second = (Crops([images.images], 64, 0.25, settings) for _ in range(2))
     for number in (0, 7, 10**6):
         assert torch.equal(first[number].image, second[number].image)
         assert torch.equal(first[number].masks, second[number].masks)
@@ -102,12 +211,22 @@ def test_crops_are_the_same_in_every_process(data: Path) -> None:
 
 def test_targets_box_every_instance_and_leave_out_specks() -> None:
     labels = np.zeros((32, 32), np.int32)
-    labels[2:9, 5:15], labels[20:30, 20:24], labels[0, 0] = 4, 70, 9
-    boxes, classes, masks = targets(labels)
+    labels[2:9, 5:15], labels[20:30, 20:24], labels[0, 0] = 1, 3, 2
+    boxes, classes, masks = targets(labels, np.array([7, 8, 9]))
     assert boxes.tolist() == [[5, 2, 15, 9], [20, 20, 24, 30]]
-    assert classes.tolist() == [1, 1]
+    assert classes.tolist() == [7, 9]
     assert masks.sum((1, 2)).tolist() == [70, 40]
-    assert targets(np.zeros((8, 8), np.int32))[0].shape == (0, 4)
+    assert targets(np.zeros((8, 8), np.int32), np.array([], np.int64))[0].shape == (0, 4)
+
+
+def test_regions_tell_the_edge_of_touching_nuclei() -> None:
+    labels = np.zeros((24, 24), np.int32)
+    labels[2:22, 2:12], labels[2:22, 12:22] = 1, 2
+    found = regions(labels)
+    assert set(np.unique(found[:, :2])) == {0}
+    assert (found[6:18, 5:9] == 1).all()  # inside
+    assert (found[2:22, 9:15] == 2).all()  # three pixels on either side of the seam
+    assert ((found > 0) == (labels > 0)).all()
 
 
 def test_the_rate_warms_up_and_falls() -> None:
@@ -120,28 +239,16 @@ def test_the_rate_warms_up_and_falls() -> None:
 
 
 def test_held_out_images_are_never_trained_on(data: Path) -> None:
-    images = [Annotated(str(i), data, data, 0.25) for i in range(9)]
+    images = [Annotated(str(i), "", 0.25, Halves) for i in range(9)]
     trained, held = split_off(images, 2, seed=0)
     assert len(held) == 2
     assert sorted(a.id for a in trained + held) == [str(i) for i in range(9)]
     assert split_off(images, 2, seed=0) == (trained, held)
 
 
-def test_bad_datasets_are_named(data: Path, tmp_path: Path) -> None:
-    with pytest.raises(AnnotationError, match="no split 'trian': its splits are train, test"):
-        find(data, ["trian"], 0.25)
-    with pytest.raises(AnnotationError, match="holds no images"):
-        find(tmp_path, [], 0.25)
-    (tmp_path / "images").mkdir()
-    (tmp_path / "labels").mkdir()
-    Image.new("RGB", (8, 8)).save(tmp_path / "images" / "x.png")
-    with pytest.raises(AnnotationError, match="'x' has no labels"):
-        find(tmp_path, [], 0.25)
-    Image.new("I;16", (7, 8)).save(tmp_path / "labels" / "x.png")
-    with pytest.raises(AnnotationError, match="need one label per pixel"):
-        read_labels(find(tmp_path, [], 0.25)[0])
-
-
-def test_weights_to_start_from_must_exist(data: Path, tmp_path: Path) -> None:
-    with pytest.raises((WeightsError, FileNotFoundError)):
-        fit([find(data, [], 0.25)], tmp_path, dataclasses.replace(QUICK, init="nowhere.safetensors"), TINY)
+def test_weights_to_start_from_must_exist_and_fit(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(WeightsError, match="no weights 'nowhere"):
+        start("nowhere.safetensors", TINY)
+    weights = fit([find(data, [], 0.25)], tmp_path, dataclasses.replace(QUICK, steps=1), TINY, say=silent)
+    with pytest.raises(WeightsError, match="channels 16, not 24: need --architecture"):
+        start(str(weights), dataclasses.replace(TINY, channels=24))

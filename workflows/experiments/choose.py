@@ -1,0 +1,112 @@
+"""Choose the score threshold and NMS on the images that were held out of training; never on test images.
+
+    python workflows/experiments/choose.py --data DIR --split train --weights FILE [--views N] [other settings]
+
+The held-out images are those that the trainer of the weights put aside: its recipe, in the weights file, says how
+many and by which seed. For each NMS there is one inference, at the lowest of the scores; the other scores only drop
+detections of it. With one view that is what `nightslide run` gives at that score; with several it comes near, since
+boxes below half the score do not enter the fusion there. Prints a markdown table; the best PQ is bold.
+"""
+
+import json
+import shlex
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import App, Parameter
+
+from pipeline.config import ConfigError, Detection, Running, Settings
+from pipeline.tensorfile import find_weights, read_notes
+from training.evaluate import Collection, gather, predict, read_detections
+from training.fit import split_off
+from training.measures import Scores, compare, mean, measure, tally
+
+Several = Parameter(negative="")
+Flat = Parameter(name="*")
+SHOWN = {"pq": "PQ", "aji": "AJI", "dq": "DQ = F1", "sq": "SQ", "dice": "Dice", "precision": "P", "recall": "R"}
+
+app = App(help=__doc__, help_format="plaintext")
+
+
+def held_out(collection: Collection, weights: str) -> Collection:
+    """The images of one dataset that the training of `weights` did not use. Raises ConfigError for none."""
+    notes = read_notes(find_weights(weights))
+    if "recipe" not in notes:
+        raise ConfigError(f"{weights} says nothing of its training: need a file written by 'nightslide train'")
+    recipe = json.loads(notes["recipe"])
+    _, aside = split_off([m.annotated for m in collection.members], recipe["hold_out"], recipe["seed"])
+    if not aside:
+        raise ConfigError(f"{weights} was trained without held-out images: need a training with --hold-out 1 or more")
+    ids = {a.id for a in aside}
+    return collection._replace(members=tuple(m for m in collection.members if m.annotated.id in ids))
+
+
+def grid(collection: Collection, settings: Settings, scores: tuple[float, ...], running: Running) -> list[Scores]:
+    """Image means at every score threshold, from one inference at the lowest."""
+    at_lowest = replace(settings, detector=replace(settings.detector, score=min(scores)))
+    judged: list[list[Scores]] = [[] for _ in scores]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        rows = predict(collection.members, folder, at_lowest, running, lambda line: print(line, file=sys.stderr))
+        for member, row in zip(collection.members, rows, strict=True):
+            labels = member.annotated.read().labels
+            found = read_detections(folder / "run" / row.slide / "nuclei.parquet")
+            for of_score, score in zip(judged, scores, strict=True):
+                painted = found.above(score).paint((labels.shape[0], labels.shape[1]))
+                of_score.append(measure(tally(compare(labels, painted, member.annotated.mpp))))
+    return [mean(of_score) for of_score in judged]
+
+
+@app.default
+def choose(
+    *,
+    data: Annotated[list[Path], Several],
+    split: Annotated[tuple[str, ...], Several] = (),
+    mpp: float | None = None,
+    nms: Annotated[tuple[float, ...], Several] = (),
+    score: Annotated[tuple[float, ...], Several] = (0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.7),
+    settings: Annotated[Settings, Flat] = Settings(),
+    running: Annotated[Running, Flat] = Running(),
+) -> int:
+    """Score a grid of thresholds on held-out images.
+
+    Parameters
+    ----------
+    data
+        The datasets that the weights were trained on, as given to `nightslide train`.
+    split
+        The splits that they were trained on.
+    mpp
+        Micrometres per pixel, if the images do not say.
+    nms
+        Values of --detector.nms, an inference each; the setting's own without it.
+    score
+        Values of --detector.score.
+    """
+    settings = replace(settings, tissue=replace(settings.tissue, everywhere=True))
+    each = [held_out(gather([d], split, [] if mpp is None else [mpp]), settings.detector.weights) for d in data]
+    collection = Collection(tuple(member for c in each for member in c.members), ())
+    cells: dict[tuple[float, float], Scores] = {}
+    for value in nms or (settings.detector.nms,):
+        chosen: Detection = replace(settings.detector, nms=value)
+        for at, scores in zip(score, grid(collection, replace(settings, detector=chosen), score, running), strict=True):
+            cells[value, at] = scores
+    best = max(cells, key=lambda key: cells[key].pq)
+    print(f"`{shlex.join(['python', *sys.argv])}`\n")
+    print(f"Image means over {', '.join(m.name for m in collection.members)}, held out of training:\n")
+    print("| NMS | score | " + " | ".join(SHOWN.values()) + " |\n" + "| --- " * (2 + len(SHOWN)) + "|")
+    for (value, at), scores in cells.items():
+        line = [f"{value:g}", f"{at:g}", *(f"{getattr(scores, name):.3f}" for name in SHOWN)]
+        print("| " + " | ".join(f"**{cell}**" if (value, at) == best else cell for cell in line) + " |")
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(app())
+    except ConfigError as error:
+        print(f"choose: {error}", file=sys.stderr)
+        sys.exit(2)
