@@ -63,7 +63,8 @@ def save(network: nn.Module, architecture: Any, path: Path, notes: Mapping[str, 
         "architecture": json.dumps(dataclasses.asdict(architecture)),
         "sha256": _content_sha256(tensors),
     }
-    safetensors.torch.save_file(tensors, path, metadata)
+    # save_file would make a file that its owner alone may read
+    path.write_bytes(safetensors.torch.save(tensors, metadata))
 
 
 def read_notes(path: Path) -> dict[str, str]:

@@ -43,9 +43,8 @@ def save(
     names = []
     for number, part in enumerate(_parts(state)):
         names.append(f"{number:02}.safetensors")
-        safetensors.torch.save_file(
-            {k: v.detach().cpu().clone().contiguous() for k, v in part.items()}, new / names[-1]
-        )
+        whole = {k: v.detach().cpu().clone().contiguous() for k, v in part.items()}
+        (new / names[-1]).write_bytes(safetensors.torch.save(whole))
     (new / "state.json").write_text(json.dumps({"step": step, "parts": names, "recipe": recipe}, indent=1))
     old = folder.with_name(folder.name + ".old")
     if folder.exists():

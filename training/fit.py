@@ -68,6 +68,7 @@ def fit(
     out), curves.png.
     Law: stopped and continued, the weights are those of an uninterrupted training (on one kind of machine).
     """
+    out.mkdir(parents=True, exist_ok=True)
     team = _team(training)
     if training.by_class:
         architecture = dataclasses.replace(architecture, classes=_common_classes(sets))
