@@ -146,6 +146,10 @@ class Exporting:
     "Subtract the slide's bounds, as QuPath's OpenSlide reader crops to them."
 
 
+WORK_FORMAT = 2
+"Of what lies in a slide's work folder: raised with every change that makes older ones wrong to continue from."
+
+
 @dataclass(frozen=True)
 class Settings:
     """What is done to a slide. Equal settings and weights give equal results, whatever the scheduling."""
@@ -170,6 +174,7 @@ class Settings:
         for file in ("weights", "template"):
             del content["stain"][file]
         content["stain"].update(stain_sha256)
+        content["format"] = WORK_FORMAT
         content["weights"] = weights_sha256
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -250,6 +255,15 @@ class Training:
     "Processes that prepare crops."
     save_every: int = 250
 
+    def __post_init__(self) -> None:
+        _check_schedule(self)
+        _require(self.decay >= 0, f"decay={self.decay}: need 0 or more")
+        _require(0 <= self.strength <= 2, f"strength={self.strength}: need 0 to 2")
+        _require(0 <= self.normalise <= 1, f"normalise={self.normalise}: need a share, 0 to 1")
+        _require(0 <= self.average < 1, f"average={self.average}: need 0 or more, under 1")
+        _require(self.hold_out >= 0, f"hold_out={self.hold_out}: need 0 or more")
+        _require(self.loaders >= 0, f"loaders={self.loaders}: need 0 or more")
+
 
 @dataclass(frozen=True)
 class StainArchitecture:
@@ -289,6 +303,18 @@ class StainTraining:
     seed: int = 0
     device: str = "auto"
     save_every: int = 250
+
+    def __post_init__(self) -> None:
+        _check_schedule(self)
+
+
+def _check_schedule(training: Training | StainTraining) -> None:
+    for name in ("steps", "batch", "save_every"):
+        _require(getattr(training, name) >= 1, f"{name}={getattr(training, name)}: need 1 or more")
+    for name in ("minutes", "warmup", "seed"):
+        _require(getattr(training, name) >= 0, f"{name}={getattr(training, name)}: need 0 or more")
+    _require(training.crop_px >= 32, f"crop_px={training.crop_px}: need 32 or more")
+    _require(training.rate > 0, f"rate={training.rate}: need more than 0")
 
 
 T = TypeVar("T")

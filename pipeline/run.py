@@ -70,27 +70,7 @@ def run(
     Raises RunError, WeightsError or ConfigError before anything is begun.
     """
     archive = find_slides(inputs, out, mpp)
-    weights = find_weights(settings.detector.weights)
-    trained_mpp = read_architecture(weights).mpp
-    if abs(settings.tiling.mpp / trained_mpp - 1) > 0.1:
-        raise RunError(
-            f"tiling.mpp={settings.tiling.mpp}, but {weights.name} was trained at {trained_mpp} um per pixel: "
-            f"need the same within a tenth; leave --tiling.mpp out, or choose other --weights"
-        )
-    stain_files = stages.stain_files(settings)
-    settings = dataclasses.replace(
-        settings,
-        detector=dataclasses.replace(settings.detector, weights=str(weights)),
-        stain=dataclasses.replace(
-            settings.stain,
-            weights=str(stain_files.get("weights", settings.stain.weights)),
-            template=str(stain_files.get("template", "")),
-        ),
-    )
-    stages.stain_target(settings)  # a template that tells no stain is refused before anything is begun
-    stain_sha256 = {name: file_sha256(p) for name, p in stain_files.items()}
-    digest = settings.digest(file_sha256(weights), stain_sha256)
-    _open_run(out, settings, digest, weights, stain_sha256, running.overwrite)
+    settings, digest = _settle(settings, out, running.overwrite)
     say(f"{len(archive.sources)} slides, {archive.skipped} other files skipped; results in {out}")
     rows: dict[str, Row] = {}
     stop = threading.Event()
@@ -116,6 +96,32 @@ def run(
                     future.cancel()
                 raise
     return [rows[s.name] for s in archive.sources]
+
+
+def _settle(settings: Settings, out: Path, overwrite: bool) -> tuple[Settings, str]:
+    """Settings that name files by their paths, and their digest, which the output folder's run.json then has."""
+    weights = find_weights(settings.detector.weights)
+    trained_mpp = read_architecture(weights).mpp
+    if abs(settings.tiling.mpp / trained_mpp - 1) > 0.1:
+        raise RunError(
+            f"tiling.mpp={settings.tiling.mpp}, but {weights.name} was trained at {trained_mpp} um per pixel: "
+            f"need the same within a tenth; leave --tiling.mpp out, or choose other --weights"
+        )
+    files = stages.stain_files(settings)
+    settings = dataclasses.replace(
+        settings,
+        detector=dataclasses.replace(settings.detector, weights=str(weights)),
+        stain=dataclasses.replace(
+            settings.stain,
+            weights=str(files.get("weights", settings.stain.weights)),
+            template=str(files.get("template", "")),
+        ),
+    )
+    stages.stain_target(settings)  # a template that tells no stain is refused before anything is begun
+    stain_sha256 = {name: file_sha256(p) for name, p in files.items()}
+    digest = settings.digest(file_sha256(weights), stain_sha256)
+    _open_run(out, settings, digest, weights, stain_sha256, overwrite)
+    return settings, digest
 
 
 def _open_run(

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Sampler
 
-from pipeline.config import Architecture, ConfigError, Training
+from pipeline.config import Architecture, ConfigError, StainTraining, Training
 from pipeline.detector import NucleusDetector, choose_device, choose_precision, load_weights, save_weights
 from pipeline.tables import committed
 from pipeline.tensorfile import WeightsError, find_weights
@@ -79,7 +79,8 @@ def fit(
     optimiser = torch.optim.AdamW(_groups(model, training.decay), lr=training.rate)
     first = checkpoint.resume(out / "checkpoint", model, average, optimiser)
     loader = _loader([trained for trained, _ in split], first, training, model.architecture, team)
-    crops = [hold(a, model.architecture.mpp) for _, held in split for a in held] if team.rank == 0 else []
+    held = [(s.name, a) for s, (_, apart) in zip(sets, split, strict=True) for a in apart] if team.rank == 0 else []
+    crops = [hold(name, a, model.architecture.mpp) for name, a in held]
     wrapped = _wrapped(model, team)
     log, step, skipped, began = Log(out, say), first, 0, time.monotonic()
     for step, batch in enumerate(loader, first + 1):
@@ -167,7 +168,7 @@ def imagenet(wanted: dict[str, Tensor], backbone: str) -> dict[str, Tensor]:
     return {**wanted, **dict(zip(keys, values, strict=True))}
 
 
-def rate_at(step: int, training: Training) -> float:
+def rate_at(step: int, training: Training | StainTraining) -> float:
     """Learning rate: linear warm-up, then a half cosine to 1 % of the highest."""
     if step < training.warmup:
         return training.rate * step / training.warmup
@@ -186,9 +187,12 @@ def _common_classes(sets: Sequence[Annotations]) -> tuple[str, ...]:
 def _loader(
     sets: Sequence[Sequence[Annotated]], first: int, training: Training, architecture: Architecture, team: Team
 ) -> DataLoader[Crop]:
-    crops = Crops(
-        sets, round(training.crop_px * architecture.upscale), architecture.mpp / architecture.upscale, training
-    )
+    side = round(training.crop_px * architecture.upscale)
+    if side % 32:
+        raise ConfigError(
+            f"crop_px={training.crop_px} enlarged by {architecture.upscale:g} is {side} px: need a multiple of 32"
+        )
+    crops = Crops(sets, side, architecture.mpp / architecture.upscale, training)
     return DataLoader(
         crops,
         training.batch,

@@ -3,7 +3,6 @@
 import contextlib
 import csv
 import json
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -24,6 +23,7 @@ from pipeline.stages import fit_template
 from pipeline.tables import committed
 from training import checkpoint
 from training.annotations import Annotated, AnnotationError
+from training.fit import rate_at
 
 TEMPLATE_IMAGES = 32  # of each set
 LEAST_TISSUE = 0.05  # share of a crop, below which it says nothing of stains
@@ -94,14 +94,6 @@ def fit_stain(
         dcgmm.save(network, path, notes)
     say(f"stopped at step {step} of {training.steps}: {out / 'stain.safetensors'}")
     return out / "stain.safetensors"
-
-
-def rate_at(step: int, training: StainTraining) -> float:
-    """Learning rate: linear warm-up, then a half cosine to 1 % of the highest."""
-    if step < training.warmup:
-        return training.rate * step / training.warmup
-    done = (step - training.warmup) / max(1, training.steps - training.warmup)
-    return training.rate * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
 
 
 def _fields(images: Sequence[Annotated], mpp: float, least_px: int, say: Callable[[str], None]) -> list[Field]:

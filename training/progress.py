@@ -2,6 +2,7 @@
 
 import csv
 import math
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -34,15 +35,17 @@ class Held(NamedTuple):
     labels: NDArray[np.int32]  # (h, w)
 
 
-def hold(annotated: Annotated, mpp: float) -> Held:
-    """At most HELD_PX square, from the middle of the image."""
+def hold(dataset: str, annotated: Annotated, mpp: float) -> Held:
+    """At most HELD_PX square, from the middle of the image; named after both, as a file can be."""
     pixels = annotated.read()
     height, width = (round(n * annotated.mpp / mpp) for n in pixels.labels.shape)
     image = Image.fromarray(pixels.image).resize((width, height), Image.Resampling.BICUBIC)
     labels = Image.fromarray(pixels.labels).resize((width, height), Image.Resampling.NEAREST)
     top, left = max(0, height - HELD_PX) // 2, max(0, width - HELD_PX) // 2
     window = (slice(top, top + HELD_PX), slice(left, left + HELD_PX))
-    return Held(annotated.id, np.asarray(image)[window], np.asarray(labels)[window])
+    return Held(
+        re.sub(r"[^\w.-]", "_", f"{dataset}-{annotated.id}"), np.asarray(image)[window], np.asarray(labels)[window]
+    )
 
 
 def look(model: NucleusDetector, held: Held, settings: Settings) -> NDArray[np.int32]:

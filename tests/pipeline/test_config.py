@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline import config
 from pipeline.config import Architecture, ConfigError, Detection, Running, Settings, Tiling, build, load
 
 
@@ -59,3 +60,10 @@ def test_every_field_has_a_sane_type_and_settings_are_frozen() -> None:
         table = getattr(Settings(), field.name)
         with pytest.raises(dataclasses.FrozenInstanceError):
             setattr(table, dataclasses.fields(table)[0].name, None)
+
+
+def test_work_of_another_format_is_another_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What an older version left half done is refused, not continued."""
+    before = Settings().digest("a")
+    monkeypatch.setattr(config, "WORK_FORMAT", config.WORK_FORMAT + 1)
+    assert Settings().digest("a") != before

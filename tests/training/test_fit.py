@@ -253,3 +253,24 @@ def test_weights_to_start_from_must_exist_and_fit(data: Path, tmp_path: Path) ->
     weights = fit([find(data, [], 0.25)], tmp_path, dataclasses.replace(QUICK, steps=1), TINY, say=silent)
     with pytest.raises(WeightsError, match="channels 16, not 24: need --architecture"):
         start(str(weights), dataclasses.replace(TINY, channels=24))
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"steps": 0}, "steps=0: need 1 or more"),
+        ({"batch": 0}, "batch=0: need 1 or more"),
+        ({"minutes": -1.0}, "minutes=-1.0: need 0 or more"),
+        ({"rate": 0.0}, "rate=0.0: need more than 0"),
+        ({"normalise": 2.0}, "normalise=2.0: need a share"),
+        ({"average": 1.0}, "average=1.0: need 0 or more, under 1"),
+    ],
+)
+def test_a_recipe_that_cannot_be_followed_is_refused(changed: dict[str, float], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        dataclasses.replace(QUICK, **changed)
+
+
+def test_a_crop_that_the_pyramid_cannot_halve_is_refused(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="crop_px=100 enlarged by 1 is 100 px: need a multiple of 32"):
+        fit([find(data, [], 0.25)], tmp_path, dataclasses.replace(QUICK, crop_px=100), TINY, say=silent)

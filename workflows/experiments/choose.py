@@ -20,6 +20,7 @@ from cyclopts import App, Parameter
 
 from pipeline.config import ConfigError, Detection, Running, Settings
 from pipeline.tensorfile import find_weights, read_notes
+from training.annotations import named_sets
 from training.evaluate import Collection, gather, predict, read_detections
 from training.fit import split_off
 from training.measures import Scores, compare, mean, measure, tally
@@ -65,7 +66,7 @@ def choose(
     *,
     data: Annotated[list[Path], Several],
     split: Annotated[tuple[str, ...], Several] = (),
-    mpp: float | None = None,
+    mpp: Annotated[tuple[float, ...], Several] = (),
     nms: Annotated[tuple[float, ...], Several] = (),
     score: Annotated[tuple[float, ...], Several] = (0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.7),
     settings: Annotated[Settings, Flat] = Settings(),
@@ -80,14 +81,17 @@ def choose(
     split
         The splits that they were trained on.
     mpp
-        Micrometres per pixel, if the images do not say.
+        Micrometres per pixel of the images, if they do not say; once, or once for each dataset.
     nms
         Values of --detector.nms, an inference each; the setting's own without it.
     score
         Values of --detector.score.
     """
     settings = replace(settings, tissue=replace(settings.tissue, everywhere=True))
-    each = [held_out(gather([d], split, [] if mpp is None else [mpp]), settings.detector.weights) for d in data]
+    each = [
+        held_out(gather([one.data], split, [one.mpp] if one.mpp else []), settings.detector.weights)
+        for one in named_sets(data, mpp)
+    ]
     collection = Collection(tuple(member for c in each for member in c.members), ())
     cells: dict[tuple[float, float], Scores] = {}
     for value in nms or (settings.detector.nms,):
