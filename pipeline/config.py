@@ -49,7 +49,7 @@ class Tissue:
 
 @dataclass(frozen=True)
 class Tiling:
-    """The grid, in work pixels. `pipeline.stages.plan_slide` checks the margin against nuclei and views."""
+    """The grid, in work pixels. `pipeline.plan.plan_slide` checks the margin against nuclei and views."""
 
     mpp: float = 0.25
     "Working scale, in micrometres per pixel; every slide is resampled to it."

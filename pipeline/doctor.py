@@ -8,8 +8,8 @@ from importlib import metadata
 import openslide
 import torch
 
-from pipeline import stages
 from pipeline.config import Detection
+from pipeline.inference import engine
 from pipeline.run import VERSIONED
 from pipeline.tensorfile import file_sha256, find_weights, shipped
 
@@ -37,7 +37,7 @@ def check_up(say: Callable[[str], None] = print) -> int:
     for name in shipped():
         say(f"weights {name}: {file_sha256(find_weights(name))[:16]}")
     try:
-        running = stages.engine(Detection())
+        running = engine(Detection())
         with torch.inference_mode():
             features = running.model.features(torch.zeros(1, 3, 64, 64, device=running.device))
         say(f"smoke test: the detector computes on {running.device} in {str(running.precision).removeprefix('torch.')}")

@@ -21,6 +21,7 @@ from pipeline import schedule, stages, tables
 from pipeline.archive import RunError, Source, find_slides
 from pipeline.config import Running, Settings
 from pipeline.detector import read_architecture
+from pipeline.plan import plan_slide, read_plan, stain_files, stain_target
 from pipeline.stages import BlockRecord, Job
 from pipeline.tensorfile import file_sha256, find_weights, read_notes
 from slides.slide import open_slide
@@ -107,7 +108,7 @@ def _settle(settings: Settings, out: Path, overwrite: bool) -> tuple[Settings, s
             f"tiling.mpp={settings.tiling.mpp}, but {weights.name} was trained at {trained_mpp} um per pixel: "
             f"need the same within a tenth; leave --tiling.mpp out, or choose other --weights"
         )
-    files = stages.stain_files(settings)
+    files = stain_files(settings)
     settings = dataclasses.replace(
         settings,
         detector=dataclasses.replace(settings.detector, weights=str(weights)),
@@ -117,7 +118,7 @@ def _settle(settings: Settings, out: Path, overwrite: bool) -> tuple[Settings, s
             template=str(files.get("template", "")),
         ),
     )
-    stages.stain_target(settings)  # a template that tells no stain is refused before anything is begun
+    stain_target(settings)  # a template that tells no stain is refused before anything is begun
     stain_sha256 = {name: file_sha256(p) for name, p in files.items()}
     digest = settings.digest(file_sha256(weights), stain_sha256)
     _open_run(out, settings, digest, weights, stain_sha256, overwrite)
@@ -239,8 +240,12 @@ def _segment(source: Source, job: Job, places: schedule.Pools, running: Running,
     began = time.perf_counter()
     blocks = places.cpu.submit(stages.begin, job).result()
     planned = time.perf_counter()
-    plan = stages.read_plan(job.work)
-    steps = (schedule.Step(stages.tile_block, False), schedule.Step(stages.detect_block, True))
+    plan = read_plan(job.work)
+    steps = (
+        schedule.Step(stages.tile_block, False),
+        schedule.Step(stages.detect_block, True),
+        schedule.Step(stages.outline_block, False),
+    )
     records: list[BlockRecord] = []
     for outcome in schedule.flow(places, ((job, b) for b in blocks), steps, running.window, stop):
         if outcome.error is not None:
@@ -336,7 +341,7 @@ def forecast(source: Source, settings: Settings, seconds_per_mm2: float) -> Fore
     unnormalised = dataclasses.replace(settings, stain=dataclasses.replace(settings.stain, method="none"))
     try:
         with open_slide(source.path, mpp=source.mpp) as slide:
-            plan = stages.plan_slide(slide, unnormalised)
+            plan = plan_slide(slide, unnormalised)
     except Exception as error:
         return Forecast(source.name, " ".join(str(error).split()), 0, "", 0, 0, 0, 0)
     area = plan.tissue.area_mm2

@@ -138,5 +138,5 @@ def flow(
                 record = None if error else future.result()
                 yield Outcome(item, record, error if isinstance(error, Exception) else None)
             elif not (stop and stop.is_set()):
-                submit(item, index + 1, future.result())
+                submit(item, index + 1, *([] if future.result() is None else [future.result()]))
         fill()

@@ -23,6 +23,8 @@ PIPELINE = [
     "tables",
     "export",
     "pictures",
+    "plan",
+    "inference",
     "stages",
     "schedule",
     "archive",

@@ -12,6 +12,8 @@ from PIL import Image
 
 from pipeline import stages
 from pipeline.config import Running, Settings, Tissue
+from pipeline.inference import Found
+from pipeline.plan import Plan
 from pipeline.run import run
 from pipeline.tensorfile import find_weights, read_notes
 from training.evaluate import Kept, evaluate, gather
@@ -33,10 +35,10 @@ EXPECTED = {
 }
 
 
-def one_square(patches: np.ndarray, plan: stages.Plan, settings: Settings) -> Iterator[stages.Found]:
+def one_square(patches: np.ndarray, plan: Plan, settings: Settings) -> Iterator[Found]:
     """Finds one square in the middle of every patch: what is tested is everything around the detector."""
     for _ in patches:
-        yield stages.Found(
+        yield Found(
             np.array([[500, 500, 528, 528]], np.float32),
             np.ones((1, 28, 28), np.float32),
             np.array([0.9], np.float32),

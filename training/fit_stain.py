@@ -19,7 +19,7 @@ from pipeline import dcgmm, stain
 from pipeline.config import Settings, StainArchitecture, Staining, StainTraining, Tiling
 from pipeline.dcgmm import ClusterNet
 from pipeline.detector import choose_device
-from pipeline.stages import fit_template
+from pipeline.plan import fit_template
 from pipeline.tables import committed
 from training import checkpoint
 from training.annotations import Annotated, AnnotationError

@@ -28,13 +28,15 @@ from pipeline import stages, tables
 from pipeline.archive import RunError, find_slides
 from pipeline.config import ConfigError, Running, Settings, Stitching, Tiling, Tissue
 from pipeline.demo import match
+from pipeline.inference import Found
+from pipeline.plan import Plan
 from pipeline.run import run
 
 HEIGHT, WIDTH, RADIUS = 330, 410, 9
 ONE = Running(workers=1)
 
 
-def oracle(patches: np.ndarray, plan: stages.Plan, settings: Settings) -> Iterator[stages.Found]:
+def oracle(patches: np.ndarray, plan: Plan, settings: Settings) -> Iterator[Found]:
     """Instances of patches that show every nucleus in a colour of its own, on white. Stands for the detector."""
     for patch in patches:
         number = patch.astype(np.int64) @ np.array([1, 256, 65536])
@@ -45,7 +47,7 @@ def oracle(patches: np.ndarray, plan: stages.Plan, settings: Settings) -> Iterat
             y, x = np.nonzero(number == id_)
             masks[i, y - y.min(), x - x.min()] = True
             boxes[i] = x.min(), y.min(), x.min() + side, y.min() + side
-        yield stages.Found(
+        yield Found(
             boxes,
             masks,
             (0.5 + ids % 97 / 200).astype(np.float32),

@@ -12,10 +12,12 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline import dcgmm, fuse, stages, stain
+from pipeline import dcgmm, fuse, inference, stages, stain
 from pipeline.archive import RunError
 from pipeline.cli import app
 from pipeline.config import Running, Settings, Staining, Stitching, Tiling, Tissue
+from pipeline.inference import Found
+from pipeline.plan import Plan, plan_slide
 from pipeline.run import run
 from pipeline.stain import StainError
 from pipeline.tensorfile import WeightsError, find_weights
@@ -45,9 +47,9 @@ def chosen(**staining: Any) -> Settings:
     )
 
 
-def planned(path: Path, settings: Settings) -> stages.Plan:
+def planned(path: Path, settings: Settings) -> Plan:
     with open_slide(path, mpp=0.25) as slide:
-        return stages.plan_slide(slide, settings)
+        return plan_slide(slide, settings)
 
 
 @pytest.fixture(scope="module")
@@ -95,10 +97,10 @@ def test_the_detector_sees_normalised_patches(slide: Path, monkeypatch: pytest.M
         return []
 
     monkeypatch.setattr(fuse, "infer", look)
-    monkeypatch.setattr(stages, "engine", lambda _: stages.Engine(None, torch.device("cpu"), torch.float32))
+    monkeypatch.setattr(inference, "engine", lambda _: inference.Engine(None, torch.device("cpu"), torch.float32))
     pixels = np.array(Image.open(slide))[None, :256, :256]
     with pytest.raises(ValueError, match="shorter"):  # an image without instances to go with it
-        list(stages.detect_patches(pixels, plan, settings))
+        list(inference.detect_patches(pixels, plan, settings))
     raw = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
     expected = stain.normalise(raw, plan.stain, plan.target, dcgmm.load(find_weights("stain")))
     torch.testing.assert_close(seen[0], expected, atol=1e-4, rtol=0)
@@ -108,10 +110,10 @@ def test_the_detector_sees_normalised_patches(slide: Path, monkeypatch: pytest.M
 # ----------------------------------------------------------------------------------------------------- runs
 
 
-def nothing_found(patches: np.ndarray, _plan: stages.Plan, _settings: Settings) -> Iterator[stages.Found]:
+def nothing_found(patches: np.ndarray, _plan: Plan, _settings: Settings) -> Iterator[Found]:
     """Stands for the detector."""
     for _ in patches:
-        yield stages.Found(
+        yield Found(
             np.zeros((0, 4), np.float32),
             np.zeros((0, 8, 8), np.float32),
             np.zeros(0, np.float32),

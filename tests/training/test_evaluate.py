@@ -14,6 +14,8 @@ from pipeline import stages
 from pipeline.archive import find_slides
 from pipeline.config import Architecture, Detection, Running, Settings, Stitching, Tiling, Tissue
 from pipeline.detector import NucleusDetector, save_weights
+from pipeline.inference import Found
+from pipeline.plan import Plan
 from pipeline.run import Row
 from pipeline.tensorfile import file_sha256
 from training import evaluate as evaluating
@@ -37,14 +39,14 @@ SIDE = 12  # of a nucleus, a square
 CLASSES = ("Odd", "Even")
 
 
-def oracle(patches: np.ndarray, plan: stages.Plan, settings: Settings) -> Iterator[stages.Found]:
+def oracle(patches: np.ndarray, plan: Plan, settings: Settings) -> Iterator[Found]:
     """Reads nuclei back from their colours; misses every fifth, and calls every sixth 'Odd' though it is even."""
     for patch in patches:
         number = patch[..., 0].astype(np.int64)
         ids = np.array([i for i in np.unique(number[number != 255]) if i % 5], np.int64)
         corners = [np.argwhere(number == i).min(0) for i in ids]
         boxes = np.array([(x, y, x + SIDE, y + SIDE) for y, x in corners], np.float32).reshape(-1, 4)
-        yield stages.Found(
+        yield Found(
             boxes,
             np.ones((len(ids), SIDE, SIDE), bool),
             (1 - ids / 500).astype(np.float32),
@@ -189,7 +191,7 @@ def test_classes_that_the_weights_do_not_know_are_not_scored(tmp_path: Path, set
 def test_an_image_that_cannot_be_segmented_is_named(
     tmp_path: Path, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(patches: np.ndarray, plan: stages.Plan, settings: Settings) -> Iterator[stages.Found]:
+    def broken(patches: np.ndarray, plan: Plan, settings: Settings) -> Iterator[Found]:
         raise RuntimeError("no such luck")
 
     monkeypatch.setattr(stages, "detect_patches", broken)
