@@ -1,30 +1,17 @@
 """An archive: which slides there are among files, folders and manifests, and what their results are called."""
 
 import csv
+import io
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from pipeline.config import ConfigError
-
-SUFFIXES = frozenset(
-    [
-        ".svs",
-        ".tif",
-        ".tiff",
-        ".ndpi",
-        ".scn",
-        ".mrxs",
-        ".vms",
-        ".vmu",
-        ".bif",
-        ".svslide",
-        ".dcm",
-        ".czi",
-        ".zvi",
-    ]
-)  # what OpenSlide's formats are called; other files are opened only where they are named
+from pipeline.naming import Place, name_slides, shown
+from pipeline.search import SUFFIXES, Search
+from slides.slide import BELIEVABLE_MPP
 
 
 class RunError(ConfigError):
@@ -37,90 +24,128 @@ class Source(NamedTuple):
     path: Path
     name: str
     mpp: float | None
+    problem: str = ""  # why it cannot be done, where that is known without opening it
 
 
 class Archive(NamedTuple):
+    """Slides in the order of their names, and what else was met."""
+
     sources: tuple[Source, ...]
-    skipped: int  # files in the folders that are no slides by their suffix
+    skipped: int  # files in the folders that are no slides
+    unread: tuple[str, ...] = ()  # folders that could not be searched, links that lead nowhere, and why
+
+
+class _Given(NamedTuple):
+    """A slide that is named, by the user or in a manifest."""
+
+    place: Place
+    path: Path
+    mpp: float | None = None
+    problem: str = ""
 
 
 def find_slides(inputs: Sequence[Path], out: Path | None = None, mpp: float | None = None) -> Archive:
-    """Slides among files, folders (searched to any depth) and CSV manifests (columns path and, if given, mpp).
+    """Slides among files, folders (searched to any depth, `out` left out) and CSV manifests.
 
-    A slide's name is its path relative to its input folder, without suffix; where two slides would share a
-    name both keep their suffix, and then a number. `mpp` is for every slide that the manifest gives none.
-    A file that is reached twice counts once. Raises RunError for an input that does not exist, or no slide.
+    A folder's slides are known by their suffix, DICOM files by their header; a slide of several files is found once,
+    and so is one that is reached in several ways. A manifest has the columns path, relative to itself, and perhaps
+    mpp; `mpp` is for every slide that no manifest gives one. What a manifest says wrongly of one slide is that
+    slide's `problem` and stops no other. `pipeline.naming` has the rule of names; the order of inputs is nothing to it.
+    Raises RunError for an input that does not exist, that is no manifest, or lies in `out`; and where no slide is.
     """
-    found: list[tuple[Path, Path, float | None]] = []  # path, relative name with suffix, mpp
-    skipped = 0
-    for given in inputs:
-        if given.is_dir():
-            inside = [p for p in _walk(given) if out is None or not p.resolve().is_relative_to(out.resolve())]
-            chosen = [p for p in inside if p.suffix.lower() in SUFFIXES]
-            found += [(p, p.relative_to(given), mpp) for p in chosen]
-            skipped += len(inside) - len(chosen)
-        elif given.suffix.lower() == ".csv":
-            found += [(p, Path(p.name), mpp if m is None else m) for p, m in _manifest(given)]
-        elif given.exists():
-            found.append((given, Path(given.name), mpp))
-        else:
-            raise RunError(f"{given} does not exist: need slides, folders of slides, or a CSV manifest")
-    unique = {path.resolve(): (path, relative, scale) for path, relative, scale in reversed(found)}
-    ordered = sorted(unique.values(), key=lambda entry: (entry[1].as_posix(), entry[0].as_posix()))
-    if not ordered:
+    # the outermost folder names a slide, as it does in the search
+    named = sorted(_named(inputs), key=lambda given: (len(given.place.home.parts), given.place, given.path))
+    search = Search(None if out is None else os.path.realpath(out))
+    search.folders(_folders(inputs, search.out))
+    scales: dict[str, set[float]] = defaultdict(set)
+    for given in named:
+        key = search.add(given.path, given.place)
+        if given.mpp is not None:
+            scales[key].add(given.mpp)
+        if given.problem:
+            search.problems.setdefault(key, given.problem)
+    for key, values in scales.items():
+        if len(values) > 1:
+            search.problems.setdefault(key, f"mpp is given as {' and as '.join(map(str, sorted(values)))}: need one")
+    names = name_slides([found.place for found in search.found.values()])
+    sources = [
+        Source(found.path, name, min(scales[key], default=mpp), search.problems.get(key, ""))
+        for name, (key, found) in zip(names, search.found.items(), strict=True)
+    ]
+    if not sources:
         raise RunError(
-            f"no slides in {', '.join(map(str, inputs))}: {skipped} other files were skipped; folders are searched "
-            f"for {' '.join(sorted(SUFFIXES))}"
+            f"no slides in {', '.join(map(str, inputs))}: {search.skipped} other files were skipped; folders are "
+            f"searched for {' '.join(sorted(SUFFIXES))}"
+            + "".join(f"; not searched: {cause}" for cause in search.unread)
         )
-    return Archive(tuple(_name(ordered)), skipped)
+    return Archive(tuple(sorted(sources, key=lambda s: s.name)), search.skipped, tuple(search.unread))
 
 
-def _walk(folder: Path) -> Iterator[Path]:
-    """Files under a folder, links followed, each real folder once."""
-    seen: set[str] = set()
-    for place, folders, names in os.walk(folder, followlinks=True):
-        real = os.path.realpath(place)
-        if real in seen:
-            folders.clear()
-            continue
-        seen.add(real)
-        folders.sort()
-        yield from (Path(place) / name for name in sorted(names))
+def _folders(inputs: Sequence[Path], out: str | None) -> Iterator[Path]:
+    """The folders among the inputs. Raises RunError for one in which the results would come to lie."""
+    for given in inputs:
+        if os.path.isdir(given):
+            if out is not None and Path(os.path.realpath(given)).is_relative_to(out):
+                raise RunError(f"--out {out} is, or holds, the input {given}: need a folder apart from the slides")
+            yield given
 
 
-def _manifest(path: Path) -> list[tuple[Path, float | None]]:
+def _named(inputs: Sequence[Path]) -> Iterator[_Given]:
+    """The slides that are named. Raises RunError for an input that does not exist, or is no manifest."""
+    for given in inputs:
+        if not os.path.exists(given):
+            raise RunError(f"{given} does not exist: need slides, folders of slides, or a CSV manifest")
+        if given.suffix.lower() == ".csv":
+            yield from _manifest(given)
+        elif not os.path.isdir(given):
+            yield _Given(_by_itself(given), given)
+
+
+def _by_itself(path: Path) -> Place:
+    folder, name = os.path.split(os.path.abspath(path))
+    return Place(Path(folder), name)
+
+
+def _manifest(path: Path) -> Iterator[_Given]:
+    """The slides of a manifest. Raises RunError where it cannot be read, or not as a table with a column path.
+
+    Columns stand in any order and case, between commas, semicolons or tabs; a byte order mark and a decimal comma are
+    understood, as Excel writes them in Europe. Bytes that are not UTF-8 stand for themselves, as in file names.
+    """
     try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
-            if "path" not in (reader.fieldnames or []):
-                raise RunError(f"{path} has the columns {reader.fieldnames}: need path and, where wanted, mpp")
-            rows = list(reader)
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")
+    except OSError as error:
         raise RunError(f"{path} is not a readable CSV manifest: {error}") from error
-    entries = []
-    for number, row in enumerate(rows, 2):
-        slide = path.parent / (row["path"] or "")
-        if not (row["path"] or "").strip() or not slide.exists():
-            raise RunError(f"{path}, line {number}: {row['path']!r} does not exist")
-        try:
-            entries.append((slide, float(row["mpp"]) if (row.get("mpp") or "").strip() else None))
-        except ValueError:
-            raise RunError(f"{path}, line {number}: mpp={row['mpp']!r} is not a number") from None
-    return entries
+    if "\0" in text:
+        raise RunError(f"{path} is not a readable CSV manifest: it holds zero bytes; save it as CSV in UTF-8")
+    head = text.partition("\n")[0]
+    reader = csv.DictReader(io.StringIO(text), delimiter=max(",;\t", key=head.count))
+    reader.fieldnames = [name.strip().lower() for name in reader.fieldnames or ()]
+    if "path" not in reader.fieldnames:
+        raise RunError(f"{path} has the columns {reader.fieldnames}: need path and, where wanted, mpp")
+    folder = Path(os.path.abspath(path)).parent
+    try:
+        for row in reader:
+            slide, scale = row["path"] or "", (row.get("mpp") or "").strip()
+            if any(row.get(None) or ()) or (scale and not slide.strip()):
+                raise RunError(f"{path}, line {reader.line_num}: need the columns of the first line, and a path")
+            if slide.strip():
+                yield _row(folder, slide, scale, f"{path}, line {reader.line_num}")
+    except csv.Error as error:
+        raise RunError(f"{path} is not a readable CSV manifest: {error}") from error
 
 
-def _name(ordered: Iterable[tuple[Path, Path, float | None]]) -> Iterator[Source]:
-    entries = list(ordered)
-    short = [relative.with_suffix("").as_posix() for _, relative, _ in entries]
-    # two that differ in case alone would be one folder on many file systems
-    counts: dict[str, int] = {}
-    for name in short:
-        counts[name.casefold()] = counts.get(name.casefold(), 0) + 1
-    taken: set[str] = set()
-    for (path, relative, mpp), name in zip(entries, short, strict=True):
-        wanted = name if counts[name.casefold()] == 1 else relative.as_posix()
-        final, number = wanted, 2
-        while final.casefold() in taken:
-            final, number = f"{wanted}-{number}", number + 1
-        taken.add(final.casefold())
-        yield Source(path, final, mpp)
+def _row(folder: Path, slide: str, scale: str, where: str) -> _Given:
+    """A slide of a manifest in `folder`; `where` is for messages."""
+    path = folder / (slide if os.path.lexists(folder / slide) else slide.strip())
+    place = _by_itself(path)
+    if place.path.is_relative_to(folder):
+        place = Place(folder, place.path.relative_to(folder).as_posix())
+    low, high = BELIEVABLE_MPP
+    try:
+        mpp = float(scale.replace(",", ".")) if scale else None
+    except ValueError:
+        return _Given(place, path, None, shown(f"{where}: mpp={scale!r} is not a number"))
+    if mpp is not None and not low <= mpp <= high:
+        return _Given(place, path, None, shown(f"{where}: mpp={scale}: need {low:g} to {high:g} micrometres per pixel"))
+    return _Given(place, path, mpp)

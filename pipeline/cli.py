@@ -1,5 +1,6 @@
 """The command `nightslide`: its flags are the fields of pipeline.config's dataclasses, never written again."""
 
+import signal
 import sys
 from collections.abc import Sequence
 from importlib import metadata
@@ -30,8 +31,11 @@ app.command("training.cli:convert", name="convert")
 
 def main(tokens: Sequence[str] | None = None) -> None:
     """Entry point. Exit status: 0 all done, 1 some slides failed, 2 wrong usage, 130 interrupted."""
+    from pipeline.schedule import ClusterLost
     from slides.errors import SlideError
 
+    # what a batch system sends before it kills is Ctrl-C to us
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         status = app.meta(
             sys.argv[1:] if tokens is None else tokens,
@@ -43,6 +47,9 @@ def main(tokens: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("interrupted; the same command continues where it stopped", file=sys.stderr)
         sys.exit(130)
+    except ClusterLost as error:
+        print(f"nightslide: {error}", file=sys.stderr)
+        sys.exit(1)
     except (ConfigError, SlideError, CycloptsError) as error:
         print(f"nightslide: {error}", file=sys.stderr)
         sys.exit(2)
@@ -86,7 +93,7 @@ def run(
 
     rows = run_archive(inputs, out, settings, running, mpp=mpp)
     failed = [r for r in rows if r.status == "failed"]
-    done = [r for r in rows if r.status.startswith("done")]
+    done = [r for r in rows if r.done]
     print(
         f"{len(done)} of {len(rows)} slides done, {sum(r.nuclei for r in done):,} nuclei; ledger: {out / 'ledger.csv'}"
     )
@@ -115,7 +122,7 @@ def plan(
         What a mm2 of tissue takes in one view: 42 s on two CPU cores; a finished run's ledger tells yours.
     """
     from pipeline.archive import find_slides
-    from pipeline.run import forecast
+    from pipeline.forecast import forecast
 
     archive = find_slides(inputs, mpp=mpp)
     rows = [forecast(source, settings, seconds_per_mm2) for source in archive.sources]
@@ -130,6 +137,8 @@ def plan(
                 f"{row.disk_gb:7.3f}"
             )
     bad = sum(bool(row.problem) for row in rows)
+    for unread in archive.unread:
+        print(f"WARNING: {unread}")
     print(
         f"{len(rows)} slides ({bad} will fail), {sum(r.tissue_mm2 for r in rows):.1f} mm2 of tissue, "
         f"{sum(r.hours for r in rows):.2f} hours, {sum(r.disk_gb for r in rows):.2f} GB; "
@@ -155,6 +164,22 @@ def export(folder: Path, *, settings: Annotated[Exporting, Parameter(name="*")] 
     for nuclei in found:
         for name, exported in write_formats(nuclei.parent, settings).items():
             print(f"{nuclei.parent / name}: {exported}")
+    return 0
+
+
+@app.command
+def report(folder: Path) -> int:
+    """Write report.html of a run again, while it goes on or afterwards.
+
+    Parameters
+    ----------
+    folder
+        The --out folder of a run.
+    """
+    from pipeline.ledger import read_ledger
+    from pipeline.report import write_report
+
+    print(write_report(folder, read_ledger(folder)))
     return 0
 
 

@@ -7,6 +7,7 @@ its slides, and its `digest` names that; `Running` is how the work is scheduled,
 import dataclasses
 import hashlib
 import json
+import re
 import tomllib
 import types
 import typing
@@ -184,11 +185,21 @@ class Running:
     """How the work is done; none of it changes a result."""
 
     workers: int = 0
-    "Threads that read, tile and polygonise beside the detector; 0: the cores, at most four."
-    window: int = 4
-    "Blocks in flight: it bounds memory and scratch space however large the slide."
+    "Worker processes beside those of the GPUs, or threads with --no-cluster; 0: as many as this machine can use."
+    gpus: int = -1
+    "GPUs of this machine to use, a process each; -1: all."
+    memory_limit: str = "auto"
+    "Memory at which a worker process is stopped and begun anew, such as 8GB; auto: its share of the machine's."
+    cluster: bool = True
+    "Worker processes on this machine: what kills one is survived. Without: threads of this process; one is a loop."
     scheduler: str = ""
-    "Address of a running Dask scheduler (tcp://host:8786); without it this process does the work."
+    "Address of a running Dask scheduler (tcp://host:8786) to work on instead; its workers see the same files."
+    scheduler_file: str = ""
+    "The same, from the file that `dask scheduler --scheduler-file` wrote."
+    window: int = 0
+    "Blocks in flight: it bounds memory and scratch space however large the slide; 0: two, and two a detector."
+    wait: bool = True
+    "Wait for slides that another run with the same --out is at, to take them over should it die."
     keep_work: bool = False
     "Keep the patches and instances of finished slides."
     overwrite: bool = False
@@ -196,7 +207,16 @@ class Running:
 
     def __post_init__(self) -> None:
         _require(self.workers >= 0, f"workers={self.workers}: need 0 (automatic) or more")
-        _require(self.window >= 1, f"window={self.window}: need 1 or more")
+        _require(self.gpus >= -1, f"gpus={self.gpus}: need -1 (all) or more")
+        _require(self.window >= 0, f"window={self.window}: need 0 (automatic) or more")
+        _require(
+            not (self.scheduler and self.scheduler_file),
+            f"scheduler={self.scheduler} and scheduler-file={self.scheduler_file}: need one of them",
+        )
+        _require(
+            self.memory_limit == "auto" or re.fullmatch(r"[0-9.]+ *[kMGT]i?B", self.memory_limit) is not None,
+            f"memory-limit={self.memory_limit!r}: need auto, or a size such as 8GB",
+        )
 
 
 @dataclass(frozen=True)

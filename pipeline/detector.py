@@ -22,7 +22,7 @@ from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.ops import FeaturePyramidNetwork, batched_nms, clip_boxes_to_image
 
 from pipeline import tensorfile
-from pipeline.config import Architecture, ConfigError
+from pipeline.config import Architecture
 from pipeline.pooling import RoIPool
 from pipeline.tensorfile import WeightsError
 
@@ -265,18 +265,13 @@ def save_weights(model: NucleusDetector, path: Path, notes: Mapping[str, str]) -
     tensorfile.save(model, model.architecture, path, notes)
 
 
-def read_architecture(path: Path) -> Architecture:
-    """What a weights file says of its network. Raises WeightsError where it says nothing, or nonsense."""
-    return tensorfile.read_architecture(path, Architecture, "nightslide train")
-
-
 def load_weights(path: Path) -> NucleusDetector:
     """The detector that a weights file holds, in float32, ready for inference.
 
     Raises WeightsError where the file is damaged (checksum), not a Nightslide file, or does not fit the
     architecture that it names. Nothing is unpickled.
     """
-    architecture = read_architecture(path)
+    architecture = tensorfile.detector_architecture(path)
     try:
         model = NucleusDetector(architecture)
     except (ValueError, RuntimeError) as error:
@@ -305,33 +300,3 @@ def fold(model: NucleusDetector) -> NucleusDetector:
             setattr(model.get_submodule(parent), own, getattr(module, "act", nn.Identity()))
             before = None
     return model.to(memory_format=torch.channels_last)
-
-
-def choose_device(name: str) -> torch.device:
-    """'auto' is the GPU if there is one. Raises WeightsError's cousin ConfigError for one that is not there."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ConfigError(f"device={name!r}: need cpu, cuda, cuda:N or auto") from error
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(
-            f"device={name!r}: this machine shows {torch.cuda.device_count()} CUDA devices; use cpu or auto"
-        )
-    return device
-
-
-def choose_precision(name: str, device: torch.device) -> torch.dtype:
-    """'auto' is bfloat16 where the device multiplies in it (CUDA, CPUs with AVX512-BF16 or AMX), else float32."""
-    if name == "float32":
-        return torch.float32
-    if name == "bfloat16":
-        return torch.bfloat16
-    capable = torch.cuda.is_bf16_supported() if device.type == "cuda" else _cpu_has_bfloat16()
-    return torch.bfloat16 if capable else torch.float32
-
-
-def _cpu_has_bfloat16() -> bool:
-    capabilities: Mapping[str, Any] = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") or capabilities.get("amx"))

@@ -10,7 +10,7 @@ import torch
 
 from pipeline.config import Detection
 from pipeline.inference import engine
-from pipeline.run import VERSIONED
+from pipeline.settle import VERSIONED
 from pipeline.tensorfile import file_sha256, find_weights, shipped
 
 

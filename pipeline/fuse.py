@@ -162,33 +162,65 @@ def candidates(
     # what a view alone would drop can still be carried by the others
     floor = detection.score if views == 1 else detection.score / 2
     found = model.classify(features, model.propose(features, side, limits), side, limits, floor, detection.nms)
+    parts = quarters(images.shape[-1], margin)
     return [
-        _in_quarters(model, image[None], detection, limits, margin, floor) if one.saturated else one
+        _in_quarters(model, image[None], parts, detection, limits, floor) if one.saturated and parts else one
         for image, one in zip(images, found, strict=True)
     ]
 
 
-def _in_quarters(
-    model: NucleusDetector, image: Tensor, detection: Detection, limits: Caps, margin: int, floor: float
-) -> Candidates:
-    """The four quarters of a crowded patch, each with the caps of a whole one, and `margin` px of its neighbours.
+class Quarter(NamedTuple):
+    """A part of a square patch that is looked at by itself: it owns a quarter, and reads its neighbours' edges too."""
 
-    A quarter owns the boxes whose centre lies in it; what two of them claim, a last NMS settles.
+    x: int  # of what it reads, in patch px
+    y: int
+    side: int
+    half: int  # where the quarters meet, along either axis
+    right: bool
+    lower: bool
+
+    def of(self, boxes: Tensor) -> tuple[Tensor, Tensor]:
+        """Boxes (N, 4) in px of what it reads -> the same in patch px, and bool (N,): the centre lies in its own."""
+        boxes = boxes + boxes.new_tensor([self.x, self.y, self.x, self.y])
+        centre = (boxes[:, :2] + boxes[:, 2:]) / 2
+        return boxes, ((centre[:, 0] >= self.half) == self.right) & ((centre[:, 1] >= self.half) == self.lower)
+
+
+def quarters(side: int, margin: int) -> tuple[Quarter, ...]:
+    """The four quarters of a patch, with `margin` px and more of their neighbours; none where that is all of it.
+
+    Law: every box of the patch is owned by one quarter.
     """
-    half = image.shape[-1] // 2
-    parts = []
-    for top in (0, 1):
-        for left in (0, 1):
-            x, y = left * (half - margin), top * (half - margin)
-            piece = image[:, :, y : y + half + margin, x : x + half + margin]
-            side, features = model.side(piece.shape[-2:]), model.features(piece)
-            (part,) = model.classify(
-                features, model.propose(features, side, limits), side, limits, floor, detection.nms
-            )
-            boxes = part.boxes + part.boxes.new_tensor([x, y, x, y])
-            centre = (boxes[:, :2] + boxes[:, 2:]) / 2
-            mine = ((centre[:, 0] >= half) == bool(left)) & ((centre[:, 1] >= half) == bool(top))
-            parts.append(part._replace(boxes=boxes[mine], scores=part.scores[mine], classes=part.classes[mine]))
-    boxes, scores, classes = (torch.cat([getattr(p, name) for p in parts]) for name in ("boxes", "scores", "classes"))
+    half = side // 2
+    reach = -(-(half + margin) // _STEP_PX) * _STEP_PX
+    if reach >= side:
+        return ()
+    return tuple(
+        Quarter((side - reach) * right, (side - reach) * lower, reach, half, bool(right), bool(lower))
+        for lower in (0, 1)
+        for right in (0, 1)
+    )
+
+
+_STEP_PX = 64  # enlarged by a half, a multiple of every stride: other sides would displace the anchors
+
+
+def _in_quarters(
+    model: NucleusDetector,
+    image: Tensor,
+    parts: Sequence[Quarter],
+    detection: Detection,
+    limits: Caps,
+    floor: float,
+) -> Candidates:
+    """The quarters of a crowded patch (1, 3, T, T), each with the caps of a whole one; a last NMS settles the seams."""
+    seen = []
+    for part in parts:
+        piece = image[:, :, part.y : part.y + part.side, part.x : part.x + part.side]
+        side, features = model.side(piece.shape[-2:]), model.features(piece)
+        (found,) = model.classify(features, model.propose(features, side, limits), side, limits, floor, detection.nms)
+        boxes, mine = part.of(found.boxes)
+        seen.append(Candidates(boxes[mine], found.scores[mine], found.classes[mine], found.saturated))
+    boxes, scores, classes = (torch.cat([getattr(s, name) for s in seen]) for name in ("boxes", "scores", "classes"))
     keep = nms(boxes, scores, detection.nms)
-    return Candidates(boxes[keep], scores[keep], classes[keep], any(p.saturated for p in parts))
+    return Candidates(boxes[keep], scores[keep], classes[keep], any(s.saturated for s in seen))

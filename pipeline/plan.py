@@ -12,7 +12,7 @@ import numpy as np
 from pipeline import dcgmm, stain, tables, views
 from pipeline.config import Settings
 from pipeline.dcgmm import ClusterNet
-from pipeline.detector import choose_device
+from pipeline.device import choose_device
 from pipeline.tensorfile import find_weights
 from slides.errors import ScaleUnknown, SlideNotFound
 from slides.geometry import Affine, Box, Size

@@ -1,57 +1,33 @@
-"""A run over an archive: order, resume, what failed, and the ledger that says so."""
+"""A run over an archive: who is next, what is there already, what failed.
 
-import contextlib
-import csv
+A coroutine a slide, all in one event loop; the work itself is done where `schedule.places` says. Slides are leased,
+so that several runs may share one output folder.
+"""
+
+import asyncio
 import dataclasses
-import json
-import platform
 import shutil
-import threading
 import time
-import traceback
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from concurrent.futures import wait as wait_all
-from dataclasses import asdict, dataclass
-from importlib import metadata
+from collections.abc import Set as AbstractSet
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from pipeline import schedule, stages, tables
-from pipeline.archive import RunError, Source, find_slides
+from pipeline import ledger, stages, tables
+from pipeline.archive import Archive, RunError, Source, find_slides
 from pipeline.config import Running, Settings
-from pipeline.detector import read_architecture
-from pipeline.plan import plan_slide, read_plan, stain_files, stain_target
+from pipeline.lease import LEASE, Leases
+from pipeline.ledger import Row
+from pipeline.plan import read_plan
+from pipeline.progress import Progress
+from pipeline.report import write_report
+from pipeline.schedule import ClusterLost, Places, Turns, perform, places
+from pipeline.settle import RUN, settle, versions, vouch
 from pipeline.stages import BlockRecord, Job
-from pipeline.tensorfile import file_sha256, find_weights, read_notes
-from slides.slide import open_slide
 
-
-@dataclass(frozen=True)
-class Row:
-    """A slide's line in the ledger."""
-
-    slide: str
-    status: str  # done, done before, failed, interrupted
-    cause: str = ""
-    mpp: float = 0.0
-    mpp_source: str = ""
-    tissue_mm2: float = 0.0
-    tiles: int = 0
-    nuclei: int = 0
-    seconds_plan: float = 0.0
-    seconds_tile: float = 0.0
-    seconds_detect: float = 0.0
-    seconds_outline: float = 0.0
-    seconds_stitch: float = 0.0
-    seconds_export: float = 0.0
-    seconds: float = 0.0
-    detector_waiting: float = 0.0
-    area_lost_mm2: float = 0.0
-    saturated_tiles: int = 0
-    touching_nuclei: int = 0
-    seam_duplicates: int = 0
-    note: str = ""
+_LOOK_S = 5.0  # between looks at a slide that another run holds, at the workers, at the ledger
 
 
 def run(
@@ -62,297 +38,286 @@ def run(
     *,
     mpp: float | None = None,
     client: Any = None,
-    say: Callable[[str], None] = print,
+    say: Callable[[str], None] | None = None,
 ) -> list[Row]:
     """Segment every slide and write the results of DESIGN's layout under `out`; the ledger is returned.
 
-    client: a `dask.distributed.Client` that shares this file system, instead of threads of this process.
+    client: a `dask.distributed.Client` whose workers see the same files, instead of the cluster that `running` asks
+    for. That one starts processes: a script that calls `run` needs `if __name__ == "__main__":`, a notebook nothing.
+    say: where lines go, instead of the terminal.
     What is done is kept: a second call continues at the block. A slide that fails does not stop the others.
-    Raises RunError, WeightsError or ConfigError before anything is begun.
+    Raises RunError, WeightsError or ConfigError before anything is begun; ClusterLost.
     """
     archive = find_slides(inputs, out, mpp)
-    settings, digest = _settle(settings, out, running.overwrite)
-    say(f"{len(archive.sources)} slides, {archive.skipped} other files skipped; results in {out}")
-    rows: dict[str, Row] = {}
-    stop = threading.Event()
-    with schedule.pools(running, client) as places:
-        serial = isinstance(places.cpu, schedule.Loop)
-        # a second slide is planned and tiled while the first one ends, so the detector need not wait
-        with ThreadPoolExecutor(1 if serial else 2) as hands:
-            futures: dict[Future[Row], Source] = {}
-            for source in archive.sources:
-                job = Job(source.path.resolve(), (out / source.name).resolve(), settings, digest, source.mpp)
-                futures[hands.submit(_one_slide, source, job, places, running, stop, say)] = source
+    settings, digest = settle(settings, out, running.overwrite)
+    with Progress(out, len(archive.sources), say) as progress:
+        progress.say(f"{len(archive.sources)} slides, {archive.skipped} other files skipped; results in {out}")
+        for unread in archive.unread:
+            progress.say(f"WARNING: {unread}")
+        with places(running, settings.detector.device, client) as where, Leases() as leases:
+            if where.dashboard:
+                progress.say(f"dashboard: {where.dashboard}")
+            where.introduce(vouch, (out / RUN).resolve(), versions())
+            night = _Night(archive, out.resolve(), settings, digest, running, where, leases, progress)
             try:
-                pending = set(futures)
-                while pending:
-                    done, pending = wait_all(pending, timeout=0.5)
-                    for future in done:
-                        rows[futures[future].name] = future.result()
-                    if done:
-                        _write_ledger(out, [rows[s.name] for s in archive.sources if s.name in rows])
-            except BaseException:
-                stop.set()
-                for future in futures:
-                    future.cancel()
-                raise
-    return [rows[s.name] for s in archive.sources]
+                _in_a_thread(night.work)
+            finally:
+                rows = night.settled()
+                _publish(out, rows, progress)
+    return rows
 
 
-def _settle(settings: Settings, out: Path, overwrite: bool) -> tuple[Settings, str]:
-    """Settings that name files by their paths, and their digest, which the output folder's run.json then has."""
-    weights = find_weights(settings.detector.weights)
-    trained_mpp = read_architecture(weights).mpp
-    if abs(settings.tiling.mpp / trained_mpp - 1) > 0.1:
-        raise RunError(
-            f"tiling.mpp={settings.tiling.mpp}, but {weights.name} was trained at {trained_mpp} um per pixel: "
-            f"need the same within a tenth; leave --tiling.mpp out, or choose other --weights"
-        )
-    files = stain_files(settings)
-    settings = dataclasses.replace(
-        settings,
-        detector=dataclasses.replace(settings.detector, weights=str(weights)),
-        stain=dataclasses.replace(
-            settings.stain,
-            weights=str(files.get("weights", settings.stain.weights)),
-            template=str(files.get("template", "")),
-        ),
-    )
-    stain_target(settings)  # a template that tells no stain is refused before anything is begun
-    stain_sha256 = {name: file_sha256(p) for name, p in files.items()}
-    digest = settings.digest(file_sha256(weights), stain_sha256)
-    _open_run(out, settings, digest, weights, stain_sha256, overwrite)
-    return settings, digest
+def _in_a_thread(work: Callable[[], Any]) -> None:
+    """Run a coroutine to its end in a loop of its own: a notebook's thread has one already. Ctrl-C cancels it."""
+    begun: list[tuple[asyncio.AbstractEventLoop, asyncio.Task[Any]]] = []
+
+    async def main() -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        begun.append((asyncio.get_running_loop(), task))
+        await work()
+
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(asyncio.run, main())
+        try:
+            future.result()
+        except KeyboardInterrupt:
+            if not future.done() and begun:
+                loop, task = begun[0]
+                loop.call_soon_threadsafe(task.cancel)
+            raise
 
 
-def _open_run(
-    out: Path, settings: Settings, digest: str, weights: Path, stain_sha256: dict[str, str], overwrite: bool
-) -> None:
-    """Write run.json, or make sure that the folder's is of the same settings."""
-    path = out / "run.json"
-    if path.exists() and not overwrite:
-        before = json.loads(path.read_text(encoding="utf-8"))
-        if before["digest"] != digest:
-            raise RunError(
-                f"{out} holds a run with other settings ({before['digest']}, this one is {digest}): "
-                f"{_differences(before, settings, weights, stain_sha256)}. Choose another --out, or give --overwrite"
-            )
-        return
-    out.mkdir(parents=True, exist_ok=True)
-    content = {
-        "digest": digest,
-        "settings": asdict(settings),
-        "weights_sha256": file_sha256(weights),
-        "stain_sha256": stain_sha256,
-        "weights_notes": {k: v for k, v in read_notes(weights).items() if k != "architecture"},
-        "host": platform.node(),
-        "python": platform.python_version(),
-        "versions": {name: metadata.version(name) for name in VERSIONED},
-    }
-    with tables.committed(path) as part:
-        part.write_text(json.dumps(content, indent=1), encoding="utf-8")
-
-
-VERSIONED = (
-    "nightslide",
-    "torch",
-    "torchvision",
-    "timm",
-    "zarr",
-    "numpy",
-    "shapely",
-    "pyarrow",
-    "openslide-python",
-)
-
-
-def _differences(before: dict[str, Any], settings: Settings, weights: Path, stain_sha256: dict[str, str]) -> str:
-    now, then = asdict(settings), before["settings"]
-    changed = [
-        f"{table}.{key} was {then.get(table, {}).get(key)!r}, is {value!r}"
-        for table, values in now.items()
-        for key, value in values.items()
-        if json.loads(json.dumps(value)) != then.get(table, {}).get(key)
-    ]
-    if before["weights_sha256"] != file_sha256(weights):
-        changed.append("the weights file has other content")
-    for name, sha256 in stain_sha256.items():
-        if before.get("stain_sha256", {}).get(name) not in (None, sha256):
-            changed.append(f"the file of stain.{name} has other content")
-    return "; ".join(changed) or "the version changed"
-
-
-def _one_slide(
-    source: Source,
-    job: Job,
-    places: schedule.Pools,
-    running: Running,
-    stop: threading.Event,
-    say: Callable[[str], None],
-) -> Row:
-    """The slide's row, whatever happens to it."""
-    if stop.is_set():
-        return Row(source.name, "interrupted")
+def _publish(out: Path, rows: Sequence[Row], progress: Progress) -> None:
+    """The ledger and the report. A full disk or a folder that is gone is said, and changes nothing else."""
     try:
-        before = None if running.overwrite else _finished(job)
-        if before is not None:
-            say(f"{source.name}: done before, {before.nuclei:,} nuclei")
-            return dataclasses.replace(before, status="done before")
-        if running.overwrite and job.folder.exists():
-            for name in ("work", *RESULTS):
-                path = job.folder / name
-                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-        row = _segment(source, job, places, running, stop)
-        say(summary(row) if row.status == "done" else f"{source.name}: interrupted")
+        ledger.write_ledger(out, rows)
+        progress.say(f"report: {write_report(out, [asdict(row) for row in rows])}")
+    except OSError as error:
+        progress.say(f"WARNING: ledger.csv and report.html could not be written: {error}")
+
+
+# -------------------------------------------------------------------------------------------------- the night
+
+
+@dataclass
+class _Night:
+    """The state of a run, owned by its event loop."""
+
+    archive: Archive
+    out: Path
+    settings: Settings
+    digest: str
+    running: Running
+    where: Places
+    leases: Leases
+    progress: Progress
+    rows: dict[str, Row] = field(default_factory=dict)
+    begun: set[str] = field(default_factory=set)
+
+    async def work(self) -> None:
+        """Every slide to its row."""
+        self.since_ns = tables.now_ns(self.out)
+        self.turns = Turns(self._window())
+        # enough slides are begun that the next ones are planned and tiled when a detector is free
+        self.open = asyncio.Semaphore(self._window() + 2)
+        watch = asyncio.create_task(self._watch())
+        try:
+            async with asyncio.TaskGroup() as slides:
+                for source in self.archive.sources:
+                    slides.create_task(self._slide(source))
+        except ExceptionGroup as group:
+            raise _first(group) from None
+        finally:
+            watch.cancel()
+
+    def settled(self) -> list[Row]:
+        """A row for every slide of the archive, whatever became of it."""
+        left = {True: "interrupted", False: "waiting"}
+        return [self.rows.get(s.name) or Row(s.name, left[s.name in self.begun]) for s in self.archive.sources]
+
+    def _window(self) -> int:
+        return self.running.window or 2 + 2 * max(1, self.where.detectors)
+
+    async def _watch(self) -> None:
+        """Follow the workers that come and go, and keep the ledger up to date."""
+        written, detectors = 0, 1
+        while True:
+            await asyncio.sleep(_LOOK_S)
+            self.turns.size = self._window()
+            if self.where.detectors == 0 < detectors:
+                self.progress.say("WARNING: no workers are left; waiting for others to come")
+            detectors = self.where.detectors
+            if len(self.rows) > written:
+                written = len(self.rows)
+                try:
+                    await asyncio.to_thread(ledger.write_ledger, self.out, self.settled())
+                except OSError as error:
+                    self.progress.say(f"WARNING: ledger.csv could not be written: {error}")
+
+    async def _slide(self, source: Source) -> None:
+        job = Job(source.path.resolve(), self.out / source.name, self.settings, self.digest, source.mpp)
+        while True:
+            async with self.open:
+                row = await self._attempt(source, job)
+            if row is not None:
+                break
+            if not self.running.wait:
+                row = Row(source.name, "elsewhere", f"{self.leases.holder(job.folder)} is at it")
+                break
+            await asyncio.sleep(_LOOK_S)
+        self.rows[source.name] = dataclasses.replace(row, slide=source.name)
+        self.progress.ended(source.name, failed=row.status == "failed")
+
+    async def _attempt(self, source: Source, job: Job) -> Row | None:
+        """The slide's row, whatever happens to it; None where another run is at it."""
+        try:
+            known = await asyncio.to_thread(self._known, source, job)
+            if known is not None:
+                await asyncio.to_thread(self._tidy, job)
+                return known
+            if not await asyncio.to_thread(self.leases.take, job.folder):
+                return None
+            try:
+                known = await asyncio.to_thread(self._known, source, job)  # it may have ended before we took it
+                if known is None:
+                    self.begun.add(source.name)
+                    known = await self._segment(source.name, job)
+                    self.progress.say(ledger.summary(dataclasses.replace(known, slide=source.name)))
+                return known
+            finally:
+                await asyncio.to_thread(self.leases.release, job.folder)
+        except ClusterLost:
+            raise
+        except Exception as raised:
+            error = _first(raised)
+            if isinstance(error, ClusterLost):
+                raise error from None
+            row = await asyncio.to_thread(ledger.write_failure, job.folder, source.path, error)
+            self.progress.say(f"{source.name}: FAILED: {row.cause}")
+            return row
+
+    def _known(self, source: Source, job: Job) -> Row | None:
+        """The row of a slide that is done, or that another run has failed at since this one began."""
+        if source.problem:
+            raise RunError(source.problem)
+        if not (self.out / RUN).exists():
+            raise RunError(f"{self.out} is not there any more: put it back, and run the same command again")
+        content = ledger.read_slide(job.folder)
+        if content is not None and self.running.overwrite:
+            if (job.folder / ledger.SLIDE).stat().st_mtime_ns > self.since_ns:
+                return ledger.row_of(content)  # another run, also told to overwrite, has just done it
+            _remove_results(job)
+        elif content is not None and content.get("digest") == job.digest:
+            row = ledger.row_of(content)
+            if job.mpp is not None and row.mpp != round(job.mpp, 6):
+                raise RunError(f"it was done at mpp={row.mpp}, now mpp={job.mpp}: choose another --out, or --overwrite")
+            stages.check_same(job.source, content)
+            self.progress.say(f"{source.name}: done before, {row.nuclei:,} nuclei")
+            return dataclasses.replace(row, status="done before")
+        return ledger.read_failure(job.folder, self.since_ns)
+
+    def _tidy(self, job: Job) -> None:
+        """Remove what a run that was killed in its last moment left beside a slide that it had finished."""
+        left = [*job.folder.glob(".work-*"), *job.folder.glob(LEASE)]
+        if (left or (job.work.exists() and not self.running.keep_work)) and self.leases.take(job.folder):
+            if not self.running.keep_work:
+                stages.clear(job)
+            self.leases.release(job.folder)
+
+    async def _segment(self, name: str, job: Job) -> Row:
+        began = time.perf_counter()
+        await asyncio.to_thread(_check_space, job, self._window())
+        blocks = await perform(self.where, False, stages.begin, job)
+        plan = await asyncio.to_thread(read_plan, job.work)
+        planned = time.perf_counter()
+        left = {block for block in blocks if not job.instances(block).exists()}
+        self.progress.begun(name, len(left), plan.tissue.area_mm2 * len(left) / max(1, len(blocks)))
+        records = await self._blocks(job, blocks, left, plan.tissue.area_mm2 / max(1, len(blocks)))
+        detected = time.perf_counter()
+        stitched = await perform(self.where, False, stages.stitch_slide, job)
+        exported_from = time.perf_counter()
+        exported = await perform(self.where, False, stages.export_slide, job)
+        ended = time.perf_counter()
+        row = Row(
+            "",
+            "done",
+            mpp=round((plan.scale.x + plan.scale.y) / 2, 6),
+            mpp_source=plan.scale.source,
+            tissue_mm2=round(plan.tissue.area_mm2, 4),
+            tiles=len(plan.tiles),
+            nuclei=stitched.nuclei,
+            seconds_plan=round(planned - began, 3),
+            seconds_tile=round(sum(r.tile_seconds for r in records), 3),
+            seconds_detect=round(sum(r.device_seconds for r in records), 3),
+            seconds_outline=round(sum(r.outline_seconds for r in records), 3),
+            seconds_stitch=round(exported_from - detected, 3),
+            seconds_export=round(ended - exported_from, 3),
+            seconds=round(ended - began, 3),
+            area_lost_mm2=round(sum(r.lost_mm2 for r in records), 6),
+            saturated_tiles=sum(r.saturated for r in records),
+            quartered_tiles=sum(r.quartered for r in records),
+            touching_nuclei=sum(r.touching for r in records),
+            seam_duplicates=stitched.dropped,
+            export_changed=exported.changed,
+            export_dropped=exported.dropped,
+            note=plan.stain_note,
+        )
+        if not await asyncio.to_thread(self.leases.ours, job.folder):
+            raise RunError("its lease was lost while this process was suspended: the same command takes it up again")
+        await asyncio.to_thread(stages.finish, job, plan, {"ledger": asdict(row), "findings": exported.findings})
+        (job.folder / ledger.FAILURE).unlink(missing_ok=True)
+        if not self.running.keep_work:
+            await asyncio.to_thread(stages.clear, job)
         return row
-    except Exception as error:
-        cause = f"{error}" if str(error) else type(error).__name__
-        say(f"{source.name}: FAILED: {cause}")
-        _explain(source, job, error)
-        return Row(source.name, "failed", cause=" ".join(cause.split()))
+
+    async def _blocks(self, job: Job, blocks: Sequence[int], left: AbstractSet[int], mm2: float) -> list[BlockRecord]:
+        """All blocks of a slide, each when its turn comes; their records in the blocks' order.
+
+        left: those that have no instances yet; mm2: tissue of a block, on average.
+        """
+
+        async def one(block: int) -> BlockRecord:
+            if block in left:
+                seconds = await perform(self.where, False, stages.tile_block, job, block)
+                await perform(self.where, True, stages.detect_block, job, block, seconds)
+            record: BlockRecord = await perform(self.where, False, stages.outline_block, job, block)
+            if block in left:
+                self.progress.block(mm2)
+            return record
+
+        tasks = []
+        async with asyncio.TaskGroup() as group:
+            for number, block in enumerate(blocks):
+                await self.turns.take(len(blocks) - number)
+                tasks.append(group.create_task(one(block)))
+                tasks[-1].add_done_callback(lambda _: self.turns.give_back())
+        return [task.result() for task in tasks]
 
 
-def _explain(source: Source, job: Job, error: Exception) -> None:
-    """Append the traceback to errors.log of the run, for whoever mends it."""
-    out = Path(str(job.folder).removesuffix(str(Path(source.name))))
-    with contextlib.suppress(OSError), (out / "errors.log").open("a", encoding="utf-8") as log:
-        log.write(f"{source.path}\n{''.join(traceback.format_exception(error))}\n")
+def _first(error: Exception) -> Exception:
+    """The cause itself, out of the groups that task groups make."""
+    while isinstance(error, ExceptionGroup):
+        error = error.exceptions[0]
+    return error
 
 
-RESULTS = ("slide.json", "thumbnail.jpg", "overlay.jpg", "nuclei.parquet", "nuclei.geojson.zip", "nuclei.csv")
-
-
-def _finished(job: Job) -> Row | None:
-    """The row of a slide whose results are complete: slide.json is written last."""
-    path = job.folder / "slide.json"
-    if not path.exists():
-        return None
-    content = json.loads(path.read_text(encoding="utf-8"))
-    row = Row(**content["ledger"])
-    if job.mpp is not None and row.mpp != round(job.mpp, 6):
+def _check_space(job: Job, window: int) -> None:
+    """Raise RunError where the disk cannot hold the blocks in flight: better now than in the middle."""
+    tiling = job.settings.tiling
+    needed = 2 * window * (tiling.block * tiling.tile) ** 2 * 3
+    free = shutil.disk_usage(job.folder).free
+    if free < needed:
         raise RunError(
-            f"{row.slide} was done at mpp={row.mpp}, now mpp={job.mpp}: choose another --out, or --overwrite"
+            f"{free / 1e9:.2f} GB are free in {job.folder.parent}, {needed / 1e9:.2f} GB are needed for the blocks in "
+            f"flight: free some space, or lower --window, and run the same command again"
         )
-    return row if content["digest"] == job.digest else None
 
 
-def _segment(source: Source, job: Job, places: schedule.Pools, running: Running, stop: threading.Event) -> Row:
-    began = time.perf_counter()
-    blocks = places.cpu.submit(stages.begin, job).result()
-    planned = time.perf_counter()
-    plan = read_plan(job.work)
-    steps = (
-        schedule.Step(stages.tile_block, False),
-        schedule.Step(stages.detect_block, True),
-        schedule.Step(stages.outline_block, False),
-    )
-    records: list[BlockRecord] = []
-    for outcome in schedule.flow(places, ((job, b) for b in blocks), steps, running.window, stop):
-        if outcome.error is not None:
-            raise outcome.error
-        records.append(outcome.record)
-    if len(records) < len(blocks):
-        return Row(source.name, "interrupted")
-    detected = time.perf_counter()
-    stitched = places.cpu.submit(stages.stitch_slide, job).result()
-    exported_from = time.perf_counter()
-    places.cpu.submit(stages.export_slide, job).result()
-    ended = time.perf_counter()
-    device = sum(r.device_seconds for r in records)
-    row = Row(
-        source.name,
-        "done",
-        mpp=round((plan.scale.x + plan.scale.y) / 2, 6),
-        mpp_source=plan.scale.source,
-        tissue_mm2=round(plan.tissue.area_mm2, 4),
-        tiles=len(plan.tiles),
-        nuclei=stitched.nuclei,
-        seconds_plan=round(planned - began, 3),
-        seconds_tile=round(sum(r.tile_seconds for r in records), 3),
-        seconds_detect=round(device, 3),
-        seconds_outline=round(sum(r.outline_seconds for r in records), 3),
-        seconds_stitch=round(exported_from - detected, 3),
-        seconds_export=round(ended - exported_from, 3),
-        seconds=round(ended - began, 3),
-        detector_waiting=round(max(0.0, 1 - device / max(ended - began, 1e-9)), 4),
-        area_lost_mm2=round(sum(r.lost_mm2 for r in records), 6),
-        saturated_tiles=sum(r.saturated for r in records),
-        touching_nuclei=sum(r.touching for r in records),
-        seam_duplicates=stitched.dropped,
-        note=plan.stain_note,
-    )
-    stages.finish(job, plan, asdict(row))
-    if not running.keep_work:
-        shutil.rmtree(job.work)
-    return row
+def _remove_results(job: Job) -> None:
+    for name in ("work", *RESULTS):
+        path = job.folder / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
-def _write_ledger(out: Path, rows: Sequence[Row]) -> None:
-    with tables.committed(out / "ledger.csv") as path, path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [f.name for f in dataclasses.fields(Row)])
-        writer.writeheader()
-        writer.writerows(asdict(row) for row in rows)
-
-
-def summary(row: Row) -> str:
-    """What a person wants to know of a slide: nuclei, stages with seconds and mm2 per second, warnings."""
-    stages_ = ("plan", "tile", "detect", "outline", "stitch", "export")
-    area = row.tissue_mm2
-    parts = []
-    for name in stages_:
-        seconds = getattr(row, f"seconds_{name}")
-        parts.append(f"{name} {seconds:.1f} s" + (f" ({area / seconds:.3f} mm2/s)" if seconds >= 0.05 else ""))
-    lines = [
-        f"{row.slide}: {row.nuclei:,} nuclei in {area:.2f} mm2, {row.seconds:.1f} s "
-        f"({row.seconds / area if area else 0:.1f} s/mm2); detector waiting {row.detector_waiting:.0%}",
-        "    " + ", ".join(parts),
-    ]
-    if row.area_lost_mm2:
-        lines.append(f"    WARNING: {row.area_lost_mm2:.3f} mm2 of the slide cannot be read and were left out")
-    if row.saturated_tiles:
-        lines.append(
-            f"    WARNING: {row.saturated_tiles} tiles hold more nuclei than --detector.instances-per-mm2 allows"
-        )
-    if row.touching_nuclei:
-        lines.append(f"    {row.touching_nuclei} nuclei reach the edge of what their tile read: raise --tiling.margin")
-    if row.note:
-        lines.append(f"    not normalised: {row.note}")
-    return "\n".join(lines)
-
-
-# --------------------------------------------------------------------------------------------------- plan
-
-
-class Forecast(NamedTuple):
-    """What a slide will cost, or why it will fail."""
-
-    slide: str
-    problem: str
-    mpp: float
-    mpp_source: str
-    tissue_mm2: float
-    tiles: int
-    hours: float
-    disk_gb: float
-
-
-def forecast(source: Source, settings: Settings, seconds_per_mm2: float) -> Forecast:
-    """Open a slide, find its tissue, and say what a run would take. Reads a thumbnail only."""
-    unnormalised = dataclasses.replace(settings, stain=dataclasses.replace(settings.stain, method="none"))
-    try:
-        with open_slide(source.path, mpp=source.mpp) as slide:
-            plan = plan_slide(slide, unnormalised)
-    except Exception as error:
-        return Forecast(source.name, " ".join(str(error).split()), 0, "", 0, 0, 0, 0)
-    area = plan.tissue.area_mm2
-    # a dense slide has 6,000 nuclei per mm2; each takes 415 bytes in the table and 284 in the zip
-    return Forecast(
-        source.name,
-        "",
-        plan.scale.x,
-        plan.scale.source,
-        area,
-        len(plan.tiles),
-        area * seconds_per_mm2 * settings.fusion.views / 3600,
-        area * 6000 * 700 / 1e9,
-    )
+RESULTS = (ledger.SLIDE, "thumbnail.jpg", "overlay.jpg", "nuclei.parquet", "nuclei.geojson.zip", "nuclei.csv")

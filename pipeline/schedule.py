@@ -1,78 +1,159 @@
 """Where tasks run: in a loop, on threads, or on a Dask cluster. The only file that imports Dask.
 
-A task is a function of paths and numbers that returns a small record; pixels never pass through here. Items
-flow through a list of steps, the next step of an item as soon as its last one is done, and no more than a
-window of items is in flight, which bounds memory and scratch space.
+A task is a function of paths and numbers that returns a small record; pixels never pass through here. Tasks for
+the detector ask for half of the resource GPU, so that two of them share one and the next block is read while this
+one computes; the others ask for the resource CPU. Where no worker offers a resource, nobody asks for it.
 """
 
+import asyncio
+import heapq
+import logging
 import os
-import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
-from pipeline.config import Running
+from pipeline.config import ConfigError, Running
 
-_LOOK_UP_S = 0.5  # how often a flow looks whether it is to stop
-
-
-class Pools(NamedTuple):
-    """Two places for tasks: beside the detector, and on it."""
-
-    cpu: Executor
-    device: Executor
+_ASK_AGAIN_S = 5.0  # how old the answer to "what do the workers offer" may be
 
 
-class Step(NamedTuple):
-    """One function of an item's way. It gets the item's arguments and what the step before returned."""
-
-    function: Callable[..., Any]
-    on_device: bool
+class ClusterLost(Exception):
+    """The Dask scheduler is gone, and with it the tasks in flight; what was committed stays."""
 
 
-class Outcome(NamedTuple):
-    """What became of an item: the last step's record, or the error that stopped it."""
-
-    item: tuple[Any, ...]
-    record: Any
-    error: Exception | None
+class WorkersDied(Exception):
+    """Every worker process that tried a task died of it."""
 
 
-class Loop(Executor):
+# --------------------------------------------------------------------------------------------------- places
+
+
+class Places(Protocol):
+    """Where tasks run. `detectors`: how many detections can be computed at once, now; `dashboard`: its address."""
+
+    dashboard: str
+
+    @property
+    def detectors(self) -> int:
+        """0 where no worker is left that could."""
+
+    def submit(self, on_device: bool, function: Callable[..., Any], *args: Any) -> Future[Any]: ...
+
+    def introduce(self, function: Callable[..., Any], *args: Any) -> None:
+        """Call a function in every other process that tasks may go to; ConfigError says whom it raised in."""
+
+
+async def perform(places: Places, on_device: bool, function: Callable[..., Any], *args: Any) -> Any:
+    """The task's record. Raises what it raises; ClusterLost."""
+    future = places.submit(on_device, function, *args)
+    try:
+        return await asyncio.wrap_future(future)
+    except asyncio.CancelledError:
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():
+            raise
+        # nobody here has cancelled it, so Dask has: it cancels what a lost scheduler held
+        raise ClusterLost("the Dask scheduler is gone; the same command continues what it held") from None
+    except Exception as error:
+        if type(error).__name__ == "KilledWorker":  # of distributed, which is not imported where it cannot come from
+            raise WorkersDied(
+                f"several worker processes died of {function.__name__}{args[1:]}: for want of memory (--memory-limit, "
+                f"a smaller --tiling.block), or of a file that crashes its reader"
+            ) from None
+        raise
+
+
+class Loop:
     """Tasks one after the other, in the caller's thread."""
 
-    def submit(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+    dashboard, detectors = "", 1
+
+    def introduce(self, function: Callable[..., Any], *args: Any) -> None:
+        pass
+
+    def submit(self, _on_device: bool, function: Callable[..., Any], *args: Any) -> Future[Any]:
         future: Future[Any] = Future()
         try:
-            future.set_result(function(*args, **kwargs))
+            future.set_result(function(*args))
         except Exception as error:
             future.set_exception(error)
         return future
 
 
-@contextmanager
-def pools(running: Running, client: Any = None) -> Iterator[Pools]:
-    """The pools of a run: a Dask client's workers where one is given or named, else threads of this process.
+class Threads(Loop):
+    """Threads of this process: `beside` for the processor, two that take turns on the device."""
 
-    client: a `dask.distributed.Client`; where its workers offer the resource GPU, detection asks for it.
-    With `running.workers` = 1 and no client, everything runs in a loop.
+    def __init__(self, beside: Executor, device: Executor) -> None:
+        self._beside, self._device = beside, device
+
+    def submit(self, on_device: bool, function: Callable[..., Any], *args: Any) -> Future[Any]:
+        return (self._device if on_device else self._beside).submit(function, *args)
+
+
+class Cluster:
+    """The workers of a `dask.distributed.Client`, as they come and go."""
+
+    def __init__(self, client: Any) -> None:
+        self._client = client
+        self._asked, self._offered = float("-inf"), {"GPU": 0.0, "CPU": 0.0, "workers": 0.0}
+        serves = "dashboard" in client.scheduler_info(n_workers=0).get("services", {})
+        self.dashboard: str = client.dashboard_link if serves else ""
+
+    def _offers(self) -> dict[str, float]:
+        if time.monotonic() - self._asked > _ASK_AGAIN_S:
+            workers = self._client.scheduler_info(n_workers=-1).get("workers", {}).values()
+            offered = {name: sum(w.get("resources", {}).get(name, 0) for w in workers) for name in ("GPU", "CPU")}
+            self._asked, self._offered = time.monotonic(), {**offered, "workers": len(workers)}
+        return self._offered
+
+    @property
+    def detectors(self) -> int:
+        offers = self._offers()
+        return int(offers["GPU"] or offers["workers"])
+
+    def introduce(self, function: Callable[..., Any], *args: Any) -> None:
+        self._client.wait_for_workers(1)
+        for address, answer in self._client.run(function, *args, on_error="return").items():
+            if isinstance(answer, Exception):
+                raise ConfigError(f"the worker at {address} {answer}")
+
+    def submit(self, on_device: bool, function: Callable[..., Any], *args: Any) -> Future[Any]:
+        offers = self._offers()
+        wanted = {"GPU": 0.5} if on_device else {"CPU": 1}
+        resources = {name: amount for name, amount in wanted.items() if offers[name]}
+        future: Future[Any] = self._client.get_executor(pure=False, resources=resources).submit(function, *args)
+        return future
+
+
+def _has_bokeh() -> bool:
+    from importlib.util import find_spec
+
+    return find_spec("bokeh") is not None
+
+
+@contextmanager
+def places(running: Running, device: str = "auto", client: Any = None) -> Iterator[Places]:
+    """Where the tasks of a run are done: on a client's cluster, on a running one, on one of this machine, or here.
+
+    device: as in `Detection`; decides whether this machine's GPUs are used.
+    client: a `dask.distributed.Client`, which is left as it is.
+    Raises ConfigError for a scheduler that cannot be reached, or GPUs that are not there.
     """
     with ExitStack() as stack:
-        if client is None and running.scheduler:
-            client = stack.enter_context(_connect(running.scheduler))
         if client is not None:
-            resources = {"GPU": 1} if _offers_gpu(client) else {}
-            cpu = client.get_executor(pure=False)
-            device = client.get_executor(pure=False, resources=resources) if resources else cpu
-            yield Pools(cpu, device)
-            return
-        workers = running.workers or min(4, os.cpu_count() or 1)
-        if workers == 1:
-            yield Pools(Loop(), Loop())
-            return
-        cpu = stack.enter_context(_threads(workers))
-        yield Pools(cpu, stack.enter_context(_threads(1)))
+            yield Cluster(client)
+        elif running.scheduler or running.scheduler_file:
+            yield Cluster(stack.enter_context(_connect(running)))
+        elif running.cluster:
+            yield Cluster(stack.enter_context(_start(running, device)))
+        elif running.workers == 1:
+            yield Loop()
+        else:
+            beside = stack.enter_context(_threads(running.workers or min(4, _cores())))
+            yield Threads(beside, stack.enter_context(_threads(2)))
 
 
 @contextmanager
@@ -81,62 +162,149 @@ def _threads(count: int) -> Iterator[Executor]:
     pool = ThreadPoolExecutor(count)
     try:
         yield pool
-    except BaseException:
+    finally:
         pool.shutdown(wait=True, cancel_futures=True)
-        raise
-    pool.shutdown(wait=True)
 
 
-def _connect(address: str) -> Any:
+@contextmanager
+def _connect(running: Running) -> Iterator[Any]:
     from distributed import Client
 
-    return Client(address, set_as_default=False)  # type: ignore[no-untyped-call]
+    where = running.scheduler or running.scheduler_file
+    known = {"address": running.scheduler} if running.scheduler else {"scheduler_file": running.scheduler_file}
+    if running.scheduler_file and not os.path.exists(running.scheduler_file):
+        raise ConfigError(f"scheduler-file={where} does not exist: need the file of `dask scheduler --scheduler-file`")
+    try:
+        client = Client(**known, set_as_default=False)  # type: ignore[no-untyped-call]
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"no Dask scheduler answers at {where}: {error}") from error
+    # when the scheduler is gone we say so ourselves, in a line
+    logging.getLogger("distributed.client").setLevel(logging.CRITICAL)
+    with client:
+        yield client
 
 
-def _offers_gpu(client: Any) -> bool:
-    workers = client.scheduler_info(n_workers=-1)["workers"].values()
-    return any(worker.get("resources", {}).get("GPU") for worker in workers)
+# -------------------------------------------------------------------------------------------- this machine
 
 
-def flow(
-    places: Pools,
-    items: Iterable[tuple[Any, ...]],
-    steps: Sequence[Step],
-    window: int,
-    stop: threading.Event | None = None,
-) -> Iterator[Outcome]:
-    """Send every item through the steps; outcomes come as they are done, in any order.
+class Station(NamedTuple):
+    """A worker process of this machine."""
 
-    At most `window` items are in flight, and `items` is read no further than that. An item that fails stops
-    alone. Once `stop` is set no item is begun and none goes to its next step.
+    threads: int
+    resources: dict[str, float]
+    environment: dict[str, str]
+
+
+def stations(workers: int, cores: int, gpus: list[str]) -> list[Station]:
+    """The worker processes of a machine: one for every GPU, and others for the processor.
+
+    workers: processes for the processor, 0: as many as the cores can use; gpus: as CUDA_VISIBLE_DEVICES names them.
+    A GPU is fed by at most six processes. Without one, every process computes too, one for eight cores.
     """
-    waiting = iter(items)
-    running: dict[Future[Any], tuple[tuple[Any, ...], int]] = {}
+    if gpus:
+        beside = workers or max(1, min(cores - len(gpus), 6 * len(gpus)))
+        computing = [Station(2, {"GPU": 1}, {"CUDA_VISIBLE_DEVICES": gpu, "OMP_NUM_THREADS": "1"}) for gpu in gpus]
+        return computing + [Station(1, {"CPU": 1}, {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})] * beside
+    count = workers or max(1, cores // 8)
+    share = max(1, cores // count)
+    beside = min(4, share)
+    return [Station(2 + beside, {"GPU": 1, "CPU": beside}, {"OMP_NUM_THREADS": str(share)})] * count
 
-    def submit(item: tuple[Any, ...], index: int, *previous: Any) -> None:
-        step = steps[index]
-        pool = places.device if step.on_device else places.cpu
-        running[pool.submit(step.function, *item, *previous)] = item, index
 
-    def fill() -> None:
-        while len(running) < window and not (stop and stop.is_set()):
-            item = next(waiting, None)
-            if item is None:
-                return
-            submit(item, 0)
+@contextmanager
+def _start(running: Running, device: str) -> Iterator[Any]:
+    """A client of a cluster on this machine, which ends with it."""
+    import dask
+    from distributed import Client, Nanny, Scheduler, SpecCluster
+    from distributed.worker_memory import parse_memory_limit
 
-    fill()
-    while running:
-        done, _ = wait(running, timeout=_LOOK_UP_S, return_when=FIRST_COMPLETED)
-        if stop and stop.is_set():  # what has not begun never will; what has begun ends and is kept
-            for future in [f for f in running if f not in done and f.cancel()]:
-                del running[future]
-        for future in done:
-            item, index = running.pop(future)
-            error = future.exception()
-            if isinstance(error, Exception) or index + 1 == len(steps):
-                record = None if error else future.result()
-                yield Outcome(item, record, error if isinstance(error, Exception) else None)
-            elif not (stop and stop.is_set()):
-                submit(item, index + 1, *([] if future.result() is None else [future.result()]))
-        fill()
+    chosen = stations(running.workers, _cores(), _gpus(running, device))
+    limit = parse_memory_limit(running.memory_limit, 1, len(chosen), logger=logging.getLogger(__name__))
+    workers = {
+        number: {
+            "cls": Nanny,
+            "options": {
+                "nthreads": station.threads,
+                "resources": station.resources,
+                "env": station.environment,
+                "memory_limit": limit,
+                "dashboard": False,
+            },
+        }
+        for number, station in enumerate(chosen)
+    }
+    scheduler = {
+        "cls": Scheduler,
+        "options": {"host": "127.0.0.1", "dashboard": _has_bokeh(), "dashboard_address": "127.0.0.1:0"},
+    }
+    quiet = {
+        "distributed.worker.memory.target": False,  # nothing that Dask could spill is large
+        "distributed.worker.memory.spill": False,
+        "logging": {"distributed": "error"},
+    }
+    with (
+        dask.config.set(quiet),
+        SpecCluster(workers, scheduler, name="nightslide", silence_logs=logging.ERROR) as cluster,  # type: ignore[no-untyped-call]
+        Client(cluster, set_as_default=False) as client,  # type: ignore[no-untyped-call]
+    ):
+        client.wait_for_workers(len(chosen), timeout=120)
+        yield client
+
+
+def _cores() -> int:
+    from dask.system import CPU_COUNT  # minds affinity and control groups
+
+    return int(CPU_COUNT)
+
+
+def _gpus(running: Running, device: str) -> list[str]:
+    """The GPUs to use, as CUDA_VISIBLE_DEVICES names them."""
+    import torch
+
+    count = torch.cuda.device_count() if device.startswith(("auto", "cuda")) else 0
+    if running.gpus > count:
+        raise ConfigError(f"gpus={running.gpus}: this machine has {count} to use with --detector.device {device}")
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = visible.split(",") if visible else [str(number) for number in range(count)]
+    if count and ":" in device:
+        return [",".join(names)]  # one process that sees all of them and finds its own by number
+    return names[: count if running.gpus < 0 else running.gpus]
+
+
+# ---------------------------------------------------------------------------------------------------- turns
+
+
+class Turns:
+    """At most `size` blocks in flight, over all slides. Who has the least left to do is next.
+
+    So a small slide overtakes a large one, and the last large slide has all the turns. Used by one event loop.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._taken, self._number = 0, 0
+        self._waiting: list[tuple[int, int, asyncio.Future[None]]] = []
+
+    async def take(self, left: int) -> None:
+        """Wait for a turn; `left`: blocks that its slide has to do. Give it back by `give_back`."""
+        self._number += 1
+        mine: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        heapq.heappush(self._waiting, (left, self._number, mine))
+        self._next()
+        try:
+            await mine
+        except asyncio.CancelledError:
+            if mine.done() and not mine.cancelled():
+                self.give_back()
+            raise
+
+    def give_back(self) -> None:
+        self._taken -= 1
+        self._next()
+
+    def _next(self) -> None:
+        while self._waiting and (self._taken < self.size or self._waiting[0][2].done()):
+            turn = heapq.heappop(self._waiting)[2]
+            if not turn.done():  # else cancelled
+                self._taken += 1
+                turn.set_result(None)

@@ -10,10 +10,12 @@ run twice, even at the same time: what is there already is not done again, and e
 
 import functools
 import json
+import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
+from uuid import uuid4
 
 import numpy as np
 import pyarrow as pa
@@ -22,11 +24,11 @@ from numpy.typing import NDArray
 
 from pipeline import pictures, polygons, stitch, tables
 from pipeline.config import Detection, Exporting, Settings
-from pipeline.detector import read_architecture
 from pipeline.export import FORMATS, Exported
-from pipeline.inference import Found, computing, detect_patches
+from pipeline.findings import findings
+from pipeline.found import Found, read_found, write_found
 from pipeline.plan import Plan, picture_mpp, plan_slide, read_plan, write_plan
-from pipeline.tensorfile import find_weights
+from pipeline.tensorfile import detector_architecture, find_weights
 from slides.grid import Tile
 from slides.patches import PatchStore, cut
 from slides.slide import Slide, open_slide
@@ -65,6 +67,7 @@ class BlockRecord(NamedTuple):
     core_mm2: float = 0.0
     lost_mm2: float = 0.0
     saturated: int = 0  # tiles whose cap was reached even after they were split
+    quartered: int = 0  # tiles that the device had no memory for as a whole
     touching: int = 0  # claimed instances cut by a read edge inside the slide: the margin is too small for them
     tile_seconds: float = 0.0
     device_seconds: float = 0.0
@@ -141,63 +144,26 @@ def detect_block(job: Job, block: int, tile_seconds: float = 0.0) -> None:
     The device is asked for only once the patches are in memory: two of these in one process take turns, and while
     one computes the other one reads.
     """
+    from pipeline import inference  # the workers that do not detect start in half the time without it
+
     plan = read_plan(job.work)
     store = PatchStore.create(job.work / "patches.zarr", plan.grid, job.digest)
-    if not _past_detection(job, block):
-        tiles = plan.of_block(block)
+    tiles = plan.of_block(block)
+    while not _past_detection(job, block):
         patches, lost = store.read(block, tiles)
-        while not store.is_done(block):  # a twin of this task was here first and has taken them away
+        if not store.is_done(block):  # a twin of this task was here first and has taken them away
             tile_seconds += tile_block(job, block)
-            patches, lost = store.read(block, tiles)
-        with computing():
+            continue
+        with inference.computing():
             began = time.perf_counter()
-            found = list(detect_patches(patches, plan, job.settings))
+            found = list(inference.detect_patches(patches, plan, job.settings))
             seconds = time.perf_counter() - began
-        _write_found(job.found(block), found, lost, tile_seconds, seconds)
+        write_found(job.found(block), found, lost, tile_seconds, seconds)
     store.discard(block)
 
 
 def _past_detection(job: Job, block: int) -> bool:
     return job.found(block).exists() or job.instances(block).exists()
-
-
-def _write_found(
-    path: Path, found: list[Found], lost: NDArray[np.float32], tile_seconds: float, device_seconds: float
-) -> None:
-    arrays: dict[str, Any] = {name: np.concatenate([getattr(f, name) for f in found]) for name in _COLUMNS}
-    with tables.committed(path) as part:
-        np.savez(
-            part,
-            allow_pickle=False,
-            **arrays,
-            counts=np.array([len(f.boxes) for f in found]),
-            saturated=np.array([f.saturated for f in found]),
-            lost=np.where([f.lost for f in found], np.float32(1), lost),
-            seconds=np.array([tile_seconds, device_seconds]),
-        )
-
-
-_COLUMNS = ("boxes", "soft", "scores", "classes", "votes", "stains")  # of Found, a row an instance
-
-
-class _Stored(NamedTuple):
-    """What `_write_found` wrote."""
-
-    tiles: list[Found]
-    lost: NDArray[np.float32]  # share of each tile's core without a result
-    tile_seconds: float
-    device_seconds: float
-
-
-def _read_found(path: Path) -> _Stored:
-    with np.load(path, allow_pickle=False) as stored:
-        ends = np.cumsum(stored["counts"])[:-1]
-        columns = zip(*(np.split(stored[name], ends) for name in _COLUMNS), strict=True)
-        found = [
-            Found(**dict(zip(_COLUMNS, column, strict=True)), saturated=bool(saturated))
-            for column, saturated in zip(columns, stored["saturated"], strict=True)
-        ]
-        return _Stored(found, stored["lost"], *map(float, stored["seconds"]))
 
 
 # ------------------------------------------------------------------------------------------------- outline
@@ -208,7 +174,7 @@ def outline_block(job: Job, block: int) -> BlockRecord:
     target, source = job.instances(block), job.found(block)
     if not target.exists():
         plan = read_plan(job.work)
-        stored = _read_found(source)
+        stored = read_found(source)
         began = time.perf_counter()
         tiles = plan.of_block(block)
         done = [outline(f, tile, plan, job.settings) for tile, f in zip(tiles, stored.tiles, strict=True)]
@@ -220,6 +186,7 @@ def outline_block(job: Job, block: int) -> BlockRecord:
             float(core_mm2.sum()),
             float((stored.lost * core_mm2).sum()),
             sum(f.saturated for f in stored.tiles),
+            sum(f.quartered for f in stored.tiles),
             sum(cut_off for _, cut_off in done),
             stored.tile_seconds,
             stored.device_seconds,
@@ -307,7 +274,7 @@ def stitch_slide(job: Job) -> StitchRecord:
 
 def engine_classes(settings: Detection) -> tuple[str, ...]:
     """Class names of the weights, read from the file's text without loading the network."""
-    return read_architecture(find_weights(settings.weights)).classes
+    return detector_architecture(find_weights(settings.weights)).classes
 
 
 def _seam_losers(job: Job, plan: Plan) -> dict[int, NDArray[np.int64]]:
@@ -340,20 +307,23 @@ def _seam_losers(job: Job, plan: Plan) -> dict[int, NDArray[np.int64]]:
 # -------------------------------------------------------------------------------------------------- export
 
 
-def export_slide(job: Job) -> None:
-    """Everything that is made from nuclei.parquet: the formats asked for, and the overlay picture."""
+class ExportRecord(NamedTuple):
+    changed: int  # outlines that needed more than rounding to be valid, over all formats
+    dropped: int  # nothing was left of them at the precision of the export
+    findings: dict[str, Any]
+
+
+def export_slide(job: Job) -> ExportRecord:
+    """Everything that is made from nuclei.parquet: the formats asked for, the overlay, and what the report tells."""
     plan = read_plan(job.work)
-    write_formats(job.folder, job.settings.export)
+    nuclei = job.folder / "nuclei.parquet"
+    exported = write_formats(job.folder, job.settings.export).values()
     with open_slide(job.source, mpp=job.mpp) as slide:
         mpp = picture_mpp(plan, OVERLAY_PX)
         picture = slide.thumbnail(mpp)
-    pictures.draw_overlay(
-        picture,
-        job.folder / "nuclei.parquet",
-        plan.to_slide,
-        mpp / job.settings.tiling.mpp,
-        job.folder / "overlay.jpg",
-    )
+    scale = mpp / job.settings.tiling.mpp
+    pictures.draw_overlay(picture, nuclei, plan.to_slide, scale, job.folder / "overlay.jpg")
+    return ExportRecord(sum(e.changed for e in exported), sum(e.dropped for e in exported), findings(nuclei, plan))
 
 
 def write_formats(folder: Path, exporting: Exporting) -> dict[str, Exported]:
@@ -362,11 +332,14 @@ def write_formats(folder: Path, exporting: Exporting) -> dict[str, Exported]:
     return {f.file: f.write(folder / "nuclei.parquet", folder / f.file, crop=exporting.crop) for f in chosen}
 
 
-def finish(job: Job, plan: Plan, ledger: dict[str, Any]) -> None:
-    """Write slide.json, the mark of a finished slide."""
+def finish(job: Job, plan: Plan, results: dict[str, Any]) -> None:
+    """Write slide.json, the mark of a finished slide: its provenance and `results`."""
+    file = job.source.stat()
     content = {
         "digest": job.digest,
         "source": job.source.name,
+        "source_bytes": file.st_size,
+        "source_mtime_ns": file.st_mtime_ns,
         "quick_hash": plan.quick_hash,
         "vendor": plan.vendor,
         "size": plan.size,
@@ -375,7 +348,28 @@ def finish(job: Job, plan: Plan, ledger: dict[str, Any]) -> None:
         "has_icc": plan.has_icc,
         "stain": plan.stain.to_json(),
         "stain_target": plan.target.to_json(),
-        "ledger": ledger,
+        **results,
     }
     with tables.committed(job.folder / "slide.json") as path:
         path.write_text(json.dumps(content, indent=1), encoding="utf-8")
+
+
+def clear(job: Job) -> None:
+    """Remove the work folder. A twin of a task that is still at it, on a worker given up for lost, fails unheard."""
+    if job.work.exists():
+        job.work.rename(job.work.with_name(f".work-{uuid4().hex[:12]}"))
+    for away in job.folder.glob(".work-*"):
+        shutil.rmtree(away, ignore_errors=True)
+
+
+def check_same(source: Path, finished: dict[str, Any]) -> None:
+    """Raise SlideChanged where the slide is another than the one in a slide.json; it is opened only where need be."""
+    file = source.stat()
+    if (file.st_size, file.st_mtime_ns) == (finished.get("source_bytes"), finished.get("source_mtime_ns")):
+        return
+    with open_slide(source, mpp=1.0) as slide:
+        if slide.quick_hash != finished["quick_hash"]:
+            raise SlideChanged(
+                f"{source.name} is not the file that these results are of ({slide.quick_hash[:12]}, was "
+                f"{finished['quick_hash'][:12]}): put it back, or give --overwrite"
+            )

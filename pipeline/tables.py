@@ -96,6 +96,16 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
+def now_ns(folder: Path) -> int:
+    """The time, as the file system of `folder` stamps its files: machines' own clocks differ."""
+    stamp = folder / f"{_PARTIAL}{uuid.uuid4().hex[:12]}-now"
+    stamp.touch()
+    try:
+        return stamp.stat().st_mtime_ns
+    finally:
+        stamp.unlink()
+
+
 def sweep(folder: Path) -> int:
     """Remove what killed writers left in `folder`, while nobody writes there. Returns how many files."""
     leftovers = list(folder.glob(f"{_PARTIAL}*"))

@@ -16,7 +16,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from pipeline.config import ConfigError, build
+from pipeline.config import Architecture, ConfigError, build
 
 T = TypeVar("T")
 M = TypeVar("M", bound=nn.Module)
@@ -90,6 +90,11 @@ def read_architecture(path: Path, kind: type[T], maker: str) -> T:
         raise WeightsError(
             f"{path} names no architecture that can be built ({error}): need a file written by '{maker}'"
         ) from error
+
+
+def detector_architecture(path: Path) -> Architecture:
+    """What a detector's weights file says of its network; read from the file's text. Raises WeightsError."""
+    return read_architecture(path, Architecture, "nightslide train")
 
 
 def load_into(network: M, path: Path) -> M:

@@ -10,9 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline import stages
+from pipeline import inference
 from pipeline.config import Running, Settings, Tissue
-from pipeline.inference import Found
+from pipeline.found import Found
 from pipeline.plan import Plan
 from pipeline.run import run
 from pipeline.tensorfile import find_weights, read_notes
@@ -53,8 +53,11 @@ def test_an_archive_of_every_format_with_damage_between(
     shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Readable slides are done, the others fail alone with a cause that a user understands."""
-    monkeypatch.setattr(stages, "detect_patches", one_square)
-    rows = {r.slide: r for r in run([shared / "slides"], tmp_path, Settings(), Running(), say=lambda line: None)}
+    monkeypatch.setattr(inference, "detect_patches", one_square)
+    rows = {
+        r.slide: r
+        for r in run([shared / "slides"], tmp_path, Settings(), Running(cluster=False), say=lambda line: None)
+    }
     assert {name: row.status for name, row in rows.items()} == {n: status for n, (status, _) in EXPECTED.items()}
     for name, (_, cause) in EXPECTED.items():
         assert cause in rows[name].cause
@@ -76,9 +79,9 @@ def test_an_archive_of_every_format_with_damage_between(
 def test_a_slide_without_scale_runs_where_the_user_gives_one(
     shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stages, "detect_patches", one_square)
+    monkeypatch.setattr(inference, "detect_patches", one_square)
     slide = shared / "slides" / "generic-no-resolution.tif"
-    (row,) = run([slide], tmp_path, Settings(), Running(), mpp=0.499, say=lambda line: None)
+    (row,) = run([slide], tmp_path, Settings(), Running(cluster=False), mpp=0.499, say=lambda line: None)
     assert (row.status, row.mpp_source, row.mpp) == ("done", "user", 0.499)
 
 
@@ -89,7 +92,9 @@ def test_the_shipped_weights_segment_an_image_they_never_saw(shared: Path, tmp_p
     name = "TCGA-18-5592-01Z-00-DX1"
     one = whole._replace(members=tuple(m for m in whole.members if m.name == name))
     settings = Settings(tissue=Tissue(everywhere=True))
-    scores = evaluate(one, settings, Running(), kept=Kept(labels=tmp_path), say=lambda line: None).images[name]
+    scores = evaluate(one, settings, Running(cluster=False), kept=Kept(labels=tmp_path), say=lambda line: None).images[
+        name
+    ]
     assert scores.aji > 0.55
     assert scores.pq > 0.5
     labels = np.asarray(Image.open(tmp_path / "TCGA-18-5592-01Z-00-DX1.png"))

@@ -83,7 +83,7 @@ def evaluate(
     pictures: Path | None = None,
     per_image: Annotated[bool, Parameter(negative="")] = False,
     settings: Annotated[Settings, Flat] = Settings(),
-    running: Annotated[Running, Flat] = Running(),
+    running: Annotated[Running, Flat] = Running(cluster=False),
 ) -> int:
     """Segment a dataset's images as `run` would, and score the result against its annotations.
 

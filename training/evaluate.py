@@ -20,9 +20,9 @@ from PIL import Image
 
 from pipeline import tables
 from pipeline.config import Running, Settings
-from pipeline.detector import read_architecture
-from pipeline.run import Row, run
-from pipeline.tensorfile import find_weights
+from pipeline.ledger import Row
+from pipeline.run import run
+from pipeline.tensorfile import detector_architecture, find_weights
 from training.annotations import Annotated, AnnotationError, Annotations, Pixels, find, named_sets
 from training.measures import (
     Detections,
@@ -171,7 +171,7 @@ def evaluate(
 
     Raises AnnotationError, and what `pipeline.run.run` raises.
     """
-    trained = read_architecture(find_weights(settings.detector.weights)).classes
+    trained = detector_architecture(find_weights(settings.detector.weights)).classes
     classes = collection.classes if set(collection.classes) & set(trained) else ()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -22,7 +22,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Sampler
 
 from pipeline.config import Architecture, ConfigError, StainTraining, Training
-from pipeline.detector import NucleusDetector, choose_device, choose_precision, load_weights, save_weights
+from pipeline.detector import NucleusDetector, load_weights, save_weights
+from pipeline.device import choose_device, choose_precision
 from pipeline.tables import committed
 from pipeline.tensorfile import WeightsError, find_weights
 from training import checkpoint

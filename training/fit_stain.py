@@ -18,7 +18,7 @@ from torch import Tensor
 from pipeline import dcgmm, stain
 from pipeline.config import Settings, StainArchitecture, Staining, StainTraining, Tiling
 from pipeline.dcgmm import ClusterNet
-from pipeline.detector import choose_device
+from pipeline.device import choose_device
 from pipeline.plan import fit_template
 from pipeline.tables import committed
 from training import checkpoint

@@ -17,8 +17,8 @@ import numpy as np
 import shapely
 from numpy.typing import NDArray
 
-from pipeline.archive import SUFFIXES as SLIDES
 from pipeline.polygons import Polygons, rasterise
+from pipeline.search import SUFFIXES as SLIDES
 from slides.geometry import Box, Size
 from training.annotated import (
     NO_CLASSES,

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from pipeline import fuse, views
 from pipeline.config import Settings
-from pipeline.detector import NucleusDetector, caps, choose_precision
+from pipeline.detector import NucleusDetector, caps
+from pipeline.device import choose_precision
 from pipeline.polygons import polygons, solid
 from pipeline.tables import committed
 from training.annotations import Annotated

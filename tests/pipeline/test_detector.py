@@ -12,13 +12,12 @@ from pipeline.detector import (
     Caps,
     NucleusDetector,
     caps,
-    choose_device,
     fold,
     load_weights,
-    read_architecture,
     save_weights,
 )
-from pipeline.tensorfile import WeightsError, find_weights, shipped
+from pipeline.device import choose_device
+from pipeline.tensorfile import WeightsError, detector_architecture, find_weights, shipped
 
 TINY = Architecture(channels=16, box_hidden=16, mask_channels=8, mask_layers=1)
 
@@ -87,7 +86,7 @@ def test_weights_survive_a_round_trip(tiny: NucleusDetector, tmp_path: Path) -> 
     file = tmp_path / "tiny.safetensors"
     save_weights(tiny, file, {"recipe": "none"})
     loaded = load_weights(file)
-    assert read_architecture(file) == TINY
+    assert detector_architecture(file) == TINY
     for name, value in tiny.state_dict().items():
         if value.is_floating_point():
             assert torch.equal(loaded.state_dict()[name], value.half().float()), name

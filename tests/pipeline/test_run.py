@@ -7,12 +7,12 @@ back: reading, tiling, storing, claiming, stitching and export are the real ones
 import csv
 import dataclasses
 import json
+import os
 import signal
 import subprocess
 import sys
 import time
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,65 +22,16 @@ import shapely
 from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from PIL import Image
 
-from pipeline import stages, tables
-from pipeline.archive import RunError, find_slides
-from pipeline.config import ConfigError, Running, Settings, Stitching, Tiling, Tissue
+import oracle
+from oracle import RADIUS, chosen, files, outlines, paint
+from pipeline import inference
+from pipeline.archive import RunError
+from pipeline.config import Running, Settings, Stitching, Tiling
 from pipeline.demo import match
-from pipeline.inference import Found
-from pipeline.plan import Plan
 from pipeline.run import run
 
-HEIGHT, WIDTH, RADIUS = 330, 410, 9
-ONE = Running(workers=1)
-
-
-def oracle(patches: np.ndarray, plan: Plan, settings: Settings) -> Iterator[Found]:
-    """Instances of patches that show every nucleus in a colour of its own, on white. Stands for the detector."""
-    for patch in patches:
-        number = patch.astype(np.int64) @ np.array([1, 256, 65536])
-        ids = np.unique(number[number != 0xFFFFFF])
-        side = 2 * RADIUS + 2
-        boxes, masks = np.zeros((len(ids), 4), np.float32), np.zeros((len(ids), side, side), bool)
-        for i, id_ in enumerate(ids):
-            y, x = np.nonzero(number == id_)
-            masks[i, y - y.min(), x - x.min()] = True
-            boxes[i] = x.min(), y.min(), x.min() + side, y.min() + side
-        yield Found(
-            boxes,
-            masks,
-            (0.5 + ids % 97 / 200).astype(np.float32),
-            np.zeros(len(ids), np.int64),
-            np.ones(len(ids), np.int64),
-            np.zeros((len(ids), 2), np.float32),
-            False,
-        )
-
-
-def paint(path: Path, seed: int) -> int:
-    """A slide of discs that do not touch, and how many."""
-    rng = np.random.default_rng(seed)
-    image = np.full((HEIGHT, WIDTH, 3), 255, np.uint8)
-    y, x = np.mgrid[:HEIGHT, :WIDTH]
-    centres: list[tuple[float, float]] = []
-    for _ in range(400):
-        cy, cx = rng.uniform(3, HEIGHT - 3), rng.uniform(3, WIDTH - 3)
-        if all((cy - b) ** 2 + (cx - a) ** 2 > (2 * RADIUS + 2) ** 2 for b, a in centres):
-            centres.append((cy, cx))
-            number = len(centres) * 1009
-            inside = (y + 0.5 - cy) ** 2 + (x + 0.5 - cx) ** 2 < rng.uniform(4, RADIUS) ** 2
-            image[inside] = number % 256, number // 256 % 256, number // 65536
-    Image.fromarray(image).save(path)
-    return len(centres)
-
-
-def chosen(tile: int = 128, margin: int = 20, block: int = 2) -> Settings:
-    return Settings(
-        tissue=Tissue(everywhere=True),
-        tiling=Tiling(tile=tile, margin=margin, block=block),
-        stitching=Stitching(max_diameter_um=2 * RADIUS * 0.25, simplify_px=0.0),
-    )
+ONE = Running(cluster=False, workers=1)
 
 
 def segment(slide: Path, out: Path, settings: Settings, running: Running = ONE, client: Any = None) -> Path:
@@ -89,14 +40,9 @@ def segment(slide: Path, out: Path, settings: Settings, running: Running = ONE, 
     return out / slide.stem
 
 
-def outlines(folder: Path) -> set[bytes]:
-    polygons = tables.geometry(tables.read_nuclei(folder / "nuclei.parquet"))
-    return {shapely.to_wkb(p) for p in shapely.normalize(polygons)}
-
-
 @pytest.fixture(autouse=True)
 def _oracle(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stages, "detect_patches", oracle)
+    monkeypatch.setattr(inference, "detect_patches", oracle.detect)
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +55,7 @@ def slide(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
 def expected(slide: tuple[Path, int], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Results of one tile that holds the whole slide, in a loop."""
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(stages, "detect_patches", oracle)
+        patched.setattr(inference, "detect_patches", oracle.detect)
         return segment(slide[0], tmp_path_factory.mktemp("whole"), chosen(tile=512))
 
 
@@ -131,13 +77,11 @@ def test_detections_do_not_depend_on_the_tiling(
 ) -> None:
     """Law: with an oracle, whatever the tile, margin, block, and number of workers: the same polygons."""
     path, count = slide
-    found = segment(path, tmp_path_factory.mktemp("tiled"), chosen(tile, margin, block), Running(workers=workers))
+    found = segment(
+        path, tmp_path_factory.mktemp("tiled"), chosen(tile, margin, block), Running(cluster=False, workers=workers)
+    )
     assert len(outlines(expected)) == count
     assert outlines(found) == outlines(expected)
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    return {name: (folder / name).read_bytes() for name in ("nuclei.parquet", "nuclei.geojson.zip", "overlay.jpg")}
 
 
 def test_loop_threads_and_dask_write_the_same_bytes(slide: tuple[Path, int], tmp_path: Path) -> None:
@@ -145,38 +89,35 @@ def test_loop_threads_and_dask_write_the_same_bytes(slide: tuple[Path, int], tmp
     from distributed import Client, LocalCluster
 
     loop = files(segment(slide[0], tmp_path / "loop", chosen()))
-    assert files(segment(slide[0], tmp_path / "threads", chosen(), Running(workers=4, window=3))) == loop
+    assert files(segment(slide[0], tmp_path / "threads", chosen(), Running(cluster=False, workers=4, window=3))) == loop
     with (
-        LocalCluster(n_workers=1, threads_per_worker=3, processes=False, dashboard_address=None) as cluster,
+        LocalCluster(n_workers=1, threads_per_worker=3, processes=False, dashboard_address=":0") as cluster,
         Client(cluster, set_as_default=False) as client,
     ):
         assert files(segment(slide[0], tmp_path / "dask", chosen(), Running(), client)) == loop
 
 
 RUNNER = """
-import sys, time
+import sys
 from pathlib import Path
 sys.path.insert(0, {tests!r})
-import test_run
-from pipeline import stages
+import oracle
+from pipeline.config import Running
 from pipeline.run import run
-def slow(*arguments):
-    for found in test_run.oracle(*arguments):
-        time.sleep(0.05)
-        yield found
-stages.detect_patches = slow
+oracle.install()
 print("ready", flush=True)
-run([Path({slide!r})], Path({out!r}), test_run.chosen(), test_run.Running(workers=2, window=2), mpp=0.25)
+run([Path({slide!r})], Path({out!r}), oracle.chosen(), Running(cluster=False, workers=2, window=2), mpp=0.25)
 """
 
 
 def test_killed_at_any_moment_and_run_again_the_bytes_are_the_same(slide: tuple[Path, int], tmp_path: Path) -> None:
     """Law: kill -9, then the same command: the same bytes as an uninterrupted run, and no block done twice."""
     out = tmp_path / "killed"
-    code = RUNNER.format(tests=str(Path(__file__).parent), slide=str(slide[0]), out=str(out))
+    code = RUNNER.format(tests=str(Path(oracle.__file__).parent), slide=str(slide[0]), out=str(out))
+    slow = {**os.environ, oracle.SECONDS: "0.05"}
     done_before: set[str] = set()
     for wait in (0.25, 0.6, 0.9):
-        process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+        process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=slow)
         assert process.stdout is not None
         process.stdout.readline()  # imports are over
         time.sleep(wait)
@@ -234,7 +175,7 @@ def test_results_are_as_designed(slide: tuple[Path, int], tmp_path: Path) -> Non
         "slide.json",
         "thumbnail.jpg",
     ]
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["discs", "ledger.csv", "run.json"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["discs", "ledger.csv", "logs", "report.html", "run.json"]
     with (tmp_path / "ledger.csv").open() as file:
         (row,) = csv.DictReader(file)
     assert (row["status"], int(row["nuclei"]), row["mpp_source"]) == ("done", slide[1], "user")
@@ -274,50 +215,9 @@ def test_a_slide_that_fails_does_not_stop_the_others(slide: tuple[Path, int], tm
     )
     assert [(r.slide, r.status) for r in rows] == [("broken", "failed"), ("däs", "done")]
     assert "broken.svs" in rows[0].cause
-    assert "broken.svs" in (tmp_path / "out" / "errors.log").read_text()
-
-
-def touch(*paths: Path) -> None:
-    for path in paths:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
-
-
-def test_slides_are_found_once_and_never_share_a_folder(tmp_path: Path) -> None:
-    touch(*(tmp_path / n for n in ("a/x.svs", "b/x.svs", "a/x.tif", "a/X.NDPI", "x.txt")))
-    (tmp_path / "link").symlink_to(tmp_path / "a")
-    archive = find_slides([tmp_path, tmp_path / "a", tmp_path / "a" / "x.svs"], tmp_path / "out")
-    assert len(archive.sources) == 4
-    names = [s.name.casefold() for s in archive.sources]
-    assert len(set(names)) == 4
-    assert archive.skipped == 1
-    touch(tmp_path / "out" / "y.svs")
-    assert len(find_slides([tmp_path], tmp_path / "out").sources) == 4
-
-
-def test_manifests(tmp_path: Path) -> None:
-    touch(tmp_path / "s" / "a.svs", tmp_path / "s" / "b.svs")
-    manifest = tmp_path / "list.csv"
-    manifest.write_text("path,mpp\ns/a.svs,0.5\ns/b.svs,\n")
-    assert [(s.name, s.mpp) for s in find_slides([manifest], mpp=0.25).sources] == [("a", 0.5), ("b", 0.25)]
-    manifest.write_text("path,mpp\ns/c.svs,0.5\n")
-    with pytest.raises(RunError, match=r"line 2: 's/c.svs' does not exist"):
-        find_slides([manifest])
-    manifest.write_text("slide\ns/a.svs\n")
-    with pytest.raises(RunError, match="need path"):
-        find_slides([manifest])
-    manifest.write_text("path,mpp\ns/a.svs,half\n")
-    with pytest.raises(RunError, match="mpp='half' is not a number"):
-        find_slides([manifest])
-
-
-def test_inputs_that_are_not_there_are_named(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match="does not exist"):
-        find_slides([tmp_path / "nowhere"])
-    with pytest.raises(RunError, match="no slides in"):
-        find_slides([tmp_path])
-    with pytest.raises(ConfigError):
-        Tiling(margin=600)
+    failure = json.loads((tmp_path / "out" / "broken" / "failure.json").read_text())
+    assert failure["cause"] == rows[0].cause
+    assert "SlideUnreadable" in "".join(failure["traceback"])
 
 
 def test_matching_counts_each_nucleus_once() -> None:

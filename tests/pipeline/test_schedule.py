@@ -1,97 +1,178 @@
-"""Every executor gives the same records; the window is never exceeded; a failure stops alone."""
+"""Every place gives the same records; turns are never exceeded and go to who has least left; machines are sized."""
 
+import asyncio
 import threading
+import time
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.config import Running
-from pipeline.schedule import Step, flow, pools
+from pipeline.config import ConfigError, Running
+from pipeline.schedule import Cluster, Places, Turns, perform, places, stations
+
+HERE = Running(cluster=False)
 
 
-def double(x: int, *_: Any) -> int:
+def double(x: int) -> int:
+    if x == 13:
+        raise ValueError("thirteen")
     return 2 * x
 
 
-def plus_previous(x: int, previous: int) -> int:
-    if x == 13:
-        raise ValueError("thirteen")
-    return x + previous
-
-
-STEPS = (Step(double, False), Step(plus_previous, True))
-
-
-@given(st.lists(st.integers(0, 30), unique=True), st.integers(1, 5), st.sampled_from([1, 3]))
-def test_every_item_takes_every_step_once(items: list[int], window: int, workers: int) -> None:
-    """Law: loop and threads give the same, in whatever order; an item that fails stops alone."""
-    with pools(Running(workers=workers)) as places:
-        outcomes = list(flow(places, ((i,) for i in items), STEPS, window))
-    assert sorted(o.item[0] for o in outcomes) == sorted(items)
-    for outcome in outcomes:
-        (item,) = outcome.item
-        if item == 13:
-            assert isinstance(outcome.error, ValueError)
-        else:
-            assert outcome.error is None
-            assert outcome.record == 3 * item
-
-
-def test_no_more_than_the_window_is_begun() -> None:
-    begun, ended, most = 0, 0, 0
-    lock = threading.Lock()
-
-    def enter(_: int) -> None:
-        nonlocal begun, most
-        with lock:
-            begun += 1
-            most = max(most, begun - ended)
-
-    def leave(_: int, __: None) -> None:
-        nonlocal ended
-        with lock:
-            ended += 1
-
-    with pools(Running(workers=4)) as places:
-        outcomes = list(flow(places, ((i,) for i in range(50)), (Step(enter, False), Step(leave, True)), 3))
-    assert len(outcomes) == 50
-    assert 1 <= most <= 3
-
-
-def test_after_stop_nothing_is_begun() -> None:
-    stop = threading.Event()
-    seen = []
-    with pools(Running(workers=2)) as places:
-        for outcome in flow(places, ((i,) for i in range(100)), STEPS[:1], 2, stop):
-            seen.append(outcome.item)
-            stop.set()
-    assert 1 <= len(seen) <= 4
-
-
 @pytest.fixture(scope="module")
-def client() -> Any:
+def client() -> Iterator[Any]:
     from distributed import Client, LocalCluster
 
     with (
         LocalCluster(
-            n_workers=1, threads_per_worker=2, processes=False, resources={"GPU": 1}, dashboard_address=None
+            n_workers=1, threads_per_worker=2, processes=False, resources={"GPU": 1}, dashboard_address=":0"
         ) as cluster,
         Client(cluster, set_as_default=False) as client,
     ):
         yield client
 
 
-def test_a_dask_client_gives_the_same_as_threads(client: Any) -> None:
-    """Law: loop, threads and Dask give the same records."""
-    results = []
+def doubled(where: Places, items: list[int]) -> list[Any]:
+    async def all_of_them() -> list[Any]:
+        tasks = [perform(where, i % 2 == 0, double, i) for i in items]
+        return await asyncio.gather(*tasks, return_exceptions=True)
+
+    return [str(answer) for answer in asyncio.run(all_of_them())]
+
+
+def test_every_place_gives_the_same(client: Any) -> None:
+    """Law: loop, threads and Dask give the same records, and the same errors."""
+    items = list(range(20))
+    expected = ["thirteen" if i == 13 else str(2 * i) for i in items]
     for running, given_client in (
-        (Running(workers=1), None),
-        (Running(workers=2), None),
-        (Running(), client),
+        (Running(cluster=False, workers=1), None),
+        (Running(cluster=False, workers=3), None),
+        (HERE, client),
     ):
-        with pools(running, given_client) as places:
-            outcomes = flow(places, ((i,) for i in range(12)), STEPS, 4)
-            results.append(sorted((o.item, o.record) for o in outcomes))
-    assert results[0] == results[1] == results[2]
+        with places(running, client=given_client) as where:
+            assert doubled(where, items) == expected
+
+
+def busy(_: int) -> tuple[float, float]:
+    began = time.monotonic()
+    time.sleep(0.1)
+    return began, time.monotonic()
+
+
+def test_a_gpu_has_two_tasks_at_once_and_no_more(client: Any) -> None:
+    where = Cluster(client)
+    assert where.detectors == 1
+
+    async def six() -> list[tuple[float, float]]:
+        return await asyncio.gather(*(perform(where, True, busy, i) for i in range(6)))
+
+    spans = asyncio.run(six())
+    assert max(sum(a <= begun < b for a, b in spans) for begun, _ in spans) == 2
+
+
+@given(st.lists(st.integers(1, 6), min_size=1, max_size=6), st.integers(1, 4))
+def test_turns_are_bounded_and_go_to_who_has_least_left(sizes: list[int], size: int) -> None:
+    """Law: never more than `size` in flight, every block has its turn; with one turn, slides end in order of size."""
+    turns = Turns(size)
+    flying, most, ended = 0, 0, []
+
+    async def block() -> None:
+        nonlocal flying, most
+        flying += 1
+        most = max(most, flying)
+        await asyncio.sleep(0)
+        flying -= 1
+
+    async def slide(number: int, blocks: int) -> None:
+        async with asyncio.TaskGroup() as group:
+            for done in range(blocks):
+                await turns.take(blocks - done)
+                group.create_task(block()).add_done_callback(lambda _: turns.give_back())
+        ended.append(number)
+
+    async def night() -> None:
+        async with asyncio.TaskGroup() as group:
+            # somebody is at work when they all come
+            await turns.take(0)
+            for number, blocks in enumerate(sizes):
+                group.create_task(slide(number, blocks))
+            await asyncio.sleep(0)
+            turns.give_back()
+
+    asyncio.run(night())
+    assert flying == 0
+    assert most <= size
+    assert sorted(ended) == list(range(len(sizes)))
+    if size == 1:
+        assert [sizes[i] for i in ended] == sorted(sizes)
+
+
+def test_a_turn_that_is_cancelled_is_given_back() -> None:
+    async def night() -> None:
+        turns = Turns(1)
+        await turns.take(1)
+        waiting = [asyncio.create_task(turns.take(1)) for _ in range(3)]
+        await asyncio.sleep(0)
+        waiting[0].cancel()
+        turns.give_back()  # goes to the second, which is cancelled before it wakes
+        waiting[1].cancel()
+        await asyncio.wait_for(waiting[2], 5)
+        assert [w.cancelled() for w in waiting] == [True, True, False]
+
+    asyncio.run(night())
+
+
+def test_when_cancelled_what_waits_is_cancelled_too() -> None:
+    begun = threading.Event()
+    done: list[int] = []
+
+    def slow(number: int) -> None:
+        begun.set()
+        threading.Event().wait(0.2)
+        done.append(number)
+
+    async def night(where: Places) -> None:
+        async with asyncio.TaskGroup() as group:
+            for number in range(50):
+                group.create_task(perform(where, False, slow, number))
+            await asyncio.to_thread(begun.wait)
+            raise KeyError
+
+    with places(Running(cluster=False, workers=2)) as where, pytest.raises(ExceptionGroup):
+        asyncio.run(night(where))
+    assert 1 <= len(done) <= 6
+
+
+@pytest.mark.parametrize(
+    ("workers", "cores", "gpus", "threads", "offers"),
+    [
+        (0, 2, [], [4], [{"GPU": 1, "CPU": 2}]),
+        (0, 16, [], [6, 6], [{"GPU": 1, "CPU": 4}] * 2),
+        (3, 4, [], [3, 3, 3], [{"GPU": 1, "CPU": 1}] * 3),
+        (0, 16, ["0"], [2] + [1] * 6, [{"GPU": 1}] + [{"CPU": 1}] * 6),
+        (0, 4, ["0", "1"], [2, 2, 1, 1], [{"GPU": 1}] * 2 + [{"CPU": 1}] * 2),
+        (1, 1, ["5"], [2, 1], [{"GPU": 1}, {"CPU": 1}]),
+    ],
+)
+def test_machines_are_sized(
+    workers: int, cores: int, gpus: list[str], threads: list[int], offers: list[dict[str, float]]
+) -> None:
+    chosen = stations(workers, cores, gpus)
+    assert [s.threads for s in chosen] == threads
+    assert [s.resources for s in chosen] == offers
+    assert [s.environment["CUDA_VISIBLE_DEVICES"] for s in chosen if s.resources == {"GPU": 1}] == gpus
+
+
+def test_a_scheduler_that_is_not_there_is_named() -> None:
+    with (
+        pytest.raises(ConfigError, match=r"nowhere\.json does not exist"),
+        places(Running(scheduler_file="nowhere.json")),
+    ):
+        pass
+    with pytest.raises(ConfigError, match="need one of them"):
+        Running(scheduler="tcp://a:1", scheduler_file="b")
+    with pytest.raises(ConfigError, match="this machine has 0"), places(Running(gpus=3), "cpu"):
+        pass

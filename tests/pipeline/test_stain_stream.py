@@ -12,11 +12,11 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline import dcgmm, fuse, inference, stages, stain
+from pipeline import dcgmm, fuse, inference, stain
 from pipeline.archive import RunError
 from pipeline.cli import app
 from pipeline.config import Running, Settings, Staining, Stitching, Tiling, Tissue
-from pipeline.inference import Found
+from pipeline.found import Found
 from pipeline.plan import Plan, plan_slide
 from pipeline.run import run
 from pipeline.stain import StainError
@@ -128,12 +128,12 @@ def test_another_network_or_template_does_not_continue_a_run(
     slide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The contents of the files count, not their names; a method that does not read them does not mind."""
-    monkeypatch.setattr(stages, "detect_patches", nothing_found)
+    monkeypatch.setattr(inference, "detect_patches", nothing_found)
     mine, template = tmp_path / "mine.safetensors", picture(tmp_path / "template.png", 1)
     shutil.copy(find_weights("stain"), mine)
 
     def segment(out: str, **staining: Any) -> str:
-        settings, running = chosen(**staining), Running(workers=1)
+        settings, running = chosen(**staining), Running(cluster=False, workers=1)
         (row,) = run([slide], tmp_path / out, settings, running, mpp=0.25, say=lambda line: None)
         return row.status
 
@@ -162,7 +162,13 @@ def test_what_cannot_be_normalised_to_is_refused_before_anything_is_begun(slide:
         (WeightsError, {"weights": "nuclei"}),
     ):
         with pytest.raises(error, match=r"no such file|need"):
-            run([slide], tmp_path / "out", chosen(method="dcgmm", **staining), Running(workers=1), mpp=0.25)
+            run(
+                [slide],
+                tmp_path / "out",
+                chosen(method="dcgmm", **staining),
+                Running(cluster=False, workers=1),
+                mpp=0.25,
+            )
         assert not (tmp_path / "out").exists()
 
 

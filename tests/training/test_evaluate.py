@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline import stages
+from pipeline import inference
 from pipeline.archive import find_slides
 from pipeline.config import Architecture, Detection, Running, Settings, Stitching, Tiling, Tissue
 from pipeline.detector import NucleusDetector, save_weights
-from pipeline.inference import Found
+from pipeline.found import Found
 from pipeline.plan import Plan
 from pipeline.run import Row
 from pipeline.tensorfile import file_sha256
@@ -100,10 +100,10 @@ def settings(weights: Path) -> Settings:
 
 @pytest.fixture(autouse=True)
 def _oracle(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stages, "detect_patches", oracle)
+    monkeypatch.setattr(inference, "detect_patches", oracle)
 
 
-ONE = Running(workers=1)
+ONE = Running(cluster=False, workers=1)
 
 
 def test_every_score_of_an_oracle_is_known(tmp_path: Path, settings: Settings) -> None:
@@ -194,7 +194,7 @@ def test_an_image_that_cannot_be_segmented_is_named(
     def broken(patches: np.ndarray, plan: Plan, settings: Settings) -> Iterator[Found]:
         raise RuntimeError("no such luck")
 
-    monkeypatch.setattr(stages, "detect_patches", broken)
+    monkeypatch.setattr(inference, "detect_patches", broken)
     data = draw_dataset(tmp_path / "data", {"a1": 3}, classes=False)
     with pytest.raises(AnnotationError, match="a1 could not be segmented: no such luck"):
         evaluate(gather([data]), settings, ONE)

@@ -70,7 +70,7 @@ def choose(
     nms: Annotated[tuple[float, ...], Several] = (),
     score: Annotated[tuple[float, ...], Several] = (0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.7),
     settings: Annotated[Settings, Flat] = Settings(),
-    running: Annotated[Running, Flat] = Running(),
+    running: Annotated[Running, Flat] = Running(cluster=False),
 ) -> int:
     """Score a grid of thresholds on held-out images.
 

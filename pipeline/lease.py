@@ -1,0 +1,218 @@
+"""Who does which slide, where several runs share one output folder and nothing else.
+
+A lease is the folder `.lease` of a slide, with one file in it: named by a token that is never used again, about its
+owner, its mtime the owner's heartbeat. A folder `.lease` that is empty, or not there, is free. The protocol:
+
+take     make a folder of our own beside, `.lease-TOKEN`, with our file in it; unlink the files of dead owners in
+         `.lease`; rename our folder to `.lease`, which a file system does, in one step, only where there is no such
+         folder or an empty one. Then look whether our file lies there: a server's answer may get lost, the file not.
+beat     touch our file.
+release  unlink our file, then the folder, which is only removed when it is empty.
+
+Why it holds: whatever removes or touches a lease names its token, so a process that slept between its judgement and
+its deed, for hours if need be, can never hit the lease that somebody else has made meanwhile; and of many that
+rename at once one finds the folder empty. Nothing hangs on caches of NFS: the server decides every step. A process
+that dies at any moment leaves a lease that expires, an empty folder, or a `.lease-TOKEN` that the next release sweeps.
+
+An owner is dead, and its lease anybody's, at once if it was a process of this user on this very machine, in this boot
+and pid namespace, that is no more; and whoever it was, if its heart has not beaten for `expiry_s`. Both times are the
+file server's, that of our own file and of theirs, because the clocks of machines differ.
+An owner that was suspended for longer loses its lease, and may ask `ours`. What it writes meanwhile is the same bytes.
+"""
+
+import contextlib
+import errno
+import json
+import os
+import platform
+import shutil
+import sys
+import threading
+import uuid
+from pathlib import Path
+from types import TracebackType
+from typing import NamedTuple, Self
+
+import psutil
+
+LEASE = ".lease"  # hidden: a slide's folder may hold the folders of other slides, whatever their names
+
+# how making a lease fails when another one has come first: its folder is not empty, or its release swept ours away
+_BEATEN = {errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT, errno.ESTALE}
+
+
+class Owner(NamedTuple):
+    """A process, as another one may recognise it."""
+
+    host: str
+    pid: int
+    began: float  # seconds, see `_began`
+    world: str  # where its pid means something
+
+
+class Leases:
+    """The leases of one run, kept alive by a thread while the context lasts, and released at its end.
+
+    Law: of all `Leases`, in all processes, that take a folder, at most one has it.
+    """
+
+    def __init__(self, beat_s: float = 20.0, expiry_s: float = 180.0) -> None:
+        """beat_s: between heartbeats; expiry_s: the same for all runs, and many beats, as a server may be slow."""
+        self._beat_s, self._expiry_ns = beat_s, round(expiry_s * 1e9)
+        self._held: dict[Path, Path] = {}  # the folder of a slide -> our file
+        self._lock = threading.Lock()  # of `_held`; never held while the file system is asked
+        self._ended = threading.Event()
+        self._heart = threading.Thread(target=self._beat, name="leases", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._heart.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._ended.set()
+        self._heart.join()
+        for folder in list(self._held):
+            self.release(folder)
+
+    def take(self, folder: Path) -> bool:
+        """Whether a slide is ours now; its folder is made. Raises OSError where nothing can be written."""
+        if self.ours(folder):
+            return True
+        folder.mkdir(parents=True, exist_ok=True)
+        lease, token = folder / LEASE, uuid.uuid4().hex
+        staged = folder / f"{LEASE}-{token}"
+        try:
+            now_ns = _stage(staged, token)  # before others are looked at: their age is, if anything, too small
+            if not _clear(lease, now_ns - self._expiry_ns):
+                return False
+            os.rename(staged, lease)
+        except OSError as error:
+            if error.errno not in _BEATEN:
+                raise
+        finally:
+            shutil.rmtree(staged, ignore_errors=True)
+        if not _touch(lease / token):
+            return False
+        with self._lock:
+            self._held[folder] = lease / token
+        return True
+
+    def ours(self, folder: Path) -> bool:
+        """Whether we took this folder and nobody has taken it over since; this is a heartbeat, too."""
+        with self._lock:
+            file = self._held.get(folder)
+        return file is not None and _touch(file)
+
+    def release(self, folder: Path) -> None:
+        """Give a folder back, if it is still ours. What cannot be removed now expires later."""
+        with self._lock:
+            file = self._held.pop(folder, None)
+        if file is None or not _touch(file):
+            return
+        with contextlib.suppress(OSError):
+            for left in folder.glob(f"{LEASE}-*"):  # by the killed; who stages one just now is beaten, by us
+                shutil.rmtree(left, ignore_errors=True)
+            file.unlink()
+            file.parent.rmdir()
+
+    def holder(self, folder: Path) -> str:
+        """Who has this folder, for a message; "" if nobody has."""
+        for file in _files(folder / LEASE):
+            owner = _read(file)
+            return f"{owner.host}, process {owner.pid}" if owner else "an unknown process"
+        return ""
+
+    def _beat(self) -> None:
+        while not self._ended.wait(self._beat_s):
+            with self._lock:
+                files = list(self._held.values())
+            for file in files:
+                # one that is lost stays lost; one whose file system is away for a while is ours when it is back
+                _touch(file)
+
+
+def _stage(staged: Path, token: str) -> int:
+    """Make the folder that may become the lease. Returns the time, by the clock of the file server, in ns."""
+    staged.mkdir()
+    (staged / token).write_text(json.dumps(_me()._asdict()), encoding="utf-8")
+    return (staged / token).stat().st_mtime_ns
+
+
+def _clear(lease: Path, oldest_ns: int) -> bool:
+    """Remove what the dead have left; False where a living owner is: one whose heart has beaten since `oldest_ns`."""
+    for file in _files(lease):
+        owner = _read(file)  # opening it makes NFS ask for its mtime anew
+        if not (owner and _is_gone(owner)) and file.stat().st_mtime_ns >= oldest_ns:
+            return False
+        file.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # not there, or taken meanwhile
+        lease.rmdir()  # some file systems do not rename over even an empty folder
+    return True
+
+
+def _files(lease: Path) -> list[Path]:
+    """What lies in a lease's folder: one file, or nothing."""
+    try:
+        return list(lease.iterdir())
+    except FileNotFoundError:
+        return []
+
+
+def _touch(file: Path) -> bool:
+    """Set mtime to now, by the clock of the file server; False where the file is not, or cannot be reached."""
+    try:
+        os.utime(file)  # without a time: NFS leaves it to the server
+    except OSError:
+        return False
+    return True
+
+
+# -------------------------------------------------------------------------------------------------- owners
+
+
+def _me() -> Owner:
+    return Owner(platform.node(), os.getpid(), _began(psutil.Process()), _world())
+
+
+def _read(file: Path) -> Owner | None:
+    """Whose lease this is; None where that is not legible, or the file has just gone."""
+    try:
+        owner = Owner(**json.loads(file.read_text(encoding="utf-8")))
+        return Owner(str(owner.host), int(owner.pid), float(owner.began), str(owner.world))
+    except (OSError, ValueError, TypeError, OverflowError):
+        return None
+
+
+def _is_gone(owner: Owner) -> bool:
+    """Whether a process is known to be no more; False where that cannot be known from here."""
+    if owner.world != _world():
+        return False
+    try:
+        process = psutil.Process(owner.pid)
+        # a pid is given again, though not within two seconds; a zombie only waits for its parent
+        return process.status() == psutil.STATUS_ZOMBIE or abs(_began(process) - owner.began) > 2
+    except psutil.NoSuchProcess:
+        return True
+    except (psutil.AccessDenied, ValueError):
+        return False
+
+
+def _began(process: psutil.Process) -> float:
+    """When a process began, as setting the clock does not change it: since boot on Linux, since the epoch elsewhere."""
+    return float(process.create_time()) - (psutil.boot_time() if sys.platform == "linux" else 0.0)
+
+
+def _world() -> str:
+    """Equal in two processes only if each sees the other under its pid.
+
+    The user belongs to it: a machine may hide the processes of others.
+    """
+    if sys.platform != "linux":
+        return f"{platform.system()} {uuid.getnode():x}"  # where a machine has no address it is random: nobody's
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')} {os.getuid()}"
+    except OSError:  # a kernel that does not say it
+        return uuid.uuid4().hex

@@ -1,0 +1,101 @@
+"""`nightslide run` on SLURM, as one Dask cluster whose workers are jobs, some with a GPU and some without.
+
+    uv run --with dask-jobqueue python workflows/launchers/slurm_cluster.py \
+        --gpu-jobs 4 --gpu-options "-p gpu --gres=gpu:1" --cpu-jobs 6 --cpu-options "-p cpu" --hours 12 \
+        -- slides/ --out results --stain macenko
+
+What follows -- are arguments of `nightslide run`. Start it where the compute nodes can reach (--interface) and where it
+may stay all night: in a small job of its own, or on a login node under tmux. The folders of slides, results and this
+environment are the same on all nodes. The jobs end with it, and it ends with the run; jobs that SLURM takes away are
+handed in again. If this process dies, the same command continues, as ever.
+"""
+
+import argparse
+import logging
+import signal
+from typing import Any
+
+from dask_jobqueue.slurm import SLURMJob
+from distributed import Scheduler, SpecCluster
+from tornado.ioloop import PeriodicCallback
+
+from pipeline.cli import main as nightslide
+
+LOOK_MS = 60_000  # between looks at whether all jobs are there
+LEAVE_S = 300  # how long before its time limit a worker hands over what it has and leaves
+
+
+def main() -> None:
+    given = parse()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as nightslide takes it: end well
+    gpu_jobs = {f"gpu-{number}": gpu_job(given) for number in range(given.gpu_jobs)}
+    cpu_jobs = {f"cpu-{number}": cpu_job(given) for number in range(given.cpu_jobs)}
+    scheduler = {"cls": Scheduler, "options": {"interface": given.interface, "dashboard_address": ":0"}}
+    with SpecCluster(gpu_jobs or cpu_jobs, scheduler, name="nightslide", silence_logs=logging.ERROR) as cluster:
+        print(f"scheduler: {cluster.scheduler_address}; waiting for the first of {len(cluster.worker_spec)} jobs")
+        cluster.wait_for_workers(1)
+        cluster.worker_spec.update(cpu_jobs)  # not sooner: without a GPU to feed they would stand idle
+        cluster.loop.add_callback(PeriodicCallback(lambda: cluster.scale(len(cluster.worker_spec)), LOOK_MS).start)
+        cluster.scale(len(cluster.worker_spec))
+        nightslide(["run", *given.arguments, "--scheduler", cluster.scheduler_address])
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gpu-jobs", type=int, default=1, help="jobs with one GPU each; 0: none (%(default)s)")
+    parser.add_argument("--gpu-options", default="--gres=gpu:1", help="of sbatch, for those (%(default)s)")
+    parser.add_argument("--cpu-jobs", type=int, default=2, help="jobs that read, tile, outline (%(default)s)")
+    parser.add_argument("--cpu-options", default="", help="of sbatch, for those")
+    parser.add_argument("--cores", type=int, default=4, help="of a CPU job (%(default)s)")
+    parser.add_argument("--memory", default="16GB", help="of any job (%(default)s)")
+    parser.add_argument("--hours", type=float, default=8, help="time limit of any job (%(default)s)")
+    parser.add_argument("--prologue", action="append", default=[], help="a line for the job script: module load ...")
+    parser.add_argument("--interface", help="network interface that the nodes can reach, such as ib0")
+    parser.add_argument("--logs", default="nightslide-jobs", help="folder for the jobs' output (%(default)s)")
+    parser.add_argument("arguments", nargs="+", help="of nightslide run")
+    given = parser.parse_args()
+    if given.gpu_jobs + given.cpu_jobs < 1:
+        parser.error("gpu-jobs=0 and cpu-jobs=0: need one job or more")
+    return given
+
+
+def gpu_job(given: argparse.Namespace) -> dict[str, Any]:
+    """Two threads share the GPU: one reads the next block while the other computes."""
+    return job(given, given.gpu_options, 2, 2, {"GPU": 1})
+
+
+def cpu_job(given: argparse.Namespace) -> dict[str, Any]:
+    """What surrounds the detector, a block a core; and the detector too, on all cores, where no job has a GPU."""
+    if given.gpu_jobs:
+        return job(given, given.cpu_options, given.cores, given.cores, {"CPU": given.cores})
+    return job(given, given.cpu_options, given.cores, 2 + given.cores, {"GPU": 1, "CPU": given.cores})
+
+
+def job(
+    given: argparse.Namespace, options: str, cores: int, threads: int, resources: dict[str, int]
+) -> dict[str, Any]:
+    """What SpecCluster makes a worker of: one job with one worker process in the care of a nanny."""
+    omp_threads = cores if "CPU" in resources and "GPU" in resources else 1
+    return {
+        "cls": SLURMJob,
+        "options": {
+            "cores": threads,
+            "job_cpu": cores,
+            "processes": 1,
+            "memory": given.memory,
+            "walltime": f"{round(given.hours * 60)}",  # minutes
+            "job_extra_directives": [options] if options else [],
+            "job_script_prologue": [*given.prologue, f"export OMP_NUM_THREADS={omp_threads}"],
+            "worker_extra_args": [
+                f'--resources "{" ".join(f"{name}={amount}" for name, amount in resources.items())}"',
+                f"--lifetime {max(60, round(given.hours * 3600) - LEAVE_S)}s",
+            ],
+            "job_name": "nightslide",
+            "log_directory": given.logs,
+            "interface": given.interface,
+        },
+    }
+
+
+if __name__ == "__main__":
+    main()
