@@ -57,7 +57,8 @@ def run(
         with places(running, settings.detector.device, client) as where, Leases() as leases:
             if where.dashboard:
                 progress.say(f"dashboard: {where.dashboard}")
-            where.introduce(vouch, (out / RUN).resolve(), versions())
+            for problem in where.introduce(vouch, out.resolve() / RUN, versions()):
+                raise RunError(problem)
             night = _Night(archive, out.resolve(), settings, digest, running, where, leases, progress)
             try:
                 _in_a_thread(night.work)
@@ -146,8 +147,12 @@ class _Night:
             await asyncio.sleep(_LOOK_S)
             self.turns.size = self._window()
             if self.where.detectors == 0 < detectors:
-                self.progress.say("WARNING: no workers are left; waiting for others to come")
+                self.progress.say(
+                    "WARNING: no worker is there to detect; waiting (one without a GPU offers GPU=1, too)"
+                )
             detectors = self.where.detectors
+            for problem in await asyncio.to_thread(self.where.introduce, vouch, self.out / RUN, versions()):
+                self.progress.say(f"WARNING: {problem}")
             if len(self.rows) > written:
                 written = len(self.rows)
                 try:
@@ -193,6 +198,8 @@ class _Night:
             error = _first(raised)
             if isinstance(error, ClusterLost):
                 raise error from None
+            if not (self.out / RUN).exists():  # whatever it looks like
+                error = RunError(f"{self.out} is not there any more: put it back, and run the same command again")
             row = await asyncio.to_thread(ledger.write_failure, job.folder, source.path, error)
             self.progress.say(f"{source.name}: FAILED: {row.cause}")
             return row
@@ -201,8 +208,7 @@ class _Night:
         """The row of a slide that is done, or that another run has failed at since this one began."""
         if source.problem:
             raise RunError(source.problem)
-        if not (self.out / RUN).exists():
-            raise RunError(f"{self.out} is not there any more: put it back, and run the same command again")
+        (self.out / RUN).stat()  # an output folder that is gone is not made anew
         content = ledger.read_slide(job.folder)
         if content is not None and self.running.overwrite:
             if (job.folder / ledger.SLIDE).stat().st_mtime_ns > self.since_ns:

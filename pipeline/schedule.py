@@ -42,8 +42,8 @@ class Places(Protocol):
 
     def submit(self, on_device: bool, function: Callable[..., Any], *args: Any) -> Future[Any]: ...
 
-    def introduce(self, function: Callable[..., Any], *args: Any) -> None:
-        """Call a function in every other process that tasks may go to; ConfigError says whom it raised in."""
+    def introduce(self, function: Callable[..., Any], *args: Any) -> list[str]:
+        """Call a function once in every process that tasks may go to; who raised, and what."""
 
 
 async def perform(places: Places, on_device: bool, function: Callable[..., Any], *args: Any) -> Any:
@@ -71,8 +71,8 @@ class Loop:
 
     dashboard, detectors = "", 1
 
-    def introduce(self, function: Callable[..., Any], *args: Any) -> None:
-        pass
+    def introduce(self, function: Callable[..., Any], *args: Any) -> list[str]:
+        return []
 
     def submit(self, _on_device: bool, function: Callable[..., Any], *args: Any) -> Future[Any]:
         future: Future[Any] = Future()
@@ -99,31 +99,38 @@ class Cluster:
     def __init__(self, client: Any) -> None:
         self._client = client
         self._asked, self._offered = float("-inf"), {"GPU": 0.0, "CPU": 0.0, "workers": 0.0}
+        self._known: set[str] = set()  # workers that have been introduced
         serves = "dashboard" in client.scheduler_info(n_workers=0).get("services", {})
         self.dashboard: str = client.dashboard_link if serves else ""
 
     def _offers(self) -> dict[str, float]:
         if time.monotonic() - self._asked > _ASK_AGAIN_S:
-            workers = self._client.scheduler_info(n_workers=-1).get("workers", {}).values()
+            workers = self._workers().values()
             offered = {name: sum(w.get("resources", {}).get(name, 0) for w in workers) for name in ("GPU", "CPU")}
             self._asked, self._offered = time.monotonic(), {**offered, "workers": len(workers)}
         return self._offered
 
+    def _workers(self) -> dict[str, Any]:
+        workers: dict[str, Any] = self._client.scheduler_info(n_workers=-1).get("workers", {})
+        return workers
+
     @property
     def detectors(self) -> int:
         offers = self._offers()
-        return int(offers["GPU"] or offers["workers"])
+        return int(offers["GPU"] if offers["CPU"] else offers["GPU"] or offers["workers"])
 
-    def introduce(self, function: Callable[..., Any], *args: Any) -> None:
-        self._client.wait_for_workers(1)
-        for address, answer in self._client.run(function, *args, on_error="return").items():
-            if isinstance(answer, Exception):
-                raise ConfigError(f"the worker at {address} {answer}")
+    def introduce(self, function: Callable[..., Any], *args: Any) -> list[str]:
+        new = [address for address in self._workers() if address not in self._known]
+        self._known.update(new)
+        answers = self._client.run(function, *args, workers=new, on_error="return") if new else {}
+        return [f"the worker at {address} {answer}" for address, answer in answers.items() if answer is not None]
 
     def submit(self, on_device: bool, function: Callable[..., Any], *args: Any) -> Future[Any]:
         offers = self._offers()
-        wanted = {"GPU": 0.5} if on_device else {"CPU": 1}
-        resources = {name: amount for name, amount in wanted.items() if offers[name]}
+        # workers with GPUs may be late, or away: where others say that they are for the processor, they are waited for
+        resources = {"GPU": 0.5} if on_device else {"CPU": 1}
+        if not (offers["CPU"] or (on_device and offers["GPU"])):
+            resources = {}
         future: Future[Any] = self._client.get_executor(pure=False, resources=resources).submit(function, *args)
         return future
 
@@ -229,6 +236,7 @@ def _start(running: Running, device: str) -> Iterator[Any]:
                 "env": station.environment,
                 "memory_limit": limit,
                 "dashboard": False,
+                "silence_logs": logging.ERROR,
             },
         }
         for number, station in enumerate(chosen)

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Memory and scratch space stay bounded however large the slide: a slide replicated to 44,400 x 44,505 px, segmented with
-# a tiny detector by two worker processes, while both are sampled from outside.
+# Memory and scratch space stay bounded however large the slide: one replicated to 44,400 x 44,505 px, segmented with a
+# tiny detector by two worker processes, while both are sampled from outside.
 #   workflows/benchmarks/giant.sh SLIDE TNBC WORK [flags of nightslide run]
 # SLIDE: CMU-1-Small-Region.svs. TNBC: the dataset that the tiny detector learns from, in a minute; what it finds is of
 # the right number and size, no more. WORK: a folder for everything; its giant.tif and tiny.safetensors are used again.

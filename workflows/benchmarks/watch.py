@@ -1,6 +1,6 @@
 """Run a command, and sample from outside the memory of all its processes and the size of folders.
 
-    python workflows/benchmarks/watch.py --tsv watch.tsv --folder 'results/**/work' -- nightslide run slides --out results
+    python workflows/benchmarks/watch.py --tsv watch.tsv --folder 'out/**/work' -- nightslide run slides --out out
 
 A process counts with its PSS: pages that several share are divided among them, so that the sum is what the command
 takes of the machine (and with its USS, what only it holds). A folder counts with the disk blocks of its files.
@@ -86,10 +86,9 @@ def look(child: psutil.Process) -> dict[int, Seen]:
         family = []
     for process in family:
         try:
-            memory, cpu = process.memory_full_info(), process.cpu_times()
-            found[process.pid] = Seen(
-                memory.pss, memory.uss, cpu.user + cpu.system, " ".join(process.cmdline())[:100]
-            )
+            memory, cpu, command = process.memory_full_info(), process.cpu_times(), process.cmdline()
+            # of a worker that multiprocessing spawned, the arguments say no more than that
+            found[process.pid] = Seen(memory.pss, memory.uss, cpu.user + cpu.system, " ".join(command[1:])[:80])
         except psutil.NoSuchProcess:
             continue
     return found

@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# A Dask cluster of this machine that outlives a run (`nightslide run` alone starts one that ends with it), or of several
-# machines that share a folder, without a batch system:
+# A Dask cluster of this machine that outlives a run (`nightslide run` alone starts one that ends with it), or of
+# several machines that share a folder, without a batch system:
 #   workflows/launchers/machine.sh start scheduler.json      # scheduler and workers, until Ctrl-C
 #   workflows/launchers/machine.sh join scheduler.json       # on further machines: workers only
 #   nightslide run slides/ --out results --scheduler-file scheduler.json
 # A worker process for every GPU (CUDA_VISIBLE_DEVICES chooses) and six beside it that read, tile and outline, as far as
-# there are cores; without a GPU one process that computes on all cores.
+# there are cores; without a GPU one process that computes on all cores. Whoever reaches the scheduler's port runs code
+# on the workers: use it where you trust the network.
 set -euo pipefail
 usage="usage: machine.sh start|join FILE"
 role=${1:?$usage} file=${2:?$usage}

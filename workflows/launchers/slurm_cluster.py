@@ -7,7 +7,7 @@
 What follows -- are arguments of `nightslide run`. Start it where the compute nodes can reach (--interface) and where it
 may stay all night: in a small job of its own, or on a login node under tmux. The folders of slides, results and this
 environment are the same on all nodes. The jobs end with it, and it ends with the run; jobs that SLURM takes away are
-handed in again. If this process dies, the same command continues, as ever.
+handed in again. If this process dies, its jobs leave by themselves, and the same command continues.
 """
 
 import argparse
@@ -31,12 +31,15 @@ def main() -> None:
     gpu_jobs = {f"gpu-{number}": gpu_job(given) for number in range(given.gpu_jobs)}
     cpu_jobs = {f"cpu-{number}": cpu_job(given) for number in range(given.cpu_jobs)}
     scheduler = {"cls": Scheduler, "options": {"interface": given.interface, "dashboard_address": ":0"}}
-    with SpecCluster(gpu_jobs or cpu_jobs, scheduler, name="nightslide", silence_logs=logging.ERROR) as cluster:
+    # dask-jobqueue's own SLURMCluster has one kind of job; its jobs fit into Dask's cluster of any kinds
+    with SpecCluster(  # type: ignore[no-untyped-call]
+        gpu_jobs or cpu_jobs, scheduler, name="nightslide", silence_logs=logging.ERROR
+    ) as cluster:
         print(f"scheduler: {cluster.scheduler_address}; waiting for the first of {len(cluster.worker_spec)} jobs")
         cluster.wait_for_workers(1)
         cluster.worker_spec.update(cpu_jobs)  # not sooner: without a GPU to feed they would stand idle
-        cluster.loop.add_callback(PeriodicCallback(lambda: cluster.scale(len(cluster.worker_spec)), LOOK_MS).start)
         cluster.scale(len(cluster.worker_spec))
+        cluster.loop.add_callback(PeriodicCallback(lambda: cluster.scale(len(cluster.worker_spec)), LOOK_MS).start)
         nightslide(["run", *given.arguments, "--scheduler", cluster.scheduler_address])
 
 
@@ -61,21 +64,23 @@ def parse() -> argparse.Namespace:
 
 def gpu_job(given: argparse.Namespace) -> dict[str, Any]:
     """Two threads share the GPU: one reads the next block while the other computes."""
-    return job(given, given.gpu_options, 2, 2, {"GPU": 1})
+    return job(given, given.gpu_options, cores=2, threads=2, resources="GPU=1")
 
 
 def cpu_job(given: argparse.Namespace) -> dict[str, Any]:
-    """What surrounds the detector, a block a core; and the detector too, on all cores, where no job has a GPU."""
+    """What surrounds the detector, a block a core; and the detector too, where no job has a GPU."""
+    cores = given.cores
     if given.gpu_jobs:
-        return job(given, given.cpu_options, given.cores, given.cores, {"CPU": given.cores})
-    return job(given, given.cpu_options, given.cores, 2 + given.cores, {"GPU": 1, "CPU": given.cores})
+        return job(given, given.cpu_options, cores, threads=cores, resources=f"CPU={cores}")
+    return job(given, given.cpu_options, cores, threads=cores + 2, resources=f"GPU=1 CPU={cores}")
 
 
-def job(
-    given: argparse.Namespace, options: str, cores: int, threads: int, resources: dict[str, int]
-) -> dict[str, Any]:
-    """What SpecCluster makes a worker of: one job with one worker process in the care of a nanny."""
-    omp_threads = cores if "CPU" in resources and "GPU" in resources else 1
+def job(given: argparse.Namespace, options: str, cores: int, threads: int, resources: str) -> dict[str, Any]:
+    """What SpecCluster makes a worker of: one job with one worker process in the care of a nanny.
+
+    cores: of the job; threads: of the worker, which are tasks at once; resources: as `dask worker` takes them.
+    """
+    computing_threads = cores if "GPU=1 CPU" in resources else 1  # PyTorch's
     return {
         "cls": SLURMJob,
         "options": {
@@ -83,11 +88,11 @@ def job(
             "job_cpu": cores,
             "processes": 1,
             "memory": given.memory,
-            "walltime": f"{round(given.hours * 60)}",  # minutes
+            "walltime": str(round(given.hours * 60)),  # minutes
             "job_extra_directives": [options] if options else [],
-            "job_script_prologue": [*given.prologue, f"export OMP_NUM_THREADS={omp_threads}"],
+            "job_script_prologue": [*given.prologue, f"export OMP_NUM_THREADS={computing_threads}"],
             "worker_extra_args": [
-                f'--resources "{" ".join(f"{name}={amount}" for name, amount in resources.items())}"',
+                f'--resources "{resources}"',
                 f"--lifetime {max(60, round(given.hours * 3600) - LEAVE_S)}s",
             ],
             "job_name": "nightslide",
