@@ -53,7 +53,8 @@ class ClusterNet(nn.Module):
         channels = architecture.channels
         self.down = nn.ModuleList(_block(before, after) for before, after in pairwise((1, *channels)))
         self.up = nn.ModuleList(_block(fine + coarse, fine) for fine, coarse in pairwise(channels))
-        self.score = nn.Conv2d(channels[0], architecture.clusters, 1)
+        # dilation is nothing to a kernel of one pixel, but without it torch adds in another order on one thread
+        self.score = nn.Conv2d(channels[0], architecture.clusters, 1, dilation=2)
         self.bands = nn.Conv2d(1, architecture.clusters, 1, bias=False)
         # At first the clusters are bands of density, pale to dense, so that each has its place whatever the seed:
         # log N(D; centre, spread), but for what all have in common. Wider bands overlap, and clusters die.
@@ -86,8 +87,15 @@ class ClusterNet(nn.Module):
         for fine, layer in zip(reversed(levels[:-1]), reversed(list(self.up)), strict=True):
             x = layer(torch.cat([fine, F.interpolate(x, scale_factor=2.0, mode="nearest")], 1))
         logits = self.score(x) + self.bands(small)  # (B, K, H / 2, W / 2)
-        logits = F.interpolate(logits, scale_factor=float(_SHRINK), mode="bilinear", align_corners=False)
+        # `antialias` changes nothing when enlarging, but without it torch adds in another order on one thread
+        logits = F.interpolate(logits, scale_factor=float(_SHRINK), mode="bilinear", antialias=True)
         return logits[..., :height, :width]
+
+
+def shares(logits: Tensor) -> Tensor:
+    """The responsibilities (B, K, H, W) of logits: softmax over K, but torch's depends on the number of threads."""
+    weights = (logits - logits.amax(1, keepdim=True)).exp()
+    return weights / weights.sum(1, keepdim=True)
 
 
 def _block(before: int, after: int) -> nn.Module:

@@ -111,7 +111,8 @@ class NucleusDetector(nn.Module):
     def features(self, images: Tensor) -> dict[str, Tensor]:
         """images: (B, 3, H, W) in 0..1 -> feature maps at strides 4 to 32 of the enlarged image."""
         if self.architecture.upscale != 1:
-            images = F.interpolate(images, scale_factor=self.architecture.upscale, mode="bilinear", align_corners=False)
+            # `antialias` changes nothing when enlarging, but without it torch adds in another order on one thread
+            images = F.interpolate(images, scale_factor=self.architecture.upscale, mode="bilinear", antialias=True)
         return self._maps(images)[0]
 
     def _maps(self, images: Tensor) -> tuple[dict[str, Tensor], Tensor | None]:
@@ -175,10 +176,11 @@ class NucleusDetector(nn.Module):
         # torchvision samples the masks it trains on half a pixel beyond their boxes (RoIAlign without `aligned`)
         enlarged = [b * self.architecture.upscale - 0.5 for b in boxes]
         pooled = heads.mask_roi_pool(dict(features), enlarged, [side] * len(boxes))
-        logits = heads.mask_predictor(heads.mask_head(pooled))  # (sum N, 1 + K, M, M)
+        logits = heads.mask_predictor(heads.mask_head(_enough(pooled)))[: len(pooled)]  # (sum N, 1 + K, M, M)
         klass = torch.cat(classes) + 1
         chosen = logits[torch.arange(len(logits), device=logits.device), klass]  # (sum N, M, M)
-        return list(chosen.float().sigmoid().split([len(b) for b in boxes]))
+        soft = 1 / (1 + (-chosen.float()).exp())  # torch.sigmoid rounds otherwise at the end of what a thread does
+        return list(soft.split([len(b) for b in boxes]))
 
     def forward(self, images: Tensor, targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         """Losses of a training step, on crops that were cut at the enlarged scale: (B, 3, S, S) in 0..1.
@@ -240,8 +242,13 @@ class _BoxHead(nn.Module):
         self.layers = nn.Sequential(nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU())
 
     def forward(self, pooled: Tensor) -> Tensor:  # (P, C, 7, 7) -> (P, hidden)
-        out: Tensor = self.layers(pooled.flatten(1))
+        out: Tensor = self.layers(_enough(pooled.flatten(1)))[: len(pooled)]
         return out
+
+
+def _enough(rows: Tensor) -> Tensor:
+    """Rows (N, ...) and zeros to at least 64: products of fewer are split, and added, by the number of threads."""
+    return F.pad(rows, (0, 0) * (rows.dim() - 1) + (0, max(0, 64 - len(rows))))
 
 
 class _BoxPredictor(nn.Module):

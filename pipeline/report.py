@@ -201,25 +201,29 @@ def _spread(slides: Sequence[Outcome]) -> str:
 
 # ------------------------------------------------------------------------------------------------ the table
 
-_COLUMNS = (
-    "slide",
-    "status",
-    "tissue mm²",
-    "nuclei",
-    "per mm²",
-    "median µm²",
-    "sizes",
-    "mm² lost",
-    "saturated tiles",
-    "seam ratio",
-    "seconds",
-    "to look at",
-)
+# Names, and whether the cells hold a number.
+_COLUMNS = {
+    "slide": False,
+    "status": False,
+    "tissue mm²": True,
+    "nuclei": True,
+    "per mm²": True,
+    "median µm²": True,
+    "sizes": False,
+    "mm² lost": True,
+    "saturated tiles": True,
+    "seam ratio": True,
+    "seconds": True,
+    "to look at": False,
+}
 
 
 def _table(slides: Sequence[Outcome]) -> str:
     """A line a slide: those that failed and those to look at first."""
-    heads = "".join(f'<th scope="col"><button type="button">{name}</button></th>' for name in _COLUMNS)
+    heads = "".join(
+        f'<th scope="col"{" class=number" if number else ""}><button type="button">{name}</button></th>'
+        for name, number in _COLUMNS.items()
+    )
     choices = {"all": "all", "look": "to look at", "failed": "failed", "pending": "pending", "done": "done"}
     options = "".join(f'<option value="{value}">{words}</option>' for value, words in choices.items())
     keys = " · ".join(f'<span class="key c{n}"></span> {stage}' for n, stage in enumerate(STAGES))
@@ -263,7 +267,7 @@ def _cell(value: float, form: str, more: str = "") -> str:
     """A number and what is said below it; an empty cell for NaN."""
     if not np.isfinite(value):
         return '<td class="number" data-v=""></td>'
-    return f'<td class="number" data-v="{value:.6g}">{value:{form}}{more}</td>'
+    return f'<td class="number" data-v="{value:.12g}">{value:{form}}{more}</td>'
 
 
 def _sizes(slide: Outcome) -> str:

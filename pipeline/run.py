@@ -62,6 +62,8 @@ def run(
             night = _Night(archive, out.resolve(), settings, digest, running, where, leases, progress)
             try:
                 _in_a_thread(night.work)
+                if night.device.seconds:
+                    progress.say(night.device.busy(where.detectors))
             finally:
                 rows = night.settled()
                 _publish(out, rows, progress)
@@ -102,6 +104,19 @@ def _publish(out: Path, rows: Sequence[Row], progress: Progress) -> None:
 
 
 @dataclass
+class _Device:
+    """How well the detectors were fed: from the first block that was ready for them to the last that they gave back."""
+
+    begun: float = float("inf")
+    ended: float = 0.0
+    seconds: float = 0.0
+
+    def busy(self, detectors: int) -> str:
+        span = max(1e-9, (self.ended - self.begun) * max(1, detectors))
+        return f"the detector computed {min(1.0, self.seconds / span):.0%} of the time"
+
+
+@dataclass
 class _Night:
     """The state of a run, owned by its event loop."""
 
@@ -113,6 +128,7 @@ class _Night:
     where: Places
     leases: Leases
     progress: Progress
+    device: _Device = field(default_factory=_Device)
     rows: dict[str, Row] = field(default_factory=dict)
     begun: set[str] = field(default_factory=set)
 
@@ -120,8 +136,9 @@ class _Night:
         """Every slide to its row."""
         self.since_ns = tables.now_ns(self.out)
         self.turns = Turns(self._window())
-        # enough slides are begun that the next ones are planned and tiled when a detector is free
-        self.open = asyncio.Semaphore(self._window() + 2)
+        # enough slides are begun that the next ones are planned and tiled when a detector is free; of one block in
+        # flight it follows that one slide is held at a time
+        self.open = asyncio.Semaphore(2 * self._window() - 1)
         watch = asyncio.create_task(self._watch())
         try:
             async with asyncio.TaskGroup() as slides:
@@ -286,9 +303,12 @@ class _Night:
         async def one(block: int) -> BlockRecord:
             if block in left:
                 seconds = await perform(self.where, False, stages.tile_block, job, block)
+                self.device.begun = min(self.device.begun, time.monotonic())
                 await perform(self.where, True, stages.detect_block, job, block, seconds)
+                self.device.ended = time.monotonic()
             record: BlockRecord = await perform(self.where, False, stages.outline_block, job, block)
             if block in left:
+                self.device.seconds += record.device_seconds
                 self.progress.block(mm2)
             return record
 

@@ -160,7 +160,8 @@ def optical_density(intensities: Tensor) -> Tensor:
 
 def _mix(images: Tensor, matrix: Tensor) -> Tensor:
     """(B, C, H, W) -> (B, R, H, W): every pixel's colour times `matrix` (R, C)."""
-    return F.conv2d(images, matrix.to(images)[:, :, None, None])
+    # dilation is nothing to a kernel of one pixel, but without it torch adds in another order on one thread
+    return F.conv2d(images, matrix.to(images)[:, :, None, None], dilation=2)
 
 
 def sample(patches: NDArray[np.uint8] | Tensor, readable: NDArray[np.bool_] | Tensor) -> Sample:
@@ -333,7 +334,7 @@ def _fit_dcgmm(taken: Sample, network: ClusterNet | None) -> Numbers:
     with torch.inference_mode():
         for images, tissue in zip(torch.split(taken.images, _CHUNK), torch.split(taken.tissue, _CHUNK), strict=True):
             hsd = dcgmm.to_hsd(optical_density(images).clamp(min=0))
-            sums.append(dcgmm.moments(hsd, network(hsd[:, :1] / level).softmax(1), tissue).sum(0))
+            sums.append(dcgmm.moments(hsd, dcgmm.shares(network(hsd[:, :1] / level)), tissue).sum(0))
     mixture = dcgmm.maximise(torch.stack(sums).sum(0), network.architecture.floor)
     return {"density": (level,), **{name: tuple(t.flatten().tolist()) for name, t in mixture._asdict().items()}}
 
@@ -348,7 +349,7 @@ def _transfer_dcgmm(images: Tensor, source: Numbers, target: Numbers, network: C
         )
     density = optical_density(images).clamp(min=0)
     hsd = dcgmm.to_hsd(density)
-    shares = network(hsd[:, :1] / source["density"][0]).softmax(1)
+    shares = dcgmm.shares(network(hsd[:, :1] / source["density"][0]))
     moved = dcgmm.from_hsd(dcgmm.transfer(hsd, shares, _mixture(source, images), _mixture(target, images)))
     return images * ((density - moved) * _tissue_share(images)).exp()
 

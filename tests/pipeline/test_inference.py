@@ -12,10 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline import fuse, inference, stain
-from pipeline.config import Detection, Settings, Tiling
+from pipeline.config import Architecture, Detection, Settings, Staining, Tiling
+from pipeline.detector import NucleusDetector, fold
 from pipeline.found import Found
 from pipeline.fuse import Instances, quarters
 from pipeline.inference import detect_patches
+from pipeline.tensorfile import find_weights
 
 SIDE, MARGIN, MASK = 512, 64, 4  # in quarters 320 px, then 256
 PLAN: Any = SimpleNamespace(stain=stain.TEMPLATE["none"], target=stain.TEMPLATE["none"])
@@ -266,3 +268,34 @@ def test_stains_are_means_of_what_a_mask_covers(device: Callable[..., Device]) -
     assert np.array_equal(parts.stains, whole.stains)
     colour = torch.tensor(patch[35, 35]).view(1, 3, 1, 1) / 255
     assert np.allclose(whole.stains[0], stain.hed(colour).flatten(), atol=1e-4)
+
+
+# ------------------------------------------------------------------------------------------ the same bits
+
+
+@pytest.mark.parametrize(("method", "precision"), [("macenko", torch.bfloat16), ("dcgmm", torch.float32)])
+def test_neither_threads_nor_batches_show(method: Any, precision: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Law: the same bits on one thread and on several, alone and in a batch; also where there are few proposals."""
+    torch.manual_seed(0)
+    model = fold(NucleusDetector(Architecture(box_hidden=32, mask_channels=8, mask_layers=1)).eval())
+    inference._dilate_points(model)
+    monkeypatch.setattr(inference, "engine", lambda _: inference.Engine(model, torch.device("cpu"), precision))
+    patches = np.random.default_rng(0).integers(60, 255, (2, 320, 320, 3)).astype(np.uint8)
+    patches[1, 32:] = 240
+    target = stain.read_template(find_weights("stain")) if method == "dcgmm" else stain.TEMPLATE[method]
+    paler = stain.Stain(method, {name: tuple(0.9 * v for v in values) for name, values in target.numbers.items()})
+    plan: Any = SimpleNamespace(stain=paler, target=target)
+
+    def find(batch: int, threads: int) -> list[Found]:
+        detection = Detection(batch=batch, score=0.05)
+        torch.set_num_threads(threads)
+        return list(detect_patches(patches, plan, Settings(detector=detection, stain=Staining(method=method))))
+
+    before = torch.get_num_threads()
+    try:
+        expected, *others = [find(*how) for how in ((1, 1), (1, 3), (2, 2))]
+    finally:
+        torch.set_num_threads(before)
+    assert len(expected[0].boxes) > 5
+    for found in others:
+        assert all(same(a, b) for a, b in zip(found, expected, strict=True))

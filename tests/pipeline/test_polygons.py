@@ -229,3 +229,56 @@ def test_empty_polygons_measure_zero_and_have_no_centroid():
     assert np.isnan(measured.centroid[0]).all()
     assert measured.area_um2[1] == 1
     assert all(len(values) == 0 for values in measure(array(), (1, 1)))
+
+
+def test_an_outline_that_would_cross_itself_stays_one_polygon() -> None:
+    """Regression: Douglas and Peucker make this one cross itself, and GEOS mends that by taking it apart."""
+    ring = [
+        *((3.287, 0.23), (3.401, 0.175), (4.157, 0.047), (4.913, 0.117), (5.123, 0.23), (5.35, 0.69), (5.668, 1.147)),
+        *((5.671, 1.151), (5.89, 1.611), (6.424, 1.756), (7.18, 1.843), (7.936, 1.824), (8.39, 2.071), (7.936, 2.444)),
+        *((7.576, 2.531), (7.18, 2.705), (6.721, 2.992), (7.18, 3.104), (7.597, 3.452), (7.936, 3.683), (8.229, 3.912)),
+        *(
+            (8.004, 4.372),
+            (7.936, 4.403),
+            (7.18, 4.462),
+            (6.567, 4.372),
+            (6.424, 4.338),
+            (5.668, 4.068),
+            (4.913, 4.118),
+        ),
+        *(
+            (4.739, 4.372),
+            (4.301, 4.833),
+            (4.157, 4.892),
+            (3.401, 4.871),
+            (3.312, 4.833),
+            (2.901, 4.372),
+            (2.645, 4.231),
+        ),
+        *(
+            (2.091, 3.912),
+            (1.889, 3.784),
+            (1.573, 3.452),
+            (1.685, 2.992),
+            (1.831, 2.531),
+            (1.889, 2.439),
+            (2.373, 2.071),
+        ),
+        *(
+            (2.645, 2.001),
+            (3.401, 1.987),
+            (4.157, 2.053),
+            (4.913, 1.719),
+            (5.343, 1.611),
+            (5.644, 1.151),
+            (4.913, 1.087),
+        ),
+        *((4.157, 0.77), (4.042, 0.69), (3.401, 0.307)),
+    ]
+    before = np.array([shapely.Polygon(ring)], object)
+    assert shapely.get_type_id(shapely.simplify(before, 0.25, preserve_topology=False))[0] == 6  # in parts
+    (after,) = simplify(before, 0.25)
+    assert after.geom_type == "Polygon"
+    assert after.is_valid
+    assert not after.interiors
+    assert 0.9 < after.area / before[0].area < 1.1
