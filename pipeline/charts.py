@@ -62,8 +62,7 @@ def ratios(points: Sequence[Ratio], marked: int, axis: str) -> str:
 
     marked: how many of the first stand on a shaded ground; axis: what the labels below are.
     """
-    low = min([0.9, *(p.ratio - p.error for p in points)])
-    high = max([1.1, *(p.ratio + p.error for p in points)])
+    low, high = _spread([0.9, 1.1, *(p.ratio - p.error for p in points), *(p.ratio + p.error for p in points)])
     y = _scale(low, high, _HEIGHT - _BOTTOM, _TOP)
     x = _scale(-0.5, len(points) - 0.5, _LEFT, _WIDTH - _RIGHT)
     one = y(1.0)

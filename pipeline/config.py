@@ -147,7 +147,7 @@ class Exporting:
     "Subtract the slide's bounds, as QuPath's OpenSlide reader crops to them."
 
 
-WORK_FORMAT = 2
+WORK_FORMAT = 3
 "Of what lies in a slide's work folder: raised with every change that makes older ones wrong to continue from."
 
 

@@ -88,8 +88,10 @@ def seam_verdict(observed: Sequence[float] | NDArray[Any], expected: Sequence[fl
     """Judge the counts of `seam_counts`, of one slide or added up over many.
 
     With o and e the counts within 8 px of a seam, the ratio is o / e; if o is Poisson with mean e, its standard error
-    is 1 / sqrt(e). Suspicious is a ratio off by more than 4 standard errors and by more than 5 %, which may be the
-    tissue's own unevenness otherwise, where at least 25 are expected, as fewer are not normally distributed.
+    is 1 / sqrt(e). Suspicious is a ratio off by more than 4 standard errors and by more than 5 %, as less may be the
+    tissue's own unevenness, where at least 25 are expected, as fewer are not normally distributed.
+    Too many need not be second sights: within the claim's tolerance two tiles are asked, and a detector that is
+    unsure of itself has two chances to find a nucleus there.
     """
     near = SEAM_EDGES_PX.index(NEAR_PX)
     seen, due = float(np.sum(observed[:near])), float(np.sum(expected[:near]))

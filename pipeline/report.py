@@ -17,6 +17,8 @@ from pipeline.outcome import FEWEST_SLIDES, ODD_Z, Outcome, outcomes, read_objec
 
 STAGES = ("plan", "tile", "detect", "outline", "stitch", "export")
 
+_SHOWN_UM2 = 150  # the sizes in the table go so far, the last bin further
+
 
 def write_report(out: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
     """Write out/report.html and return its path.
@@ -93,7 +95,7 @@ def _figures(slides: Sequence[Outcome]) -> str:
         (f"{seconds / 3600:,.2f}", "hours at work", ""),
         (f"{area / seconds:,.3f}" if seconds else "?", "mm² per second", ""),
         (f"{3600 * area / seconds:,.0f}" if seconds else "?", "mm² per hour", ""),
-        (f"{lost:,.3f}", "mm² lost", "bad" if lost else ""),
+        *([(f"{lost:,.3f}", "mm² lost", "bad")] if lost else []),
     ]
     items = (f'<li><b class="{kind}">{value}</b><span>{words}</span></li>' for value, words, kind in figures)
     return f'<ul class="figures">{"".join(items)}</ul>'
@@ -152,16 +154,13 @@ def _seams(slides: Sequence[Outcome]) -> str:
     points = [
         charts.Ratio(label, o / e, e**-0.5) for label, o, e in zip(labels, observed, expected, strict=True) if e > 0
     ]
-    said = (
-        '<b class="bad">not what it should be: look at --tiling.margin and at the slides that are marked</b>'
-        if verdict.suspicious
-        else '<b class="good">as it should be</b>'
-    )
+    said = '<b class="bad">not what it should be</b>' if verdict.suspicious else '<b class="good">as it should be</b>'
     plot = charts.ratios(points, SEAM_EDGES_PX.index(NEAR_PX), "distance to the nearest seam, up to so many work px")
     return (
         f"<figure><h2>Seams</h2>{plot}<figcaption>Within {NEAR_PX} px of a seam there are {verdict.ratio:.3f} ± "
-        f"{verdict.standard_error:.3f} times as many nuclei as around it: {said}. Flat at 1 is right; more is nuclei "
-        f"found twice, less is nuclei lost.</figcaption></figure>"
+        f"{verdict.standard_error:.3f} times as many nuclei as around it: {said}. Flat at 1 is right. More is nuclei "
+        f"found twice, or a detector that two tiles asked, unsure of itself; less is nuclei lost: raise "
+        f"--tiling.margin.</figcaption></figure>"
     )
 
 
@@ -189,7 +188,7 @@ def _spread(slides: Sequence[Outcome]) -> str:
         for number, s in enumerate(slides)
         if s.density > 0 and np.isfinite(s.median_area)
     ]
-    if not dots:
+    if len(dots) < 2:
         return ""
     plot = charts.scatter(dots, "median area of a nucleus, µm²", "nuclei per mm²")
     return (
@@ -230,7 +229,7 @@ def _table(slides: Sequence[Outcome]) -> str:
     return (
         f'<section><h2>Slides</h2>\n<div class="controls"><input id="words" type="search" aria-label="filter" '
         f'placeholder="name, cause, remark"><select id="state" aria-label="which slides">{options}</select>'
-        f'<span id="shown" class="soft"></span><span class="soft">sizes: 0 to {AREA_EDGES_UM2[-1]} µm² and above · '
+        f'<span id="shown" class="soft"></span><span class="soft">sizes: 0 to {_SHOWN_UM2} µm² and above · '
         f"{keys}</span></div>\n"
         f'<table id="slides"><thead><tr><th></th>{heads}</tr></thead>\n<tbody>\n'
         f"{''.join(_line(slide, number) for number, slide in enumerate(slides))}</tbody></table></section>"
@@ -277,7 +276,9 @@ def _sizes(slide: Outcome) -> str:
     sizes = slide.findings["area_um2"]
     low, first, middle, third, high = sizes["quantiles"]
     title = f"area, µm²: median {middle:g}, half are {first:g} to {third:g}, nine tenths {low:g} to {high:g}"
-    return f'<td data-v="{(third - first) / middle:.4g}">{charts.histogram(sizes["counts"], title)}</td>'
+    shown = AREA_EDGES_UM2.index(_SHOWN_UM2)
+    counts = [*sizes["counts"][:shown], sum(sizes["counts"][shown:])]
+    return f'<td data-v="{(third - first) / middle:.4g}">{charts.histogram(counts, title)}</td>'
 
 
 def _ratio(slide: Outcome) -> str:

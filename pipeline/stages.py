@@ -29,6 +29,7 @@ from pipeline.findings import findings
 from pipeline.found import Found, read_found, write_found
 from pipeline.plan import Plan, picture_mpp, plan_slide, read_plan, write_plan
 from pipeline.tensorfile import detector_architecture, find_weights
+from slides.geometry import Size
 from slides.grid import Tile
 from slides.patches import PatchStore, cut
 from slides.slide import Slide, open_slide
@@ -228,7 +229,7 @@ def outline(found: Found, tile: Tile, plan: Plan, settings: Settings) -> tuple[p
 
 class StitchRecord(NamedTuple):
     nuclei: int
-    dropped: int  # second sights of a nucleus that another tile shows better
+    dropped: int  # at seams: second sights of a nucleus that another tile shows better, guests without a witness
 
 
 COLOURS = (
@@ -278,7 +279,7 @@ def engine_classes(settings: Detection) -> tuple[str, ...]:
 
 
 def _seam_losers(job: Job, plan: Plan) -> dict[int, NDArray[np.int64]]:
-    """Rows of each block's instances that are second sights of a nucleus, found at the seams."""
+    """Rows of each block's instances that are second sights of a nucleus, or guests without a witness, at the seams."""
     bounds, tile, score, place = [], [], [], []
     for block in plan.blocks:
         rows = tables.read_instances(job.instances(block), ["tile_row", "tile_col", "x0", "y0", "x1", "y1", "score"])
@@ -300,7 +301,10 @@ def _seam_losers(job: Job, plan: Plan) -> dict[int, NDArray[np.int64]]:
         encoded = tables.read_instances(job.instances(int(block)), ["geometry"])
         shapes[here] = tables.geometry(encoded.take(pa.array(places[near[here], 1])))
     number = tiles[near, 0].astype(np.int64) * plan.grid.cols + tiles[near, 1]
-    lost = near[~stitch.resolve(shapes, number, scores[near], iou=job.settings.stitching.iou)]
+    centroids = shapely.centroid(shapes)
+    anchors = np.stack([shapely.get_x(centroids), shapely.get_y(centroids)], 1)
+    guest = stitch.guests(anchors, cores[near], Size(plan.grid.cols * stride, plan.grid.rows * stride))
+    lost = near[~stitch.resolve(shapes, number, scores[near], iou=job.settings.stitching.iou, guest=guest)]
     return {int(b): places[lost[places[lost, 0] == b], 1] for b in np.unique(places[lost, 0])}
 
 

@@ -1,8 +1,10 @@
 """Claim and resolve: the instances of overlapping tiles -> each nucleus once.
 
 A tile claims what is anchored in its core or within a tolerance of it, so that a nucleus at a seam is claimed
-by at least one tile though their predictions differ; of those claimed by several tiles one is kept. Nothing
-is merged, and instances of one tile are never compared: that tile saw both. All coordinates are work px.
+by at least one tile though their predictions differ; of those claimed by several tiles one is kept. What a tile
+claims of another's core is a guest there, and needs that tile or a third as its witness: else a seam, where two are
+asked, would show more of what a detector is unsure of. Nothing is merged, and instances of one tile are never
+compared: that tile saw both. All coordinates are work px.
 """
 
 import numpy as np
@@ -69,15 +71,29 @@ def seam_candidates(bounds: Floats, cores: NDArray[np.number], reach: float) -> 
     return np.asarray(overhang(bounds, cores) > -reach)
 
 
-def resolve(polygons: Polygons, tile: Ints, score: NDArray[np.floating], *, iou: float) -> Bools:
+def guests(anchors: Floats, cores: NDArray[np.number], grid: Size) -> Bools:
+    """Which instances are anchored outside their tile's core; the outer cores of the grid end nowhere.
+
+    anchors: float64 (N, 2), x y; cores: (N, 4), x0 y0 x1 y1, not clipped to the slide; grid: px that all cores cover
+    """
+    (x, y), (x0, y0, x1, y1) = anchors.T, cores.T
+    left, upper = (x < x0) & (x0 > 0), (y < y0) & (y0 > 0)
+    right, lower = (x >= x1) & (x1 < grid.width), (y >= y1) & (y1 < grid.height)
+    return np.asarray(left | upper | right | lower)
+
+
+def resolve(
+    polygons: Polygons, tile: Ints, score: NDArray[np.floating], *, iou: float, guest: Bools | None = None
+) -> Bools:
     """Of instances of different tiles that are one nucleus, keep the best.
 
     polygons: object (N,), valid; tile: int (N,), any numbers that tell tiles apart; score: float (N,)
     iou: 0 < iou <= 1; two polygons that overlap by so much are one nucleus
+    guest: bool (N,), of `guests`: such a one goes unless another tile saw it, too; None: nobody is
     Returns bool (N,), what stays. Best first: by score, then area, then the bytes of the outline.
     Laws: neither the order of the instances nor the numbers of the tiles change which outlines stay. Of equal
     copies in several tiles one stays or none. Two instances that one tile saw side by side both stay or go
-    for other reasons.
+    for other reasons. Where each tile finds what it finds by chance, nuclei are as dense at the seams as elsewhere.
     """
     if not 0 < iou <= 1:
         raise ValueError(f"iou={iou}: need 0 < iou <= 1")
@@ -86,6 +102,10 @@ def resolve(polygons: Polygons, tile: Ints, score: NDArray[np.floating], *, iou:
     better, worse = _overlapping(polygons[first], iou)
     rivals = ~_seen_together(better, worse, outline, tile)
     stays = np.ones(len(first), dtype=bool)
+    if guest is not None:
+        copies = np.bincount(outline, minlength=len(first))
+        stays = (np.bincount(outline, ~guest, len(first)) > 0) | (copies > 1)
+        stays[better[rivals]] = stays[worse[rivals]] = True
     # In order of the better one, so that its own fate is settled when it decides over others.
     for winner, loser in zip(better[rivals].tolist(), worse[rivals].tolist(), strict=True):
         if stays[winner]:

@@ -28,7 +28,7 @@ FLAGS = [
 
 
 class Cluster:
-    """`dask scheduler` and three `dask worker`, one of them with a GPU to offer; those that died are begun anew."""
+    """`dask scheduler` and two `dask worker`, one of them with a GPU to offer; those that died are begun anew."""
 
     def __init__(self, folder: Path) -> None:
         self.file = folder / "scheduler.json"
@@ -41,7 +41,7 @@ class Cluster:
             for worker in [name for name in self.processes if name != "scheduler"]:
                 self.kill(worker)  # they belong to the scheduler that is gone
             self._dask("scheduler", "scheduler", "--host", "127.0.0.1", "--port", "0", "--no-dashboard")
-        for name, resources in (("gpu", "GPU=1"), ("cpu-1", "CPU=1"), ("cpu-2", "CPU=1")):
+        for name, resources in (("gpu", "GPU=1"), ("cpu", "CPU=2")):
             if not self.alive(name):
                 flags = ("--nthreads", "2", "--no-nanny", "--no-dashboard", "--resources", resources)
                 self._dask(name, "worker", *flags, "--preload", str(ROOT / "tests" / "oracle.py"))
@@ -131,7 +131,7 @@ def test_ten_kills_in_a_row_change_nothing(
     """Law: kill -9 of a worker, the scheduler or the client, at any moment: the same command goes on at the block."""
     rng = random.Random(int(os.environ.get("NIGHTSLIDE_TEST_SEED", "0")))
     out = tmp_path / "out"
-    victims = ["client", "gpu", "scheduler", *rng.choices(["client", "scheduler", "gpu", "cpu-1", "cpu-2"], k=7)]
+    victims = ["client", "gpu", "scheduler", *rng.choices(["client", "gpu", "cpu", "scheduler"], [3, 3, 3, 1], k=7)]
     client = nightslide(archive, out, "--scheduler-file", str(cluster.file))
     for victim in victims:
         before = blocks_done(out)

@@ -6,7 +6,7 @@ import shapely
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-from pipeline.stitch import claim, overhang, resolve, seam_candidates, touching
+from pipeline.stitch import claim, guests, overhang, resolve, seam_candidates, touching
 from slides.geometry import Box, Size
 from slides.grid import TileGrid
 
@@ -300,3 +300,47 @@ def test_the_oracle_s_objects_are_within_the_radius(seed):
     assume(len(truth))
     far = [np.hypot(*(shapely.get_coordinates(p) - centroids(np.array([p]))[0]).T).max() for p in truth]
     assert max(far) <= RADIUS
+
+
+def test_a_detector_that_is_unsure_finds_no_more_at_the_seams_than_elsewhere():
+    """Law: two tiles that find, each by chance, half of what is there, and see it a little elsewhere."""
+    rng = np.random.default_rng(0)
+    grid = TileGrid(Size(400, 4000), tile=240, margin=20, block=1)  # a seam at x = 200, and across every 200 px
+    centres = np.stack([rng.uniform(190, 210, 6000), rng.uniform(10, 3990, 6000)], 1)
+    keep = shapely.STRtree(shapely.points(centres)).query(shapely.points(centres), predicate="dwithin", distance=2.5)
+    crowded = np.unique(keep[1][keep[0] < keep[1]])
+    centres = np.delete(centres, crowded, 0)
+    shapes, tiles, cores = [], [], []
+    for index in range(grid.rows * grid.cols):
+        tile = grid.tile_at(*divmod(index, grid.cols))
+        seen = centres[rng.random(len(centres)) < 0.5]
+        seen = seen + rng.uniform(-0.5, 0.5, seen.shape)
+        mine = seen[claim(seen, tile.core, tolerance=TOLERANCE)]
+        shapes.append(shapely.buffer(shapely.points(mine), 1.2))
+        tiles.append(np.full(len(mine), index))
+        cores.append(np.tile(tile.core, (len(mine), 1)))
+    polygons, tile_of, core_of = np.concatenate(shapes), np.concatenate(tiles), np.concatenate(cores)
+    anchors = centroids(polygons)
+    size = Size(grid.cols * grid.stride, grid.rows * grid.stride)
+    scores = rng.random(len(polygons))
+
+    def near_and_far(**more):
+        stays = resolve(polygons, tile_of, scores, iou=0.3, **more)
+        distance = np.abs(anchors[stays, 0] - 200)
+        truth = np.abs(centres[:, 0] - 200)
+        return [
+            np.sum((a <= distance) & (distance < b)) / np.sum((a <= truth) & (truth < b)) for a, b in ((0, 2), (4, 8))
+        ]
+
+    near, far = near_and_far(guest=guests(anchors, core_of, size))
+    error = (0.25 / np.sum(np.abs(centres[:, 0] - 200) < 2)) ** 0.5
+    assert abs(near - 0.5) < 4 * error
+    assert abs(far - 0.5) < 4 * error
+    near, _ = near_and_far()
+    assert near > 0.5 + 4 * error, "without witnesses there would be more"
+
+
+def test_guests_are_those_of_inner_borders():
+    cores = np.array([[0, 0, 100, 100]] * 5 + [[100, 100, 200, 200]] * 3)
+    anchors = np.array([[-1, 5], [5, -1], [100, 5], [5, 100], [5, 5], [99.9, 150], [150, 201], [201, 150]])
+    assert guests(anchors, cores, Size(200, 200)).tolist() == [False, False, True, True, False, True, False, False]
