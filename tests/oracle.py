@@ -6,7 +6,10 @@ reading, tiling, storing, claiming, stitching and export are the real ones. As a
 """
 
 import os
+import sys
+import threading
 import time
+import types
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,7 +17,7 @@ import numpy as np
 import shapely
 from PIL import Image
 
-from pipeline import inference, tables
+from pipeline import tables
 from pipeline.config import Settings, Stitching, Tiling, Tissue
 from pipeline.found import Found
 from pipeline.plan import Plan
@@ -47,8 +50,11 @@ def detect(patches: np.ndarray, plan: Plan, settings: Settings) -> Iterator[Foun
 
 
 def install() -> None:
-    """Take the detector's place in this process."""
-    inference.detect_patches = detect
+    """Take the detector's place in this process, which then need not load it: that takes longer than all the rest."""
+    stand_in = types.ModuleType("pipeline.inference")
+    turn = threading.Lock()
+    vars(stand_in).update(detect_patches=detect, computing=lambda: turn)
+    sys.modules["pipeline.inference"] = stand_in
 
 
 async def dask_setup(_worker: object) -> None:
