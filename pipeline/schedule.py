@@ -236,7 +236,7 @@ def _start(running: Running, device: str) -> Iterator[Any]:
                 "env": station.environment,
                 "memory_limit": limit,
                 "dashboard": False,
-                "silence_logs": logging.ERROR,
+                "silence_logs": logging.CRITICAL,  # a task that fails is a line of the ledger
             },
         }
         for number, station in enumerate(chosen)
@@ -248,6 +248,8 @@ def _start(running: Running, device: str) -> Iterator[Any]:
     quiet = {
         "distributed.worker.memory.target": False,  # nothing that Dask could spill is large
         "distributed.worker.memory.spill": False,
+        # Dask has its workers give memory back at once; a detector on the processor then takes twice as long
+        "distributed.nanny.pre-spawn-environ": {},
         "logging": {"distributed": "error"},
     }
     with (
