@@ -203,6 +203,8 @@ class _Night:
             try:
                 known = await asyncio.to_thread(self._known, source, job)  # it may have ended before we took it
                 if known is None:
+                    if self.running.overwrite:
+                        await asyncio.to_thread(_remove_results, job)
                     self.begun.add(source.name)
                     known = await self._segment(source.name, job)
                     self.progress.say(ledger.summary(dataclasses.replace(known, slide=source.name)))
@@ -230,7 +232,6 @@ class _Night:
         if content is not None and self.running.overwrite:
             if (job.folder / ledger.SLIDE).stat().st_mtime_ns > self.since_ns:
                 return ledger.row_of(content)  # another run, also told to overwrite, has just done it
-            _remove_results(job)
         elif content is not None and content.get("digest") == job.digest:
             row = ledger.row_of(content)
             if job.mpp is not None and row.mpp != round(job.mpp, 6):
@@ -341,6 +342,7 @@ def _check_space(job: Job, window: int) -> None:
 
 
 def _remove_results(job: Job) -> None:
+    """Whatever an earlier run made of the slide, with other settings perhaps; its lease is ours."""
     for name in ("work", *RESULTS):
         path = job.folder / name
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)

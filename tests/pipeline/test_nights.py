@@ -150,6 +150,23 @@ def test_a_run_json_that_is_damaged_is_told(archive: Path, tmp_path: Path) -> No
     assert (rows["a"].status, rows["b"].status) == ("done", "done before")
 
 
+def test_overwriting_begins_anew_with_other_settings_even_half_done_work(archive: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(stages, "stitch_slide", _raise(RuntimeError("the light went out")))
+        night(archive, out)
+    rows = run(
+        [archive / "list.csv"],
+        out,
+        chosen(tile=96, block=1),
+        Running(cluster=False, workers=1, overwrite=True),
+        mpp=0.25,
+        say=lambda line: None,
+    )
+    assert [row.status for row in rows] == ["done", "done"]
+    assert rows[0].tiles > 20
+
+
 def test_a_slide_that_another_run_is_at_is_left_to_it(archive: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     with Leases() as other:
