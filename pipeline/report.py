@@ -122,7 +122,7 @@ def _failures(slides: Sequence[Outcome]) -> str:
     for slide in slides:
         if slide.state == "failed":
             own = re.escape(slide.name.rsplit("/", 1)[-1])
-            cause = re.sub(rf"\S*{own}\S*", "…", str(slide.row.get("cause") or "no cause is known"))
+            cause = re.sub(rf"\S*{own}\.\S*", "…", str(slide.row.get("cause") or "no cause is known"))
             groups[re.sub(r"\d+([.,]\d+)*", "#", cause)].append((slide, cause))
     if not groups:
         return ""
