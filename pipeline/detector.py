@@ -29,7 +29,10 @@ from pipeline.tensorfile import WeightsError
 STRIDES = (4, 8, 16, 32)
 LEVELS = ("0", "1", "2", "3")  # torchvision names feature maps by strings
 RATIOS = (0.5, 1.0, 2.0)
-LEAST_OBJECTNESS = 0.05  # of a proposal that is worth a look
+LEAST_OBJECTNESS = 0.5  # of a proposal that is worth a look: of those below, next to none becomes a nucleus
+# Every nucleus draws some ten anchors. Where no more of them enter the suppression than may leave it, the clearest
+# nuclei of a crowded patch crowd out the others.
+ANCHORS_PER_PROPOSAL = 2
 
 
 class Caps(NamedTuple):
@@ -128,7 +131,7 @@ class NucleusDetector(nn.Module):
     def propose(self, features: Mapping[str, Tensor], side: tuple[int, int], caps: Caps) -> list[Tensor]:
         """Region proposals of each image, (P, 4) in enlarged px, at most caps.proposals; few where little is."""
         self.rpn.score_thresh = LEAST_OBJECTNESS  # in training every proposal teaches
-        self.rpn._pre_nms_top_n = {"training": 1500, "testing": caps.proposals}
+        self.rpn._pre_nms_top_n = {"training": 1500, "testing": ANCHORS_PER_PROPOSAL * caps.proposals}
         self.rpn._post_nms_top_n = {"training": 1000, "testing": caps.proposals}
         sizes = [side] * features["0"].shape[0]
         images = ImageList(features["0"].new_empty((len(sizes), 1, *side)), sizes)

@@ -201,7 +201,7 @@ def outline_block(job: Job, block: int) -> BlockRecord:
 def outline(found: Found, tile: Tile, plan: Plan, settings: Settings) -> tuple[pa.Table, int]:
     """A tile's claimed instances as rows of `tables.INSTANCES`, and how many of them a read edge cuts.
 
-    Claimed is what is anchored (by its centroid) in the tile's core and in the tissue.
+    Claimed is what is anchored (by its centroid) in the tile's core and in the tissue, and lies on no better one.
     """
     shapes = polygons.solid(polygons.polygons(found.soft, found.boxes, level=0.5))
     shapes = polygons.simplify(shapes, settings.stitching.simplify_px)
@@ -209,6 +209,7 @@ def outline(found: Found, tile: Tile, plan: Plan, settings: Settings) -> tuple[p
     centroids = shapely.centroid(shapes)
     anchors = np.stack([shapely.get_x(centroids), shapely.get_y(centroids)], 1)  # NaN where nothing was outlined
     mine = stitch.claim(anchors, tile.core, tolerance=settings.stitching.tolerance_px)
+    mine &= stitch.distinct(shapes, found.scores, share=settings.detector.overlap)
     mine[mine] = plan.tissue.contains(anchors[mine])
     bounds = shapely.bounds(shapes[mine])
     cut_off = int(stitch.touching(bounds, tile.read, plan.grid.size).sum())

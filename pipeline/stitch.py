@@ -1,10 +1,10 @@
-"""Claim and resolve: the instances of overlapping tiles -> each nucleus once.
+"""Distinct, claim and resolve: the instances of overlapping tiles -> each nucleus once.
 
-A tile claims what is anchored in its core or within a tolerance of it, so that a nucleus at a seam is claimed
-by at least one tile though their predictions differ; of those claimed by several tiles one is kept. What a tile
-claims of another's core is a guest there, and needs that tile or a third as its witness: else a seam, where two are
-asked, would show more of what a detector is unsure of. Nothing is merged, and instances of one tile are never
-compared: that tile saw both. All coordinates are work px.
+Of a tile's own instances those that lie on each other are one nucleus. A tile claims what is anchored in its core or
+within a tolerance of it, so that a nucleus at a seam is claimed by at least one tile though their predictions differ;
+of those claimed by several tiles one is kept. What a tile claims of another's core is a guest there, and needs that
+tile or a third as its witness: else a seam, where two are asked, would show more of what a detector is unsure of.
+Nothing is merged, and instances of one tile are not compared again: that tile saw both. All coordinates are work px.
 """
 
 import numpy as np
@@ -19,6 +19,28 @@ Bools = NDArray[np.bool_]
 # An outline that its patch cut off ends up to half a mask cell, and the tolerance of `simplify`, short of the
 # edge: 2 px for the largest nuclei.
 _SHORT_PX = 2.0
+
+
+def distinct(polygons: Polygons, score: NDArray[np.floating], *, share: float) -> Bools:
+    """Of outlines of one tile that lie on each other, keep the best: a nucleus and its half, or two and their union.
+
+    Their boxes need not overlap by enough for non-maximum suppression to see it.
+    polygons: object (N,), valid or empty; score: float (N,); share: 0 < share <= 1, of the smaller one's area
+    Returns bool (N,): what shares so much with a better one that stays is out. Best first as in `resolve`.
+    Laws: the order of the instances does not change which outlines stay; what lies on nothing stays.
+    """
+    if not 0 < share <= 1:
+        raise ValueError(f"share={share}: need 0 < share <= 1")
+    first, outline = _outlines(polygons, score)
+    area = shapely.area(polygons[first])
+    i, j, shared = _intersecting(polygons[first])
+    on = shared >= share * np.minimum(area[i], area[j])
+    stays = np.ones(len(first), dtype=bool)
+    for better, worse in zip(i[on].tolist(), j[on].tolist(), strict=True):
+        if stays[better]:
+            stays[worse] = False
+    # of equal outlines the first in the tile's order stands for all
+    return np.asarray(stays[outline] & (np.arange(len(outline)) == first[outline]) | shapely.is_empty(polygons))
 
 
 def claim(anchors: Floats, core: Box, *, tolerance: float) -> Bools:
@@ -125,13 +147,19 @@ def _outlines(polygons: Polygons, score: NDArray[np.floating]) -> tuple[Ints, In
 
 def _overlapping(polygons: Polygons, iou: float) -> tuple[Ints, Ints]:
     """Pairs (i, j), i < j, whose intersection over union is at least `iou`; sorted."""
+    i, j, shared = _intersecting(polygons)
+    area = shapely.area(polygons)
+    overlap = shared >= iou * (area[i] + area[j] - shared)
+    return i[overlap], j[overlap]
+
+
+def _intersecting(polygons: Polygons) -> tuple[Ints, Ints, Floats]:
+    """Pairs (i, j), i < j, that meet, sorted, and the area that they share."""
     i, j = shapely.STRtree(polygons).query(polygons, predicate="intersects")
     i, j = i[i < j], j[i < j]
-    shared, area = shapely.area(shapely.intersection(polygons[i], polygons[j])), shapely.area(polygons)
-    overlap = shared >= iou * (area[i] + area[j] - shared)
-    i, j = i[overlap], j[overlap]
     order = np.lexsort((j, i))
-    return i[order], j[order]
+    i, j = i[order], j[order]
+    return i, j, shapely.area(shapely.intersection(polygons[i], polygons[j]))
 
 
 def _seen_together(i: Ints, j: Ints, outline: Ints, tile: Ints) -> Bools:

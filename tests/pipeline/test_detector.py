@@ -76,9 +76,33 @@ def test_no_boxes_give_no_masks(tiny: NucleusDetector) -> None:
     assert masks.shape == (0, 28, 28)
 
 
+class Crowd(torch.nn.Module):
+    """A proposal head that sees 50 nuclei, the first the clearest: two anchors each; all others see nothing."""
+
+    def forward(self, levels: list[torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        scores = [torch.full((1, 6, *level.shape[-2:]), -9.0) for level in levels]
+        for nucleus in range(50):
+            y, x = divmod(nucleus, 8)
+            # squares of 18 px, 4 px apart: an IoU of .64; the next nucleus is 32 px away
+            scores[0][0, 2, 8 * y + 2, 8 * x + 2 : 8 * x + 4] = 9 - nucleus / 10
+        return scores, [torch.zeros(1, 24, *level.shape[-2:]) for level in levels]
+
+
+def test_clear_nuclei_do_not_crowd_out_the_others() -> None:
+    """Every nucleus draws several anchors: all must reach the suppression for 50 nuclei to get 60 proposals."""
+    torch.manual_seed(0)
+    model = NucleusDetector(TINY).eval()
+    model.rpn.head = Crowd()
+    model.rpn.nms_thresh = 0.5
+    with torch.inference_mode():
+        features = model.features(torch.zeros(1, 3, 192, 192))
+        (proposals,) = model.propose(features, (288, 288), Caps(proposals=60, instances=60))
+    assert len(proposals) == 50
+
+
 def test_caps_follow_the_area() -> None:
-    assert caps(1024, 0.25, 46_000, 30_000) == Caps(3015, 1966)
-    assert caps(2048, 0.25, 46_000, 30_000).proposals == pytest.approx(4 * 3015, abs=4)
+    assert caps(1024, 0.25, 92_000, 30_000) == Caps(6029, 1966)
+    assert caps(2048, 0.25, 92_000, 30_000).proposals == pytest.approx(4 * 6029, abs=4)
 
 
 def test_weights_survive_a_round_trip(tiny: NucleusDetector, tmp_path: Path) -> None:

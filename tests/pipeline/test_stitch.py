@@ -6,7 +6,7 @@ import shapely
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-from pipeline.stitch import claim, guests, overhang, resolve, seam_candidates, touching
+from pipeline.stitch import claim, distinct, guests, overhang, resolve, seam_candidates, touching
 from slides.geometry import Box, Size
 from slides.grid import TileGrid
 
@@ -344,3 +344,44 @@ def test_guests_are_those_of_inner_borders():
     cores = np.array([[0, 0, 100, 100]] * 5 + [[100, 100, 200, 200]] * 3)
     anchors = np.array([[-1, 5], [5, -1], [100, 5], [5, 100], [5, 5], [99.9, 150], [150, 201], [201, 150]])
     assert guests(anchors, cores, Size(200, 200)).tolist() == [False, False, True, True, False, True, False, False]
+
+
+def discs(*circles: tuple[float, float, float]) -> np.ndarray:
+    return np.array([shapely.Point(x, y).buffer(r) for x, y, r in circles], dtype=object)
+
+
+def test_of_outlines_that_lie_on_each_other_the_best_stays() -> None:
+    whole, half, union, apart = (20.0, 20.0, 8.0), (16.0, 20.0, 3.0), (28.0, 20.0, 17.0), (60.0, 20.0, 8.0)
+    shapes = discs(whole, half, union, apart)
+    assert distinct(shapes, np.array([0.9, 0.8, 0.7, 0.6]), share=0.5).tolist() == [True, False, False, True]
+    assert distinct(shapes, np.array([0.7, 0.8, 0.9, 0.6]), share=0.5).tolist() == [False, False, True, True]
+    # what lies only on an outline that is out stays: the half goes with the union, not with the whole
+    chain = discs((0, 0, 10), (12, 0, 10), (24, 0, 10))
+    assert distinct(chain, np.array([0.9, 0.8, 0.7]), share=0.25).tolist() == [True, False, True]
+
+
+def test_neighbours_that_touch_and_what_was_not_outlined_stay() -> None:
+    shapes = np.array([*discs((20, 20, 8), (33, 20, 8)), shapely.Polygon(), shapely.Polygon()], dtype=object)
+    assert distinct(shapes, np.array([0.9, 0.9, 0.5, 0.5]), share=0.5).all()
+    assert distinct(shapes[:0], np.zeros(0), share=0.5).shape == (0,)
+    with pytest.raises(ValueError, match="share=0: need 0 < share <= 1"):
+        distinct(shapes, np.zeros(4), share=0)
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(0, 30), st.sampled_from([0.3, 0.5, 1.0]))
+def test_which_outlines_stay_does_not_depend_on_their_order(seed: int, count: int, share: float) -> None:
+    rng = np.random.default_rng(seed)
+    shapes = discs(
+        *zip(rng.integers(0, 60, count), rng.integers(0, 60, count), rng.integers(3, 12, count), strict=True)
+    )
+    score = rng.integers(5, 8, count) / 10  # with ties
+    order = rng.permutation(count)
+    stays = distinct(shapes, score, share=share)
+    again = distinct(shapes[order], score[order], share=share)
+    assert set(shapely.to_wkb(shapes[stays])) == set(shapely.to_wkb(shapes[order][again]))
+    kept = shapes[stays]
+    for i, one in enumerate(kept):
+        for other in kept[:i]:
+            assert one.intersection(other).area < share * min(one.area, other.area)
+    for one in shapes[~stays]:
+        assert any(one.intersection(k).area >= share * min(one.area, k.area) for k in kept)
