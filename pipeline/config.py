@@ -272,6 +272,8 @@ class Training:
     "Training images kept aside (the last of a seeded shuffle), for thresholds and curves."
     init: str = "imagenet"
     "Weights to start from: imagenet (the backbone only; needs nightslide[train]), random, shipped ones, or a file."
+    licence: str = ""
+    "What the annotations' licences let others do with the weights; kept in the file, and said where they are used."
     seed: int = 0
     device: str = "auto"
     loaders: int = 1

@@ -29,7 +29,7 @@ from pipeline.tensorfile import WeightsError
 STRIDES = (4, 8, 16, 32)
 LEVELS = ("0", "1", "2", "3")  # torchvision names feature maps by strings
 RATIOS = (0.5, 1.0, 2.0)
-LEAST_OBJECTNESS = 0.5  # of a proposal that is worth a look: of those below, next to none becomes a nucleus
+LEAST_OBJECTNESS = 0.3  # of a proposal that is worth a look: of those below, next to none becomes a nucleus
 # Every nucleus draws some ten anchors. Where no more of them enter the suppression than may leave it, the clearest
 # nuclei of a crowded patch crowd out the others.
 ANCHORS_PER_PROPOSAL = 2

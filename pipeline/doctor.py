@@ -11,7 +11,7 @@ import torch
 from pipeline.config import Detection
 from pipeline.inference import engine
 from pipeline.settle import VERSIONED
-from pipeline.tensorfile import file_sha256, find_weights, shipped
+from pipeline.tensorfile import file_sha256, find_weights, licence, shipped
 
 
 def check_up(say: Callable[[str], None] = print) -> int:
@@ -35,7 +35,7 @@ def check_up(say: Callable[[str], None] = print) -> int:
                 f"{', '.join(sorted(others))} also provides a package '{package}': use an environment of its own"
             )
     for name in shipped():
-        say(f"weights {name}: {file_sha256(find_weights(name))[:16]}")
+        say(f"weights {name}: {file_sha256(find_weights(name))[:16]} {licence(find_weights(name))}")
     try:
         running = engine(Detection())
         with torch.inference_mode():

@@ -26,6 +26,7 @@ from pipeline.report import write_report
 from pipeline.schedule import ClusterLost, Places, Turns, perform, places
 from pipeline.settle import RUN, settle, versions, vouch
 from pipeline.stages import BlockRecord, Job
+from pipeline.tensorfile import licence
 
 _LOOK_S = 5.0  # between looks at a slide that another run holds, at the workers, at the ledger
 
@@ -52,6 +53,8 @@ def run(
     settings, digest = settle(settings, out, running.overwrite)
     with Progress(out, len(archive.sources), say) as progress:
         progress.say(f"{len(archive.sources)} slides, {archive.skipped} other files skipped; results in {out}")
+        if terms := licence(Path(settings.detector.weights)):
+            progress.say(f"weights {Path(settings.detector.weights).stem}: {terms}")
         for unread in archive.unread:
             progress.say(f"WARNING: {unread}")
         with places(running, settings.detector.device, client) as where, Leases() as leases:

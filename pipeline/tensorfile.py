@@ -68,12 +68,18 @@ def save(network: nn.Module, architecture: Any, path: Path, notes: Mapping[str, 
 
 
 def read_notes(path: Path) -> dict[str, str]:
-    """The text a weights file carries: architecture, checksum, recipe, licence."""
+    """The text a weights file carries: architecture, checksum, recipe, data, licence."""
     try:
         with safetensors.safe_open(path, "pt") as file:
             return dict(file.metadata() or {})
     except (OSError, safetensors.SafetensorError) as error:
         raise WeightsError(f"{path} is not a whole safetensors file ({error}): download or copy it again") from error
+
+
+def licence(path: Path) -> str:
+    """What a weights file says of its licence: a line that a terminal can show; "" where it says nothing."""
+    line = " ".join(read_notes(path).get("licence", "").split())
+    return "".join(c for c in line if c.isprintable())[:200]
 
 
 def read_architecture(path: Path, kind: type[T], maker: str) -> T:

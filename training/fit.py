@@ -73,6 +73,8 @@ def fit(
     team = _team(training)
     if training.by_class:
         architecture = dataclasses.replace(architecture, classes=_common_classes(sets))
+    notes = {"data": json.dumps({s.name: len(s.images) for s in sets})}
+    notes |= {"licence": training.licence} if training.licence else {}
     split = [split_off(s.images, training.hold_out, training.seed) for s in sets]
     torch.manual_seed(training.seed)  # what is not pretrained starts from random weights
     model = start(training.init, architecture).to(team.device).to(memory_format=torch.channels_last)
@@ -104,7 +106,7 @@ def fit(
             if stop or step % training.save_every == 0:
                 recipe = dataclasses.asdict(training)
                 checkpoint.save(out / "checkpoint", model, average, optimiser, step, recipe)
-                _write(out, model.architecture, average, crops, log, {"step": step, **recipe})
+                _write(out, model.architecture, average, crops, log, step, {**notes, "recipe": json.dumps(recipe)})
         if stop:
             break
     if team.rank == 0:
@@ -243,7 +245,8 @@ def _write(
     average: Mapping[str, Tensor],
     crops: Sequence[Held],
     log: Log,
-    recipe: Mapping[str, Any],
+    step: int,
+    notes: Mapping[str, str],
 ) -> None:
     """The averaged weights for use, and how they do on what was held out."""
     state = torch.get_rng_state()  # a new network draws random weights: the training must not notice
@@ -251,10 +254,10 @@ def _write(
     torch.set_rng_state(state)
     averaged.load_state_dict(average)
     with committed(out / "nuclei.safetensors") as path:
-        save_weights(averaged, path, {"recipe": json.dumps(recipe), "step": str(recipe["step"])})
+        save_weights(averaged, path, {**notes, "step": str(step)})
     if crops:
         averaged = averaged.eval().to(next(iter(average.values())).device).to(memory_format=torch.channels_last)
-        log.scores(recipe["step"], check(averaged, crops, out / "held_out"))
+        log.scores(step, check(averaged, crops, out / "held_out"))
 
 
 # ------------------------------------------------------------------------------------------------- the machine

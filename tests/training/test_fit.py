@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import json
 import os
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from PIL import Image
 
 from pipeline.config import Architecture, ConfigError, Training
 from pipeline.detector import Caps, load_weights
-from pipeline.tensorfile import WeightsError
+from pipeline.tensorfile import WeightsError, licence, read_notes
 from training.annotated import Annotated, Pixels
 from training.annotations import find
 from training.dataset import Crops, regions, targets
@@ -94,13 +95,15 @@ def test_the_trainer_overfits_a_few_tiles(data: Path, tmp_path: Path) -> None:
 def test_it_continues_exactly_and_shows_what_it_does(data: Path, tmp_path: Path) -> None:
     """Law: stopped after some steps and continued, the weights are those of an uninterrupted training."""
     images = find(data, [], 0.25)
-    settings = dataclasses.replace(QUICK, steps=4, save_every=1, hold_out=1)
+    settings = dataclasses.replace(QUICK, steps=4, save_every=1, hold_out=1, licence="CC0\n1.0\x1b[2J")
     whole = fit([images], tmp_path / "whole", settings, TINY, say=silent)
     fit([images], tmp_path / "parts", dataclasses.replace(settings, minutes=1e-9), TINY, say=silent)
     with (tmp_path / "parts" / "scores.csv").open() as file:
         assert [row["step"] for row in csv.DictReader(file)] == ["1"]  # it stopped after the first step
     (tmp_path / "parts" / "checkpoint").rename(tmp_path / "parts" / "checkpoint.old")  # killed while replacing it
     parts = fit([images], tmp_path / "parts", settings, TINY, say=silent)
+    assert json.loads(read_notes(parts)["data"]) == {images.name: 2}
+    assert licence(parts) == "CC0 1.0[2J"  # a line, which cannot move the cursor
     first, second = load_weights(whole).state_dict(), load_weights(parts).state_dict()
     assert all(torch.equal(first[k], second[k]) for k in first)
     for folder in ("whole", "parts"):

@@ -3,9 +3,10 @@
     python workflows/experiments/choose.py --data DIR --split train --weights FILE [--views N] [other settings]
 
 The held-out images are those that the trainer of the weights put aside: its recipe, in the weights file, says how
-many and by which seed. For each NMS there is one inference, at the lowest of the scores; the other scores only drop
-detections of it. With one view that is what `nightslide run` gives at that score; with several it comes near, since
-boxes below half the score do not enter the fusion there. Prints a markdown table; the best PQ is bold.
+many and by which seed. With --unseen it is all images given, of sets that the weights were not trained on. For each
+NMS there is one inference, at the lowest of the scores; the other scores only drop detections of it. With one view
+that is what `nightslide run` gives at that score; with several it comes near, since boxes below half the score do not
+enter the fusion there. Prints a markdown table; the best PQ is bold.
 """
 
 import json
@@ -66,6 +67,7 @@ def choose(
     *,
     data: Annotated[list[Path], Several],
     split: Annotated[tuple[str, ...], Several] = (),
+    unseen: Annotated[bool, Parameter(negative="")] = False,
     mpp: Annotated[tuple[float, ...], Several] = (),
     nms: Annotated[tuple[float, ...], Several] = (),
     score: Annotated[tuple[float, ...], Several] = (0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.7),
@@ -80,6 +82,8 @@ def choose(
         The datasets that the weights were trained on, as given to `nightslide train`.
     split
         The splits that they were trained on.
+    unseen
+        The weights were trained on none of these images: take them all.
     mpp
         Micrometres per pixel of the images, if they do not say; once, or once for each dataset.
     nms
@@ -88,10 +92,8 @@ def choose(
         Values of --detector.score.
     """
     settings = replace(settings, tissue=replace(settings.tissue, everywhere=True))
-    each = [
-        held_out(gather([one.data], split, [one.mpp] if one.mpp else []), settings.detector.weights)
-        for one in named_sets(data, mpp)
-    ]
+    sets = [gather([one.data], split, [one.mpp] if one.mpp else []) for one in named_sets(data, mpp)]
+    each = sets if unseen else [held_out(one, settings.detector.weights) for one in sets]
     collection = Collection(tuple(member for c in each for member in c.members), ())
     cells: dict[tuple[float, float], Scores] = {}
     for value in nms or (settings.detector.nms,):
@@ -100,7 +102,7 @@ def choose(
             cells[value, at] = scores
     best = max(cells, key=lambda key: cells[key].pq)
     print(f"`{shlex.join(['python', *sys.argv])}`\n")
-    print(f"Image means over {', '.join(m.name for m in collection.members)}, held out of training:\n")
+    print(f"Image means over {', '.join(m.name for m in collection.members)}, which were not trained on:\n")
     print("| NMS | score | " + " | ".join(SHOWN.values()) + " |\n" + "| --- " * (2 + len(SHOWN)) + "|")
     for (value, at), scores in cells.items():
         line = [f"{value:g}", f"{at:g}", *(f"{getattr(scores, name):.3f}" for name in SHOWN)]
