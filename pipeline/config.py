@@ -11,13 +11,13 @@ import re
 import tomllib
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, Literal, TypeVar
 
-from cyclopts import Parameter
+from cyclopts import Parameter, Token
 
 
 class ConfigError(ValueError):
@@ -222,6 +222,17 @@ class Running:
         )
 
 
+def _levels(_: Any, tokens: Sequence[Token]) -> tuple[tuple[int, ...], ...]:
+    """What the command line says of anchors: a level's sides by commas, levels by slashes."""
+    value = tokens[0].value
+    _require(re.fullmatch(r"[0-9,/]+", value) is not None, f"anchors={value!r}: need sides such as 18,30/44,64")
+    return tuple(tuple(int(side) for side in level.split(",") if side) for level in value.split("/"))
+
+
+def _as_levels(levels: Any) -> str:
+    return "/".join(",".join(map(str, sides)) for sides in levels)
+
+
 @dataclass(frozen=True)
 class Architecture:
     """Shape of the detector; it travels inside the weights file, so a file builds its own network."""
@@ -232,8 +243,11 @@ class Architecture:
     "Of the feature pyramid."
     upscale: float = 1.5
     "How much a patch is enlarged before the backbone."
-    anchors: tuple[tuple[int, ...], ...] = ((18, 30), (44, 64), (92, 132), (190, 270))
-    "Anchor sides per pyramid level, in upscaled pixels: 12 to 180 work pixels, 3 to 45 um at 0.25."
+    anchors: Annotated[
+        tuple[tuple[int, ...], ...],
+        Parameter(converter=_levels, n_tokens=1, negative="", show_default=_as_levels, metavar="SIDES"),
+    ] = ((18, 30), (44, 64), (92, 132), (190, 270))
+    "Anchor sides per pyramid level, finest first, in upscaled pixels: 12 to 180 work pixels, 3 to 45 um at 0.25."
     semantic: int = 64
     "Channels of the branch that sees every pixel before any box is made; 0: none."
     box_hidden: int = 256
@@ -243,6 +257,38 @@ class Architecture:
     mpp: float = 0.25
     "Working scale it was trained at."
     classes: tuple[str, ...] = ("Nucleus",)
+
+    def __post_init__(self) -> None:
+        # timm takes "hf-hub:owner/model" for a model to download, "local-dir:" for a folder to read
+        _require(
+            re.fullmatch(r"\w+", self.backbone) is not None, f"backbone={self.backbone!r}: need a timm model's name"
+        )
+        for name, least in {
+            "channels": 1,
+            "box_hidden": 1,
+            "mask_channels": 1,
+            "mask_layers": 1,
+            "semantic": 0,
+        }.items():
+            value = getattr(self, name)
+            _require(least <= value <= 4096, f"{name}={value}: need {least} to 4096")
+        _require(0.25 <= self.upscale <= 8, f"upscale={self.upscale}: need 0.25 to 8")
+        _require(
+            len(self.anchors) == 4
+            and len({len(sides) for sides in self.anchors}) == 1
+            and all(1 <= side <= 4096 for sides in self.anchors for side in sides)
+            and len(self.anchors[0]) > 0,
+            f"anchors={_as_levels(self.anchors)}: need four levels of as many sides each, 1 to 4096 px",
+        )
+        _require(
+            self.mask_size % 2 == 0 and 4 <= self.mask_size <= 128,
+            f"mask_size={self.mask_size}: need an even number, 4 to 128",
+        )
+        _require(0 < self.mpp <= 10, f"mpp={self.mpp}: need more than 0, to 10 um")
+        _require(
+            len(self.classes) > 0 and len(set(self.classes)) == len(self.classes) and all(self.classes),
+            f"classes={self.classes}: need one or more, with different names",
+        )
 
 
 @dataclass(frozen=True)
@@ -273,7 +319,7 @@ class Training:
     init: str = "imagenet"
     "Weights to start from: imagenet (the backbone only; needs nightslide[train]), random, shipped ones, or a file."
     licence: str = ""
-    "What the annotations' licences let others do with the weights; kept in the file, and said where they are used."
+    "What others may do with the weights: kept in the file (that of `init`, if it is not given), said where it is used."
     seed: int = 0
     device: str = "auto"
     loaders: int = 1

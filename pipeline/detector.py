@@ -22,7 +22,7 @@ from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.ops import FeaturePyramidNetwork, batched_nms, clip_boxes_to_image
 
 from pipeline import tensorfile
-from pipeline.config import Architecture
+from pipeline.config import Architecture, ConfigError
 from pipeline.pooling import RoIPool
 from pipeline.tensorfile import WeightsError
 
@@ -62,8 +62,7 @@ class NucleusDetector(nn.Module):
         super().__init__()
         self.architecture = architecture
         channels = architecture.channels
-        backbone: Any = timm.create_model(architecture.backbone, features_only=True, out_indices=(1, 2, 3, 4))
-        self.backbone = backbone
+        self.backbone = backbone = _backbone(architecture.backbone)
         # the pretrained maps have a deviation of about 10: without a norm layer the loss is NaN in a few steps
         self.pyramid = FeaturePyramidNetwork(backbone.feature_info.channels(), channels, norm_layer=nn.BatchNorm2d)
         self.semantic = _Semantic(channels, architecture.semantic) if architecture.semantic else None
@@ -273,6 +272,18 @@ def caps(side_px: int, mpp: float, proposals_per_mm2: int, instances_per_mm2: in
 def save_weights(model: NucleusDetector, path: Path, notes: Mapping[str, str]) -> None:
     """Half-precision safetensors with the architecture, notes and a checksum of the tensors inside."""
     tensorfile.save(model, model.architecture, path, notes)
+
+
+def _backbone(name: str) -> Any:
+    """timm's network with maps at STRIDES, untrained. Raises ConfigError where timm has no such one."""
+    try:
+        backbone: Any = timm.create_model(name, features_only=True, out_indices=(1, 2, 3, 4))
+    except (RuntimeError, IndexError) as error:
+        raise ConfigError(f"backbone={name!r}: timm {timm.__version__} cannot build it ({error})") from error
+    strides = tuple(backbone.feature_info.reduction())
+    if strides != STRIDES:
+        raise ConfigError(f"backbone={name!r} has maps at strides {strides}: need a model with {STRIDES}")
+    return backbone
 
 
 def load_weights(path: Path) -> NucleusDetector:

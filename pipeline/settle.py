@@ -11,11 +11,12 @@ from typing import Any
 
 from pipeline import tables
 from pipeline.archive import RunError
-from pipeline.config import Settings
+from pipeline.config import Architecture, Settings, Tiling
 from pipeline.plan import stain_files, stain_target
 from pipeline.tensorfile import detector_architecture, file_sha256, find_weights, read_notes
 
 RUN = "run.json"
+COARSEST_STRIDE = 32  # of a detector's feature maps
 
 VERSIONED = (
     "nightslide",
@@ -38,12 +39,7 @@ def versions() -> dict[str, str]:
 def settle(settings: Settings, out: Path, overwrite: bool) -> tuple[Settings, str]:
     """Settings that name files by their paths, and their digest, which the output folder's run.json then has."""
     weights = find_weights(settings.detector.weights)
-    trained_mpp = detector_architecture(weights).mpp
-    if abs(settings.tiling.mpp / trained_mpp - 1) > 0.1:
-        raise RunError(
-            f"tiling.mpp={settings.tiling.mpp}, but {weights.name} was trained at {trained_mpp} um per pixel: "
-            f"need the same within a tenth; leave --tiling.mpp out, or choose other --weights"
-        )
+    _check_fit(settings.tiling, detector_architecture(weights), weights.name)
     files = stain_files(settings)
     settings = dataclasses.replace(
         settings,
@@ -59,6 +55,21 @@ def settle(settings: Settings, out: Path, overwrite: bool) -> tuple[Settings, st
     digest = settings.digest(file_sha256(weights), stain_sha256)
     _open_run(out, settings, digest, weights, stain_sha256, overwrite)
     return settings, digest
+
+
+def _check_fit(tiling: Tiling, architecture: Architecture, weights: str) -> None:
+    if abs(tiling.mpp / architecture.mpp - 1) > 0.1:
+        raise RunError(
+            f"tiling.mpp={tiling.mpp}, but {weights} was trained at {architecture.mpp} um per pixel: "
+            f"need the same within a tenth; leave --tiling.mpp out, or choose other --weights"
+        )
+    # of another side the feature maps are rounded, and the coarsest anchors lie off their pixels
+    fitting = [tile for tile in range(64, 4097, 32) if int(tile * architecture.upscale) % COARSEST_STRIDE == 0]
+    if fitting and int(tiling.tile * architecture.upscale) % COARSEST_STRIDE:
+        raise RunError(
+            f"tiling.tile={tiling.tile} enlarged by {architecture.upscale:g} for {weights} is no multiple of "
+            f"{COARSEST_STRIDE} px: need another, such as {min(fitting, key=lambda tile: abs(tile - tiling.tile))}"
+        )
 
 
 def vouch(run: Path, theirs: dict[str, str]) -> None:

@@ -25,7 +25,7 @@ from pipeline.config import Architecture, ConfigError, StainTraining, Training
 from pipeline.detector import NucleusDetector, load_weights, save_weights
 from pipeline.device import choose_device, choose_precision
 from pipeline.tables import committed
-from pipeline.tensorfile import WeightsError, find_weights
+from pipeline.tensorfile import WeightsError, find_weights, licence
 from training import checkpoint
 from training.annotations import Annotated, Annotations
 from training.dataset import Crop, Crops
@@ -74,7 +74,7 @@ def fit(
     if training.by_class:
         architecture = dataclasses.replace(architecture, classes=_common_classes(sets))
     notes = {"data": json.dumps({s.name: len(s.images) for s in sets})}
-    notes |= {"licence": training.licence} if training.licence else {}
+    notes |= {"licence": terms} if (terms := training.licence or _licence_of(training.init)) else {}
     split = [split_off(s.images, training.hold_out, training.seed) for s in sets]
     torch.manual_seed(training.seed)  # what is not pretrained starts from random weights
     model = start(training.init, architecture).to(team.device).to(memory_format=torch.channels_last)
@@ -145,6 +145,10 @@ def start(init: str, architecture: Architecture) -> NucleusDetector:
     fitting = {k: v for k, v in other.state_dict().items() if wanted[k].shape == v.shape}
     model.load_state_dict({**wanted, **fitting})
     return model.train()
+
+
+def _licence_of(init: str) -> str:
+    return "" if init in ("imagenet", "random") else licence(find_weights(init))
 
 
 def imagenet(wanted: dict[str, Tensor], backbone: str) -> dict[str, Tensor]:

@@ -70,6 +70,12 @@ def test_every_command_in_the_readme_is_understood(tokens: list[str]) -> None:
     assert not ignored
 
 
+def test_anchors_are_given_level_by_level() -> None:
+    tokens = ["train", "--data", "d", "--out", "o", "--architecture.anchors", "12/24/48/96"]
+    _, bound, _ = app.parse_args(tokens, exit_on_error=False, print_error=False)
+    assert bound.arguments["architecture"].anchors == ((12,), (24,), (48,), (96,))
+
+
 def test_shipped_configurations_are_valid() -> None:
     from pipeline.config import load
 
@@ -91,6 +97,8 @@ def test_shipped_configurations_are_valid() -> None:
         (["bogus"], 'Unknown command "bogus"'),
         (["export", "nowhere"], "holds no nuclei.parquet"),
         (["evaluate", "--data", "nowhere"], "nowhere does not exist"),
+        (["train", "--data", "d", "--out", "o", "--architecture.anchors", "12 24"], "need sides such as 18,30/44,64"),
+        (["train", "--data", "d", "--out", "o", "--architecture.backbone", "hf-hub:a/b"], "need a timm model's name"),
     ],
 )
 def test_wrong_usage_is_named_and_ends_with_2(

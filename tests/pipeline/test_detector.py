@@ -1,7 +1,9 @@
 """The detector's parts: shapes, caps, and weights that are what they say."""
 
+import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import safetensors.torch
@@ -9,6 +11,7 @@ import torch
 
 from pipeline.config import Architecture, ConfigError
 from pipeline.detector import (
+    STRIDES,
     Caps,
     NucleusDetector,
     caps,
@@ -144,6 +147,36 @@ def test_foreign_files_are_refused(tmp_path: Path) -> None:
     torch.save({"a": torch.zeros(3)}, pickled)
     with pytest.raises(WeightsError, match="not a whole safetensors file"):
         load_weights(pickled)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"backbone": "hf-hub:timm/resnet18.a1_in1k"}, "need a timm model's name"),
+        ({"backbone": "local-dir:/tmp/resnet18"}, "need a timm model's name"),
+        ({"anchors": ((12, 24), (48,), (96,), (192,))}, "anchors=12,24/48/96/192: need four levels of as many sides"),
+        ({"anchors": ()}, "need four levels"),
+        ({"mask_size": 27}, "need an even number"),
+        ({"channels": 10**9}, "channels=1000000000: need 1 to 4096"),
+        ({"classes": ()}, "need one or more"),
+        ({"classes": ("a", "a")}, "with different names"),
+        ({"upscale": 0.0}, "upscale=0.0"),
+    ],
+)
+def test_an_architecture_is_checked_before_it_is_built(wrong: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        Architecture(**wrong)
+    assert said in str(raised.value)
+
+
+@pytest.mark.parametrize(("backbone", "said"), [("nosuch", "cannot build it"), ("resnet10t", ""), ("vgg11", "strides")])
+def test_a_backbone_that_does_not_fit_is_named(backbone: str, said: str) -> None:
+    architecture = dataclasses.replace(TINY, backbone=backbone)
+    if not said:
+        assert NucleusDetector(architecture).backbone.feature_info.reduction() == list(STRIDES)
+        return
+    with pytest.raises(ConfigError, match=f"backbone='{backbone}'.*{said}"):
+        NucleusDetector(architecture)
 
 
 def test_a_missing_name_lists_what_there_is() -> None:

@@ -158,7 +158,7 @@ def test_overwriting_begins_anew_with_other_settings_even_half_done_work(archive
     rows = run(
         [archive / "list.csv"],
         out,
-        chosen(tile=96, block=1),
+        chosen(tile=64, block=1),
         Running(cluster=False, workers=1, overwrite=True),
         mpp=0.25,
         say=lambda line: None,

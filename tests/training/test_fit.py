@@ -104,6 +104,8 @@ def test_it_continues_exactly_and_shows_what_it_does(data: Path, tmp_path: Path)
     parts = fit([images], tmp_path / "parts", settings, TINY, say=silent)
     assert json.loads(read_notes(parts)["data"]) == {images.name: 2}
     assert licence(parts) == "CC0 1.0[2J"  # a line, which cannot move the cursor
+    onwards = dataclasses.replace(QUICK, steps=1, init=str(parts))
+    assert licence(fit([images], tmp_path / "onwards", onwards, TINY, say=silent)) == licence(parts)
     first, second = load_weights(whole).state_dict(), load_weights(parts).state_dict()
     assert all(torch.equal(first[k], second[k]) for k in first)
     for folder in ("whole", "parts"):
