@@ -95,22 +95,8 @@ def find(data: Path, splits: Sequence[str] = (), mpp: float | None = None) -> An
 
 
 def find_all(data: Sequence[Path], splits: Sequence[str] = (), mpp: Sequence[float] = ()) -> list[Annotations]:
-    """Several datasets, each as `find` gives it.
-
-    splits: `NAME` is a split that every dataset must have, `DATASET:NAME` one of the dataset of that folder name;
-    a dataset that no split is named for is taken whole
-    mpp: none (as the datasets say), one for all, or one for each, in order
-    """
-    parts = named_sets(data, mpp)
-    for split in splits:
-        of = split.rpartition(":")[0]
-        if of and of not in (p.name for p in parts):
-            known = ", ".join(p.name for p in parts)
-            raise AnnotationError(f"split '{split}' is of no dataset: need NAME, or one of {known} before ':'")
-    return [
-        find(p.data, [s.removeprefix(f"{p.name}:") for s in splits if s.rpartition(":")[0] in ("", p.name)], p.mpp)
-        for p in parts
-    ]
+    """Several datasets, each as `find` gives it; see `named_sets`."""
+    return [find(one.data, one.splits, one.mpp) for one in named_sets(data, splits, mpp)]
 
 
 class Named(NamedTuple):
@@ -118,18 +104,32 @@ class Named(NamedTuple):
 
     name: str
     data: Path
+    splits: tuple[str, ...]  # (): all of it
     mpp: float | None
 
 
-def named_sets(data: Sequence[Path], mpp: Sequence[float]) -> list[Named]:
-    """Datasets with their names and scales. Raises AnnotationError for equal names, and for too few or many scales."""
+def named_sets(data: Sequence[Path], splits: Sequence[str] = (), mpp: Sequence[float] = ()) -> list[Named]:
+    """Datasets with their names, what is wanted of them, and their scales. Raises AnnotationError.
+
+    splits: `NAME` is a split that every dataset must have, `DATASET:NAME` one of the dataset of that folder name;
+    a dataset that no split is named for is taken whole
+    mpp: none (as the datasets say), one for all, or one for each, in order
+    """
     if len(mpp) not in (0, 1, len(data)):
         raise AnnotationError(f"{len(mpp)} values of mpp for {len(data)} datasets: need none, one, or one for each")
     scales = list(mpp) if len(mpp) == len(data) else [mpp[0] if mpp else None] * len(data)
     names = [_name(folder) for folder in data]
     if len(set(names)) < len(names):
         raise AnnotationError(f"datasets called {', '.join(names)}: need a different name for each folder")
-    return [Named(*one) for one in zip(names, data, scales, strict=True)]
+    for split in splits:
+        if split.rpartition(":")[0] not in ("", *names):
+            raise AnnotationError(
+                f"split '{split}' is of no dataset: need NAME, or one of {', '.join(names)} before ':'"
+            )
+    return [
+        Named(name, folder, tuple(s.removeprefix(f"{name}:") for s in splits if s.rpartition(":")[0] in ("", name)), at)
+        for name, folder, at in zip(names, data, scales, strict=True)
+    ]
 
 
 def _name(data: Path) -> str:

@@ -92,7 +92,7 @@ def evaluate(
     data
         A dataset, in any form that `train` reads; repeated, they are also scored together.
     split
-        Names of splits to score; repeated, each is scored and all together; all images without it.
+        Names of splits to score, or DATASET:NAME; repeated, each is scored and all together; all images without it.
     mpp
         Micrometres per pixel of the images, if they do not say; once, or once for each dataset.
     json

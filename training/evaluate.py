@@ -58,16 +58,15 @@ class Collection(NamedTuple):
 
 
 def gather(data: Sequence[Path], splits: Sequence[str] = (), mpp: Sequence[float] = ()) -> Collection:
-    """The images of datasets, of the named splits or all; every dataset must have every split.
+    """The images of datasets, of the named splits or all; `splits` and `mpp` as `training.annotations.named_sets` says.
 
-    mpp: none (as the datasets say), one for all, or one for each dataset
     An image is within its `group` (organ, patient), if it has one; within its `split`, or several, where several
-    are named; and within its `data` where there are several. Raises AnnotationError.
+    are named for its dataset; and within its `data` where there are several. Raises AnnotationError.
     """
     # every split by itself, so that each image knows its splits
     parts = [
-        [(split, find(one.data, [split] if split else (), one.mpp)) for split in splits or [""]]
-        for one in named_sets(data, mpp)
+        [(split, find(one.data, [split] if split else (), one.mpp)) for split in one.splits or [""]]
+        for one in named_sets(data, splits, mpp)
     ]
     members = [member for part in parts for member in _members(part, len(data) > 1)]
     if not members:

@@ -235,6 +235,8 @@ def test_gather_knows_splits_groups_and_datasets(tmp_path: Path) -> None:
     assert together.members[2].within[0] == ("data", "two")
     assert together.classes == ()  # only the second has any
     assert gather([two]).classes == CLASSES
+    # a split of one dataset leaves the other whole
+    assert [m.name for m in gather([one, two], ["two:rest"], [0.5, 0.2]).members] == ["one/a1", "one/b1", "two/c1"]
 
 
 def test_what_cannot_be_gathered_is_said(tmp_path: Path) -> None:
@@ -245,6 +247,8 @@ def test_what_cannot_be_gathered_is_said(tmp_path: Path) -> None:
         gather([one, one])
     with pytest.raises(AnnotationError, match="no split 'tset': its splits are first, rest"):
         gather([one], ["tset"])
+    with pytest.raises(AnnotationError, match="split 'two:first' is of no dataset: need NAME, or one of one before"):
+        gather([one], ["two:first"])
 
 
 def test_more_detections_than_a_label_map_holds_are_refused(tmp_path: Path) -> None:

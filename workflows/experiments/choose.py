@@ -92,7 +92,7 @@ def choose(
         Values of --detector.score.
     """
     settings = replace(settings, tissue=replace(settings.tissue, everywhere=True))
-    sets = [gather([one.data], split, [one.mpp] if one.mpp else []) for one in named_sets(data, mpp)]
+    sets = [gather([s.data], s.splits, [s.mpp] if s.mpp else []) for s in named_sets(data, split, mpp)]
     each = sets if unseen else [held_out(one, settings.detector.weights) for one in sets]
     collection = Collection(tuple(member for c in each for member in c.members), ())
     cells: dict[tuple[float, float], Scores] = {}
