@@ -151,7 +151,9 @@ class NucleusDetector(nn.Module):
         pooled = heads.box_roi_pool(dict(features), proposals, [side] * len(proposals))
         logits, deltas = heads.box_predictor(heads.box_head(pooled))
         counts = [len(p) for p in proposals]
-        decoded = heads.box_coder.decode(deltas, proposals).split(counts)  # (P, 1 + K, 4) each
+        decoded = heads.box_coder.decode(deltas, proposals)
+        # without any proposal torchvision leaves the boxes flat
+        decoded = decoded.reshape(*logits.shape, 4).split(counts)  # (P, 1 + K, 4) each
         probabilities = logits.softmax(-1).split(counts)  # (P, 1 + K) each
         found = []
         for boxes, chances, offered in zip(decoded, probabilities, counts, strict=True):

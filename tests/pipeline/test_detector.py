@@ -72,6 +72,20 @@ def test_folded_batch_norms_change_nothing() -> None:
         torch.testing.assert_close(found[level], features, rtol=1e-3, atol=1e-4)
 
 
+def test_no_proposals_give_no_boxes(tiny: NucleusDetector) -> None:
+    """Glass, to a sure detector: nothing is worth a look in any of the patches, or in one of them."""
+    limits = Caps(50, 20)
+    with torch.inference_mode():
+        features = tiny.features(torch.rand(2, 3, 96, 96))
+        nothing, some = torch.zeros(0, 4), tiny.propose(features, (144, 144), limits)[1]
+        for proposals, expected in (([nothing, nothing], False), ([nothing, some], True)):
+            first, second = tiny.classify(features, proposals, (144, 144), limits, 0.0, 0.5)
+            assert first.boxes.shape == (0, 4)
+            assert first.scores.shape == first.classes.shape == (0,)
+            assert not first.saturated
+            assert (len(second.boxes) > 0) == expected
+
+
 def test_no_boxes_give_no_masks(tiny: NucleusDetector) -> None:
     with torch.inference_mode():
         features = tiny.features(torch.rand(1, 3, 96, 96))
