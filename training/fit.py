@@ -104,7 +104,7 @@ def fit(
         if team.rank == 0:
             log.losses(step, training.steps, losses, norm, skipped)
             if stop or step % training.save_every == 0:
-                recipe = dataclasses.asdict(training)
+                recipe = {**dataclasses.asdict(training), "init": Path(training.init).name}  # weights are handed on
                 checkpoint.save(out / "checkpoint", model, average, optimiser, step, recipe)
                 _write(out, model.architecture, average, crops, log, step, {**notes, "recipe": json.dumps(recipe)})
         if stop:

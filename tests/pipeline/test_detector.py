@@ -20,7 +20,7 @@ from pipeline.detector import (
     save_weights,
 )
 from pipeline.device import choose_device
-from pipeline.tensorfile import WeightsError, detector_architecture, find_weights, shipped
+from pipeline.tensorfile import WeightsError, detector_architecture, find_weights, licence, read_notes, shipped
 
 TINY = Architecture(channels=16, box_hidden=16, mask_channels=8, mask_layers=1)
 
@@ -183,14 +183,29 @@ def test_an_architecture_is_checked_before_it_is_built(wrong: dict[str, Any], sa
     assert said in str(raised.value)
 
 
-@pytest.mark.parametrize(("backbone", "said"), [("nosuch", "cannot build it"), ("resnet10t", ""), ("vgg11", "strides")])
+@pytest.mark.parametrize(("backbone", "said"), [("nosuch", "cannot build it"), ("vgg11", "strides")])
 def test_a_backbone_that_does_not_fit_is_named(backbone: str, said: str) -> None:
-    architecture = dataclasses.replace(TINY, backbone=backbone)
-    if not said:
-        assert NucleusDetector(architecture).backbone.feature_info.reduction() == list(STRIDES)
-        return
     with pytest.raises(ConfigError, match=f"backbone='{backbone}'.*{said}"):
-        NucleusDetector(architecture)
+        NucleusDetector(dataclasses.replace(TINY, backbone=backbone))
+
+
+def test_another_backbone_is_one_setting() -> None:
+    model = NucleusDetector(dataclasses.replace(TINY, backbone="resnet10t")).eval()
+    with torch.inference_mode():
+        features = model.features(torch.rand(1, 3, 64, 64))
+    assert [features[level].shape[-1] for level in "0123"] == [96 // stride for stride in STRIDES]
+
+
+def test_shipped_detectors_say_what_they_may_be_used_for() -> None:
+    """The default lets everyone; what does not is another name, and says so itself."""
+    assert licence(find_weights("nuclei")).startswith("CC BY 4.0")
+    assert "no commercial use" in licence(find_weights("research"))
+    assert {"nuclei", "research"} <= set(shipped())
+    for name in ("nuclei", "research"):
+        notes = read_notes(find_weights(name))
+        assert json.loads(notes["data"])
+        assert "/" not in notes["data"] + json.loads(notes["recipe"])["init"]
+        assert find_weights(name).stat().st_size < 25e6
 
 
 def test_a_missing_name_lists_what_there_is() -> None:

@@ -1,0 +1,54 @@
+"""The mean of weights files that come from one another: a "model soup" (Wortsman et al. 2022).
+
+    python workflows/experiments/average.py OUT FILE-OR-NAME FILE-OR-NAME... [--licence TEXT]
+
+Every tensor becomes the mean of the files' tensors. They must have the same architecture, and one must have begun
+where another ended, or both at the same weights: else the mean is of no use. The new file says the licences of all, if
+no other is given, and the recipe of the last one (of which `choose.py` reads what was held out).
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from pipeline.detector import load_weights, save_weights
+from pipeline.tensorfile import WeightsError, find_weights, licence, read_notes
+
+
+def average(files: list[Path], out: Path, terms: str = "") -> None:
+    """Write the mean of `files` to `out`. Raises WeightsError where they differ in architecture."""
+    models = [load_weights(file) for file in files]
+    if any(model.architecture != models[0].architecture for model in models):
+        raise WeightsError(f"{', '.join(map(str, files))} differ in architecture: need the same")
+    states = [model.state_dict() for model in models]
+    mean = {
+        name: torch.stack([state[name] for state in states]).mean(0) if first.is_floating_point() else first
+        for name, first in states[0].items()
+    }
+    models[0].load_state_dict(mean)
+    notes = {name: read_notes(files[-1])[name] for name in ("recipe", "data") if name in read_notes(files[-1])}
+    notes["mean_of"] = json.dumps([read_notes(file)["sha256"] for file in files])
+    if terms := terms or "; ".join(dict.fromkeys(filter(None, map(licence, files)))):
+        notes["licence"] = terms
+    save_weights(models[0], out, notes)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("weights", nargs="+", help="names of shipped weights, or .safetensors files")
+    parser.add_argument("--licence", default="", help="what others may do with the mean")
+    arguments = parser.parse_args()
+    try:
+        average([find_weights(w) for w in arguments.weights], arguments.out, arguments.licence)
+    except WeightsError as error:
+        print(f"average: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
