@@ -109,6 +109,14 @@ def solid(polygons: Polygons) -> Polygons:
     return result
 
 
+def centroids(polygons: Polygons) -> Floats:
+    """Centres of area, float64 (N, 2), x y; NaN for an empty polygon, for which newer GEOS raises instead."""
+    centres, owner = shapely.get_coordinates(shapely.centroid(polygons), return_index=True)
+    result = np.full((len(polygons), 2), np.nan)
+    result[owner] = centres
+    return result
+
+
 def simplify(polygons: Polygons, tolerance_px: float) -> Polygons:
     """Fewer vertices; none dropped that lies further than `tolerance_px` from the new outline.
 

@@ -206,8 +206,7 @@ def outline(found: Found, tile: Tile, plan: Plan, settings: Settings) -> tuple[p
     shapes = polygons.solid(polygons.polygons(found.soft, found.boxes, level=0.5))
     shapes = polygons.simplify(shapes, settings.stitching.simplify_px)
     shapes = shapely.transform(shapes, lambda xy: xy + np.array(tile.read[:2], float))
-    centroids = shapely.centroid(shapes)
-    anchors = np.stack([shapely.get_x(centroids), shapely.get_y(centroids)], 1)  # NaN where nothing was outlined
+    anchors = polygons.centroids(shapes)  # NaN where nothing was outlined
     mine = stitch.claim(anchors, tile.core, tolerance=settings.stitching.tolerance_px)
     mine &= stitch.distinct(shapes, found.scores, share=settings.detector.overlap)
     mine[mine] = plan.tissue.contains(anchors[mine])
@@ -302,8 +301,7 @@ def _seam_losers(job: Job, plan: Plan) -> dict[int, NDArray[np.int64]]:
         encoded = tables.read_instances(job.instances(int(block)), ["geometry"])
         shapes[here] = tables.geometry(encoded.take(pa.array(places[near[here], 1])))
     number = tiles[near, 0].astype(np.int64) * plan.grid.cols + tiles[near, 1]
-    centroids = shapely.centroid(shapes)
-    anchors = np.stack([shapely.get_x(centroids), shapely.get_y(centroids)], 1)
+    anchors = polygons.centroids(shapes)
     guest = stitch.guests(anchors, cores[near], Size(plan.grid.cols * stride, plan.grid.rows * stride))
     lost = near[~stitch.resolve(shapes, number, scores[near], iou=job.settings.stitching.iou, guest=guest)]
     return {int(b): places[lost[places[lost, 0] == b], 1] for b in np.unique(places[lost, 0])}

@@ -199,6 +199,25 @@ def test_what_the_device_had_no_memory_for_is_area_lost(archive: Path, tmp_path:
     assert 0 < row.nuclei < night(archive, tmp_path / "whole")["a"].nuclei
 
 
+def test_a_mask_that_covers_nothing_is_no_nucleus(archive: Path, tmp_path: Path) -> None:
+    """A box whose soft mask is nowhere above a half has no outline: it is left out, and the slide goes on."""
+
+    def faint(patches: np.ndarray, plan: Plan, settings: Settings) -> Iterator[Found]:
+        for found in oracle.detect(patches, plan, settings):
+            box, mask = np.array([[50, 50, 70, 70]], np.float32), np.zeros_like(found.soft, shape=(1, 20, 20))
+            rest = ("classes", "votes", "stains")
+            more = {n: np.zeros_like(getattr(found, n), shape=(1, *getattr(found, n).shape[1:])) for n in rest}
+            more |= {"boxes": box, "soft": mask, "scores": np.array([0.9], np.float32)}
+            yield found._replace(**{n: np.concatenate([getattr(found, n), one]) for n, one in more.items()})
+
+    expected = night(archive, tmp_path / "whole")["a"].nuclei
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(inference, "detect_patches", faint)
+        row = night(archive, tmp_path / "out")["a"]
+    assert (row.status, row.nuclei) == ("done", expected)
+    assert oracle.outlines(tmp_path / "out" / "a") == oracle.outlines(tmp_path / "whole" / "a")
+
+
 def test_a_missing_slide_of_a_manifest_is_a_line_of_the_ledger(archive: Path, tmp_path: Path) -> None:
     (archive / "list.csv").write_text("path\na.png\nnowhere.png\n")
     rows = night(archive, tmp_path / "out")
