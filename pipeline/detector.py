@@ -146,7 +146,10 @@ class NucleusDetector(nn.Module):
         score: float,
         nms: float,
     ) -> list[Candidates]:
-        """Proposals -> boxes with class and score, after class-agnostic NMS, in patch px."""
+        """Proposals -> boxes with class and score, after class-agnostic NMS, in patch px.
+
+        The score is that of being a nucleus, of whatever class: one that could be of two is no less one.
+        """
         heads = self.roi_heads
         pooled = heads.box_roi_pool(dict(features), proposals, [side] * len(proposals))
         logits, deltas = heads.box_predictor(heads.box_head(pooled))
@@ -157,7 +160,7 @@ class NucleusDetector(nn.Module):
         probabilities = logits.softmax(-1).split(counts)  # (P, 1 + K) each
         found = []
         for boxes, chances, offered in zip(decoded, probabilities, counts, strict=True):
-            best, klass = chances[:, 1:].max(1)
+            best, klass = chances[:, 1:].sum(1), chances[:, 1:].argmax(1)
             boxes = boxes[torch.arange(len(boxes), device=boxes.device), klass + 1]  # (P, 4)
             boxes = clip_boxes_to_image(boxes, side)
             width, height = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]

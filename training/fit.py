@@ -126,8 +126,8 @@ def split_off(images: Sequence[Annotated], hold_out: int, seed: int) -> tuple[li
 def start(init: str, architecture: Architecture) -> NucleusDetector:
     """A detector before training: ImageNet's backbone, random, or another file's weights.
 
-    A file may have other classes: what then does not fit starts at random. Raises WeightsError where it differs
-    in more.
+    A file may have other classes. Where it has one, each of the new ones begins as that one, and the network finds
+    what it found before; else what does not fit starts at random. Raises WeightsError where it differs in more.
     """
     if init in ("imagenet", "random"):
         model = NucleusDetector(architecture)
@@ -141,10 +141,22 @@ def start(init: str, architecture: Architecture) -> NucleusDetector:
         names = ", ".join(f"{k} {theirs[k]}, not {v}" for k, v in differing.items())
         raise WeightsError(f"{init} has {names}: need --architecture.{next(iter(differing))} as the file has it")
     model = NucleusDetector(architecture)
-    wanted = model.state_dict()
-    fitting = {k: v for k, v in other.state_dict().items() if wanted[k].shape == v.shape}
+    wanted, known = model.state_dict(), other.state_dict()
+    if len(other.architecture.classes) == 1:
+        known = {
+            k: v if wanted[k].shape == v.shape else _for_each(v, len(architecture.classes)) for k, v in known.items()
+        }
+        if len(architecture.classes) > 1:  # together as likely as the one was
+            known["roi_heads.box_predictor.score.bias"][1:] -= math.log(len(architecture.classes))
+    fitting = {k: v for k, v in known.items() if wanted[k].shape == v.shape}
     model.load_state_dict({**wanted, **fitting})
     return model.train()
+
+
+def _for_each(value: Tensor, classes: int) -> Tensor:
+    """Rows of background and of one class, in equal parts -> of background and of so many equal classes."""
+    background, foreground = value.chunk(2)
+    return torch.cat([background, *[foreground] * classes])
 
 
 def _licence_of(init: str) -> str:

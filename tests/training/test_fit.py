@@ -178,7 +178,7 @@ def test_two_processes_train_together(data: Path, tmp_path: Path) -> None:
 
 
 def test_classes_are_learnt_when_asked_for(data: Path, tmp_path: Path) -> None:
-    """A detector of two classes, from weights of one: what fits is kept, the rest starts anew."""
+    """A detector of two classes, from weights of one, whose class each of the two begins as."""
     one = fit([find(data, [], 0.25)], tmp_path / "one", dataclasses.replace(QUICK, steps=1), TINY, say=silent)
     (images,) = (find(data, [], 0.25),)
     two = images._replace(images=tuple(a._replace(read=Halves(a)) for a in images.images), classes=("Round", "Other"))
@@ -188,6 +188,21 @@ def test_classes_are_learnt_when_asked_for(data: Path, tmp_path: Path) -> None:
     begun = start(str(one), model.architecture)
     before = safetensors.torch.load_file(one)
     assert torch.equal(begun.rpn.head.cls_logits.weight, before["rpn.head.cls_logits.weight"].float())
+    # before it learns which is which, it finds what the one found: same boxes, scores and masks
+    shown, limits = torch.rand(1, 3, 96, 96), Caps(200, 100)
+    seen = []
+    for detector in (load_weights(one), begun.eval()):
+        with torch.inference_mode():
+            features = detector.features(shown)
+            (boxes,) = detector.classify(
+                features, detector.propose(features, (96, 96), limits), (96, 96), limits, 0, 0.5
+            )
+            seen.append(
+                (boxes.boxes, boxes.scores, *detector.masks(features, [boxes.boxes], [boxes.classes], (96, 96)))
+            )
+    assert len(seen[0][0]) > 5
+    for ours, theirs in zip(*seen, strict=True):
+        torch.testing.assert_close(ours, theirs)
     with pytest.raises(ConfigError, match="different classes"):
         fit([two, images], tmp_path / "both", settings, TINY, say=silent)
     crops = Crops([two.images], 96, 0.25, settings)
