@@ -19,6 +19,8 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from cyclopts import Parameter, Token
 
+STRIDES = (4, 8, 16, 32)  # of the feature maps, in enlarged px; sides are multiples of the last
+
 
 class ConfigError(ValueError):
     """A setting that is misspelt, of the wrong type, or outside its range."""
@@ -63,7 +65,10 @@ class Tiling:
 
     def __post_init__(self) -> None:
         _require(0.05 <= self.mpp <= 5, f"mpp={self.mpp}: need 0.05 to 5 um per pixel")
-        _require(self.tile % 32 == 0 and self.tile > 0, f"tile={self.tile}: need a positive multiple of 32")
+        _require(
+            self.tile % STRIDES[-1] == 0 and self.tile > 0,
+            f"tile={self.tile}: need a positive multiple of {STRIDES[-1]}",
+        )
         _require(
             0 <= 2 * self.margin < self.tile,
             f"margin={self.margin} leaves no core in a tile of {self.tile} px: need 2 * margin < tile",
@@ -238,7 +243,7 @@ class Architecture:
     """Shape of the detector; it travels inside the weights file, so a file builds its own network."""
 
     backbone: str = "tf_efficientnet_lite0"
-    "A timm model with feature maps at strides 4, 8, 16 and 32."
+    "A timm model with feature maps at strides 4, 8, 16 and 32 (STRIDES)."
     channels: int = 96
     "Of the feature pyramid."
     upscale: float = 1.5
@@ -274,7 +279,7 @@ class Architecture:
             _require(least <= value <= 4096, f"{name}={value}: need {least} to 4096")
         _require(0.25 <= self.upscale <= 8, f"upscale={self.upscale}: need 0.25 to 8")
         _require(
-            len(self.anchors) == 4
+            len(self.anchors) == len(STRIDES)
             and len({len(sides) for sides in self.anchors}) == 1
             and all(1 <= side <= 4096 for sides in self.anchors for side in sides)
             and len(self.anchors[0]) > 0,

@@ -22,11 +22,10 @@ from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.ops import FeaturePyramidNetwork, batched_nms, clip_boxes_to_image
 
 from pipeline import tensorfile
-from pipeline.config import Architecture, ConfigError
+from pipeline.config import STRIDES, Architecture, ConfigError
 from pipeline.pooling import RoIPool
 from pipeline.tensorfile import WeightsError
 
-STRIDES = (4, 8, 16, 32)
 LEVELS = ("0", "1", "2", "3")  # torchvision names feature maps by strings
 RATIOS = (0.5, 1.0, 2.0)
 LEAST_OBJECTNESS = 0.3  # of a proposal that is worth a look: of those below, next to none becomes a nucleus

@@ -11,12 +11,11 @@ from typing import Any
 
 from pipeline import tables
 from pipeline.archive import RunError
-from pipeline.config import Architecture, Settings, Tiling
+from pipeline.config import STRIDES, Architecture, Settings, Tiling
 from pipeline.plan import stain_files, stain_target
 from pipeline.tensorfile import detector_architecture, file_sha256, find_weights, read_notes
 
 RUN = "run.json"
-COARSEST_STRIDE = 32  # of a detector's feature maps
 
 VERSIONED = (
     "nightslide",
@@ -64,11 +63,11 @@ def _check_fit(tiling: Tiling, architecture: Architecture, weights: str) -> None
             f"need the same within a tenth; leave --tiling.mpp out, or choose other --weights"
         )
     # of another side the feature maps are rounded, and the coarsest anchors lie off their pixels
-    fitting = [tile for tile in range(64, 4097, 32) if int(tile * architecture.upscale) % COARSEST_STRIDE == 0]
-    if fitting and int(tiling.tile * architecture.upscale) % COARSEST_STRIDE:
+    fitting = [tile for tile in range(64, 4097, 32) if int(tile * architecture.upscale) % STRIDES[-1] == 0]
+    if fitting and int(tiling.tile * architecture.upscale) % STRIDES[-1]:
         raise RunError(
             f"tiling.tile={tiling.tile} enlarged by {architecture.upscale:g} for {weights} is no multiple of "
-            f"{COARSEST_STRIDE} px: need another, such as {min(fitting, key=lambda tile: abs(tile - tiling.tile))}"
+            f"{STRIDES[-1]} px: need another, such as {min(fitting, key=lambda tile: abs(tile - tiling.tile))}"
         )
 
 

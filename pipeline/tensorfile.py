@@ -79,7 +79,8 @@ def read_notes(path: Path) -> dict[str, str]:
 def licence(path: Path) -> str:
     """What a weights file says of its licence: a line that a terminal can show; "" where it says nothing."""
     line = " ".join(read_notes(path).get("licence", "").split())
-    return "".join(c for c in line if c.isprintable())[:200]
+    line = "".join(c for c in line if c.isprintable())
+    return line if len(line) <= 400 else f"{line[:399]}…"
 
 
 def read_architecture(path: Path, kind: type[T], maker: str) -> T:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Sampler
 
-from pipeline.config import Architecture, ConfigError, StainTraining, Training
+from pipeline.config import STRIDES, Architecture, ConfigError, StainTraining, Training
 from pipeline.detector import NucleusDetector, load_weights, save_weights
 from pipeline.device import choose_device, choose_precision
 from pipeline.tables import committed
@@ -207,9 +207,10 @@ def _loader(
     sets: Sequence[Sequence[Annotated]], first: int, training: Training, architecture: Architecture, team: Team
 ) -> DataLoader[Crop]:
     side = round(training.crop_px * architecture.upscale)
-    if side % 32:
+    if side % STRIDES[-1]:
         raise ConfigError(
-            f"crop_px={training.crop_px} enlarged by {architecture.upscale:g} is {side} px: need a multiple of 32"
+            f"crop_px={training.crop_px} enlarged by {architecture.upscale:g} is {side} px: "
+            f"need a multiple of {STRIDES[-1]}"
         )
     crops = Crops(sets, side, architecture.mpp / architecture.upscale, training)
     return DataLoader(

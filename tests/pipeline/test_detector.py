@@ -9,9 +9,8 @@ import pytest
 import safetensors.torch
 import torch
 
-from pipeline.config import Architecture, ConfigError
+from pipeline.config import STRIDES, Architecture, ConfigError
 from pipeline.detector import (
-    STRIDES,
     Caps,
     NucleusDetector,
     caps,

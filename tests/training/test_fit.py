@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from pipeline.config import Architecture, ConfigError, Training
-from pipeline.detector import Caps, load_weights
+from pipeline.detector import Caps, NucleusDetector, load_weights, save_weights
 from pipeline.tensorfile import WeightsError, licence, read_notes
 from training.annotated import Annotated, Pixels
 from training.annotations import find
@@ -207,6 +207,32 @@ def test_classes_are_learnt_when_asked_for(data: Path, tmp_path: Path) -> None:
         fit([two, images], tmp_path / "both", settings, TINY, say=silent)
     crops = Crops([two.images], 96, 0.25, settings)
     assert set(torch.cat([crops[i].labels for i in range(4)]).tolist()) == {1, 2}
+
+
+def test_the_mean_of_weights_is_that_of_their_tensors(tmp_path: Path) -> None:
+    """workflows/experiments/average.py, which the shipped research weights came from."""
+    torch.manual_seed(0)
+    for name, terms in (("a", "CC0 1.0"), ("b", "CC BY 4.0")):
+        save_weights(NucleusDetector(TINY), tmp_path / f"{name}.safetensors", {"licence": terms, "recipe": name})
+    other = dataclasses.replace(TINY, channels=8)
+    save_weights(NucleusDetector(other), tmp_path / "other.safetensors", {})
+    script = Path(__file__).parents[2] / "workflows" / "experiments" / "average.py"
+
+    def average(*files: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, str(script), *(str(tmp_path / f"{file}.safetensors") for file in files)]
+        return subprocess.run(command, capture_output=True, text=True, timeout=240)
+
+    assert average("mean", "a", "b").returncode == 0
+    a, b, mean = (load_weights(tmp_path / f"{name}.safetensors").state_dict() for name in ("a", "b", "mean"))
+    name = "roi_heads.box_head.layers.0.weight"
+    assert not torch.equal(a[name], b[name])
+    torch.testing.assert_close(mean[name], (a[name] + b[name]) / 2, rtol=2**-10, atol=1e-6)  # stored in half precision
+    assert licence(tmp_path / "mean.safetensors") == "CC0 1.0; CC BY 4.0"
+    assert read_notes(tmp_path / "mean.safetensors")["recipe"] == "b"
+    refused = average("no", "a", "other")
+    assert refused.returncode == 2
+    assert "differ in architecture" in refused.stderr
+    assert not (tmp_path / "no.safetensors").exists()
 
 
 class Halves:
