@@ -10,7 +10,8 @@ from typing import Annotated, Any
 from cyclopts import App, CycloptsError, Parameter
 from cyclopts.config import Toml
 
-from pipeline.config import ConfigError, Exporting, Running, Settings, load
+from pipeline.config import Execution, Export, Settings, load
+from pipeline.errors import ConfigError
 
 Flat = Parameter(name="*")
 Several = Parameter(negative="", consume_multiple=True)
@@ -31,7 +32,7 @@ app.command("training.cli:convert", name="convert")
 
 def main(tokens: Sequence[str] | None = None) -> None:
     """Entry point. Exit status: 0 all done, 1 some slides failed, 2 wrong usage, 130 interrupted."""
-    from pipeline.schedule import ClusterLost
+    from pipeline.errors import ClusterLost
     from slides.errors import SlideError
 
     # what a batch system sends before it kills is Ctrl-C to us
@@ -76,7 +77,7 @@ def run(
     out: Path,
     mpp: float | None = None,
     settings: Annotated[Settings, Flat] = Settings(),
-    running: Annotated[Running, Flat] = Running(),
+    execution: Annotated[Execution, Flat] = Execution(),
 ) -> int:
     """Segment slides: files, folders (searched), or a CSV manifest with columns path and, if given, mpp.
 
@@ -89,9 +90,9 @@ def run(
     mpp
         Micrometres per pixel at level 0, for slides that do not state it.
     """
-    from pipeline.run import run as run_archive
+    from pipeline.archive.run import run as run_archive
 
-    rows = run_archive(inputs, out, settings, running, mpp=mpp)
+    rows = run_archive(inputs, out, settings, execution, mpp=mpp)
     failed = [r for r in rows if r.status == "failed"]
     done = [r for r in rows if r.done]
     print(
@@ -122,11 +123,11 @@ def plan(
     seconds_per_mm2
         What a mm2 of tissue takes in one view: 42 s on two CPU cores; a finished run's ledger tells yours.
     """
-    from pipeline.archive import find_slides
-    from pipeline.forecast import forecast
+    from pipeline.archive.estimate import estimate_slide
+    from pipeline.archive.sources import find_slides
 
     archive = find_slides(inputs, mpp=mpp)
-    rows = [forecast(source, settings, seconds_per_mm2) for source in archive.sources]
+    rows = [estimate_slide(source, settings, seconds_per_mm2) for source in archive.sources]
     width = max(len(row.slide) for row in rows)
     print(f"{'slide':{width}}  {'um/px':>7}  {'tissue mm2':>10}  {'tiles':>6}  {'hours':>6}  {'disk GB':>7}")
     for row in rows:
@@ -149,7 +150,7 @@ def plan(
 
 
 @app.command
-def export(folder: Path, *, settings: Annotated[Exporting, Parameter(name="*")] = Exporting()) -> int:
+def export(folder: Path, *, settings: Annotated[Export, Parameter(name="*")] = Export()) -> int:
     """Write the files for other tools again, from the tables of a finished run; no inference.
 
     Parameters
@@ -157,7 +158,7 @@ def export(folder: Path, *, settings: Annotated[Exporting, Parameter(name="*")] 
     folder
         Folder of a run, or of one slide of it.
     """
-    from pipeline.stages import write_formats
+    from pipeline.segment.stages import write_formats
 
     found = sorted(folder.rglob("nuclei.parquet"))
     if not found:
@@ -177,8 +178,8 @@ def report(folder: Path) -> int:
     folder
         The --out folder of a run.
     """
-    from pipeline.ledger import read_ledger
-    from pipeline.report import write_report
+    from pipeline.archive.ledger import read_ledger
+    from pipeline.report.page import write_report
 
     print(write_report(folder, read_ledger(folder)))
     return 0

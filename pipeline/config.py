@@ -1,7 +1,7 @@
 """Every setting and its default: the only place where a default is written.
 
 The command line and the TOML file are derived from these dataclasses. `Settings` is what a run does to
-its slides, and its `digest` names that; `Running` is how the work is scheduled, and never changes a result.
+its slides, and its `digest` names that; `Execution` is how the work is scheduled, and never changes a result.
 """
 
 import dataclasses
@@ -19,14 +19,13 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from cyclopts import Parameter, Token
 
+from pipeline.errors import ConfigError
+
 STRIDES = (4, 8, 16, 32)  # of the feature maps, in enlarged px; sides are multiples of the last
 
 
-class ConfigError(ValueError):
-    """A setting that is misspelt, of the wrong type, or outside its range."""
-
-
-def _require(holds: bool, message: str) -> None:
+def require(holds: bool, message: str) -> None:
+    """Raise ConfigError with `message` unless the rule holds."""
     if not holds:
         raise ConfigError(message)
 
@@ -45,14 +44,14 @@ class Tissue:
     "Take the whole slide for tissue (fields of view, regions cut out by hand)."
 
     def __post_init__(self) -> None:
-        _require(1 <= self.thumbnail_mpp <= 100, f"thumbnail-mpp={self.thumbnail_mpp}: need 1 to 100 um")
-        _require(self.min_area_um2 >= 0, f"min-area-um2={self.min_area_um2}: need 0 or more")
-        _require(self.margin_um >= 0, f"margin-um={self.margin_um}: need 0 or more")
+        require(1 <= self.thumbnail_mpp <= 100, f"thumbnail-mpp={self.thumbnail_mpp}: need 1 to 100 um")
+        require(self.min_area_um2 >= 0, f"min-area-um2={self.min_area_um2}: need 0 or more")
+        require(self.margin_um >= 0, f"margin-um={self.margin_um}: need 0 or more")
 
 
 @dataclass(frozen=True)
 class Tiling:
-    """The grid, in work pixels. `pipeline.plan.plan_slide` checks the margin against nuclei and views."""
+    """The grid, in work pixels. `pipeline.segment.plan.plan_slide` checks the margin against nuclei and views."""
 
     mpp: float = 0.25
     "Working scale, in micrometres per pixel; every slide is resampled to it."
@@ -64,20 +63,20 @@ class Tiling:
     "A block is block x block tiles: one shard, one task, the unit of resume."
 
     def __post_init__(self) -> None:
-        _require(0.05 <= self.mpp <= 5, f"mpp={self.mpp}: need 0.05 to 5 um per pixel")
-        _require(
+        require(0.05 <= self.mpp <= 5, f"mpp={self.mpp}: need 0.05 to 5 um per pixel")
+        require(
             self.tile % STRIDES[-1] == 0 and self.tile > 0,
             f"tile={self.tile}: need a positive multiple of {STRIDES[-1]}",
         )
-        _require(
+        require(
             0 <= 2 * self.margin < self.tile,
             f"margin={self.margin} leaves no core in a tile of {self.tile} px: need 2 * margin < tile",
         )
-        _require(self.block >= 1, f"block={self.block}: need 1 or more")
+        require(self.block >= 1, f"block={self.block}: need 1 or more")
 
 
 @dataclass(frozen=True)
-class Staining:
+class Stain:
     method: Annotated[
         Literal["none", "reinhard", "macenko", "dcgmm"], Parameter(name=["--stain.method", "--stain"])
     ] = "none"
@@ -90,13 +89,15 @@ class Staining:
     "A slide or an image to normalise to; without it, a typical image of the training sets."
 
     def __post_init__(self) -> None:
-        _require(self.patches >= 1, f"patches={self.patches}: need 1 or more")
+        require(self.patches >= 1, f"patches={self.patches}: need 1 or more")
 
 
 @dataclass(frozen=True)
-class Detection:
+class Detector:
     weights: Annotated[str, Parameter(name=["--detector.weights", "--weights"])] = "nuclei"
     "Name of shipped weights, or a .safetensors file."
+    views: Annotated[Literal[1, 2, 4, 8], Parameter(name=["--detector.views", "--views"])] = 1
+    "Test-time-augmentation views per patch (flips, quarter-turns, shifts), fused by overlap with votes."
     score: float = 0.5
     "Detections below this (fused) score are dropped."
     nms: float = 0.3
@@ -115,18 +116,12 @@ class Detection:
     "auto: bfloat16 where the device computes in it, else float32."
 
     def __post_init__(self) -> None:
-        _require(0 <= self.score < 1, f"score={self.score}: need 0 <= score < 1")
-        _require(0 < self.nms < 1, f"nms={self.nms}: need 0 < nms < 1")
-        _require(0 < self.overlap <= 1, f"overlap={self.overlap}: need 0 < overlap <= 1")
-        _require(self.proposals_per_mm2 > 0, f"proposals-per-mm2={self.proposals_per_mm2}: need more than 0")
-        _require(self.instances_per_mm2 > 0, f"instances-per-mm2={self.instances_per_mm2}: need more than 0")
-        _require(self.batch >= 0, f"batch={self.batch}: need 0 (automatic) or more")
-
-
-@dataclass(frozen=True)
-class Fusion:
-    views: Annotated[Literal[1, 2, 4, 8], Parameter(name=["--fusion.views", "--views"])] = 1
-    "Inferences per patch: 1, 2, 4 or 8 flips, quarter-turns and shifts, fused by overlap with votes."
+        require(0 <= self.score < 1, f"score={self.score}: need 0 <= score < 1")
+        require(0 < self.nms < 1, f"nms={self.nms}: need 0 < nms < 1")
+        require(0 < self.overlap <= 1, f"overlap={self.overlap}: need 0 < overlap <= 1")
+        require(self.proposals_per_mm2 > 0, f"proposals-per-mm2={self.proposals_per_mm2}: need more than 0")
+        require(self.instances_per_mm2 > 0, f"instances-per-mm2={self.instances_per_mm2}: need more than 0")
+        require(self.batch >= 0, f"batch={self.batch}: need 0 (automatic) or more")
 
 
 @dataclass(frozen=True)
@@ -141,14 +136,14 @@ class Stitching:
     "Tolerance of the outlines' simplification (Douglas and Peucker), in work pixels; 0 keeps every vertex."
 
     def __post_init__(self) -> None:
-        _require(self.max_diameter_um > 0, f"max-diameter-um={self.max_diameter_um}: need more than 0")
-        _require(self.tolerance_px >= 0, f"tolerance-px={self.tolerance_px}: need 0 or more")
-        _require(0 < self.iou <= 1, f"iou={self.iou}: need 0 < iou <= 1")
-        _require(self.simplify_px >= 0, f"simplify-px={self.simplify_px}: need 0 or more")
+        require(self.max_diameter_um > 0, f"max-diameter-um={self.max_diameter_um}: need more than 0")
+        require(self.tolerance_px >= 0, f"tolerance-px={self.tolerance_px}: need 0 or more")
+        require(0 < self.iou <= 1, f"iou={self.iou}: need 0 < iou <= 1")
+        require(self.simplify_px >= 0, f"simplify-px={self.simplify_px}: need 0 or more")
 
 
 @dataclass(frozen=True)
-class Exporting:
+class Export:
     formats: tuple[Literal["qupath", "csv"], ...] = ("qupath",)
     "What is written beside nuclei.parquet: qupath (nuclei.geojson.zip), csv (nuclei.csv)."
     crop: bool = True
@@ -166,11 +161,10 @@ class Settings:
     tissue: Tissue = field(default_factory=Tissue)
     tiling: Tiling = field(default_factory=Tiling)
     # "*": else --stain would stand for the table, and could not be given with --stain.patches and the like
-    stain: Annotated[Staining, Parameter(name="*")] = field(default_factory=Staining)
-    detector: Detection = field(default_factory=Detection)
-    fusion: Fusion = field(default_factory=Fusion)
+    stain: Annotated[Stain, Parameter(name="*")] = field(default_factory=Stain)
+    detector: Detector = field(default_factory=Detector)
     stitching: Stitching = field(default_factory=Stitching)
-    export: Exporting = field(default_factory=Exporting)
+    export: Export = field(default_factory=Export)
 
     def digest(self, weights_sha256: str, stain_sha256: Mapping[str, str] = MappingProxyType({})) -> str:
         """Name of everything a result depends on: the settings but for device and batch, and the files' contents.
@@ -189,7 +183,7 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Running:
+class Execution:
     """How the work is done; none of it changes a result."""
 
     workers: int = 0
@@ -214,14 +208,14 @@ class Running:
     "Do slides again whose results exist."
 
     def __post_init__(self) -> None:
-        _require(self.workers >= 0, f"workers={self.workers}: need 0 (automatic) or more")
-        _require(self.gpus >= -1, f"gpus={self.gpus}: need -1 (all) or more")
-        _require(self.window >= 0, f"window={self.window}: need 0 (automatic) or more")
-        _require(
+        require(self.workers >= 0, f"workers={self.workers}: need 0 (automatic) or more")
+        require(self.gpus >= -1, f"gpus={self.gpus}: need -1 (all) or more")
+        require(self.window >= 0, f"window={self.window}: need 0 (automatic) or more")
+        require(
             not (self.scheduler and self.scheduler_file),
             f"scheduler={self.scheduler} and scheduler-file={self.scheduler_file}: need one of them",
         )
-        _require(
+        require(
             self.memory_limit == "auto" or re.fullmatch(r"[0-9.]+ *[kMGT]i?B", self.memory_limit) is not None,
             f"memory-limit={self.memory_limit!r}: need auto, or a size such as 8GB",
         )
@@ -230,7 +224,7 @@ class Running:
 def _levels(_: Any, tokens: Sequence[Token]) -> tuple[tuple[int, ...], ...]:
     """What the command line says of anchors: a level's sides by commas, levels by slashes."""
     value = tokens[0].value
-    _require(re.fullmatch(r"[0-9,/]+", value) is not None, f"anchors={value!r}: need sides such as 18,30/44,64")
+    require(re.fullmatch(r"[0-9,/]+", value) is not None, f"anchors={value!r}: need sides such as 18,30/44,64")
     return tuple(tuple(int(side) for side in level.split(",") if side) for level in value.split("/"))
 
 
@@ -265,7 +259,7 @@ class Architecture:
 
     def __post_init__(self) -> None:
         # timm takes "hf-hub:owner/model" for a model to download, "local-dir:" for a folder to read
-        _require(
+        require(
             re.fullmatch(r"\w+", self.backbone) is not None, f"backbone={self.backbone!r}: need a timm model's name"
         )
         for name, least in {
@@ -276,69 +270,24 @@ class Architecture:
             "semantic": 0,
         }.items():
             value = getattr(self, name)
-            _require(least <= value <= 4096, f"{name}={value}: need {least} to 4096")
-        _require(0.25 <= self.upscale <= 8, f"upscale={self.upscale}: need 0.25 to 8")
-        _require(
+            require(least <= value <= 4096, f"{name}={value}: need {least} to 4096")
+        require(0.25 <= self.upscale <= 8, f"upscale={self.upscale}: need 0.25 to 8")
+        require(
             len(self.anchors) == len(STRIDES)
             and len({len(sides) for sides in self.anchors}) == 1
             and all(1 <= side <= 4096 for sides in self.anchors for side in sides)
             and len(self.anchors[0]) > 0,
             f"anchors={_as_levels(self.anchors)}: need four levels of as many sides each, 1 to 4096 px",
         )
-        _require(
+        require(
             self.mask_size % 2 == 0 and 4 <= self.mask_size <= 128,
             f"mask_size={self.mask_size}: need an even number, 4 to 128",
         )
-        _require(0 < self.mpp <= 10, f"mpp={self.mpp}: need more than 0, to 10 um")
-        _require(
+        require(0 < self.mpp <= 10, f"mpp={self.mpp}: need more than 0, to 10 um")
+        require(
             len(self.classes) > 0 and len(set(self.classes)) == len(self.classes) and all(self.classes),
             f"classes={self.classes}: need one or more, with different names",
         )
-
-
-@dataclass(frozen=True)
-class Training:
-    """How the weights come to be."""
-
-    steps: int = 4000
-    "Optimiser steps of the whole schedule (warm-up, then cosine)."
-    minutes: float = 0.0
-    "Stop cleanly after so many minutes, to be continued by the same command; 0: only at the last step."
-    batch: int = 4
-    crop_px: int = 192
-    "Side of a training crop, in work pixels."
-    rate: float = 8e-4
-    "Highest learning rate (AdamW)."
-    warmup: int = 200
-    decay: float = 0.02
-    strength: float = 1.0
-    "Of the stain, brightness, blur, compression and elastic augmentation; 0 is none."
-    normalise: float = 0.0
-    "Share of crops that are first normalised to the stain of another training image."
-    by_class: bool = False
-    "Tell the sets' classes apart; without it there is one, Nucleus."
-    average: float = 0.998
-    "Decay of the running average of the weights, which is what is saved."
-    hold_out: int = 2
-    "Training images kept aside (the last of a seeded shuffle), for thresholds and curves."
-    init: str = "imagenet"
-    "Weights to start from: imagenet (the backbone only; needs nightslide[train]), random, shipped ones, or a file."
-    licence: str = ""
-    "What others may do with the weights: kept in the file (that of `init`, if it is not given), said where it is used."
-    seed: int = 0
-    device: str = "auto"
-    loaders: int = 1
-    "Processes that prepare crops."
-    save_every: int = 250
-
-    def __post_init__(self) -> None:
-        _check_schedule(self)
-        _require(self.decay >= 0, f"decay={self.decay}: need 0 or more")
-        _require(0 <= self.strength <= 2, f"strength={self.strength}: need 0 to 2")
-        _require(0 <= self.normalise <= 1, f"normalise={self.normalise}: need a share, 0 to 1")
-        _require(0 <= self.average < 1, f"average={self.average}: need 0 or more, under 1")
-        _require(self.hold_out >= 0, f"hold_out={self.hold_out}: need 0 or more")
-        _require(self.loaders >= 0, f"loaders={self.loaders}: need 0 or more")
 
 
 @dataclass(frozen=True)
@@ -355,42 +304,11 @@ class StainArchitecture:
     "Working scale it was trained at."
 
     def __post_init__(self) -> None:
-        _require(2 <= self.clusters <= 8, f"clusters={self.clusters}: need 2 to 8")
-        _require(
+        require(2 <= self.clusters <= 8, f"clusters={self.clusters}: need 2 to 8")
+        require(
             1 <= len(self.channels) <= 5 and min(self.channels) > 0, f"channels={self.channels}: need 1 to 5 levels"
         )
-        _require(self.floor > 0, f"floor={self.floor}: need more than 0")
-
-
-@dataclass(frozen=True)
-class StainTraining:
-    """How dcgmm's network comes to be."""
-
-    steps: int = 1000
-    "Optimiser steps of the whole schedule (warm-up, then cosine)."
-    minutes: float = 0.0
-    "Stop cleanly after so many minutes, to be continued by the same command; 0: only at the last step."
-    batch: int = 16
-    crop_px: int = 128
-    "Side of a training crop, in work pixels; every crop has a mixture of its own."
-    rate: float = 3e-3
-    "Highest learning rate (Adam)."
-    warmup: int = 50
-    seed: int = 0
-    device: str = "auto"
-    save_every: int = 250
-
-    def __post_init__(self) -> None:
-        _check_schedule(self)
-
-
-def _check_schedule(training: Training | StainTraining) -> None:
-    for name in ("steps", "batch", "save_every"):
-        _require(getattr(training, name) >= 1, f"{name}={getattr(training, name)}: need 1 or more")
-    for name in ("minutes", "warmup", "seed"):
-        _require(getattr(training, name) >= 0, f"{name}={getattr(training, name)}: need 0 or more")
-    _require(training.crop_px >= 32, f"crop_px={training.crop_px}: need 32 or more")
-    _require(training.rate > 0, f"rate={training.rate}: need more than 0")
+        require(self.floor > 0, f"floor={self.floor}: need more than 0")
 
 
 T = TypeVar("T")
@@ -411,10 +329,10 @@ def load(path: Path) -> Settings:
 
 def build(kind: type[T], content: Any, where: str) -> T:
     """A dataclass from nested dicts, strictly: as `dataclasses.asdict` gave them, or JSON or TOML."""
-    _require(isinstance(content, dict), f"{where}: {content!r} is not a table of settings")
+    require(isinstance(content, dict), f"{where}: {content!r} is not a table of settings")
     hints = typing.get_type_hints(kind)
     for key in content:
-        _require(key in hints, f"{where}: unknown key '{key}'; the keys here are {', '.join(hints)}")
+        require(key in hints, f"{where}: unknown key '{key}'; the keys here are {', '.join(hints)}")
     try:
         return kind(**{key: _convert(hints[key], value, f"{where}: {key}") for key, value in content.items()})
     except TypeError as error:
@@ -426,20 +344,20 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         return build(hint, value, where)
     origin, options = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
-        _require(
+        require(
             value in options and not isinstance(value, bool),
             f"{where}={value!r}: need one of {', '.join(map(str, options))}",
         )
         return value
     if origin is tuple:
-        _require(isinstance(value, list | tuple), f"{where}={value!r}: need a list")
+        require(isinstance(value, list | tuple), f"{where}={value!r}: need a list")
         if options[-1] is not Ellipsis:
-            _require(len(value) == len(options), f"{where}={value!r}: need {len(options)} values")
+            require(len(value) == len(options), f"{where}={value!r}: need {len(options)} values")
             return tuple(_convert(option, item, where) for option, item in zip(options, value, strict=True))
         return tuple(_convert(options[0], item, where) for item in value)
     if origin in (typing.Union, types.UnionType):
         return None if value is None else _convert(next(o for o in options if o is not type(None)), value, where)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    _require(type(value) is hint, f"{where}={value!r}: need {hint.__name__}")
+    require(type(value) is hint, f"{where}={value!r}: need {hint.__name__}")
     return value

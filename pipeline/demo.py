@@ -8,10 +8,11 @@ from typing import NamedTuple
 import numpy as np
 import shapely
 
-from pipeline import tables
-from pipeline.config import Running, Settings
-from pipeline.polygons import Polygons
-from pipeline.run import run
+from pipeline import files
+from pipeline.archive.run import run
+from pipeline.config import Execution, Settings
+from pipeline.segment import tables
+from pipeline.segment.polygons import Polygons
 from slides import phantom
 from slides.geometry import Size
 
@@ -53,10 +54,10 @@ def run_demo(out: Path, seed: int, settings: Settings, say: Callable[[str], None
     out.mkdir(parents=True, exist_ok=True)
     slide = out / f"phantom-{seed}.tif"
     drawn = phantom.draw(SIZE, seed)
-    with tables.committed(slide) as part:
+    with files.committed(slide) as part:
         phantom.write(part, drawn)
     say(f"drew {slide}: {len(drawn.polygons):,} nuclei on {SIZE.width} x {SIZE.height} px")
-    (row,) = run([slide], out / "results", settings, Running(cluster=False), say=say)
+    (row,) = run([slide], out / "results", settings, Execution(cluster=False), say=say)
     if row.status == "failed":
         return 1
     folder = out / "results" / slide.stem

@@ -1,18 +1,23 @@
-"""What can go wrong with a slide, as one tree.
+"""What can go wrong with a slide, as one tree; pipeline.errors draws the rest of it.
 
-    SlideError
-    ├── SlideNotFound        (FileNotFoundError)  no such file
-    ├── SlideUnreadable                           does not open: empty, truncated, not a slide, parts missing
-    ├── ScaleUnknown                              opens, but states no believable micrometres per pixel
-    ├── RegionUnreadable                          opens, but this region cannot be decoded
-    ├── GridError            (ValueError)         tile, margin and block do not make a grid
-    └── StoreMismatch                             a patch store made with another configuration
+    NightslideError
+    └── SlideError
+        ├── SlideNotFound        (FileNotFoundError)  no such file
+        ├── SlideUnreadable                           does not open: empty, truncated, not a slide, parts missing
+        ├── ScaleUnknown                              opens, but states no believable micrometres per pixel
+        ├── RegionUnreadable                          opens, but this region cannot be decoded
+        ├── GridError            (ValueError)         tile, margin and block do not make a grid
+        └── StoreMismatch                             a patch store made with another configuration
 
 Every message states the value, the rule and the remedy, and names the slide where one is meant.
 """
 
 
-class SlideError(Exception):
+class NightslideError(Exception):
+    """Root of everything that Nightslide raises on purpose: its message is for the user."""
+
+
+class SlideError(NightslideError):
     """Root of everything that `slides` raises on purpose."""
 
 

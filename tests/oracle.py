@@ -17,10 +17,10 @@ import numpy as np
 import shapely
 from PIL import Image
 
-from pipeline import tables
 from pipeline.config import Settings, Stitching, Tiling, Tissue
-from pipeline.found import Found
-from pipeline.plan import Plan
+from pipeline.model.instances import Found
+from pipeline.segment import tables
+from pipeline.segment.plan import Plan
 
 HEIGHT, WIDTH, RADIUS = 330, 410, 9
 SECONDS = "NIGHTSLIDE_TEST_SECONDS_A_PATCH"  # in the environment: how slow the oracle is
@@ -51,10 +51,10 @@ def detect(patches: np.ndarray, plan: Plan, settings: Settings) -> Iterator[Foun
 
 def install() -> None:
     """Take the detector's place in this process, which then need not load it: that takes longer than all the rest."""
-    stand_in = types.ModuleType("pipeline.inference")
+    stand_in = types.ModuleType("pipeline.model.inference")
     turn = threading.Lock()
     vars(stand_in).update(detect_patches=detect, computing=lambda: turn)
-    sys.modules["pipeline.inference"] = stand_in
+    sys.modules["pipeline.model.inference"] = stand_in
 
 
 async def dask_setup(_worker: object) -> None:

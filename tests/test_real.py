@@ -10,12 +10,12 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline import inference
-from pipeline.config import Running, Settings, Tissue
-from pipeline.found import Found
-from pipeline.plan import Plan
-from pipeline.run import run
-from pipeline.tensorfile import find_weights, read_notes
+from pipeline.archive.run import run
+from pipeline.config import Execution, Settings, Tissue
+from pipeline.model import inference
+from pipeline.model.instances import Found
+from pipeline.model.weights import find_weights, read_notes
+from pipeline.segment.plan import Plan
 from training.evaluate import Kept, evaluate, gather
 
 EXPECTED = {
@@ -56,7 +56,7 @@ def test_an_archive_of_every_format_with_damage_between(
     monkeypatch.setattr(inference, "detect_patches", one_square)
     rows = {
         r.slide: r
-        for r in run([shared / "slides"], tmp_path, Settings(), Running(cluster=False), say=lambda line: None)
+        for r in run([shared / "slides"], tmp_path, Settings(), Execution(cluster=False), say=lambda line: None)
     }
     assert {name: row.status for name, row in rows.items()} == {n: status for n, (status, _) in EXPECTED.items()}
     for name, (_, cause) in EXPECTED.items():
@@ -81,7 +81,7 @@ def test_a_slide_without_scale_runs_where_the_user_gives_one(
 ) -> None:
     monkeypatch.setattr(inference, "detect_patches", one_square)
     slide = shared / "slides" / "generic-no-resolution.tif"
-    (row,) = run([slide], tmp_path, Settings(), Running(cluster=False), mpp=0.499, say=lambda line: None)
+    (row,) = run([slide], tmp_path, Settings(), Execution(cluster=False), mpp=0.499, say=lambda line: None)
     assert (row.status, row.mpp_source, row.mpp) == ("done", "user", 0.499)
 
 
@@ -92,9 +92,9 @@ def test_the_shipped_weights_segment_an_image_they_never_saw(shared: Path, tmp_p
     name = "TCGA-18-5592-01Z-00-DX1"
     one = whole._replace(members=tuple(m for m in whole.members if m.name == name))
     settings = Settings(tissue=Tissue(everywhere=True))
-    scores = evaluate(one, settings, Running(cluster=False), kept=Kept(labels=tmp_path), say=lambda line: None).images[
-        name
-    ]
+    scores = evaluate(
+        one, settings, Execution(cluster=False), kept=Kept(labels=tmp_path), say=lambda line: None
+    ).images[name]
     assert scores.aji > 0.55
     assert scores.pq > 0.5
     labels = np.asarray(Image.open(tmp_path / "TCGA-18-5592-01Z-00-DX1.png"))

@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from pipeline.tensorfile import WeightsError
+from pipeline.errors import WeightsError
 
 PART_BYTES = 12 * 2**20
 

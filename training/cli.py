@@ -5,7 +5,8 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from pipeline.config import Architecture, Running, Settings, StainArchitecture, StainTraining, Training
+from pipeline.config import Architecture, Execution, Settings, StainArchitecture
+from training.config import StainTraining, Training
 
 Flat = Parameter(name="*")
 Splits = Annotated[tuple[str, ...], Parameter(negative="")]
@@ -35,7 +36,7 @@ def train(
     mpp
         Micrometres per pixel of the images, if they do not say; once, or once for each dataset.
     """
-    from training.annotations import find_all
+    from training.data.datasets import find_all
     from training.fit import fit
 
     fit(find_all(data, split, mpp), out, training, architecture)
@@ -62,7 +63,7 @@ def convert(
     mpp
         Micrometres per pixel of the images, if they do not say.
     """
-    from training.annotations import find, write_coco, write_folder
+    from training.data.datasets import find, write_coco, write_folder
 
     annotations = find(data, split, mpp)
     written = write_coco(annotations, out) if out.suffix == ".json" else write_folder(annotations, out)
@@ -83,7 +84,7 @@ def evaluate(
     pictures: Path | None = None,
     per_image: Annotated[bool, Parameter(negative="")] = False,
     settings: Annotated[Settings, Flat] = Settings(),
-    running: Annotated[Running, Flat] = Running(cluster=False),
+    execution: Annotated[Execution, Flat] = Execution(cluster=False),
 ) -> int:
     """Segment a dataset's images as `run` would, and score the result against its annotations.
 
@@ -108,7 +109,7 @@ def evaluate(
     import sys
     from dataclasses import replace
 
-    from pipeline.tables import committed
+    from pipeline.files import committed
     from training.evaluate import Kept, as_json, gather, report
     from training.evaluate import evaluate as score_images
 
@@ -118,7 +119,7 @@ def evaluate(
     scores = score_images(
         collection,
         settings,
-        running,
+        execution,
         kept=Kept(save_labels, pictures),
         say=lambda line: print(line, file=sys.stderr),
     )
@@ -154,7 +155,7 @@ def fit_stain(
     template
         The slide or image whose stain is to be normalised to; the typical training image without it.
     """
-    from training.annotations import find_all
+    from training.data.datasets import find_all
     from training.fit_stain import fit_stain as fit
 
     fit([found.images for found in find_all(data, split, mpp)], out, training, architecture, template)

@@ -18,12 +18,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipeline import tables
-from pipeline.config import Running, Settings
-from pipeline.ledger import Row
-from pipeline.run import run
-from pipeline.tensorfile import detector_architecture, find_weights
-from training.annotations import Annotated, AnnotationError, Annotations, Pixels, find, named_sets
+from pipeline.archive.ledger import Row
+from pipeline.archive.run import run
+from pipeline.config import Execution, Settings
+from pipeline.model.weights import detector_architecture, find_weights
+from pipeline.segment import tables
+from training.data.datasets import Annotated, AnnotationError, Annotations, Pixels, find, named_sets
 from training.measures import (
     Detections,
     Scores,
@@ -58,7 +58,7 @@ class Collection(NamedTuple):
 
 
 def gather(data: Sequence[Path], splits: Sequence[str] = (), mpp: Sequence[float] = ()) -> Collection:
-    """The images of datasets, of the named splits or all; `splits` and `mpp` as `training.annotations.named_sets` says.
+    """The images of datasets, of the named splits or all; `splits`, `mpp`: see `training.data.datasets`.
 
     An image is within its `group` (organ, patient), if it has one; within its `split`, or several, where several
     are named for its dataset; and within its `data` where there are several. Raises AnnotationError.
@@ -96,9 +96,9 @@ def _members(parts: Sequence[tuple[str, Annotations]], several: bool) -> Iterato
 
 
 def predict(
-    members: Sequence[Member], folder: Path, settings: Settings, running: Running, say: Callable[[str], None]
+    members: Sequence[Member], folder: Path, settings: Settings, execution: Execution, say: Callable[[str], None]
 ) -> list[Row]:
-    """Segment every image through `pipeline.run`, as a slide of its own; the ledger's rows, in the members' order.
+    """Segment every image through `pipeline.archive.run`, as a slide of its own: the ledger's rows, in that order.
 
     Whatever an image was stored in, it is handed over as a lossless PNG in `folder`, and its scale with it in a
     manifest; the results lie in `folder`/run/<Row.slide>. Raises AnnotationError for an image that failed.
@@ -112,7 +112,7 @@ def predict(
             name = f"{number:06}-{re.sub(r'[^A-Za-z0-9-]+', '_', member.name)[-80:]}.png"
             Image.fromarray(member.annotated.read().image).save(folder / name, compress_level=1)
             writer.writerow([name, repr(member.annotated.mpp)])
-    rows = run([manifest], folder / "run", settings, running, say=say)
+    rows = run([manifest], folder / "run", settings, execution, say=say)
     for member, row in zip(members, rows, strict=True):
         if not row.status.startswith("done"):
             raise AnnotationError(f"{member.name} could not be segmented: {row.cause or row.status}")
@@ -161,21 +161,21 @@ class Kept(NamedTuple):
 def evaluate(
     collection: Collection,
     settings: Settings,
-    running: Running,
+    execution: Execution,
     *,
     kept: Kept = Kept(),
     say: Callable[[str], None] = lambda line: None,
 ) -> Evaluation:
     """Segment and score a collection. Classes count where weights and datasets have some in common.
 
-    Raises AnnotationError, and what `pipeline.run.run` raises.
+    Raises AnnotationError, and what `pipeline.archive.run.run` raises.
     """
     trained = detector_architecture(find_weights(settings.detector.weights)).classes
     classes = collection.classes if set(collection.classes) & set(trained) else ()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         began = time.perf_counter()
-        rows = predict(collection.members, folder, settings, running, say)
+        rows = predict(collection.members, folder, settings, execution, say)
         seconds = time.perf_counter() - began
         judged, area_mm2 = [], 0.0
         for member, row in zip(collection.members, rows, strict=True):
@@ -266,7 +266,7 @@ def as_json(evaluation: Evaluation, members: Sequence[Member], command: str) -> 
         "command": command,
         "digest": about["digest"],
         "weights": Path(detector["weights"]).name,
-        "views": about["settings"]["fusion"]["views"],
+        "views": about["settings"]["detector"]["views"],
         "stain": about["settings"]["stain"]["method"],
         "mpp": sorted({m.annotated.mpp for m in members}),
         "images": len(members),

@@ -21,15 +21,17 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Sampler
 
-from pipeline.config import STRIDES, Architecture, ConfigError, StainTraining, Training
-from pipeline.detector import NucleusDetector, load_weights, save_weights
-from pipeline.device import choose_device, choose_precision
-from pipeline.tables import committed
-from pipeline.tensorfile import WeightsError, find_weights, licence
+from pipeline.config import STRIDES, Architecture
+from pipeline.errors import ConfigError, WeightsError
+from pipeline.files import committed
+from pipeline.model.detector import NucleusDetector, load_weights, save_weights
+from pipeline.model.device import choose_device, choose_precision
+from pipeline.model.weights import find_weights, licence
 from training import checkpoint
-from training.annotations import Annotated, Annotations
-from training.dataset import Crop, Crops
-from training.progress import Held, Log, check, hold
+from training.config import StainTraining, Training
+from training.data.crops import Crop, Crops
+from training.data.datasets import Annotated, Annotations
+from training.monitor import Held, Log, check, hold
 
 
 class Team(NamedTuple):

@@ -15,14 +15,16 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from pipeline import dcgmm, stain
-from pipeline.config import Settings, StainArchitecture, Staining, StainTraining, Tiling
-from pipeline.dcgmm import ClusterNet
-from pipeline.device import choose_device
-from pipeline.plan import fit_template
-from pipeline.tables import committed
+from pipeline.config import Settings, Stain, StainArchitecture, Tiling
+from pipeline.errors import StainError
+from pipeline.files import committed
+from pipeline.model import dcgmm, stain
+from pipeline.model.dcgmm import ClusterNet
+from pipeline.model.device import choose_device
+from pipeline.segment.plan import fit_template
 from training import checkpoint
-from training.annotations import Annotated, AnnotationError
+from training.config import StainTraining
+from training.data.datasets import Annotated, AnnotationError
 from training.fit import rate_at
 
 TEMPLATE_IMAGES = 32  # of each set
@@ -87,7 +89,7 @@ def fit_stain(
     if template is None:
         target = typical(sets, "dcgmm", architecture.mpp, saved)
     else:
-        settings = Settings(tiling=Tiling(mpp=architecture.mpp), stain=Staining(method="dcgmm"))
+        settings = Settings(tiling=Tiling(mpp=architecture.mpp), stain=Stain(method="dcgmm"))
         target = fit_template(template, settings, saved)
     notes = {"recipe": json.dumps(asdict(training)), "step": str(step), "template": json.dumps(target.to_json())}
     with committed(out / "stain.safetensors") as path:
@@ -105,7 +107,7 @@ def _fields(images: Sequence[Annotated], mpp: float, least_px: int, say: Callabl
             continue
         try:
             taken = stain.sample(pixels[None], np.ones((1, *pixels.shape[:2]), bool))
-        except stain.StainError:
+        except StainError:
             continue
         found.append(Field(pixels, taken.white, stain.density_level(taken.cells)))
     if len(found) < len(images):
@@ -141,7 +143,7 @@ def _batch(fields: Sequence[Sequence[Field]], training: StainTraining, step: int
 
 def typical(
     sets: Sequence[Sequence[Annotated]], method: str, mpp: float, network: ClusterNet | None = None
-) -> stain.Stain:
+) -> stain.FittedStain:
     """The stain of the typical image, to normalise to: images are fitted alone, as slides are, and of every number
     the median is taken; up to 32 of each set, spread evenly. The glass is white.
 
@@ -152,12 +154,12 @@ def typical(
     for images in sets:
         for index in np.unique(np.linspace(0, len(images) - 1, TEMPLATE_IMAGES).astype(int)):
             pixels = _at_scale(images[index], mpp)[None]
-            with contextlib.suppress(stain.StainError):
+            with contextlib.suppress(StainError):
                 fits.append(stain.fit(pixels, np.ones(pixels.shape[:3], bool), method, network).numbers)
     if not fits:
         raise AnnotationError("no image of the data tells a stain: need H&E-stained tissue in colour")
     medians = {name: np.median([numbers[name] for numbers in fits], axis=0).round(6).tolist() for name in fits[0]}
-    return stain.Stain.from_json({"method": method, "numbers": {**medians, "white": [1.0, 1.0, 1.0]}})
+    return stain.FittedStain.from_json({"method": method, "numbers": {**medians, "white": [1.0, 1.0, 1.0]}})
 
 
 def _at_scale(annotated: Annotated, mpp: float) -> NDArray[np.uint8]:

@@ -17,7 +17,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from scipy.spatial import cKDTree
 
-from pipeline.polygons import Polygons, rasterise
+from pipeline.segment.polygons import Polygons, rasterise
 
 Labels = NDArray[np.integer[Any]]
 Ints = NDArray[np.int64]
@@ -443,7 +443,7 @@ class Scores(NamedTuple):
     aji_plus: float
     "See `aji_plus_sums`."
     dq: float
-    "Detection quality, Kirillov et al. 2019 (CVPR), 'recognition quality' there: the same number as f1."
+    "Detector quality, Kirillov et al. 2019 (CVPR), 'recognition quality' there: the same number as f1."
     sq: float
     "Segmentation quality: mean IoU of the hits; 0 if there is none."
     pq: float

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from scipy import ndimage
 
-from pipeline.tables import committed
+from pipeline.files import committed
 from training.measures import Labels, overlap
 
 Colour = tuple[int, int, int]

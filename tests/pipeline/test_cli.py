@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.cli import app, main
-from pipeline.config import Running, Settings
+from pipeline.config import Execution, Settings
 
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 COMMANDS = ("run", "plan", "demo", "train", "evaluate", "fit-stain", "convert", "export", "doctor")
@@ -46,7 +46,7 @@ def test_every_setting_is_a_flag_with_its_default(
             default = getattr(values, field.name)
             if isinstance(default, int | float) and not isinstance(default, bool):
                 assert f"[default: {default}]" in line, line
-    for field in dataclasses.fields(Running):
+    for field in dataclasses.fields(Execution):
         assert f"--{field.name.replace('_', '-')}" in out
 
 
@@ -112,7 +112,7 @@ def test_wrong_usage_is_named_and_ends_with_2(
 
 
 def test_a_configuration_file_is_used_and_flags_come_on_top(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from pipeline import run as run_module
+    from pipeline.archive import run as run_module
 
     seen: list[Settings] = []
 
@@ -122,10 +122,10 @@ def test_a_configuration_file_is_used_and_flags_come_on_top(tmp_path: Path, monk
 
     monkeypatch.setattr(run_module, "run", record)
     config = tmp_path / "c.toml"
-    config.write_text("[detector]\nscore = 0.25\nnms = 0.35\n[fusion]\nviews = 4\n")
+    config.write_text("[detector]\nscore = 0.25\nnms = 0.35\nviews = 4\n")
     with pytest.raises(SystemExit):
         main(["run", "x.svs", "--out", "o", "--config", str(config), "--detector.score", "0.75"])
     with pytest.raises(SystemExit):
         main(["run", "x.svs", "--out", "o"])
-    assert (seen[0].detector.score, seen[0].detector.nms, seen[0].fusion.views) == (0.75, 0.35, 4)
+    assert (seen[0].detector.score, seen[0].detector.nms, seen[0].detector.views) == (0.75, 0.35, 4)
     assert seen[1] == Settings(), "a configuration must not outlive its command"

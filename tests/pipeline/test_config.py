@@ -6,11 +6,12 @@ from pathlib import Path
 import pytest
 
 from pipeline import config
-from pipeline.config import Architecture, ConfigError, Detection, Running, Settings, Tiling, build, load
+from pipeline.config import Architecture, Detector, Execution, Settings, Tiling, build, load
+from pipeline.errors import ConfigError
 
 
 def test_settings_survive_a_round_trip_through_plain_values() -> None:
-    for kind in (Settings, Running, Architecture):
+    for kind in (Settings, Execution, Architecture):
         assert build(kind, dataclasses.asdict(kind()), "test") == kind()
 
 
@@ -19,7 +20,7 @@ def test_toml_sets_what_it_names_and_leaves_the_rest(tmp_path: Path) -> None:
     file.write_text("[tiling]\ntile = 512\n[detector]\nscore = 0.25\n[export]\nformats = ['csv']\n")
     settings = load(file)
     assert settings.tiling == Tiling(tile=512)
-    assert settings.detector == Detection(score=0.25)
+    assert settings.detector == Detector(score=0.25)
     assert settings.export.formats == ("csv",)
     assert settings.stitching == Settings().stitching
 
@@ -32,7 +33,7 @@ def test_toml_sets_what_it_names_and_leaves_the_rest(tmp_path: Path) -> None:
         ("[detector]\nscore = 'high'", "score='high': need float"),
         ("[tiling]\ntile = 512.5", "tile=512.5: need int"),
         ("[tiling]\ntile = true", "tile=True: need int"),
-        ("[fusion]\nviews = 3", "views=3: need one of 1, 2, 4, 8"),
+        ("[detector]\nviews = 3", "views=3: need one of 1, 2, 4, 8"),
         ("[tiling]\nmargin = 600", "margin=600 leaves no core in a tile of 1024 px: need 2 * margin < tile"),
         ("tiling = 5", "5 is not a table"),
         ("[tiling", "is not a readable TOML file"),

@@ -10,16 +10,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline import inference
-from pipeline.archive import find_slides
-from pipeline.config import Architecture, Detection, Running, Settings, Stitching, Tiling, Tissue
-from pipeline.detector import NucleusDetector, save_weights
-from pipeline.found import Found
-from pipeline.plan import Plan
-from pipeline.run import Row
-from pipeline.tensorfile import file_sha256
+from pipeline.archive.run import Row
+from pipeline.archive.sources import find_slides
+from pipeline.config import Architecture, Detector, Execution, Settings, Stitching, Tiling, Tissue
+from pipeline.model import inference
+from pipeline.model.detector import NucleusDetector, save_weights
+from pipeline.model.instances import Found
+from pipeline.model.weights import file_sha256
+from pipeline.segment.plan import Plan
 from training import evaluate as evaluating
-from training.annotations import Annotated, AnnotationError, Pixels
+from training.data.datasets import Annotated, AnnotationError, Pixels
 from training.evaluate import (
     COLUMNS,
     Kept,
@@ -94,7 +94,7 @@ def settings(weights: Path) -> Settings:
         tissue=Tissue(everywhere=True),
         tiling=Tiling(tile=128, margin=32),
         stitching=Stitching(max_diameter_um=5.0, simplify_px=0.0),
-        detector=Detection(weights=str(weights)),
+        detector=Detector(weights=str(weights)),
     )
 
 
@@ -103,7 +103,7 @@ def _oracle(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(inference, "detect_patches", oracle)
 
 
-ONE = Running(cluster=False, workers=1)
+ONE = Execution(cluster=False, workers=1)
 
 
 def test_every_score_of_an_oracle_is_known(tmp_path: Path, settings: Settings) -> None:

@@ -14,12 +14,14 @@ import safetensors.torch
 import torch
 from PIL import Image
 
-from pipeline.config import Architecture, ConfigError, Training
-from pipeline.detector import Caps, NucleusDetector, load_weights, save_weights
-from pipeline.tensorfile import WeightsError, licence, read_notes
-from training.annotated import Annotated, Pixels
-from training.annotations import find
-from training.dataset import Crops, regions, targets
+from pipeline.config import Architecture
+from pipeline.errors import ConfigError, WeightsError
+from pipeline.model.detector import Caps, NucleusDetector, load_weights, save_weights
+from pipeline.model.weights import licence, read_notes
+from training.config import Training
+from training.data.crops import Crops, regions, targets
+from training.data.datasets import find
+from training.data.sample import Annotated, Pixels
 from training.fit import Continue, Team, fit, rate_at, split_off, start
 
 TINY = Architecture(

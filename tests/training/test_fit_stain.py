@@ -11,11 +11,13 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline import dcgmm
-from pipeline.config import StainArchitecture, StainTraining
-from pipeline.stain import StainError, fit, read_template
-from pipeline.tensorfile import WeightsError, read_notes
-from training.annotations import Annotated, AnnotationError, Pixels
+from pipeline.config import StainArchitecture
+from pipeline.errors import StainError, WeightsError
+from pipeline.model import dcgmm
+from pipeline.model.stain import fit, read_template
+from pipeline.model.weights import read_notes
+from training.config import StainTraining
+from training.data.datasets import Annotated, AnnotationError, Pixels
 from training.fit_stain import fit_stain, rate_at, typical
 
 TINY = StainArchitecture(channels=(4, 8))

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy.spatial import cKDTree
 
-from pipeline.polygons import polygons, rasterise
+from pipeline.segment.polygons import polygons, rasterise
 from training.measures import (
     COUNTS,
     MEASURES,

@@ -14,8 +14,9 @@ from pathlib import Path
 
 import torch
 
-from pipeline.detector import load_weights, save_weights
-from pipeline.tensorfile import WeightsError, find_weights, licence, read_notes
+from pipeline.errors import WeightsError
+from pipeline.model.detector import load_weights, save_weights
+from pipeline.model.weights import find_weights, licence, read_notes
 
 
 def average(files: list[Path], out: Path, terms: str = "") -> None:

@@ -19,9 +19,10 @@ from typing import Annotated
 
 from cyclopts import App, Parameter
 
-from pipeline.config import ConfigError, Detection, Running, Settings
-from pipeline.tensorfile import find_weights, read_notes
-from training.annotations import named_sets
+from pipeline.config import Detector, Execution, Settings
+from pipeline.errors import ConfigError
+from pipeline.model.weights import find_weights, read_notes
+from training.data.datasets import named_sets
 from training.evaluate import Collection, gather, predict, read_detections
 from training.fit import split_off
 from training.measures import Scores, compare, mean, measure, tally
@@ -46,13 +47,13 @@ def held_out(collection: Collection, weights: str) -> Collection:
     return collection._replace(members=tuple(m for m in collection.members if m.annotated.id in ids))
 
 
-def grid(collection: Collection, settings: Settings, scores: tuple[float, ...], running: Running) -> list[Scores]:
+def grid(collection: Collection, settings: Settings, scores: tuple[float, ...], execution: Execution) -> list[Scores]:
     """Image means at every score threshold, from one inference at the lowest."""
     at_lowest = replace(settings, detector=replace(settings.detector, score=min(scores)))
     judged: list[list[Scores]] = [[] for _ in scores]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        rows = predict(collection.members, folder, at_lowest, running, lambda line: print(line, file=sys.stderr))
+        rows = predict(collection.members, folder, at_lowest, execution, lambda line: print(line, file=sys.stderr))
         for member, row in zip(collection.members, rows, strict=True):
             labels = member.annotated.read().labels
             found = read_detections(folder / "run" / row.slide / "nuclei.parquet")
@@ -72,7 +73,7 @@ def choose(
     nms: Annotated[tuple[float, ...], Several] = (),
     score: Annotated[tuple[float, ...], Several] = (0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.7),
     settings: Annotated[Settings, Flat] = Settings(),
-    running: Annotated[Running, Flat] = Running(cluster=False),
+    execution: Annotated[Execution, Flat] = Execution(cluster=False),
 ) -> int:
     """Score a grid of thresholds on held-out images.
 
@@ -97,8 +98,10 @@ def choose(
     collection = Collection(tuple(member for c in each for member in c.members), ())
     cells: dict[tuple[float, float], Scores] = {}
     for value in nms or (settings.detector.nms,):
-        chosen: Detection = replace(settings.detector, nms=value)
-        for at, scores in zip(score, grid(collection, replace(settings, detector=chosen), score, running), strict=True):
+        chosen: Detector = replace(settings.detector, nms=value)
+        for at, scores in zip(
+            score, grid(collection, replace(settings, detector=chosen), score, execution), strict=True
+        ):
             cells[value, at] = scores
     best = max(cells, key=lambda key: cells[key].pq)
     print(f"`{shlex.join(['python', *sys.argv])}`\n")

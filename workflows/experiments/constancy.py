@@ -20,9 +20,10 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipeline import dcgmm, stain
-from pipeline.tensorfile import find_weights
-from training.annotations import Annotated, find
+from pipeline.errors import StainError
+from pipeline.model import dcgmm, stain
+from pipeline.model.weights import find_weights
+from training.data.datasets import Annotated, find
 
 MPP = 0.25
 METHODS = ("none", "reinhard", "macenko", "dcgmm")
@@ -67,25 +68,25 @@ def at_scale(annotated: Annotated) -> tuple[NDArray[np.uint8], NDArray[np.bool_]
     return np.asarray(image), np.asarray(nuclei)
 
 
-def fit(image: NDArray[np.uint8], method: str, network: dcgmm.ClusterNet) -> stain.Stain | None:
+def fit(image: NDArray[np.uint8], method: str, network: dcgmm.ClusterNet) -> stain.FittedStain | None:
     try:
         return stain.fit(image[None], np.ones((1, *image.shape[:2]), bool), method, network)
-    except stain.StainError:
+    except StainError:
         return None
 
 
-def median(fits: Sequence[stain.Stain | None], method: str) -> stain.Stain:
+def median(fits: Sequence[stain.FittedStain | None], method: str) -> stain.FittedStain:
     """Of every number of the stains, on white glass."""
     numbers = [f.numbers for f in fits if f is not None]
     medians = {name: tuple(np.median([n[name] for n in numbers], axis=0).tolist()) for name in numbers[0]}
-    return stain.Stain(method, medians if method == "none" else {**medians, "white": (1.0, 1.0, 1.0)})
+    return stain.FittedStain(method, medians if method == "none" else {**medians, "white": (1.0, 1.0, 1.0)})
 
 
 def measure(
     image: NDArray[np.uint8],
     nuclei: NDArray[np.bool_],
-    source: stain.Stain | None,
-    target: stain.Stain,
+    source: stain.FittedStain | None,
+    target: stain.FittedStain,
     network: dcgmm.ClusterNet,
 ) -> Measured:
     pixels = torch.from_numpy(image.copy()).permute(2, 0, 1)[None].float() / 255

@@ -1,0 +1,176 @@
+"""The search of folders for slides: each found once, however often it is reached, and none opened but DICOM files."""
+
+import os
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+from pipeline.archive.naming import Place
+from pipeline.text import printable
+from slides.dicom import read_instance
+from slides.errors import SlideUnreadable
+
+SUFFIXES = frozenset(
+    [
+        ".bif",
+        ".czi",
+        ".dcm",
+        ".mrxs",
+        ".ndpi",
+        ".scn",
+        ".svs",
+        ".svslide",
+        ".tif",
+        ".tiff",
+        ".vms",
+        ".vmu",
+    ]
+)  # what OpenSlide's formats are called; other files are opened only where they are named
+
+# folders in which systems keep copies, or what was thrown away: slides in there would be done twice
+_SYSTEM = frozenset(
+    ["$recycle.bin", ".trash", ".trashes", ".snapshot", ".snapshots", ".appledouble", "@eadir", "#recycle", "__macosx"]
+)
+_APPLE_DOUBLE = "._"  # macOS writes ._x.svs beside x.svs where a file system has no room for its attributes
+_MIRAX_PARTS = "slidedat.ini"  # it lies in the folder of a .mrxs file, and with it nothing but parts of that slide
+
+
+class Found(NamedTuple):
+    """A slide: the file to open, and the place that its name comes from."""
+
+    path: Path
+    place: Place
+
+
+@dataclass
+class Search:
+    """What was found so far. Slides are known by a key: the real path, or for DICOM the real folder and the series.
+
+    out: real path of the folder of results, which is not searched.
+    Law: what is found does not depend on the order in which folders are given.
+    """
+
+    out: str | None = None
+    found: dict[str, Found] = field(default_factory=dict)
+    problems: dict[str, str] = field(default_factory=dict)  # key -> why the slide cannot be done
+    unread: list[str] = field(default_factory=list)  # folders and links that lead nowhere, and why
+    _others: dict[str, str] = field(default_factory=dict)  # real paths of files that are no slides -> key
+    _links: deque[Place] = field(default_factory=deque)
+    _seen: set[str] = field(default_factory=set)  # real paths of folders
+
+    @property
+    def skipped(self) -> int:
+        """How many files were passed over; what belongs to a DICOM slide, or was added by name, is not counted."""
+        return sum(key not in self.found for key in self._others.values())
+
+    def folders(self, given: Iterable[Path]) -> None:
+        """Search folders to any depth: outer ones before those inside them, and where links lead after all else."""
+        for real, path in sorted((os.path.realpath(p), os.path.abspath(p)) for p in given):
+            self._tree(Place(Path(path), ""), real)
+        while self._links:
+            self._link(self._links.popleft())
+
+    def add(self, path: Path, place: Place) -> str:
+        """A slide that is given by name, whatever its suffix, there or not. Returns its key."""
+        key = real = os.path.realpath(path)
+        if os.path.isfile(real):
+            key, _ = self._know(real)
+        else:
+            self.problems[key] = _missing(path)
+        self.found.setdefault(key, Found(path, place))
+        return key
+
+    def _tree(self, top: Place, real: str) -> None:
+        """A folder and what lies in it; links are kept for later."""
+        waiting = [(top.relative, real)]
+        while waiting:
+            relative, real = waiting.pop()
+            if real in self._seen or (self.out and (real == self.out or real.startswith(self.out + os.sep))):
+                continue
+            self._seen.add(real)
+            inner = self._folder(top.home, relative, real)
+            waiting += [(f"{relative}/{name}" if relative else name, os.path.join(real, name)) for name in inner]
+
+    def _folder(self, home: Path, relative: str, real: str) -> list[str]:
+        """Sort out the files of one folder. Returns the names of its folders, the last one first."""
+        path = home / relative
+        try:
+            with os.scandir(path) as scan:
+                entries = sorted(scan, key=lambda entry: entry.name)
+        except OSError as error:
+            self.unread.append(printable(f"{path}: {error.strerror}"))
+            return []
+        if any(entry.name.casefold() == _MIRAX_PARTS for entry in entries):
+            return []
+        inner = []
+        for entry in entries:
+            place = Place(home, f"{relative}/{entry.name}" if relative else entry.name)
+            if entry.is_symlink():
+                self._links.append(place)
+            elif entry.is_file(follow_symlinks=False):
+                self._file(place, os.path.join(real, entry.name))
+            elif entry.is_dir(follow_symlinks=False) and not _is_system(entry.name):
+                inner.append(entry.name)
+            else:
+                self._other(os.path.join(real, entry.name))
+        return inner[::-1]
+
+    def _link(self, place: Place) -> None:
+        """Where a link leads, now that all else is known. One to a slide that is not there is a slide that fails."""
+        path = place.path
+        real = os.path.realpath(path)
+        if os.path.isdir(real) and not _is_system(path.name):
+            self._tree(place, real)
+        elif os.path.isfile(real):
+            self._file(place, real)
+        elif _is_slide(path.name):
+            self.add(path, place)
+        elif os.path.exists(real):
+            self._other(real)
+        else:
+            self.unread.append(_missing(path))
+
+    def _file(self, place: Place, real: str) -> None:
+        """A file in a folder: a slide by its suffix, and for DICOM by what it says."""
+        if not _is_slide(place.relative.rpartition("/")[2]):
+            self._other(real)
+            return
+        key, opens = self._know(real)
+        if opens:
+            self.found.setdefault(key, Found(place.path, place))
+        else:
+            self._other(real, key)
+
+    def _other(self, real: str, key: str = "") -> None:
+        self._others[real] = key or real
+
+    def _know(self, real: str) -> tuple[str, bool]:
+        """The key of a file, and whether it is, or stands for, a slide: of a DICOM series a file with a level does."""
+        if not real.lower().endswith(".dcm"):
+            return real, True
+        try:
+            instance = read_instance(Path(real))
+        except (OSError, SlideUnreadable) as error:
+            self.problems[real] = printable(error)
+            return real, True
+        if instance is None:
+            return real, False
+        return f"{os.path.dirname(real)} {instance.series}", instance.is_level
+
+
+def _is_slide(name: str) -> bool:
+    return not name.startswith(_APPLE_DOUBLE) and os.path.splitext(name)[1].lower() in SUFFIXES
+
+
+def _is_system(name: str) -> bool:
+    return name.casefold() in _SYSTEM or name.startswith(".Trash-")
+
+
+def _missing(path: Path) -> str:
+    if path.is_dir():
+        return printable(f"{path} is a folder: name the slides in it, or give the folder itself as an input")
+    if path.is_symlink():
+        return printable(f"{path} is a link to {os.readlink(path)}, which is not there: bring it back")
+    return printable(f"{path} is not there: bring it back, or correct the manifest")

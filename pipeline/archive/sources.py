@@ -1,0 +1,151 @@
+"""An archive: which slides there are among files, folders and manifests, and what their results are called."""
+
+import csv
+import io
+import os
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from pipeline.archive.naming import Place, name_slides
+from pipeline.archive.search import SUFFIXES, Search
+from pipeline.errors import RunError
+from pipeline.text import printable
+from slides.slide import BELIEVABLE_MPP
+
+
+class Source(NamedTuple):
+    """A slide of the archive, and the folder of its results relative to the run's."""
+
+    path: Path
+    name: str
+    mpp: float | None
+    problem: str = ""  # why it cannot be done, where that is known without opening it
+
+
+class Archive(NamedTuple):
+    """Slides in the order of their names, and what else was met."""
+
+    sources: tuple[Source, ...]
+    skipped: int  # files in the folders that are no slides
+    unread: tuple[str, ...] = ()  # folders that could not be searched, links that lead nowhere, and why
+
+
+class _Given(NamedTuple):
+    """A slide that is named, by the user or in a manifest."""
+
+    place: Place
+    path: Path
+    mpp: float | None = None
+    problem: str = ""
+
+
+def find_slides(inputs: Sequence[Path], out: Path | None = None, mpp: float | None = None) -> Archive:
+    """Slides among files, folders (searched to any depth, `out` left out) and CSV manifests.
+
+    A folder's slides are known by their suffix, DICOM files by their header; a slide of several files is found once,
+    and so is one that is reached in several ways. A manifest has the columns path, relative to itself, and perhaps
+    mpp; `mpp` is for every slide that no manifest gives one. What a manifest says wrongly of one slide is that
+    slide's `problem` and stops no other. `pipeline.archive.naming` has the rule of
+    names, which does not depend on the order of the inputs.
+    Raises RunError for an input that does not exist, that is no manifest, or lies in `out`; and where no slide is.
+    """
+    # the outermost folder names a slide, as it does in the search
+    named = sorted(_named(inputs), key=lambda given: (len(given.place.home.parts), given.place, given.path))
+    search = Search(None if out is None else os.path.realpath(out))
+    search.folders(_folders(inputs, search.out))
+    scales: dict[str, set[float]] = defaultdict(set)
+    for given in named:
+        key = search.add(given.path, given.place)
+        if given.mpp is not None:
+            scales[key].add(given.mpp)
+        if given.problem:
+            search.problems.setdefault(key, given.problem)
+    for key, values in scales.items():
+        if len(values) > 1:
+            search.problems.setdefault(key, f"mpp is given as {' and as '.join(map(str, sorted(values)))}: need one")
+    names = name_slides([found.place for found in search.found.values()])
+    sources = [
+        Source(found.path, name, min(scales[key], default=mpp), search.problems.get(key, ""))
+        for name, (key, found) in zip(names, search.found.items(), strict=True)
+    ]
+    if not sources:
+        raise RunError(
+            f"no slides in {', '.join(map(str, inputs))}: {search.skipped} other files were skipped; folders are "
+            f"searched for {' '.join(sorted(SUFFIXES))}"
+            + "".join(f"; not searched: {cause}" for cause in search.unread)
+        )
+    return Archive(tuple(sorted(sources, key=lambda s: s.name)), search.skipped, tuple(search.unread))
+
+
+def _folders(inputs: Sequence[Path], out: str | None) -> Iterator[Path]:
+    """The folders among the inputs. Raises RunError for one in which the results would come to lie."""
+    for given in inputs:
+        if os.path.isdir(given):
+            if out is not None and Path(os.path.realpath(given)).is_relative_to(out):
+                raise RunError(f"--out {out} is, or holds, the input {given}: need a folder apart from the slides")
+            yield given
+
+
+def _named(inputs: Sequence[Path]) -> Iterator[_Given]:
+    """The slides that are named. Raises RunError for an input that does not exist, or is no manifest."""
+    for given in inputs:
+        if not os.path.exists(given):
+            raise RunError(f"{given} does not exist: need slides, folders of slides, or a CSV manifest")
+        if given.suffix.lower() == ".csv":
+            yield from _manifest(given)
+        elif not os.path.isdir(given):
+            yield _Given(_by_itself(given), given)
+
+
+def _by_itself(path: Path) -> Place:
+    folder, name = os.path.split(os.path.abspath(path))
+    return Place(Path(folder), name)
+
+
+def _manifest(path: Path) -> Iterator[_Given]:
+    """The slides of a manifest. Raises RunError where it cannot be read, or not as a table with a column path.
+
+    Columns stand in any order and case, between commas, semicolons or tabs; a byte order mark and a decimal comma are
+    understood, as Excel writes them in Europe. Bytes that are not UTF-8 stand for themselves, as in file names.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")
+    except OSError as error:
+        raise RunError(f"{path} is not a readable CSV manifest: {error}") from error
+    if "\0" in text:
+        raise RunError(f"{path} is not a readable CSV manifest: it holds zero bytes; save it as CSV in UTF-8")
+    head = text.partition("\n")[0]
+    reader = csv.DictReader(io.StringIO(text), delimiter=max(",;\t", key=head.count))
+    reader.fieldnames = [name.strip().lower() for name in reader.fieldnames or ()]
+    if "path" not in reader.fieldnames:
+        raise RunError(f"{path} has the columns {reader.fieldnames}: need path and, where wanted, mpp")
+    folder = Path(os.path.abspath(path)).parent
+    try:
+        for row in reader:
+            slide, scale = row["path"] or "", (row.get("mpp") or "").strip()
+            if any(row.get(None) or ()) or (scale and not slide.strip()):
+                raise RunError(f"{path}, line {reader.line_num}: need the columns of the first line, and a path")
+            if slide.strip():
+                yield _row(folder, slide, scale, f"{path}, line {reader.line_num}")
+    except csv.Error as error:
+        raise RunError(f"{path} is not a readable CSV manifest: {error}") from error
+
+
+def _row(folder: Path, slide: str, scale: str, where: str) -> _Given:
+    """A slide of a manifest in `folder`; `where` is for messages."""
+    path = folder / (slide if os.path.lexists(folder / slide) else slide.strip())
+    place = _by_itself(path)
+    if place.path.is_relative_to(folder):
+        place = Place(folder, place.path.relative_to(folder).as_posix())
+    low, high = BELIEVABLE_MPP
+    try:
+        mpp = float(scale.replace(",", ".")) if scale else None
+    except ValueError:
+        return _Given(place, path, None, printable(f"{where}: mpp={scale!r} is not a number"))
+    if mpp is not None and not low <= mpp <= high:
+        return _Given(
+            place, path, None, printable(f"{where}: mpp={scale}: need {low:g} to {high:g} micrometres per pixel")
+        )
+    return _Given(place, path, mpp)

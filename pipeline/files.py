@@ -1,0 +1,72 @@
+"""Files that are complete or absent: written beside, synced, renamed. And JSON."""
+
+import contextlib
+import json
+import os
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+_PARTIAL = ".partial-"
+
+
+@contextlib.contextmanager
+def committed(path: Path) -> Iterator[Path]:
+    """A path beside `path` to write to (same suffix), which becomes `path` when the block ends well.
+
+    Synced, then renamed over what was there, then the folder is synced: a reader, or a machine that lost
+    power, sees all of the file or nothing. On an error the partial file is removed; a killed process leaves
+    it to `sweep`. Writers of the same path do not disturb each other; the last one stays.
+    """
+    partial = path.with_name(f"{_PARTIAL}{uuid.uuid4().hex[:12]}-{path.name}")
+    try:
+        yield partial
+        _sync(partial)
+        os.replace(partial, path)
+        if os.name == "posix":  # elsewhere a folder cannot be opened
+            _sync(path.parent)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    # Windows syncs only what is open for writing; a folder opens only for reading.
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sweep(folder: Path) -> int:
+    """Remove what killed writers left in `folder`, while nobody writes there. Returns how many files."""
+    leftovers = list(folder.glob(f"{_PARTIAL}*"))
+    for leftover in leftovers:
+        leftover.unlink(missing_ok=True)
+    return len(leftovers)
+
+
+def now_ns(folder: Path) -> int:
+    """The time, as the file system of `folder` stamps its files, in ns: machines' own clocks differ."""
+    stamp = folder / f"{_PARTIAL}{uuid.uuid4().hex[:12]}-now"
+    stamp.touch()
+    try:
+        return stamp.stat().st_mtime_ns
+    finally:
+        stamp.unlink()
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Commit `content` (what JSON holds; tuples become lists) to `path`, in UTF-8, indented."""
+    with committed(path) as partial:
+        partial.write_text(json.dumps(content, indent=1), encoding="utf-8")
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The JSON object in a file; None where there is no file, or it holds anything else."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return content if isinstance(content, dict) else None

@@ -1,0 +1,38 @@
+"""Which device computes, and in which precision."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from pipeline.errors import ConfigError
+
+
+def choose_device(name: str) -> torch.device:
+    """'auto' is the GPU if there is one. Raises ConfigError for one that is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"device={name!r}: need cpu, cuda, cuda:N or auto") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"device={name!r}: this machine shows {torch.cuda.device_count()} CUDA devices; use cpu or auto"
+        )
+    return device
+
+
+def choose_precision(name: str, device: torch.device) -> torch.dtype:
+    """'auto' is bfloat16 where the device multiplies in it (CUDA, CPUs with AVX512-BF16 or AMX), else float32."""
+    if name == "float32":
+        return torch.float32
+    if name == "bfloat16":
+        return torch.bfloat16
+    capable = torch.cuda.is_bf16_supported() if device.type == "cuda" else _cpu_has_bfloat16()
+    return torch.bfloat16 if capable else torch.float32
+
+
+def _cpu_has_bfloat16() -> bool:
+    capabilities: Mapping[str, Any] = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") or capabilities.get("amx"))

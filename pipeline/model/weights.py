@@ -1,0 +1,127 @@
+"""Weights on disk: safetensors with the architecture, notes and a checksum of the tensors inside.
+
+Nothing is unpickled. A file builds its own network; one that is damaged, or of another kind, is named.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any, TypeVar
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from pipeline.config import Architecture, build
+from pipeline.errors import WeightsError
+
+T = TypeVar("T")
+M = TypeVar("M", bound=nn.Module)
+
+
+def shipped() -> tuple[str, ...]:
+    """Names of the weights that come with the package."""
+    folder = resources.files("pipeline") / "weights"
+    return tuple(
+        sorted(f.name.removesuffix(".safetensors") for f in folder.iterdir() if f.name.endswith(".safetensors"))
+    )
+
+
+def find_weights(name: str) -> Path:
+    """Path of shipped weights by name, or of a file. Raises WeightsError when there is neither."""
+    if name in shipped():
+        return Path(str(resources.files("pipeline") / "weights" / f"{name}.safetensors"))
+    path = Path(name)
+    if not path.is_file():
+        raise WeightsError(
+            f"no weights '{name}': need a .safetensors file or one of the shipped names ({', '.join(shipped())})"
+        )
+    return path
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def save(network: nn.Module, architecture: Any, path: Path, notes: Mapping[str, str]) -> None:
+    """Write a network's tensors in half precision, with its architecture (a dataclass) and notes."""
+    tensors = {
+        name: (t.detach().cpu().half() if t.is_floating_point() else t.detach().cpu()).clone().contiguous()
+        for name, t in network.state_dict().items()
+        if not name.endswith("num_batches_tracked")
+    }
+    metadata = {
+        **notes,
+        "architecture": json.dumps(dataclasses.asdict(architecture)),
+        "sha256": _content_sha256(tensors),
+    }
+    # save_file would make a file that its owner alone may read
+    path.write_bytes(safetensors.torch.save(tensors, metadata))
+
+
+def read_notes(path: Path) -> dict[str, str]:
+    """The text a weights file carries: architecture, checksum, recipe, data, licence."""
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            return dict(file.metadata() or {})
+    except (OSError, safetensors.SafetensorError) as error:
+        raise WeightsError(f"{path} is not a whole safetensors file ({error}): download or copy it again") from error
+
+
+def licence(path: Path) -> str:
+    """What a weights file says of its licence: a line that a terminal can show; "" where it says nothing."""
+    line = " ".join(read_notes(path).get("licence", "").split())
+    line = "".join(c for c in line if c.isprintable())
+    return line if len(line) <= 400 else f"{line[:399]}…"
+
+
+def read_architecture(path: Path, kind: type[T], maker: str) -> T:
+    """What a file says of its network, as a dataclass `kind`. Raises WeightsError where it says nothing, or nonsense.
+
+    maker: the command that writes such files, for the message.
+    """
+    notes = read_notes(path)
+    if "architecture" not in notes or "sha256" not in notes:
+        raise WeightsError(f"{path} holds no weights of Nightslide: need a file written by '{maker}'")
+    try:
+        return build(kind, json.loads(notes["architecture"]), f"{path}: architecture")
+    except ValueError as error:  # ConfigError and JSONDecodeError
+        raise WeightsError(
+            f"{path} names no architecture that can be built ({error}): need a file written by '{maker}'"
+        ) from error
+
+
+def detector_architecture(path: Path) -> Architecture:
+    """What a detector's weights file says of its network; read from the file's text. Raises WeightsError."""
+    return read_architecture(path, Architecture, "nightslide train")
+
+
+def load_into(network: M, path: Path) -> M:
+    """The network with the file's tensors, in float32, ready for inference; the same object.
+
+    Raises WeightsError where the file is damaged (checksum) or does not fit the network.
+    """
+    tensors = safetensors.torch.load_file(path)
+    if _content_sha256(tensors) != read_notes(path).get("sha256"):
+        raise WeightsError(f"{path} is damaged: its tensors do not match their checksum; download or copy it again")
+    try:
+        missing, unknown = network.load_state_dict({k: v.float() for k, v in tensors.items()}, strict=False)
+    except RuntimeError as error:
+        raise WeightsError(f"{path} does not fit the architecture it names: {error}") from error
+    missing = [name for name in missing if not name.endswith("num_batches_tracked")]
+    if missing or unknown:
+        raise WeightsError(f"{path} does not fit its architecture: missing {missing[:3]}, unknown {list(unknown)[:3]}")
+    return network.eval()
+
+
+def _content_sha256(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,199 @@
+"""What a run left behind, slide by slide: read from the slides' folders, and judged against each other."""
+
+import base64
+import dataclasses
+import io
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import numpy as np
+from PIL import Image
+
+from pipeline.segment.polygons import Floats
+from pipeline.segment.summary import NEAR_PX, VERSION
+
+# What is called an outlier, and of how many slides at least.
+ODD_Z, FEWEST_SLIDES = 3.5, 8
+
+# Nuclei that their tile may have cut: a few are clumps, more are a margin too small.
+_TOUCHING = 0.001
+
+_PICTURE_PX, _QUALITY = (180, 130), 60
+
+
+@dataclass(frozen=True)
+class SlideResult:
+    """A row of the ledger, with what lies in the slide's folder."""
+
+    row: Mapping[str, Any]
+    address: str = ""
+    "Of its folder, as a URL relative to the run's; empty where there is none."
+    findings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    "Of `pipeline.segment.summary`; empty where there are none."
+    finished: float | None = None
+    "When, in seconds since 1970."
+    picture: str = ""
+    "Its overlay, small, as a data URL; empty where there is none."
+    remarks: tuple[str, ...] = ()
+    "Why a person should look at it."
+    odd: bool = False
+    "It is unlike the other slides."
+
+    @property
+    def name(self) -> str:
+        return str(self.row["slide"])
+
+    @property
+    def state(self) -> str:
+        """done, failed or pending."""
+        status = str(self.row["status"])
+        return "done" if status.startswith("done") else "failed" if status == "failed" else "pending"
+
+    @property
+    def density(self) -> float:
+        """Nuclei per mm2 of tissue; NaN where that is not known."""
+        area = self.number("tissue_mm2")
+        return self.number("nuclei") / area if self.state == "done" and area else np.nan
+
+    @property
+    def median_area(self) -> float:
+        """Of its nuclei, in um2; NaN where that is not known."""
+        quantiles = self.findings["area_um2"]["quantiles"] if self.findings else []
+        return float(quantiles[len(quantiles) // 2]) if quantiles else np.nan
+
+    def number(self, name: str) -> float:
+        """A number of the row; 0 where it has none."""
+        return float(self.row.get(name) or 0)
+
+
+def read_results(out: Path, rows: Sequence[Mapping[str, Any]]) -> list[SlideResult]:
+    """What became of the slides of these rows of a ledger, whose folders lie under `out`, in the same order.
+
+    Whatever is missing there, or not legible, is left out.
+    """
+    return _judged([_look(out, row) for row in rows])
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; empty where there is none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _look(out: Path, row: Mapping[str, Any]) -> SlideResult:
+    """A slide by itself."""
+    folder, name = out / str(row["slide"]), str(row["slide"])
+    # every byte of a name survives, and no colon makes it a scheme
+    slide = SlideResult(row, quote(os.fsencode(name), safe="/") if folder.is_dir() else "")
+    if slide.state != "done":
+        return slide
+    findings = read_object(folder / "slide.json").get("findings") or {}
+    slide = dataclasses.replace(
+        slide,
+        findings=findings if findings.get("version") == VERSION else {},
+        finished=_written(folder / "slide.json"),
+        picture=_small(folder / "overlay.jpg"),
+    )
+    return dataclasses.replace(slide, remarks=tuple(_remarks(slide)))
+
+
+def _remarks(slide: SlideResult) -> list[str]:
+    remarks = []
+    if not slide.number("tissue_mm2"):
+        remarks.append("no tissue was found")
+    elif not slide.number("nuclei"):
+        remarks.append("no nucleus was found")
+    if slide.number("area_lost_mm2"):
+        remarks.append(f"{slide.number('area_lost_mm2'):.3g} mm² have no result: unreadable, or no memory")
+    if slide.number("saturated_tiles"):
+        remarks.append(
+            f"{slide.number('saturated_tiles'):.0f} tiles hold more nuclei than --detector.instances-per-mm2 allows"
+        )
+    if slide.number("touching_nuclei") > _TOUCHING * slide.number("nuclei"):
+        remarks.append(
+            f"{slide.number('touching_nuclei'):,.0f} nuclei reach the edge of what their tile read: "
+            f"raise --tiling.margin"
+        )
+    if slide.findings and slide.findings["seams"]["suspicious"]:
+        remarks.append(
+            f"{slide.findings['seams']['ratio']:.2f} times as many nuclei within {NEAR_PX} px of a seam as around it"
+        )
+    if slide.row.get("note"):
+        remarks.append(f"not normalised: {slide.row['note']}")
+    return remarks
+
+
+def _written(path: Path) -> float | None:
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return None
+
+
+def _small(overlay: Path) -> str:
+    try:
+        with Image.open(overlay) as image:
+            image.draft("RGB", (2 * _PICTURE_PX[0], 2 * _PICTURE_PX[1]))  # decodes an eighth of a JPEG: fast
+            small = image.convert("RGB")
+    except (OSError, ValueError):
+        return ""
+    small.thumbnail(_PICTURE_PX)
+    file = io.BytesIO()
+    small.save(file, "JPEG", quality=_QUALITY, optimize=True)
+    return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+# ------------------------------------------------------------------------------------------------ among others
+
+
+def robust_z(values: Sequence[float] | Floats) -> Floats:
+    """How unlike the others each value is: 0.6745 * (x - median) / MAD (Iglewicz and Hoaglin, 1993).
+
+    NaN, for what is not known, stays NaN. All are NaN where fewer than eight are known, or where half of them or more
+    are equal, as there is no measure then. Beyond 3.5 either way a value is an outlier.
+    Law: shifting or scaling all values changes nothing but, with a negative scale, the sign.
+    """
+    x = np.asarray(values, np.float64)
+    known = x[np.isfinite(x)]
+    if len(known) < FEWEST_SLIDES:
+        return np.full(len(x), np.nan)
+    middle = np.median(known)
+    deviation = np.median(np.abs(known - middle))
+    if deviation <= 1e-12 * abs(middle):
+        return np.full(len(x), np.nan)
+    return np.asarray(0.6745 * (x - middle) / deviation)
+
+
+def _judged(slides: Sequence[SlideResult]) -> list[SlideResult]:
+    """With remarks on those that are unlike the run's other slides, in density (by its logarithm) or size of nuclei."""
+    # no nucleus at all has a remark of its own, and no logarithm
+    densities = np.array([s.density or np.nan for s in slides], np.float64)
+    areas = np.array([s.median_area for s in slides], np.float64)
+    dense = "{} nuclei than usual: {:,.0f} per mm², the run's median is {:,.0f}"
+    large = "{} nuclei than usual: {:.1f} µm² at the median, the run's is {:.1f}"
+    density = _oddities(densities, np.log(densities), lambda z: "fewer" if z < 0 else "more", dense)
+    size = _oddities(areas, areas, lambda z: "smaller" if z < 0 else "larger", large)
+    judged = []
+    for slide, *said in zip(slides, density, size, strict=True):
+        odd = [words for words in said if words]
+        judged.append(dataclasses.replace(slide, remarks=(*slide.remarks, *odd), odd=bool(odd)))
+    return judged
+
+
+def _oddities(values: Floats, scaled: Floats, sense: Callable[[float], str], words: str) -> list[str]:
+    """What to say of each value; nothing of those that are like the others."""
+    z = robust_z(scaled)
+    return [
+        f"{words.format(sense(score), value, np.nanmedian(values))} (robust z {score:.1f})"
+        if abs(score) > ODD_Z
+        else ""
+        for value, score in zip(values, z, strict=True)
+    ]

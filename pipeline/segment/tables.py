@@ -1,0 +1,267 @@
+"""What is on disk: the instances of a block, the detections of a slide. Parquet, zstd.
+
+A file that exists is complete: it is written beside, synced and renamed (`committed`). Equal rows in equal
+order give equal bytes, however they were handed over.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import shapely
+from numpy.typing import NDArray
+
+from pipeline.files import committed
+from pipeline.segment.polygons import Floats, Polygons, measure
+from slides.geometry import Box
+from slides.grid import Tile
+
+INSTANCES = pa.schema(
+    [
+        ("tile_row", pa.int32()),
+        ("tile_col", pa.int32()),
+        ("geometry", pa.binary()),  # WKB Polygon, work px
+        ("x0", pa.float64()),  # its bounds, work px, so that seams are found without reading polygons
+        ("y0", pa.float64()),
+        ("x1", pa.float64()),
+        ("y1", pa.float64()),
+        ("score", pa.float32()),
+        ("votes", pa.uint8()),
+        ("klass", pa.uint8()),  # index of the class
+        ("haematoxylin", pa.float32()),  # mean optical density
+        ("eosin", pa.float32()),
+    ]
+)
+
+NUCLEI = pa.schema(
+    [
+        ("id", pa.string()),  # dashed UUID
+        ("geometry", pa.binary()),  # WKB Polygon, slide px
+        ("class", pa.string()),
+        ("score", pa.float32()),
+        ("votes", pa.uint8()),
+        ("area_um2", pa.float32()),
+        ("perimeter_um", pa.float32()),
+        ("circularity", pa.float32()),
+        ("major_axis_um", pa.float32()),
+        ("minor_axis_um", pa.float32()),
+        ("haematoxylin", pa.float32()),
+        ("eosin", pa.float32()),
+        ("centroid_x", pa.float64()),  # slide px
+        ("centroid_y", pa.float64()),
+    ]
+)
+
+_KEY = b"nightslide"  # of our JSON in a file's metadata
+_ROW_GROUP = 50_000
+_PARTIAL = ".partial-"
+_NAMESPACE = uuid.uuid5(uuid.NAMESPACE_DNS, "nightslide.nuclei")
+
+
+# ------------------------------------------------------------------------------------ instances, per block
+
+
+def instances(
+    *,
+    tile: Tile,
+    geometry: Polygons,
+    score: NDArray[np.floating],
+    votes: NDArray[np.integer],
+    klass: NDArray[np.integer],
+    stains: NDArray[np.floating],
+) -> pa.Table:
+    """The instances that a tile claimed, as rows of `INSTANCES`.
+
+    geometry: object (N,) of Polygons, work px; stains: (N, 2) haematoxylin and eosin; the others (N,)
+    """
+    rows, columns = np.full(len(geometry), tile.row), np.full(len(geometry), tile.col)
+    bounds = shapely.bounds(geometry).reshape(-1, 4)
+    values = [rows, columns, _wkb(geometry), *bounds.T, score, votes, klass, *stains.T]
+    return pa.table([pa.array(v, f.type) for v, f in zip(values, INSTANCES, strict=True)], schema=INSTANCES)
+
+
+def write_instances(path: Path, rows: pa.Table, record: Mapping[str, Any]) -> None:
+    """Commit a block's instances with its record: anything that JSON holds, such as counters."""
+    with committed(path) as partial:
+        rows = rows.cast(INSTANCES).combine_chunks()
+        pq.write_table(rows.replace_schema_metadata({_KEY: _json(record)}), partial, compression="zstd")
+
+
+def read_instances(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
+    """The instances of a block, all columns of `INSTANCES` or some; see `geometry` and `bounds`."""
+    with pq.ParquetFile(path) as file:
+        return file.read(columns)
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """The record that came with a block's instances; reads the foot of the file only."""
+    record: dict[str, Any] = json.loads(pq.read_metadata(path).metadata[_KEY])
+    return record
+
+
+def bounds(rows: pa.Table) -> Floats:
+    """float64 (N, 4), x0 y0 x1 y1 in work px, of rows of `INSTANCES`."""
+    return np.stack([rows[name].to_numpy() for name in ("x0", "y0", "x1", "y1")], axis=1)
+
+
+def geometry(rows: pa.Table) -> Polygons:
+    """object (N,) of Polygons: the geometry column of either table, in that table's frame."""
+    decoded: Polygons = shapely.from_wkb(rows["geometry"].to_numpy())
+    return decoded
+
+
+def _wkb(polygons: Polygons) -> NDArray[np.object_]:
+    encoded: NDArray[np.object_] = shapely.to_wkb(polygons, byte_order=1, flavor="iso")
+    return encoded
+
+
+# ------------------------------------------------------------------------------------ detections, per slide
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where a slide's detections come from, and what a reader needs to place and show them."""
+
+    slide: str
+    "What identifies the slide: its quick hash."
+    um_per_px: tuple[float, float]
+    "Of slide px, x and y."
+    bounds: Box
+    "Of the slide, slide px; QuPath crops to it."
+    digest: str
+    "Of the settings and weights."
+    colours: dict[str, tuple[int, int, int]]
+    "Red, green, blue of every class."
+
+
+class NucleiWriter:
+    """Stream a slide's detections to nuclei.parquet: GeoParquet 1.1, committed when the block ends well.
+
+    Memory holds one row group. `id` is the UUID 5 (RFC 9562) of the slide and the polygon's bytes, so that a
+    second run writes the same and other settings keep the ids of unchanged polygons.
+    Law: the bytes depend on the sequence of detections only, not on how it was cut into calls of `write`.
+    """
+
+    def __init__(self, path: Path, provenance: Provenance) -> None:
+        self._path = path
+        self._provenance = provenance
+        self._slide = uuid.uuid5(_NAMESPACE, provenance.slide).bytes
+        self._pending = NUCLEI.empty_table()
+        self._extent = np.array([np.inf, np.inf, -np.inf, -np.inf])
+
+    def __enter__(self) -> Self:
+        with contextlib.ExitStack() as opening:
+            partial = opening.enter_context(committed(self._path))
+            self._file = opening.enter_context(
+                pq.ParquetWriter(partial, NUCLEI, compression="zstd", use_dictionary=["class"])
+            )
+            opening.push(self._finish)
+            self._closing = opening.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._closing.__exit__(kind, error, trace)
+
+    def write(
+        self,
+        polygons: Polygons,
+        *,
+        klass: Sequence[str],
+        score: NDArray[np.floating],
+        votes: NDArray[np.integer],
+        stains: NDArray[np.floating],
+    ) -> None:
+        """Append detections; what can be measured on the polygon is measured here.
+
+        polygons: object (N,), slide px, each a valid, non-empty Polygon without holes (`polygons.solid`)
+        klass: (N,) names; stains: float (N, 2), haematoxylin and eosin densities; score, votes: (N,)
+        Raises ValueError for anything but a solid polygon, and for a class that has no colour.
+        """
+        self._check(polygons, klass)
+        shapes, spelt = measure(polygons, self._provenance.um_per_px), _wkb(polygons)
+        first = [self._ids(spelt), spelt, list(klass), score, votes]
+        values = [*first, *shapes[:5], *stains.T, *shapes.centroid.T]
+        rows = pa.table([pa.array(v, f.type) for v, f in zip(values, NUCLEI, strict=True)], schema=NUCLEI)
+        extent = shapely.bounds(polygons).reshape(-1, 4)
+        np.minimum(self._extent[:2], extent[:, :2].min(axis=0, initial=np.inf), out=self._extent[:2])
+        np.maximum(self._extent[2:], extent[:, 2:].max(axis=0, initial=-np.inf), out=self._extent[2:])
+        self._pending = pa.concat_tables([self._pending, rows])
+        while self._pending.num_rows >= _ROW_GROUP:
+            self._flush()
+
+    def _check(self, polygons: Polygons, klass: Sequence[str]) -> None:
+        whole = (shapely.get_type_id(polygons) == shapely.GeometryType.POLYGON) & ~shapely.is_empty(polygons)
+        wrong = np.flatnonzero(~whole | (shapely.get_num_interior_rings(polygons) > 0))
+        if len(wrong):
+            raise ValueError(
+                f"detection {wrong[0]} is {polygons[wrong[0]].wkt[:60]}: need a Polygon, not empty, without "
+                f"holes; use polygons.solid and leave out what is empty"
+            )
+        colourless = set(klass) - set(self._provenance.colours)
+        if colourless:
+            raise ValueError(f"class '{min(colourless)}' has no colour: name one in Provenance.colours")
+
+    def _ids(self, spelt: NDArray[np.object_]) -> list[str]:
+        # uuid.uuid5 takes bytes only from Python 3.12 on.
+        digests = (hashlib.sha1(self._slide + polygon, usedforsecurity=False).digest() for polygon in spelt)
+        return [str(uuid.UUID(bytes=digest[:16], version=5)) for digest in digests]
+
+    def _flush(self) -> None:
+        group, rest = self._pending[:_ROW_GROUP], self._pending[_ROW_GROUP:]
+        # Where chunks end would show in the file.
+        self._file.write_table(group.combine_chunks(), row_group_size=_ROW_GROUP)
+        self._pending = rest.combine_chunks()
+
+    def _finish(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is not None:
+            return
+        if self._pending.num_rows:
+            self._flush()
+        column: dict[str, Any] = {"encoding": "WKB", "geometry_types": ["Polygon"], "crs": None}
+        if np.isfinite(self._extent).all():
+            column["bbox"] = self._extent.tolist()
+        geo = {"version": "1.1.0", "primary_column": "geometry", "columns": {"geometry": column}}
+        self._file.add_key_value_metadata({b"geo": _json(geo), _KEY: _json(dataclasses.asdict(self._provenance))})
+
+
+def read_nuclei(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
+    """All detections of a slide, all columns of `NUCLEI` or some; see `geometry`."""
+    with pq.ParquetFile(path) as file:
+        return file.read(columns)
+
+
+def iter_nuclei(path: Path, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
+    """The same, at most 50,000 rows at a time."""
+    with pq.ParquetFile(path) as file:
+        for group in range(file.num_row_groups):
+            yield file.read_row_group(group, columns)
+
+
+def read_provenance(path: Path) -> Provenance:
+    """Where the detections of nuclei.parquet come from; reads the foot of the file only."""
+    content = json.loads(pq.read_metadata(path).metadata[_KEY])
+    return Provenance(
+        slide=content["slide"],
+        um_per_px=(content["um_per_px"][0], content["um_per_px"][1]),
+        bounds=Box(*content["bounds"]),
+        digest=content["digest"],
+        colours={name: (r, g, b) for name, (r, g, b) in content["colours"].items()},
+    )
+
+
+def _json(content: Mapping[str, Any]) -> bytes:
+    return json.dumps(content, sort_keys=True).encode()

@@ -1,0 +1,221 @@
+"""A cluster of real processes: whatever dies, the same command goes on, and the bytes are an undisturbed run's."""
+
+import csv
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import oracle
+from oracle import chosen, files, paint
+from pipeline.archive.run import run
+from pipeline.config import Execution
+from pipeline.model import inference
+
+ROOT = Path(oracle.__file__).parents[1]
+SLIDES = 3
+FLAGS = [
+    *("--mpp", "0.25", "--tissue.everywhere", "--tiling.tile", "128", "--tiling.margin", "20", "--tiling.block", "1"),
+    *("--stitching.max-diameter-um", "4.5", "--stitching.simplify-px", "0"),
+]
+
+
+class Cluster:
+    """`dask scheduler` and two `dask worker`, one of them with a GPU to offer; those that died are begun anew."""
+
+    def __init__(self, folder: Path) -> None:
+        self.file = folder / "scheduler.json"
+        self.log = (folder / "cluster.log").open("wb")
+        self.processes: dict[str, subprocess.Popen[bytes]] = {}
+
+    def start(self) -> None:
+        if not self.alive("scheduler"):
+            self.file.unlink(missing_ok=True)
+            for worker in [name for name in self.processes if name != "scheduler"]:
+                self.kill(worker)  # they belong to the scheduler that is gone
+            self._dask("scheduler", "scheduler", "--host", "127.0.0.1", "--port", "0", "--no-dashboard")
+        for name, resources in (("gpu", "GPU=1"), ("cpu", "CPU=2")):
+            if not self.alive(name):
+                flags = ("--nthreads", "2", "--no-nanny", "--no-dashboard", "--resources", resources)
+                self._dask(name, "worker", *flags, "--preload", str(ROOT / "tests" / "oracle.py"))
+
+    def _dask(self, name: str, kind: str, *flags: str) -> None:
+        while kind == "worker" and not self.file.exists():
+            time.sleep(0.05)
+        command = [sys.executable, "-m", "dask", kind, "--scheduler-file", str(self.file), *flags]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), oracle.SECONDS: "0.1"}
+        self.processes[name] = subprocess.Popen(
+            command, env=environment, cwd=self.file.parent, stdout=self.log, stderr=self.log
+        )
+
+    def alive(self, name: str) -> bool:
+        return name in self.processes and self.processes[name].poll() is None
+
+    def kill(self, name: str) -> None:
+        self.processes[name].send_signal(signal.SIGKILL)
+        self.processes[name].wait()
+
+    def stop(self) -> None:
+        for name in self.processes:
+            self.kill(name)
+        self.log.close()
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Iterator[Cluster]:
+    made = Cluster(tmp_path)
+    made.start()
+    yield made
+    made.stop()
+
+
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("archive")
+    for seed in range(SLIDES):
+        paint(folder / f"{seed}.png", seed)
+    (folder / "list.csv").write_text("path\n" + "".join(f"{seed}.png\n" for seed in range(SLIDES)))
+    return folder / "list.csv"
+
+
+@pytest.fixture(scope="module")
+def undisturbed(archive: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, bytes]]:
+    out = tmp_path_factory.mktemp("undisturbed")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(inference, "detect_patches", oracle.detect)
+        rows = run(
+            [archive], out, chosen(block=1), Execution(cluster=False, workers=1), mpp=0.25, say=lambda line: None
+        )
+    assert [row.status for row in rows] == ["done"] * SLIDES
+    return results(out)
+
+
+def results(out: Path) -> dict[str, dict[str, bytes]]:
+    return {str(seed): files(out / str(seed)) for seed in range(SLIDES)}
+
+
+def nightslide(archive: Path, out: Path, *flags: str, **environment: str) -> subprocess.Popen[str]:
+    """The command, in a process of its own."""
+    code = "import sys; from pipeline.cli import main; main(sys.argv[1:])"
+    return subprocess.Popen(
+        [sys.executable, "-c", code, "run", str(archive), "--out", str(out), *FLAGS, *flags],
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+        cwd=out.parent,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
+    if process.stdout is None or process.stdout.closed:
+        return process.returncode, ""
+    said, _ = process.communicate(timeout=180)
+    return process.returncode, said
+
+
+def blocks_done(out: Path) -> set[str]:
+    """Blocks whose instances are there, and slides that are done."""
+    parts = {str(p.relative_to(out)) for p in out.glob("*/work/instances/*.parquet") if not p.name.startswith(".")}
+    return parts | {str(p.relative_to(out)) for p in out.glob("*/slide.json")}
+
+
+def test_ten_kills_in_a_row_change_nothing(
+    archive: Path, undisturbed: dict[str, dict[str, bytes]], cluster: Cluster, tmp_path: Path
+) -> None:
+    """Law: kill -9 of a worker, the scheduler or the client, at any moment: the same command goes on at the block."""
+    rng = random.Random(int(os.environ.get("NIGHTSLIDE_TEST_SEED", "0")))
+    out = tmp_path / "out"
+    victims = ["client", "gpu", "scheduler", *rng.choices(["client", "gpu", "cpu", "scheduler"], [3, 3, 3, 1], k=7)]
+    client = nightslide(archive, out, "--scheduler-file", str(cluster.file))
+    for victim in victims:
+        before = blocks_done(out)
+        deadline = time.monotonic() + 120
+        while blocks_done(out) <= before:
+            assert client.poll() is None, finish(client)
+            assert time.monotonic() < deadline, (tmp_path / "cluster.log").read_text()[-5000:]
+            time.sleep(0.02)
+        time.sleep(rng.uniform(0, 0.3))
+        before = blocks_done(out)
+        assert client.poll() is None, finish(client)
+        if victim == "client":
+            client.kill()
+        else:
+            cluster.kill(victim)
+        if victim == "scheduler":
+            status, said = finish(client)
+            assert (status, "the Dask scheduler is gone" in said) == (1, True), said
+        cluster.start()
+        if victim in ("client", "scheduler"):
+            finish(client)
+            client = nightslide(archive, out, "--scheduler-file", str(cluster.file))
+        after = blocks_done(out)
+        ended = {Path(name).parts[0] for name in after if name.endswith("slide.json")}
+        lost = {name for name in before - after if Path(name).parts[0] not in ended}
+        assert not lost, f"{victim} was killed, and {lost} were lost"
+    status, said = finish(client)
+    assert status == 0, said
+    assert results(out) == undisturbed
+    assert not list(out.glob("*/work")), "the work of finished slides stays"
+    assert not list(out.glob("*/.lease*"))
+    assert json.loads((out / "0" / "slide.json").read_text())["ledger"]["status"] == "done"
+
+
+def test_a_cluster_of_this_machine_survives_its_workers(
+    archive: Path, undisturbed: dict[str, dict[str, bytes]], tmp_path: Path
+) -> None:
+    """Law 6: two processes of this machine, one of which is killed, give the same bytes as a loop."""
+    import psutil
+
+    out = tmp_path / "out"
+    preload = json.dumps([str(ROOT / "tests" / "oracle.py")])
+    environment = {"DASK_DISTRIBUTED__WORKER__PRELOAD": preload, oracle.SECONDS: "0.05"}
+    client = nightslide(archive, out, "--workers", "2", "--memory-limit", "4GB", **environment)
+    while not blocks_done(out):
+        assert client.poll() is None, finish(client)
+        time.sleep(0.05)
+    workers = [p for p in psutil.Process(client.pid).children(recursive=True) if "spawn_main" in " ".join(p.cmdline())]
+    workers[0].kill()
+    status, said = finish(client)
+    assert status == 0, said
+    assert len(workers) == 2
+    assert results(out) == undisturbed
+
+
+def test_two_runs_share_a_folder_and_a_dead_ones_slide_is_taken_over(
+    archive: Path, undisturbed: dict[str, dict[str, bytes]], tmp_path: Path
+) -> None:
+    """Array jobs: no slide is done twice, and what a killed job held is done by the other one."""
+    out = tmp_path / "out"
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT / 'tests')!r}); import oracle; oracle.install(); "
+        "from pipeline.cli import main; main(sys.argv[1:])"
+    )
+    flags = ["run", str(archive), "--out", str(out), *FLAGS, "--no-cluster", "--workers", "1", "--window", "1"]
+
+    def job(seconds: str) -> subprocess.Popen[str]:
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), oracle.SECONDS: seconds}
+        return subprocess.Popen(
+            [sys.executable, "-c", code, *flags], env=environment, stdout=subprocess.PIPE, text=True
+        )
+
+    doomed, survivor = job("0.5"), job("0.01")
+    while not list(out.glob("*/work/instances/*.parquet")) or not list(out.glob("*/slide.json")):
+        assert doomed.poll() is None
+        assert survivor.poll() is None, finish(survivor)
+        time.sleep(0.02)
+    doomed.kill()
+    finish(doomed)
+    status, said = finish(survivor)
+    assert status == 0, said
+    assert results(out) == undisturbed
+    with (out / "ledger.csv").open() as file:
+        assert [row["status"].startswith("done") for row in csv.DictReader(file)] == [True] * SLIDES
+    assert not list(out.glob("*/.lease*"))

@@ -1,0 +1,179 @@
+"""Every place gives the same records; turns are never exceeded and go to who has least left; machines are sized."""
+
+import asyncio
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.archive.executors import Cluster, Executor, FairSlots, places, run_task, worker_specs
+from pipeline.config import Execution
+from pipeline.errors import ConfigError
+
+HERE = Execution(cluster=False)
+
+
+def double(x: int) -> int:
+    if x == 13:
+        raise ValueError("thirteen")
+    return 2 * x
+
+
+@pytest.fixture(scope="module")
+def client() -> Iterator[Any]:
+    from distributed import Client, LocalCluster
+
+    with (
+        LocalCluster(
+            n_workers=1, threads_per_worker=2, processes=False, resources={"GPU": 1}, dashboard_address=":0"
+        ) as cluster,
+        Client(cluster, set_as_default=False) as client,
+    ):
+        yield client
+
+
+def doubled(where: Executor, items: list[int]) -> list[Any]:
+    async def all_of_them() -> list[Any]:
+        tasks = [run_task(where, i % 2 == 0, double, i) for i in items]
+        return await asyncio.gather(*tasks, return_exceptions=True)
+
+    return [str(answer) for answer in asyncio.run(all_of_them())]
+
+
+def test_every_place_gives_the_same(client: Any) -> None:
+    """Law: loop, threads and Dask give the same records, and the same errors."""
+    items = list(range(20))
+    expected = ["thirteen" if i == 13 else str(2 * i) for i in items]
+    for running, given_client in (
+        (Execution(cluster=False, workers=1), None),
+        (Execution(cluster=False, workers=3), None),
+        (HERE, client),
+    ):
+        with places(running, client=given_client) as where:
+            assert doubled(where, items) == expected
+
+
+def busy(_: int) -> tuple[float, float]:
+    began = time.monotonic()
+    time.sleep(0.1)
+    return began, time.monotonic()
+
+
+def test_a_gpu_has_two_tasks_at_once_and_no_more(client: Any) -> None:
+    where = Cluster(client)
+    assert where.detectors == 1
+
+    async def six() -> list[tuple[float, float]]:
+        return await asyncio.gather(*(run_task(where, True, busy, i) for i in range(6)))
+
+    spans = asyncio.run(six())
+    assert max(sum(a <= begun < b for a, b in spans) for begun, _ in spans) == 2
+
+
+@given(st.lists(st.integers(1, 6), min_size=1, max_size=6), st.integers(1, 4))
+def test_turns_are_bounded_and_go_to_who_has_least_left(sizes: list[int], size: int) -> None:
+    """Law: never more than `size` in flight, every block has its turn; with one turn, slides end in order of size."""
+    turns = FairSlots(size)
+    flying, most, ended = 0, 0, []
+
+    async def block() -> None:
+        nonlocal flying, most
+        flying += 1
+        most = max(most, flying)
+        await asyncio.sleep(0)
+        flying -= 1
+
+    async def slide(number: int, blocks: int) -> None:
+        async with asyncio.TaskGroup() as group:
+            for done in range(blocks):
+                await turns.take(blocks - done)
+                group.create_task(block()).add_done_callback(lambda _: turns.give_back())
+        ended.append(number)
+
+    async def night() -> None:
+        async with asyncio.TaskGroup() as group:
+            # somebody is at work when they all come
+            await turns.take(0)
+            for number, blocks in enumerate(sizes):
+                group.create_task(slide(number, blocks))
+            await asyncio.sleep(0)
+            turns.give_back()
+
+    asyncio.run(night())
+    assert flying == 0
+    assert most <= size
+    assert sorted(ended) == list(range(len(sizes)))
+    if size == 1:
+        assert [sizes[i] for i in ended] == sorted(sizes)
+
+
+def test_a_turn_that_is_cancelled_is_given_back() -> None:
+    async def night() -> None:
+        turns = FairSlots(1)
+        await turns.take(1)
+        waiting = [asyncio.create_task(turns.take(1)) for _ in range(3)]
+        await asyncio.sleep(0)
+        waiting[0].cancel()
+        turns.give_back()  # goes to the second, which is cancelled before it wakes
+        waiting[1].cancel()
+        await asyncio.wait_for(waiting[2], 5)
+        assert [w.cancelled() for w in waiting] == [True, True, False]
+
+    asyncio.run(night())
+
+
+def test_when_cancelled_what_waits_is_cancelled_too() -> None:
+    begun = threading.Event()
+    done: list[int] = []
+
+    def slow(number: int) -> None:
+        begun.set()
+        threading.Event().wait(0.2)
+        done.append(number)
+
+    async def night(where: Executor) -> None:
+        async with asyncio.TaskGroup() as group:
+            for number in range(50):
+                group.create_task(run_task(where, False, slow, number))
+            await asyncio.to_thread(begun.wait)
+            raise KeyError
+
+    with places(Execution(cluster=False, workers=2)) as where, pytest.raises(ExceptionGroup):
+        asyncio.run(night(where))
+    assert 1 <= len(done) <= 6
+
+
+@pytest.mark.parametrize(
+    ("workers", "cores", "gpus", "threads", "offers"),
+    [
+        (0, 2, [], [4], [{"GPU": 1, "CPU": 2}]),
+        (0, 16, [], [6, 6], [{"GPU": 1, "CPU": 4}] * 2),
+        (3, 4, [], [3, 3, 3], [{"GPU": 1, "CPU": 1}] * 3),
+        (0, 16, ["0"], [2] + [1] * 6, [{"GPU": 1}] + [{"CPU": 1}] * 6),
+        (0, 4, ["0", "1"], [2, 2, 1, 1], [{"GPU": 1}] * 2 + [{"CPU": 1}] * 2),
+        (1, 1, ["5"], [2, 1], [{"GPU": 1}, {"CPU": 1}]),
+    ],
+)
+def test_machines_are_sized(
+    workers: int, cores: int, gpus: list[str], threads: list[int], offers: list[dict[str, float]]
+) -> None:
+    chosen = worker_specs(workers, cores, gpus)
+    assert [s.threads for s in chosen] == threads
+    assert [s.resources for s in chosen] == offers
+    assert [s.environment["CUDA_VISIBLE_DEVICES"] for s in chosen if s.resources == {"GPU": 1}] == gpus
+
+
+def test_a_scheduler_that_is_not_there_is_named() -> None:
+    with (
+        pytest.raises(ConfigError, match=r"nowhere\.json does not exist"),
+        places(Execution(scheduler_file="nowhere.json")),
+    ):
+        pass
+    with pytest.raises(ConfigError, match="need one of them"):
+        Execution(scheduler="tcp://a:1", scheduler_file="b")
+    with pytest.raises(ConfigError, match="this machine has 0"), places(Execution(gpus=3), "cpu"):
+        pass

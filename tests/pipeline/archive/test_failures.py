@@ -1,0 +1,248 @@
+"""Nights that go wrong: each trouble ends in a clear line of the ledger, costs nothing else, and can be put right."""
+
+import asyncio
+import errno
+import json
+import os
+import shutil
+from collections import namedtuple
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import oracle
+from oracle import chosen, files, paint
+from pipeline.archive.lease import Leases
+from pipeline.archive.ledger import Row
+from pipeline.archive.run import run
+from pipeline.config import Execution, Settings
+from pipeline.errors import RunError
+from pipeline.model import inference
+from pipeline.model.instances import Found
+from pipeline.segment import stages
+from pipeline.segment.plan import Plan
+
+ONE = Execution(cluster=False, workers=1)
+
+
+@pytest.fixture(autouse=True)
+def _oracle(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inference, "detect_patches", oracle.detect)
+
+
+@pytest.fixture
+def archive(tmp_path: Path) -> Path:
+    folder = tmp_path / "archive"
+    folder.mkdir()
+    for name, seed in (("a", 0), ("b", 1)):
+        paint(folder / f"{name}.png", seed)
+        os.utime(folder / f"{name}.png", (1_700_000_000, 1_700_000_000))
+    (folder / "list.csv").write_text("path\na.png\nb.png\n")
+    return folder
+
+
+def night(archive: Path, out: Path, execution: Execution = ONE, **more: Any) -> dict[str, Row]:
+    rows = run([archive / "list.csv"], out, chosen(), execution, mpp=0.25, say=lambda line: None, **more)
+    return {row.slide: row for row in rows}
+
+
+def test_a_slide_that_changes_between_runs_is_refused_and_its_results_stay(archive: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    night(archive, out)
+    before = files(out / "a")
+    os.utime(archive / "a.png")  # only copied, say: the same slide
+    assert night(archive, out)["a"].status == "done before"
+    paint(archive / "a.png", 2)
+    rows = night(archive, out)
+    assert rows["a"].status == "failed"
+    assert "is not the file that these results are of" in rows["a"].cause
+    assert rows["b"].status == "done before"
+    assert files(out / "a") == before
+    assert night(archive, out, Execution(cluster=False, workers=1, overwrite=True))["a"].status == "done"
+    assert files(out / "a") != before
+    assert not (out / "a" / "failure.json").exists()
+
+
+def test_a_slide_that_changes_while_its_work_is_half_done_is_refused(archive: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(stages, "stitch_slide", _raise(RuntimeError("the light went out")))
+        assert night(archive, out)["a"].cause == "the light went out"
+    assert list((out / "a" / "work" / "instances").glob("*.parquet"))
+    paint(archive / "a.png", 2)
+    rows = night(archive, out)
+    assert "is not the file this work began on" in rows["a"].cause
+    assert rows["b"].status == "done"
+
+
+def _raise(error: Exception) -> Any:
+    def instead(*_: Any, **__: Any) -> Any:
+        raise error
+
+    return instead
+
+
+def test_a_full_disk_is_told_and_what_was_done_stays(
+    archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    usage = namedtuple("usage", "total used free")
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "disk_usage", lambda _: usage(10**9, 10**9, 1000))
+        rows = night(archive, out)
+    assert {row.status for row in rows.values()} == {"failed"}
+    assert "are needed for the blocks in flight: free some space" in rows["a"].cause
+
+    wrote = stages.write_found
+
+    def full(path: Path, *arguments: Any) -> None:
+        if "a" in path.parts and path.name == "000002.npz":
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        wrote(path, *arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(stages, "write_found", full)
+        rows = night(archive, out)
+    assert "No space left on device" in rows["a"].cause
+    assert rows["b"].status == "done"
+    done = {path.name: path.stat().st_mtime_ns for path in (out / "a" / "work" / "instances").iterdir()}
+    assert done
+    resumed: list[str] = []
+    with monkeypatch.context() as patched:
+        patched.setattr(stages, "write_found", lambda path, *rest: (resumed.append(path.stem), wrote(path, *rest))[1])
+        assert night(archive, out)["a"].status == "done"
+    assert resumed
+    assert not {Path(name).stem for name in done} & set(resumed), "a block was done twice"
+
+
+def test_an_output_folder_that_vanishes_ends_the_night_without_an_error(archive: Path, tmp_path: Path) -> None:
+    out, away = tmp_path / "out", tmp_path / "away"
+
+    def gone(patches: np.ndarray, plan: Plan, settings: Settings) -> Iterator[Found]:
+        if out.exists():
+            out.rename(away)
+        yield from oracle.detect(patches, plan, settings)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(inference, "detect_patches", gone)
+        rows = night(archive, out)
+    assert [row.status for row in rows.values()] == ["failed", "failed"]
+    assert "is not there any more: put it back" in rows["b"].cause
+    shutil.rmtree(out, ignore_errors=True)
+    away.rename(out)
+    for lease in out.glob("*/.lease"):  # of a process that lives on: this one
+        shutil.rmtree(lease)
+    assert {row.status for row in night(archive, out).values()} == {"done"}
+
+
+def test_a_run_json_that_is_damaged_is_told(archive: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    night(archive, out)
+    for content in ("", "{}", "[1]", '{"digest": "a'):
+        (out / "run.json").write_text(content)
+        with pytest.raises(RunError, match=r"run\.json is not a run's"):
+            night(archive, out)
+    (out / "a" / "slide.json").write_text("{")
+    (out / "run.json").unlink()
+    rows = night(archive, out)
+    assert (rows["a"].status, rows["b"].status) == ("done", "done before")
+
+
+def test_overwriting_begins_anew_with_other_settings_even_half_done_work(archive: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(stages, "stitch_slide", _raise(RuntimeError("the light went out")))
+        night(archive, out)
+    rows = run(
+        [archive / "list.csv"],
+        out,
+        chosen(tile=64, block=1),
+        Execution(cluster=False, workers=1, overwrite=True),
+        mpp=0.25,
+        say=lambda line: None,
+    )
+    assert [row.status for row in rows] == ["done", "done"]
+    assert rows[0].tiles > 20
+
+
+def test_a_slide_that_another_run_is_at_is_left_to_it(archive: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with Leases() as other:
+        other.take(out.resolve() / "a")
+        rows = night(archive, out, Execution(cluster=False, workers=1, wait=False))
+        assert (rows["a"].status, rows["b"].status) == ("elsewhere", "done")
+        assert str(os.getpid()) in rows["a"].cause
+    assert night(archive, out)["a"].status == "done"
+
+
+def test_what_the_device_had_no_memory_for_is_area_lost(archive: Path, tmp_path: Path) -> None:
+    def small(patches: np.ndarray, plan: Plan, settings: Settings) -> Iterator[Found]:
+        for number, found in enumerate(oracle.detect(patches, plan, settings)):
+            nothing = {
+                name: getattr(found, name)[:0] for name in ("boxes", "soft", "scores", "classes", "votes", "stains")
+            }
+            yield found if number else found._replace(**nothing, lost=True)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(inference, "detect_patches", small)
+        row = night(archive, tmp_path / "out")["a"]
+    tile = (128 - 2 * 20) * 0.25e-3
+    # 5 x 4 tiles in blocks of 2 x 2: the first of each of the six blocks, the last column and row clipped
+    assert row.area_lost_mm2 == pytest.approx(
+        sum(
+            min(tile, 410 * 0.25e-3 - x * tile) * min(tile, 330 * 0.25e-3 - y * tile) for x in (0, 2, 4) for y in (0, 2)
+        ),
+        abs=1e-6,
+    )
+    assert 0 < row.nuclei < night(archive, tmp_path / "whole")["a"].nuclei
+
+
+def test_a_mask_that_covers_nothing_is_no_nucleus(archive: Path, tmp_path: Path) -> None:
+    """A box whose soft mask is nowhere above a half has no outline: it is left out, and the slide goes on."""
+
+    def faint(patches: np.ndarray, plan: Plan, settings: Settings) -> Iterator[Found]:
+        for found in oracle.detect(patches, plan, settings):
+            box, mask = np.array([[50, 50, 70, 70]], np.float32), np.zeros_like(found.soft, shape=(1, 20, 20))
+            rest = ("classes", "votes", "stains")
+            more = {n: np.zeros_like(getattr(found, n), shape=(1, *getattr(found, n).shape[1:])) for n in rest}
+            more |= {"boxes": box, "soft": mask, "scores": np.array([0.9], np.float32)}
+            yield found._replace(**{n: np.concatenate([getattr(found, n), one]) for n, one in more.items()})
+
+    expected = night(archive, tmp_path / "whole")["a"].nuclei
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(inference, "detect_patches", faint)
+        row = night(archive, tmp_path / "out")["a"]
+    assert (row.status, row.nuclei) == ("done", expected)
+    assert oracle.outlines(tmp_path / "out" / "a") == oracle.outlines(tmp_path / "whole" / "a")
+
+
+def test_a_missing_slide_of_a_manifest_is_a_line_of_the_ledger(archive: Path, tmp_path: Path) -> None:
+    (archive / "list.csv").write_text("path\na.png\nnowhere.png\n")
+    rows = night(archive, tmp_path / "out")
+    assert rows["a"].status == "done"
+    assert (rows["nowhere"].status, "nowhere.png" in rows["nowhere"].cause) == ("failed", True)
+    assert json.loads((tmp_path / "out" / "nowhere" / "failure.json").read_text())["cause"] == rows["nowhere"].cause
+
+
+def test_it_runs_where_an_event_loop_runs_already(archive: Path, tmp_path: Path) -> None:
+    """A notebook's cell is called from a running loop."""
+
+    async def cell() -> dict[str, Row]:
+        return night(archive, tmp_path / "out")
+
+    assert {row.status for row in asyncio.run(cell()).values()} == {"done"}
+
+
+def test_a_client_is_used_and_left_as_it_was(archive: Path, tmp_path: Path) -> None:
+    from distributed import Client, LocalCluster
+
+    with (
+        LocalCluster(n_workers=1, threads_per_worker=2, processes=False, dashboard_address=":0") as cluster,
+        Client(cluster, set_as_default=False) as client,
+    ):
+        assert {row.status for row in night(archive, tmp_path / "out", client=client).values()} == {"done"}
+        assert client.status == "running"
+    assert not list((tmp_path / "out" / "a").glob(".lease*"))

@@ -1,0 +1,304 @@
+"""Of many who take a slide one has it; what the dead leave is taken over; what lives is left alone."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.archive import lease
+from pipeline.archive.lease import LEASE, Leases
+
+ROOT = Path(__file__).parents[2]
+
+# Takes the folders it is told, says which are its own, and holds them until it is killed or its input ends.
+JOB = """
+import sys
+from pathlib import Path
+from pipeline.archive.lease import Leases
+print("ready", flush=True)
+folders = sys.stdin.readline().split()
+with Leases() as leases:
+    print(*[int(leases.take(Path(folder))) for folder in folders], flush=True)
+    sys.stdin.read()
+"""
+
+
+@contextmanager
+def jobs(count: int) -> Iterator[list[subprocess.Popen[str]]]:
+    """Processes that wait, imports done, for the folders that they shall take."""
+    with ExitStack() as stack:
+        started = [
+            stack.enter_context(
+                subprocess.Popen(
+                    [sys.executable, "-c", JOB], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+                )
+            )
+            for _ in range(count)
+        ]
+        try:
+            for job in started:
+                assert job.stdout
+                assert job.stdout.readline() == "ready\n"
+            yield started
+        finally:
+            for job in started:
+                job.kill()
+
+
+def tell(job: subprocess.Popen[str], folders: list[Path]) -> None:
+    assert job.stdin
+    job.stdin.write(" ".join(map(str, folders)) + "\n")
+    job.stdin.flush()
+
+
+def taken(job: subprocess.Popen[str]) -> list[bool]:
+    assert job.stdout
+    return [bool(int(word)) for word in job.stdout.readline().split()]
+
+
+def file_of(folder: Path) -> Path:
+    """The one file of a lease."""
+    (file,) = (folder / LEASE).iterdir()
+    return file
+
+
+def make(folder: Path, content: str, age_s: float = 0.0) -> Path:
+    """A lease as somebody else may have left it."""
+    file = folder / LEASE / "theirs"
+    file.parent.mkdir(parents=True)
+    file.write_text(content)
+    age(file, age_s)
+    return file
+
+
+def age(file: Path, seconds: float) -> None:
+    then = file.stat().st_mtime - seconds
+    os.utime(file, (then, then))
+
+
+def elsewhere(pid: int = 1) -> str:
+    return json.dumps({"host": "node7", "pid": pid, "began": 1.0, "world": "another machine"})
+
+
+def wait_for(true: Callable[[], bool]) -> None:
+    end = time.monotonic() + 30
+    while not true():
+        assert time.monotonic() < end, "it did not happen within 30 s"
+        time.sleep(0.005)
+
+
+# ------------------------------------------------------------------------------------------------- at most one
+
+
+@settings(max_examples=50)
+@given(st.lists(st.tuples(st.integers(0, 2), st.sampled_from(["take", "release", "oversleep", "damage"]))))
+def test_at_most_one_has_a_slide(tmp_path_factory: pytest.TempPathFactory, deeds: list[tuple[int, str]]) -> None:
+    """Law: whatever three runs do, one has the slide or nobody, and nothing stays when all have released it."""
+    folder = tmp_path_factory.mktemp("slide")
+    runs = [Leases() for _ in range(3)]
+    holder, expired = None, False
+    for who, deed in deeds:
+        if deed == "take":
+            free = holder in (None, who) or expired
+            assert runs[who].take(folder) == free
+            holder, expired = (who, False) if free else (holder, expired)
+        elif deed == "release":
+            runs[who].release(folder)
+            holder, expired = (None, False) if holder == who else (holder, expired)
+        elif holder == who and deed == "oversleep":
+            age(file_of(folder), 200)
+            expired = True
+        elif holder == who and deed == "damage":
+            file_of(folder).write_text("")
+            expired = False
+        assert (folder / LEASE).exists() == (holder is not None)
+    assert [run.ours(folder) for run in runs] == [who == holder for who in range(3)]
+    for run in runs:
+        run.release(folder)
+    assert not list(folder.iterdir())
+
+
+@pytest.mark.parametrize("left", ["nothing", "an empty folder", "a dead lease"])
+def test_of_many_threads_one_takes_a_slide(tmp_path: Path, left: str) -> None:
+    """Law: of those that take a free or dead lease at once exactly one has it."""
+    folders = [tmp_path / str(number) for number in range(30)]
+    for folder in folders:
+        if left == "an empty folder":
+            (folder / LEASE).mkdir(parents=True)
+        elif left == "a dead lease":
+            make(folder, elsewhere(), age_s=200)
+    runs = [Leases() for _ in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        for folder in folders:
+            won = list(pool.map(lambda run, folder=folder: run.take(folder), runs))
+            assert sum(won) == 1
+            assert [run.ours(folder) for run in runs] == won
+            assert [path.name for path in folder.iterdir()] == [LEASE]
+
+
+def test_of_many_processes_one_takes_a_slide_and_what_the_killed_held_is_free_at_once(tmp_path: Path) -> None:
+    folders = [tmp_path / str(number) for number in range(20)]
+    with jobs(5) as (doomed, *others):
+        tell(doomed, folders[:10])
+        assert taken(doomed) == [True] * 10
+        assert Leases().holder(folders[0]).endswith(f", process {doomed.pid}")
+        assert not Leases().take(folders[0]), "it lives"
+        doomed.kill()
+        os.waitid(os.P_PID, doomed.pid, os.WEXITED | os.WNOWAIT)  # dead, though its parent has not asked: a zombie
+        for job in others:
+            tell(job, folders)
+        won = [taken(job) for job in others]
+        assert [sum(column) for column in zip(*won, strict=True)] == [1] * 20
+        for job in others:
+            job.communicate("", timeout=30)
+    assert not [path for folder in folders for path in folder.iterdir()], "at the end all is released"
+
+
+def test_a_take_that_comes_late_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Law: between finding a lease dead and burying it, and before the rename, any time may pass."""
+    slow, quick, theirs = Leases(), Leases(), make(tmp_path, elsewhere(), age_s=200)
+    unlink, rename, late = Path.unlink, os.rename, []
+
+    def unlink_late(path: Path, missing_ok: bool = False) -> None:
+        if path == theirs and not late:
+            late.append("unlink")
+            assert quick.take(tmp_path)
+        unlink(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", unlink_late)
+    assert not slow.take(tmp_path)
+    assert quick.ours(tmp_path)
+    quick.release(tmp_path)
+
+    def rename_late(source: Path, target: Path) -> None:
+        if len(late) < 2:
+            late.append("rename")
+            assert quick.take(tmp_path)
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", rename_late)
+    assert not slow.take(tmp_path)
+    assert late == ["unlink", "rename"]
+    assert quick.ours(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [LEASE]
+
+
+# ------------------------------------------------------------------------------------------- taken, kept, given
+
+
+def test_a_lease_is_taken_once_and_given_back(tmp_path: Path) -> None:
+    folder = tmp_path / "a" / "b"
+    one, other = Leases(), Leases()
+    assert one.take(folder)
+    assert one.take(folder), "what is ours is ours"
+    assert not other.take(folder), "a token an object, not a process"
+    other.release(folder)
+    assert one.ours(folder)
+    assert one.holder(folder) == other.holder(folder) != ""
+    one.release(folder)
+    assert one.holder(folder) == ""
+    assert other.take(folder)
+    one.release(folder)
+    assert other.ours(folder)
+
+
+def test_the_end_of_the_context_releases_and_sweeps(tmp_path: Path) -> None:
+    with Leases() as leases:
+        assert leases.take(tmp_path / "a")
+        assert leases.take(tmp_path / "b")
+        (tmp_path / "a" / f"{LEASE}-of-a-killed-one").mkdir()
+        (tmp_path / "a" / f"{LEASE}-of-a-killed-one" / "token").touch()
+        shutil.rmtree(tmp_path / "b")
+    assert not list((tmp_path / "a").iterdir())
+    assert leases.take(tmp_path / "b")
+
+
+def test_the_heart_beats_on_when_a_folder_vanishes(tmp_path: Path) -> None:
+    with Leases(beat_s=0.01) as leases:
+        assert leases.take(tmp_path / "a")
+        assert leases.take(tmp_path / "b")
+        shutil.rmtree(tmp_path / "a")
+        assert not leases.ours(tmp_path / "a")
+        file = file_of(tmp_path / "b")
+        for _ in range(3):
+            os.utime(file, (1, 1))
+            wait_for(lambda: file.stat().st_mtime > 1)
+        assert not Leases().take(tmp_path / "b")
+
+
+def test_who_slept_too_long_has_lost_its_lease(tmp_path: Path) -> None:
+    """A suspended process: its pid is there, its heart stands still."""
+    sleeper, other = Leases(), Leases(expiry_s=180)
+    assert sleeper.take(tmp_path)
+    age(file_of(tmp_path), 150)
+    assert not other.take(tmp_path)
+    age(file_of(tmp_path), 50)
+    assert other.take(tmp_path)
+    assert not sleeper.ours(tmp_path)
+    sleeper.release(tmp_path)
+    assert other.ours(tmp_path)
+    assert not sleeper.take(tmp_path)
+
+
+# ----------------------------------------------------------------------------------------------- who is dead
+
+
+@pytest.mark.parametrize(
+    "content", [elsewhere(), elsewhere(pid=os.getpid()), "", "{", "[]", '{"host": "x"}', '{"pid": Infinity}', "\0" * 99]
+)
+def test_an_owner_that_cannot_be_asked_lives_until_it_expires(tmp_path: Path, content: str) -> None:
+    """Another machine's, or a file that tells nothing: whatever its pid means here."""
+    leases, file = Leases(), make(tmp_path, content)
+    assert not leases.take(tmp_path)
+    assert leases.holder(tmp_path)
+    age(file, 170)
+    assert not leases.take(tmp_path)
+    age(file, 20)
+    assert leases.take(tmp_path)
+
+
+def test_the_clock_is_the_file_servers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Law: what this machine holds for the time changes nothing."""
+    make(tmp_path, elsewhere())
+    monkeypatch.setattr(time, "time", lambda: 4e9)
+    monkeypatch.setattr(time, "time_ns", lambda: int(4e18))
+    assert not Leases().take(tmp_path)
+
+
+def test_a_pid_that_was_given_again_is_another_process(tmp_path: Path) -> None:
+    me = lease._me()
+    make(tmp_path / "a", json.dumps(me._asdict()))
+    assert not Leases().take(tmp_path / "a")
+    make(tmp_path / "b", json.dumps(me._replace(began=me.began - 60)._asdict()))
+    assert Leases().take(tmp_path / "b")
+
+
+def test_no_world_is_known_means_no_owner_is_known_dead(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreadable(path: Path, encoding: str) -> str:
+        raise PermissionError(path)
+
+    monkeypatch.setattr(Path, "read_text", unreadable)
+    monkeypatch.setattr(sys, "platform", "linux")
+    assert not lease._is_gone(lease._me()._replace(began=-1.0))
+
+
+def test_what_cannot_be_written_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full disk is an error, not another run that was faster; nothing stays."""
+
+    def full(path: Path, text: str, encoding: str) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match="No space left"):
+        Leases().take(tmp_path)
+    assert not list(tmp_path.iterdir())

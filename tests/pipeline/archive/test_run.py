@@ -1,0 +1,232 @@
+"""The whole way on slides whose nuclei are known: what comes out depends on the slide and on nothing else.
+
+Every nucleus is painted in a colour of its own, and the oracle, in the detector's place, reads the colours
+back: reading, tiling, storing, claiming, stitching and export are the real ones.
+"""
+
+import csv
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import shapely
+from hypothesis import HealthCheck, given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+import oracle
+from oracle import RADIUS, chosen, files, outlines, paint
+from pipeline.archive.run import run
+from pipeline.config import Execution, Settings, Stitching, Tiling
+from pipeline.demo import match
+from pipeline.errors import RunError
+from pipeline.model import inference
+
+ONE = Execution(cluster=False, workers=1)
+
+
+def segment(slide: Path, out: Path, settings: Settings, execution: Execution = ONE, client: Any = None) -> Path:
+    (row,) = run([slide], out, settings, execution, mpp=0.25, client=client, say=lambda line: None)
+    assert row.status == "done", row.cause
+    return out / slide.stem
+
+
+@pytest.fixture(autouse=True)
+def _oracle(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inference, "detect_patches", oracle.detect)
+
+
+@pytest.fixture(scope="module")
+def slide(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
+    path = tmp_path_factory.mktemp("slide") / "discs.png"
+    return path, paint(path, 0)
+
+
+@pytest.fixture(scope="module")
+def expected(slide: tuple[Path, int], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Results of one tile that holds the whole slide, in a loop."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(inference, "detect_patches", oracle.detect)
+        return segment(slide[0], tmp_path_factory.mktemp("whole"), chosen(tile=512))
+
+
+@given(
+    tile=st.sampled_from([64, 128, 192, 256, 320]),
+    margin=st.integers(RADIUS + 3, 28),
+    block=st.integers(1, 4),
+    workers=st.sampled_from([1, 3]),
+)
+@hypothesis_settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
+def test_detections_do_not_depend_on_the_tiling(
+    tile: int,
+    margin: int,
+    block: int,
+    workers: int,
+    slide: tuple[Path, int],
+    expected: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    """Law: with an oracle, whatever the tile, margin, block, and number of workers: the same polygons."""
+    path, count = slide
+    found = segment(
+        path, tmp_path_factory.mktemp("tiled"), chosen(tile, margin, block), Execution(cluster=False, workers=workers)
+    )
+    assert len(outlines(expected)) == count
+    assert outlines(found) == outlines(expected)
+
+
+def test_loop_threads_and_dask_write_the_same_bytes(slide: tuple[Path, int], tmp_path: Path) -> None:
+    """Law: loop, threads, Dask: the same bytes."""
+    from distributed import Client, LocalCluster
+
+    loop = files(segment(slide[0], tmp_path / "loop", chosen()))
+    assert (
+        files(segment(slide[0], tmp_path / "threads", chosen(), Execution(cluster=False, workers=4, window=3))) == loop
+    )
+    with (
+        LocalCluster(n_workers=1, threads_per_worker=3, processes=False, dashboard_address=":0") as cluster,
+        Client(cluster, set_as_default=False) as client,
+    ):
+        assert files(segment(slide[0], tmp_path / "dask", chosen(), Execution(), client)) == loop
+
+
+RUNNER = """
+import sys
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+import oracle
+from pipeline.config import Execution
+from pipeline.archive.run import run
+oracle.install()
+print("ready", flush=True)
+run([Path({slide!r})], Path({out!r}), oracle.chosen(), Execution(cluster=False, workers=2, window=2), mpp=0.25)
+"""
+
+
+def test_killed_at_any_moment_and_run_again_the_bytes_are_the_same(slide: tuple[Path, int], tmp_path: Path) -> None:
+    """Law: kill -9, then the same command: the same bytes as an uninterrupted run, and no block done twice."""
+    out = tmp_path / "killed"
+    code = RUNNER.format(tests=str(Path(oracle.__file__).parent), slide=str(slide[0]), out=str(out))
+    slow = {**os.environ, oracle.SECONDS: "0.05"}
+    done_before: set[str] = set()
+    for wait in (0.25, 0.6, 0.9):
+        process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=slow)
+        assert process.stdout is not None
+        process.stdout.readline()  # imports are over
+        time.sleep(wait)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+        finished = {p.name: p.stat().st_mtime_ns for p in (out / "discs" / "work" / "instances").glob("*.parquet")}
+        assert done_before <= finished.keys() or not finished, "a block's result was lost"
+        done_before = set(finished)
+    resumed = files(segment(slide[0], out, chosen()))
+    assert resumed == files(segment(slide[0], tmp_path / "whole", chosen()))
+
+
+def test_a_finished_slide_is_not_done_again(slide: tuple[Path, int], tmp_path: Path) -> None:
+    folder = segment(slide[0], tmp_path, chosen())
+    before = (folder / "nuclei.parquet").stat().st_mtime_ns
+    (row,) = run([slide[0]], tmp_path, chosen(), ONE, mpp=0.25, say=lambda line: None)
+    assert row.status == "done before"
+    assert row.nuclei == slide[1]
+    assert (folder / "nuclei.parquet").stat().st_mtime_ns == before
+    (row,) = run(
+        [slide[0]],
+        tmp_path,
+        chosen(),
+        dataclasses.replace(ONE, overwrite=True),
+        mpp=0.25,
+        say=lambda line: None,
+    )
+    assert row.status == "done"
+    assert not (folder / "work").exists()
+
+
+def test_other_settings_are_refused_and_both_are_shown(slide: tuple[Path, int], tmp_path: Path) -> None:
+    segment(slide[0], tmp_path, chosen())
+    with pytest.raises(RunError, match=r"tiling\.tile was 128, is 64"):
+        run([slide[0]], tmp_path, chosen(tile=64), ONE, mpp=0.25)
+
+
+def test_another_scale_or_one_the_weights_do_not_know_is_refused(slide: tuple[Path, int], tmp_path: Path) -> None:
+    segment(slide[0], tmp_path, chosen())
+    (row,) = run([slide[0]], tmp_path, chosen(), ONE, mpp=0.26, say=lambda line: None)
+    assert row.status == "failed"
+    assert "was done at mpp=0.25, now mpp=0.26" in row.cause
+    coarse = dataclasses.replace(chosen(), tiling=Tiling(mpp=0.5, tile=128, margin=20))
+    with pytest.raises(RunError, match=r"trained at 0\.25 um per pixel"):
+        run([slide[0]], tmp_path / "coarse", coarse, ONE, mpp=0.25)
+    with pytest.raises(RunError, match=r"tile=1056 enlarged by 1\.5 .* no multiple of 32 px: need .* such as 1024"):
+        run([slide[0]], tmp_path / "odd", chosen(tile=1056), ONE, mpp=0.25)
+
+
+def test_results_are_as_designed(slide: tuple[Path, int], tmp_path: Path) -> None:
+    folder = segment(slide[0], tmp_path, chosen())
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "nuclei.geojson.zip",
+        "nuclei.parquet",
+        "overlay.jpg",
+        "slide.json",
+        "thumbnail.jpg",
+    ]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["discs", "ledger.csv", "logs", "report.html", "run.json"]
+    with (tmp_path / "ledger.csv").open() as file:
+        (row,) = csv.DictReader(file)
+    assert (row["status"], int(row["nuclei"]), row["mpp_source"]) == ("done", slide[1], "user")
+    assert (
+        json.loads((tmp_path / "run.json").read_text())["digest"]
+        == json.loads((folder / "slide.json").read_text())["digest"]
+    )
+    with zipfile.ZipFile(folder / "nuclei.geojson.zip") as archive:
+        features = [f for n in archive.namelist() for f in json.loads(archive.read(n))["features"]]
+    assert len(features) == slide[1]
+
+
+def test_nuclei_larger_than_the_margin_allows_are_counted(slide: tuple[Path, int], tmp_path: Path) -> None:
+    """A margin too small for the nuclei is refused; where the user lies about their size, it is reported."""
+    small = dataclasses.replace(chosen(tile=64, margin=3), stitching=Stitching(max_diameter_um=0.1, tolerance_px=1.0))
+    (row,) = run([slide[0]], tmp_path, small, ONE, mpp=0.25, say=lambda line: None)
+    assert row.touching_nuclei > 0
+    refused = dataclasses.replace(chosen(), tiling=Tiling(tile=128, margin=10, block=2))
+    (row,) = run([slide[0]], tmp_path / "refused", refused, ONE, mpp=0.25, say=lambda line: None)
+    assert row.status == "failed"
+    assert "margin=10" in row.cause
+
+
+def test_a_slide_that_fails_does_not_stop_the_others(slide: tuple[Path, int], tmp_path: Path) -> None:
+    archive = tmp_path / "archive"
+    (archive / "deep er").mkdir(parents=True)
+    (archive / "broken.svs").write_bytes(b"")
+    (archive / "notes.txt").write_text("no slide")
+    (archive / "deep er" / "däs.png").write_bytes(slide[0].read_bytes())
+    rows = run(
+        [archive, archive / "deep er" / "däs.png"],
+        tmp_path / "out",
+        chosen(),
+        ONE,
+        mpp=0.25,
+        say=lambda line: None,
+    )
+    assert [(r.slide, r.status) for r in rows] == [("broken", "failed"), ("däs", "done")]
+    assert "broken.svs" in rows[0].cause
+    failure = json.loads((tmp_path / "out" / "broken" / "failure.json").read_text())
+    assert failure["cause"] == rows[0].cause
+    assert "SlideUnreadable" in "".join(failure["traceback"])
+
+
+def test_matching_counts_each_nucleus_once() -> None:
+    true = np.array([shapely.box(0, 0, 10, 10), shapely.box(20, 0, 30, 10)], object)
+    found = np.array([shapely.box(1, 0, 11, 10), shapely.box(0, 0, 9, 10), shapely.box(50, 0, 60, 10)], object)
+    scores = match(found, true)
+    assert (scores.hits, scores.found, scores.true) == (1, 3, 2)
+    assert (scores.precision, scores.recall, scores.f1) == (1 / 3, 1 / 2, 2 / 5)

@@ -1,0 +1,289 @@
+"""Which slides there are: each once, however it is reached; nothing passed over in silence, nothing written."""
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import dicom_files
+from pipeline.archive.sources import Archive, Source, find_slides
+from pipeline.errors import RunError
+
+
+def touch(*paths: Path) -> None:
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+
+
+def tree(folder: Path, *names: str) -> Path:
+    touch(*(folder / name for name in names))
+    return folder
+
+
+def names(archive: Archive) -> list[str]:
+    return [source.name for source in archive.sources]
+
+
+FILES = st.sampled_from(["a/x.svs", "a/x.tif", "a/b/x.svs", "a/b/y.TIFF", "c/x.svs", "c/notes.txt", "x.svs", "a.svs"])
+LINKS = st.dictionaries(
+    st.sampled_from(["l", "a/l", "c/l.svs", "aa", "a/b/up"]),
+    st.sampled_from([".", "a", "a/b", "c", "a/x.svs", "x.svs", "c/nothing.svs", "a/b/up"]),
+)
+
+MORE = st.lists(st.sampled_from([".", "a", "a/b", "c", "l", "c/l.svs", "a/x.svs"]))
+
+
+@settings(max_examples=25)
+@given(st.sets(FILES).map(lambda files: files | {"a/x.svs"}), LINKS, MORE)
+def test_every_slide_is_found_once_however_it_is_reached(
+    files: set[str], links: dict[str, str], more: list[str]
+) -> None:
+    """Law: every slide of a folder once, and the same ones by the same names for the same set of inputs."""
+    with tempfile.TemporaryDirectory() as name:
+        root = tree(Path(name).resolve(), *files)
+        for link, target in links.items():
+            if not (root / link).exists():
+                (root / link).parent.mkdir(parents=True, exist_ok=True)
+                (root / link).symlink_to(root / target)
+        inputs = [root, *(root / m for m in more if (root / m).exists())]
+        archive = find_slides(inputs)
+        assert find_slides([*inputs[::-1], root]) == archive
+        sound = [s.path.resolve() for s in archive.sources if not s.problem]
+        assert len(set(sound)) == len(sound)
+        assert set(sound) == {root / f for f in files if not f.endswith("txt")}
+        for source in archive.sources:
+            assert not source.problem or (source.path.is_symlink() and not source.path.exists())
+        assert archive.skipped == sum(f.endswith("txt") for f in files)
+
+
+def test_names_begin_at_the_outermost_input(tmp_path: Path) -> None:
+    tree(tmp_path, "siteA/x.svs", "siteA/deep/y.svs", "siteB/x.svs")
+    assert names(find_slides([tmp_path])) == ["siteA/deep/y", "siteA/x", "siteB/x"]
+    assert names(find_slides([tmp_path / "siteB", tmp_path / "siteA"])) == ["deep/y", "siteA/x", "siteB/x"]
+    assert names(find_slides([tmp_path / "siteA" / "deep", tmp_path / "siteA"])) == ["deep/y", "x"]
+    assert names(find_slides([tmp_path / "siteA" / "deep" / "y.svs"])) == ["y"]
+
+
+def test_a_real_folder_names_a_slide_before_a_link_does(tmp_path: Path) -> None:
+    tree(tmp_path, "b/x.svs", "elsewhere/y.svs")
+    archive = tree(tmp_path / "archive", "b/x.svs")
+    (archive / "a").symlink_to("b")
+    (archive / "loop").symlink_to(archive)
+    (archive / "z.svs").symlink_to(tmp_path / "elsewhere" / "y.svs")
+    (archive / "linked").symlink_to(tmp_path / "elsewhere")
+    assert names(find_slides([archive])) == ["b/x", "linked/y"]
+
+
+def test_links_to_nothing_are_named(tmp_path: Path) -> None:
+    tree(tmp_path, "x.svs")
+    (tmp_path / "site").symlink_to("/mnt/not there")
+    (tmp_path / "lost.svs").symlink_to("/mnt/not there/lost.svs")
+    (tmp_path / "round").symlink_to(tmp_path / "round")
+    archive = find_slides([tmp_path])
+    assert [(s.name, s.problem) for s in archive.sources] == [
+        ("lost", f"{tmp_path}/lost.svs is a link to /mnt/not there/lost.svs, which is not there: bring it back"),
+        ("x", ""),
+    ]
+    assert [cause.partition(", ")[0] for cause in archive.unread] == [
+        f"{tmp_path}/round is a link to {tmp_path}/round",
+        f"{tmp_path}/site is a link to /mnt/not there",
+    ]
+
+
+def test_the_folder_of_results_is_not_searched_and_holds_no_input(tmp_path: Path) -> None:
+    tree(tmp_path, "in/x.svs", "in/out/y.svs", "in/out/deep/z.svs")
+    (tmp_path / "in" / "link").symlink_to(tmp_path / "in" / "out" / "deep")
+    assert names(find_slides([tmp_path / "in"], tmp_path / "in" / "out")) == ["x"]
+    for out in (tmp_path, tmp_path / "in"):
+        with pytest.raises(RunError, match="need a folder apart from the slides"):
+            find_slides([tmp_path / "in"], out)
+
+
+def test_other_files_are_counted_and_rubbish_is_no_slide(tmp_path: Path) -> None:
+    tree(tmp_path, "x.svs", "._x.svs", ".DS_Store", "notes.txt", "README", "y.zvi", ".svs", ".case.svs", " .tif")
+    tree(tmp_path, ".Trash-1000/files/old.svs", ".snapshot/hourly.0/x.svs", ".hidden/z.svs")
+    os.mkfifo(tmp_path / "pipe.svs")
+    archive = find_slides([tmp_path])
+    assert names(archive) == ["_", "_case", "_hidden/z", "x"]
+    assert archive.skipped == 6 + 2 + 1
+    assert archive.unread == ()
+
+
+def test_names_that_are_no_text_are_found(tmp_path: Path) -> None:
+    with open(os.fsencode(tmp_path) + b"/caf\xe9.svs", "wb"):
+        pass
+    tree(tmp_path, "späte Fälle/-x y .svs", "日本/x.ndpi")
+    archive = find_slides([tmp_path])
+    assert names(archive) == ["caf_xe9", "späte Fälle/-x y", "日本/x"]
+    assert all(source.path.exists() for source in archive.sources)
+
+
+def test_a_folder_that_cannot_be_listed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tree(tmp_path, "x.svs", "secret/y.svs")
+    listed = os.scandir
+
+    def refusing(path: str) -> Any:
+        if str(path).endswith("secret"):
+            raise PermissionError(13, "Permission denied", path)
+        return listed(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    archive = find_slides([tmp_path])
+    assert names(archive) == ["x"]
+    assert archive.unread == (f"{tmp_path / 'secret'}: Permission denied",)
+    with pytest.raises(RunError, match=r"not searched: .*secret: Permission denied"):
+        find_slides([tmp_path / "secret"])
+
+
+def test_nothing_is_written_or_opened(tmp_path: Path) -> None:
+    """Law: an archive may be read-only; slides are known without a look into them, DICOM files excepted."""
+    tree(tmp_path, "a/x.svs", "b/y.mrxs")
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
+    (tmp_path / "a" / "x.svs").chmod(0)
+    assert names(find_slides([tmp_path])) == ["a/x", "b/y"]
+    assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")} == before
+
+
+# ------------------------------------------------------------------------------------- slides of several files
+
+
+def test_mirax_and_hamamatsu_are_found_once(tmp_path: Path) -> None:
+    tree(tmp_path, "m.mrxs", "m/Slidedat.ini", "m/Index.dat", "m/Data0000.dat", "m/thumb.tif")
+    tree(tmp_path, "h.vms", "h.opt", "h_1.jpg", "h_macro.jpg")
+    archive = find_slides([tmp_path])
+    assert names(archive) == ["h", "m"]
+    assert archive.skipped == 3
+
+
+def test_a_dicom_series_is_one_slide(tmp_path: Path) -> None:
+    folder = tmp_path / "case"
+    folder.mkdir()
+    for name, series, level, kind in (
+        ("0label", "1.1", 0, "LABEL"),
+        ("1", "1.1", 0, "VOLUME"),
+        ("2", "1.1", 1, "VOLUME"),
+        ("3", "1.2", 0, "VOLUME"),
+        ("4", "1.3", 0, "THUMBNAIL"),
+    ):
+        dicom_files.write(folder / f"{name}.dcm", series, level=level, kind=kind)
+    dicom_files.write(folder / "ct.dcm", "1.1", sop_class="1.2.840.10008.5.1.4.1.1.2")
+    dicom_files.write(tmp_path / "other.dcm", "1.1")
+    archive = find_slides([tmp_path, folder / "2.dcm", folder / "0label.dcm"])
+    assert names(archive) == ["case/1", "case/3", "other"]
+    assert archive.skipped == 2  # ct, and the thumbnail that belongs to nothing
+    assert names(find_slides([folder / "0label.dcm", folder / "2.dcm"])) == ["0label"]
+
+
+def test_a_damaged_dicom_header_is_a_slide_that_fails(tmp_path: Path) -> None:
+    path = dicom_files.write(tmp_path / "x.dcm", "1.1")
+    path.write_bytes(path.read_bytes()[:300])
+    (source,) = find_slides([tmp_path]).sources
+    assert (source.name, source.problem) == ("x", f"{path} is a DICOM file with a damaged header: copy it again")
+
+
+def test_the_slides_at_hand(shared: Path) -> None:
+    archive = find_slides([shared / "slides"])
+    assert [n for n in names(archive) if n.startswith(("mirax", "damaged/mirax", "leica"))] == [
+        "damaged/mirax-missing-datafile/mirax-sparse",
+        "leica-offset-region",
+        "mirax-sparse",
+    ]
+
+
+# ------------------------------------------------------------------------------------- manifests
+
+
+def manifest(folder: Path, text: str, encoding: str = "utf-8") -> Path:
+    path = folder / "list.csv"
+    path.write_bytes(text.encode(encoding, "surrogateescape"))
+    return path
+
+
+def test_manifests_are_relative_to_themselves_and_may_give_a_scale(tmp_path: Path) -> None:
+    tree(tmp_path, "in/s/a.svs", "in/t/a.svs", "in/b.png", "else/c.svs")
+    path = manifest(
+        tmp_path / "in", f"path,mpp\ns/a.svs,0.5\nt/../t/a.svs,\nb.png,0.4\n{tmp_path}/else/c.svs,\n../else/c.svs,\n"
+    )
+    assert [(s.name, s.mpp, s.problem) for s in find_slides([path], mpp=0.25).sources] == [
+        ("b", 0.4, ""),
+        ("c", 0.25, ""),
+        ("s/a", 0.5, ""),
+        ("t/a", 0.25, ""),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "encoding"),
+    [
+        ("PATH;Mpp\na b.svs;0,5\n;\n", "utf-8-sig"),
+        ("mpp, Path ,note\r\n0.5,a b.svs,fine\r\n\r\n", "utf-8"),
+        ('path\tmpp\n"a b.svs"\t"0,5"\n', "utf-8-sig"),
+        ('path,mpp\n" a b.svs ","0,5"', "utf-8"),
+    ],
+)
+def test_manifests_as_spreadsheets_write_them(tmp_path: Path, text: str, encoding: str) -> None:
+    tree(tmp_path, "a b.svs")
+    path = manifest(tmp_path, text, encoding)
+    assert find_slides([path]).sources == (Source(tmp_path / "a b.svs", "a b", 0.5),)
+
+
+def test_a_manifest_may_name_what_is_no_text(tmp_path: Path) -> None:
+    name = os.fsdecode(b"caf\xe9.svs")
+    tree(tmp_path, name)
+    assert find_slides([manifest(tmp_path, f"path\n{name}\n")]).sources == (Source(tmp_path / name, "caf_xe9", None),)
+
+
+def test_a_wrong_row_is_a_slide_that_fails_and_stops_no_other(tmp_path: Path) -> None:
+    tree(tmp_path, "a.svs", "b.svs", "c.svs", "d.svs", "folder/x")
+    (tmp_path / "gone.svs").symlink_to("nowhere.svs")
+    rows = ["a.svs,0.5", "s/missing.svs,0.5", "b.svs,half", "c.svs,250", "d.svs,nan", "folder,", "gone.svs,"]
+    sources = find_slides([manifest(tmp_path, "\n".join(["path,mpp", *rows]))]).sources
+    problems = {s.name: s.problem.replace(f"{tmp_path}/", "") for s in sources}
+    assert problems == {
+        "a": "",
+        "b": "list.csv, line 4: mpp='half' is not a number",
+        "c": "list.csv, line 5: mpp=250: need 0.05 to 5 micrometres per pixel",
+        "d": "list.csv, line 6: mpp=nan: need 0.05 to 5 micrometres per pixel",
+        "folder": "folder is a folder: name the slides in it, or give the folder itself as an input",
+        "gone": "gone.svs is a link to nowhere.svs, which is not there: bring it back",
+        "s/missing": "s/missing.svs is not there: bring it back, or correct the manifest",
+    }
+
+
+def test_two_scales_for_one_slide_are_a_problem(tmp_path: Path) -> None:
+    tree(tmp_path, "a.svs", "b.svs")
+    path = manifest(tmp_path, "path,mpp\na.svs,0.5\na.svs,\nb.svs,0.5\n./b.svs,0.25\n")
+    archive = find_slides([path, tmp_path], mpp=1)
+    assert [(s.name, s.problem) for s in archive.sources] == [
+        ("a", ""),
+        ("b", "mpp is given as 0.25 and as 0.5: need one"),
+    ]
+    assert archive.sources[0].mpp == 0.5
+
+
+def test_what_is_no_manifest_is_refused(tmp_path: Path) -> None:
+    for text, encoding, cause in (
+        ("slide\na.svs\n", "utf-8", r"has the columns \['slide'\]: need path"),
+        ("", "utf-8", r"has the columns \[\]: need path"),
+        ("path,mpp\n,0.5\n", "utf-8", "line 2: need the columns of the first line, and a path"),
+        ("path\na, b.svs\nc,d\n", "utf-8", "no slides|line 2: need the columns"),
+        ("path\na.svs\n", "utf-16", "holds zero bytes; save it as CSV in UTF-8"),
+        ('path\n"' + "a" * 200_000 + '"\n', "utf-8", "field larger than field limit"),
+    ):
+        with pytest.raises(RunError, match=cause):
+            find_slides([manifest(tmp_path, text, encoding)])
+
+
+def test_inputs_that_are_not_there_are_named(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(RunError, match="nowhere does not exist"):
+        find_slides([tmp_path / "empty", tmp_path / "nowhere"])
+    with pytest.raises(RunError, match=r"none\.csv does not exist"):
+        find_slides([tmp_path / "none.csv"])
+    with pytest.raises(RunError, match=r"no slides in .*empty: 0 other files"):
+        find_slides([tmp_path / "empty"])

@@ -1,0 +1,221 @@
+"""The detector's parts: shapes, caps, and weights that are what they say."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+
+from pipeline.config import STRIDES, Architecture
+from pipeline.errors import ConfigError, WeightsError
+from pipeline.model.detector import (
+    Caps,
+    NucleusDetector,
+    caps,
+    fold,
+    load_weights,
+    save_weights,
+)
+from pipeline.model.device import choose_device
+from pipeline.model.weights import detector_architecture, find_weights, licence, read_notes, shipped
+
+TINY = Architecture(channels=16, box_hidden=16, mask_channels=8, mask_layers=1)
+
+
+@pytest.fixture(scope="module")
+def tiny() -> NucleusDetector:
+    torch.manual_seed(0)
+    return NucleusDetector(TINY).eval()
+
+
+def test_boxes_are_inside_the_patch_and_masks_are_soft(tiny: NucleusDetector) -> None:
+    images = torch.rand(2, 3, 96, 96)
+    limits = Caps(proposals=50, instances=20)
+    with torch.inference_mode():
+        features = tiny.features(images)
+        side = tiny.side(images.shape[-2:])
+        found = tiny.classify(features, tiny.propose(features, side, limits), side, limits, 0.0, 0.5)
+        masks = tiny.masks(features, [f.boxes for f in found], [f.classes for f in found], side)
+    assert side == (144, 144)
+    for candidates, soft in zip(found, masks, strict=True):
+        assert 0 < len(candidates.boxes) <= limits.instances
+        assert candidates.boxes.min() >= 0
+        assert candidates.boxes.max() <= 96
+        assert (candidates.boxes[:, 2:] > candidates.boxes[:, :2]).all()
+        assert (candidates.scores.diff() <= 0).all()
+        assert soft.shape == (len(candidates.boxes), 28, 28)
+        assert soft.min() >= 0
+        assert soft.max() <= 1
+        assert candidates.saturated == (len(candidates.boxes) == limits.instances)
+
+
+def test_folded_batch_norms_change_nothing() -> None:
+    """Law: features before and after folding agree within rounding, with statistics that are not those of a new net."""
+    torch.manual_seed(1)
+    model = NucleusDetector(TINY)
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.uniform_(module.running_mean, -0.3, 0.3)
+            torch.nn.init.uniform_(module.running_var, 0.5, 2)
+            torch.nn.init.uniform_(module.weight, 0.5, 1.5)
+            torch.nn.init.uniform_(module.bias, -0.3, 0.3)
+    images = torch.rand(1, 3, 64, 64)
+    with torch.inference_mode():
+        wanted = model.eval().features(images)
+        found = fold(model).features(images)
+    assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in model.modules())
+    for level, features in wanted.items():
+        assert features.std() > 0.01
+        torch.testing.assert_close(found[level], features, rtol=1e-3, atol=1e-4)
+
+
+def test_no_proposals_give_no_boxes(tiny: NucleusDetector) -> None:
+    """Glass, to a sure detector: nothing is worth a look in any of the patches, or in one of them."""
+    limits = Caps(50, 20)
+    with torch.inference_mode():
+        features = tiny.features(torch.rand(2, 3, 96, 96))
+        nothing, some = torch.zeros(0, 4), tiny.propose(features, (144, 144), limits)[1]
+        for proposals, expected in (([nothing, nothing], False), ([nothing, some], True)):
+            first, second = tiny.classify(features, proposals, (144, 144), limits, 0.0, 0.5)
+            assert first.boxes.shape == (0, 4)
+            assert first.scores.shape == first.classes.shape == (0,)
+            assert not first.saturated
+            assert (len(second.boxes) > 0) == expected
+
+
+def test_no_boxes_give_no_masks(tiny: NucleusDetector) -> None:
+    with torch.inference_mode():
+        features = tiny.features(torch.rand(1, 3, 96, 96))
+        (masks,) = tiny.masks(features, [torch.empty(0, 4)], [torch.empty(0, dtype=torch.int64)], (144, 144))
+    assert masks.shape == (0, 28, 28)
+
+
+class Crowd(torch.nn.Module):
+    """A proposal head that sees 50 nuclei, the first the clearest: two anchors each; all others see nothing."""
+
+    def forward(self, levels: list[torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        scores = [torch.full((1, 6, *level.shape[-2:]), -9.0) for level in levels]
+        for nucleus in range(50):
+            y, x = divmod(nucleus, 8)
+            # squares of 18 px, 4 px apart: an IoU of .64; the next nucleus is 32 px away
+            scores[0][0, 2, 8 * y + 2, 8 * x + 2 : 8 * x + 4] = 9 - nucleus / 10
+        return scores, [torch.zeros(1, 24, *level.shape[-2:]) for level in levels]
+
+
+def test_clear_nuclei_do_not_crowd_out_the_others() -> None:
+    """Every nucleus draws several anchors: all must reach the suppression for 50 nuclei to get 60 proposals."""
+    torch.manual_seed(0)
+    model = NucleusDetector(TINY).eval()
+    model.rpn.head = Crowd()
+    model.rpn.nms_thresh = 0.5
+    with torch.inference_mode():
+        features = model.features(torch.zeros(1, 3, 192, 192))
+        (proposals,) = model.propose(features, (288, 288), Caps(proposals=60, instances=60))
+    assert len(proposals) == 50
+
+
+def test_caps_follow_the_area() -> None:
+    assert caps(1024, 0.25, 92_000, 30_000) == Caps(6029, 1966)
+    assert caps(2048, 0.25, 92_000, 30_000).proposals == pytest.approx(4 * 6029, abs=4)
+
+
+def test_weights_survive_a_round_trip(tiny: NucleusDetector, tmp_path: Path) -> None:
+    """Law: what was saved loads equal, in half precision, and says its architecture."""
+    file = tmp_path / "tiny.safetensors"
+    save_weights(tiny, file, {"recipe": "none"})
+    loaded = load_weights(file)
+    assert detector_architecture(file) == TINY
+    for name, value in tiny.state_dict().items():
+        if value.is_floating_point():
+            assert torch.equal(loaded.state_dict()[name], value.half().float()), name
+    assert not loaded.training
+
+
+def test_a_damaged_file_is_refused(tiny: NucleusDetector, tmp_path: Path) -> None:
+    file = tmp_path / "tiny.safetensors"
+    save_weights(tiny, file, {})
+    content = bytearray(file.read_bytes())
+    content[-100] ^= 0xFF
+    file.write_bytes(content)
+    with pytest.raises(WeightsError, match="do not match their checksum"):
+        load_weights(file)
+    file.write_bytes(content[: len(content) // 2])
+    with pytest.raises(WeightsError, match="not a whole safetensors file"):
+        load_weights(file)
+
+
+def test_foreign_files_are_refused(tmp_path: Path) -> None:
+    foreign = tmp_path / "foreign.safetensors"
+    safetensors.torch.save_file({"a": torch.zeros(3)}, foreign)
+    with pytest.raises(WeightsError, match="holds no weights of Nightslide"):
+        load_weights(foreign)
+    safetensors.torch.save_file(
+        {"a": torch.zeros(3)}, foreign, {"sha256": "", "architecture": json.dumps({"depth": 3})}
+    )
+    with pytest.raises(WeightsError, match="unknown key 'depth'"):
+        load_weights(foreign)
+    pickled = tmp_path / "model.pth"
+    torch.save({"a": torch.zeros(3)}, pickled)
+    with pytest.raises(WeightsError, match="not a whole safetensors file"):
+        load_weights(pickled)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"backbone": "hf-hub:timm/resnet18.a1_in1k"}, "need a timm model's name"),
+        ({"backbone": "local-dir:/tmp/resnet18"}, "need a timm model's name"),
+        ({"anchors": ((12, 24), (48,), (96,), (192,))}, "anchors=12,24/48/96/192: need four levels of as many sides"),
+        ({"anchors": ()}, "need four levels"),
+        ({"mask_size": 27}, "need an even number"),
+        ({"channels": 10**9}, "channels=1000000000: need 1 to 4096"),
+        ({"classes": ()}, "need one or more"),
+        ({"classes": ("a", "a")}, "with different names"),
+        ({"upscale": 0.0}, "upscale=0.0"),
+    ],
+)
+def test_an_architecture_is_checked_before_it_is_built(wrong: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        Architecture(**wrong)
+    assert said in str(raised.value)
+
+
+@pytest.mark.parametrize(("backbone", "said"), [("nosuch", "cannot build it"), ("vgg11", "strides")])
+def test_a_backbone_that_does_not_fit_is_named(backbone: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=f"backbone='{backbone}'.*{said}"):
+        NucleusDetector(dataclasses.replace(TINY, backbone=backbone))
+
+
+def test_another_backbone_is_one_setting() -> None:
+    model = NucleusDetector(dataclasses.replace(TINY, backbone="resnet10t")).eval()
+    with torch.inference_mode():
+        features = model.features(torch.rand(1, 3, 64, 64))
+    assert [features[level].shape[-1] for level in "0123"] == [96 // stride for stride in STRIDES]
+
+
+def test_shipped_detectors_say_what_they_may_be_used_for() -> None:
+    """The default lets everyone; what does not is another name, and says so itself."""
+    assert licence(find_weights("nuclei")).startswith("CC BY 4.0")
+    assert "no commercial use" in licence(find_weights("research"))
+    assert {"nuclei", "research"} <= set(shipped())
+    for name in ("nuclei", "research"):
+        notes = read_notes(find_weights(name))
+        assert json.loads(notes["data"])
+        assert "/" not in notes["data"] + json.loads(notes["recipe"])["init"]
+        assert find_weights(name).stat().st_size < 25e6
+
+
+def test_a_missing_name_lists_what_there_is() -> None:
+    assert "nuclei" in shipped()
+    with pytest.raises(WeightsError, match=r"no weights 'nucleii'.*nuclei"):
+        find_weights("nucleii")
+
+
+def test_a_device_that_is_not_there_is_named() -> None:
+    with pytest.raises(ConfigError, match="need cpu, cuda, cuda:N or auto"):
+        choose_device("gpu!")
+    with pytest.raises(ConfigError, match="CUDA devices"):
+        choose_device("cuda:99")

@@ -1,0 +1,125 @@
+"""Fusion: one view is itself, the order of views does not matter, votes count views."""
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torchvision.ops import box_iou, nms
+
+from pipeline.config import Architecture, Detector
+from pipeline.model.detector import Caps, NucleusDetector
+from pipeline.model.fuse import _best_leader, fuse, infer
+from pipeline.model.views import views
+
+# coarse numbers, so that ties in scores and overlaps are common
+coordinates = st.integers(0, 12)
+boxes_ = st.tuples(
+    coordinates,
+    coordinates,
+    st.integers(2, 8),
+    st.integers(2, 8),
+    st.sampled_from([0.25, 0.5, 0.75]),
+    st.integers(0, 1),
+)
+one_view = st.lists(boxes_, max_size=6)
+
+
+def tensors(view: list[tuple[float, ...]]) -> tuple[Tensor, Tensor, Tensor]:
+    table = torch.tensor(view, dtype=torch.float32).reshape(-1, 6)
+    boxes = torch.stack([table[:, 0], table[:, 1], table[:, 0] + table[:, 2], table[:, 1] + table[:, 3]], 1)
+    return boxes, table[:, 4], table[:, 5].long()
+
+
+def fused(seen: list[list[tuple[float, ...]]]) -> tuple[Tensor, ...]:
+    boxes, scores, classes = zip(*(tensors(v) for v in seen), strict=True)
+    return fuse(boxes, scores, classes, iou=0.4)
+
+
+@given(one_view)
+def test_one_view_is_returned_as_it_is(view: list[tuple[float, ...]]) -> None:
+    """Law: fusing one view changes nothing."""
+    boxes, scores, classes = tensors(view)
+    result = fuse([boxes], [scores], [classes], iou=0.4)
+    assert torch.equal(result.boxes, boxes)
+    assert torch.equal(result.scores, scores)
+    assert torch.equal(result.classes, classes)
+    assert result.votes.tolist() == [1] * len(view)
+
+
+@given(st.lists(one_view, min_size=3, max_size=3))
+@settings(max_examples=60)
+def test_the_order_of_views_does_not_matter(seen: list[list[tuple[float, ...]]]) -> None:
+    """Law: bitwise the same for every permutation of the views."""
+    first = fused(seen)
+    for permutation in itertools.permutations(seen):
+        for a, b in zip(first, fused(list(permutation)), strict=True):
+            assert torch.equal(a, b)
+
+
+@given(st.lists(one_view, min_size=2, max_size=4))
+def test_votes_are_views_and_scores_are_means(seen: list[list[tuple[float, ...]]]) -> None:
+    result = fused(seen)
+    assert ((result[3] >= 1) & (result[3] <= len(seen))).all()
+    assert (result[1] <= 0.75 * result[3] / len(seen) + 1e-6).all()
+    assert (result[1].diff() <= 0).all()
+
+
+def test_copies_of_a_view_agree() -> None:
+    view = [(0, 0, 6, 6, 0.75, 0), (20, 20, 5, 5, 0.5, 1)]
+    boxes, scores, classes, votes = fused([view] * 4)
+    assert torch.equal(boxes, tensors(view)[0])
+    assert torch.equal(scores, tensors(view)[1])
+    assert classes.tolist() == [0, 1]
+    assert votes.tolist() == [4, 4]
+
+
+def test_known_answer() -> None:
+    """Two views see one nucleus a pixel apart; a third sees another one only."""
+    boxes, scores, _, votes = fused([[(0, 0, 10, 10, 0.75, 0)], [(1, 0, 10, 10, 0.25, 0)], [(50, 0, 8, 8, 0.5, 0)]])
+    torch.testing.assert_close(boxes, torch.tensor([[0.25, 0, 10.25, 10], [50, 0, 58, 8]]))
+    torch.testing.assert_close(scores, torch.tensor([1 / 3, 1 / 6]))
+    assert votes.tolist() == [2, 1]
+
+
+@pytest.fixture(scope="module")
+def tiny() -> NucleusDetector:
+    torch.manual_seed(0)
+    return NucleusDetector(Architecture(channels=16, box_hidden=16, mask_channels=8, mask_layers=1)).eval()
+
+
+def test_inference_in_several_views_gives_instances_in_the_patch(tiny: NucleusDetector) -> None:
+    detection = Detector(score=0.01)
+    with torch.inference_mode():
+        images = torch.rand(2, 3, 128, 128, generator=torch.Generator().manual_seed(1))
+        found = infer(tiny, images, views(4), detection, Caps(40, 30), 16)
+        swapped = infer(tiny, images.flip(0), views(4), detection, Caps(40, 30), 16)
+    for instances, other in zip(found, reversed(swapped), strict=True):
+        assert instances.soft.shape == (len(instances.boxes), 28, 28)
+        assert (instances.scores >= detection.score).all()
+        torch.testing.assert_close(instances.boxes, other.boxes, atol=1e-3, rtol=1e-3)
+
+
+def test_a_saturated_patch_is_looked_at_in_quarters(tiny: NucleusDetector) -> None:
+    """With room for few boxes a whole patch is full; its quarters together may hold four times as many."""
+    detection = Detector(score=0.001, nms=0.3)
+    image = torch.rand(1, 3, 256, 256, generator=torch.Generator().manual_seed(2))
+    with torch.inference_mode():
+        (crowded,) = infer(tiny, image, views(1), detection, Caps(200, 10), 32)
+        (roomy,) = infer(tiny, image, views(1), detection, Caps(200, 10_000), 32)
+    assert not roomy.saturated or len(roomy.boxes) > 10
+    assert crowded.saturated
+    assert 10 < len(crowded.boxes) <= 40
+
+
+@given(st.integers(0, 2**32))
+@settings(max_examples=20)
+def test_the_best_leader_is_the_one_of_the_whole_matrix(seed: int) -> None:
+    """Looking only at the leaders near in x finds what a search of all of them finds."""
+    random = torch.Generator().manual_seed(seed)
+    corner = torch.rand(1500, 2, generator=random) * 200
+    boxes = torch.cat([corner, corner + 4 + 20 * torch.rand(1500, 2, generator=random)], 1)
+    leaders = boxes[nms(boxes, torch.arange(1500.0).flip(0), 0.3).sort().values]
+    assert torch.equal(_best_leader(boxes, leaders), box_iou(boxes, leaders).argmax(1))

@@ -1,0 +1,231 @@
+"""Normalisation to the same stain changes nothing; to another one, it gives that stain; nonsense is refused."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from pipeline.config import StainArchitecture
+from pipeline.errors import StainError, WeightsError
+from pipeline.model import dcgmm
+from pipeline.model.stain import TEMPLATE, FittedStain, fit, he_density, normalise, read_template, white_point
+from pipeline.model.weights import find_weights
+
+METHODS = ("none", "reinhard", "macenko", "dcgmm")
+MOVING = METHODS[1:]
+NETWORK = dcgmm.load(find_weights("stain"))
+TARGETS = {**TEMPLATE, "dcgmm": read_template(find_weights("stain"))}
+
+
+def painted(seed: int, haematoxylin: tuple[float, ...], eosin: tuple[float, ...], glass: float = 0.0) -> np.ndarray:
+    """uint8 (1, 160, 160, 3): Beer and Lambert's law for two stains of random amounts, in flat 4 x 4 cells.
+
+    glass: the share of the picture, at its top, that is white.
+    """
+    rng = np.random.default_rng(seed)
+    vectors = np.array([haematoxylin, eosin])
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    # mostly one of the two stains, as in tissue, sometimes both
+    amounts = rng.gamma(2, 0.4, (40, 40, 2)) * rng.permuted(np.broadcast_to([1.0, 0.05], (40, 40, 2)), axis=-1)
+    amounts[: round(40 * glass)] = 0
+    cells = (np.exp(-amounts @ vectors)[None] * 255).round().astype(np.uint8)
+    return cells.repeat(4, axis=1).repeat(4, axis=2)
+
+
+def tensor(pixels: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
+
+
+def fitted(pixels: np.ndarray, method: str) -> FittedStain:
+    return fit(pixels, np.ones(pixels.shape[:3], bool), method, NETWORK)
+
+
+PURPLE, PINK = (0.65, 0.70, 0.29), (0.07, 0.99, 0.11)
+BLUE, ORANGE = (0.75, 0.60, 0.28), (0.10, 0.85, 0.52)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@given(seed=st.integers(0, 1000))
+@settings(max_examples=15)
+def test_to_the_same_stain_nothing_changes(method: str, seed: int) -> None:
+    """Law: normalise(x, s, s) == x within rounding, for any x, also far from what was fitted."""
+    source = fitted(painted(seed, PURPLE, PINK), method)
+    any_image = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(seed))
+    any_image[0, :, 0, 0], any_image[0, :, 0, 1] = 0, 1  # black and white
+    torch.testing.assert_close(normalise(any_image, source, source, NETWORK), any_image, atol=2e-5, rtol=2e-4)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_white_stays_white_and_values_stay_in_range(method: str) -> None:
+    source = fitted(painted(1, BLUE, ORANGE), method)
+    image = torch.ones(1, 3, 8, 8)
+    image[..., 4:] = torch.rand(1, 3, 8, 4, generator=torch.Generator().manual_seed(0))
+    out = normalise(image, source, TARGETS[method], NETWORK)
+    torch.testing.assert_close(out[..., :4], image[..., :4], atol=2 / 255, rtol=0)
+    assert out.min() >= 0
+    assert out.max() <= 1
+
+
+@pytest.mark.parametrize("method", MOVING)
+def test_a_normalised_image_has_the_targets_stain(method: str) -> None:
+    """What was painted in one pair of stains is fitted, after the transfer, as the other pair."""
+    source_pixels, target_pixels = painted(2, BLUE, ORANGE, glass=0.1), painted(3, PURPLE, PINK, glass=0.1)
+    source, target = fitted(source_pixels, method), fitted(target_pixels, method)
+    moved = normalise(tensor(source_pixels), source, target, NETWORK)
+    again = fitted((moved.permute(0, 2, 3, 1).numpy() * 255).round().astype(np.uint8), method)
+
+    def distance(a: FittedStain, b: FittedStain) -> float:
+        return sum(float(np.abs(np.subtract(a.numbers[k], b.numbers[k])).sum()) for k in a.numbers if k != "share")
+
+    assert distance(again, target) < 0.35 * distance(source, target)
+
+
+def test_macenko_finds_the_stains_that_were_painted() -> None:
+    found = fitted(painted(4, PURPLE, PINK, glass=0.1), "macenko").numbers
+    for name, vector in (("haematoxylin", PURPLE), ("eosin", PINK)):
+        cosine = np.dot(found[name], vector) / np.linalg.norm(vector)
+        assert np.degrees(np.arccos(min(1.0, cosine))) < 5, name
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_stain_survives_json(method: str) -> None:
+    stain = fitted(painted(5, PURPLE, PINK), method)
+    assert FittedStain.from_json(json.loads(json.dumps(stain.to_json()))) == stain
+
+
+@pytest.mark.parametrize("method", ["reinhard", "macenko"])
+@pytest.mark.parametrize("colour", [(255, 255, 255), (128, 128, 128), (200, 40, 200)])
+def test_pixels_that_tell_no_stain_are_refused(method: str, colour: tuple[int, int, int]) -> None:
+    pixels = np.broadcast_to(np.array(colour, np.uint8), (1, 160, 160, 3)).copy()
+    with pytest.raises(StainError, match="need"):
+        fitted(pixels, method)
+
+
+def test_misuse_is_named() -> None:
+    pixels = painted(6, PURPLE, PINK)
+    with pytest.raises(StainError, match="need one of none, reinhard, macenko, dcgmm"):
+        fitted(pixels, "vahadane?")
+    with pytest.raises(StainError, match="need"):
+        fit(pixels, np.ones((1, 159, 160), bool), "macenko")
+    with pytest.raises(StainError, match="can be read: need"):
+        fit(pixels, np.zeros((1, 160, 160), bool), "macenko")
+    with pytest.raises(StainError, match="need stains of one method"):
+        normalise(tensor(pixels), TEMPLATE["none"], TEMPLATE["macenko"])
+    with pytest.raises(StainError):
+        FittedStain.from_json({"method": "macenko", "numbers": {"strength": [1, float("nan")]}})
+
+
+def test_dcgmm_wants_its_own_network_and_template() -> None:
+    pixels = painted(6, PURPLE, PINK)
+    with pytest.raises(StainError, match="dcgmm without its network"):
+        fit(pixels, np.ones((1, 160, 160), bool), "dcgmm")
+    with pytest.raises(StainError):
+        FittedStain.from_json({"method": "dcgmm", "numbers": {"share": [0.5, 0.5]}})
+    other = dcgmm.ClusterNet(StainArchitecture(clusters=4)).eval()
+    with pytest.raises(StainError, match="need stains that were fitted with this network"):
+        normalise(tensor(pixels), TARGETS["dcgmm"], TARGETS["dcgmm"], other)
+    with pytest.raises(WeightsError, match="names no template"):
+        read_template(find_weights("nuclei"))
+
+
+def test_densities_of_pure_stains() -> None:
+    """A pixel of one unit of a stain has density 1 of it and 0 of the other."""
+    vectors = np.array([(0.65111, 0.70119, 0.29049), (0.2159, 0.8012, 0.5581)])
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    pixels = torch.tensor(10.0**-vectors, dtype=torch.float32).T.reshape(1, 3, 1, 2)
+    torch.testing.assert_close(he_density(pixels)[0, :, 0], torch.eye(2), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("method", MOVING)
+def test_glass_is_kept(method: str) -> None:
+    """Glass takes no colour, however pale the slide it is on; its tint and shade become the template's."""
+    pale = 255 - (255 - painted(7, BLUE, ORANGE, glass=0.1)) // 2
+    dim = (pale * np.array([0.95, 0.97, 0.93])).round().astype(np.uint8)
+    out = normalise(tensor(dim)[..., :4, :4], fitted(dim, method), TARGETS[method], NETWORK)
+    torch.testing.assert_close(out, torch.ones_like(out), atol=1.5 / 255, rtol=0)
+
+
+@pytest.mark.parametrize("method", MOVING)
+@pytest.mark.parametrize("light", [(0.6, 0.6, 0.6), (0.9, 0.95, 0.88)])
+def test_the_lamp_does_not_matter(method: str, light: tuple[float, float, float]) -> None:
+    """Law: a slide in dimmer or tinted light is normalised to the same picture, but for the 8 bits it came in."""
+    bright = painted(11, PURPLE, PINK, glass=0.1)
+    dim = (bright * np.array(light)).round().astype(np.uint8)
+    first, second = (normalise(tensor(p), fitted(p, method), TARGETS[method], NETWORK) for p in (bright, dim))
+    assert float((first - second).abs().mean()) < 2 / 255
+
+
+def test_white_is_glass_where_there_is_any_and_else_the_brightest_channel() -> None:
+    cells = torch.full((1000, 3), 0.3)
+    cells[:20] = torch.tensor([0.9, 0.88, 0.86])
+    assert white_point(cells) == pytest.approx((0.9, 0.88, 0.86))  # glass, with its tint
+    cells[:20] = torch.tensor([0.9, 0.6, 0.7])
+    assert white_point(cells) == pytest.approx((0.9, 0.9, 0.9))  # eosin: its colour is kept
+    cells[:20] = torch.tensor([0.4, 0.1, 0.3])
+    assert white_point(cells) == (0.5, 0.5, 0.5)  # a dark field is lit up twofold at most
+
+
+def test_a_field_without_glass_is_not_made_white() -> None:
+    """What is brightest in it keeps its colour: every channel is divided by the same."""
+    pixels = np.minimum(painted(12, PURPLE, PINK), np.array([235, 150, 190])).astype(np.uint8)
+    assert fitted(pixels, "macenko").numbers["white"] == pytest.approx((235 / 255,) * 3, abs=1e-3)
+
+
+@pytest.mark.parametrize("method", ["reinhard", "macenko"])  # dcgmm tells clusters by the densities it changes
+def test_there_and_back(method: str) -> None:
+    """Law: what was moved to another stain and back is what it was, where nothing was cut off at white."""
+    source, target = (fitted(painted(s, PURPLE, PINK, glass=0.1), method) for s in (8, 9))
+    image = 0.1 + 0.5 * torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    back = normalise(normalise(image, source, target), target, source)
+    torch.testing.assert_close(back, image, atol=1e-3, rtol=0)
+
+
+def test_a_pixel_sees_its_neighbourhood_only() -> None:
+    """Law: with dcgmm a colour depends on what lies within the network's radius, so the tiling does not show."""
+    source = fitted(painted(13, BLUE, ORANGE), "dcgmm")
+    image = tensor(painted(14, BLUE, ORANGE))
+    changed = image.clone()
+    changed[..., 80:, :] = 0.2
+    before, after = (normalise(i, source, TARGETS["dcgmm"], NETWORK) for i in (image, changed))
+    kept = 80 - NETWORK.radius_px
+    torch.testing.assert_close(after[..., :kept, :], before[..., :kept, :], atol=1e-5, rtol=0)
+    assert not torch.allclose(after[..., :80, :], before[..., :80, :], atol=1e-5)
+
+
+def test_the_template_is_what_the_training_images_give(shared: Path) -> None:
+    data = shared / "data" / "kumar"
+    names = json.loads((data / "splits.json").read_text())["train"]
+    images = [np.array(Image.open(data / "images" / f"{n}.webp").convert("RGB"))[None] for n in names]
+    for method, stain in TEMPLATE.items():
+        fits = [fitted(image, method).numbers for image in images]
+        for name in set(stain.numbers) - {"white"}:
+            median = np.median([f[name] for f in fits], axis=0)
+            assert median == pytest.approx(stain.numbers[name], abs=1e-4), (method, name)
+        assert stain.numbers.get("white", (1, 1, 1)) == (1, 1, 1)
+
+
+def test_nuclei_of_different_laboratories_become_alike(shared: Path) -> None:
+    """Their normalised median intensity varies less with dcgmm: dark, grey and pale images of three sets."""
+    paths = [
+        ("kumar", "TCGA-18-5592-01Z-00-DX1.webp"),
+        ("kumar", "TCGA-49-4488-01Z-00-DX1.webp"),
+        ("nuinsseg", "human_bladder_01.jpg"),
+        ("nuinsseg", "human_oesophagus_05.jpg"),
+        ("tnbc", "01_1.webp"),
+        ("tnbc", "03_2.webp"),
+    ]
+    values: dict[str, list[float]] = {"none": [], "dcgmm": []}
+    for folder, name in paths:
+        pixels = np.array(Image.open(shared / "data" / folder / "images" / name).convert("RGB"))[None, :512, :512]
+        labels = Image.open((shared / "data" / folder / "labels" / name).with_suffix(".png"))
+        nuclei = np.array(labels)[:512, :512] > 0
+        for method in values:
+            moved = normalise(tensor(pixels), fitted(pixels, method), TARGETS[method], NETWORK)
+            intensity = moved[0].mean(0).numpy()[nuclei]
+            values[method].append(float(np.median(intensity) / np.percentile(intensity, 95)))
+    assert np.std(values["dcgmm"]) < 0.7 * np.std(values["none"])

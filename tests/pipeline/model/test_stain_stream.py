@@ -1,0 +1,185 @@
+"""Stain normalisation in the stream: which template, which network, and what a run refuses to mix."""
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pipeline.archive.run import run
+from pipeline.cli import app
+from pipeline.config import Execution, Settings, Stain, Stitching, Tiling, Tissue
+from pipeline.errors import RunError, StainError, WeightsError
+from pipeline.model import dcgmm, fuse, inference, stain
+from pipeline.model.instances import Found
+from pipeline.model.weights import find_weights
+from pipeline.segment.plan import Plan, plan_slide
+from slides.errors import SlideNotFound
+from slides.slide import open_slide
+
+
+def picture(path: Path, seed: int, side: int = 300) -> Path:
+    """Discs of haematoxylin in eosin, with a stripe of glass, in the light of a dim lamp."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[:side, :side]
+    density = np.full((side, side, 3), (0.1, 0.5, 0.25)) * rng.uniform(0.6, 1.5)
+    for row, column in rng.integers(0, side, (60, 2)):
+        density[(y - row) ** 2 + (x - column) ** 2 < 80] = (0.9, 1.0, 0.5)
+    density[: side // 8] = 0
+    light = 230 * np.exp(-density) + rng.normal(0, 2, density.shape)
+    Image.fromarray(light.clip(0, 255).astype(np.uint8)).save(path)
+    return path
+
+
+def chosen(**staining: Any) -> Settings:
+    return Settings(
+        tissue=Tissue(everywhere=True),
+        tiling=Tiling(tile=256, margin=32, block=1),
+        stain=Stain(patches=8, **staining),
+        stitching=Stitching(max_diameter_um=10),
+    )
+
+
+def planned(path: Path, settings: Settings) -> Plan:
+    with open_slide(path, mpp=0.25) as slide:
+        return plan_slide(slide, settings)
+
+
+@pytest.fixture(scope="module")
+def slide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return picture(tmp_path_factory.mktemp("slide") / "slide.png", 0)
+
+
+@pytest.mark.parametrize("method", ["reinhard", "macenko", "dcgmm"])
+def test_a_slide_is_normalised_to_what_comes_with_the_method(slide: Path, method: Any) -> None:
+    plan = planned(slide, chosen(method=method))
+    assert plan.stain.method == method
+    assert plan.stain.numbers["white"] == pytest.approx((230 / 255,) * 3, abs=0.015)
+    shipped = stain.read_template(find_weights("stain")) if method == "dcgmm" else stain.TEMPLATE[method]
+    assert plan.target == shipped
+    assert plan.stain_note == ""
+
+
+@pytest.mark.parametrize("method", ["reinhard", "macenko", "dcgmm"])
+def test_a_template_of_ones_own_is_fitted_as_a_slide_is(slide: Path, tmp_path: Path, method: Any) -> None:
+    template = picture(tmp_path / "template.png", 1)
+    plan = planned(slide, chosen(method=method, template=str(template)))
+    assert plan.target == planned(template, chosen(method=method)).stain
+    assert plan.target != plan.stain
+
+
+def test_what_hangs_over_the_edge_is_no_glass(tmp_path: Path) -> None:
+    """A picture smaller than the regions that are read is not taken for one with white glass."""
+    plan = planned(picture(tmp_path / "small.png", 2, side=150), chosen(method="macenko"))
+    assert plan.stain.numbers["white"] == pytest.approx((230 / 255,) * 3, abs=0.015)
+
+
+def test_a_slide_without_a_stain_goes_on_as_it_is(tmp_path: Path) -> None:
+    Image.new("RGB", (300, 300), (200, 200, 200)).save(tmp_path / "grey.png")
+    plan = planned(tmp_path / "grey.png", chosen(method="dcgmm"))
+    assert plan.stain == plan.target == stain.TEMPLATE["none"]
+    assert "need" in plan.stain_note
+
+
+def test_the_detector_sees_normalised_patches(slide: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = chosen(method="dcgmm")
+    plan, seen = planned(slide, settings), []
+
+    def look(_model: Any, images: torch.Tensor, *_: Any) -> list[fuse.Instances]:
+        seen.append(images)
+        return []
+
+    monkeypatch.setattr(fuse, "infer", look)
+    monkeypatch.setattr(inference, "engine", lambda _: inference.Engine(None, torch.device("cpu"), torch.float32))
+    pixels = np.array(Image.open(slide))[None, :256, :256]
+    with pytest.raises(ValueError, match="shorter"):  # an image without instances to go with it
+        list(inference.detect_patches(pixels, plan, settings))
+    raw = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
+    expected = stain.normalise(raw, plan.stain, plan.target, dcgmm.load(find_weights("stain")))
+    torch.testing.assert_close(seen[0], expected, atol=1e-4, rtol=0)
+    assert float((seen[0] - raw).abs().mean()) > 0.02
+
+
+# ----------------------------------------------------------------------------------------------------- runs
+
+
+def nothing_found(patches: np.ndarray, _plan: Plan, _settings: Settings) -> Iterator[Found]:
+    """Stands for the detector."""
+    for _ in patches:
+        yield Found(
+            np.zeros((0, 4), np.float32),
+            np.zeros((0, 8, 8), np.float32),
+            np.zeros(0, np.float32),
+            np.zeros(0, np.int64),
+            np.zeros(0, np.int64),
+            np.zeros((0, 2), np.float32),
+            False,
+        )
+
+
+def test_another_network_or_template_does_not_continue_a_run(
+    slide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The contents of the files count, not their names; a method that does not read them does not mind."""
+    monkeypatch.setattr(inference, "detect_patches", nothing_found)
+    mine, template = tmp_path / "mine.safetensors", picture(tmp_path / "template.png", 1)
+    shutil.copy(find_weights("stain"), mine)
+
+    def segment(out: str, **staining: Any) -> str:
+        settings, running = chosen(**staining), Execution(cluster=False, workers=1)
+        (row,) = run([slide], tmp_path / out, settings, running, mpp=0.25, say=lambda line: None)
+        return row.status
+
+    assert segment("a", method="dcgmm", template=str(template)) == "done"
+    assert segment("a", method="dcgmm", template=str(template), weights=str(mine)) == "done before"
+    written = json.loads((tmp_path / "a" / "run.json").read_text())
+    assert set(written["stain_sha256"]) == {"weights", "template"}
+    assert "stain_target" in json.loads((tmp_path / "a" / "slide" / "slide.json").read_text())
+
+    dcgmm.save(dcgmm.load(mine), mine, {"template": "another"})
+    with pytest.raises(RunError, match=r"stain\.weights has other content"):
+        segment("a", method="dcgmm", template=str(template), weights=str(mine))
+    picture(template, 2)
+    with pytest.raises(RunError, match=r"stain\.template has other content"):
+        segment("a", method="dcgmm", template=str(template))
+    assert segment("b", method="none") == "done"
+    assert segment("b", method="none", weights=str(mine)) == "done before"
+
+
+def test_what_cannot_be_normalised_to_is_refused_before_anything_is_begun(slide: Path, tmp_path: Path) -> None:
+    Image.new("RGB", (300, 300), "white").save(tmp_path / "white.png")
+    for error, staining in (
+        (SlideNotFound, {"template": str(tmp_path / "nowhere.png")}),
+        (StainError, {"template": str(tmp_path / "white.png")}),
+        (WeightsError, {"weights": "nowhere"}),
+        (WeightsError, {"weights": "nuclei"}),
+    ):
+        with pytest.raises(error, match=r"no such file|need"):
+            run(
+                [slide],
+                tmp_path / "out",
+                chosen(method="dcgmm", **staining),
+                Execution(cluster=False, workers=1),
+                mpp=0.25,
+            )
+        assert not (tmp_path / "out").exists()
+
+
+def test_the_digest_names_the_files_by_content() -> None:
+    settings = Settings()
+    elsewhere = dataclasses.replace(settings, stain=Stain(weights="/elsewhere", template="/x"))
+    assert settings.digest("a") == elsewhere.digest("a")
+    assert settings.digest("a", {"weights": "x"}) != settings.digest("a", {"weights": "y"})
+    assert settings.digest("a", {"weights": "x"}) != settings.digest("a", {"template": "x"})
+
+
+def test_the_short_flag_goes_with_the_long_ones() -> None:
+    tokens = ["run", "x.svs", "--out", "o", "--stain", "dcgmm", "--stain.template", "t.png", "--stain.patches", "3"]
+    _, bound, _ = app.parse_args(tokens, exit_on_error=False, print_error=False)
+    assert bound.arguments["settings"].stain == Stain("dcgmm", patches=3, template="t.png")

@@ -1,0 +1,221 @@
+"""The page names every slide once, loads nothing, and takes nothing from outside for markup."""
+
+import json
+import os
+from html.parser import HTMLParser
+from urllib.parse import unquote
+
+import pytest
+from PIL import Image
+
+from pipeline.report.page import write_report
+from pipeline.segment.summary import AREA_EDGES_UM2, SEAM_EDGES_PX, VERSION, seam_verdict
+
+HOSTILE = [
+    "<script>alert(1)</script>",
+    "\"quotes\" & 'more'",
+    "Präparat № 7, 病理",
+    "100% #1 ?a=b",
+    "javascript:alert(2)",
+    "folder/with spaces/a:b",
+    "</table></style><img src=x onerror=alert(3)>",
+]
+
+VOID = {"meta", "img", "br", "input"}
+
+
+class Page(HTMLParser):
+    """Every tag with its attributes, the text of each cell, and what is open at the end."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str]]] = []
+        self.rows: list[list[str]] = []
+        self.open: list[str] = []
+        self.text = ""
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, {name: value or "" for name, value in attrs}))
+        if tag not in VOID:
+            self.open.append(tag)
+        if tag == "tr" and self.tags[-1][1].get("id", "").startswith("slide-"):
+            self.rows.append([])
+        elif tag == "td" and self.rows:
+            self.rows[-1].append("")
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append((tag, {name: value or "" for name, value in attrs}))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] not in ("style", "script", "title"):
+            self.text += data
+            if "tbody" in self.open and "td" in self.open:
+                self.rows[-1][-1] += data
+
+    def attributes(self, tag: str, name: str) -> list[str]:
+        return [attrs[name] for found, attrs in self.tags if found == tag and name in attrs]
+
+
+def row(name, status="done", **more):
+    stages = {f"seconds_{s}": 1.0 + i for i, s in enumerate(("plan", "tile", "detect", "outline", "stitch", "export"))}
+    return {"slide": name, "status": status, "tissue_mm2": 2.0, "nuclei": 6000, "seconds": 30.0, **stages, **more}
+
+
+def found(near=100):
+    observed = [near, near, *[100] * (len(SEAM_EDGES_PX) - 3), 4000]
+    expected = [100.0] * (len(SEAM_EDGES_PX) - 1) + [4000.0]
+    counts = [50] * len(AREA_EDGES_UM2)
+    return {
+        "version": VERSION,
+        "area_um2": {"quantiles": [10.0, 20.0, 30.0, 40.0, 90.0], "counts": counts},
+        "seams": {"observed": observed, "expected": expected, **seam_verdict(observed, expected)._asdict()},
+    }
+
+
+def finish(folder, findings, at=1_700_000_000) -> None:
+    folder.mkdir(parents=True)
+    (folder / "slide.json").write_text(json.dumps({"findings": findings}))
+    os.utime(folder / "slide.json", (at, at))
+    Image.new("RGB", (400, 300), "pink").save(folder / "overlay.jpg")
+
+
+def read(out, rows) -> Page:
+    path = write_report(out, rows)
+    assert path == out / "report.html"
+    assert not list(out.glob(".partial*"))
+    page = Page(path.read_text(encoding="utf-8"))
+    assert page.open == []
+    return page
+
+
+# ------------------------------------------------------------------------------------------------ law
+
+
+def test_every_slide_is_named_once_however_it_is_called(tmp_path):
+    """Law: names are text, never markup, and addresses lead to the files."""
+    for name in HOSTILE[:-1]:
+        finish(tmp_path / name, found())
+    rows = [*map(row, HOSTILE[:-1]), row(HOSTILE[-1], "failed", cause=f"{HOSTILE[-1]}: <b>no</b>")]
+    page = read(tmp_path, rows)
+    assert sorted(cells[1] for cells in page.rows) == sorted(HOSTILE)
+    addresses = [a for a in page.attributes("a", "href") if not a.startswith("#")]
+    assert all((tmp_path / unquote(address)).exists() for address in addresses)
+    assert not any(":" in a or "?" in a or " " in a for a in addresses)
+    assert {unquote(a) for a in addresses if a.endswith("overlay.jpg")} == {f"{n}/overlay.jpg" for n in HOSTILE[:-1]}
+    tags = [tag for tag, _ in page.tags]
+    assert tags.count("script") == tags.count("style") == 1
+    assert not {"onerror", "onload", "onclick"} & {name for _, attrs in page.tags for name in attrs}
+
+
+def test_the_page_needs_nothing_else(tmp_path):
+    """Law: no address leads out of the run's folder, whatever settings and causes say."""
+    finish(tmp_path / "a", found())
+    notes = {"source": "https://example.org/<weights>"}
+    run = {"digest": "d1", "settings": {"stain": {"method": "none"}}, "weights_notes": notes}
+    (tmp_path / "run.json").write_text(json.dumps(run))
+    page = read(tmp_path, [row("a"), row("b", "failed", cause="see https://example.org")])
+    for name in ("href", "src", "action", "data", "xlink:href"):
+        for address in [attrs[name] for _, attrs in page.tags if name in attrs]:
+            assert address.startswith(("#", "data:image/jpeg;base64,", "a/"))
+    assert not page.attributes("link", "href")
+    assert "url(" not in (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "default-src 'none'" in page.attributes("meta", "content")[0]
+    assert "https://example.org/<weights>" in page.text
+
+
+@pytest.mark.skipif(os.name != "posix", reason="names that are not text are found on POSIX systems only")
+def test_a_name_that_is_no_text_still_leads_to_its_folder(tmp_path):
+    name = os.fsdecode(b"caf\xe9")
+    try:
+        finish(tmp_path / name, found())
+    except OSError:
+        pytest.skip("this file system takes text only")
+    page = read(tmp_path, [row(name)])
+    assert "caf%E9/overlay.jpg" in page.attributes("a", "href")
+    assert [cells[1] for cells in page.rows] == ["caf?"]
+
+
+# ------------------------------------------------------------------------------------------------ known answers
+
+
+def test_a_run_without_anything(tmp_path):
+    page = read(tmp_path, [])
+    assert page.rows == []
+    assert "slides done" in page.text
+
+
+def test_slides_without_findings_pictures_and_folders(tmp_path):
+    rows = [
+        row("gone"),
+        row("b", "interrupted"),
+        row("c", "elsewhere", cause="gpu07 is at it"),
+        {"slide": "d", "status": "x"},
+    ]
+    page = read(tmp_path, rows)
+    assert {cells[1]: cells[2] for cells in page.rows} == {
+        "gone": "done",
+        "b": "interrupted",
+        "c": "elsewhere",
+        "d": "x",
+    }
+    assert not page.attributes("img", "src")
+
+
+def test_failures_stand_first_by_cause(tmp_path):
+    finish(tmp_path / "fine", found())
+    rows = [row("fine"), row("x/full", "failed", cause="[Errno 28] No space left on device")]
+    rows += [row(f"x/case {i}", "failed", cause=f"case {i}.svs: region ({i}, 20) cannot be read") for i in (3, 4)]
+    page = read(tmp_path, rows)
+    assert [cells[1] for cells in page.rows] == ["x/full", "x/case 3", "x/case 4", "fine"]
+    failures = page.text[page.text.index("Failures") : page.text.index("Seams")]
+    assert failures.index("2 · …") < failures.index("1 · [Errno 28]")
+    assert failures.count("cannot be read") == 3  # the cause, and where two differ each its own
+
+
+def test_the_night_in_numbers(tmp_path):
+    """Two slides side by side count once, the day between two nights not at all."""
+    for name, ended in {"a": 1_700_000_000, "b": 1_700_000_015, "c": 1_700_090_000}.items():
+        finish(tmp_path / name, found(), ended)
+    page = read(tmp_path, [row("a"), row("b"), row("c", "done before"), row("d", "waiting")])
+    figures = page.text[: page.text.index("Seams")]
+    for words in ("3slides done", "0failed", "1pending", "18,000nuclei", "6.0mm² of tissue", "3,000nuclei per mm²"):
+        assert words in figures
+    assert "0.080mm² per second" in figures  # 6 mm2 in 45 + 30 s
+    assert "288mm² per hour" in figures
+    assert "lost" not in figures
+
+
+@pytest.mark.parametrize(("near", "words"), [(100, "as it should be"), (200, "not what it should be")])
+def test_the_seams_of_all_slides_are_judged_together(tmp_path, near, words):
+    for name in "abc":
+        finish(tmp_path / name, found(near))
+    page = read(tmp_path, [row(name) for name in "abc"])
+    assert f"there are {near / 100:.3f} ± 0.041 times as many nuclei as around it: {words}" in page.text
+    assert all((cells[-1] != "") == (near == 200) for cells in page.rows)
+
+
+def test_settings_are_told(tmp_path):
+    run = {
+        "digest": "d1<",
+        "settings": {"detector": {"weights": "/somewhere/nuclei.safetensors", "score": 0.35, "views": 4}},
+        "weights_sha256": "5ha",
+        "versions": {"torch": "2.9"},
+    }
+    (tmp_path / "run.json").write_text(json.dumps(run))
+    text = read(tmp_path, []).text
+    assert "weights nuclei · views 4 · digest d1<" in text
+    assert all(word in text for word in ("score0.35", "weights_sha2565ha", "torch2.9"))
+
+
+def test_a_thousand_slides_make_a_page_that_opens(tmp_path):
+    finish(tmp_path / "one", found())
+    rows = [row(f"case {i}", "done", cause="", note="x" * 50) for i in range(1000)]
+    for i in range(1000):
+        (tmp_path / f"case {i}").symlink_to("one")
+    path = write_report(tmp_path, rows)
+    assert path.stat().st_size < 15_000_000 - 1000 * 8_000  # beside pictures of 8 kB, which real ones have

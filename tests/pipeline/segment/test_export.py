@@ -1,0 +1,277 @@
+"""What was exported reads back equal, and QuPath's reader would take every feature of it."""
+
+import csv
+import json
+import math
+import uuid
+import zipfile
+from pathlib import Path
+
+import geopandas
+import numpy as np
+import pytest
+import shapely
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from pipeline.segment import export, tables
+from pipeline.segment.polygons import solid
+from slides.geometry import Box
+
+PROVENANCE = tables.Provenance(
+    slide="4f0c",
+    um_per_px=(0.25, 0.25),
+    bounds=Box(100, 250, 5000, 6000),
+    digest="d1",
+    colours={"Nucleus": (200, 30, 30), 'odd "name" µ\\': (0, 128, 255)},
+)
+
+
+def write(path: Path, shapes: np.ndarray, seed: int = 0) -> Path:
+    rng = np.random.default_rng(seed)
+    count = len(shapes)
+    names = list(PROVENANCE.colours)
+    with tables.NucleiWriter(path, PROVENANCE) as writer:
+        writer.write(
+            shapes,
+            klass=[names[k] for k in rng.integers(0, 2, count)],
+            score=rng.random(count),
+            votes=rng.integers(1, 9, count),
+            stains=rng.random((count, 2)),
+        )
+    return path
+
+
+def blobs(count: int, seed: int = 0) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    angle = np.linspace(0, 2 * np.pi, 20, endpoint=False)
+    radius = rng.uniform(10, 20, (count, 20))
+    spokes = radius[..., None] * np.stack([np.cos(angle), np.sin(angle)], -1)
+    ring = rng.uniform(300, 3000, (count, 1, 2)) + spokes
+    return np.asarray(shapely.polygons(ring), dtype=object).reshape(-1)
+
+
+def refuse(text: str) -> None:
+    raise AssertionError(f"{text} is not JSON")
+
+
+def check_feature(feature: dict) -> None:
+    """DESIGN section 3, QuPath: all that its reader asks of a feature, strictly."""
+    assert list(feature) == ["type", "id", "geometry", "properties"]
+    assert feature["type"] == "Feature"
+    assert str(uuid.UUID(feature["id"])) == feature["id"]
+    assert feature["geometry"]["type"] == "Polygon"
+    (ring,) = feature["geometry"]["coordinates"]
+    assert len(ring) >= 4
+    assert ring[0] == ring[-1]
+    assert all(len(vertex) == 2 for vertex in ring)
+    assert all(math.isfinite(v) and round(v, 2) == v for vertex in ring for v in vertex)
+    outline = shapely.geometry.shape(feature["geometry"])
+    assert outline.is_valid
+    assert outline.area > 0
+    properties = feature["properties"]
+    assert properties["objectType"] == "detection"
+    assert sorted(properties["classification"]) == ["color", "name"]
+    name, colour = properties["classification"]["name"], properties["classification"]["color"]
+    assert tuple(colour) == PROVENANCE.colours[name]
+    assert all(isinstance(v, int | float) and math.isfinite(v) for v in properties["measurements"].values())
+    assert "id" not in properties["measurements"]
+
+
+def check_zip(path: Path, shard: int = 50_000) -> list[dict]:
+    """All rules of the zip. Returns its features."""
+    features = []
+    with zipfile.ZipFile(path) as archive:
+        assert archive.testzip() is None
+        assert archive.namelist()
+        for member in archive.infolist():
+            assert member.filename.endswith(".geojson")
+            assert member.date_time == (1980, 1, 1, 0, 0, 0)
+            text = archive.read(member).decode()
+            assert "null" not in text
+            collection = json.loads(text, parse_constant=refuse)
+            assert list(collection) == ["type", "features"]
+            assert collection["type"] == "FeatureCollection"
+            assert len(collection["features"]) <= shard
+            lines = [line for line in text.splitlines() if line.startswith('{"type":"Feature",')]
+            assert [json.loads(line.removesuffix(",")) for line in lines] == collection["features"]
+            features += collection["features"]
+    assert len({feature["id"] for feature in features}) == len(features)
+    for feature in features:
+        check_feature(feature)
+    return features
+
+
+@pytest.mark.parametrize("crop", [True, False])
+def test_what_was_exported_reads_back_equal(tmp_path, crop):
+    """DESIGN law 9."""
+    shapes = blobs(60)
+    nuclei = write(tmp_path / "nuclei.parquet", shapes)
+    done = export.write_qupath(nuclei, tmp_path / "n.zip", crop=crop)
+    assert done == export.Exported(60, 0, 0)
+    features, rows = check_zip(tmp_path / "n.zip"), tables.read_nuclei(nuclei)
+    assert [f["id"] for f in features] == rows["id"].to_pylist()
+    assert [f["properties"]["classification"]["name"] for f in features] == rows["class"].to_pylist()
+    for feature, shape in zip(features, shapes, strict=True):
+        back = shapely.get_coordinates(shapely.geometry.shape(feature["geometry"]))
+        moved = shapely.get_coordinates(shape) - np.array([100, 250]) * crop
+        np.testing.assert_allclose(back, moved, atol=0.005 + 1e-9)
+    names = {
+        "score": "Detection probability",
+        "votes": "Votes",
+        "area_um2": "Area µm^2",
+        "perimeter_um": "Perimeter µm",
+        "circularity": "Circularity",
+        "major_axis_um": "Major axis µm",
+        "minor_axis_um": "Minor axis µm",
+        "haematoxylin": "Hematoxylin OD mean",
+        "eosin": "Eosin OD mean",
+    }
+    measured = [f["properties"]["measurements"] for f in features]
+    assert {tuple(m) for m in measured} == {tuple(names.values())}
+    for column, name in names.items():
+        np.testing.assert_array_equal(np.array([m[name] for m in measured], np.float32), rows[column])
+
+
+def test_geopandas_opens_a_shard(tmp_path):
+    shapes = blobs(5)
+    export.write_qupath(write(tmp_path / "nuclei.parquet", shapes), tmp_path / "n.zip", crop=False)
+    with zipfile.ZipFile(tmp_path / "n.zip") as archive:
+        archive.extract("nuclei-00000.geojson", tmp_path)
+    frame = geopandas.GeoDataFrame.from_features(json.loads((tmp_path / "nuclei-00000.geojson").read_text()))
+    assert frame.geometry.geom_equals_exact(geopandas.GeoSeries(shapes), 0.01).all()
+
+
+def needle(x: float, y: float, length: float, width: float) -> shapely.Polygon:
+    return shapely.Polygon([(x, y), (x + length, y + width / 3), (x + length * 0.7, y + width)])
+
+
+NASTY = {
+    "sliver": needle(300, 400, 50, 0.004),
+    "turned sliver": needle(300.004, 400.003, 0.009, 90),
+    "speck": shapely.box(500.001, 500.001, 500.004, 500.004),
+    "speck of one hundredth": shapely.box(500.0, 500.0, 500.011, 500.011),
+    "pinched by rounding": shapely.Polygon(
+        [(0, 0), (10, 0), (10, 10), (5.001, 5), (0, 10), (0, 9), (5, 4.998), (10, 9.9), (9, 0.5), (0, 0.5)]
+    ).buffer(0),
+    "hour glass": shapely.Polygon([(0, 0), (10, 0), (5.002, 5), (10, 10), (0, 10), (4.998, 5)]),
+    "comb": shapely.Polygon([(0, 0), (20, 0), *((20 - i, (5, 0.003)[i % 2]) for i in range(20)), (0, 5)]).buffer(0),
+    "huge": shapely.Point(60_000, 70_000).buffer(50_000, 500),
+    "far": shapely.box(3e6 + 0.123, 2e6, 3e6 + 9.5, 2e6 + 9.5),
+    "left of the bounds": shapely.box(-5.5, -7.25, 3, 4),
+    "many on one spot": shapely.Point(700, 700).buffer(0.02, 100),
+}
+
+
+def check_nasty(folder: Path, shapes: list[shapely.Geometry], crop: bool) -> export.Exported:
+    made = solid(np.array(shapes, dtype=object))
+    made = made[~shapely.is_empty(made)]
+    _, first = np.unique(shapely.to_wkb(made), return_index=True)  # equal polygons have equal ids
+    made = made[np.sort(first)]
+    nuclei = write(folder / "nuclei.parquet", made)
+    done = export.write_qupath(nuclei, folder / "n.zip", crop=crop)
+    features = check_zip(folder / "n.zip")
+    assert len(features) == done.written
+    assert done.written + done.dropped == len(made)
+    assert done.changed <= done.written
+    where = {one: i for i, one in enumerate(tables.read_nuclei(nuclei)["id"].to_pylist())}
+    corner, other = np.array([100, 250]) * crop, 0
+    for feature in features:
+        original = made[where[feature["id"]]]
+        back = shapely.transform(shapely.geometry.shape(feature["geometry"]), lambda xy: xy + corner)
+        assert original.buffer(0.02).contains(back)
+        other += shapely.hausdorff_distance(back.boundary, original.boundary) > 0.01
+    assert other <= done.changed
+    return done
+
+
+@pytest.mark.parametrize("crop", [True, False])
+def test_qupath_takes_nasty_polygons(tmp_path, crop):
+    done = check_nasty(tmp_path, list(NASTY.values()), crop)
+    assert done.changed > 0
+    assert done.dropped > 0
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.sampled_from([0.01, 0.03, 0.1, 1.0, 30.0]), st.integers(3, 25))
+@example(0, 0.01, 3)
+def test_qupath_takes_any_polygon(tmp_path_factory, seed, size, count):
+    """Rings that cross themselves, made solid, at sizes where rounding destroys them."""
+    rng = np.random.default_rng(seed)
+    rings = [shapely.Polygon(rng.normal(300, size, (count, 2))) for _ in range(8)]
+    check_nasty(tmp_path_factory.mktemp("any"), rings, crop=True)
+
+
+def test_what_rounding_breaks_keeps_its_largest_part(tmp_path):
+    """Two squares, 4 and 3 px, joined by a bridge that is narrower than the rounding."""
+    bridge = shapely.box(3, 1.996, 8, 1.9999)
+    shape = shapely.union_all([shapely.box(0, 0, 4, 4), bridge, shapely.box(7, 0, 10, 3)])
+    assert shape.geom_type == "Polygon"
+    nuclei = write(tmp_path / "nuclei.parquet", np.array([shape]))
+    done = export.write_qupath(nuclei, tmp_path / "n.zip", crop=False)
+    assert done == export.Exported(1, 1, 0)
+    (feature,) = check_zip(tmp_path / "n.zip")
+    assert shapely.geometry.shape(feature["geometry"]).equals(shapely.box(0, 0, 4, 4))
+
+
+def test_the_same_table_gives_the_same_bytes(tmp_path):
+    nuclei = write(tmp_path / "nuclei.parquet", blobs(20))
+    for name, format_ in export.FORMATS.items():
+        twice = []
+        for attempt in ("first", "second"):
+            format_.write(nuclei, tmp_path / f"{name}-{attempt}", crop=True)
+            twice.append((tmp_path / f"{name}-{attempt}").read_bytes())
+        assert twice[0] == twice[1]
+
+
+def test_shards_are_bounded_and_hold_everything(tmp_path, monkeypatch):
+    nuclei = write(tmp_path / "nuclei.parquet", blobs(23))
+    export.write_qupath(nuclei, tmp_path / "one.zip", crop=True)
+    monkeypatch.setattr(export, "_SHARD", 10)
+    export.write_qupath(nuclei, tmp_path / "three.zip", crop=True)
+    with zipfile.ZipFile(tmp_path / "three.zip") as archive:
+        assert archive.namelist() == [f"nuclei-0000{i}.geojson" for i in range(3)]
+    assert check_zip(tmp_path / "three.zip", shard=10) == check_zip(tmp_path / "one.zip")
+
+
+def test_a_slide_without_nuclei_exports(tmp_path):
+    nuclei = write(tmp_path / "nuclei.parquet", blobs(0))
+    assert export.write_qupath(nuclei, tmp_path / "n.zip", crop=True) == export.Exported(0)
+    assert check_zip(tmp_path / "n.zip") == []
+    assert export.write_csv(nuclei, tmp_path / "n.csv", crop=True) == export.Exported(0)
+    assert len((tmp_path / "n.csv").read_text().splitlines()) == 1
+
+
+def test_numbers_that_are_not_finite_are_left_out(tmp_path):
+    with tables.NucleiWriter(tmp_path / "nuclei.parquet", PROVENANCE) as writer:
+        writer.write(
+            blobs(3),
+            klass=["Nucleus"] * 3,
+            score=np.array([0.5, np.inf, 1e-7]),
+            votes=np.ones(3, dtype=int),
+            stains=np.array([[0.1, np.nan], [np.nan, 0.3], [0.5, -np.inf]]),
+        )
+    export.write_qupath(tmp_path / "nuclei.parquet", tmp_path / "n.zip", crop=True)
+    measured = [f["properties"]["measurements"] for f in check_zip(tmp_path / "n.zip")]
+    assert ["Eosin OD mean" in m for m in measured] == [False, True, False]
+    assert ["Detection probability" in m for m in measured] == [True, False, True]
+    export.write_csv(tmp_path / "nuclei.parquet", tmp_path / "n.csv", crop=True)
+    with (tmp_path / "n.csv").open(newline="") as file:
+        assert [row["eosin"] for row in csv.DictReader(file)] == ["", "0.3", ""]
+
+
+@pytest.mark.parametrize("crop", [True, False])
+def test_the_csv_reads_back_equal(tmp_path, crop):
+    nuclei = write(tmp_path / "nuclei.parquet", blobs(25))
+    assert export.write_csv(nuclei, tmp_path / "n.csv", crop=crop) == export.Exported(25)
+    rows = tables.read_nuclei(nuclei)
+    with (tmp_path / "n.csv").open(newline="", encoding="utf-8") as file:
+        back = list(csv.DictReader(file))
+    assert list(back[0])[:4] == ["id", "centroid_x", "centroid_y", "class"]
+    assert set(back[0]) == set(rows.column_names) - {"geometry"}
+    for name in ("id", "class"):
+        assert [row[name] for row in back] == rows[name].to_pylist()
+    for name in ("score", "votes", "area_um2", "eosin"):
+        np.testing.assert_array_equal(np.array([row[name] for row in back], np.float32), rows[name])
+    x = np.array([float(row["centroid_x"]) for row in back])
+    np.testing.assert_allclose(x + 100 * crop, rows["centroid_x"])

@@ -1,0 +1,276 @@
+"""A file that exists is complete; what is written reads back; the same rows are the same bytes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import uuid
+
+import geopandas
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import shapely
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline import files
+from pipeline.segment import tables
+from pipeline.segment.polygons import measure
+from slides.geometry import Box
+from slides.grid import Tile
+
+PROVENANCE = tables.Provenance(
+    slide="4f0c",
+    um_per_px=(0.25, 0.5),
+    bounds=Box(100, 200, 5000, 6000),
+    digest="d1",
+    colours={"Nucleus": (200, 30, 30), "Lymphocyte": (0, 128, 255)},
+)
+
+
+def squares(count: int, seed: int = 0) -> np.ndarray:
+    corner = np.random.default_rng(seed).uniform(200, 4000, (2, count))
+    return np.asarray(shapely.box(*corner, *(corner + 20)), dtype=object).reshape(-1)
+
+
+def rest(count: int, seed: int = 0) -> dict:
+    rng = np.random.default_rng(seed)
+    return {
+        "klass": [("Nucleus", "Lymphocyte")[k] for k in rng.integers(0, 2, count)],
+        "score": rng.random(count),
+        "votes": rng.integers(1, 9, count),
+        "stains": rng.random((count, 2)),
+    }
+
+
+def write(path, shapes, columns, cuts=()) -> None:
+    with tables.NucleiWriter(path, PROVENANCE) as writer:
+        for part in np.split(np.arange(len(shapes)), cuts):
+            columns_of_part = {name: np.asarray(values)[part] for name, values in columns.items()}
+            writer.write(shapes[part], **columns_of_part)
+
+
+# -------------------------------------------------------------------------------------------- committed
+
+
+def test_a_committed_file_appears_when_it_is_complete(tmp_path):
+    target = tmp_path / "a.json"
+    with files.committed(target) as partial:
+        partial.write_text("whole")
+        assert not target.exists()
+        assert partial.parent == tmp_path
+        assert partial.suffix == ".json"
+    assert target.read_text() == "whole"
+    assert os.listdir(tmp_path) == ["a.json"]
+
+
+def test_an_error_leaves_the_old_file_and_no_other(tmp_path):
+    target = tmp_path / "a.json"
+    target.write_text("old")
+
+    def fail() -> None:
+        with files.committed(target) as partial:
+            partial.write_text("half")
+            raise RuntimeError("midway")
+
+    with pytest.raises(RuntimeError, match="midway"):
+        fail()
+    assert target.read_text() == "old"
+    assert os.listdir(tmp_path) == ["a.json"]
+
+
+def test_writers_of_one_path_do_not_disturb_each_other(tmp_path):
+    target = tmp_path / "a"
+    with files.committed(target) as first:
+        first.write_text("first")
+        with files.committed(target) as second:
+            second.write_text("second")
+        assert target.read_text() == "second"
+    assert target.read_text() == "first"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs SIGKILL")
+def test_a_killed_writer_leaves_nothing_that_looks_complete(tmp_path):
+    code = (
+        "import os, signal, sys\n"
+        "from pathlib import Path\n"
+        "from pipeline.segment.tables import committed\n"
+        "with committed(Path(sys.argv[1]) / 'a.json') as partial:\n"
+        "    partial.write_text('half')\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    killed = subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert not (tmp_path / "a.json").exists()
+    assert len(os.listdir(tmp_path)) == 1
+    assert files.sweep(tmp_path) == 1
+    assert os.listdir(tmp_path) == []
+
+
+def test_sweeping_spares_complete_files(tmp_path):
+    (tmp_path / "nuclei.parquet").write_text("whole")
+    assert files.sweep(tmp_path) == 0
+    assert os.listdir(tmp_path) == ["nuclei.parquet"]
+
+
+# -------------------------------------------------------------------------------------------- instances
+
+
+def rows_of(row: int, col: int, count: int) -> pa.Table:
+    rng = np.random.default_rng(row * 10 + col)
+    return tables.instances(
+        tile=Tile(row, col, Box(0, 0, 10, 10), Box(-1, -1, 11, 11)),
+        geometry=squares(count, row * 10 + col),
+        score=rng.random(count, dtype=np.float32),
+        votes=rng.integers(1, 9, count),
+        klass=rng.integers(0, 3, count),
+        stains=rng.random((count, 2), dtype=np.float32),
+    )
+
+
+def test_instances_read_back_as_they_were(tmp_path):
+    path = tmp_path / "000001.parquet"
+    rows = pa.concat_tables([rows_of(2, 3, 5), rows_of(2, 4, 0), rows_of(3, 3, 2)])
+    record = {"block": 1, "nuclei": 7, "lost_mm2": 0.25}
+    tables.write_instances(path, rows, record)
+    back = tables.read_instances(path)
+    assert back.schema.remove_metadata() == tables.INSTANCES
+    assert back.equals(rows)
+    assert tables.read_record(path) == record
+    expected = np.concatenate([squares(5, 23), squares(2, 33)])
+    assert (tables.geometry(back) == expected).all()
+    assert back["tile_row"].to_pylist() == [2] * 5 + [3] * 2
+
+
+def test_bounds_are_read_without_polygons(tmp_path):
+    path = tmp_path / "a.parquet"
+    tables.write_instances(path, rows_of(0, 1, 9), {})
+    back = tables.read_instances(path, ["tile_row", "x0", "y0", "x1", "y1"])
+    assert back.column_names == ["tile_row", "x0", "y0", "x1", "y1"]
+    np.testing.assert_array_equal(tables.bounds(back), shapely.bounds(squares(9, 1)))
+
+
+def test_a_block_without_instances_has_its_record(tmp_path):
+    path = tmp_path / "a.parquet"
+    tables.write_instances(path, rows_of(0, 0, 0), {"nuclei": 0})
+    assert tables.read_record(path) == {"nuclei": 0}
+    assert tables.geometry(tables.read_instances(path)).shape == (0,)
+    assert tables.bounds(tables.read_instances(path)).shape == (0, 4)
+
+
+def test_instances_are_the_same_bytes_however_tables_were_joined(tmp_path):
+    parts = [rows_of(0, 0, 4), rows_of(0, 1, 3), rows_of(1, 1, 6)]
+    tables.write_instances(tmp_path / "a", pa.concat_tables(parts), {"n": 1})
+    joined = pa.concat_tables([pa.concat_tables(parts[:2]).combine_chunks(), parts[2]])
+    tables.write_instances(tmp_path / "b", joined, {"n": 1})
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+# ------------------------------------------------------------------------------------------- detections
+
+
+def test_nuclei_read_back_as_they_were(tmp_path):
+    path, shapes, columns = tmp_path / "nuclei.parquet", squares(30), rest(30)
+    write(path, shapes, columns)
+    back = tables.read_nuclei(path)
+    assert back.schema.remove_metadata() == tables.NUCLEI
+    assert (tables.geometry(back) == shapes).all()
+    assert back["class"].to_pylist() == columns["klass"]
+    np.testing.assert_array_equal(back["score"], columns["score"].astype(np.float32))
+    np.testing.assert_array_equal(back["votes"], columns["votes"])
+    np.testing.assert_array_equal(back["eosin"], columns["stains"][:, 1].astype(np.float32))
+    shape = measure(shapes, PROVENANCE.um_per_px)
+    np.testing.assert_array_equal(back["area_um2"], shape.area_um2)
+    np.testing.assert_array_equal(back["minor_axis_um"], shape.minor_axis_um)
+    np.testing.assert_array_equal(back["centroid_y"], shape.centroid[:, 1])
+    assert tables.read_provenance(path) == PROVENANCE
+    assert tables.read_nuclei(path, ["id", "score"]).column_names == ["id", "score"]
+
+
+@settings(max_examples=15, deadline=None)
+@given(count=st.integers(0, 40), cuts=st.lists(st.integers(0, 40), max_size=5))
+def test_bytes_do_not_depend_on_how_detections_were_handed_over(tmp_path_factory, count, cuts):
+    folder = tmp_path_factory.mktemp("cuts")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tables, "_ROW_GROUP", 16)
+        write(folder / "whole", squares(count), rest(count))
+        write(folder / "cut", squares(count), rest(count), sorted(cuts))
+    assert (folder / "whole").read_bytes() == (folder / "cut").read_bytes()
+    groups = [rows.num_rows for rows in tables.iter_nuclei(folder / "cut")]
+    assert groups == [16] * (count // 16) + [count % 16] * (count % 16 > 0)
+
+
+def test_geopandas_opens_it(tmp_path):
+    path, shapes = tmp_path / "nuclei.parquet", squares(12)
+    write(path, shapes, rest(12))
+    frame = geopandas.read_parquet(path)
+    assert list(frame.columns) == tables.NUCLEI.names
+    assert frame.crs is None
+    assert (frame.geometry.values == shapes).all()
+    np.testing.assert_allclose(frame.total_bounds, shapely.total_bounds(shapes))
+
+
+def test_its_metadata_is_geoparquet_1_1(tmp_path):
+    path, shapes = tmp_path / "nuclei.parquet", squares(12)
+    write(path, shapes, rest(12), [5])
+    geo = json.loads(pq.read_metadata(path).metadata[b"geo"])
+    assert geo["version"] == "1.1.0"
+    assert geo["primary_column"] == "geometry"
+    column = geo["columns"]["geometry"]
+    assert column["encoding"] == "WKB"
+    assert column["geometry_types"] == ["Polygon"]
+    assert column["crs"] is None
+    np.testing.assert_array_equal(column["bbox"], shapely.total_bounds(shapes))
+
+
+def test_a_slide_without_nuclei_has_a_table(tmp_path):
+    path = tmp_path / "nuclei.parquet"
+    write(path, squares(0), rest(0))
+    assert tables.read_nuclei(path).num_rows == 0
+    assert len(geopandas.read_parquet(path)) == 0
+    assert tables.read_provenance(path) == PROVENANCE
+
+
+def test_ids_are_uuids_of_slide_and_polygon(tmp_path):
+    shapes = squares(20)
+    write(tmp_path / "a", shapes, rest(20))
+    write(tmp_path / "b", shapes[::-1], rest(20, seed=1))
+    ids = tables.read_nuclei(tmp_path / "a", ["id"])["id"].to_pylist()
+    assert len(set(ids)) == 20
+    assert all(str(uuid.UUID(one)) == one and uuid.UUID(one).version == 5 for one in ids)
+    assert tables.read_nuclei(tmp_path / "b", ["id"])["id"].to_pylist() == ids[::-1]
+
+
+def test_other_slides_have_other_ids(tmp_path):
+    ids = []
+    for slide in ("one", "two"):
+        provenance = tables.Provenance(slide, (1, 1), Box(0, 0, 9, 9), "", PROVENANCE.colours)
+        with tables.NucleiWriter(tmp_path / slide, provenance) as writer:
+            writer.write(squares(3), **rest(3))
+        ids += tables.read_nuclei(tmp_path / slide, ["id"])["id"].to_pylist()
+    assert len(set(ids)) == 6
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        shapely.Polygon(),
+        shapely.MultiPolygon([shapely.box(0, 0, 1, 1)]),
+        shapely.box(0, 0, 9, 9).difference(shapely.box(2, 2, 3, 3)),
+    ],
+)
+def test_what_is_not_a_solid_polygon_is_refused_and_nothing_is_left(tmp_path, wrong):
+    shapes = squares(3)
+    shapes[1] = wrong
+    with pytest.raises(ValueError, match=r"detection 1 is .*polygons\.solid"):
+        write(tmp_path / "nuclei.parquet", shapes, rest(3))
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_class_without_a_colour_is_refused(tmp_path):
+    columns = rest(2) | {"klass": ["Nucleus", "Mitosis"]}
+    with pytest.raises(ValueError, match="class 'Mitosis' has no colour"):
+        write(tmp_path / "nuclei.parquet", squares(2), columns)

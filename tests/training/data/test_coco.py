@@ -1,0 +1,217 @@
+"""COCO JSON, as pycocotools understands it, in and out."""
+
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from numpy.typing import NDArray
+from PIL import Image
+from pycocotools import mask as mask_tools
+from pycocotools.coco import COCO
+
+from training.data.coco import _counts
+from training.data.datasets import Annotated, AnnotationError, Annotations, Pixels, find, write_coco
+from training.data.sample import pixels
+
+# pycocotools' own decoder, which only the tests use, is not ready for numpy 2.
+DECODER = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+
+RGB = np.random.default_rng(0).integers(0, 256, (12, 20, 3), dtype=np.uint8)
+MASKS = arrays(np.uint8, (12, 20), elements=st.sampled_from([0, 0, 0, 1]))
+RING = st.lists(st.floats(-3, 23, width=32), min_size=6, max_size=12).filter(lambda xy: len(xy) % 2 == 0)
+
+
+def write(folder: Path, nuclei: list[dict[str, Any]], **changes: Any) -> Path:
+    """A COCO file with one image of 20 x 12 px and three categories, out of order."""
+    (folder / "images").mkdir(exist_ok=True)
+    Image.fromarray(RGB).save(folder / "images" / "x_1.png")
+    content = {
+        "images": [{"id": 5, "file_name": "x_1.png", "width": 20, "height": 12}],
+        "categories": [{"id": 9, "name": "c"}, {"id": 2, "name": "a"}, {"id": 4, "name": "b"}],
+        "annotations": [{"id": i, "image_id": 5, "category_id": 4} | n for i, n in enumerate(nuclei)],
+    }
+    path = folder / "train.json"
+    path.write_text(json.dumps(content | changes))
+    return path
+
+
+def only(found: Annotations) -> Pixels:
+    (annotated,) = found.images
+    return Pixels(*pickle.loads(pickle.dumps(annotated)).read())
+
+
+def given_pixels(read: Pixels) -> Annotations:
+    return Annotations("g", (Annotated("x", "", 0.25, lambda: read),), ("Nucleus",))
+
+
+@DECODER
+@settings(max_examples=40)
+@given(
+    drawn=st.lists(st.one_of(MASKS, st.lists(RING, min_size=1, max_size=2)), max_size=4),
+    compressed=st.booleans(),
+    crowd=st.sampled_from([-1, 0]),
+)
+def test_masks_are_those_of_pycocotools(
+    drawn: list[Any], compressed: bool, crowd: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Polygons and run lengths, the later over the earlier; crowds are left out; classes in order of their ids."""
+    folder = tmp_path_factory.mktemp("coco")
+    nuclei: list[dict[str, Any]] = []
+    for number, shape in enumerate(drawn):
+        segmentation: Any = shape
+        if isinstance(shape, np.ndarray):
+            runs = np.diff(np.flatnonzero(np.r_[True, np.diff(shape.T.ravel()) != 0, True])).tolist()
+            text = mask_tools.encode(np.asfortranarray(shape))["counts"].decode()
+            segmentation = {"size": [12, 20], "counts": text if compressed else [0] * int(shape[0, 0]) + runs}
+        nuclei.append({"segmentation": segmentation, "category_id": [2, 4, 9, 4][number], "iscrowd": number == crowd})
+    path = write(folder, nuclei)
+    oracle = COCO(path)
+    painted, claims = np.zeros((12, 20), int), np.zeros((12, 20), int)
+    for number in range(len(nuclei)):
+        if number != crowd:
+            mask = oracle.annToMask(oracle.anns[number])
+            painted[mask > 0] = number + 1
+            claims += mask
+    found = find(folder, mpp=0.25)
+    read = only(found)
+    kept = np.unique(painted[painted > 0])
+    np.testing.assert_array_equal(read.labels, np.searchsorted(np.r_[0, kept], painted))
+    assert read.kinds.tolist() == [[1, 2, 3, 2][n - 1] for n in kept]
+    assert read.contested_px == (claims > 1).sum()
+    assert found.classes == ("a", "b", "c")
+    np.testing.assert_array_equal(read.image, RGB)
+
+
+@DECODER
+@settings(max_examples=40)
+@given(labels=arrays(np.uint16, (7, 9), elements=st.sampled_from([0, 0, 1, 2, 5])))
+def test_pycocotools_reads_what_is_written(
+    labels: NDArray[np.uint16], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    read = pixels(RGB[:7, :9], labels, None)
+    path = tmp_path_factory.mktemp("out") / "c.json"
+    assert write_coco(given_pixels(read), path) == (1, len(read.kinds), 0)
+    oracle = COCO(path)
+    assert len(oracle.anns) == len(read.kinds)
+    for number, annotation in oracle.anns.items():
+        np.testing.assert_array_equal(oracle.annToMask(annotation), read.labels == number)
+        rows, columns = np.nonzero(read.labels == number)
+        x, y, width, height = annotation["bbox"]
+        assert (x, y, x + width, y + height) == (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
+        assert annotation["area"] == len(rows)
+
+
+@given(counts=st.lists(st.integers(0, 2**28), min_size=1, max_size=8))
+@example(counts=[0, 1, 0, 1, 2**28])
+def test_run_lengths_are_taken_apart_as_pycocotools_puts_them_together(counts: list[int]) -> None:
+    encoded = mask_tools.frPyObjects({"size": [1, sum(counts)], "counts": counts}, 1, sum(counts))["counts"]
+    assert _counts(encoded).tolist() == counts
+
+
+@given(text=st.binary(max_size=30))
+def test_no_text_breaks_the_run_lengths(text: bytes) -> None:
+    assert _counts(text).dtype == np.int64
+    assert len(_counts(text)) >= 1
+
+
+def test_images_lie_beside_or_below_or_above(tmp_path: Path) -> None:
+    path = write(tmp_path, [])
+    assert only(find(path, mpp=0.25)).labels.sum() == 0
+    (tmp_path / "images" / "x_1.png").rename(tmp_path / "x_1.png")
+    assert find(path, mpp=0.25).name == "train"
+    (tmp_path / "annotations").mkdir()
+    path.rename(tmp_path / "annotations" / "train.json")
+    assert find(tmp_path, mpp=0.25).images[0][:2] == ("x_1", "x")
+    write(tmp_path, [])
+    with pytest.raises(AnnotationError, match="holds 2 COCO files"):
+        find(tmp_path, mpp=0.25)
+
+
+def image(**changes: Any) -> dict[str, Any]:
+    return {"images": [{"id": 5, "file_name": "x_1.png", "width": 20, "height": 12} | changes]}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (image(file_name="../x_1.png"), "need a name within its folder"),
+        (image(file_name="/etc/passwd"), "need a name within its folder"),
+        (image(file_name="a/../../x_1.png"), "need a name within its folder"),
+        (image(file_name="..\\x_1.png"), "need a name within its folder"),
+        (image(file_name="C:x_1.png"), "need a name within its folder"),
+        (image(file_name=""), "need a name within its folder"),
+        (image(file_name=["x_1.png"]), "need a name within its folder"),
+        (image(file_name="y.png"), r"there is no image y.png"),
+        (image(width=-20), "need 1 to 32768"),
+        (image(width=2**40), "need 1 to 32768"),
+        (image(width="20"), "need 1 to 32768"),
+        (image(id=[5]), "is not as COCO is"),
+        ({"images": image()["images"] * 2}, "numbers two images alike"),
+        ({"images": [*image()["images"], *image(id=6)["images"]]}, "two images called 'x_1'"),
+        ({"images": [3]}, "is not as COCO is"),
+        ({"images": [{}]}, "is not as COCO is"),
+        ({"categories": []}, r"names the categories \[\]: need one or more"),
+        ({"categories": [{"id": 4, "name": "a"}, {"id": 5, "name": "a"}]}, "each with its own name"),
+        ({"categories": [{"id": 4, "name": None}]}, "each with its own name"),
+        ({"categories": 3}, "is not as COCO is"),
+        ({"annotations": [3]}, "is not as COCO is"),
+        ({"annotations": [{"image_id": 5}]}, "is not as COCO is"),
+        ({"annotations": [{"id": 1, "image_id": 6, "category_id": 4}]}, "is of image 6 and category 4"),
+        ({"annotations": [{"id": 1, "image_id": 5, "category_id": 3}]}, "is of image 5 and category 3"),
+    ],
+)
+def test_a_json_of_the_wrong_shape_is_named(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(AnnotationError, match=message):
+        find(write(tmp_path, [], **changes), mpp=0.25)
+
+
+@pytest.mark.parametrize(
+    ("segmentation", "message"),
+    [
+        (None, "has no outline"),
+        ([], "has no outline"),
+        ({"size": [20, 12], "counts": [240]}, r"need polygons, or run lengths with size \[12, 20\]"),
+        ({"size": [12, 20], "counts": [239]}, "cover 239 px of an image of 240"),
+        ({"size": [12, 20], "counts": [-1, 241]}, "need text, or whole numbers from 0"),
+        ({"size": [12, 20], "counts": [2**70]}, "need text, or whole numbers from 0"),
+        ({"size": [12, 20], "counts": [240.0]}, "need text, or whole numbers from 0"),
+        ({"size": [12, 20], "counts": 240}, "need text, or whole numbers from 0"),
+        ({"size": [12, 20], "counts": "é€"}, "need all of them"),
+        ({"size": [12, 20], "counts": ""}, "need all of them"),
+        ({"size": [12, 20], "counts": "`"}, "need all of them"),
+        ({"size": [12, 20], "counts": "ooooooooooooooooooooo0"}, "need all of them"),
+        ([[1, 2, 3, 4]], "need x0, y0, x1, y1, ... of three points"),
+        ([[1, 2, 3, 4, 5, 6, 7]], "need x0, y0, x1, y1, ... of three points"),
+        ([[1, 2, 3, 4, 5, "6"]], "need x0, y0, x1, y1, ... of three points"),
+        ([1, 2, 3, 4, 5, 6], "need x0, y0, x1, y1, ... of three points"),
+        ([[1, 2, 3, 4, 5, 1e12]], "need the image that it was drawn on"),
+    ],
+)
+def test_a_bad_outline_is_named(segmentation: Any, message: str, tmp_path: Path) -> None:
+    with pytest.raises(AnnotationError, match=f"annotation 0.*{message}"):
+        find(write(tmp_path, [{"segmentation": segmentation}]), mpp=0.25)
+
+
+def test_infinite_vertices_and_other_images_are_refused(tmp_path: Path) -> None:
+    path = write(tmp_path, [{"segmentation": [[1, 2, 3, 4, 5, 77]]}])
+    path.write_text(path.read_text().replace("77", "NaN"))
+    with pytest.raises(AnnotationError, match="holds NaN"):
+        find(path, mpp=0.25)
+    path.write_text(path.read_text().replace("NaN", "1e999"))
+    with pytest.raises(AnnotationError, match="need the image that it was drawn on"):
+        find(path, mpp=0.25)
+    path = write(tmp_path, [], **image(width=21))
+    with pytest.raises(AnnotationError, match=r"is 20 x 12 px, .* says 21 x 12: need the image that was annotated"):
+        find(path, mpp=0.25).images[0].read()
+    path = write(tmp_path, [{"segmentation": [[0, 0, 5, 0, 5, 5]]}])
+    (tmp_path / "dataset.json").write_text('{"mpp": 0.25, "classes": ["c", "b", "a", "d"]}')
+    assert find(path).classes == ("c", "b", "a", "d")
+    (tmp_path / "dataset.json").write_text('{"mpp": 0.25, "classes": ["c"]}')
+    with pytest.raises(AnnotationError, match=r"objects of class 'a', dataset.json names c"):
+        find(path)

@@ -1,0 +1,285 @@
+"""COCO JSON in and out: the one form of annotations that most other tools read.
+
+Masks are run lengths, column by column, background first (Lin et al. 2014; `maskApi.c` of pycocotools). Here
+they are taken apart in numpy: the C code believes what a file says of its own length.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from pipeline.files import committed
+from training.data.sample import (
+    AnnotationError,
+    Annotations,
+    Described,
+    Item,
+    Listing,
+    Pixels,
+    Written,
+    class_names,
+    inside,
+    pixels,
+    read_image,
+    read_json,
+)
+
+Ints = NDArray[np.int64]
+
+_OURS = ("dataset.json", "splits.json")
+_LARGEST_SIDE_PX = 32_768
+
+
+class _Picture(NamedTuple):
+    """An entry of `images`."""
+
+    path: Path
+    height: int
+    width: int
+    mpp: float | None
+    group: str | None
+
+
+def coco(data: Path, described: Described) -> Listing | None:
+    """A JSON file with `images` and `annotations`, in the folder or in its annotations/, or that file itself.
+
+    Images lie beside it, in images/ beside it, or so one folder up. An annotation is a nucleus, in one part or
+    several: polygons or run lengths, compressed or not, drawn by pycocotools' own rule. Crowds (iscrowd) stand
+    for no single nucleus and are left out. Categories are the classes, in the order of their numbers. `mpp` and
+    `group` of an image are believed if they are there; `write_coco` writes them.
+    """
+    files = [data] if data.is_file() else sorted(p for q in ("*.json", "annotations/*.json") for p in data.glob(q))
+    found = [
+        (path, content)
+        for path in files
+        if path.suffix.lower() == ".json" and path.name not in _OURS and _is_coco(content := read_json(path))
+    ]
+    if not found:
+        return None
+    if len(found) > 1:
+        raise AnnotationError(
+            f"{data} holds {len(found)} COCO files, {found[0][0]} and {found[1][0]}: give one of them"
+        )
+    ((source, content),) = found
+    try:
+        return _listing(content, source, described)
+    except (AttributeError, KeyError, TypeError, OverflowError) as error:
+        raise AnnotationError(
+            f"{source} is not as COCO is ({type(error).__name__}: {error}): export it again"
+        ) from error
+
+
+def write_coco(annotations: Annotations, path: Path) -> Written:
+    """A dataset -> COCO JSON at `path` with compressed run lengths, and its images as PNG in images/ beside it.
+
+    Categories are numbered from 1 in the order of the classes; `mpp` and `group` stand in each image's entry.
+    Law: read back, the dataset is the same but for its name. A file that exists is complete.
+    """
+    (path.parent / "images").mkdir(parents=True, exist_ok=True)
+    images: list[dict[str, Any]] = []
+    nuclei: list[dict[str, Any]] = []
+    contested = 0
+    for number, annotated in enumerate(annotations.images, 1):
+        read = annotated.read()
+        name = f"images/{annotated.id}.png"
+        with committed(path.parent / name) as partial_file:
+            Image.fromarray(read.image).save(partial_file)
+        height, width = read.labels.shape
+        images.append(
+            {"id": number, "file_name": name, "width": width, "height": height}
+            | {"mpp": annotated.mpp, "group": annotated.group}
+        )
+        nuclei += [
+            {"id": len(nuclei) + i, "image_id": number, "category_id": kind, "iscrowd": 0} | shape
+            for i, (kind, shape) in enumerate(zip(read.kinds.tolist(), _encoded(read.labels), strict=True), 1)
+        ]
+        contested += read.contested_px
+    content = {
+        "info": {"description": annotations.name},
+        "images": images,
+        "categories": [{"id": i, "name": name} for i, name in enumerate(annotations.classes, 1)],
+        "annotations": nuclei,
+    }
+    with committed(path) as partial_file:
+        partial_file.write_text(json.dumps(content, allow_nan=False), encoding="utf-8")
+    return Written(len(images), len(nuclei), contested)
+
+
+def _is_coco(content: Any) -> bool:
+    return isinstance(content, dict) and all(isinstance(content.get(k), list) for k in ("images", "annotations"))
+
+
+def _listing(content: Mapping[str, Any], source: Path, described: Described) -> Listing:
+    pictures = {entry["id"]: _picture(entry, source) for entry in content["images"]}
+    if len(pictures) < len(content["images"]):
+        raise AnnotationError(f"{source} numbers two images alike: need one id for each")
+    categories = {c["id"]: c["name"] for c in sorted(content.get("categories", ()), key=lambda c: c["id"])}
+    names = tuple(categories.values())
+    if not names or len(set(names)) < len(names) or not all(isinstance(n, str) and n for n in names):
+        raise AnnotationError(f"{source} names the categories {list(names)}: need one or more, each with its own name")
+    if described.classes:
+        names = class_names(names, described, source)
+    masks: dict[Any, list[bytes]] = {id_: [] for id_ in pictures}
+    kinds: dict[Any, list[int]] = {id_: [] for id_ in pictures}
+    for entry in content["annotations"]:
+        if entry.get("iscrowd"):
+            continue
+        where = f"{source}, annotation {entry.get('id')}"
+        if entry["image_id"] not in pictures or entry["category_id"] not in categories:
+            raise AnnotationError(
+                f"{where} is of image {entry['image_id']} and category {entry['category_id']}: need ones that it lists"
+            )
+        picture = pictures[entry["image_id"]]
+        masks[entry["image_id"]].append(_compressed(entry.get("segmentation"), picture.height, picture.width, where))
+        kinds[entry["image_id"]].append(names.index(categories[entry["category_id"]]) + 1)
+    return Listing(
+        tuple(
+            Item(
+                picture.path.stem,
+                partial(_read, picture, tuple(masks[id_]), np.array(kinds[id_], np.int64), source),
+                picture.path,
+                picture.mpp,
+                picture.group,
+            )
+            for id_, picture in pictures.items()
+        ),
+        names,
+    )
+
+
+def _picture(entry: Mapping[str, Any], source: Path) -> _Picture:
+    height, width = entry["height"], entry["width"]
+    if not all(type(side) is int and 0 < side <= _LARGEST_SIDE_PX for side in (height, width)):
+        raise AnnotationError(f"{source}: an image of {width!r} x {height!r} px: need 1 to {_LARGEST_SIDE_PX}")
+    name = inside(entry["file_name"], source)
+    places = [f / name for up in (source.parent, source.parent.parent) for f in (up, up / "images")]
+    path = next((p for p in places if p.is_file()), None)
+    if path is None:
+        raise AnnotationError(f"{source}: there is no image {name}: need it beside the file, or in images/ there")
+    mpp, group = entry.get("mpp"), entry.get("group")
+    return _Picture(
+        path,
+        height,
+        width,
+        float(mpp) if isinstance(mpp, int | float) else None,
+        group if isinstance(group, str) else None,
+    )
+
+
+def _read(picture: _Picture, masks: Sequence[bytes], kinds: Ints, source: Path) -> Pixels:
+    """Paint the masks in their order: a later one has the pixels that it shares with an earlier one."""
+    image = read_image(picture.path)
+    if image.shape[:2] != (picture.height, picture.width):
+        raise AnnotationError(
+            f"{picture.path} is {image.shape[1]} x {image.shape[0]} px, {source} says {picture.width} x "
+            f"{picture.height}: need the image that was annotated"
+        )
+    columns = np.zeros(picture.width * picture.height, np.int32)
+    claims = np.zeros(len(columns), np.uint8)
+    for number, mask in enumerate(masks, 1):
+        counts = _counts(mask)
+        ends = np.cumsum(counts)
+        lengths = counts[1::2]
+        starts = ends[: 2 * len(lengths) : 2]
+        at = np.repeat(starts - (np.cumsum(lengths) - lengths), lengths) + np.arange(lengths.sum())
+        columns[at] = number
+        claims[at] = np.minimum(claims[at], 1) + 1
+    labels = columns.reshape(picture.width, picture.height).T
+    return pixels(image, labels, kinds, int((claims > 1).sum()))
+
+
+def _compressed(segmentation: Any, height: int, width: int, where: str) -> bytes:
+    """A segmentation as COCO has it -> compressed run lengths that cover the image. Raises AnnotationError."""
+    from pycocotools import mask
+
+    if isinstance(segmentation, list) and segmentation:
+        for ring in segmentation:
+            _check_ring(ring, height, width, where)
+        return bytes(mask.merge(mask.frPyObjects(segmentation, height, width))["counts"])
+    if not isinstance(segmentation, dict) or segmentation.get("size") != [height, width]:
+        raise AnnotationError(
+            f"{where} has no outline for an image of {width} x {height} px: need polygons, or run lengths with "
+            f"size [{height}, {width}]"
+        )
+    stated = segmentation.get("counts")
+    if isinstance(stated, str):
+        text = stated.encode("ascii", "replace")
+        counts = _counts(text)
+    elif isinstance(stated, list) and all(type(c) is int and 0 <= c <= height * width for c in stated):
+        text, counts = b"", np.array(stated, np.int64)
+    else:
+        raise AnnotationError(f"{where}: counts are {str(stated)[:40]}: need text, or whole numbers from 0")
+    if (counts < 0).any() or counts.sum() != height * width:
+        raise AnnotationError(
+            f"{where}: its run lengths cover {counts.sum()} px of an image of {height * width}: need all of them"
+        )
+    return text or bytes(mask.frPyObjects(segmentation, height, width)["counts"])
+
+
+def _check_ring(ring: Any, height: int, width: int, where: str) -> None:
+    """Raise AnnotationError for what is no ring x0 y0 x1 y1 ..., or lies further outside than the image is wide."""
+    if not isinstance(ring, list) or len(ring) < 6 or len(ring) % 2 or any(type(v) not in (int, float) for v in ring):
+        raise AnnotationError(
+            f"{where}: a polygon is {str(ring)[:40]}: need x0, y0, x1, y1, ... of three points or more"
+        )
+    xy = np.array(ring, np.float64).reshape(-1, 2)
+    size = np.array([width, height])
+    if not (np.isfinite(xy) & (xy >= -size) & (xy <= 2 * size)).all():
+        raise AnnotationError(
+            f"{where}: a polygon spans {xy.min(0).tolist()} to {xy.max(0).tolist()}, "
+            f"its image is {width} x {height} px: need the image that it was drawn on"
+        )
+
+
+def _counts(text: bytes) -> Ints:
+    """Compressed run lengths -> run lengths; one that no encoder writes gives a negative one.
+
+    `rleFrString` of pycocotools: every character holds five bits, low ones first, and whether more follow; the
+    last one's highest bit is the sign. From the fourth on, a number is the difference from the last but one.
+    """
+    codes = np.frombuffer(text, np.uint8).astype(np.int64) - 48
+    if not len(codes) or (codes < 0).any() or (codes > 63).any() or codes[-1] & 32:
+        return np.array([-1])
+    last = (codes & 32) == 0
+    number = np.cumsum(last) - last
+    first = np.flatnonzero(np.r_[True, last[:-1]])
+    place = np.arange(len(codes)) - first[number]
+    if place.max() > 6:  # 35 bits: more than any image needs
+        return np.array([-1])
+    values = np.bincount(number, ((codes & 31) << 5 * place).astype(np.float64)).astype(np.int64)
+    values -= np.where(codes[last] & 16, 1 << 5 * (place[last] + 1), 0)
+    values[1::2] = np.cumsum(values[1::2])
+    values[2::2] = np.cumsum(values[2::2])
+    return values
+
+
+def _encoded(labels: NDArray[np.int32]) -> list[dict[str, Any]]:
+    """Label map with numbers 1..N -> segmentation, area and bbox of each nucleus."""
+    from pycocotools import mask
+
+    height, width = labels.shape
+    columns = labels.T.ravel()
+    starts = np.flatnonzero(np.r_[True, columns[1:] != columns[:-1]])
+    ends = np.r_[starts[1:], len(columns)]
+    owner = columns[starts]
+    order = np.argsort(owner, kind="stable")
+    order = order[owner[order] > 0]
+    starts, ends, owner = starts[order], ends[order], owner[order]
+    encoded = []
+    for runs in np.split(np.arange(len(owner)), np.flatnonzero(np.diff(owner)) + 1) if len(owner) else ():
+        edges = np.r_[0, np.stack([starts[runs], ends[runs]], 1).ravel(), height * width]
+        rle = mask.frPyObjects({"size": [height, width], "counts": np.diff(edges).tolist()}, height, width)
+        encoded.append(
+            {
+                "segmentation": {"size": [height, width], "counts": rle["counts"].decode("ascii")},
+                "area": int((ends[runs] - starts[runs]).sum()),
+                "bbox": mask.toBbox(rle).tolist(),
+            }
+        )
+    return encoded

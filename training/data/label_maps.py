@@ -1,0 +1,310 @@
+"""Annotations drawn as pixels: folders of label maps, TNBC's masks, PanNuke's arrays, CoNSeP's MATLAB files.
+
+Every reader takes a folder and what its dataset.json says, and lists the images; None: not this form.
+Where two layers claim a pixel, the later layer has it.
+"""
+
+import json
+import re
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from pipeline.files import committed
+from training.data.mat5 import read_mat
+from training.data.sample import (
+    AnnotationError,
+    Annotations,
+    Described,
+    Item,
+    Listing,
+    Pixels,
+    Written,
+    both,
+    by_stem,
+    class_numbers,
+    pixels,
+    read_image,
+    subfolder,
+    whole_numbers,
+)
+
+_MAPS = (".png", ".tif", ".tiff")
+_MOST_CLASSES = 255  # of an 8-bit map
+_MOST_NUCLEI = 65_535  # of a 16-bit map
+
+# The order of masks.npy in PanNuke (Gamper et al. 2020); the last channel is the background.
+_PANNUKE = ("Neoplastic", "Inflammatory", "Connective", "Dead", "Epithelial")
+
+
+def folder(data: Path, described: Described) -> Listing | None:
+    """images/<id>.png with labels/<id>.png, an instance map; classes/<id>.png, a class per pixel, if there are classes.
+
+    A nucleus is of the class that most of its pixels have; background (0) does not count.
+    """
+    images, labels, classes = (subfolder(data, name) for name in ("images", "labels", "classes"))
+    if images is None or labels is None:
+        return None
+    pairs = both(by_stem(images.iterdir()), by_stem(labels.iterdir(), _MAPS), data)
+    if classes is None:
+        if len(described.classes) > 1:
+            raise AnnotationError(
+                f"dataset.json names {len(described.classes)} classes, but there is no {data / 'classes'}/<id>.png: "
+                f"need the class of every nucleus"
+            )
+        items = [Item(id_, partial(_read_maps, image, map_), image) for id_, image, map_ in pairs]
+        return Listing(tuple(items), *([described.classes] if described.classes else []))
+    maps = both(by_stem(images.iterdir()), by_stem(classes.iterdir(), _MAPS), classes)
+    largest = max((int(_read_map(path).max()) for _, _, path in maps), default=0)
+    return Listing(
+        tuple(
+            Item(id_, partial(_read_maps, image, map_, class_map), image)
+            for (id_, image, map_), (_, _, class_map) in zip(pairs, maps, strict=True)
+        ),
+        class_numbers(largest, described, classes),
+    )
+
+
+def write_folder(annotations: Annotations, folder: Path) -> Written:
+    """A dataset -> images/ and labels/ (PNG), classes/ if there are several, and dataset.json, written last.
+
+    Law: read back, the dataset is the same but for its name. Raises AnnotationError for a folder that holds
+    images already, and for more nuclei or classes than the files can number.
+    """
+    if any(p.is_dir() and any(p.iterdir()) for p in (folder / "images", folder / "labels", folder / "classes")):
+        raise AnnotationError(f"{folder} holds images already: need a new folder, lest two datasets mix")
+    if len(annotations.classes) > _MOST_CLASSES:
+        raise AnnotationError(f"{annotations.name} has {len(annotations.classes)} classes: need up to {_MOST_CLASSES}")
+    kinds = ("images", "labels", "classes") if len(annotations.classes) > 1 else ("images", "labels")
+    for name in kinds:
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    nuclei, contested = 0, 0
+    for annotated in annotations.images:
+        read = annotated.read()
+        if len(read.kinds) > _MOST_NUCLEI:
+            raise AnnotationError(
+                f"'{annotated.id}' has {len(read.kinds)} nuclei, a 16-bit map numbers {_MOST_NUCLEI}: write COCO JSON"
+            )
+        classes = np.r_[0, read.kinds].astype(np.uint8)[read.labels]
+        maps = dict(zip(kinds, (read.image, read.labels.astype(np.uint16), classes), strict=False))
+        for name, values in maps.items():
+            Image.fromarray(values).save(folder / name / f"{annotated.id}.png")
+        nuclei, contested = nuclei + len(read.kinds), contested + read.contested_px
+    described = {
+        "mpp": {a.id: a.mpp for a in annotations.images},
+        "classes": annotations.classes,
+        "groups": {a.id: a.group for a in annotations.images},
+    }
+    with committed(folder / "dataset.json") as partial_file:
+        partial_file.write_text(json.dumps(described, indent=1), encoding="utf-8")
+    return Written(len(annotations.images), nuclei, contested)
+
+
+def tnbc(data: Path, described: Described) -> Listing | None:
+    """Slide_01/<id>.png with GT_01/<id>.png, as TNBC (Naylor et al. 2019) is published.
+
+    A mask of one value besides 0 is binary: its nuclei are the components that touch, corners included.
+    One of several values is an instance map.
+    """
+    slides, truths = _numbered(data, "slide"), _numbered(data, "gt")
+    if not slides or not truths:
+        return None
+    if odd := sorted(slides.keys() ^ truths.keys()):
+        raise AnnotationError(f"{data} has no {'GT' if odd[0] in slides else 'Slide'}_{odd[0]}: need both")
+    items = []
+    for number, slide in sorted(slides.items()):
+        pairs = both(by_stem(slide.iterdir()), by_stem(truths[number].iterdir(), _MAPS), slide)
+        items += [Item(id_, partial(_read_mask, image, mask), image) for id_, image, mask in pairs]
+    return Listing(tuple(items), *([described.classes] if described.classes else []))
+
+
+def matlab(data: Path, described: Described) -> Listing | None:
+    """Images/<id>.png with Labels/<id>.mat, as CoNSeP and CPM are published.
+
+    A .mat holds `inst_map`, and for classes `type_map` (a class per pixel) or `inst_type` (a class per nucleus,
+    in rising order of their numbers).
+    """
+    images, labels = subfolder(data, "images"), subfolder(data, "labels")
+    if images is None or labels is None or not any(p.suffix.lower() == ".mat" for p in labels.iterdir()):
+        return None
+    pairs = both(by_stem(images.iterdir()), by_stem(labels.iterdir(), [".mat"]), data)
+    if described.classes:
+        classes = described.classes
+    else:
+        largest = max(int(_load(path)[1].max(initial=0)) for _, _, path in pairs)
+        classes = class_numbers(largest, described, labels)
+    return Listing(
+        tuple(Item(id_, partial(_read_matlab, image, path, len(classes)), image) for id_, image, path in pairs), classes
+    )
+
+
+def pannuke(data: Path, described: Described) -> Listing | None:
+    """images.npy (N, h, w, 3) with masks.npy (N, h, w, classes + 1), beside it or as the folds are published.
+
+    A fold is published as images/fold1/images.npy and types.npy with masks/fold1/masks.npy. Each channel of the
+    masks is an instance map of one class; the last is the background and not read. types.npy, the tissue of
+    every image, is its group. Arrays are memory-mapped, never unpickled.
+    """
+    items: list[Item] = []
+    classes = described.classes or _PANNUKE
+    for images in sorted(p for depth in range(4) for p in data.glob("*/" * depth + "images.npy")):
+        masks = _masks_of(images, data)
+        pictures, layers = _mapped(images), _mapped(masks)
+        if pictures.dtype.kind not in "uif" or layers.dtype.kind not in "uifb":
+            raise AnnotationError(f"{images} is {pictures.dtype}, {masks} {layers.dtype}: need numbers")
+        if pictures.ndim != 4 or pictures.shape[3] != 3 or layers.shape != (*pictures.shape[:3], len(classes) + 1):
+            raise AnnotationError(
+                f"{images} is {pictures.shape}, {masks} {layers.shape}: need (N, height, width, 3) and "
+                f"(N, height, width, {len(classes) + 1}), a channel for each of {', '.join(classes)}, and background"
+            )
+        types = _mapped(images.with_name("types.npy")) if images.with_name("types.npy").is_file() else None
+        if types is not None and (types.dtype.kind != "U" or types.shape != pictures.shape[:1]):
+            raise AnnotationError(
+                f"types.npy beside {images} is {types.dtype} {types.shape}: need {len(pictures)} texts"
+            )
+        prefix = "" if images.parent == data else f"{images.parent.name}_"
+        items += [
+            Item(
+                f"{prefix}{i:05d}",
+                partial(_read_pannuke, images, masks, i),
+                group=None if types is None else str(types[i]),
+            )
+            for i in range(len(pictures))
+        ]
+    return Listing(tuple(items), classes) if items else None
+
+
+def _read_maps(image: Path, labels: Path, classes: Path | None = None) -> Pixels:
+    labels_ = _read_map(labels)
+    return _named(labels, read_image(image), labels_, None if classes is None else _majority(labels_, classes))
+
+
+def _read_mask(image: Path, mask: Path) -> Pixels:
+    labels = _read_map(mask)
+    if (values := np.unique(labels)).size - (values[0] == 0) == 1:
+        from scipy import ndimage
+
+        labels = ndimage.label(labels, structure=np.ones((3, 3)))[0]
+    return _named(mask, read_image(image), labels, None)
+
+
+def _read_matlab(image: Path, path: Path, classes: int) -> Pixels:
+    labels, kinds = _load(path)
+    found = np.bincount(labels.ravel())
+    if kinds.size and ((kinds < 1) | (kinds > classes))[found[1:] > 0].any():
+        raise AnnotationError(f"{path} has a nucleus of class 0 or above {classes}: need 1 to {classes} for each")
+    return _named(path, read_image(image), labels, kinds if kinds.size else None)
+
+
+def _read_pannuke(images: Path, masks: Path, index: int) -> Pixels:
+    image = np.asarray(_mapped(images)[index])
+    scaled = image.dtype.kind == "f" and 0 < image.max() <= 1
+    if scaled or not (np.isfinite(image) & (image >= 0) & (image <= 255)).all():
+        raise AnnotationError(f"{images}[{index}] goes from {image.min()} to {image.max()}: need colours of 0 to 255")
+    layers = np.asarray(_mapped(masks)[index, ..., :-1])
+    labels, kinds = np.zeros(layers.shape[:2], np.int32), [np.empty(0, np.int64)]
+    try:
+        for channel in range(layers.shape[2]):
+            layer = whole_numbers(layers[..., channel])
+            labels = np.where(layer > 0, layer + sum(map(len, kinds)), labels)
+            kinds.append(np.full(int(layer.max()), channel + 1))
+    except AnnotationError as error:
+        raise AnnotationError(f"{masks}[{index}]: {error}") from error
+    contested = int(((layers > 0).sum(2) > 1).sum())
+    return pixels(np.rint(image).astype(np.uint8), labels, np.concatenate(kinds), contested)
+
+
+def _named(source: Path, image: NDArray[np.uint8], labels: NDArray[Any], kinds: NDArray[np.int64] | None) -> Pixels:
+    try:
+        return pixels(image, labels, kinds)
+    except AnnotationError as error:
+        raise AnnotationError(f"{source}: {error}") from error
+
+
+def _read_map(path: Path) -> NDArray[np.int32]:
+    """An image of one channel (or of equal ones) as numbers, int32 (h, w)."""
+    try:
+        with Image.open(path) as image:
+            values = np.asarray(image)
+    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+        raise AnnotationError(f"{path} is not a readable image ({error}): copy it again") from error
+    if values.ndim == 3 and (values[..., :3] == values[..., :1]).all():
+        values = values[..., 0]  # a mask that a painting program saved in colour
+    try:
+        return whole_numbers(values)
+    except AnnotationError as error:
+        raise AnnotationError(f"{path}: {error}") from error
+
+
+def _majority(labels: NDArray[np.int32], classes: Path | NDArray[np.int32]) -> NDArray[np.int64]:
+    """Class of nucleus n at n - 1: what most of its pixels say, 0 apart. Raises AnnotationError where none does."""
+    source, values = (classes, _read_map(classes)) if isinstance(classes, Path) else ("type_map", classes)
+    if values.shape != labels.shape:
+        raise AnnotationError(f"{source} is {values.shape}, the labels {labels.shape}: need one class per pixel")
+    count, width = int(labels.max()) + 1, int(values.max()) + 1
+    if width > _MOST_CLASSES + 1:
+        raise AnnotationError(f"{source} goes up to {width - 1}: need classes of 1 to {_MOST_CLASSES}")
+    votes = np.bincount(labels.ravel() * np.int64(width) + values.ravel(), minlength=count * width)
+    table = votes.reshape(count, width)[1:]
+    if (bare := table.any(1) & ~table[:, 1:].any(1)).any():
+        raise AnnotationError(f"{source} gives nucleus {bare.argmax() + 1} no class: need 1 or more on its pixels")
+    return np.asarray(table[:, 1:].argmax(1) + 1 if width > 1 else np.zeros(count - 1), np.int64)
+
+
+def _numbered(data: Path, name: str) -> dict[str, Path]:
+    """Folders called <name>_<number>, by number."""
+    found = [(p, re.fullmatch(rf"{name}_(\d+)", p.name, re.IGNORECASE)) for p in data.glob("*") if p.is_dir()]
+    return {match[1]: path for path, match in found if match}
+
+
+def _load(path: Path) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+    """inst_map, int32 (h, w), and the class of nucleus n at n - 1, empty where the file has no classes."""
+    content = read_mat(path, ("inst_map", "type_map", "inst_type"))
+    try:
+        labels = whole_numbers(np.asarray(content.get("inst_map", ())))
+        if "type_map" in content:
+            return labels, _majority(labels, whole_numbers(content["type_map"]))
+        if "inst_type" in content:
+            types = np.ravel(content["inst_type"])[None]
+            # an image without nuclei has an empty list
+            return labels, _in_order(labels, whole_numbers(types)[0] if types.size else np.empty(0, np.int32))
+    except AnnotationError as error:
+        raise AnnotationError(f"{path}: {error}") from error
+    return labels, np.empty(0, np.int64)
+
+
+def _in_order(labels: NDArray[np.int32], types: NDArray[np.int32]) -> NDArray[np.int64]:
+    """Classes of the nuclei in rising order of their numbers -> class of nucleus n at n - 1."""
+    numbers = np.flatnonzero(np.bincount(labels.ravel())[1:])
+    if len(types) != len(numbers):
+        raise AnnotationError(f"inst_type has {len(types)} classes for {len(numbers)} nuclei: need one for each")
+    kinds = np.zeros(int(labels.max()), np.int64)
+    kinds[numbers] = types
+    return kinds
+
+
+def _masks_of(images: Path, data: Path) -> Path:
+    """masks.npy beside images.npy, or where 'masks' takes the place of 'images' in the path."""
+    beside = images.with_name("masks.npy")
+    parts = ["masks" if part.lower() == "images" else part for part in images.relative_to(data).parent.parts]
+    published = data.joinpath(*parts) / "masks.npy"
+    for masks in (beside, published):
+        if masks.is_file():
+            return masks
+    raise AnnotationError(f"{images} has no masks: need {beside} or {published}")
+
+
+def _mapped(path: Path) -> NDArray[Any]:
+    """An .npy file, memory-mapped. Raises AnnotationError for what would have to be unpickled."""
+    try:
+        return np.lib.format.open_memmap(path, mode="r")
+    except Exception as error:  # of a damaged header numpy lets the errors of Python's own parser through
+        if "Python objects" in str(error):
+            raise AnnotationError(
+                f"{path} holds Python objects, which are never unpickled: save a plain array (texts as .astype(str))"
+            ) from error
+        raise AnnotationError(f"{path} is not a readable array ({error}): copy it again") from error

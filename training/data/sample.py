@@ -1,0 +1,241 @@
+"""The one form that every annotated image takes here, and what all readers of annotations share.
+
+A reader lists what a folder holds (`Listing`) without reading pixels; `training.data.datasets.find` settles
+scale, group and splits and hands out `Annotations`. Nothing that is read is trusted.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.errors import ConfigError
+from slides.errors import ScaleUnknown, SlideError
+from slides.geometry import Box, Size
+from slides.slide import open_slide
+
+SUFFIXES = frozenset([".png", ".webp", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp"])
+NO_CLASSES = ("Nucleus",)
+
+# Numbers of nuclei index a table, so a stray 4294967295 must not ask for its gigabytes.
+_LARGEST_NUMBER = 2**24 - 1
+
+# Pixels are taken as stored: read at the scale that the slide is opened with, no slide is resampled.
+_AS_STORED = 1.0
+
+
+class AnnotationError(ConfigError):
+    """A dataset that is incomplete or contradicts itself; the message names the file and the rule."""
+
+
+class Pixels(NamedTuple):
+    """One annotated image, read."""
+
+    image: NDArray[np.uint8]  # (h, w, 3), RGB
+    labels: NDArray[np.int32]  # (h, w): 0 background, 1..N, every number one nucleus, in one part or several
+    kinds: NDArray[np.int64]  # (N,): index into the dataset's classes, from 1, of nucleus i + 1
+    contested_px: int = 0  # pixels that several outlines claimed: the last one has them
+
+
+class Annotated(NamedTuple):
+    """One annotated image, not yet read. Pickles, so that it can go to loader processes."""
+
+    id: str  # unique within the dataset
+    group: str  # organ, patient or laboratory; "" where nothing tells
+    mpp: float
+    read: Callable[[], Pixels]
+
+
+class Annotations(NamedTuple):
+    """A dataset: its images, sorted by id, and the names of its classes, at least one."""
+
+    name: str
+    images: tuple[Annotated, ...]
+    classes: tuple[str, ...]
+
+
+class Described(NamedTuple):
+    """What the user wrote in dataset.json; it has the last word."""
+
+    mpp: Mapping[str, float]  # by id; "" is for all others
+    classes: tuple[str, ...]  # empty: as the source says
+    groups: Mapping[str, str]
+
+
+class Item(NamedTuple):
+    """An annotated image as its source tells of it."""
+
+    id: str
+    read: Callable[[], Pixels]
+    picture: Path | None = None  # a file that may state the scale
+    mpp: float | None = None  # what the annotation states
+    group: str | None = None
+
+
+class Listing(NamedTuple):
+    """What a reader found."""
+
+    items: tuple[Item, ...]
+    classes: tuple[str, ...] = NO_CLASSES
+
+
+class Written(NamedTuple):
+    """What a writer wrote."""
+
+    images: int
+    nuclei: int
+    contested_px: int  # where nuclei overlapped in the source; the later one has the pixel
+
+
+def pixels(
+    image: NDArray[np.uint8], labels: NDArray[Any], kinds: NDArray[np.int64] | None, contested_px: int = 0
+) -> Pixels:
+    """Check and number anew.
+
+    labels: (h, w), whole numbers of any dtype, with gaps if need be
+    kinds: class of nucleus n at n - 1, for every n up to the largest in `labels`; None: all are of class 1
+    Raises AnnotationError for maps of another size than the image, and numbers that are none.
+    Law: two pixels get the same number exactly if they had the same number; order is kept.
+    """
+    labels = whole_numbers(labels)
+    if labels.shape != image.shape[:2]:
+        raise AnnotationError(
+            f"the labels are {labels.shape}, the image is {image.shape[:2]}: need one label per pixel"
+        )
+    present = np.bincount(labels.ravel()) > 0
+    present[0] = False
+    number = np.cumsum(present, dtype=np.int32)
+    number[~present] = 0
+    old = np.flatnonzero(present)
+    kept = np.ones(len(old), np.int64) if kinds is None else kinds[old - 1]
+    return Pixels(image, number[labels], kept, contested_px)
+
+
+def whole_numbers(labels: NDArray[Any]) -> NDArray[np.int32]:
+    """A map (h, w) of any dtype -> int32. Raises AnnotationError for what no instance map can hold."""
+    if labels.ndim != 2 or not labels.size:
+        raise AnnotationError(f"the labels are an array of {labels.shape}: need (height, width), one label per pixel")
+    if not np.issubdtype(labels.dtype, np.number) and labels.dtype != bool:
+        raise AnnotationError(f"the labels are of type {labels.dtype}: need whole numbers")
+    if labels.dtype.kind == "f" and not (np.isfinite(labels) & (labels == np.rint(labels))).all():
+        raise AnnotationError("the labels hold fractions or NaN: need whole numbers, 0 for the background")
+    low, high = labels.min(), labels.max()
+    if not 0 <= low <= high <= _LARGEST_NUMBER:
+        raise AnnotationError(f"the labels go from {low} to {high}: need 0 to {_LARGEST_NUMBER}")
+    return labels.astype(np.int32)
+
+
+def read_image(path: Path, box: Box | None = None) -> NDArray[np.uint8]:
+    """RGB uint8 (h, w, 3), as stored; `box`: a part of a slide, px from the corner of its bounds.
+
+    Law: the same pixels that `nightslide run` sees. Raises AnnotationError.
+    """
+    try:
+        with open_slide(path, mpp=_AS_STORED) as slide:
+            return slide.read(box or Box(0, 0, *slide.bounds.size), _AS_STORED)
+    except SlideError as error:
+        raise AnnotationError(str(error)) from error
+
+
+def frame(path: Path) -> Size:
+    """The size of an image, or of a slide's bounds. Raises AnnotationError."""
+    try:
+        with open_slide(path, mpp=_AS_STORED) as slide:
+            return slide.bounds.size
+    except SlideError as error:
+        raise AnnotationError(str(error)) from error
+
+
+def stated_mpp(path: Path) -> float | None:
+    """What a slide's metadata or an image's resolution tags say, if believable. Raises AnnotationError."""
+    try:
+        with open_slide(path) as slide:
+            return slide.scale.x
+    except ScaleUnknown:
+        return None
+    except SlideError as error:
+        raise AnnotationError(str(error)) from error
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file. NaN and Infinity, which JSON does not have, are refused like other faults."""
+    try:
+        return parse_json(path.read_bytes(), str(path))
+    except OSError as error:
+        raise AnnotationError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def parse_json(text: bytes, name: str) -> Any:
+    def refuse(constant: str) -> None:
+        raise ValueError(f"it holds {constant}")
+
+    try:
+        return json.loads(text, parse_constant=refuse)
+    except (ValueError, RecursionError) as error:
+        raise AnnotationError(f"{name} is not JSON ({error}): export it again") from error
+
+
+def subfolder(data: Path, name: str) -> Path | None:
+    """The folder `name` in `data`, in whatever case it is written."""
+    found = [p for p in data.iterdir() if p.name.lower() == name and p.is_dir()] if data.is_dir() else []
+    return min(found, default=None)
+
+
+def by_stem(paths: Iterable[Path], suffixes: Iterable[str] = SUFFIXES) -> dict[str, Path]:
+    """Files by their name without suffix; hidden ones are passed over. Raises AnnotationError for two of a name."""
+    found: dict[str, Path] = {}
+    for path in sorted(paths):
+        if path.suffix.lower() not in suffixes or path.name.startswith("."):
+            continue
+        if path.stem in found:
+            raise AnnotationError(f"'{path.stem}' is both {found[path.stem]} and {path}: need one")
+        found[path.stem] = path
+    return found
+
+
+def nearby(data: Path) -> list[Path]:
+    """Files in a folder and in its folders, one level deep: as MoNuSeg's Tissue Images and Annotations lie."""
+    return sorted(p for pattern in ("*", "*/*") for p in data.glob(pattern) if not p.name.startswith("."))
+
+
+def both(images: Mapping[str, Path], labels: Mapping[str, Path], where: Path) -> list[tuple[str, Path, Path]]:
+    """(id, image, labels), sorted. Raises AnnotationError for an id that lacks one of them."""
+    for id_ in sorted(images.keys() ^ labels.keys()):
+        raise AnnotationError(f"{where}: '{id_}' has no {'labels' if id_ in images else 'image'}: need both")
+    return [(id_, images[id_], labels[id_]) for id_ in sorted(images)]
+
+
+def inside(name: object, source: Path) -> PurePosixPath:
+    """A file name that a file gives. Raises AnnotationError if it would leave the folder."""
+    path = PurePosixPath(name) if isinstance(name, str) else PurePosixPath()
+    if not path.name or path.is_absolute() or ".." in path.parts or set("\\:\0") & set(str(path)):
+        raise AnnotationError(f"{source} names the file {name!r}: need a name within its folder, parted by '/'")
+    return path
+
+
+def class_names(found: Iterable[str], described: Described, source: Path) -> tuple[str, ...]:
+    """The dataset's classes where objects are classed by name: dataset.json's, else those found, sorted."""
+    names = sorted(set(found))
+    if not described.classes:
+        return tuple(names) or NO_CLASSES
+    if strange := [n for n in names if n not in described.classes]:
+        raise AnnotationError(
+            f"{source} has objects of class '{strange[0]}', dataset.json names {', '.join(described.classes)}: "
+            f"add it there"
+        )
+    return described.classes
+
+
+def class_numbers(largest: int, described: Described, source: Path) -> tuple[str, ...]:
+    """The dataset's classes where they are numbers, 1 to `largest`: dataset.json's names, else the numbers."""
+    if not described.classes:
+        return tuple(map(str, range(1, largest + 1))) or NO_CLASSES
+    if largest > len(described.classes):
+        raise AnnotationError(
+            f"{source} has objects of class {largest}, dataset.json names {len(described.classes)} classes: "
+            f"need a name for each"
+        )
+    return described.classes
