@@ -53,7 +53,7 @@ def install() -> None:
     """Take the detector's place in this process, which then need not load it: that takes longer than all the rest."""
     stand_in = types.ModuleType("pipeline.model.inference")
     turn = threading.Lock()
-    vars(stand_in).update(detect_patches=detect, computing=lambda: turn)
+    vars(stand_in).update(detect_patches=detect, device_lock=lambda: turn)
     sys.modules["pipeline.model.inference"] = stand_in
 
 
