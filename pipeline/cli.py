@@ -158,14 +158,15 @@ def export(folder: Path, *, settings: Annotated[Export, Parameter(name="*")] = E
     folder
         Folder of a run, or of one slide of it.
     """
-    from pipeline.segment.stages import write_formats
+    from pipeline.layout import RunFolder
+    from pipeline.segment.finished import rewrite_exports
 
-    found = sorted(folder.rglob("nuclei.parquet"))
-    if not found:
-        raise ConfigError(f"{folder} holds no nuclei.parquet: need the --out folder of a run")
-    for nuclei in found:
-        for name, exported in write_formats(nuclei.parent, settings).items():
-            print(f"{nuclei.parent / name}: {exported}")
+    slides = RunFolder(folder).finished()
+    if not slides:
+        raise ConfigError(f"{folder} holds no finished slide: need the --out folder of a run")
+    for slide in slides:
+        for name, exported in rewrite_exports(slide, settings).items():
+            print(f"{slide.export(name)}: {exported.written:,} nuclei")
     return 0
 
 
@@ -179,9 +180,11 @@ def report(folder: Path) -> int:
         The --out folder of a run.
     """
     from pipeline.archive.ledger import read_ledger
+    from pipeline.layout import RunFolder
     from pipeline.report.page import write_report
 
-    print(write_report(folder, read_ledger(folder)))
+    run = RunFolder(folder)
+    print(write_report(run, read_ledger(run)))
     return 0
 
 

@@ -142,15 +142,18 @@ class Stitching:
         require(self.simplify_px >= 0, f"simplify-px={self.simplify_px}: need 0 or more")
 
 
+ExportFormat = Literal["qupath", "csv"]
+
+
 @dataclass(frozen=True)
 class Export:
-    formats: tuple[Literal["qupath", "csv"], ...] = ("qupath",)
+    formats: tuple[ExportFormat, ...] = ("qupath",)
     "What is written beside nuclei.parquet: qupath (nuclei.geojson.zip), csv (nuclei.csv)."
     crop: bool = True
     "Subtract the slide's bounds, as QuPath's OpenSlide reader crops to them."
 
 
-WORK_FORMAT = 3
+WORK_FORMAT = 4
 "Of what lies in a slide's work folder: raised with every change that makes older ones wrong to continue from."
 
 
@@ -167,11 +170,12 @@ class Settings:
     export: Export = field(default_factory=Export)
 
     def digest(self, weights_sha256: str, stain_sha256: Mapping[str, str] = MappingProxyType({})) -> str:
-        """Name of everything a result depends on: the settings but for device and batch, and the files' contents.
+        """Name of everything that nuclei.parquet depends on: settings but for device, batch and exports, and files' contents.
 
         stain_sha256: of the files that the stain normalisation reads, `weights` and `template`, where it does.
         """
         content = dataclasses.asdict(self)
+        del content["export"]  # made from the table, again and again
         for scheduling in ("device", "batch", "weights"):
             del content["detector"][scheduling]
         for file in ("weights", "template"):

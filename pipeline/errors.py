@@ -8,6 +8,8 @@
     │   ├── WeightsError                             a weights file: missing, damaged, of another architecture
     │   └── training's AnnotationError               a dataset that cannot be read
     ├── StainError           (ValueError)            pixels that show no stain, stains that do not fit together
+    ├── LeaseLost                                    another process has taken the slide over
+    ├── ScratchLost                                  work of a block is missing or damaged: it is made again
     ├── ClusterLost                                  the Dask scheduler is gone
     └── WorkersDied                                  every worker process that tried a task died
 
@@ -35,6 +37,14 @@ class WeightsError(ConfigError):
 
 class StainError(NightslideError, ValueError):
     """Pixels that show no stain, or stains that do not fit together or the method."""
+
+
+class LeaseLost(NightslideError):
+    """Another process has taken the slide over; what it holds stays as it is."""
+
+
+class ScratchLost(NightslideError):
+    """Scratch of a block is missing or damaged, though it was made: the block is done again."""
 
 
 class ClusterLost(NightslideError):

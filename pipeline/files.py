@@ -1,6 +1,7 @@
 """Files that are complete or absent: written beside, synced, renamed. And JSON."""
 
 import contextlib
+import hashlib
 import json
 import os
 import uuid
@@ -70,3 +71,59 @@ def read_json(path: Path) -> dict[str, Any] | None:
     except (OSError, ValueError, RecursionError):
         return None
     return content if isinstance(content, dict) else None
+
+
+# ------------------------------------------------------------------------------- scratch that proves itself
+
+
+def write_sealed_json(path: Path, content: dict[str, Any]) -> None:
+    """Commit `content` with a checksum of its own; see `read_sealed_json`."""
+    write_json(path, {"sha256": _digest(content), "content": content})
+
+
+def read_sealed_json(path: Path) -> dict[str, Any] | None:
+    """What `write_sealed_json` wrote; None where the file is missing or damaged in any way."""
+    stored = read_json(path) or {}
+    content = stored.get("content")
+    return content if isinstance(content, dict) and stored.get("sha256") == _digest(content) else None
+
+
+def _digest(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+@contextlib.contextmanager
+def sealed(path: Path, about: dict[str, Any]) -> Iterator[Path]:
+    """As `committed`, with a seal beside the file, committed after it: its checksum, and `about` (what JSON holds).
+
+    Two writers of equal bytes do not disturb each other: either seal fits either file.
+    """
+    with committed(path) as partial:
+        yield partial
+        checksum = file_sha256(partial)
+    write_sealed_json(_seal(path), {"file": checksum, "about": about})
+
+
+def read_seal(path: Path) -> dict[str, Any] | None:
+    """`about` of a sealed file; None where the file or its seal is missing or damaged."""
+    seal = read_sealed_json(_seal(path))
+    try:
+        return seal["about"] if seal is not None and seal["file"] == file_sha256(path) else None
+    except OSError:
+        return None
+
+
+def remove_sealed(path: Path) -> None:
+    """Remove a sealed file, its seal first: what is left in between is a file without a seal, which counts as none."""
+    _seal(path).unlink(missing_ok=True)
+    path.unlink(missing_ok=True)
+
+
+def _seal(path: Path) -> Path:
+    return path.with_name(f"{path.name}.seal")
+
+
+def file_sha256(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

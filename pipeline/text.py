@@ -1,11 +1,36 @@
 """Text from outside (names of files, messages of libraries) made safe to print and to write."""
 
+import unicodedata
+
+_UNSAFE = frozenset(["Cc", "Cf", "Cs", "Zl", "Zp"])  # control, format (bidirectional overrides), line separators
+
 
 def printable(text: object) -> str:
-    """Text that can be printed and written: bytes of file names that are not UTF-8 as escapes."""
-    return str(text).encode("utf-8", "backslashreplace").decode("utf-8")
+    """Text that a terminal, a log and a page can show: what is no character, or would act on them, as escapes.
+
+    Bytes of file names that are not UTF-8, terminal escapes, bidirectional overrides; line ends and tabs stay.
+    """
+    shown = str(text).encode("utf-8", "backslashreplace").decode("utf-8")
+    return "".join(_escaped(c) if c not in "\n\t" and unicodedata.category(c) in _UNSAFE else c for c in shown)
+
+
+def _escaped(character: str) -> str:
+    return character.encode("unicode_escape").decode("ascii")
 
 
 def one_line(error: BaseException) -> str:
     """An exception's message as one printable line; its type where it has no message."""
     return printable(" ".join((str(error) or type(error).__name__).split()))
+
+
+_FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what a spreadsheet evaluates
+
+
+def csv_cell(value: object) -> object:
+    """A value for a cell of a CSV file: text that a spreadsheet would evaluate is led by an apostrophe."""
+    return f"'{value}" if isinstance(value, str) and value.startswith(_FORMULA) else value
+
+
+def from_csv_cell(text: str) -> str:
+    """The inverse of `csv_cell` for text."""
+    return text[1:] if text.startswith("'") and text[1:].startswith(_FORMULA) else text

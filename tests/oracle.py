@@ -1,15 +1,13 @@
 """An exact detector and slides for it, so that what a run gives depends on the slide and on nothing else.
 
 Every nucleus is painted in a colour of its own, and the oracle, in the detector's place, reads the colours back:
-reading, tiling, storing, claiming, stitching and export are the real ones. As a preload of Dask's workers
-(`dask worker --preload oracle.py`) it takes the detector's place in them.
+reading, tiling, storing, claiming, stitching and export are the real ones. Workers of a cluster import it by name,
+so this folder is on their PYTHONPATH.
 """
 
+import functools
 import os
-import sys
-import threading
 import time
-import types
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -49,17 +47,13 @@ def detect(patches: np.ndarray, plan: Plan, settings: Settings) -> Iterator[Foun
         )
 
 
-def install() -> None:
-    """Take the detector's place in this process, which then need not load it: that takes longer than all the rest."""
-    stand_in = types.ModuleType("pipeline.model.inference")
-    turn = threading.Lock()
-    vars(stand_in).update(detect_patches=detect, device_lock=lambda: turn)
-    sys.modules["pipeline.model.inference"] = stand_in
+def command(*arguments: str) -> None:
+    """The command `nightslide`, with the oracle in the detector's place."""
+    from pipeline import cli
+    from pipeline.archive import run
 
-
-async def dask_setup(_worker: object) -> None:
-    """Called by Dask in a worker that this file is a preload of."""
-    install()
+    run.run = functools.partial(run.run, detect=detect)
+    cli.main(arguments)
 
 
 def paint(path: Path, seed: int) -> int:

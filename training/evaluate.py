@@ -18,11 +18,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipeline.archive.ledger import Row
 from pipeline.archive.run import run
 from pipeline.config import Execution, Settings
 from pipeline.model.weights import detector_architecture, find_weights
 from pipeline.segment import tables
+from pipeline.segment.record import SlideRecord
 from training.data.datasets import Annotated, AnnotationError, Annotations, Pixels, find, named_sets
 from training.measures import (
     Detections,
@@ -97,11 +97,11 @@ def _members(parts: Sequence[tuple[str, Annotations]], several: bool) -> Iterato
 
 def predict(
     members: Sequence[Member], folder: Path, settings: Settings, execution: Execution, say: Callable[[str], None]
-) -> list[Row]:
+) -> list[SlideRecord]:
     """Segment every image through `pipeline.archive.run`, as a slide of its own: the ledger's rows, in that order.
 
     Whatever an image was stored in, it is handed over as a lossless PNG in `folder`, and its scale with it in a
-    manifest; the results lie in `folder`/run/<Row.slide>. Raises AnnotationError for an image that failed.
+    manifest; the results lie in `folder`/run/<SlideRecord.slide>. Raises AnnotationError for an image that failed.
     """
     manifest = folder / "manifest.csv"
     with manifest.open("w", newline="", encoding="utf-8") as file:

@@ -6,7 +6,6 @@ one computes; the others ask for the resource CPU. Where no worker offers a reso
 """
 
 import asyncio
-import heapq
 import logging
 import os
 import time
@@ -21,17 +20,17 @@ from pipeline.errors import ClusterLost, ConfigError, WorkersDied
 _ASK_AGAIN_S = 5.0  # how old the answer to "what do the workers offer" may be
 
 
-# --------------------------------------------------------------------------------------------------- places
+# ------------------------------------------------------------------------------------------------ executors
 
 
 class Executor(Protocol):
-    """Where tasks run. `detectors`: how many detections can be computed at once, now; `dashboard`: its address."""
+    """Where tasks run. `dashboard`: address of its web page, or empty."""
 
     dashboard: str
 
     @property
     def detectors(self) -> int:
-        """0 where no worker is left that could."""
+        """How many devices can detect at once, now; 0 where no worker is left that could."""
 
     def submit(self, on_device: bool, function: Callable[..., Any], *args: Any) -> Future[Any]: ...
 
@@ -39,9 +38,9 @@ class Executor(Protocol):
         """Call a function once in every process that tasks may go to; who raised, and what."""
 
 
-async def run_task(places: Executor, on_device: bool, function: Callable[..., Any], *args: Any) -> Any:
-    """The task's record. Raises what it raises; ClusterLost."""
-    future = places.submit(on_device, function, *args)
+async def run_task(executor: Executor, on_device: bool, function: Callable[..., Any], *args: Any) -> Any:
+    """What the task returns. Raises what it raises; ClusterLost, WorkersDied."""
+    future = executor.submit(on_device, function, *args)
     try:
         return await asyncio.wrap_future(future)
     except asyncio.CancelledError:
@@ -53,8 +52,8 @@ async def run_task(places: Executor, on_device: bool, function: Callable[..., An
     except Exception as error:
         if type(error).__name__ == "KilledWorker":  # of distributed, which is not imported where it cannot come from
             raise WorkersDied(
-                f"several worker processes died of {function.__name__}{args[1:]}: for want of memory (--memory-limit, "
-                f"a smaller --tiling.block), or of a file that crashes its reader"
+                f"several worker processes died in {function.__name__}: out of memory (raise --memory-limit, or choose "
+                f"a smaller --tiling.block), or a file that crashes its reader"
             ) from None
         raise
 
@@ -92,7 +91,7 @@ class Cluster:
     def __init__(self, client: Any) -> None:
         self._client = client
         self._asked, self._offered = float("-inf"), {"GPU": 0.0, "CPU": 0.0, "workers": 0.0}
-        self._known: set[str] = set()  # workers that have been introduced
+        self._known: set[str] = set()  # workers on which `run_on_new_workers` has run
         serves = "dashboard" in client.scheduler_info(n_workers=0).get("services", {})
         self.dashboard: str = client.dashboard_link if serves else ""
 
@@ -135,8 +134,8 @@ def _has_bokeh() -> bool:
 
 
 @contextmanager
-def places(execution: Execution, device: str = "auto", client: Any = None) -> Iterator[Executor]:
-    """Where the tasks of a run are done: on a client's cluster, on a running one, on one of this machine, or here.
+def open_executor(execution: Execution, device: str = "auto", client: Any = None) -> Iterator[Executor]:
+    """The executor of a run: the cluster of a client, one that is running, one of this machine, or this process.
 
     device: as in `Detector`; decides whether this machine's GPUs are used.
     client: a `dask.distributed.Client`, which is left as it is.
@@ -158,7 +157,7 @@ def places(execution: Execution, device: str = "auto", client: Any = None) -> It
 
 @contextmanager
 def _threads(count: int) -> Iterator[ThreadPoolExecutor]:
-    """Threads that finish what they are at, and begin nothing more, when the run is interrupted."""
+    """Threads that finish their task, and start no other, when the run is interrupted."""
     pool = ThreadPoolExecutor(count)
     try:
         yield pool
@@ -178,7 +177,7 @@ def _connect(execution: Execution) -> Iterator[Any]:
         client = Client(**known, set_as_default=False)  # type: ignore[no-untyped-call]
     except (OSError, ValueError) as error:
         raise ConfigError(f"no Dask scheduler answers at {where}: {error}") from error
-    # when the scheduler is gone we say so ourselves, in a line
+    # that the scheduler is gone is said in one line, by `run_task`
     logging.getLogger("distributed.client").setLevel(logging.CRITICAL)
     with client:
         yield client
@@ -228,8 +227,9 @@ def _start(execution: Execution, device: str) -> Iterator[Any]:
                 "resources": spec.resources,
                 "env": spec.environment,
                 "memory_limit": limit,
+                "host": "127.0.0.1",  # else its ports are open to the network, without authentication
                 "dashboard": False,
-                "silence_logs": logging.CRITICAL,  # a task that fails is a line of the ledger
+                "silence_logs": logging.CRITICAL,  # a task that fails is a row of the ledger
             },
         }
         for number, spec in enumerate(chosen)
@@ -239,7 +239,7 @@ def _start(execution: Execution, device: str) -> Iterator[Any]:
         "options": {"host": "127.0.0.1", "dashboard": _has_bokeh(), "dashboard_address": "127.0.0.1:0"},
     }
     quiet = {
-        "distributed.worker.memory.target": False,  # nothing that Dask could spill is large
+        "distributed.worker.memory.target": False,  # Dask could spill records only, which are small
         "distributed.worker.memory.spill": False,
         # Dask has its workers give memory back at once; a detector on the processor then takes twice as long
         "distributed.nanny.pre-spawn-environ": {},
@@ -272,42 +272,3 @@ def _gpus(execution: Execution, device: str) -> list[str]:
     if count and ":" in device:
         return [",".join(names)]  # one process that sees all of them and finds its own by number
     return names[: count if execution.gpus < 0 else execution.gpus]
-
-
-# ---------------------------------------------------------------------------------------------------- turns
-
-
-class FairSlots:
-    """At most `size` blocks in flight, over all slides. Who has the least left to do is next.
-
-    So a small slide overtakes a large one, and the last large slide has all the turns. Used by one event loop.
-    """
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-        self._taken, self._number = 0, 0
-        self._waiting: list[tuple[int, int, asyncio.Future[None]]] = []
-
-    async def take(self, left: int) -> None:
-        """Wait for a turn; `left`: blocks that its slide has to do. Give it back by `give_back`."""
-        self._number += 1
-        mine: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        heapq.heappush(self._waiting, (left, self._number, mine))
-        self._next()
-        try:
-            await mine
-        except asyncio.CancelledError:
-            if mine.done() and not mine.cancelled():
-                self.give_back()
-            raise
-
-    def give_back(self) -> None:
-        self._taken -= 1
-        self._next()
-
-    def _next(self) -> None:
-        while self._waiting and (self._taken < self.size or self._waiting[0][2].done()):
-            turn = heapq.heappop(self._waiting)[2]
-            if not turn.done():  # else cancelled
-                self._taken += 1
-                turn.set_result(None)

@@ -35,7 +35,7 @@ from typing import NamedTuple, Self
 
 import psutil
 
-LEASE = ".lease"  # hidden: a slide's folder may hold the folders of other slides, whatever their names
+from pipeline.layout import LEASE
 
 # how making a lease fails when another one has come first: its folder is not empty, or its release swept ours away
 _BEATEN = {errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT, errno.ESTALE}
@@ -47,7 +47,7 @@ class Owner(NamedTuple):
     host: str
     pid: int
     began: float  # seconds, see `_began`
-    world: str  # where its pid means something
+    pid_namespace: str  # machine, boot and namespace in which its pid means something
 
 
 class Leases:
@@ -104,6 +104,11 @@ class Leases:
         with self._lock:
             file = self._held.get(folder)
         return file is not None and _touch(file)
+
+    def file(self, folder: Path) -> Path | None:
+        """The file that proves that this folder is ours, as long as it exists; None where we have not taken it."""
+        with self._lock:
+            return self._held.get(folder)
 
     def release(self, folder: Path) -> None:
         """Give a folder back, if it is still ours. What cannot be removed now expires later."""
@@ -173,21 +178,21 @@ def _touch(file: Path) -> bool:
 
 
 def _me() -> Owner:
-    return Owner(platform.node(), os.getpid(), _began(psutil.Process()), _world())
+    return Owner(platform.node(), os.getpid(), _began(psutil.Process()), _pid_namespace())
 
 
 def _read(file: Path) -> Owner | None:
     """Whose lease this is; None where that is not legible, or the file has just gone."""
     try:
         owner = Owner(**json.loads(file.read_text(encoding="utf-8")))
-        return Owner(str(owner.host), int(owner.pid), float(owner.began), str(owner.world))
+        return Owner(str(owner.host), int(owner.pid), float(owner.began), str(owner.pid_namespace))
     except (OSError, ValueError, TypeError, OverflowError):
         return None
 
 
 def _is_gone(owner: Owner) -> bool:
     """Whether a process is known to be no more; False where that cannot be known from here."""
-    if owner.world != _world():
+    if owner.pid_namespace != _pid_namespace():
         return False
     try:
         process = psutil.Process(owner.pid)
@@ -204,7 +209,7 @@ def _began(process: psutil.Process) -> float:
     return float(process.create_time()) - (psutil.boot_time() if sys.platform == "linux" else 0.0)
 
 
-def _world() -> str:
+def _pid_namespace() -> str:
     """Equal in two processes only if each sees the other under its pid.
 
     The user belongs to it: a machine may hide the processes of others.

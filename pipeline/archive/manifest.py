@@ -1,10 +1,11 @@
-"""What a run is: its settings, with every file that they name, and their digest; run.json holds a folder to it."""
+"""run.json: what the results in a folder are made with. Another configuration is refused there."""
 
 import dataclasses
 import json
 import os
 import platform
-from dataclasses import asdict
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,9 @@ from typing import Any
 from pipeline import files
 from pipeline.config import STRIDES, Architecture, Settings, Tiling
 from pipeline.errors import RunError
-from pipeline.model.weights import detector_architecture, file_sha256, find_weights, read_notes
+from pipeline.layout import LEASE, RunFolder
+from pipeline.model.weights import detector_architecture, find_weights, read_notes
 from pipeline.segment.plan import stain_files, stain_target
-
-RUN = "run.json"
 
 VERSIONED = (
     "nightslide",
@@ -31,29 +31,41 @@ VERSIONED = (
 
 
 def versions() -> dict[str, str]:
-    """Of what the results come from."""
+    """Of the packages that results depend on."""
     return {name: metadata.version(name) for name in VERSIONED}
 
 
-def settle(settings: Settings, out: Path, overwrite: bool) -> tuple[Settings, str]:
-    """Settings that name files by their paths, and their digest, which the output folder's run.json then has."""
+@dataclass(frozen=True)
+class Manifest:
+    """A run's settings, with the paths of every file that they name, and those files' checksums."""
+
+    settings: Settings
+    weights_sha256: str
+    stain_sha256: Mapping[str, str]  # of `weights` and `template`, where the stain normalisation reads them
+
+    @property
+    def digest(self) -> str:
+        """Names everything that nuclei.parquet depends on."""
+        return self.settings.digest(self.weights_sha256, self.stain_sha256)
+
+
+def resolve(settings: Settings) -> Manifest:
+    """The manifest of settings. Raises WeightsError, RunError, StainError where they cannot work."""
     weights = find_weights(settings.detector.weights)
     _check_fit(settings.tiling, detector_architecture(weights), weights.name)
-    files = stain_files(settings)
+    stain = stain_files(settings)
     settings = dataclasses.replace(
         settings,
         detector=dataclasses.replace(settings.detector, weights=str(weights)),
         stain=dataclasses.replace(
             settings.stain,
-            weights=str(files.get("weights", settings.stain.weights)),
-            template=str(files.get("template", "")),
+            weights=str(stain.get("weights", settings.stain.weights)),
+            template=str(stain.get("template", "")),
         ),
     )
-    stain_target(settings)  # a template that tells no stain is refused before anything is begun
-    stain_sha256 = {name: file_sha256(p) for name, p in files.items()}
-    digest = settings.digest(file_sha256(weights), stain_sha256)
-    _open_run(out, settings, digest, weights, stain_sha256, overwrite)
-    return settings, digest
+    stain_target(settings)  # a template that shows no stain is refused before anything starts
+    sha256 = {name: files.file_sha256(path) for name, path in stain.items()}
+    return Manifest(settings, files.file_sha256(weights), sha256)
 
 
 def _check_fit(tiling: Tiling, architecture: Architecture, weights: str) -> None:
@@ -71,76 +83,101 @@ def _check_fit(tiling: Tiling, architecture: Architecture, weights: str) -> None
         )
 
 
-def check_worker(run: Path, theirs: dict[str, str]) -> None:
-    """Raise RunError unless this process, a worker, sees the run's folder and has the same versions."""
-    if not run.exists():
-        raise RunError(f"does not see {run}: workers need the same file system, at the same place")
+def check_worker(run_json: Path, theirs: Mapping[str, str]) -> None:
+    """To be run in a worker. Raises RunError unless it sees the run's folder and has the same versions."""
+    if not run_json.exists():
+        raise RunError(f"does not see {run_json}: workers need the same file system, at the same place")
     differing = [f"{name} {here}, not {theirs[name]}" for name, here in versions().items() if here != theirs[name]]
     if differing:
         raise RunError(f"has {', '.join(differing)}: need the same everywhere, or the results differ")
 
 
-def _open_run(
-    out: Path, settings: Settings, digest: str, weights: Path, stain_sha256: dict[str, str], overwrite: bool
-) -> None:
-    """Write run.json, or make sure that the folder's is of the same settings."""
-    path = out / RUN
-    out.mkdir(parents=True, exist_ok=True)
-    if overwrite or not path.exists():
-        content = {
-            "digest": digest,
-            "settings": asdict(settings),
-            "weights_sha256": file_sha256(weights),
-            "stain_sha256": stain_sha256,
-            "weights_notes": {k: v for k, v in read_notes(weights).items() if k != "architecture"},
-            "host": platform.node(),
-            "python": platform.python_version(),
-            "versions": versions(),
-        }
-        with files.committed(path) as part:
-            part.write_text(json.dumps(content, indent=1), encoding="utf-8")
-            if not overwrite:
-                _first_come(part, path)
-    before = _read(path)
-    if before["digest"] != digest:
-        raise RunError(
-            f"{out} holds a run with other settings ({before['digest']}, this one is {digest}): "
-            f"{_differences(before, settings, weights, stain_sha256)}. Choose another --out, or give --overwrite"
-        )
+# ------------------------------------------------------------------------------------------------ run.json
 
 
-def _first_come(part: Path, path: Path) -> None:
-    """Of two runs that begin in one folder at once the first has it: `part` becomes what lies at `path`, if any."""
+def open_run(run: RunFolder, manifest: Manifest, overwrite: bool) -> tuple[str, ...]:
+    """Write run.json, or make sure that the folder's is of the same settings. Returns warnings.
+
+    A folder in which no slide was finished belongs to nobody. Raises RunError for a folder that cannot be written,
+    and for one that holds results of other settings.
+    """
     try:
-        os.link(part, path)
-    except FileExistsError:
-        part.write_bytes(path.read_bytes())
-    except OSError:
-        pass  # a file system without links
+        run.path.mkdir(parents=True, exist_ok=True)
+        if overwrite or not run.run_json.exists():
+            _write(run.run_json, manifest, keep_first=not overwrite)
+        before = _read(run.run_json)
+        if before["digest"] != manifest.digest and not _has_results(run):
+            _write(run.run_json, manifest, keep_first=False)
+            before = _read(run.run_json)
+    except OSError as error:
+        raise RunError(
+            f"--out {run.path} cannot be written ({error.strerror or error}): need a folder that can, "
+            f"with room for the results"
+        ) from error
+    if before["digest"] != manifest.digest:
+        raise RunError(
+            f"{run.path} holds results of other settings ({before['digest']}, these are {manifest.digest}): "
+            f"{_differences(before, manifest)}. Choose another --out, or give --overwrite"
+        )
+    then, now = before.get("versions", {}), versions()
+    changed = [f"{name} {then[name]} -> {now[name]}" for name in now if then.get(name, now[name]) != now[name]]
+    if changed:
+        return (f"versions changed since this run was started ({', '.join(changed)}): single nuclei may differ",)
+    return ()
+
+
+def _write(path: Path, manifest: Manifest, *, keep_first: bool) -> None:
+    """Commit run.json. keep_first: of two runs that start in one folder at once, the first one's stays."""
+    weights = Path(manifest.settings.detector.weights)
+    content = {
+        "digest": manifest.digest,
+        "settings": asdict(manifest.settings),
+        "weights_sha256": manifest.weights_sha256,
+        "stain_sha256": manifest.stain_sha256,
+        "weights_notes": {k: v for k, v in read_notes(weights).items() if k != "architecture"},
+        "host": platform.node(),
+        "python": platform.python_version(),
+        "versions": versions(),
+    }
+    with files.committed(path) as partial:
+        partial.write_text(json.dumps(content, indent=1), encoding="utf-8")
+        if keep_first:
+            try:
+                os.link(partial, path)
+            except FileExistsError:
+                partial.write_bytes(path.read_bytes())
+            except OSError:
+                pass  # a file system without links
+
+
+def _has_results(run: RunFolder) -> bool:
+    """Whether a slide was finished in this folder, or is being done by another run."""
+    return bool(run.finished()) or any(run.path.rglob(LEASE))
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(content, dict) and {"digest", "settings", "weights_sha256"} <= content.keys():
-            return content
-        cause = "it has no digest, settings and weights_sha256"
-    except (OSError, ValueError) as error:
-        cause = str(error)
-    raise RunError(f"{path} is not a run's: {cause}. Choose another --out, or give --overwrite")
+    content = files.read_json(path)
+    needed = ("digest", "settings", "weights_sha256")
+    if content is None or not set(needed) <= content.keys():
+        cause = "it holds no JSON object" if content is None else f"it lacks one of {', '.join(needed)}"
+        raise RunError(
+            f"{path} is damaged ({cause}): delete it, and the same settings as before continue; finished slides of "
+            f"other settings are never overwritten unless you say --overwrite"
+        )
+    return content
 
 
-def _differences(before: dict[str, Any], settings: Settings, weights: Path, stain_sha256: dict[str, str]) -> str:
-    now, then = asdict(settings), before["settings"]
+def _differences(before: Mapping[str, Any], manifest: Manifest) -> str:
+    now, then = asdict(manifest.settings), before["settings"]
     changed = [
         f"{table}.{key} was {then.get(table, {}).get(key)!r}, is {value!r}"
         for table, values in now.items()
         for key, value in values.items()
         if json.loads(json.dumps(value)) != then.get(table, {}).get(key)
     ]
-    if before["weights_sha256"] != file_sha256(weights):
+    if before["weights_sha256"] != manifest.weights_sha256:
         changed.append("the weights file has other content")
-    for name, sha256 in stain_sha256.items():
+    for name, sha256 in manifest.stain_sha256.items():
         if before.get("stain_sha256", {}).get(name) not in (None, sha256):
             changed.append(f"the file of stain.{name} has other content")
-    return "; ".join(changed) or "the version changed"
+    return "; ".join(changed) or "the version of the work format changed"

@@ -28,22 +28,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-RESERVED = frozenset(
-    [
-        "run.json",
-        "ledger.csv",
-        "report.html",
-        "logs",
-        "slide.json",
-        "failure.json",
-        "thumbnail.jpg",
-        "overlay.jpg",
-        "nuclei.parquet",
-        "nuclei.geojson.zip",
-        "nuclei.csv",
-        "work",
-    ]
-)  # what a run and its slides write; the rest of it is hidden, as no name is
+from pipeline.layout import RESERVED
 
 _UNFIT = re.compile(r'[\x00-\x1f\x7f-\x9f\u2028\u2029<>:"|?*\\/]|^\.')
 _LONGEST = 200  # bytes; file systems end at 255, and the hash comes on top

@@ -52,7 +52,7 @@ def speed(marks: Sequence[Mark], now_s: float) -> float:
 def estimate(known_mm2: float, unseen: int, mean_mm2: float, mm2_per_s: float) -> Estimate | None:
     """What is left and how long it takes; None where no speed is known.
 
-    known_mm2: of the blocks still to do; unseen: slides not yet begun; mean_mm2: a slide, of those seen so far.
+    known_mm2: of the blocks still to do; unseen: slides not yet started; mean_mm2: a slide, of those seen so far.
     """
     if mm2_per_s <= 0:
         return None
@@ -134,7 +134,7 @@ class Progress:
 
     def __init__(
         self,
-        out: Path,
+        logs: Path,
         slides: int,
         say: Callable[[str], None] | None = None,
         *,
@@ -147,7 +147,7 @@ class Progress:
         self._clock = clock
         self._counts = _Counts(slides)
         self._lock = threading.Lock()  # of the counts
-        self._log = _Log(out / "logs")
+        self._log = _Log(logs)
         self._live: Live | None = None
 
     def __enter__(self) -> Self:
@@ -183,11 +183,11 @@ class Progress:
             else:
                 print(_writable(line, sys.stdout.encoding), flush=True)
 
-    def begun(self, slide: str, blocks: int, mm2: float) -> None:
+    def started(self, slide: str, blocks: int, mm2: float) -> None:
         """The plan of a slide is known: so many blocks to do, with so much tissue together."""
         with self._lock:
             self._counts.begin(slide, blocks, mm2, self._clock())
-        self._log.write(f"{slide}: begun, {blocks} blocks, {mm2:.2f} mm2")
+        self._log.write(f"{slide}: started, {blocks} blocks, {mm2:.2f} mm2")
 
     def block(self, mm2: float) -> None:
         """A block is done."""
@@ -195,7 +195,7 @@ class Progress:
             self._counts.block(mm2, self._clock())
 
     def ended(self, slide: str, failed: bool) -> None:
-        """A slide is done or has failed, also without having begun."""
+        """A slide is done or has failed, also without having started."""
         with self._lock:
             self._counts.end(slide, failed)
         self._log.write(self.line())

@@ -1,10 +1,12 @@
 """Which device computes, and in which precision."""
 
+import threading
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 
+from pipeline.config import Detector
 from pipeline.errors import ConfigError
 
 
@@ -36,3 +38,17 @@ def choose_precision(name: str, device: torch.device) -> torch.dtype:
 def _cpu_has_bfloat16() -> bool:
     capabilities: Mapping[str, Any] = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") or capabilities.get("amx"))
+
+
+_computing = threading.Lock()
+
+
+def device_lock() -> threading.Lock:
+    """The lock of this process's device: to be held while computing on it."""
+    return _computing
+
+
+def computes_on(detector: Detector) -> str:
+    """Kind of device and precision of a detector here, such as "cpu bfloat16": they decide the last bits of results."""
+    device = choose_device(detector.device)
+    return f"{device.type} {str(choose_precision(detector.precision, device)).removeprefix('torch.')}"

@@ -28,12 +28,7 @@ class Engine(NamedTuple):
     precision: torch.dtype
 
 
-_loading, _computing = threading.Lock(), threading.Lock()
-
-
-def device_lock() -> threading.Lock:
-    """The turn of this process's device: hold it while you compute."""
-    return _computing
+_loading = threading.Lock()
 
 
 def engine(settings: Detector) -> Engine:

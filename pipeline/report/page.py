@@ -12,26 +12,26 @@ from typing import Any
 import numpy as np
 
 from pipeline import files
+from pipeline.layout import RunFolder
 from pipeline.report import charts
-from pipeline.report.results import FEWEST_SLIDES, ODD_Z, SlideResult, read_object, read_results
+from pipeline.report.results import FEWEST_SLIDES, ODD_Z, SlideResult, read_results
+from pipeline.segment.stages import STAGES
 from pipeline.segment.summary import AREA_EDGES_UM2, NEAR_PX, SEAM_EDGES_PX, seam_verdict
-
-STAGES = ("plan", "tile", "detect", "outline", "stitch", "export")
 
 _SHOWN_UM2 = 150  # the sizes in the table go so far, the last bin further
 
 
-def write_report(out: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
-    """Write out/report.html and return its path.
+def write_report(folder: RunFolder, rows: Sequence[Mapping[str, Any]]) -> Path:
+    """Write report.html and return its path.
 
     rows: the ledger's, one a slide, as dicts; what else there is to tell is read from run.json and from the slides'
-    own folders under `out`. Whatever of that is missing or not legible is left out of the page.
+    own folders. Whatever of that is missing or not legible is left out of the page.
     The page links to files beside it by relative addresses and loads nothing; all text from outside is escaped.
     """
-    slides = read_results(out, rows)
+    slides = read_results(folder, rows)
     slides.sort(key=lambda s: (s.state != "failed", not s.remarks, s.state != "pending"))
-    name = html.escape(out.resolve().name)
-    run = read_object(out / "run.json")
+    name = html.escape(folder.path.resolve().name)
+    run = files.read_json(folder.run_json) or {}
     parts = [
         f"<h1>{name}</h1>",
         f'<p class="soft">Nightslide, written {datetime.now().astimezone():%Y-%m-%d %H:%M}{_in_short(run)}</p>',
@@ -41,7 +41,7 @@ def write_report(out: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
         _table(slides),
         _settings(run),
     ]
-    path = out / "report.html"
+    path = folder.report
     with files.committed(path) as part:
         # a file name need not be text: what cannot be written becomes a question mark
         part.write_text(_page(name, "\n".join(parts)), encoding="utf-8", errors="replace")
@@ -51,7 +51,7 @@ def write_report(out: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
 def _page(title: str, body: str) -> str:
     """The document. The policy keeps it from loading anything, whatever its text says."""
     style, script = (
-        resources.files("pipeline").joinpath(f"report.{kind}").read_text("utf-8") for kind in ("css", "js")
+        resources.files("pipeline.report").joinpath(f"report.{kind}").read_text("utf-8") for kind in ("css", "js")
     )
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'; base-uri 'none'"
     return (
@@ -108,7 +108,7 @@ def _busy_seconds(done: Iterable[SlideResult]) -> float:
     So slides side by side count once, and the days between two nights not at all.
     """
     busy, until = 0.0, -np.inf
-    for begun, ended in sorted((s.finished - s.number("seconds"), s.finished) for s in done if s.finished):
+    for begun, ended in sorted((s.finished - s.number("seconds_elapsed"), s.finished) for s in done if s.finished):
         busy += max(0.0, ended - max(begun, until))
         until = max(until, ended)
     return busy
@@ -146,7 +146,7 @@ def _linked(slide: SlideResult) -> str:
 
 def _seams(slides: Sequence[SlideResult]) -> str:
     """The audit of the seams over all slides, drawn and said."""
-    audits = [s.findings["seams"] for s in slides if s.findings]
+    audits = [s.summary["seams"] for s in slides if s.summary]
     observed, expected = (np.sum([a[key] for a in audits], axis=0) for key in ("observed", "expected"))
     verdict = seam_verdict(observed, expected) if audits else None
     if verdict is None or verdict.ratio is None:
@@ -167,7 +167,7 @@ def _seams(slides: Sequence[SlideResult]) -> str:
 
 def _stages(slides: Sequence[SlideResult]) -> str:
     """Where the time went, over all slides."""
-    seconds = {stage: sum(s.number(f"seconds_{stage}") for s in slides) for stage in STAGES}
+    seconds = {stage.name: sum(s.number(f"seconds_{stage.name}") for s in slides) for stage in STAGES}
     whole, most = sum(seconds.values()), max(seconds.values())
     if not whole:
         return ""
@@ -226,7 +226,7 @@ def _table(slides: Sequence[SlideResult]) -> str:
     )
     choices = {"all": "all", "look": "to look at", "failed": "failed", "pending": "pending", "done": "done"}
     options = "".join(f'<option value="{value}">{words}</option>' for value, words in choices.items())
-    keys = " · ".join(f'<span class="key c{n}"></span> {stage}' for n, stage in enumerate(STAGES))
+    keys = " · ".join(f'<span class="key c{n}"></span> {stage.name}' for n, stage in enumerate(STAGES))
     return (
         f'<section><h2>Slides</h2>\n<div class="controls"><input id="words" type="search" aria-label="filter" '
         f'placeholder="name, cause, remark"><select id="state" aria-label="which slides">{options}</select>'
@@ -274,7 +274,7 @@ def _sizes(slide: SlideResult) -> str:
     """The distribution of its nuclei's areas; sorted by how wide it is, as quartiles to median."""
     if np.isnan(slide.median_area):
         return '<td data-v=""></td>'
-    sizes = slide.findings["area_um2"]
+    sizes = slide.summary["area_um2"]
     low, first, middle, third, high = sizes["quantiles"]
     title = f"area, µm²: median {middle:g}, half are {first:g} to {third:g}, nine tenths {low:g} to {high:g}"
     shown = AREA_EDGES_UM2.index(_SHOWN_UM2)
@@ -284,7 +284,7 @@ def _sizes(slide: SlideResult) -> str:
 
 def _ratio(slide: SlideResult) -> str:
     """The slide's own audit."""
-    seams = slide.findings.get("seams") or {"ratio": None}
+    seams = slide.summary.get("seams") or {"ratio": None}
     if seams["ratio"] is None:
         return _cell(np.nan, "")
     return _cell(seams["ratio"], ".2f", f'<br><span class="soft">± {seams["standard_error"]:.2f}</span>')
@@ -292,11 +292,11 @@ def _ratio(slide: SlideResult) -> str:
 
 def _seconds(slide: SlideResult) -> str:
     """From its beginning to its end, and where the work went."""
-    parts = {stage: slide.number(f"seconds_{stage}") for stage in STAGES}
+    parts = {stage.name: slide.number(f"seconds_{stage.name}") for stage in STAGES}
     if slide.state != "done":
         return _cell(np.nan, "")
     title = ", ".join(f"{stage} {value:.1f} s" for stage, value in parts.items())
-    return _cell(slide.number("seconds"), ",.1f", charts.stacked(parts, title))
+    return _cell(slide.number("seconds_work"), ",.1f", charts.stacked(parts, title))
 
 
 # ------------------------------------------------------------------------------------------------ below the table

@@ -3,7 +3,6 @@
 import base64
 import dataclasses
 import io
-import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,8 +13,11 @@ from urllib.parse import quote
 import numpy as np
 from PIL import Image
 
+from pipeline import files
+from pipeline.layout import RunFolder
+from pipeline.segment.finished import read_record
 from pipeline.segment.polygons import Floats
-from pipeline.segment.summary import NEAR_PX, VERSION
+from pipeline.segment.summary import VERSION
 
 # What is called an outlier, and of how many slides at least.
 ODD_Z, FEWEST_SLIDES = 3.5, 8
@@ -33,7 +35,7 @@ class SlideResult:
     row: Mapping[str, Any]
     address: str = ""
     "Of its folder, as a URL relative to the run's; empty where there is none."
-    findings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    summary: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     "Of `pipeline.segment.summary`; empty where there are none."
     finished: float | None = None
     "When, in seconds since 1970."
@@ -63,7 +65,7 @@ class SlideResult:
     @property
     def median_area(self) -> float:
         """Of its nuclei, in um2; NaN where that is not known."""
-        quantiles = self.findings["area_um2"]["quantiles"] if self.findings else []
+        quantiles = self.summary["area_um2"]["quantiles"] if self.summary else []
         return float(quantiles[len(quantiles) // 2]) if quantiles else np.nan
 
     def number(self, name: str) -> float:
@@ -71,64 +73,30 @@ class SlideResult:
         return float(self.row.get(name) or 0)
 
 
-def read_results(out: Path, rows: Sequence[Mapping[str, Any]]) -> list[SlideResult]:
-    """What became of the slides of these rows of a ledger, whose folders lie under `out`, in the same order.
+def read_results(run: RunFolder, rows: Sequence[Mapping[str, Any]]) -> list[SlideResult]:
+    """What became of the slides of these rows of a ledger, of `run`, in the same order.
 
     Whatever is missing there, or not legible, is left out.
     """
-    return _judged([_look(out, row) for row in rows])
+    return _judged([_look(run, row) for row in rows])
 
 
-def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; empty where there is none."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
-def _look(out: Path, row: Mapping[str, Any]) -> SlideResult:
+def _look(run: RunFolder, row: Mapping[str, Any]) -> SlideResult:
     """A slide by itself."""
-    folder, name = out / str(row["slide"]), str(row["slide"])
+    folder, name = run.slide(str(row["slide"])), str(row["slide"])
     # every byte of a name survives, and no colon makes it a scheme
-    slide = SlideResult(row, quote(os.fsencode(name), safe="/") if folder.is_dir() else "")
+    slide = SlideResult(row, quote(os.fsencode(name), safe="/") if folder.path.is_dir() else "")
     if slide.state != "done":
         return slide
-    findings = read_object(folder / "slide.json").get("findings") or {}
-    slide = dataclasses.replace(
+    content = files.read_json(folder.slide_json) or {}
+    summary = content.get("summary") or {}
+    return dataclasses.replace(
         slide,
-        findings=findings if findings.get("version") == VERSION else {},
-        finished=_written(folder / "slide.json"),
-        picture=_small(folder / "overlay.jpg"),
+        summary=summary if summary.get("version") == VERSION else {},
+        remarks=read_record(content).remarks if "record" in content else (),
+        finished=_written(folder.slide_json),
+        picture=_small(folder.overlay),
     )
-    return dataclasses.replace(slide, remarks=tuple(_remarks(slide)))
-
-
-def _remarks(slide: SlideResult) -> list[str]:
-    remarks = []
-    if not slide.number("tissue_mm2"):
-        remarks.append("no tissue was found")
-    elif not slide.number("nuclei"):
-        remarks.append("no nucleus was found")
-    if slide.number("area_lost_mm2"):
-        remarks.append(f"{slide.number('area_lost_mm2'):.3g} mm² have no result: unreadable, or no memory")
-    if slide.number("saturated_tiles"):
-        remarks.append(
-            f"{slide.number('saturated_tiles'):.0f} tiles hold more nuclei than --detector.instances-per-mm2 allows"
-        )
-    if slide.number("touching_nuclei") > _TOUCHING * slide.number("nuclei"):
-        remarks.append(
-            f"{slide.number('touching_nuclei'):,.0f} nuclei reach the edge of what their tile read: "
-            f"raise --tiling.margin"
-        )
-    if slide.findings and slide.findings["seams"]["suspicious"]:
-        remarks.append(
-            f"{slide.findings['seams']['ratio']:.2f} times as many nuclei within {NEAR_PX} px of a seam as around it"
-        )
-    if slide.row.get("note"):
-        remarks.append(f"not normalised: {slide.row['note']}")
-    return remarks
 
 
 def _written(path: Path) -> float | None:

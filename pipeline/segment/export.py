@@ -51,11 +51,6 @@ class Writer(Protocol):
     def __call__(self, nuclei: Path, out: Path, *, crop: bool) -> Exported: ...
 
 
-class Format(NamedTuple):
-    file: str  # its name in the slide's folder
-    write: Writer
-
-
 def write_qupath(nuclei: Path, out: Path, *, crop: bool) -> Exported:
     """nuclei.parquet -> a zip of GeoJSON shards of at most 50,000 detections, as QuPath 0.5-0.8 reads them.
 
@@ -99,10 +94,8 @@ def write_csv(nuclei: Path, out: Path, *, crop: bool) -> Exported:
     return Exported(written)
 
 
-FORMATS: Mapping[str, Format] = {
-    "qupath": Format("nuclei.geojson.zip", write_qupath),
-    "csv": Format("nuclei.csv", write_csv),
-}
+FORMATS: Mapping[str, Writer] = {"qupath": write_qupath, "csv": write_csv}
+"Their files are named in `pipeline.layout`."
 
 
 def _origin(provenance: Provenance, crop: bool) -> tuple[float, float]:

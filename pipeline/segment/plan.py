@@ -1,7 +1,6 @@
 """What a slide is, where its tissue lies, how it is stained: settled once, before anything is cut, and kept on disk."""
 
 import functools
-import json
 import threading
 from dataclasses import asdict
 from pathlib import Path
@@ -11,7 +10,8 @@ import numpy as np
 
 from pipeline import files
 from pipeline.config import Settings
-from pipeline.errors import StainError
+from pipeline.errors import ScratchLost, StainError
+from pipeline.layout import SlideFolder
 from pipeline.model import dcgmm, stain, views
 from pipeline.model.dcgmm import ClusterNet
 from pipeline.model.device import choose_device
@@ -37,7 +37,7 @@ class Plan(NamedTuple):
     stain: stain.FittedStain
     target: stain.FittedStain  # what it is normalised to
     has_icc: bool  # the pixels are taken as stored; the profile is not applied
-    stain_note: str  # why the slide is not normalised although it was asked for; empty otherwise
+    notes: tuple[str, ...]  # what a person must know of the slide, such as why it is not normalised
 
     @property
     def tiles(self) -> tuple[Tile, ...]:
@@ -68,12 +68,12 @@ def plan_slide(slide: Slide, settings: Settings) -> Plan:
         views.largest_shift(settings.detector.views),
     )
     tissue = _find_tissue(slide, settings)
-    target, note = stain_target(settings), ""
+    target, notes = stain_target(settings), []
     try:
         fitted = _fit_stain(slide, tissue, settings, stain_network(settings))
     except StainError as error:
         fitted = target = stain.TEMPLATE["none"]
-        note = str(error)
+        notes.append(f"not normalised: {error}")
     return Plan(
         slide.quick_hash,
         slide.vendor,
@@ -86,7 +86,7 @@ def plan_slide(slide: Slide, settings: Settings) -> Plan:
         fitted,
         target,
         slide.has_icc,
-        note,
+        tuple(notes),
     )
 
 
@@ -191,10 +191,12 @@ def fit_template(path: Path, settings: Settings, network: ClusterNet | None) -> 
         return _fit_stain(slide, tissue, settings, network)
 
 
-def write_plan(plan: Plan, work: Path) -> None:
-    with files.committed(work / "tissue.npy") as path, path.open("wb") as file:
+def write_plan(plan: Plan, folder: SlideFolder, digest: str) -> None:
+    """Commit work/plan.json and, before it, work/tissue.npy; digest: of the settings that it was made with."""
+    with files.sealed(folder.tissue, {}) as path, path.open("wb") as file:
         np.save(file, plan.tissue.mask, allow_pickle=False)
     content = {
+        "digest": digest,
         "quick_hash": plan.quick_hash,
         "vendor": plan.vendor,
         "scale": plan.scale,
@@ -206,15 +208,16 @@ def write_plan(plan: Plan, work: Path) -> None:
         "stain": plan.stain.to_json(),
         "target": plan.target.to_json(),
         "has_icc": plan.has_icc,
-        "stain_note": plan.stain_note,
+        "notes": plan.notes,
     }
-    with files.committed(work / "plan.json") as path:
-        path.write_text(json.dumps(content, indent=1), encoding="utf-8")
+    files.write_sealed_json(folder.plan, content)
 
 
-@functools.lru_cache(maxsize=32)
-def _read_plan(work: Path, _changed_ns: int) -> Plan:
-    content = json.loads((work / "plan.json").read_text(encoding="utf-8"))
+def load_plan(folder: SlideFolder, digest: str) -> Plan | None:
+    """The plan that `write_plan` wrote; None where it is missing, damaged, or made with other settings."""
+    content = files.read_sealed_json(folder.plan)
+    if content is None or content["digest"] != digest or files.read_seal(folder.tissue) is None:
+        return None
     grid = content["grid"]
     return Plan(
         content["quick_hash"],
@@ -224,14 +227,25 @@ def _read_plan(work: Path, _changed_ns: int) -> Plan:
         Box(*content["bounds"]),
         Affine(*content["to_slide"]),
         TileGrid(Size(*grid["size"]), grid["tile"], grid["margin"], grid["block"]),
-        TissueMap(np.load(work / "tissue.npy", allow_pickle=False), *content["tissue"]),
+        TissueMap(np.load(folder.tissue, allow_pickle=False), *content["tissue"]),
         stain.FittedStain.from_json(content["stain"]),
         stain.FittedStain.from_json(content["target"]),
         content["has_icc"],
-        content["stain_note"],
+        tuple(content["notes"]),
     )
 
 
-def read_plan(work: Path) -> Plan:
-    """The plan that `begin` wrote; read once per process."""
-    return _read_plan(work, (work / "plan.json").stat().st_mtime_ns)
+def read_plan(folder: SlideFolder, digest: str) -> Plan:
+    """The same, read once per process. Raises ScratchLost where it is not there, whole."""
+    try:
+        return _read_plan(folder, digest, folder.plan.stat().st_mtime_ns)
+    except FileNotFoundError:
+        raise ScratchLost(f"{folder.plan} is missing") from None
+
+
+@functools.lru_cache(maxsize=32)
+def _read_plan(folder: SlideFolder, digest: str, _changed_ns: int) -> Plan:
+    plan = load_plan(folder, digest)
+    if plan is None:
+        raise ScratchLost(f"{folder.plan} or its tissue mask is damaged")
+    return plan

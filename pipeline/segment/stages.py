@@ -1,20 +1,20 @@
-"""The stages of a slide: plan, tile, detect, outline, stitch, export. Each reads one store and writes the next.
+"""The stages of a slide, as a list: each reads one store and writes the next.
 
-Every stage takes paths and numbers, may run in any process, commits its result in one rename, and may be
-run twice, even at the same time: what is there already is not done again, and equal work gives equal bytes.
+    slide --plan--> work/plan.json --tile--> work/patches.zarr --detect--> work/predictions/<block>.npz
+          --outline--> work/instances/<block>.parquet --stitch--> nuclei.parquet --export--> nuclei.geojson.zip, ...
 
-    slide --begin--> work/plan.json --tile--> work/patches.zarr --detect--> work/found/<block>.npz
-          --outline--> work/instances/<block>.parquet --stitch--> nuclei.parquet
-          --export--> nuclei.geojson.zip, overlay.jpg --finish--> slide.json
+`STAGES` is what a run works through, and what the ledger's columns, the report and the estimate of the time are
+made from. A stage is a function of a job, and of a block where it is done block by block; it may run in any process,
+commits its result in one rename, and may run twice, even at the same time: what is there already is not done again,
+and equal work gives equal bytes. Scratch that is damaged counts as missing.
 """
 
 import functools
-import json
 import shutil
 import time
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple, Protocol
 from uuid import uuid4
 
 import numpy as np
@@ -23,110 +23,105 @@ import shapely
 from numpy.typing import NDArray
 
 from pipeline import files
-from pipeline.config import Detector, Export, Settings
-from pipeline.errors import SlideChanged
+from pipeline.config import Settings
+from pipeline.errors import ScratchLost, SlideChanged
+from pipeline.model.device import computes_on, device_lock
 from pipeline.model.instances import Found
 from pipeline.model.weights import detector_architecture, find_weights
 from pipeline.segment import pictures, polygons, stitch, tables
-from pipeline.segment.export import FORMATS, Exported
-from pipeline.segment.plan import Plan, picture_mpp, plan_slide, read_plan, write_plan
-from pipeline.segment.predictions import read_found, write_found
-from pipeline.segment.summary import findings
+from pipeline.segment.finished import write_exports
+from pipeline.segment.job import Job
+from pipeline.segment.plan import Plan, load_plan, picture_mpp, plan_slide, read_plan, write_plan
+from pipeline.segment.predictions import read_predictions, write_predictions
+from pipeline.segment.record import Counts, WorkRecord
 from slides.geometry import Size
 from slides.grid import Tile
 from slides.patches import PatchStore, cut
 from slides.slide import Slide, open_slide
 
-
-@dataclass(frozen=True)
-class Job:
-    """A slide and what is to be done to it: all that a task on any machine needs to know."""
-
-    source: Path
-    folder: Path
-    settings: Settings
-    digest: str
-    mpp: float | None = None
-
-    @property
-    def work(self) -> Path:
-        return self.folder / "work"
-
-    def found(self, block: int) -> Path:
-        return self.work / "found" / f"{block:06d}.npz"
-
-    def instances(self, block: int) -> Path:
-        return self.work / "instances" / f"{block:06d}.parquet"
-
-
-class BlockRecord(NamedTuple):
-    """What became of a block: small enough to send anywhere."""
-
-    block: int
-    nuclei: int = 0
-    core_mm2: float = 0.0
-    lost_mm2: float = 0.0
-    saturated: int = 0  # tiles whose cap was reached even after they were split
-    quartered: int = 0  # tiles that the device had no memory for as a whole
-    touching: int = 0  # claimed instances cut by a read edge inside the slide: the margin is too small for them
-    tile_seconds: float = 0.0
-    device_seconds: float = 0.0
-    outline_seconds: float = 0.0
-
-
-# --------------------------------------------------------------------------------------------------- begin
-
-
 THUMBNAIL_PX, OVERLAY_PX = 1200, 3000  # longest sides of thumbnail.jpg and overlay.jpg
 
 
-def begin(job: Job) -> tuple[int, ...]:
-    """Open the slide, find its tissue, lay the grid, fit its stain; or take up what was begun earlier.
+class Detect(Protocol):
+    """What stands for the detector: patches uint8 (n, T, T, 3) -> what is in each, in their order."""
 
-    Writes work/plan.json, work/tissue.npy and thumbnail.jpg. Returns the blocks that hold tissue. Raises
-    slides.errors.SlideError, SlideChanged.
+    def __call__(self, patches: NDArray[np.uint8], plan: Plan, settings: Settings) -> Iterator[Found]: ...
+
+
+def _worked(stage: str, since: float, counts: Counts = Counts(), computed_on: tuple[str, ...] = ()) -> WorkRecord:
+    return WorkRecord({stage: round(time.perf_counter() - since, 3)}, counts, computed_on)
+
+
+# ---------------------------------------------------------------------------------------------------- plan
+
+
+def make_plan(job: Job) -> WorkRecord:
+    """Open the slide, find its tissue, lay the grid, fit its stain; or take up the plan of an earlier run.
+
+    Writes work/plan.json, work/tissue.npy and thumbnail.jpg. What other settings left in the work folder goes.
+    Raises slides.errors.SlideError, SlideChanged.
     """
+    started, folder = time.perf_counter(), job.folder
     with open_slide(job.source, mpp=job.mpp) as slide:
-        if (job.work / "plan.json").exists():
-            plan = read_plan(job.work)
-            if plan.scale != slide.scale:
-                raise SlideChanged(
-                    f"{job.source.name} was begun at {plan.scale.x} um/px ({plan.scale.source}), now it has "
-                    f"{slide.scale.x} ({slide.scale.source}): give the same --mpp, or --overwrite"
-                )
-            if plan.quick_hash != slide.quick_hash:
-                raise SlideChanged(
-                    f"{job.source.name} is not the file this work began on ({slide.quick_hash[:12]}, was "
-                    f"{plan.quick_hash[:12]}): delete {job.work}, or put the slide back"
-                )
-        else:
+        plan = load_plan(folder, job.digest)
+        if plan is None:
+            job.check_lease()
+            remove_work(job)
             plan = plan_slide(slide, job.settings)
-            job.work.mkdir(parents=True, exist_ok=True)
+            folder.work.mkdir(parents=True, exist_ok=True)
             mpp = picture_mpp(plan, THUMBNAIL_PX)
-            pictures.draw_plan(slide.thumbnail(mpp), mpp, plan.tissue, plan.tiles, job.folder / "thumbnail.jpg")
-            write_plan(plan, job.work)
-    PatchStore.create(job.work / "patches.zarr", plan.grid, job.digest)
-    stores = (job.found(0).parent, job.instances(0).parent)
-    for folder in stores:
-        folder.mkdir(exist_ok=True)
-    for folder in (job.folder, job.work, *stores):
-        files.sweep(folder)  # what a killed process left half-written
-    return plan.blocks
+            pictures.draw_plan(slide.thumbnail(mpp), mpp, plan.tissue, plan.tiles, folder.thumbnail)
+            write_plan(plan, folder, job.digest)
+        _check_same_slide(plan, slide, job)
+    PatchStore.create(folder.patches, plan.grid, job.digest)
+    stores = (folder.predictions(0).parent, folder.instances(0).parent)
+    for store in stores:
+        store.mkdir(exist_ok=True)
+    for place in (folder.path, folder.work, *stores):
+        files.sweep(place)  # what a killed process left half-written
+    return _worked("plan", started)
+
+
+def _check_same_slide(plan: Plan, slide: Slide, job: Job) -> None:
+    """Raise SlideChanged where the work in the slide's folder was started on another file, or at another scale."""
+    name = job.source.name
+    if plan.scale != slide.scale:
+        raise SlideChanged(
+            f"{name}: work was started at {plan.scale.x} um/px ({plan.scale.source}), now it has {slide.scale.x} "
+            f"({slide.scale.source}): give the same --mpp, or --overwrite"
+        )
+    if plan.quick_hash != slide.quick_hash:
+        raise SlideChanged(
+            f"{name} is not the file this work was started on ({slide.quick_hash[:12]}, was {plan.quick_hash[:12]}): "
+            f"give --overwrite, or put the slide back"
+        )
+
+
+def remove_work(job: Job) -> None:
+    """Remove the work folder. A task that another worker, given up for lost, still runs in there then fails alone."""
+    folder = job.folder
+    if folder.work.exists():
+        folder.work.rename(folder.work.with_name(f".{folder.work.name}-{uuid4().hex[:12]}"))
+    for leftover in folder.path.glob(f".{folder.work.name}-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 # ---------------------------------------------------------------------------------------------------- tile
 
 
-def tile_block(job: Job, block: int) -> float:
-    """Cut a block's patches from the slide into the Zarr store. Returns the seconds it took."""
-    began = time.perf_counter()
-    plan = read_plan(job.work)
-    store = PatchStore.create(job.work / "patches.zarr", plan.grid, job.digest)
-    if not _past_detection(job, block) and not store.is_done(block):
+def tile_block(job: Job, block: int, before: WorkRecord) -> WorkRecord:
+    """Cut a block's patches from the slide into the Zarr store."""
+    started = time.perf_counter()
+    if _is_detected(job, block):
+        return before
+    plan = read_plan(job.folder, job.digest)
+    store = PatchStore.create(job.folder.patches, plan.grid, job.digest)
+    if not store.is_done(block):
         tiles = plan.of_block(block)
         patches, lost = cut(_slide(job.source, job.mpp), tiles, plan.grid, job.settings.tiling.mpp)
+        job.check_lease()
         store.write(block, tiles, patches, lost)
-    return time.perf_counter() - began
+    return before + _worked("tile", started)
 
 
 @functools.lru_cache(maxsize=4)
@@ -135,66 +130,79 @@ def _slide(source: Path, mpp: float | None) -> Slide:
     return open_slide(source, mpp=mpp)
 
 
+def _is_detected(job: Job, block: int) -> bool:
+    return block_record(job, block) is not None or files.read_seal(job.folder.predictions(block)) is not None
+
+
+def block_record(job: Job, block: int) -> WorkRecord | None:
+    """What was done for a block whose instances are there, whole; None where they are not."""
+    content = files.read_seal(job.folder.instances(block))
+    return None if content is None else WorkRecord.from_json(content)
+
+
 # -------------------------------------------------------------------------------------------------- detect
 
 
-def detect_block(job: Job, block: int, tile_seconds: float = 0.0) -> None:
+def detect_block(job: Job, block: int, before: WorkRecord, detect: Detect | None = None) -> WorkRecord:
     """Patches of one block -> what the detector finds in them, committed in one rename; then the patches go.
 
-    The device is asked for only once the patches are in memory: two of these in one process take turns, and while
-    one computes the other one reads.
+    detect: in the detector's place. The device is asked for only once the patches are in memory: two of these in one
+    process take turns, and while one computes the other one reads.
     """
-    from pipeline.model import inference  # the workers that do not detect start in half the time without it
-
-    plan = read_plan(job.work)
-    store = PatchStore.create(job.work / "patches.zarr", plan.grid, job.digest)
+    plan = read_plan(job.folder, job.digest)
+    store = PatchStore.create(job.folder.patches, plan.grid, job.digest)
     tiles = plan.of_block(block)
-    while not _past_detection(job, block):
+    while not _is_detected(job, block):
         patches, lost = store.read(block, tiles)
-        if not store.is_done(block):  # a twin of this task was here first and has taken them away
-            tile_seconds += tile_block(job, block)
+        if not store.is_done(block):  # the same task elsewhere has removed them
+            before = tile_block(job, block, before)
             continue
-        with inference.device_lock():
-            began = time.perf_counter()
-            found = list(inference.detect_patches(patches, plan, job.settings))
-            seconds = time.perf_counter() - began
-        write_found(job.found(block), found, lost, tile_seconds, seconds)
+        with device_lock():
+            started = time.perf_counter()
+            found = list((detect or _detector())(patches, plan, job.settings))
+            device = () if detect else (computes_on(job.settings.detector),)
+            before += _worked("detect", started, computed_on=device)
+        job.check_lease()
+        write_predictions(job.folder.predictions(block), found, lost, before)
     store.discard(block)
+    return before
 
 
-def _past_detection(job: Job, block: int) -> bool:
-    return job.found(block).exists() or job.instances(block).exists()
+def _detector() -> Detect:
+    from pipeline.model.inference import detect_patches  # workers that do not detect start in half the time without it
+
+    return detect_patches
 
 
 # ------------------------------------------------------------------------------------------------- outline
 
 
-def outline_block(job: Job, block: int) -> BlockRecord:
-    """What the detector found in one block -> its claimed instances, committed in one rename."""
-    target, source = job.instances(block), job.found(block)
-    if not target.exists():
-        plan = read_plan(job.work)
-        stored = read_found(source)
-        began = time.perf_counter()
+def outline_block(job: Job, block: int, before: WorkRecord) -> WorkRecord:
+    """What the detector found in one block -> its claimed instances as polygons, committed in one rename.
+
+    Returns all that was done for the block, by an earlier run too. Raises ScratchLost where it was not detected.
+    """
+    started, target = time.perf_counter(), job.folder.instances(block)
+    predictions = read_predictions(job.folder.predictions(block))
+    record = block_record(job, block)
+    if record is None:
+        if predictions is None:
+            raise ScratchLost(f"{job.folder.predictions(block)} is missing or damaged")
+        plan = read_plan(job.folder, job.digest)
         tiles = plan.of_block(block)
-        done = [outline(f, tile, plan, job.settings) for tile, f in zip(tiles, stored.tiles, strict=True)]
-        rows = pa.concat_tables([table for table, _ in done])
-        core_mm2 = np.array([t.core.width * t.core.height for t in tiles]) * (job.settings.tiling.mpp / 1000) ** 2
-        record = BlockRecord(
-            block,
-            rows.num_rows,
-            float(core_mm2.sum()),
-            float((stored.lost * core_mm2).sum()),
-            sum(f.saturated for f in stored.tiles),
-            sum(f.quartered for f in stored.tiles),
-            sum(cut_off for _, cut_off in done),
-            stored.tile_seconds,
-            stored.device_seconds,
-            time.perf_counter() - began,
+        done = [outline(f, tile, plan, job.settings) for tile, f in zip(tiles, predictions.tiles, strict=True)]
+        core_mm2 = np.array([tile.core.area for tile in tiles]) * (job.settings.tiling.mpp / 1000) ** 2
+        counts = Counts(
+            area_lost_mm2=float((predictions.lost * core_mm2).sum()),
+            saturated_tiles=sum(f.saturated for f in predictions.tiles),
+            split_tiles=sum(f.quartered for f in predictions.tiles),
+            touching_nuclei=sum(touching for _, touching in done),
         )
-        tables.write_instances(target, rows, record._asdict())
-    source.unlink(missing_ok=True)
-    return BlockRecord(**tables.read_record(target))
+        record = predictions.work + _worked("outline", started, counts)
+        job.check_lease()
+        tables.write_instances(target, pa.concat_tables([table for table, _ in done]), record.to_json())
+    files.remove_sealed(job.folder.predictions(block))
+    return record
 
 
 def outline(found: Found, tile: Tile, plan: Plan, settings: Settings) -> tuple[pa.Table, int]:
@@ -226,11 +234,6 @@ def outline(found: Found, tile: Tile, plan: Plan, settings: Settings) -> tuple[p
 # -------------------------------------------------------------------------------------------------- stitch
 
 
-class StitchRecord(NamedTuple):
-    nuclei: int
-    dropped: int  # at seams: duplicates across seams, and instances that no other tile confirms
-
-
 COLOURS = (
     (40, 220, 90),
     (230, 60, 60),
@@ -242,23 +245,28 @@ COLOURS = (
 )
 
 
-def stitch_slide(job: Job) -> StitchRecord:
+def stitch_slide(job: Job) -> WorkRecord:
     """Instances of all blocks -> nuclei.parquet, in slide px.
 
     Two passes keep memory small: first the boxes of everything, and the polygons only of what could have a
-    rival across a seam; then block by block into the table, without the losers.
+    duplicate across a seam; then block by block into the table, without what is left out.
+    Raises ScratchLost where the instances of a block are missing or damaged.
     """
-    plan, settings = read_plan(job.work), job.settings
-    classes = class_names(settings.detector)
-    losers = _seam_losers(job, plan)
+    started = time.perf_counter()
+    plan, settings = read_plan(job.folder, job.digest), job.settings
+    for block in plan.blocks:
+        if block_record(job, block) is None:
+            raise ScratchLost(f"{job.folder.instances(block)} is missing or damaged")
+    classes = class_names(settings)
+    left_out = _left_out_at_seams(job, plan)
     colours = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(classes)}
     provenance = tables.Provenance(plan.quick_hash, (plan.scale.x, plan.scale.y), plan.bounds, job.digest, colours)
     nuclei = 0
-    with tables.NucleiWriter(job.folder / "nuclei.parquet", provenance) as writer:
+    with tables.NucleiWriter(job.folder.nuclei, provenance) as writer:
         for block in plan.blocks:
-            rows = tables.read_instances(job.instances(block))
+            rows = tables.read_instances(job.folder.instances(block))
             keep = np.ones(rows.num_rows, bool)
-            keep[losers.get(block, [])] = False
+            keep[left_out.get(block, [])] = False
             rows = rows.filter(pa.array(keep))
             outlines = shapely.transform(tables.geometry(rows), plan.to_slide.work_to_slide)
             writer.write(
@@ -269,19 +277,21 @@ def stitch_slide(job: Job) -> StitchRecord:
                 stains=np.stack([rows["haematoxylin"].to_numpy(), rows["eosin"].to_numpy()], 1),
             )
             nuclei += rows.num_rows
-    return StitchRecord(nuclei, sum(map(len, losers.values())))
+        job.check_lease()
+    return _worked("stitch", started, Counts(nuclei=nuclei, seam_duplicates=sum(map(len, left_out.values()))))
 
 
-def class_names(settings: Detector) -> tuple[str, ...]:
+def class_names(settings: Settings) -> tuple[str, ...]:
     """Class names of the weights, read from the file's text without loading the network."""
-    return detector_architecture(find_weights(settings.weights)).classes
+    return detector_architecture(find_weights(settings.detector.weights)).classes
 
 
-def _seam_losers(job: Job, plan: Plan) -> dict[int, NDArray[np.int64]]:
+def _left_out_at_seams(job: Job, plan: Plan) -> dict[int, NDArray[np.int64]]:
     """Rows of each block to leave out: duplicates, and what is anchored outside its core and unconfirmed."""
     bounds, tile, score, place = [], [], [], []
     for block in plan.blocks:
-        rows = tables.read_instances(job.instances(block), ["tile_row", "tile_col", "x0", "y0", "x1", "y1", "score"])
+        path = job.folder.instances(block)
+        rows = tables.read_instances(path, ["tile_row", "tile_col", "x0", "y0", "x1", "y1", "score"])
         bounds.append(tables.bounds(rows))
         tile.append(np.stack([rows["tile_row"].to_numpy(), rows["tile_col"].to_numpy()], 1))
         score.append(rows["score"].to_numpy())
@@ -297,7 +307,7 @@ def _seam_losers(job: Job, plan: Plan) -> dict[int, NDArray[np.int64]]:
     shapes = np.full(len(near), None, dtype=object)
     for block in np.unique(places[near, 0]):
         here = places[near, 0] == block
-        encoded = tables.read_instances(job.instances(int(block)), ["geometry"])
+        encoded = tables.read_instances(job.folder.instances(int(block)), ["geometry"])
         shapes[here] = tables.geometry(encoded.take(pa.array(places[near[here], 1])))
     number = tiles[near, 0].astype(np.int64) * plan.grid.cols + tiles[near, 1]
     anchors = polygons.centroids(shapes)
@@ -309,69 +319,39 @@ def _seam_losers(job: Job, plan: Plan) -> dict[int, NDArray[np.int64]]:
 # -------------------------------------------------------------------------------------------------- export
 
 
-class ExportRecord(NamedTuple):
-    changed: int  # outlines that needed more than rounding to be valid, over all formats
-    dropped: int  # nothing was left of them at the precision of the export
-    findings: dict[str, Any]
-
-
-def export_slide(job: Job) -> ExportRecord:
-    """Everything that is made from nuclei.parquet: the formats asked for, the overlay, and what the report tells."""
-    plan = read_plan(job.work)
-    nuclei = job.folder / "nuclei.parquet"
-    exported = write_formats(job.folder, job.settings.export).values()
+def export_slide(job: Job) -> WorkRecord:
+    """The formats that are asked for, made from nuclei.parquet, and the overlay."""
+    started, folder, plan = time.perf_counter(), job.folder, read_plan(job.folder, job.digest)
+    job.check_lease()
+    exported = write_exports(folder, job.settings.export).values()
     with open_slide(job.source, mpp=job.mpp) as slide:
         mpp = picture_mpp(plan, OVERLAY_PX)
         picture = slide.thumbnail(mpp)
-    scale = mpp / job.settings.tiling.mpp
-    pictures.draw_overlay(picture, nuclei, plan.to_slide, scale, job.folder / "overlay.jpg")
-    return ExportRecord(sum(e.changed for e in exported), sum(e.dropped for e in exported), findings(nuclei, plan))
+    pictures.draw_overlay(picture, folder.nuclei, plan.to_slide, mpp / job.settings.tiling.mpp, folder.overlay)
+    counts = Counts(export_repaired=sum(e.changed for e in exported), export_dropped=sum(e.dropped for e in exported))
+    return _worked("export", started, counts)
 
 
-def write_formats(folder: Path, exporting: Export) -> dict[str, Exported]:
-    """The files for other tools, from the folder's nuclei.parquet, by their names."""
-    chosen = [FORMATS[name] for name in exporting.formats]
-    return {f.file: f.write(folder / "nuclei.parquet", folder / f.file, crop=exporting.crop) for f in chosen}
+# ------------------------------------------------------------------------------------------------ the list
 
 
-def finish(job: Job, plan: Plan, results: dict[str, Any]) -> None:
-    """Write slide.json, the mark of a finished slide: its provenance and `results`."""
-    file = job.source.stat()
-    content = {
-        "digest": job.digest,
-        "source": job.source.name,
-        "source_bytes": file.st_size,
-        "source_mtime_ns": file.st_mtime_ns,
-        "quick_hash": plan.quick_hash,
-        "vendor": plan.vendor,
-        "size": plan.size,
-        "bounds": plan.bounds,
-        "um_per_px": plan.scale,
-        "has_icc": plan.has_icc,
-        "stain": plan.stain.to_json(),
-        "stain_target": plan.target.to_json(),
-        **results,
-    }
-    with files.committed(job.folder / "slide.json") as path:
-        path.write_text(json.dumps(content, indent=1), encoding="utf-8")
+class Stage(NamedTuple):
+    """A step on the way of a slide.
+
+    run: of a job; of a job, a block and what was done for the block before, where it is done block by block.
+    """
+
+    name: str
+    run: Callable[..., WorkRecord]
+    per_block: bool = False
+    on_device: bool = False  # it computes where the detector does
 
 
-def clear(job: Job) -> None:
-    """Remove the work folder. A twin of a task that is still at it, on a worker given up for lost, fails unheard."""
-    if job.work.exists():
-        job.work.rename(job.work.with_name(f".work-{uuid4().hex[:12]}"))
-    for away in job.folder.glob(".work-*"):
-        shutil.rmtree(away, ignore_errors=True)
-
-
-def check_same(source: Path, finished: dict[str, Any]) -> None:
-    """Raise SlideChanged where the slide is another than the one in a slide.json; it is opened only where need be."""
-    file = source.stat()
-    if (file.st_size, file.st_mtime_ns) == (finished.get("source_bytes"), finished.get("source_mtime_ns")):
-        return
-    with open_slide(source, mpp=1.0) as slide:
-        if slide.quick_hash != finished["quick_hash"]:
-            raise SlideChanged(
-                f"{source.name} is not the file that these results are of ({slide.quick_hash[:12]}, was "
-                f"{finished['quick_hash'][:12]}): put it back, or give --overwrite"
-            )
+STAGES = (
+    Stage("plan", make_plan),
+    Stage("tile", tile_block, per_block=True),
+    Stage("detect", detect_block, per_block=True, on_device=True),
+    Stage("outline", outline_block, per_block=True),
+    Stage("stitch", stitch_slide),
+    Stage("export", export_slide),
+)

@@ -34,7 +34,7 @@ _CELL_PX = 256
 _SIGMAS, _SHARE, _FEWEST = 4.0, 0.05, 25.0
 
 
-def findings(nuclei: Path, plan: Plan) -> dict[str, Any]:
+def summarise(nuclei: Path, plan: Plan) -> dict[str, Any]:
     """What JSON holds of a slide's nuclei.parquet: counts, density, sizes, scores, and the audit of the seams.
 
     Densities are per mm2 of tissue; where there is no tissue, or no nucleus, the value is None or the list empty.

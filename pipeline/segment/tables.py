@@ -1,7 +1,6 @@
 """What is on disk: the instances of a block, the detections of a slide. Parquet, zstd.
 
-A file that exists is complete: it is written beside, synced and renamed (`committed`). Equal rows in equal
-order give equal bytes, however they were handed over.
+Equal rows in equal order give equal bytes, however they were handed over.
 """
 
 import contextlib
@@ -21,6 +20,7 @@ import pyarrow.parquet as pq
 import shapely
 from numpy.typing import NDArray
 
+from pipeline import files
 from pipeline.files import committed
 from pipeline.segment.polygons import Floats, Polygons, measure
 from slides.geometry import Box
@@ -64,7 +64,6 @@ NUCLEI = pa.schema(
 
 _KEY = b"nightslide"  # of our JSON in a file's metadata
 _ROW_GROUP = 50_000
-_PARTIAL = ".partial-"
 _NAMESPACE = uuid.uuid5(uuid.NAMESPACE_DNS, "nightslide.nuclei")
 
 
@@ -90,23 +89,17 @@ def instances(
     return pa.table([pa.array(v, f.type) for v, f in zip(values, INSTANCES, strict=True)], schema=INSTANCES)
 
 
-def write_instances(path: Path, rows: pa.Table, record: Mapping[str, Any]) -> None:
-    """Commit a block's instances with its record: anything that JSON holds, such as counters."""
-    with committed(path) as partial:
-        rows = rows.cast(INSTANCES).combine_chunks()
-        pq.write_table(rows.replace_schema_metadata({_KEY: _json(record)}), partial, compression="zstd")
+def write_instances(path: Path, rows: pa.Table, record: dict[str, Any]) -> None:
+    """Commit a block's instances, sealed with its record: anything that JSON holds, such as counts."""
+    with files.sealed(path, record) as partial:
+        rows = rows.cast(INSTANCES).combine_chunks().replace_schema_metadata()
+        pq.write_table(rows, partial, compression="zstd")
 
 
 def read_instances(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
     """The instances of a block, all columns of `INSTANCES` or some; see `geometry` and `bounds`."""
     with pq.ParquetFile(path) as file:
         return file.read(columns)
-
-
-def read_record(path: Path) -> dict[str, Any]:
-    """The record that came with a block's instances; reads the foot of the file only."""
-    record: dict[str, Any] = json.loads(pq.read_metadata(path).metadata[_KEY])
-    return record
 
 
 def bounds(rows: pa.Table) -> Floats:

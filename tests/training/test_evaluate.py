@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.archive.run import Row
 from pipeline.archive.sources import find_slides
 from pipeline.config import Architecture, Detector, Execution, Settings, Stitching, Tiling, Tissue
 from pipeline.model import inference
@@ -18,6 +17,7 @@ from pipeline.model.detector import NucleusDetector, save_weights
 from pipeline.model.instances import Found
 from pipeline.model.weights import file_sha256
 from pipeline.segment.plan import Plan
+from pipeline.segment.record import SlideRecord
 from training import evaluate as evaluating
 from training.data.datasets import Annotated, AnnotationError, Pixels
 from training.evaluate import (
@@ -208,12 +208,12 @@ def test_every_image_is_handed_over_with_its_own_scale(tmp_path: Path, monkeypat
     names = ("z", "same/name", "same_name")
     members = [Member(n, Annotated(n, "", 0.2 + i / 30, lambda i=i: pixels[i]), ()) for i, n in enumerate(names)]
 
-    def looking(inputs: list[Path], out: Path, *_: object, **__: object) -> list[Row]:
+    def looking(inputs: list[Path], out: Path, *_: object, **__: object) -> list[SlideRecord]:
         archive = find_slides(inputs)
         assert [s.mpp for s in archive.sources] == [m.annotated.mpp for m in members]
         for source, expected in zip(archive.sources, pixels, strict=True):
             assert np.array_equal(np.asarray(Image.open(source.path)), expected.image)
-        return [Row(s.name, "done") for s in archive.sources]
+        return [SlideRecord(s.name, "done") for s in archive.sources]
 
     monkeypatch.setattr(evaluating, "run", looking)
     rows = predict(members, tmp_path, Settings(), ONE, lambda line: None)

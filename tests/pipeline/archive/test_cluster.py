@@ -17,9 +17,9 @@ import oracle
 from oracle import chosen, files, paint
 from pipeline.archive.run import run
 from pipeline.config import Execution
-from pipeline.model import inference
 
 ROOT = Path(oracle.__file__).parents[1]
+PATHS = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
 SLIDES = 3
 FLAGS = [
     *("--mpp", "0.25", "--tissue.everywhere", "--tiling.tile", "128", "--tiling.margin", "20", "--tiling.block", "1"),
@@ -28,7 +28,7 @@ FLAGS = [
 
 
 class Cluster:
-    """`dask scheduler` and two `dask worker`, one of them with a GPU to offer; those that died are begun anew."""
+    """`dask scheduler` and two `dask worker`, one of them with a GPU to offer; those that died are started again."""
 
     def __init__(self, folder: Path) -> None:
         self.file = folder / "scheduler.json"
@@ -44,13 +44,13 @@ class Cluster:
         for name, resources in (("gpu", "GPU=1"), ("cpu", "CPU=2")):
             if not self.alive(name):
                 flags = ("--nthreads", "2", "--no-nanny", "--no-dashboard", "--resources", resources)
-                self._dask(name, "worker", *flags, "--preload", str(ROOT / "tests" / "oracle.py"))
+                self._dask(name, "worker", *flags)
 
     def _dask(self, name: str, kind: str, *flags: str) -> None:
         while kind == "worker" and not self.file.exists():
             time.sleep(0.05)
         command = [sys.executable, "-m", "dask", kind, "--scheduler-file", str(self.file), *flags]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), oracle.SECONDS: "0.1"}
+        environment = {**os.environ, "PYTHONPATH": PATHS, oracle.SECONDS: "0.1"}
         self.processes[name] = subprocess.Popen(
             command, env=environment, cwd=self.file.parent, stdout=self.log, stderr=self.log
         )
@@ -88,11 +88,8 @@ def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def undisturbed(archive: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, bytes]]:
     out = tmp_path_factory.mktemp("undisturbed")
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(inference, "detect_patches", oracle.detect)
-        rows = run(
-            [archive], out, chosen(block=1), Execution(cluster=False, workers=1), mpp=0.25, say=lambda line: None
-        )
+    one = Execution(cluster=False, workers=1)
+    rows = run([archive], out, chosen(block=1), one, mpp=0.25, say=lambda line: None, detect=oracle.detect)
     assert [row.status for row in rows] == ["done"] * SLIDES
     return results(out)
 
@@ -103,10 +100,10 @@ def results(out: Path) -> dict[str, dict[str, bytes]]:
 
 def nightslide(archive: Path, out: Path, *flags: str, **environment: str) -> subprocess.Popen[str]:
     """The command, in a process of its own."""
-    code = "import sys; from pipeline.cli import main; main(sys.argv[1:])"
+    code = "import sys, oracle; oracle.command(*sys.argv[1:])"
     return subprocess.Popen(
         [sys.executable, "-c", code, "run", str(archive), "--out", str(out), *FLAGS, *flags],
-        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+        env={**os.environ, "PYTHONPATH": PATHS, **environment},
         cwd=out.parent,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -165,7 +162,7 @@ def test_ten_kills_in_a_row_change_nothing(
     assert results(out) == undisturbed
     assert not list(out.glob("*/work")), "the work of finished slides stays"
     assert not list(out.glob("*/.lease*"))
-    assert json.loads((out / "0" / "slide.json").read_text())["ledger"]["status"] == "done"
+    assert json.loads((out / "0" / "slide.json").read_text())["record"]["status"] == "done"
 
 
 def test_a_cluster_of_this_machine_survives_its_workers(
@@ -175,8 +172,7 @@ def test_a_cluster_of_this_machine_survives_its_workers(
     import psutil
 
     out = tmp_path / "out"
-    preload = json.dumps([str(ROOT / "tests" / "oracle.py")])
-    environment = {"DASK_DISTRIBUTED__WORKER__PRELOAD": preload, oracle.SECONDS: "0.05"}
+    environment = {oracle.SECONDS: "0.05"}
     client = nightslide(archive, out, "--workers", "2", "--memory-limit", "4GB", **environment)
     while not blocks_done(out):
         assert client.poll() is None, finish(client)
@@ -194,14 +190,11 @@ def test_two_runs_share_a_folder_and_a_dead_ones_slide_is_taken_over(
 ) -> None:
     """Array jobs: no slide is done twice, and what a killed job held is done by the other one."""
     out = tmp_path / "out"
-    code = (
-        f"import sys; sys.path.insert(0, {str(ROOT / 'tests')!r}); import oracle; oracle.install(); "
-        "from pipeline.cli import main; main(sys.argv[1:])"
-    )
+    code = "import sys, oracle; oracle.command(*sys.argv[1:])"
     flags = ["run", str(archive), "--out", str(out), *FLAGS, "--no-cluster", "--workers", "1", "--window", "1"]
 
     def job(seconds: str) -> subprocess.Popen[str]:
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), oracle.SECONDS: seconds}
+        environment = {**os.environ, "PYTHONPATH": PATHS, oracle.SECONDS: seconds}
         return subprocess.Popen(
             [sys.executable, "-c", code, *flags], env=environment, stdout=subprocess.PIPE, text=True
         )

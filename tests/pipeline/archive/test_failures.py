@@ -15,22 +15,17 @@ import pytest
 
 import oracle
 from oracle import chosen, files, paint
+from pipeline.archive import run as archive_run
 from pipeline.archive.lease import Leases
-from pipeline.archive.ledger import Row
 from pipeline.archive.run import run
 from pipeline.config import Execution, Settings
 from pipeline.errors import RunError
-from pipeline.model import inference
 from pipeline.model.instances import Found
 from pipeline.segment import stages
 from pipeline.segment.plan import Plan
+from pipeline.segment.record import SlideRecord, WorkRecord
 
 ONE = Execution(cluster=False, workers=1)
-
-
-@pytest.fixture(autouse=True)
-def _oracle(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inference, "detect_patches", oracle.detect)
 
 
 @pytest.fixture
@@ -44,7 +39,8 @@ def archive(tmp_path: Path) -> Path:
     return folder
 
 
-def night(archive: Path, out: Path, execution: Execution = ONE, **more: Any) -> dict[str, Row]:
+def night(archive: Path, out: Path, execution: Execution = ONE, **more: Any) -> dict[str, SlideRecord]:
+    more = {"detect": oracle.detect, **more}
     rows = run([archive / "list.csv"], out, chosen(), execution, mpp=0.25, say=lambda line: None, **more)
     return {row.slide: row for row in rows}
 
@@ -69,20 +65,22 @@ def test_a_slide_that_changes_between_runs_is_refused_and_its_results_stay(archi
 def test_a_slide_that_changes_while_its_work_is_half_done_is_refused(archive: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(stages, "stitch_slide", _raise(RuntimeError("the light went out")))
+        patched.setattr(archive_run, "STAGES", without_stitching())
         assert night(archive, out)["a"].cause == "the light went out"
     assert list((out / "a" / "work" / "instances").glob("*.parquet"))
     paint(archive / "a.png", 2)
     rows = night(archive, out)
-    assert "is not the file this work began on" in rows["a"].cause
+    assert "is not the file this work was started on" in rows["a"].cause
     assert rows["b"].status == "done"
 
 
-def _raise(error: Exception) -> Any:
-    def instead(*_: Any, **__: Any) -> Any:
-        raise error
+def without_stitching() -> tuple[stages.Stage, ...]:
+    """The stages, of which stitching fails."""
 
-    return instead
+    def fail(*_: Any) -> WorkRecord:
+        raise RuntimeError("the light went out")
+
+    return tuple(stage._replace(run=fail) if stage.name == "stitch" else stage for stage in stages.STAGES)
 
 
 def test_a_full_disk_is_told_and_what_was_done_stays(
@@ -96,7 +94,7 @@ def test_a_full_disk_is_told_and_what_was_done_stays(
     assert {row.status for row in rows.values()} == {"failed"}
     assert "are needed for the blocks in flight: free some space" in rows["a"].cause
 
-    wrote = stages.write_found
+    wrote = stages.write_predictions
 
     def full(path: Path, *arguments: Any) -> None:
         if "a" in path.parts and path.name == "000002.npz":
@@ -104,7 +102,7 @@ def test_a_full_disk_is_told_and_what_was_done_stays(
         wrote(path, *arguments)
 
     with monkeypatch.context() as patched:
-        patched.setattr(stages, "write_found", full)
+        patched.setattr(stages, "write_predictions", full)
         rows = night(archive, out)
     assert "No space left on device" in rows["a"].cause
     assert rows["b"].status == "done"
@@ -112,7 +110,9 @@ def test_a_full_disk_is_told_and_what_was_done_stays(
     assert done
     resumed: list[str] = []
     with monkeypatch.context() as patched:
-        patched.setattr(stages, "write_found", lambda path, *rest: (resumed.append(path.stem), wrote(path, *rest))[1])
+        patched.setattr(
+            stages, "write_predictions", lambda path, *rest: (resumed.append(path.stem), wrote(path, *rest))[1]
+        )
         assert night(archive, out)["a"].status == "done"
     assert resumed
     assert not {Path(name).stem for name in done} & set(resumed), "a block was done twice"
@@ -126,9 +126,7 @@ def test_an_output_folder_that_vanishes_ends_the_night_without_an_error(archive:
             out.rename(away)
         yield from oracle.detect(patches, plan, settings)
 
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(inference, "detect_patches", gone)
-        rows = night(archive, out)
+    rows = night(archive, out, detect=gone)
     assert [row.status for row in rows.values()] == ["failed", "failed"]
     assert "is not there any more: put it back" in rows["b"].cause
     shutil.rmtree(out, ignore_errors=True)
@@ -154,7 +152,7 @@ def test_a_run_json_that_is_damaged_is_told(archive: Path, tmp_path: Path) -> No
 def test_overwriting_begins_anew_with_other_settings_even_half_done_work(archive: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(stages, "stitch_slide", _raise(RuntimeError("the light went out")))
+        patched.setattr(archive_run, "STAGES", without_stitching())
         night(archive, out)
     rows = run(
         [archive / "list.csv"],
@@ -163,6 +161,7 @@ def test_overwriting_begins_anew_with_other_settings_even_half_done_work(archive
         Execution(cluster=False, workers=1, overwrite=True),
         mpp=0.25,
         say=lambda line: None,
+        detect=oracle.detect,
     )
     assert [row.status for row in rows] == ["done", "done"]
     assert rows[0].tiles > 20
@@ -186,12 +185,10 @@ def test_what_the_device_had_no_memory_for_is_area_lost(archive: Path, tmp_path:
             }
             yield found if number else found._replace(**nothing, lost=True)
 
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(inference, "detect_patches", small)
-        row = night(archive, tmp_path / "out")["a"]
+    row = night(archive, tmp_path / "out", detect=small)["a"]
     tile = (128 - 2 * 20) * 0.25e-3
     # 5 x 4 tiles in blocks of 2 x 2: the first of each of the six blocks, the last column and row clipped
-    assert row.area_lost_mm2 == pytest.approx(
+    assert row.work.counts.area_lost_mm2 == pytest.approx(
         sum(
             min(tile, 410 * 0.25e-3 - x * tile) * min(tile, 330 * 0.25e-3 - y * tile) for x in (0, 2, 4) for y in (0, 2)
         ),
@@ -212,9 +209,7 @@ def test_a_mask_that_covers_nothing_is_no_nucleus(archive: Path, tmp_path: Path)
             yield found._replace(**{n: np.concatenate([getattr(found, n), one]) for n, one in more.items()})
 
     expected = night(archive, tmp_path / "whole")["a"].nuclei
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(inference, "detect_patches", faint)
-        row = night(archive, tmp_path / "out")["a"]
+    row = night(archive, tmp_path / "out", detect=faint)["a"]
     assert (row.status, row.nuclei) == ("done", expected)
     assert oracle.outlines(tmp_path / "out" / "a") == oracle.outlines(tmp_path / "whole" / "a")
 
@@ -230,7 +225,7 @@ def test_a_missing_slide_of_a_manifest_is_a_line_of_the_ledger(archive: Path, tm
 def test_it_runs_where_an_event_loop_runs_already(archive: Path, tmp_path: Path) -> None:
     """A notebook's cell is called from a running loop."""
 
-    async def cell() -> dict[str, Row]:
+    async def cell() -> dict[str, SlideRecord]:
         return night(archive, tmp_path / "out")
 
     assert {row.status for row in asyncio.run(cell()).values()} == {"done"}

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from pipeline.archive import lease
 from pipeline.archive.lease import LEASE, Leases
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 # Takes the folders it is told, says which are its own, and holds them until it is killed or its input ends.
 JOB = """
@@ -87,7 +87,7 @@ def age(file: Path, seconds: float) -> None:
 
 
 def elsewhere(pid: int = 1) -> str:
-    return json.dumps({"host": "node7", "pid": pid, "began": 1.0, "world": "another machine"})
+    return json.dumps({"host": "node7", "pid": pid, "began": 1.0, "pid_namespace": "another machine"})
 
 
 def wait_for(true: Callable[[], bool]) -> None:

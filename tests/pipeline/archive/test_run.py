@@ -6,6 +6,7 @@ back: reading, tiling, storing, claiming, stitching and export are the real ones
 
 import csv
 import dataclasses
+import functools
 import json
 import os
 import signal
@@ -25,24 +26,20 @@ from hypothesis import strategies as st
 
 import oracle
 from oracle import RADIUS, chosen, files, outlines, paint
-from pipeline.archive.run import run
+from pipeline.archive import run as archive_run
 from pipeline.config import Execution, Settings, Stitching, Tiling
 from pipeline.demo import match
 from pipeline.errors import RunError
-from pipeline.model import inference
 
 ONE = Execution(cluster=False, workers=1)
+
+run = functools.partial(archive_run.run, detect=oracle.detect)
 
 
 def segment(slide: Path, out: Path, settings: Settings, execution: Execution = ONE, client: Any = None) -> Path:
     (row,) = run([slide], out, settings, execution, mpp=0.25, client=client, say=lambda line: None)
     assert row.status == "done", row.cause
     return out / slide.stem
-
-
-@pytest.fixture(autouse=True)
-def _oracle(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inference, "detect_patches", oracle.detect)
 
 
 @pytest.fixture(scope="module")
@@ -54,9 +51,7 @@ def slide(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
 @pytest.fixture(scope="module")
 def expected(slide: tuple[Path, int], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Results of one tile that holds the whole slide, in a loop."""
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(inference, "detect_patches", oracle.detect)
-        return segment(slide[0], tmp_path_factory.mktemp("whole"), chosen(tile=512))
+    return segment(slide[0], tmp_path_factory.mktemp("whole"), chosen(tile=512))
 
 
 @given(
@@ -105,10 +100,11 @@ from pathlib import Path
 sys.path.insert(0, {tests!r})
 import oracle
 from pipeline.config import Execution
-from pipeline.archive.run import run
+from pipeline.archive import run as archive_run
 oracle.install()
 print("ready", flush=True)
-run([Path({slide!r})], Path({out!r}), oracle.chosen(), Execution(cluster=False, workers=2, window=2), mpp=0.25)
+run([Path({slide!r})], Path({out!r}), oracle.chosen(), Execution(cluster=False, workers=2, window=2), mpp=0.25,
+    detect=oracle.detect)
 """
 
 
@@ -196,7 +192,7 @@ def test_nuclei_larger_than_the_margin_allows_are_counted(slide: tuple[Path, int
     """A margin too small for the nuclei is refused; where the user lies about their size, it is reported."""
     small = dataclasses.replace(chosen(tile=64, margin=3), stitching=Stitching(max_diameter_um=0.1, tolerance_px=1.0))
     (row,) = run([slide[0]], tmp_path, small, ONE, mpp=0.25, say=lambda line: None)
-    assert row.touching_nuclei > 0
+    assert row.work.counts.touching_nuclei > 0
     refused = dataclasses.replace(chosen(), tiling=Tiling(tile=128, margin=10, block=2))
     (row,) = run([slide[0]], tmp_path / "refused", refused, ONE, mpp=0.25, say=lambda line: None)
     assert row.status == "failed"

@@ -1,0 +1,40 @@
+"""Blocks in flight: a bounded number over all slides, the slide with the least left to do first."""
+
+import asyncio
+import heapq
+
+
+class FairSlots:
+    """At most `size` blocks in flight, over all slides; the next slot goes to the slide with the least left to do.
+
+    So a small slide overtakes a large one, and the last large slide has all the slots. Used by one event loop.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._taken, self._number = 0, 0
+        self._waiting: list[tuple[int, int, asyncio.Future[None]]] = []
+
+    async def take(self, left: int) -> None:
+        """Wait for a slot; `left`: blocks that its slide has to do. To be given back by `give_back`."""
+        self._number += 1
+        mine: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        heapq.heappush(self._waiting, (left, self._number, mine))
+        self._next()
+        try:
+            await mine
+        except asyncio.CancelledError:
+            if mine.done() and not mine.cancelled():
+                self.give_back()
+            raise
+
+    def give_back(self) -> None:
+        self._taken -= 1
+        self._next()
+
+    def _next(self) -> None:
+        while self._waiting and (self._taken < self.size or self._waiting[0][2].done()):
+            slot = heapq.heappop(self._waiting)[2]
+            if not slot.done():  # else cancelled
+                self._taken += 1
+                slot.set_result(None)

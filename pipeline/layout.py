@@ -1,0 +1,114 @@
+"""Where everything of a run lies: the only place in which a file of a run or of a slide is named."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+EXPORTS = {"qupath": "nuclei.geojson.zip", "csv": "nuclei.csv"}
+"Files made from nuclei.parquet, by the name of their format."
+
+LEASE = ".lease"  # hidden, as a slide's folder may hold the folders of other slides, whatever their names
+
+_SLIDE, _FAILURE = "slide.json", "failure.json"
+_PICTURES = ("thumbnail.jpg", "overlay.jpg")
+_NUCLEI, _WORK = "nuclei.parquet", "work"
+_RUN, _LEDGER, _REPORT, _LOGS = "run.json", "ledger.csv", "report.html", "logs"
+
+RESULTS = (*_PICTURES, _NUCLEI, *EXPORTS.values())
+"What a finished slide's folder holds beside slide.json."
+
+RESERVED = frozenset([_RUN, _LEDGER, _REPORT, _LOGS, _SLIDE, _FAILURE, _WORK, *RESULTS])
+"What a run and its slides write, hidden files left out: no slide's folder has such a name."
+
+
+@dataclass(frozen=True)
+class SlideFolder:
+    """The folder of one slide's results."""
+
+    path: Path
+
+    @property
+    def slide_json(self) -> Path:
+        """Provenance, record and summary of a finished slide; written last."""
+        return self.path / _SLIDE
+
+    @property
+    def failure_json(self) -> Path:
+        return self.path / _FAILURE
+
+    @property
+    def thumbnail(self) -> Path:
+        return self.path / _PICTURES[0]
+
+    @property
+    def overlay(self) -> Path:
+        return self.path / _PICTURES[1]
+
+    @property
+    def nuclei(self) -> Path:
+        """The table that every other result is made from."""
+        return self.path / _NUCLEI
+
+    def export(self, name: str) -> Path:
+        """The file of an export format, one of `EXPORTS`."""
+        return self.path / EXPORTS[name]
+
+    @property
+    def lease(self) -> Path:
+        return self.path / LEASE
+
+    @property
+    def work(self) -> Path:
+        """Scratch: removed when the slide is done."""
+        return self.path / _WORK
+
+    @property
+    def plan(self) -> Path:
+        return self.work / "plan.json"
+
+    @property
+    def tissue(self) -> Path:
+        return self.work / "tissue.npy"
+
+    @property
+    def patches(self) -> Path:
+        return self.work / "patches.zarr"
+
+    def predictions(self, block: int) -> Path:
+        """What the detector finds in a block's patches, in patch px."""
+        return self.work / "predictions" / f"{block:06d}.npz"
+
+    def instances(self, block: int) -> Path:
+        """What a block's tiles claim, as polygons in work px."""
+        return self.work / "instances" / f"{block:06d}.parquet"
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The output folder of a run."""
+
+    path: Path
+
+    @property
+    def run_json(self) -> Path:
+        """Settings, digest, versions: what the folder's results were made with."""
+        return self.path / _RUN
+
+    @property
+    def ledger(self) -> Path:
+        return self.path / _LEDGER
+
+    @property
+    def report(self) -> Path:
+        return self.path / _REPORT
+
+    @property
+    def logs(self) -> Path:
+        return self.path / _LOGS
+
+    def slide(self, name: str) -> SlideFolder:
+        """The folder of the slide of this name; names may hold "/"."""
+        return SlideFolder(self.path / name)
+
+    def finished(self) -> list[SlideFolder]:
+        """The folders of finished slides, sorted."""
+        return [SlideFolder(file.parent) for file in sorted(self.path.rglob(_SLIDE))]

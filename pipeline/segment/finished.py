@@ -1,0 +1,139 @@
+"""A finished slide: slide.json, written last, names every result with its size and checksum."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from pipeline import files
+from pipeline.config import Export, ExportFormat
+from pipeline.errors import SlideChanged
+from pipeline.layout import EXPORTS, RESULTS, SlideFolder
+from pipeline.segment.export import FORMATS, Exported
+from pipeline.segment.job import Job
+from pipeline.segment.plan import read_plan
+from pipeline.segment.record import SlideRecord, remarks
+from pipeline.segment.summary import summarise
+from slides.slide import open_slide
+
+
+def finish_slide(job: Job, record: SlideRecord) -> SlideRecord:
+    """Write slide.json: provenance, record and summary. Returns the record with its remarks."""
+    plan = read_plan(job.folder, job.digest)
+    summary = summarise(job.folder.nuclei, plan)
+    record = dataclasses.replace(record, remarks=remarks(record, summary, plan.notes))
+    file = job.source.stat()
+    content = {
+        "digest": job.digest,
+        "source": job.source.name,
+        "source_path": str(job.source),
+        "source_bytes": file.st_size,
+        "source_mtime_ns": file.st_mtime_ns,
+        "quick_hash": plan.quick_hash,
+        "vendor": plan.vendor,
+        "size": plan.size,
+        "bounds": plan.bounds,
+        "um_per_px": plan.scale,
+        "has_icc": plan.has_icc,
+        "stain": plan.stain.to_json(),
+        "stain_target": plan.target.to_json(),
+        "files": _describe(job.folder, job.settings.export),
+        "record": record.to_json(),
+        "summary": summary,
+    }
+    job.check_lease()
+    files.write_json(job.folder.slide_json, content)
+    return record
+
+
+def read_record(content: Mapping[str, Any]) -> SlideRecord:
+    """The record in a slide.json."""
+    return SlideRecord.from_json(content["record"])
+
+
+def check_same_source(source: Path, content: Mapping[str, Any]) -> None:
+    """Raise SlideChanged where the slide is another than the one in a slide.json; it is opened only if need be."""
+    file = source.stat()
+    if (file.st_size, file.st_mtime_ns) == (content.get("source_bytes"), content.get("source_mtime_ns")):
+        return
+    with open_slide(source, mpp=1.0) as slide:
+        if slide.quick_hash != content["quick_hash"]:
+            raise SlideChanged(
+                f"{source.name} is not the file that these results are of ({slide.quick_hash[:12]}, was "
+                f"{content['quick_hash'][:12]}): put it back, or give --overwrite"
+            )
+
+
+# ------------------------------------------------------------------------------------------- its results
+
+
+def write_exports(folder: SlideFolder, export: Export) -> dict[str, Exported]:
+    """The files for other tools, from the folder's nuclei.parquet, by the names of their formats."""
+    return {name: FORMATS[name](folder.nuclei, folder.export(name), crop=export.crop) for name in export.formats}
+
+
+def stale_exports(folder: SlideFolder, export: Export) -> tuple[ExportFormat, ...]:
+    """Names of the wanted formats whose files are missing, of another size than was written, or of other options."""
+    known, options = (files.read_json(folder.slide_json) or {}).get("files", {}), _options(export)
+    return tuple(
+        name
+        for name in export.formats
+        if known.get(EXPORTS[name], {}).get("options") != options or not _has_size(folder, EXPORTS[name], known)
+    )
+
+
+def refresh_exports(folder: SlideFolder, export: Export) -> tuple[ExportFormat, ...]:
+    """Make what is stale of a finished slide's exports again, from nuclei.parquet. Returns the names of the formats."""
+    stale = dataclasses.replace(export, formats=stale_exports(folder, export))
+    if stale.formats:
+        rewrite_exports(folder, stale)
+    return stale.formats
+
+
+def rewrite_exports(folder: SlideFolder, export: Export) -> dict[str, Exported]:
+    """Make exports of a finished slide, there or not, and note them in slide.json."""
+    exported = write_exports(folder, export)
+    content = files.read_json(folder.slide_json)
+    if content is not None:
+        made = _describe(folder, export, tuple(EXPORTS[name] for name in export.formats))
+        files.write_json(folder.slide_json, {**content, "files": {**content.get("files", {}), **made}})
+    return exported
+
+
+def damaged_results(folder: SlideFolder, content: Mapping[str, Any], *, thorough: bool) -> Iterator[str]:
+    """What is wrong with the results of a finished slide, a line each.
+
+    thorough: every file by its checksum, which reads every byte; else only the size of nuclei.parquet, as all
+    others can be made again from it.
+    """
+    known = content.get("files", {})
+    for name, about in known.items():
+        if not thorough and name != folder.nuclei.name:
+            continue
+        if not _has_size(folder, name, known):
+            size = (folder.path / name).stat().st_size if (folder.path / name).exists() else 0
+            yield f"{name} has {size:,} bytes, was written with {about['bytes']:,}"
+        elif thorough and files.file_sha256(folder.path / name) != about["sha256"]:
+            yield f"{name} has other content than was written"
+
+
+def _has_size(folder: SlideFolder, name: str, known: Mapping[str, Any]) -> bool:
+    path = folder.path / name
+    return name in known and path.is_file() and path.stat().st_size == known[name]["bytes"]
+
+
+def _describe(folder: SlideFolder, export: Export, names: tuple[str, ...] = RESULTS) -> dict[str, Any]:
+    """Size and checksum of every result that is there, and the options of those that are exports."""
+    about: dict[str, Any] = {}
+    for name in names:
+        path = folder.path / name
+        if path.is_file() and (name not in EXPORTS.values() or name in map(EXPORTS.__getitem__, export.formats)):
+            about[name] = {"bytes": path.stat().st_size, "sha256": files.file_sha256(path)}
+            if name in EXPORTS.values():
+                about[name]["options"] = _options(export)
+    return about
+
+
+def _options(export: Export) -> dict[str, Any]:
+    """What of the settings decides the content of an export."""
+    return {name: value for name, value in dataclasses.asdict(export).items() if name != "formats"}

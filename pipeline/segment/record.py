@@ -1,0 +1,143 @@
+"""What became of a slide: what its stages did, and what a person must be told about it, worded once.
+
+The ledger, the terminal and the report all show `SlideRecord.remarks`.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+PLAUSIBLE_AREA_UM2 = (8.0, 150.0)  # of a slide's median nucleus; outside, the scale is probably wrong
+
+_TOUCHING_SHARE = 0.001  # of the nuclei: a few at the edges are clumps, more are a margin that is too small
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What was counted over the tiles or the nuclei of a slide. Counts of parts add up."""
+
+    nuclei: int = 0
+    area_lost_mm2: float = 0.0  # of the cores: unreadable, or no memory
+    saturated_tiles: int = 0  # that reached their cap even after they were split
+    split_tiles: int = 0  # done in quarters, as the device lacked the memory for the whole
+    touching_nuclei: int = 0  # that reach the edge of what their tile read, inside the slide
+    seam_duplicates: int = 0  # left out at seams: duplicates, and what no other tile confirmed
+    export_repaired: int = 0  # outlines that needed more than rounding to be valid, over all formats
+    export_dropped: int = 0  # outlines of which nothing was left at the precision of the export
+
+    def __add__(self, other: "Counts") -> "Counts":
+        pairs = zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
+        return Counts(*(a + b for a, b in pairs))
+
+
+@dataclass(frozen=True)
+class WorkRecord:
+    """What stages did to a block or a slide: small enough to send anywhere. Records add up.
+
+    seconds: at work in each stage, by its name; waiting is not counted.
+    computed_on: kinds of device and precisions that detected, such as "cpu bfloat16"; they decide the last bits.
+    """
+
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    counts: Counts = Counts()
+    computed_on: tuple[str, ...] = ()
+
+    def __add__(self, other: "WorkRecord") -> "WorkRecord":
+        names = dict.fromkeys((*self.seconds, *other.seconds))
+        seconds = {name: self.seconds.get(name, 0.0) + other.seconds.get(name, 0.0) for name in names}
+        computed_on = tuple(sorted({*self.computed_on, *other.computed_on}))
+        return WorkRecord(seconds, self.counts + other.counts, computed_on)
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> Self:
+        """What `to_json` gave, also of another version: counts that are not known are left out."""
+        known = {f.name for f in dataclasses.fields(Counts)}
+        counts = {name: value for name, value in content.get("counts", {}).items() if name in known}
+        return cls(dict(content.get("seconds", {})), Counts(**counts), tuple(content.get("computed_on", ())))
+
+
+@dataclass(frozen=True)
+class SlideRecord:
+    """A slide's row in the ledger."""
+
+    slide: str
+    status: str  # done, done before, failed, interrupted, elsewhere (another run has it), waiting
+    cause: str = ""
+    mpp: float = 0.0
+    mpp_source: str = ""
+    tissue_mm2: float = 0.0
+    tiles: int = 0
+    work: WorkRecord = WorkRecord()
+    elapsed_seconds: float = 0.0  # from start to end, waiting included
+    remarks: tuple[str, ...] = ()  # why a person should look at it
+
+    @property
+    def done(self) -> bool:
+        return self.status.startswith("done")
+
+    @property
+    def nuclei(self) -> int:
+        return self.work.counts.nuclei
+
+    @property
+    def work_seconds(self) -> float:
+        """At work, over all stages and workers."""
+        return sum(self.work.seconds.values())
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> Self:
+        """What `to_json` gave, also of another version: what is not known is left out."""
+        known = {f.name for f in dataclasses.fields(cls)}
+        values = {name: value for name, value in content.items() if name in known}
+        values["work"] = WorkRecord.from_json(content.get("work", {}))
+        values["remarks"] = tuple(content.get("remarks", ()))
+        return cls(**values)
+
+
+def remarks(record: SlideRecord, summary: Mapping[str, Any], notes: tuple[str, ...] = ()) -> tuple[str, ...]:
+    """What a person must know of a finished slide: what was lost, skipped, guessed, overridden, or looks wrong.
+
+    summary: of `pipeline.segment.summary`; notes: what planning has to say, which comes first.
+    """
+    counts, said = record.work.counts, list(notes)
+    if not record.tissue_mm2:
+        said.append("no tissue was found: look at thumbnail.jpg; --tissue.everywhere takes the whole slide")
+    elif not counts.nuclei:
+        said.append("no nuclei were found: look at overlay.jpg; is it stained with H&E, and is the scale right?")
+    if counts.area_lost_mm2:
+        said.append(f"{counts.area_lost_mm2:.3g} mm² have no result: unreadable, or the device had no memory")
+    if counts.saturated_tiles:
+        said.append(f"{counts.saturated_tiles} tiles hold more nuclei than allowed: raise --detector.instances-per-mm2")
+    if counts.split_tiles:
+        said.append(f"{counts.split_tiles} tiles were done in quarters for want of device memory: lower --tiling.tile")
+    if counts.touching_nuclei > _TOUCHING_SHARE * counts.nuclei:
+        said.append(
+            f"{counts.touching_nuclei:,} nuclei reach the edge of what their tile read, and may be cut: "
+            f"raise --tiling.margin"
+        )
+    quantiles = summary.get("area_um2", {}).get("quantiles") or [None]
+    median = quantiles[len(quantiles) // 2]
+    low, high = PLAUSIBLE_AREA_UM2
+    if median is not None and not low <= median <= high:
+        said.append(
+            f"the median nucleus has {median:.3g} µm², usual are {low:g} to {high:g}: check the scale "
+            f"({record.mpp:g} µm/px from {record.mpp_source})"
+        )
+    seams = summary.get("seams", {})
+    if seams.get("suspicious"):
+        said.append(
+            f"seam check failed: density near seams is {seams['ratio']:.2f} ± {seams['standard_error']:.2f} of the "
+            f"surroundings; above 1: duplicates; below: losses, raise --tiling.margin"
+        )
+    if counts.export_dropped:
+        said.append(f"{counts.export_dropped} nuclei are too small for the precision of the exports: left out there")
+    if len(record.work.computed_on) > 1:
+        said.append(f"computed on {' and '.join(record.work.computed_on)}: single nuclei may differ between them")
+    return tuple(said)
