@@ -22,6 +22,8 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from pipeline.text import printable
+
 _RECENT_S = 300.0  # the speed is that of so long,
 _RECENT_BLOCKS = 8  # and of so many blocks at least: on a slow machine one takes minutes
 
@@ -172,7 +174,8 @@ class Progress:
             self._live = None
 
     def say(self, line: str) -> None:
-        """One line, or several, for the person at the terminal and for the log."""
+        """One line, or several, for the person at the terminal and for the log; made printable."""
+        line = printable(line)
         self._log.write(line)
         if self._say is not None:
             self._say(line)

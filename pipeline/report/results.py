@@ -85,7 +85,8 @@ def _look(run: RunFolder, row: Mapping[str, Any]) -> SlideResult:
     """A slide by itself."""
     folder, name = run.slide(str(row["slide"])), str(row["slide"])
     # every byte of a name survives, and no colon makes it a scheme
-    slide = SlideResult(row, quote(os.fsencode(name), safe="/") if folder.path.is_dir() else "")
+    address = quote(os.fsencode(name), safe="/") if folder.path.is_dir() else ""
+    slide = SlideResult(row, address, remarks=tuple(filter(None, [str(row.get("remarks") or "")])))
     if slide.state != "done":
         return slide
     content = files.read_json(folder.slide_json) or {}
@@ -93,7 +94,7 @@ def _look(run: RunFolder, row: Mapping[str, Any]) -> SlideResult:
     return dataclasses.replace(
         slide,
         summary=summary if summary.get("version") == VERSION else {},
-        remarks=read_record(content).remarks if "record" in content else (),
+        remarks=read_record(content).remarks if "record" in content else slide.remarks,
         finished=_written(folder.slide_json),
         picture=_small(folder.overlay),
     )

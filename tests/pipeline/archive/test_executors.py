@@ -1,4 +1,4 @@
-"""Every place gives the same records; turns are never exceeded and go to who has least left; machines are sized."""
+"""Every executor gives the same records; machines are sized."""
 
 import asyncio
 import threading
@@ -7,10 +7,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from pipeline.archive.executors import Cluster, Executor, FairSlots, places, run_task, worker_specs
+from pipeline.archive.executors import Cluster, Executor, open_executor, run_task, worker_specs
 from pipeline.config import Execution
 from pipeline.errors import ConfigError
 
@@ -44,7 +42,7 @@ def doubled(where: Executor, items: list[int]) -> list[Any]:
     return [str(answer) for answer in asyncio.run(all_of_them())]
 
 
-def test_every_place_gives_the_same(client: Any) -> None:
+def test_every_executor_gives_the_same(client: Any) -> None:
     """Law: loop, threads and Dask give the same records, and the same errors."""
     items = list(range(20))
     expected = ["thirteen" if i == 13 else str(2 * i) for i in items]
@@ -53,7 +51,7 @@ def test_every_place_gives_the_same(client: Any) -> None:
         (Execution(cluster=False, workers=3), None),
         (HERE, client),
     ):
-        with places(running, client=given_client) as where:
+        with open_executor(running, client=given_client) as where:
             assert doubled(where, items) == expected
 
 
@@ -74,58 +72,6 @@ def test_a_gpu_has_two_tasks_at_once_and_no_more(client: Any) -> None:
     assert max(sum(a <= begun < b for a, b in spans) for begun, _ in spans) == 2
 
 
-@given(st.lists(st.integers(1, 6), min_size=1, max_size=6), st.integers(1, 4))
-def test_turns_are_bounded_and_go_to_who_has_least_left(sizes: list[int], size: int) -> None:
-    """Law: never more than `size` in flight, every block has its turn; with one turn, slides end in order of size."""
-    turns = FairSlots(size)
-    flying, most, ended = 0, 0, []
-
-    async def block() -> None:
-        nonlocal flying, most
-        flying += 1
-        most = max(most, flying)
-        await asyncio.sleep(0)
-        flying -= 1
-
-    async def slide(number: int, blocks: int) -> None:
-        async with asyncio.TaskGroup() as group:
-            for done in range(blocks):
-                await turns.take(blocks - done)
-                group.create_task(block()).add_done_callback(lambda _: turns.give_back())
-        ended.append(number)
-
-    async def night() -> None:
-        async with asyncio.TaskGroup() as group:
-            # somebody is at work when they all come
-            await turns.take(0)
-            for number, blocks in enumerate(sizes):
-                group.create_task(slide(number, blocks))
-            await asyncio.sleep(0)
-            turns.give_back()
-
-    asyncio.run(night())
-    assert flying == 0
-    assert most <= size
-    assert sorted(ended) == list(range(len(sizes)))
-    if size == 1:
-        assert [sizes[i] for i in ended] == sorted(sizes)
-
-
-def test_a_turn_that_is_cancelled_is_given_back() -> None:
-    async def night() -> None:
-        turns = FairSlots(1)
-        await turns.take(1)
-        waiting = [asyncio.create_task(turns.take(1)) for _ in range(3)]
-        await asyncio.sleep(0)
-        waiting[0].cancel()
-        turns.give_back()  # goes to the second, which is cancelled before it wakes
-        waiting[1].cancel()
-        await asyncio.wait_for(waiting[2], 5)
-        assert [w.cancelled() for w in waiting] == [True, True, False]
-
-    asyncio.run(night())
-
-
 def test_when_cancelled_what_waits_is_cancelled_too() -> None:
     begun = threading.Event()
     done: list[int] = []
@@ -135,15 +81,15 @@ def test_when_cancelled_what_waits_is_cancelled_too() -> None:
         threading.Event().wait(0.2)
         done.append(number)
 
-    async def night(where: Executor) -> None:
+    async def work(where: Executor) -> None:
         async with asyncio.TaskGroup() as group:
             for number in range(50):
                 group.create_task(run_task(where, False, slow, number))
             await asyncio.to_thread(begun.wait)
             raise KeyError
 
-    with places(Execution(cluster=False, workers=2)) as where, pytest.raises(ExceptionGroup):
-        asyncio.run(night(where))
+    with open_executor(Execution(cluster=False, workers=2)) as where, pytest.raises(ExceptionGroup):
+        asyncio.run(work(where))
     assert 1 <= len(done) <= 6
 
 
@@ -170,10 +116,10 @@ def test_machines_are_sized(
 def test_a_scheduler_that_is_not_there_is_named() -> None:
     with (
         pytest.raises(ConfigError, match=r"nowhere\.json does not exist"),
-        places(Execution(scheduler_file="nowhere.json")),
+        open_executor(Execution(scheduler_file="nowhere.json")),
     ):
         pass
     with pytest.raises(ConfigError, match="need one of them"):
         Execution(scheduler="tcp://a:1", scheduler_file="b")
-    with pytest.raises(ConfigError, match="this machine has 0"), places(Execution(gpus=3), "cpu"):
+    with pytest.raises(ConfigError, match="this machine has 0"), open_executor(Execution(gpus=3), "cpu"):
         pass

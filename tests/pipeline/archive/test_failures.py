@@ -1,4 +1,4 @@
-"""Nights that go wrong: each trouble ends in a clear line of the ledger, costs nothing else, and can be put right."""
+"""Runs that go wrong: each trouble ends in a clear line of the ledger, costs nothing else, and can be put right."""
 
 import asyncio
 import errno
@@ -39,7 +39,7 @@ def archive(tmp_path: Path) -> Path:
     return folder
 
 
-def night(archive: Path, out: Path, execution: Execution = ONE, **more: Any) -> dict[str, SlideRecord]:
+def segment(archive: Path, out: Path, execution: Execution = ONE, **more: Any) -> dict[str, SlideRecord]:
     more = {"detect": oracle.detect, **more}
     rows = run([archive / "list.csv"], out, chosen(), execution, mpp=0.25, say=lambda line: None, **more)
     return {row.slide: row for row in rows}
@@ -47,17 +47,17 @@ def night(archive: Path, out: Path, execution: Execution = ONE, **more: Any) -> 
 
 def test_a_slide_that_changes_between_runs_is_refused_and_its_results_stay(archive: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    night(archive, out)
+    segment(archive, out)
     before = files(out / "a")
     os.utime(archive / "a.png")  # only copied, say: the same slide
-    assert night(archive, out)["a"].status == "done before"
+    assert segment(archive, out)["a"].status == "done before"
     paint(archive / "a.png", 2)
-    rows = night(archive, out)
+    rows = segment(archive, out)
     assert rows["a"].status == "failed"
     assert "is not the file that these results are of" in rows["a"].cause
     assert rows["b"].status == "done before"
     assert files(out / "a") == before
-    assert night(archive, out, Execution(cluster=False, workers=1, overwrite=True))["a"].status == "done"
+    assert segment(archive, out, Execution(cluster=False, workers=1, overwrite=True))["a"].status == "done"
     assert files(out / "a") != before
     assert not (out / "a" / "failure.json").exists()
 
@@ -66,10 +66,10 @@ def test_a_slide_that_changes_while_its_work_is_half_done_is_refused(archive: Pa
     out = tmp_path / "out"
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(archive_run, "STAGES", without_stitching())
-        assert night(archive, out)["a"].cause == "the light went out"
+        assert segment(archive, out)["a"].cause == "stitching failed"
     assert list((out / "a" / "work" / "instances").glob("*.parquet"))
     paint(archive / "a.png", 2)
-    rows = night(archive, out)
+    rows = segment(archive, out)
     assert "is not the file this work was started on" in rows["a"].cause
     assert rows["b"].status == "done"
 
@@ -78,7 +78,7 @@ def without_stitching() -> tuple[stages.Stage, ...]:
     """The stages, of which stitching fails."""
 
     def fail(*_: Any) -> WorkRecord:
-        raise RuntimeError("the light went out")
+        raise RuntimeError("stitching failed")
 
     return tuple(stage._replace(run=fail) if stage.name == "stitch" else stage for stage in stages.STAGES)
 
@@ -90,7 +90,7 @@ def test_a_full_disk_is_told_and_what_was_done_stays(
     usage = namedtuple("usage", "total used free")
     with monkeypatch.context() as patched:
         patched.setattr(shutil, "disk_usage", lambda _: usage(10**9, 10**9, 1000))
-        rows = night(archive, out)
+        rows = segment(archive, out)
     assert {row.status for row in rows.values()} == {"failed"}
     assert "are needed for the blocks in flight: free some space" in rows["a"].cause
 
@@ -103,7 +103,7 @@ def test_a_full_disk_is_told_and_what_was_done_stays(
 
     with monkeypatch.context() as patched:
         patched.setattr(stages, "write_predictions", full)
-        rows = night(archive, out)
+        rows = segment(archive, out)
     assert "No space left on device" in rows["a"].cause
     assert rows["b"].status == "done"
     done = {path.name: path.stat().st_mtime_ns for path in (out / "a" / "work" / "instances").iterdir()}
@@ -113,12 +113,12 @@ def test_a_full_disk_is_told_and_what_was_done_stays(
         patched.setattr(
             stages, "write_predictions", lambda path, *rest: (resumed.append(path.stem), wrote(path, *rest))[1]
         )
-        assert night(archive, out)["a"].status == "done"
+        assert segment(archive, out)["a"].status == "done"
     assert resumed
     assert not {Path(name).stem for name in done} & set(resumed), "a block was done twice"
 
 
-def test_an_output_folder_that_vanishes_ends_the_night_without_an_error(archive: Path, tmp_path: Path) -> None:
+def test_an_output_folder_that_vanishes_ends_the_run_without_an_error(archive: Path, tmp_path: Path) -> None:
     out, away = tmp_path / "out", tmp_path / "away"
 
     def gone(patches: np.ndarray, plan: Plan, settings: Settings) -> Iterator[Found]:
@@ -126,34 +126,34 @@ def test_an_output_folder_that_vanishes_ends_the_night_without_an_error(archive:
             out.rename(away)
         yield from oracle.detect(patches, plan, settings)
 
-    rows = night(archive, out, detect=gone)
+    rows = segment(archive, out, detect=gone)
     assert [row.status for row in rows.values()] == ["failed", "failed"]
     assert "is not there any more: put it back" in rows["b"].cause
     shutil.rmtree(out, ignore_errors=True)
     away.rename(out)
     for lease in out.glob("*/.lease"):  # of a process that lives on: this one
         shutil.rmtree(lease)
-    assert {row.status for row in night(archive, out).values()} == {"done"}
+    assert {row.status for row in segment(archive, out).values()} == {"done"}
 
 
 def test_a_run_json_that_is_damaged_is_told(archive: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    night(archive, out)
+    segment(archive, out)
     for content in ("", "{}", "[1]", '{"digest": "a'):
         (out / "run.json").write_text(content)
-        with pytest.raises(RunError, match=r"run\.json is not a run's"):
-            night(archive, out)
+        with pytest.raises(RunError, match=r"run\.json is damaged .* delete it"):
+            segment(archive, out)
     (out / "a" / "slide.json").write_text("{")
     (out / "run.json").unlink()
-    rows = night(archive, out)
+    rows = segment(archive, out)
     assert (rows["a"].status, rows["b"].status) == ("done", "done before")
 
 
-def test_overwriting_begins_anew_with_other_settings_even_half_done_work(archive: Path, tmp_path: Path) -> None:
+def test_overwriting_restarts_with_other_settings_even_half_done_work(archive: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(archive_run, "STAGES", without_stitching())
-        night(archive, out)
+        segment(archive, out)
     rows = run(
         [archive / "list.csv"],
         out,
@@ -167,14 +167,14 @@ def test_overwriting_begins_anew_with_other_settings_even_half_done_work(archive
     assert rows[0].tiles > 20
 
 
-def test_a_slide_that_another_run_is_at_is_left_to_it(archive: Path, tmp_path: Path) -> None:
+def test_a_slide_that_another_run_has_is_left_to_it(archive: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     with Leases() as other:
         other.take(out.resolve() / "a")
-        rows = night(archive, out, Execution(cluster=False, workers=1, wait=False))
+        rows = segment(archive, out, Execution(cluster=False, workers=1, wait=False))
         assert (rows["a"].status, rows["b"].status) == ("elsewhere", "done")
         assert str(os.getpid()) in rows["a"].cause
-    assert night(archive, out)["a"].status == "done"
+    assert segment(archive, out)["a"].status == "done"
 
 
 def test_what_the_device_had_no_memory_for_is_area_lost(archive: Path, tmp_path: Path) -> None:
@@ -185,7 +185,7 @@ def test_what_the_device_had_no_memory_for_is_area_lost(archive: Path, tmp_path:
             }
             yield found if number else found._replace(**nothing, lost=True)
 
-    row = night(archive, tmp_path / "out", detect=small)["a"]
+    row = segment(archive, tmp_path / "out", detect=small)["a"]
     tile = (128 - 2 * 20) * 0.25e-3
     # 5 x 4 tiles in blocks of 2 x 2: the first of each of the six blocks, the last column and row clipped
     assert row.work.counts.area_lost_mm2 == pytest.approx(
@@ -194,7 +194,7 @@ def test_what_the_device_had_no_memory_for_is_area_lost(archive: Path, tmp_path:
         ),
         abs=1e-6,
     )
-    assert 0 < row.nuclei < night(archive, tmp_path / "whole")["a"].nuclei
+    assert 0 < row.nuclei < segment(archive, tmp_path / "whole")["a"].nuclei
 
 
 def test_a_mask_that_covers_nothing_is_no_nucleus(archive: Path, tmp_path: Path) -> None:
@@ -208,15 +208,15 @@ def test_a_mask_that_covers_nothing_is_no_nucleus(archive: Path, tmp_path: Path)
             more |= {"boxes": box, "soft": mask, "scores": np.array([0.9], np.float32)}
             yield found._replace(**{n: np.concatenate([getattr(found, n), one]) for n, one in more.items()})
 
-    expected = night(archive, tmp_path / "whole")["a"].nuclei
-    row = night(archive, tmp_path / "out", detect=faint)["a"]
+    expected = segment(archive, tmp_path / "whole")["a"].nuclei
+    row = segment(archive, tmp_path / "out", detect=faint)["a"]
     assert (row.status, row.nuclei) == ("done", expected)
     assert oracle.outlines(tmp_path / "out" / "a") == oracle.outlines(tmp_path / "whole" / "a")
 
 
 def test_a_missing_slide_of_a_manifest_is_a_line_of_the_ledger(archive: Path, tmp_path: Path) -> None:
     (archive / "list.csv").write_text("path\na.png\nnowhere.png\n")
-    rows = night(archive, tmp_path / "out")
+    rows = segment(archive, tmp_path / "out")
     assert rows["a"].status == "done"
     assert (rows["nowhere"].status, "nowhere.png" in rows["nowhere"].cause) == ("failed", True)
     assert json.loads((tmp_path / "out" / "nowhere" / "failure.json").read_text())["cause"] == rows["nowhere"].cause
@@ -226,7 +226,7 @@ def test_it_runs_where_an_event_loop_runs_already(archive: Path, tmp_path: Path)
     """A notebook's cell is called from a running loop."""
 
     async def cell() -> dict[str, SlideRecord]:
-        return night(archive, tmp_path / "out")
+        return segment(archive, tmp_path / "out")
 
     assert {row.status for row in asyncio.run(cell()).values()} == {"done"}
 
@@ -238,6 +238,6 @@ def test_a_client_is_used_and_left_as_it_was(archive: Path, tmp_path: Path) -> N
         LocalCluster(n_workers=1, threads_per_worker=2, processes=False, dashboard_address=":0") as cluster,
         Client(cluster, set_as_default=False) as client,
     ):
-        assert {row.status for row in night(archive, tmp_path / "out", client=client).values()} == {"done"}
+        assert {row.status for row in segment(archive, tmp_path / "out", client=client).values()} == {"done"}
         assert client.status == "running"
     assert not list((tmp_path / "out" / "a").glob(".lease*"))

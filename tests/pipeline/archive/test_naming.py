@@ -8,16 +8,15 @@ from pathlib import Path
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
-from pipeline.archive.ledger import FAILURE, SLIDE
-from pipeline.archive.naming import RESERVED, Place, name_slides
-from pipeline.segment.export import FORMATS
+from pipeline.archive.naming import Place, name_slides
+from pipeline.layout import EXPORTS, RESERVED, RESULTS, RunFolder
 from pipeline.text import printable
 
 # few names, so that they often meet
 ORDINARY = ["a", "A", "ab", "b", "_a", "-a", "a.svs", "a.tif", "é", "e\u0301", "ß", "SS"]
-RESULTS = ["work", "Work", "logs", "run.json", "nuclei.parquet"]
+TAKEN = ["work", "Work", "logs", "run.json", "nuclei.parquet"]
 AWKWARD = ["b ", ".a", "a.", "...", " ", "\udce9", "_xe9", "a\nb", "a:b", "s" * 240, "é" * 120]
-PARTS = st.sampled_from([*ORDINARY, *RESULTS, *AWKWARD])
+PARTS = st.sampled_from([*ORDINARY, *TAKEN, *AWKWARD])
 SUFFIXES = st.sampled_from([".svs", ".tif", ".SVS", ".tif.svs", ""])
 HOMES = st.sampled_from(
     [Path("/in/siteA"), Path("/in/siteB"), Path("/in/x/siteA"), Path("/in"), Path("/"), Path("/b/A")]
@@ -127,7 +126,9 @@ def test_equal_names_of_several_folders_begin_with_the_folders() -> None:
 
 
 def test_everything_that_a_run_writes_is_reserved() -> None:
-    assert {"run.json", "logs", "work", SLIDE, FAILURE, *(f.file for f in FORMATS.values())} <= RESERVED
+    run, slide = RunFolder(Path("r")), RunFolder(Path("r")).slide("s")
+    own = (run.run_json, run.ledger, run.report, run.logs, slide.slide_json, slide.failure_json, slide.work)
+    assert {*RESULTS, *EXPORTS.values(), *(path.name for path in own), slide.thumbnail.name} == RESERVED
 
 
 def test_any_name_of_a_file_can_be_shown() -> None:

@@ -86,16 +86,16 @@ def test_the_end_is_told_with_its_day_if_that_is_another() -> None:
 
 def test_the_line_counts_slides_blocks_and_what_is_left(tmp_path: Path, plain: Console) -> None:
     clock = Clock()
-    progress = Progress(tmp_path, 6, console=plain, clock=clock)
+    progress = Progress(tmp_path / "logs", 6, console=plain, clock=clock)
 
     def line() -> str:
         return re.sub(r"about (\w+ )?\d\d:\d\d;", "about TIME;", progress.line())
 
     progress.ended("done before", failed=False)
     assert line() == "1/6 slides; 0 blocks, 0.0 mm2"
-    progress.begun("a", blocks=4, mm2=8)
-    progress.begun("b", blocks=5, mm2=20)
-    progress.begun("stitched only", blocks=0, mm2=2)
+    progress.started("a", blocks=4, mm2=8)
+    progress.started("b", blocks=5, mm2=20)
+    progress.started("stitched only", blocks=0, mm2=2)
     clock.now += 10
     assert line() == "1/6 slides; 0 blocks, 0.0 mm2", "no speed, no estimate"
     for _ in range(4):
@@ -111,8 +111,8 @@ def test_the_line_counts_slides_blocks_and_what_is_left(tmp_path: Path, plain: C
 
 def test_the_speed_follows_the_last_minutes(tmp_path: Path, plain: Console) -> None:
     clock = Clock()
-    progress = Progress(tmp_path, 1, console=plain, clock=clock)
-    progress.begun("a", blocks=1000, mm2=1000)
+    progress = Progress(tmp_path / "logs", 1, console=plain, clock=clock)
+    progress.started("a", blocks=1000, mm2=1000)
     for seconds, rate in ((1, "1.000"), (10, "0.100"), (2, "0.500"), (100, "0.010")):
         for _ in range(310 // seconds + 8):
             clock.now += seconds
@@ -125,8 +125,8 @@ def test_the_speed_follows_the_last_minutes(tmp_path: Path, plain: Console) -> N
 
 def test_on_a_terminal_there_is_a_live_line_and_lines_above_it(tmp_path: Path, terminal: Console) -> None:
     clock = Clock()
-    with Progress(tmp_path, 3, console=terminal, clock=clock) as progress:
-        progress.begun("a", blocks=2, mm2=4)
+    with Progress(tmp_path / "logs", 3, console=terminal, clock=clock) as progress:
+        progress.started("a", blocks=2, mm2=4)
         clock.now += 8
         progress.block(2)
         progress.say("a [bold]name[/bold]: 12 nuclei\n    in two lines")
@@ -140,9 +140,9 @@ def test_on_a_terminal_there_is_a_live_line_and_lines_above_it(tmp_path: Path, t
 def test_without_a_terminal_there_are_plain_lines(
     tmp_path: Path, plain: Console, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with Progress(tmp_path, 1, console=plain) as progress:
+    with Progress(tmp_path / "logs", 1, console=plain) as progress:
         progress.say("first\nsecond")
-        progress.begun("a", blocks=2, mm2=4)
+        progress.started("a", blocks=2, mm2=4)
         progress.block(2)
         progress.ended("a", failed=True)
     assert capsys.readouterr() == ("first\nsecond\n", "")
@@ -151,21 +151,21 @@ def test_without_a_terminal_there_are_plain_lines(
 
 def test_lines_go_where_they_are_wanted(tmp_path: Path, terminal: Console, capsys: pytest.CaptureFixture[str]) -> None:
     lines: list[str] = []
-    with Progress(tmp_path, 1, lines.append, console=terminal) as progress:
+    with Progress(tmp_path / "logs", 1, lines.append, console=terminal) as progress:
         progress.say("one")
     assert lines == ["one"] == log_of(tmp_path)
     assert written(terminal) == "" == capsys.readouterr().out
 
 
 def test_the_log_holds_every_line_with_its_time(tmp_path: Path, plain: Console) -> None:
-    with Progress(tmp_path, 2, console=plain) as progress:
+    with Progress(tmp_path / "logs", 2, console=plain) as progress:
         progress.say("first\n    second")
-        progress.begun("a/\u00e4 \u75c5.svs", blocks=2, mm2=4)
+        progress.started("a/\u00e4 \u75c5.svs", blocks=2, mm2=4)
         progress.ended("b", failed=True)
     assert log_of(tmp_path) == [
         "first",
         "    second",
-        "a/\u00e4 \u75c5.svs: begun, 2 blocks, 4.00 mm2",
+        "a/\u00e4 \u75c5.svs: started, 2 blocks, 4.00 mm2",
         "1/2 slides, 1 failed; 0 blocks, 0.0 mm2",
     ]
 
@@ -175,7 +175,7 @@ def test_names_that_are_no_text_are_said(
 ) -> None:
     """A file's name of bytes that are not UTF-8."""
     for console in (plain, terminal):
-        with Progress(tmp_path / str(console.is_terminal), 1, console=console) as progress:
+        with Progress(tmp_path / str(console.is_terminal) / "logs", 1, console=console) as progress:
             progress.say("caf\udce9.svs")
         assert log_of(tmp_path / str(console.is_terminal)) == ["caf\\udce9.svs"]
     assert capsys.readouterr().out == "caf\\udce9.svs\n"
@@ -186,7 +186,7 @@ def test_a_log_that_cannot_be_written_is_said_once_and_stops_nothing(
     tmp_path: Path, plain: Console, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "out").touch()  # where the folder should be
-    with Progress(tmp_path / "out", 1, console=plain) as progress:
+    with Progress(tmp_path / "out" / "logs", 1, console=plain) as progress:
         progress.say("one")
         progress.say("two")
         (tmp_path / "out").unlink()
@@ -205,10 +205,10 @@ def test_a_terminal_that_is_gone_stops_nothing(
     def gone(_text: str) -> int:
         raise OSError(5, "Input/output error")
 
-    with Progress(tmp_path / "a", 1, console=terminal) as progress:
+    with Progress(tmp_path / "a" / "logs", 1, console=terminal) as progress:
         monkeypatch.setattr(terminal.file, "write", gone)
         progress.say("one")
-    with Progress(tmp_path / "b", 1, console=plain) as progress:
+    with Progress(tmp_path / "b" / "logs", 1, console=plain) as progress:
         monkeypatch.setattr("sys.stdout", terminal.file)
         progress.say("one")
     assert log_of(tmp_path / "a") == log_of(tmp_path / "b") == ["one"]
@@ -222,12 +222,12 @@ def test_many_threads_lose_no_count_and_no_line(tmp_path: Path, terminal: Consol
         start.wait()
         for step in range(25):
             name = f"{number}-{step}"
-            progress.begun(name, blocks=1, mm2=0.5)
+            progress.started(name, blocks=1, mm2=0.5)
             progress.block(0.5)
             progress.say(f"{name} is done")
             progress.ended(name, failed=step == 0)
 
-    with Progress(tmp_path, 100, console=terminal) as progress, ThreadPoolExecutor(4) as pool:
+    with Progress(tmp_path / "logs", 100, console=terminal) as progress, ThreadPoolExecutor(4) as pool:
         list(pool.map(work, range(4)))
     assert progress.line().startswith("100/100 slides, 4 failed")
     assert "; 100 blocks, 50.0 of about 50 mm2, " in progress.line()

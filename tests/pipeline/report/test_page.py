@@ -8,7 +8,9 @@ from urllib.parse import unquote
 import pytest
 from PIL import Image
 
+from pipeline.layout import RunFolder
 from pipeline.report.page import write_report
+from pipeline.segment.record import SlideRecord
 from pipeline.segment.summary import AREA_EDGES_UM2, SEAM_EDGES_PX, VERSION, seam_verdict
 
 HOSTILE = [
@@ -63,7 +65,15 @@ class Page(HTMLParser):
 
 def row(name, status="done", **more):
     stages = {f"seconds_{s}": 1.0 + i for i, s in enumerate(("plan", "tile", "detect", "outline", "stitch", "export"))}
-    return {"slide": name, "status": status, "tissue_mm2": 2.0, "nuclei": 6000, "seconds": 30.0, **stages, **more}
+    return {
+        "slide": name,
+        "status": status,
+        "tissue_mm2": 2.0,
+        "nuclei": 6000,
+        "seconds_elapsed": 30.0,
+        **stages,
+        **more,
+    }
 
 
 def found(near=100):
@@ -77,15 +87,16 @@ def found(near=100):
     }
 
 
-def finish(folder, findings, at=1_700_000_000) -> None:
+def finish(folder, summary, at=1_700_000_000, remarks=()) -> None:
     folder.mkdir(parents=True)
-    (folder / "slide.json").write_text(json.dumps({"findings": findings}))
+    record = SlideRecord("", "done", remarks=tuple(remarks)).to_json()
+    (folder / "slide.json").write_text(json.dumps({"summary": summary, "record": record}))
     os.utime(folder / "slide.json", (at, at))
     Image.new("RGB", (400, 300), "pink").save(folder / "overlay.jpg")
 
 
 def read(out, rows) -> Page:
-    path = write_report(out, rows)
+    path = write_report(RunFolder(out), rows)
     assert path == out / "report.html"
     assert not list(out.glob(".partial*"))
     page = Page(path.read_text(encoding="utf-8"))
@@ -149,11 +160,11 @@ def test_a_run_without_anything(tmp_path):
     assert "slides done" in page.text
 
 
-def test_slides_without_findings_pictures_and_folders(tmp_path):
+def test_slides_without_summary_pictures_and_folders(tmp_path):
     rows = [
         row("gone"),
         row("b", "interrupted"),
-        row("c", "elsewhere", cause="gpu07 is at it"),
+        row("c", "elsewhere", cause="locked by gpu07, process 12"),
         {"slide": "d", "status": "x"},
     ]
     page = read(tmp_path, rows)
@@ -193,7 +204,7 @@ def test_the_night_in_numbers(tmp_path):
 @pytest.mark.parametrize(("near", "words"), [(100, "as it should be"), (200, "not what it should be")])
 def test_the_seams_of_all_slides_are_judged_together(tmp_path, near, words):
     for name in "abc":
-        finish(tmp_path / name, found(near))
+        finish(tmp_path / name, found(near), remarks=["seam check failed"] * (near == 200))
     page = read(tmp_path, [row(name) for name in "abc"])
     assert f"there are {near / 100:.3f} ± 0.041 times as many nuclei as around it: {words}" in page.text
     assert all((cells[-1] != "") == (near == 200) for cells in page.rows)
@@ -214,8 +225,8 @@ def test_settings_are_told(tmp_path):
 
 def test_a_thousand_slides_make_a_page_that_opens(tmp_path):
     finish(tmp_path / "one", found())
-    rows = [row(f"case {i}", "done", cause="", note="x" * 50) for i in range(1000)]
+    rows = [row(f"case {i}", "done", cause="", remarks="x" * 50) for i in range(1000)]
     for i in range(1000):
         (tmp_path / f"case {i}").symlink_to("one")
-    path = write_report(tmp_path, rows)
+    path = write_report(RunFolder(tmp_path), rows)
     assert path.stat().st_size < 15_000_000 - 1000 * 8_000  # beside pictures of 8 kB, which real ones have

@@ -10,14 +10,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from pipeline.layout import RunFolder
 from pipeline.report.results import FEWEST_SLIDES, read_results, robust_z
+from pipeline.segment.record import SlideRecord
 from pipeline.segment.summary import VERSION
 
 SOME = st.lists(st.floats(-1e3, 1e3).map(lambda v: round(v, 3)), min_size=FEWEST_SLIDES, max_size=30)
 
 
 def done(name="a", **more):
-    return {"slide": name, "status": "done", "tissue_mm2": 2.0, "nuclei": 6000, "seconds": 10.0, **more}
+    return {"slide": name, "status": "done", "tissue_mm2": 2.0, "nuclei": 6000, "seconds_elapsed": 10.0, **more}
 
 
 def found(**more):
@@ -26,9 +28,10 @@ def found(**more):
     return {"version": VERSION, "area_um2": {"quantiles": quantiles}, "seams": seams, **more}
 
 
-def finish(folder, findings) -> None:
+def finish(folder, summary, remarks=()) -> None:
     folder.mkdir(parents=True)
-    (folder / "slide.json").write_text(json.dumps({"findings": findings}))
+    record = SlideRecord("", "done", remarks=tuple(remarks)).to_json()
+    (folder / "slide.json").write_text(json.dumps({"summary": summary, "record": record}))
 
 
 # ------------------------------------------------------------------------------------------------ outliers
@@ -64,57 +67,42 @@ def test_slides_unlike_the_others_are_named_with_the_reason(tmp_path):
     for i in range(9):
         size = 99.0 if i == 4 else 30.0 + 0.1 * i
         finish(tmp_path / f"s{i}", found(area_um2={"quantiles": [10, 20, size, 120, 150]}))
-    slides = {s.name: s for s in read_results(tmp_path, rows)}
+    slides = {s.name: s for s in read_results(RunFolder(tmp_path), rows)}
     assert {name for name, s in slides.items() if s.odd} == {"sparse", "s4"}
     assert "fewer nuclei than usual: 200 per mm², the run's median is 3,175" in slides["sparse"].remarks[0]
     assert "larger nuclei than usual: 99.0 µm² at the median, the run's is 30.5" in slides["s4"].remarks[0]
-    assert slides["none"].remarks == ("no nucleus was found",)
 
 
 def test_seven_slides_are_too_few_to_be_unlike(tmp_path):
     rows = [done(f"s{i}", nuclei=6000 + 100 * i) for i in range(6)] + [done("sparse", nuclei=400)]
-    assert not any(s.odd for s in read_results(tmp_path, rows))
+    assert not any(s.odd for s in read_results(RunFolder(tmp_path), rows))
 
 
 # ------------------------------------------------------------------------------------------------ a slide
 
 
-@pytest.mark.parametrize(
-    ("row", "remark"),
-    [
-        (done(tissue_mm2=0.0, nuclei=0), "no tissue was found"),
-        (done(area_lost_mm2=0.05), "0.05 mm² have no result"),
-        (done(saturated_tiles=3), "3 tiles hold more nuclei than"),
-        (done(touching_nuclei=7), "7 nuclei reach the edge"),
-        (done(note="too few pixels"), "not normalised: too few pixels"),
-    ],
-)
-def test_what_a_person_should_look_at(tmp_path, row, remark):
-    (slide,) = read_results(tmp_path, [row])
-    assert len(slide.remarks) == 1
-    assert remark in slide.remarks[0]
+def test_remarks_are_those_of_the_slide_and_else_of_its_row(tmp_path):
+    finish(tmp_path / "a", found(), ["no tissue; none at all", "0.05 mm² have no result"])
+    rows = [done(remarks="no tissue; none at all; 0.05 mm² have no result"), done("gone", remarks="lost")]
+    whole, gone = read_results(RunFolder(tmp_path), rows)
+    assert whole.remarks == ("no tissue; none at all", "0.05 mm² have no result")
+    assert gone.remarks == ("lost",)
 
 
 def test_a_good_slide_has_no_remark(tmp_path):
     finish(tmp_path / "a", found())
-    (slide,) = read_results(tmp_path, [done(touching_nuclei=3)])
+    (slide,) = read_results(RunFolder(tmp_path), [done()])
     assert (slide.remarks, slide.state, slide.density, slide.median_area) == ((), "done", 3000.0, 30.0)
     assert slide.finished == (tmp_path / "a" / "slide.json").stat().st_mtime
 
 
-def test_a_suspicious_seam_is_a_remark(tmp_path):
-    finish(tmp_path / "a", found(seams={"ratio": 1.5, "standard_error": 0.05, "suspicious": True}))
-    (slide,) = read_results(tmp_path, [done()])
-    assert slide.remarks == ("1.50 times as many nuclei within 8 px of a seam as around it",)
-
-
-@pytest.mark.parametrize("content", [None, "", "[]", "{", '{"findings": null}', '{"findings": {"version": 99}}'])
-def test_a_slide_without_legible_findings_is_told_from_its_row(tmp_path, content):
+@pytest.mark.parametrize("content", [None, "", "[]", "{", '{"summary": null}', '{"summary": {"version": 99}}'])
+def test_a_slide_without_legible_summary_is_told_from_its_row(tmp_path, content):
     if content is not None:
         (tmp_path / "a").mkdir()
         (tmp_path / "a" / "slide.json").write_text(content)
-    (slide,) = read_results(tmp_path, [done()])
-    assert (slide.findings, slide.density, slide.remarks) == ({}, 3000.0, ())
+    (slide,) = read_results(RunFolder(tmp_path), [done()])
+    assert (slide.summary, slide.density, slide.remarks) == ({}, 3000.0, ())
     assert np.isnan(slide.median_area)
 
 
@@ -123,7 +111,7 @@ def test_a_slide_without_legible_findings_is_told_from_its_row(tmp_path, content
     [("done before", "done"), ("failed", "failed"), ("interrupted", "pending"), ("elsewhere", "pending")],
 )
 def test_states(tmp_path, status, state):
-    (slide,) = read_results(tmp_path, [done(status=status)])
+    (slide,) = read_results(RunFolder(tmp_path), [done(status=status)])
     assert slide.state == state
     assert np.isfinite(slide.density) == (state == "done")
 
@@ -132,7 +120,7 @@ def test_the_picture_is_small_and_whole(tmp_path):
     finish(tmp_path / "a", found())
     noise = np.random.default_rng(0).integers(0, 255, (1500, 3000, 3), np.uint8)
     Image.fromarray(noise).save(tmp_path / "a" / "overlay.jpg")
-    (slide,) = read_results(tmp_path, [done()])
+    (slide,) = read_results(RunFolder(tmp_path), [done()])
     kind, content = slide.picture.split(",")
     assert kind == "data:image/jpeg;base64"
     with Image.open(io.BytesIO(base64.b64decode(content))) as image:
@@ -146,5 +134,5 @@ def test_a_broken_picture_is_left_out(tmp_path, spoil):
     picture = tmp_path / "a" / "overlay.jpg"
     Image.new("RGB", (400, 300), "red").save(picture)
     picture.write_bytes(spoil(picture.read_bytes()))
-    (slide,) = read_results(tmp_path, [done()])
+    (slide,) = read_results(RunFolder(tmp_path), [done()])
     assert slide.picture == ""

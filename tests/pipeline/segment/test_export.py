@@ -216,10 +216,10 @@ def test_what_rounding_breaks_keeps_its_largest_part(tmp_path):
 
 def test_the_same_table_gives_the_same_bytes(tmp_path):
     nuclei = write(tmp_path / "nuclei.parquet", blobs(20))
-    for name, format_ in export.FORMATS.items():
+    for name, write_format in export.FORMATS.items():
         twice = []
         for attempt in ("first", "second"):
-            format_.write(nuclei, tmp_path / f"{name}-{attempt}", crop=True)
+            write_format(nuclei, tmp_path / f"{name}-{attempt}", crop=True)
             twice.append((tmp_path / f"{name}-{attempt}").read_bytes())
         assert twice[0] == twice[1]
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from pipeline.model import stain
 from pipeline.segment import tables
 from pipeline.segment.plan import Plan
-from pipeline.segment.summary import AREA_EDGES_UM2, SEAM_EDGES_PX, findings, seam_counts, seam_verdict
+from pipeline.segment.summary import AREA_EDGES_UM2, SEAM_EDGES_PX, seam_counts, seam_verdict, summarise
 from slides.geometry import Affine, Box, Size
 from slides.grid import TileGrid
 from slides.slide import Scale
@@ -156,11 +156,11 @@ def write(path, sides_um, klass, at):
         )
 
 
-def test_the_findings_of_five_nuclei(tmp_path):
+def test_the_summary_of_five_nuclei(tmp_path):
     # the seam of columns is at 500 work px, at slide x = 260; that of rows at slide y = 270
     at = [(259, 100), (255, 100), (100, 266.5), (100, 100), (60, 60)]
     write(tmp_path / "n.parquet", [2, 4, 6, 8, 20], ["Nucleus"] * 3 + ["Other"] * 2, at)
-    found = findings(tmp_path / "n.parquet", plan())
+    found = summarise(tmp_path / "n.parquet", plan())
     assert json.loads(json.dumps(found))["nuclei"] == 5
     assert found["per_mm2"] == pytest.approx(5 / 0.0625, rel=1e-3)
     assert found["classes"] == {"Nucleus": 3, "Other": 2}
@@ -174,10 +174,10 @@ def test_the_findings_of_five_nuclei(tmp_path):
     assert sum(found["seams"]["expected"]) == pytest.approx(5, abs=0.01)
 
 
-def test_the_findings_of_nothing(tmp_path):
+def test_the_summary_of_nothing(tmp_path):
     write(tmp_path / "n.parquet", [], [], [])
     glass = plan()._replace(tissue=TissueMap(np.zeros((32, 64), bool), 7.8125, 0.25))
-    found = json.loads(json.dumps(findings(tmp_path / "n.parquet", glass)))
+    found = json.loads(json.dumps(summarise(tmp_path / "n.parquet", glass)))
     assert (found["nuclei"], found["per_mm2"], found["classes"], found["area_um2"]["quantiles"]) == (0, None, {}, [])
     assert found["seams"]["ratio"] is None
     assert not sum(found["area_um2"]["counts"])

@@ -1,0 +1,60 @@
+"""Slots are never exceeded, and go to the slide with the least left to do."""
+
+import asyncio
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.archive.slots import FairSlots
+
+
+@given(st.lists(st.integers(1, 6), min_size=1, max_size=6), st.integers(1, 4))
+def test_slots_are_bounded_and_go_to_the_slide_with_least_left(sizes: list[int], size: int) -> None:
+    """Law: never more than `size` in flight, every block gets one; with one slot, slides end in order of size."""
+    slots = FairSlots(size)
+    flying, most, ended = 0, 0, []
+
+    async def block() -> None:
+        nonlocal flying, most
+        flying += 1
+        most = max(most, flying)
+        await asyncio.sleep(0)
+        flying -= 1
+
+    async def slide(number: int, blocks: int) -> None:
+        async with asyncio.TaskGroup() as group:
+            for done in range(blocks):
+                await slots.take(blocks - done)
+                group.create_task(block()).add_done_callback(lambda _: slots.give_back())
+        ended.append(number)
+
+    async def work() -> None:
+        async with asyncio.TaskGroup() as group:
+            # somebody is at work when they all come
+            await slots.take(0)
+            for number, blocks in enumerate(sizes):
+                group.create_task(slide(number, blocks))
+            await asyncio.sleep(0)
+            slots.give_back()
+
+    asyncio.run(work())
+    assert flying == 0
+    assert most <= size
+    assert sorted(ended) == list(range(len(sizes)))
+    if size == 1:
+        assert [sizes[i] for i in ended] == sorted(sizes)
+
+
+def test_a_slot_that_is_cancelled_is_given_back() -> None:
+    async def work() -> None:
+        slots = FairSlots(1)
+        await slots.take(1)
+        waiting = [asyncio.create_task(slots.take(1)) for _ in range(3)]
+        await asyncio.sleep(0)
+        waiting[0].cancel()
+        slots.give_back()  # goes to the second, which is cancelled before it wakes
+        waiting[1].cancel()
+        await asyncio.wait_for(waiting[2], 5)
+        assert [w.cancelled() for w in waiting] == [True, True, False]
+
+    asyncio.run(work())
