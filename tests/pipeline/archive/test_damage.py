@@ -1,0 +1,264 @@
+"""Files that are damaged between or during runs: scratch is made again, results are named, nothing else is lost."""
+
+import dataclasses
+import functools
+import json
+import random
+import shutil
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import oracle
+from oracle import chosen, files, paint
+from pipeline.archive import run as archive_run
+from pipeline.archive.lease import Leases
+from pipeline.archive.ledger import mixed_computation, row_of
+from pipeline.config import Execution, Export, Settings
+from pipeline.errors import LeaseLost, RunError, ScratchLost
+from pipeline.layout import RunFolder, SlideFolder
+from pipeline.segment import stages
+from pipeline.segment.job import Job
+from pipeline.segment.plan import read_plan
+from pipeline.segment.record import SlideRecord, WorkRecord
+
+ONE = Execution(cluster=False, workers=1)
+KEEP = dataclasses.replace(ONE, keep_work=True)
+
+
+@pytest.fixture(scope="module")
+def slide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("slide") / "discs.png"
+    paint(path, 0)
+    return path
+
+
+def segment(slide: Path, out: Path, settings: Settings | None = None, execution: Execution = ONE) -> SlideRecord:
+    (record,) = archive_run.run(
+        [slide], out, settings or chosen(), execution, mpp=0.25, say=lambda line: None, detect=oracle.detect
+    )
+    return record
+
+
+@pytest.fixture(scope="module")
+def whole(slide: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    out = tmp_path_factory.mktemp("whole")
+    assert segment(slide, out).status == "done"
+    return files(out / "discs")
+
+
+def unfinished(slide: Path, out: Path) -> SlideFolder:
+    """A slide of which half the blocks are outlined, one is detected, one is tiled, and stitching was never reached."""
+    job = job_of(slide, out)
+    stages.make_plan(job)
+    blocks = read_plan(job.folder, job.digest).blocks
+    for number, block in enumerate(blocks):
+        record = stages.tile_block(job, block, WorkRecord())
+        if number < len(blocks) - 1:
+            record = stages.detect_block(job, block, record, oracle.detect)
+        if number < len(blocks) // 2:
+            stages.outline_block(job, block, record)
+    return job.folder
+
+
+def job_of(slide: Path, out: Path) -> Job:
+    from pipeline.archive.manifest import open_run, resolve
+
+    manifest = resolve(chosen())
+    run = RunFolder(out.absolute())
+    open_run(run, manifest, overwrite=False)
+    return Job(slide, run.slide("discs"), manifest.settings, manifest.digest, 0.25)
+
+
+DAMAGE: dict[str, Callable[[bytes, random.Random], bytes]] = {
+    "emptied": lambda content, rng: b"",
+    "cut": lambda content, rng: content[: rng.randrange(len(content))],
+    "zeroed": lambda content, rng: bytes(len(content)),
+    "flipped": lambda content, rng: _flipped(content, rng.randrange(8 * len(content))),
+}
+
+
+def _flipped(content: bytes, bit: int) -> bytes:
+    changed = bytearray(content)
+    changed[bit // 8] ^= 1 << bit % 8
+    return bytes(changed)
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_damaged_scratch_is_made_again(kind: str, slide: Path, whole: dict[str, bytes], tmp_path: Path) -> None:
+    """Law: whatever happens to any file of the work folder between two runs, the same bytes come out."""
+    prepared = unfinished(slide, tmp_path / "prepared").path.parent
+    scratch = sorted(p.relative_to(prepared) for p in (prepared / "discs" / "work").rglob("*") if p.is_file())
+    assert {p.suffix for p in scratch} >= {".json", ".npy", ".npz", ".parquet", ".seal"}
+    rng = random.Random(kind)
+    for number, path in enumerate(scratch):
+        out = tmp_path / str(number)
+        shutil.copytree(prepared, out)
+        file = out / path
+        file.write_bytes(DAMAGE[kind](file.read_bytes(), rng))
+        record = segment(slide, out)
+        assert record.status == "done", (path, record.cause)
+        assert files(out / "discs") == whole, path
+        shutil.rmtree(out)
+
+
+def test_scratch_that_is_damaged_while_a_run_goes_on_is_made_again(
+    slide: Path, whole: dict[str, bytes], tmp_path: Path
+) -> None:
+    """The last block to be detected empties the instances of the first: stitching notices."""
+    out = tmp_path / "out"
+    done: list[int] = []
+
+    def detect(*arguments: Any) -> Any:
+        first = out / "discs" / "work" / "instances" / "000000.parquet"
+        if first.exists() and not done:
+            done.append(1)
+            first.write_bytes(b"")
+        yield from oracle.detect(*arguments)
+
+    (record,) = archive_run.run([slide], out, chosen(), ONE, mpp=0.25, say=lambda line: None, detect=detect)
+    assert (record.status, done) == ("done", [1])
+    assert files(out / "discs") == whole
+
+
+def test_outlining_twice_at_once_changes_nothing(slide: Path, tmp_path: Path) -> None:
+    """Dask may run a task again while the first one still runs: the second to come finds the predictions gone."""
+    job = job_of(slide, tmp_path)
+    stages.make_plan(job)
+    for block in read_plan(job.folder, job.digest).blocks:
+        record = stages.detect_block(job, block, stages.tile_block(job, block, WorkRecord()), oracle.detect)
+        with ThreadPoolExecutor(4) as pool:
+            records = list(pool.map(stages.outline_block, [job] * 4, [block] * 4, [record] * 4))
+        assert len({r.counts for r in records}) == 1
+    with pytest.raises(ScratchLost, match="missing or damaged"):
+        stages.outline_block(dataclasses.replace(job, folder=SlideFolder(tmp_path / "other")), 0, WorkRecord())
+
+
+# ------------------------------------------------------------------------------------------------- results
+
+
+def test_a_damaged_table_is_named_with_the_remedy(slide: Path, tmp_path: Path) -> None:
+    assert segment(slide, tmp_path).status == "done"
+    table = tmp_path / "discs" / "nuclei.parquet"
+    size = table.stat().st_size
+    for content in (b"", table.read_bytes()[:100]):
+        table.write_bytes(content)
+        record = segment(slide, tmp_path)
+        assert record.status == "failed"
+        assert f"nuclei.parquet has {len(content)} bytes, was written with {size:,}" in record.cause
+        assert "--overwrite" in record.cause
+    table.unlink()
+    assert "nuclei.parquet has 0 bytes" in segment(slide, tmp_path).cause
+    assert segment(slide, tmp_path, execution=dataclasses.replace(ONE, overwrite=True)).status == "done"
+
+
+def test_exports_are_made_again_from_the_table(slide: Path, tmp_path: Path) -> None:
+    """One that is missing or damaged, another format, other options: no inference, and the run is the same run."""
+    assert segment(slide, tmp_path).status == "done"
+    folder = SlideFolder(tmp_path / "discs")
+    table, geojson = folder.nuclei.stat().st_mtime_ns, folder.export("qupath").read_bytes()
+    for content in (None, b"", geojson[:50]):
+        folder.export("qupath").unlink()
+        if content is not None:
+            folder.export("qupath").write_bytes(content)
+        assert segment(slide, tmp_path).status == "done before"
+        assert folder.export("qupath").read_bytes() == geojson
+    both = dataclasses.replace(chosen(), export=Export(formats=("qupath", "csv")))
+    assert not folder.export("csv").exists()
+    assert segment(slide, tmp_path, both).status == "done before"
+    assert len(folder.export("csv").read_text().splitlines()) == 1 + segment(slide, tmp_path, both).nuclei
+    written = folder.export("csv").stat().st_mtime_ns
+    uncropped = dataclasses.replace(chosen(), export=Export(formats=("csv",), crop=False))
+    assert segment(slide, tmp_path, uncropped).status == "done before"
+    assert folder.export("csv").stat().st_mtime_ns > written
+    assert folder.nuclei.stat().st_mtime_ns == table
+
+
+# -------------------------------------------------------------------------------------------- the out folder
+
+
+def test_results_of_other_settings_stay_when_run_json_is_gone(slide: Path, tmp_path: Path) -> None:
+    assert segment(slide, tmp_path).status == "done"
+    before = files(tmp_path / "discs")
+    (tmp_path / "run.json").unlink()
+    record = segment(slide, tmp_path, chosen(tile=64, block=1))
+    assert record.status == "failed"
+    assert "holds results of other settings" in record.cause
+    assert files(tmp_path / "discs") == before
+
+
+def test_a_try_in_which_every_slide_failed_does_not_claim_the_folder(slide: Path, tmp_path: Path) -> None:
+    refused = dataclasses.replace(chosen(), tiling=dataclasses.replace(chosen().tiling, margin=10))
+    assert segment(slide, tmp_path, refused).status == "failed"
+    assert segment(slide, tmp_path, chosen()).status == "done"
+    with pytest.raises(RunError, match=r"other settings .*tiling\.margin was 20, is 10"):
+        segment(slide, tmp_path, refused)
+
+
+@pytest.mark.parametrize("where", ["file", "file/below", "/proc/nightslide"])
+def test_an_out_folder_that_cannot_be_written_is_refused(slide: Path, tmp_path: Path, where: str) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match=r"cannot be written .* need a folder"):
+        segment(slide, tmp_path / where)
+
+
+# ----------------------------------------------------------------------------------------------- lost leases
+
+
+def test_a_lost_lease_stops_the_slide_and_is_no_failure(
+    slide: Path, whole: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process takes the slide over in the middle: ours leaves it alone, and takes it up when it is free."""
+    monkeypatch.setattr(archive_run, "_POLL_S", 0.05)
+    out, calls = tmp_path / "out", []
+
+    def detect(*arguments: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 2:
+            shutil.rmtree(out / "discs" / ".lease")  # as who finds it expired does
+        yield from oracle.detect(*arguments)
+
+    (record,) = archive_run.run([slide], out, chosen(), ONE, mpp=0.25, say=lambda line: None, detect=detect)
+    assert record.status == "done"
+    assert not (out / "discs" / "failure.json").exists()
+    assert files(out / "discs") == whole
+
+
+def test_nothing_is_committed_without_the_lease(slide: Path, tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path).slide("discs")
+    with Leases() as leases:
+        leases.take(folder.path)
+        job = dataclasses.replace(job_of(slide, tmp_path), lease=leases.file(folder.path))
+        stages.make_plan(job)
+        block = read_plan(job.folder, job.digest).blocks[0]
+        shutil.rmtree(folder.lease)
+        with pytest.raises(LeaseLost, match="taken this slide over"):
+            stages.tile_block(job, block, WorkRecord())
+    assert stages.PatchStore.create(folder.patches, read_plan(job.folder, job.digest).grid, job.digest)
+    assert not any((folder.patches / "patches").rglob("c/*"))
+
+
+# ------------------------------------------------------------------------------------------------ said, not hidden
+
+
+def test_a_mixture_of_machines_is_said() -> None:
+    """Law: nothing is silent."""
+    kinds = (("cpu bfloat16",), ("cpu float32",), ())
+    rows = [row_of(SlideRecord(str(n), "done", work=WorkRecord(computed_on=k))) for n, k in enumerate(kinds)]
+    assert mixed_computation(rows[::2]) == ""
+    assert "cpu bfloat16, and others on cpu float32" in mixed_computation(rows)
+
+
+def test_a_resumed_run_with_other_versions_says_so(slide: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+    run = functools.partial(archive_run.run, mpp=0.25, say=said.append, detect=oracle.detect)
+    run([slide], tmp_path, chosen(), ONE)
+    assert not any("versions changed" in line for line in said)
+    content = json.loads((tmp_path / "run.json").read_text())
+    content["versions"]["shapely"] = "1.0"
+    (tmp_path / "run.json").write_text(json.dumps(content))
+    run([slide], tmp_path, chosen(), ONE)
+    assert any("WARNING: versions changed" in line and "shapely 1.0 -> " in line for line in said)
