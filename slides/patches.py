@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from zarr.codecs import ZstdCodec
 
 from slides.errors import GridError, StoreMismatch
-from slides.geometry import Size
+from slides.geometry import Frame, Size
 from slides.grid import Tile, TileGrid, read_box
 from slides.slide import Slide
 
@@ -118,11 +118,11 @@ class PatchStore:
 
 
 def cut(
-    slide: Slide, tiles: tuple[Tile, ...], grid: TileGrid, mpp: float
+    slide: Slide, tiles: tuple[Tile, ...], grid: TileGrid, frame: Frame
 ) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
     """The patches of some tiles (all of one block, say), from one reading of the region that holds them.
 
-    mpp: of the work frame that `grid` covers.
+    frame: the work frame, which `grid` covers.
     Returns uint8 (n, tile, tile, 3), white outside the slide and where it cannot be decoded; and float32
     (n,), the share of each core that cannot.
     """
@@ -132,7 +132,7 @@ def cut(
         return patches, shares
     region = read_box(tiles)
     corner = (region.x0, region.y0)
-    pixels, lost = slide.salvage(region, mpp)
+    pixels, lost = slide.read_decodable(region, frame)
     for i, tile in enumerate(tiles):
         patches[i] = pixels[tile.read.within(corner)]
         shares[i] = lost[tile.core.within(corner)].mean()

@@ -29,7 +29,7 @@ from pipeline.model.instances import Found
 from pipeline.model.weights import detector_architecture, find_weights
 from pipeline.segment import pictures, polygons, stitch, tables
 from pipeline.segment.export import FORMATS, Exported
-from pipeline.segment.plan import Plan, picture_mpp, plan_slide, read_plan, write_plan
+from pipeline.segment.plan import Plan, picture_frame, plan_slide, read_plan, write_plan
 from pipeline.segment.predictions import read_found, write_found
 from pipeline.segment.summary import findings
 from slides.geometry import Size
@@ -102,8 +102,8 @@ def begin(job: Job) -> tuple[int, ...]:
         else:
             plan = plan_slide(slide, job.settings)
             job.work.mkdir(parents=True, exist_ok=True)
-            mpp = picture_mpp(plan, THUMBNAIL_PX)
-            pictures.draw_plan(slide.thumbnail(mpp), mpp, plan.tissue, plan.tiles, job.folder / "thumbnail.jpg")
+            frame = picture_frame(slide, plan, THUMBNAIL_PX)
+            pictures.draw_plan(slide.thumbnail(frame), frame, plan.tissue, plan.tiles, job.folder / "thumbnail.jpg")
             write_plan(plan, job.work)
     PatchStore.create(job.work / "patches.zarr", plan.grid, job.digest)
     stores = (job.found(0).parent, job.instances(0).parent)
@@ -124,7 +124,7 @@ def tile_block(job: Job, block: int) -> float:
     store = PatchStore.create(job.work / "patches.zarr", plan.grid, job.digest)
     if not _past_detection(job, block) and not store.is_done(block):
         tiles = plan.of_block(block)
-        patches, lost = cut(_slide(job.source, job.mpp), tiles, plan.grid, job.settings.tiling.mpp)
+        patches, lost = cut(_slide(job.source, job.mpp), tiles, plan.grid, plan.frame)
         store.write(block, tiles, patches, lost)
     return time.perf_counter() - began
 
@@ -260,7 +260,7 @@ def stitch_slide(job: Job) -> StitchRecord:
             keep = np.ones(rows.num_rows, bool)
             keep[losers.get(block, [])] = False
             rows = rows.filter(pa.array(keep))
-            outlines = shapely.transform(tables.geometry(rows), plan.to_slide.work_to_slide)
+            outlines = shapely.transform(tables.geometry(rows), plan.frame.to_slide.apply)
             writer.write(
                 outlines,
                 klass=[classes[i] for i in rows["klass"].to_numpy()],
@@ -321,10 +321,9 @@ def export_slide(job: Job) -> ExportRecord:
     nuclei = job.folder / "nuclei.parquet"
     exported = write_formats(job.folder, job.settings.export).values()
     with open_slide(job.source, mpp=job.mpp) as slide:
-        mpp = picture_mpp(plan, OVERLAY_PX)
-        picture = slide.thumbnail(mpp)
-    scale = mpp / job.settings.tiling.mpp
-    pictures.draw_overlay(picture, nuclei, plan.to_slide, scale, job.folder / "overlay.jpg")
+        frame = picture_frame(slide, plan, OVERLAY_PX)
+        picture = slide.thumbnail(frame)
+    pictures.draw_overlay(picture, frame, nuclei, job.folder / "overlay.jpg")
     return ExportRecord(sum(e.changed for e in exported), sum(e.dropped for e in exported), findings(nuclei, plan))
 
 

@@ -171,14 +171,15 @@ def picture(tmp_path: Path) -> Path:
 
 def test_patches_are_what_their_reads_hold_and_cores_put_together_are_the_slide(picture: Path) -> None:
     with open_slide(picture, mpp=0.25) as slide:
-        whole = slide.read(Box(0, 0, *GRID.size), 0.25)
+        frame = slide.frame(0.25)
+        whole = slide.read(frame.box, frame)
         together = np.zeros_like(whole)
         for block in range(GRID.blocks):
             tiles = GRID.tiles_of(block)
-            patches, lost = cut(slide, tiles, GRID, 0.25)
+            patches, lost = cut(slide, tiles, GRID, slide.frame(0.25))
             assert not lost.any()
             for tile, patch in zip(tiles, patches, strict=True):
-                assert np.array_equal(patch, slide.read(tile.read, 0.25))
+                assert np.array_equal(patch, slide.read(tile.read, frame))
                 together[tile.core.within((0, 0))] = patch[tile.core.within((tile.read.x0, tile.read.y0))]
     assert np.array_equal(together, whole)
 
@@ -186,23 +187,23 @@ def test_patches_are_what_their_reads_hold_and_cores_put_together_are_the_slide(
 def test_a_block_is_read_once(picture: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with open_slide(picture, mpp=0.25) as slide:
         boxes = []
-        salvage = slide.salvage
-        monkeypatch.setattr(slide, "salvage", lambda box, mpp: boxes.append(box) or salvage(box, mpp))
-        cut(slide, GRID.tiles_of(0), GRID, 0.25)
+        frame, read = slide.frame(0.25), slide.read_decodable
+        monkeypatch.setattr(slide, "read_decodable", lambda box, frame: boxes.append(box) or read(box, frame))
+        cut(slide, GRID.tiles_of(0), GRID, frame)
         assert boxes == [Box(-4, -4, 52, 52)]
-        patches, lost = cut(slide, (), GRID, 0.25)
+        patches, lost = cut(slide, (), GRID, frame)
         assert (patches.shape, lost.shape) == ((0, 24, 24, 3), (0,))
 
 
 def test_the_lost_share_is_the_cores(shared: Path) -> None:
     """The shares, weighted by the cores' areas, add up to the area lost."""
     with open_slide(shared / "slides" / "damaged" / "zeroed-60kB-in-tile-data.svs") as slide:
-        size, _ = slide.work(1.0)
-        grid = TileGrid(size, 256, 32, 4)
+        frame = slide.frame(1.0)
+        grid = TileGrid(frame.size, 256, 32, 4)
         total = 0.0
         for block in range(grid.blocks):
             tiles = grid.tiles_of(block)
-            total += float(cut(slide, tiles, grid, 1.0)[1] @ [tile.core.area for tile in tiles])
-        _, lost = slide.salvage(Box(0, 0, *size), 1.0)
+            total += float(cut(slide, tiles, grid, frame)[1] @ [tile.core.area for tile in tiles])
+        _, lost = slide.read_decodable(frame.box, frame)
         assert total == pytest.approx(lost.sum(), rel=1e-4)
         assert total > 0
