@@ -150,10 +150,11 @@ def detect_block(job: Job, block: int, tile_seconds: float = 0.0) -> None:
     store = PatchStore.create(job.work / "patches.zarr", plan.grid, job.digest)
     tiles = plan.of_block(block)
     while not _past_detection(job, block):
-        patches, lost = store.read(block, tiles)
-        if not store.is_done(block):  # a twin of this task was here first and has taken them away
+        stored = store.read(block, tiles)
+        if stored is None:  # damaged, or discarded by another worker that was given the same block
             tile_seconds += tile_block(job, block)
             continue
+        patches, lost = stored
         with inference.device_lock():
             began = time.perf_counter()
             found = list(inference.detect_patches(patches, plan, job.settings))
