@@ -1,4 +1,4 @@
-"""Sizes, boxes and the one affine between the work frame and the slide.
+"""Sizes, boxes, and frames: pixel grids over a slide, each with its scale and its affine to the slide.
 
 x right, y down. Boxes are half-open. Points are `(x, y)`, arrays are `(y, x)`.
 """
@@ -69,9 +69,9 @@ def union(boxes: Sequence[Box]) -> Box:
 
 
 class Affine(NamedTuple):
-    """Work pixels -> slide pixels: `slide = work * scale + offset`, axis by axis.
+    """Pixels of one frame -> pixels of another: `xy * scale + offset`, axis by axis.
 
-    Law: `slide_to_work(work_to_slide(xy)) == xy` within rounding, and the other way round.
+    Law: `invert(apply(xy)) == xy` within rounding, and the other way round.
     """
 
     scale_x: float
@@ -79,12 +79,29 @@ class Affine(NamedTuple):
     offset_x: float
     offset_y: float
 
-    def work_to_slide(self, work_xy: ArrayLike) -> NDArray[np.float64]:
-        """work_xy: (..., 2) work px. Returns float64 (..., 2), slide px."""
-        work = np.asarray(work_xy, dtype=np.float64)
-        return work * (self.scale_x, self.scale_y) + (self.offset_x, self.offset_y)
+    def apply(self, xy: ArrayLike) -> NDArray[np.float64]:
+        """xy: (..., 2). Returns float64 (..., 2), px of the other frame."""
+        points = np.asarray(xy, dtype=np.float64)
+        return points * (self.scale_x, self.scale_y) + (self.offset_x, self.offset_y)
 
-    def slide_to_work(self, slide_xy: ArrayLike) -> NDArray[np.float64]:
-        """slide_xy: (..., 2) slide px. Returns float64 (..., 2), work px."""
-        slide = np.asarray(slide_xy, dtype=np.float64)
-        return (slide - (self.offset_x, self.offset_y)) / (self.scale_x, self.scale_y)
+    def invert(self, xy: ArrayLike) -> NDArray[np.float64]:
+        """xy: (..., 2), px of the other frame. Returns float64 (..., 2)."""
+        points = np.asarray(xy, dtype=np.float64)
+        return (points - (self.offset_x, self.offset_y)) / (self.scale_x, self.scale_y)
+
+
+class Frame(NamedTuple):
+    """A pixel grid over a slide's bounds, from their top-left corner. Made by `Slide.frame`.
+
+    size: px; mpp: micrometres per px; to_slide: px of this frame -> slide px (level 0).
+    The last row and column may hang over the bounds by less than a pixel.
+    """
+
+    size: Size
+    mpp: float
+    to_slide: Affine
+
+    @property
+    def box(self) -> Box:
+        """All of it."""
+        return Box(0, 0, *self.size)

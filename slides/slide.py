@@ -1,7 +1,7 @@
-"""A slide as the rest of the house sees it: one scale, one frame, pixels at any resolution.
+"""A slide of any scanner: its scale, its bounds, and its pixels at any resolution.
 
-Three frames: slide px (level 0), level px (only in here), work px (the `bounds` at a chosen mpp, from their
-top-left corner). `Slide.work` gives the affine from the work frame to the slide.
+Three kinds of pixels: slide px (level 0), level px (only in here), and the px of a frame, which covers the bounds at
+a chosen mpp. `Slide.frame` makes frames.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from slides.errors import RegionUnreadable, ScaleUnknown, SlideNotFound, SlideUnreadable
-from slides.geometry import Affine, Box, Size
+from slides.geometry import Affine, Box, Frame, Size
 
 Pixels = NDArray[np.uint8]
 Mask = NDArray[np.bool_]
@@ -31,7 +31,7 @@ BELIEVABLE_MPP = (0.05, 5.0)
 # Side of what is read from the slide in one go, level px: it bounds the memory and changes no pixel.
 _CHUNK = 2048
 
-# Side of what is resampled in one call, work px. Whole cells of a fixed lattice are resampled and then cut to
+# Side of what is resampled in one call, px of the frame. Whole cells of a fixed lattice are resampled and then cut to
 # the box, because the filter's weights depend, in their last bits, on where the call starts and ends.
 _CELL = 128
 
@@ -103,56 +103,50 @@ class Slide:
         for key in [key for key in self._handles if key[0] == os.getpid()]:
             self._handles.pop(key).close()
 
-    def work(self, mpp: float) -> tuple[Size, Affine]:
-        """The work frame at `mpp` micrometres per pixel: its size, and the affine work px -> slide px.
-
-        It covers `bounds`; the last row and column may hang over them by less than a pixel.
-        """
+    def frame(self, mpp: float) -> Frame:
+        """The pixel grid over `bounds` at `mpp` micrometres per pixel."""
         ratio_x, ratio_y = mpp / self.scale.x, mpp / self.scale.y
         # A ratio such as 0.5/0.4999999 must not add a column for the rounding of a division.
         size = Size(
             max(1, math.ceil(self.bounds.width / ratio_x - 1e-6)),
             max(1, math.ceil(self.bounds.height / ratio_y - 1e-6)),
         )
-        return size, Affine(ratio_x, ratio_y, float(self.bounds.x0), float(self.bounds.y0))
+        return Frame(size, mpp, Affine(ratio_x, ratio_y, float(self.bounds.x0), float(self.bounds.y0)))
 
-    def read(self, box: Box, mpp: float) -> Pixels:
-        """The pixels of `box` (work px at `mpp`). Returns uint8 (h, w, 3), RGB.
+    def read(self, box: Box, frame: Frame) -> Pixels:
+        """The pixels of `box` (px of `frame`). Returns uint8 (h, w, 3), RGB.
 
-        White outside the work frame; transparent areas are blended on white; resampled from the best level
+        White outside the frame; transparent areas are blended on white; resampled from the best level
         with an antialiasing bicubic filter. Raises RegionUnreadable.
         Law: the pixels do not depend on the box: a part read on its own is, bit for bit, a part of the whole.
         """
-        return self._pixels(box, mpp, strict=True)[0]
+        return self._pixels(box, frame, strict=True)[0]
 
-    def salvage(self, box: Box, mpp: float) -> tuple[Pixels, Mask]:
+    def read_decodable(self, box: Box, frame: Frame) -> tuple[Pixels, Mask]:
         """Like `read`, but what cannot be decoded is white: uint8 (h, w, 3), and bool (h, w): lost.
 
         What is lost is lost by the slide's own stored tiles where it states their size, else by 256 px of the
         level that is read from; the neighbours of a damaged tile are kept.
         """
-        return self._pixels(box, mpp, strict=False)
+        return self._pixels(box, frame, strict=False)
 
-    def thumbnail(self, mpp: float) -> Pixels:
-        """The whole work frame at a coarse `mpp`. uint8 (h, w, 3); unreadable parts are white."""
-        size, _ = self.work(mpp)
-        return self.salvage(Box(0, 0, *size), mpp)[0]
+    def thumbnail(self, frame: Frame) -> Pixels:
+        """All of a coarse frame. uint8 (h, w, 3); what cannot be decoded is white."""
+        return self.read_decodable(frame.box, frame)[0]
 
-    def _pixels(self, box: Box, mpp: float, *, strict: bool) -> tuple[Pixels, Mask]:
-        """`read` and `salvage`: whole cells of a fixed lattice, read from the slide in chunks."""
-        size, affine = self.work(mpp)
-        level = self._best_level(affine)
-        to_level = self._to_level(affine, level)
-        fit = int(_CHUNK / max(1.0, to_level.scale_x, to_level.scale_y))  # work px whose source is one chunk
+    def _pixels(self, box: Box, frame: Frame, *, strict: bool) -> tuple[Pixels, Mask]:
+        """`read` and `read_decodable`: whole cells of a fixed lattice, read from the slide in chunks."""
+        level = self._best_level(frame)
+        to_level = self._to_level(frame, level)
+        fit = int(_CHUNK / max(1.0, to_level.scale_x, to_level.scale_y))  # px whose source is one chunk
         cell_side = max(1, min(_CELL, fit))
         group_side = max(1, fit // cell_side) * cell_side
-        frame = Box(0, 0, *size)
-        inside = box.intersect(frame)
+        inside = box.intersect(frame.box)
         pixels = np.full((box.height, box.width, 3), _WHITE, np.uint8)
         lost = np.zeros((box.height, box.width), np.bool_)
         if not inside.area:
             return pixels, lost
-        for group in _cells(_snapped(inside, cell_side).intersect(frame), (group_side, group_side)):
+        for group in _cells(_snapped(inside, cell_side).intersect(frame.box), (group_side, group_side)):
             source, _ = self._source(group, level, to_level)
             stored, gone = self._read_source(level, source, strict=strict)
             for cell in _cells(group, (cell_side, cell_side)):
@@ -167,8 +161,8 @@ class Slide:
         return pixels, lost
 
     def _source(self, piece: Box, level: int, to_level: Affine) -> tuple[Box, Window]:
-        """Where `piece` (work px) comes from: level px with the filter's reach; its exact edges in there."""
-        (x0, y0), (x1, y1) = to_level.work_to_slide([piece[:2], piece[2:]]).tolist()
+        """Where `piece` (px of a frame) comes from: level px with the filter's reach; its exact edges in there."""
+        (x0, y0), (x1, y1) = to_level.apply([piece[:2], piece[2:]]).tolist()
         # Pixels that are neither scaled nor shifted need no filter.
         reach_x = 0 if (to_level.scale_x, x0 % 1) == (1, 0) else _REACH * max(1.0, to_level.scale_x)
         reach_y = 0 if (to_level.scale_y, y0 % 1) == (1, 0) else _REACH * max(1.0, to_level.scale_y)
@@ -187,18 +181,19 @@ class Slide:
         pixels = np.pad(pixels, (rows, columns, (0, 0)), mode="edge")
         return pixels, np.pad(lost, (rows, columns), mode="edge")
 
-    def _best_level(self, affine: Affine) -> int:
-        """The coarsest level that is not coarser than the work frame; level 0 where all are.
+    def _best_level(self, frame: Frame) -> int:
+        """The coarsest level that is not coarser than the frame; level 0 where all are.
 
         One part in a hundred is forgiven: pyramids round their sizes, and 4.0006 is meant to be 4.
         """
-        wanted = min(affine.scale_x, affine.scale_y) * 1.01
+        wanted = min(frame.to_slide.scale_x, frame.to_slide.scale_y) * 1.01
         fine_enough = [i for i, level in enumerate(self.levels) if level.downsample <= wanted]
         return max(fine_enough, key=lambda i: self.levels[i].downsample, default=0)
 
-    def _to_level(self, affine: Affine, level: int) -> Affine:
-        """Work px -> px of a level."""
+    def _to_level(self, frame: Frame, level: int) -> Affine:
+        """Px of the frame -> px of a level."""
         x, y = self._level_ratio(level)
+        affine = frame.to_slide
         return Affine(affine.scale_x / x, affine.scale_y / y, affine.offset_x / x, affine.offset_y / y)
 
     def _level_ratio(self, level: int) -> tuple[float, float]:

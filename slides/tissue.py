@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import ndimage
 
-from slides.geometry import Box
+from slides.geometry import Box, Frame
 
 # The hue of anything darker is noise: intensities are held above this, so densities below -ln(20/255) = 2.5.
 _DARKEST = 20.0
@@ -39,19 +39,19 @@ _TINT = 14.0
 
 
 class TissueMap(NamedTuple):
-    """A tissue mask with the two scales that are needed to ask it.
+    """Where a slide's tissue is, for questions in work px.
 
-    mask: bool (h, w) at `mpp`, over the work frame; work_mpp: of the work px in the questions.
+    mask: bool (h, w), a pixel of `frame` each; work: the frame of the points and boxes that are asked about.
     """
 
     mask: NDArray[np.bool_]
-    mpp: float
-    work_mpp: float
+    frame: Frame
+    work: Frame
 
     def contains(self, work_xy: ArrayLike) -> NDArray[np.bool_]:
         """work_xy: (N, 2) work px. Returns bool (N,): on tissue. Outside the mask is no tissue."""
         points = np.asarray(work_xy, np.float64).reshape(-1, 2)
-        x, y = np.floor(points * (self.work_mpp / self.mpp)).astype(np.int64).T
+        x, y = np.floor(points * self.per_work_px).astype(np.int64).T
         height, width = self.mask.shape
         inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
         found = np.zeros(len(points), np.bool_)
@@ -69,13 +69,18 @@ class TissueMap(NamedTuple):
 
     @property
     def area_mm2(self) -> float:
-        return float(self.mask.sum()) * self.mpp**2 / 1e6
+        return float(self.mask.sum()) * self.frame.mpp**2 / 1e6
+
+    @property
+    def per_work_px(self) -> float:
+        """Pixels of the mask to one work px, along a side."""
+        return self.work.mpp / self.frame.mpp
 
     def _window(self, box: Box) -> NDArray[np.bool_]:
         """The part of the mask that touches `box` (work px)."""
         if not box.area:
             return self.mask[:0, :0]
-        scale = self.work_mpp / self.mpp
+        scale = self.per_work_px
         x0, y0 = max(0, math.floor(box.x0 * scale)), max(0, math.floor(box.y0 * scale))
         x1, y1 = max(0, math.ceil(box.x1 * scale)), max(0, math.ceil(box.y1 * scale))
         return self.mask[y0:y1, x0:x1]

@@ -10,21 +10,23 @@ from PIL import Image, ImageDraw
 
 from pipeline import files
 from pipeline.segment import tables
-from slides.geometry import Affine
+from slides.geometry import Frame
 from slides.grid import Tile
 from slides.tissue import TissueMap
 
 _TISSUE, _TILE = (0, 130, 60), (60, 60, 160)
 
 
-def draw_plan(picture: NDArray[np.uint8], mpp: float, tissue: TissueMap, tiles: Iterable[Tile], path: Path) -> None:
+def draw_plan(picture: NDArray[np.uint8], frame: Frame, tissue: TissueMap, tiles: Iterable[Tile], path: Path) -> None:
     """thumbnail.jpg: the tissue's outline, and the cores of the tiles that are processed.
 
-    picture: uint8 (h, w, 3) of the whole work frame at `mpp`
+    picture: uint8 (h, w, 3), all of `frame`
     """
     height, width = picture.shape[:2]
-    rows = np.minimum(((np.arange(height) + 0.5) * mpp / tissue.mpp).astype(int), tissue.mask.shape[0] - 1)
-    columns = np.minimum(((np.arange(width) + 0.5) * mpp / tissue.mpp).astype(int), tissue.mask.shape[1] - 1)
+    rows, columns = (
+        np.minimum(((np.arange(side) + 0.5) * frame.mpp / tissue.frame.mpp).astype(int), last - 1)
+        for side, last in zip((height, width), tissue.mask.shape, strict=True)
+    )
     inside = tissue.mask[rows[:, None], columns]  # (h, w)
     shown = picture.copy()
     shown[~inside] = 255 - (255 - shown[~inside]) // 2  # what is left out fades
@@ -34,14 +36,14 @@ def draw_plan(picture: NDArray[np.uint8], mpp: float, tissue: TissueMap, tiles: 
     image = Image.fromarray(shown)
     draw = ImageDraw.Draw(image)
     for tile in tiles:
-        draw.rectangle(tuple(v * tissue.work_mpp / mpp for v in tile.core), outline=_TILE)
+        draw.rectangle(tuple(v * tissue.work.mpp / frame.mpp for v in tile.core), outline=_TILE)
     _save(image, path)
 
 
-def draw_overlay(picture: NDArray[np.uint8], nuclei: Path, to_slide: Affine, work_per_px: float, path: Path) -> None:
+def draw_overlay(picture: NDArray[np.uint8], frame: Frame, nuclei: Path, path: Path) -> None:
     """overlay.jpg: the outline of every nucleus in its class's colour.
 
-    picture: uint8 (h, w, 3) of the whole work frame; work_per_px: work pixels to one of its pixels
+    picture: uint8 (h, w, 3), all of `frame`
     """
     image = Image.fromarray(picture)
     draw = ImageDraw.Draw(image)
@@ -49,7 +51,7 @@ def draw_overlay(picture: NDArray[np.uint8], nuclei: Path, to_slide: Affine, wor
     for rows in tables.iter_nuclei(nuclei, ["geometry", "class"]):
         rings = shapely.get_exterior_ring(tables.geometry(rows))
         slide_xy, owner = shapely.get_coordinates(rings, return_index=True)
-        xy = to_slide.slide_to_work(slide_xy) / work_per_px
+        xy = frame.to_slide.invert(slide_xy)
         outlines = np.split(xy, np.flatnonzero(np.diff(owner)) + 1)
         for outline, name in zip(outlines, rows["class"].to_pylist(), strict=True) if len(owner) else ():
             draw.line([(x, y) for x, y in outline.tolist()], fill=colours[name])

@@ -4,7 +4,7 @@ import functools
 import threading
 from dataclasses import asdict
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -17,7 +17,7 @@ from pipeline.model.dcgmm import ClusterNet
 from pipeline.model.device import choose_device
 from pipeline.model.weights import find_weights
 from slides.errors import ScaleUnknown, SlideNotFound
-from slides.geometry import Affine, Box, Size
+from slides.geometry import Affine, Box, Frame, Size
 from slides.grid import Tile, TileGrid, check_margin
 from slides.slide import Scale, Slide, open_slide
 from slides.tissue import TissueMap, tissue_mask
@@ -31,7 +31,7 @@ class Plan(NamedTuple):
     scale: Scale
     size: Size
     bounds: Box  # slide px
-    to_slide: Affine  # work -> slide
+    frame: Frame  # work px
     grid: TileGrid
     tissue: TissueMap
     stain: stain.FittedStain
@@ -59,8 +59,8 @@ def plan_slide(slide: Slide, settings: Settings) -> Plan:
     Raises GridError where the margin is too small for the largest nucleus and the views' shifts.
     """
     tiling = settings.tiling
-    size, to_slide = slide.work(tiling.mpp)
-    grid = TileGrid(size, tiling.tile, tiling.margin, tiling.block)
+    frame = slide.frame(tiling.mpp)
+    grid = TileGrid(frame.size, tiling.tile, tiling.margin, tiling.block)
     check_margin(
         tiling.margin,
         settings.stitching.max_diameter_um / tiling.mpp,
@@ -80,7 +80,7 @@ def plan_slide(slide: Slide, settings: Settings) -> Plan:
         slide.scale,
         slide.size,
         slide.bounds,
-        to_slide,
+        frame,
         grid,
         tissue,
         fitted,
@@ -90,18 +90,19 @@ def plan_slide(slide: Slide, settings: Settings) -> Plan:
     )
 
 
-def picture_mpp(plan: Plan, longest_px: int) -> float:
-    """The scale at which the slide's longest side has so many pixels, never finer than the work frame's."""
-    return plan.tissue.work_mpp * max(1.0, max(plan.grid.size) / longest_px)
+def picture_frame(slide: Slide, plan: Plan, longest_px: int) -> Frame:
+    """The frame whose longer side has so many pixels, never finer than the work frame."""
+    return slide.frame(plan.frame.mpp * max(1.0, max(plan.frame.size) / longest_px))
 
 
 def _find_tissue(slide: Slide, settings: Settings) -> TissueMap:
-    mpp = max(settings.tissue.thumbnail_mpp, settings.tiling.mpp)
-    thumbnail = slide.thumbnail(mpp)
+    work = slide.frame(settings.tiling.mpp)
+    frame = slide.frame(max(settings.tissue.thumbnail_mpp, work.mpp))
+    thumbnail = slide.thumbnail(frame)
     if settings.tissue.everywhere:
-        return TissueMap(np.ones(thumbnail.shape[:2], bool), mpp, settings.tiling.mpp)
+        return TissueMap(np.ones(thumbnail.shape[:2], bool), frame, work)
     area, margin = settings.tissue.min_area_um2, settings.tissue.margin_um
-    return TissueMap(tissue_mask(thumbnail, mpp, min_area_um2=area, margin_um=margin), mpp, settings.tiling.mpp)
+    return TissueMap(tissue_mask(thumbnail, frame.mpp, min_area_um2=area, margin_um=margin), frame, work)
 
 
 def _fit_stain(slide: Slide, tissue: TissueMap, settings: Settings, network: ClusterNet | None) -> stain.FittedStain:
@@ -113,14 +114,14 @@ def _fit_stain(slide: Slide, tissue: TissueMap, settings: Settings, network: Clu
     if not len(rows):
         raise StainError("no tissue was found to fit the stain on")
     chosen = np.unique(np.linspace(0, len(rows) - 1, settings.stain.patches).astype(int))
-    ratio, side = tissue.mpp / tissue.work_mpp, 256
-    size = slide.work(settings.tiling.mpp)[0]
+    ratio, side = tissue.frame.mpp / tissue.work.mpp, 256
+    size = tissue.work.size
     regions, masks = [], []
     for index in chosen:
         x, y = int((columns[index] + 0.5) * ratio) - side // 2, int((rows[index] + 0.5) * ratio) - side // 2
         # whatever hangs over the edge is white that no lamp has lit
         x, y = (max(0, min(corner, extent - side)) for corner, extent in ((x, size.width), (y, size.height)))
-        pixels, lost = slide.salvage(Box(x, y, x + side, y + side), settings.tiling.mpp)
+        pixels, lost = slide.read_decodable(Box(x, y, x + side, y + side), tissue.work)
         lost[max(0, size.height - y) :], lost[:, max(0, size.width - x) :] = True, True
         regions.append(pixels)
         masks.append(~lost)
@@ -202,9 +203,9 @@ def write_plan(plan: Plan, folder: SlideFolder, digest: str) -> None:
         "scale": plan.scale,
         "size": plan.size,
         "bounds": plan.bounds,
-        "to_slide": plan.to_slide,
+        "frame": plan.frame,
         "grid": asdict(plan.grid),
-        "tissue": [plan.tissue.mpp, plan.tissue.work_mpp],
+        "tissue_frame": plan.tissue.frame,
         "stain": plan.stain.to_json(),
         "target": plan.target.to_json(),
         "has_icc": plan.has_icc,
@@ -218,21 +219,27 @@ def load_plan(folder: SlideFolder, digest: str) -> Plan | None:
     content = files.read_sealed_json(folder.plan)
     if content is None or content["digest"] != digest or files.read_seal(folder.tissue) is None:
         return None
-    grid = content["grid"]
+    grid, frame = content["grid"], _frame(content["frame"])
+    mask = np.load(folder.tissue, allow_pickle=False)
     return Plan(
         content["quick_hash"],
         content["vendor"],
         Scale(*content["scale"]),
         Size(*content["size"]),
         Box(*content["bounds"]),
-        Affine(*content["to_slide"]),
+        frame,
         TileGrid(Size(*grid["size"]), grid["tile"], grid["margin"], grid["block"]),
-        TissueMap(np.load(folder.tissue, allow_pickle=False), *content["tissue"]),
+        TissueMap(mask, _frame(content["tissue_frame"]), frame),
         stain.FittedStain.from_json(content["stain"]),
         stain.FittedStain.from_json(content["target"]),
         content["has_icc"],
         tuple(content["notes"]),
     )
+
+
+def _frame(stored: list[Any]) -> Frame:
+    size, mpp, to_slide = stored
+    return Frame(Size(*size), mpp, Affine(*to_slide))
 
 
 def read_plan(folder: SlideFolder, digest: str) -> Plan:

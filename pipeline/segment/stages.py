@@ -31,7 +31,7 @@ from pipeline.model.weights import detector_architecture, find_weights
 from pipeline.segment import pictures, polygons, stitch, tables
 from pipeline.segment.finished import write_exports
 from pipeline.segment.job import Job
-from pipeline.segment.plan import Plan, load_plan, picture_mpp, plan_slide, read_plan, write_plan
+from pipeline.segment.plan import Plan, load_plan, picture_frame, plan_slide, read_plan, write_plan
 from pipeline.segment.predictions import read_predictions, write_predictions
 from pipeline.segment.record import Counts, WorkRecord
 from slides.geometry import Size
@@ -69,8 +69,8 @@ def make_plan(job: Job) -> WorkRecord:
             remove_work(job)
             plan = plan_slide(slide, job.settings)
             folder.work.mkdir(parents=True, exist_ok=True)
-            mpp = picture_mpp(plan, THUMBNAIL_PX)
-            pictures.draw_plan(slide.thumbnail(mpp), mpp, plan.tissue, plan.tiles, folder.thumbnail)
+            frame = picture_frame(slide, plan, THUMBNAIL_PX)
+            pictures.draw_plan(slide.thumbnail(frame), frame, plan.tissue, plan.tiles, folder.thumbnail)
             write_plan(plan, folder, job.digest)
         _check_same_slide(plan, slide, job)
     PatchStore.create(folder.patches, plan.grid, job.digest)
@@ -118,7 +118,7 @@ def tile_block(job: Job, block: int, before: WorkRecord) -> WorkRecord:
     store = PatchStore.create(job.folder.patches, plan.grid, job.digest)
     if not store.is_done(block):
         tiles = plan.of_block(block)
-        patches, lost = cut(_slide(job.source, job.mpp), tiles, plan.grid, job.settings.tiling.mpp)
+        patches, lost = cut(_slide(job.source, job.mpp), tiles, plan.grid, plan.frame)
         job.check_lease()
         store.write(block, tiles, patches, lost)
     return before + _worked("tile", started)
@@ -153,10 +153,11 @@ def detect_block(job: Job, block: int, before: WorkRecord, detect: Detect | None
     store = PatchStore.create(job.folder.patches, plan.grid, job.digest)
     tiles = plan.of_block(block)
     while not _is_detected(job, block):
-        patches, lost = store.read(block, tiles)
-        if not store.is_done(block):  # the same task elsewhere has removed them
+        stored = store.read(block, tiles)
+        if stored is None:  # damaged, or removed by another worker that was given the same block
             before = tile_block(job, block, before)
             continue
+        patches, lost = stored
         with device_lock():
             started = time.perf_counter()
             found = list((detect or _detector())(patches, plan, job.settings))
@@ -268,7 +269,7 @@ def stitch_slide(job: Job) -> WorkRecord:
             keep = np.ones(rows.num_rows, bool)
             keep[left_out.get(block, [])] = False
             rows = rows.filter(pa.array(keep))
-            outlines = shapely.transform(tables.geometry(rows), plan.to_slide.work_to_slide)
+            outlines = shapely.transform(tables.geometry(rows), plan.frame.to_slide.apply)
             writer.write(
                 outlines,
                 klass=[classes[i] for i in rows["klass"].to_numpy()],
@@ -325,9 +326,9 @@ def export_slide(job: Job) -> WorkRecord:
     job.check_lease()
     exported = write_exports(folder, job.settings.export).values()
     with open_slide(job.source, mpp=job.mpp) as slide:
-        mpp = picture_mpp(plan, OVERLAY_PX)
-        picture = slide.thumbnail(mpp)
-    pictures.draw_overlay(picture, folder.nuclei, plan.to_slide, mpp / job.settings.tiling.mpp, folder.overlay)
+        frame = picture_frame(slide, plan, OVERLAY_PX)
+        picture = slide.thumbnail(frame)
+    pictures.draw_overlay(picture, frame, folder.nuclei, folder.overlay)
     counts = Counts(export_repaired=sum(e.changed for e in exported), export_dropped=sum(e.dropped for e in exported))
     return _worked("export", started, counts)
 

@@ -48,7 +48,7 @@ def summarise(nuclei: Path, plan: Plan) -> dict[str, Any]:
     area = tables.read_nuclei(nuclei, ["area_um2"])["area_um2"].to_numpy()
     tissue_mm2 = plan.tissue.area_mm2
     centroids = (
-        plan.to_slide.slide_to_work(np.stack([rows["centroid_x"].to_numpy(), rows["centroid_y"].to_numpy()], 1))
+        plan.frame.to_slide.invert(np.stack([rows["centroid_x"].to_numpy(), rows["centroid_y"].to_numpy()], 1))
         for rows in tables.iter_nuclei(nuclei, ["centroid_x", "centroid_y"])
     )
     observed, expected = seam_counts(centroids, plan.grid, plan.tissue)
@@ -126,7 +126,7 @@ def seam_counts(centroids: Iterable[Floats], grid: TileGrid, tissue: TissueMap) 
         observed += np.histogram(distance, (*SEAM_EDGES_PX, np.inf))[0]
         np.add.at(held, (row, col), 1)
     table = np.pad(tissue.mask.cumsum(0, np.int32).cumsum(1, np.int32), ((1, 0), (1, 0)))
-    scale = tissue.work_mpp / tissue.mpp
+    scale = tissue.per_work_px
     # each cell's tissue that lies further from every seam than the lower edge of a bin, (bins, rows, cols)
     beyond = np.stack([_tissue(table, down.inner(d), across.inner(d), scale) for d in SEAM_EDGES_PX])
     # a nucleus on a pixel that its cell does not reach into, by rounding, is left out

@@ -26,7 +26,7 @@ def test_the_files_of_these_tests_are_slides_to_openslide(tmp_path: Path) -> Non
         with open_slide(tmp_path / f"{name}.dcm") as slide:
             assert [level.size.width for level in slide.levels] == [2 * dicom_files.SIDE, dicom_files.SIDE]
             assert slide.scale.x == pytest.approx(0.5)
-            assert np.all(slide.thumbnail(4.0) == dicom_files.GREY)
+            assert np.all(slide.thumbnail(slide.frame(4.0)) == dicom_files.GREY)
 
 
 @pytest.mark.parametrize("explicit", [True, False])

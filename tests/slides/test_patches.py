@@ -5,9 +5,11 @@ import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -28,6 +30,13 @@ def _content(tiles: tuple[Tile, ...], seed: int = 0) -> tuple[np.ndarray, np.nda
     return patches, rng.random(len(tiles), np.float32)
 
 
+def _assert_reads(store: PatchStore, block: int, tiles: tuple[Tile, ...], content: tuple[Any, Any]) -> None:
+    read = store.read(block, tiles)
+    assert read is not None
+    assert np.array_equal(read[0], content[0])
+    assert np.array_equal(read[1], content[1])
+
+
 @given(order=st.permutations(range(GRID.blocks)), keep=st.integers(0, 2**32 - 1))
 @settings(max_examples=8)
 def test_what_is_written_reads_back(tmp_path_factory: pytest.TempPathFactory, order: list[int], keep: int) -> None:
@@ -42,20 +51,41 @@ def test_what_is_written_reads_back(tmp_path_factory: pytest.TempPathFactory, or
     reopened = PatchStore.create(store.path, GRID, "digest")
     for block, (tiles, patches, lost) in written.items():
         assert reopened.is_done(block)
-        found, shares = reopened.read(block, tiles)
-        assert np.array_equal(found, patches)
-        assert np.array_equal(shares, lost)
+        _assert_reads(reopened, block, tiles, (patches, lost))
         others = tuple(tile for tile in GRID.tiles_of(block) if tile not in tiles)
-        assert (reopened.read(block, others)[0] == 255).all()
+        blank = np.full((len(others), 24, 24, 3), 255, np.uint8), np.zeros(len(others), np.float32)
+        _assert_reads(reopened, block, others, blank)
 
 
 def test_a_white_block_leaves_no_shard_but_is_done(tmp_path: Path) -> None:
+    """Also where it had a shard before."""
     store = PatchStore.create(tmp_path / "patches.zarr", GRID, "digest")
     tiles = GRID.tiles_of(0)
-    store.write(0, tiles, np.full((9, 24, 24, 3), 255, np.uint8), np.zeros(9, np.float32))
-    assert store.is_done(0)
-    assert not (store.path / "patches" / "c").exists()
-    assert (store.read(0, tiles)[0] == 255).all()
+    white = np.full((9, 24, 24, 3), 255, np.uint8), np.zeros(9, np.float32)
+    for content in (white, _content(tiles), white):
+        store.write(0, tiles, *content)
+        assert store.is_done(0)
+        _assert_reads(store, 0, tiles, content)
+        assert _shards(store) == ([] if content is white else [("0", "0")])
+
+
+def test_any_zarr_reader_reads_the_store(tmp_path: Path) -> None:
+    store = PatchStore.create(tmp_path / "patches.zarr", GRID, "digest")
+    tiles = GRID.tiles_of(4)
+    patches, lost = _content(tiles)
+    store.write(4, tiles, patches, lost)
+    group = zarr.open_group(store.path, mode="r", zarr_format=3)
+    assert group.attrs["digest"] == "digest"
+    for tile, patch, share in zip(tiles, patches, lost, strict=True):
+        assert np.array_equal(group["patches"][tile.row, tile.col], patch)
+        assert group["lost"][tile.row, tile.col] == share
+    assert np.asarray(group["done"]).any(axis=2).tolist() == [[False, False, False], [False, True, False]]
+
+
+def _shards(store: PatchStore) -> list[tuple[str, ...]]:
+    """Row and column of the blocks that have a shard."""
+    shards = (path for path in (store.path / "patches").glob("c/**/*") if path.is_file())
+    return sorted(path.relative_to(store.path / "patches").parts[1:3] for path in shards)
 
 
 def test_discarding_frees_the_block_and_nothing_else(tmp_path: Path) -> None:
@@ -65,10 +95,10 @@ def test_discarding_frees_the_block_and_nothing_else(tmp_path: Path) -> None:
     store.discard(0)
     store.discard(0)
     assert [store.is_done(block) for block in (0, 1)] == [False, True]
-    shards = [path for path in (store.path / "patches" / "c").rglob("*") if path.is_file()]
-    assert [path.relative_to(store.path / "patches").parts[:3] for path in shards] == [("c", "0", "1")]
+    assert store.read(0, GRID.tiles_of(0)) is None
+    assert _shards(store) == [("0", "1")]
     store.write(0, GRID.tiles_of(0), *_content(GRID.tiles_of(0), 7))
-    assert np.array_equal(store.read(0, GRID.tiles_of(0))[0], _content(GRID.tiles_of(0), 7)[0])
+    _assert_reads(store, 0, GRID.tiles_of(0), _content(GRID.tiles_of(0), 7))
 
 
 def test_a_shard_is_written_without_reading_the_old_one(tmp_path: Path) -> None:
@@ -79,7 +109,7 @@ def test_a_shard_is_written_without_reading_the_old_one(tmp_path: Path) -> None:
     shard.parent.mkdir(parents=True)
     shard.write_bytes(b"garbage")
     store.write(4, tiles, *_content(tiles))
-    assert np.array_equal(store.read(4, tiles)[0], _content(tiles)[0])
+    _assert_reads(store, 4, tiles, _content(tiles))
 
 
 def test_another_configuration_or_grid_is_refused_and_both_are_shown(tmp_path: Path) -> None:
@@ -89,9 +119,14 @@ def test_another_configuration_or_grid_is_refused_and_both_are_shown(tmp_path: P
         PatchStore.create(path, GRID, "bbbb")
     with pytest.raises(StoreMismatch, match=r"'margin': 4.*'margin': 3"):
         PatchStore.create(path, TileGrid(GRID.size, 24, 3, 3), "aaaa")
-    (tmp_path / "other").mkdir()
-    with pytest.raises(StoreMismatch, match="is not a patch store"):
-        PatchStore.create(tmp_path / "other", GRID, "aaaa")
+
+
+def test_blocks_of_another_configuration_are_never_done(tmp_path: Path) -> None:
+    """Not even where the metadata that would tell are gone."""
+    store = PatchStore.create(tmp_path / "patches.zarr", GRID, "aaaa")
+    store.write(0, GRID.tiles_of(0), *_content(GRID.tiles_of(0)))
+    (store.path / "zarr.json").unlink()
+    assert not PatchStore.create(store.path, GRID, "bbbb").is_done(0)
 
 
 def test_tiles_of_another_block_are_refused(tmp_path: Path) -> None:
@@ -104,6 +139,7 @@ def test_tiles_of_another_block_are_refused(tmp_path: Path) -> None:
 WRITER = """
 import sys
 from pathlib import Path
+from typing import Any
 import numpy as np
 from slides.geometry import Size
 from slides.grid import TileGrid
@@ -130,10 +166,7 @@ def _assert_done_is_whole(path: Path) -> int:
     store = PatchStore.create(path, GRID, "digest")
     done = [block for block in range(GRID.blocks) if store.is_done(block)]
     for block in done:
-        patches, lost = _content(GRID.tiles_of(block), block)
-        found, shares = store.read(block, GRID.tiles_of(block))
-        assert np.array_equal(found, patches)
-        assert np.array_equal(shares, lost)
+        _assert_reads(store, block, GRID.tiles_of(block), _content(GRID.tiles_of(block), block))
     return len(done)
 
 
@@ -158,6 +191,97 @@ def test_processes_write_different_blocks_at_the_same_time(tmp_path: Path) -> No
     assert [entry.name for entry in tmp_path.iterdir()] == ["patches.zarr"]
 
 
+# A process of its own: writes one block again and again, with the contents of two seeds in turn.
+REWRITER = """
+import itertools, sys
+from pathlib import Path
+from typing import Any
+import numpy as np
+from slides.geometry import Size
+from slides.grid import TileGrid
+from slides.patches import PatchStore
+
+grid = TileGrid(Size(100, 70), tile=24, margin=4, block=3)
+store = PatchStore.create(Path(sys.argv[1]), grid, "digest")
+tiles, contents = grid.tiles_of(0), []
+for seed in map(int, sys.argv[2:]):
+    rng = np.random.default_rng(seed)
+    contents.append((rng.integers(0, 256, (len(tiles), 24, 24, 3), np.uint8), rng.random(len(tiles), np.float32)))
+for content in itertools.cycle(contents):
+    store.write(0, tiles, *content)
+    print("written", flush=True)
+"""
+
+
+@pytest.mark.parametrize("seeds", [("1", "1"), ("1", "2")], ids=["the same", "different"])
+def test_what_is_read_while_it_is_rewritten_is_one_of_the_versions_or_nothing(tmp_path: Path, seeds: Any) -> None:
+    """Two processes write a block while this one reads it. Equal contents are never missed, either."""
+    path, tiles = tmp_path / "patches.zarr", GRID.tiles_of(0)
+    store = PatchStore.create(path, GRID, "digest")
+    versions = [_content(tiles, int(seed)) for seed in seeds]
+    store.write(0, tiles, *versions[0])
+    command = [sys.executable, "-c", REWRITER, str(path), *seeds]
+    writers = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE) for _ in range(2)]
+    try:
+        assert all(writer.stdout and writer.stdout.readline() for writer in writers)
+        reads = [store.read(0, tiles) for _ in range(300)]
+        assert all(writer.poll() is None for writer in writers)
+    finally:
+        for writer in writers:
+            writer.kill()
+            writer.communicate()
+    assert None not in reads or seeds[0] != seeds[1]
+    for read in reads:
+        if read is not None:
+            assert any(np.array_equal(read[0], p) and np.array_equal(read[1], lost) for p, lost in versions)
+
+
+def _damage(file: Path, kind: str, rng: np.random.Generator) -> None:
+    content = bytearray(file.read_bytes())
+    at = int(rng.integers(len(content)))
+    if kind == "missing":
+        return file.unlink()
+    if kind == "empty":
+        content.clear()
+    elif kind == "truncated":
+        del content[at:]
+    elif kind == "zeroed":
+        content[at:] = bytes(len(content) - at)
+    else:
+        content[at] ^= 1 << int(rng.integers(8))
+    file.write_bytes(content)
+    return None
+
+
+@pytest.mark.parametrize("kind", ["missing", "empty", "truncated", "zeroed", "flipped"])
+@pytest.mark.parametrize("reopen", [True, False])
+def test_damage_is_never_read_and_is_made_good(tmp_path: Path, kind: str, reopen: bool) -> None:
+    """Any file of the store, at a random place: blocks read back as written or not at all, and can be written."""
+    rng = np.random.default_rng(["missing", "empty", "truncated", "zeroed", "flipped"].index(kind))
+    store = PatchStore.create(tmp_path / "patches.zarr", GRID, "digest")
+    contents = {block: _content(GRID.tiles_of(block), block) for block in range(3)}
+    contents[2] = np.full_like(contents[2][0], 255), np.zeros_like(contents[2][1])  # white: no shard
+    for block, content in contents.items():
+        store.write(block, GRID.tiles_of(block), *content)
+    files = sorted(path for path in store.path.rglob("*") if path.is_file())
+    assert len(files) == 4 + 3 + 2 * 2  # metadata, marks, shards and lost shares
+    for file in files * (1 if kind in ("missing", "empty") else 5):
+        _damage(file, kind, rng)
+        if reopen:
+            store = PatchStore.create(store.path, GRID, "digest")
+        for block, content in contents.items():
+            tiles = GRID.tiles_of(block)
+            if (read := store.read(block, tiles)) is None:
+                assert not store.is_done(block)
+                store.write(block, tiles, *content)
+                read = store.read(block, tiles)
+            assert read is not None
+            assert np.array_equal(read[0], content[0])
+            assert np.array_equal(read[1], content[1])
+        if reopen:
+            assert np.array_equal(zarr.open_group(store.path, mode="r")["lost"][:3, :3].ravel(), contents[0][1])
+
+
 # Cutting
 
 
@@ -171,14 +295,15 @@ def picture(tmp_path: Path) -> Path:
 
 def test_patches_are_what_their_reads_hold_and_cores_put_together_are_the_slide(picture: Path) -> None:
     with open_slide(picture, mpp=0.25) as slide:
-        whole = slide.read(Box(0, 0, *GRID.size), 0.25)
+        frame = slide.frame(0.25)
+        whole = slide.read(frame.box, frame)
         together = np.zeros_like(whole)
         for block in range(GRID.blocks):
             tiles = GRID.tiles_of(block)
-            patches, lost = cut(slide, tiles, GRID, 0.25)
+            patches, lost = cut(slide, tiles, GRID, slide.frame(0.25))
             assert not lost.any()
             for tile, patch in zip(tiles, patches, strict=True):
-                assert np.array_equal(patch, slide.read(tile.read, 0.25))
+                assert np.array_equal(patch, slide.read(tile.read, frame))
                 together[tile.core.within((0, 0))] = patch[tile.core.within((tile.read.x0, tile.read.y0))]
     assert np.array_equal(together, whole)
 
@@ -186,23 +311,23 @@ def test_patches_are_what_their_reads_hold_and_cores_put_together_are_the_slide(
 def test_a_block_is_read_once(picture: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with open_slide(picture, mpp=0.25) as slide:
         boxes = []
-        salvage = slide.salvage
-        monkeypatch.setattr(slide, "salvage", lambda box, mpp: boxes.append(box) or salvage(box, mpp))
-        cut(slide, GRID.tiles_of(0), GRID, 0.25)
+        frame, read = slide.frame(0.25), slide.read_decodable
+        monkeypatch.setattr(slide, "read_decodable", lambda box, frame: boxes.append(box) or read(box, frame))
+        cut(slide, GRID.tiles_of(0), GRID, frame)
         assert boxes == [Box(-4, -4, 52, 52)]
-        patches, lost = cut(slide, (), GRID, 0.25)
+        patches, lost = cut(slide, (), GRID, frame)
         assert (patches.shape, lost.shape) == ((0, 24, 24, 3), (0,))
 
 
 def test_the_lost_share_is_the_cores(shared: Path) -> None:
     """The shares, weighted by the cores' areas, add up to the area lost."""
     with open_slide(shared / "slides" / "damaged" / "zeroed-60kB-in-tile-data.svs") as slide:
-        size, _ = slide.work(1.0)
-        grid = TileGrid(size, 256, 32, 4)
+        frame = slide.frame(1.0)
+        grid = TileGrid(frame.size, 256, 32, 4)
         total = 0.0
         for block in range(grid.blocks):
             tiles = grid.tiles_of(block)
-            total += float(cut(slide, tiles, grid, 1.0)[1] @ [tile.core.area for tile in tiles])
-        _, lost = slide.salvage(Box(0, 0, *size), 1.0)
+            total += float(cut(slide, tiles, grid, frame)[1] @ [tile.core.area for tile in tiles])
+        _, lost = slide.read_decodable(frame.box, frame)
         assert total == pytest.approx(lost.sum(), rel=1e-4)
         assert total > 0

@@ -77,7 +77,7 @@ def test_openslide_opens_the_file(tmp_path: Path, phantom: Phantom, mpp: float) 
         assert slide.scale.source == "tiff resolution"
         assert slide.scale.x == pytest.approx(mpp, rel=1e-6)
         assert [level.size for level in slide.levels] == [Size(1100, 900), Size(275, 225)]
-        assert np.array_equal(slide.read(Box(0, 0, 1100, 900), slide.scale.x), phantom.image)
+        assert np.array_equal(slide.read(Box(0, 0, 1100, 900), slide.frame(slide.scale.x)), phantom.image)
 
 
 @pytest.mark.parametrize("size", [Size(64, 64), Size(300, 90)])

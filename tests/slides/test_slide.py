@@ -74,29 +74,29 @@ def slide(pyramid: Writer) -> Slide:
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_pixels_do_not_depend_on_the_box(slide: Slide, data: st.DataObject, mpp: float) -> None:
     """A part read on its own is, bit for bit, a part of the whole; white outside."""
-    size, _ = slide.work(mpp)
-    frame = Box(0, 0, *size)
+    frame = slide.frame(mpp)
+    size = frame.size
     x0 = data.draw(st.integers(-30, size.width), "x0")
     y0 = data.draw(st.integers(-30, size.height), "y0")
     box = Box(x0, y0, x0 + data.draw(st.integers(0, 200), "w"), y0 + data.draw(st.integers(0, 200), "h"))
-    pixels = slide.read(box, mpp)
-    inside = box.intersect(frame)
+    pixels = slide.read(box, frame)
+    inside = box.intersect(frame.box)
     expected = np.full((box.height, box.width, 3), 255, np.uint8)
     if inside.area:
-        expected[inside.within((x0, y0))] = slide.read(frame, mpp)[inside.within((0, 0))]
+        expected[inside.within((x0, y0))] = slide.read(frame.box, frame)[inside.within((0, 0))]
     assert np.array_equal(pixels, expected)
-    again, lost = slide.salvage(box, mpp)
+    again, lost = slide.read_decodable(box, frame)
     assert np.array_equal(again, pixels)
     assert not lost.any()
 
 
 def test_level_0_comes_back_unchanged(slide: Slide, picture: np.ndarray) -> None:
-    assert np.array_equal(slide.read(Box(0, 0, WIDTH, HEIGHT), slide.scale.x), picture)
+    assert np.array_equal(slide.read(Box(0, 0, WIDTH, HEIGHT), slide.frame(slide.scale.x)), picture)
 
 
 @pytest.mark.parametrize("mpp", [0.25, 0.5, 0.8, 2.0, 3.7])
-def test_points_of_the_work_frame_lie_where_the_affine_says(pyramid: Writer, mpp: float) -> None:
-    """A disc's centre of mass, found in work px, is its centre on the slide: no half pixel is lost."""
+def test_points_of_a_frame_lie_where_the_affine_says(pyramid: Writer, mpp: float) -> None:
+    """A disc's centre of mass, found in px of the frame, is its centre on the slide: no half pixel is lost."""
     path = pyramid("plain.tif", 0.5).with_name("disc.tif")
     y, x = np.mgrid[:600, :800] + 0.5
     disc = (255 * (np.hypot(x - 321.3, y - 222.6) > 60)).astype(np.uint8)[..., None].repeat(3, axis=2)
@@ -113,10 +113,10 @@ def test_points_of_the_work_frame_lie_where_the_affine_says(pyramid: Writer, mpp
                 resolutionunit=3,
             )
     with open_slide(path) as slide:
-        size, affine = slide.work(mpp)
-        dark = 255.0 - slide.read(Box(0, 0, *size), mpp)[..., 0]
+        frame = slide.frame(mpp)
+        dark = 255.0 - slide.read(frame.box, frame)[..., 0]
     row, col = ndimage.center_of_mass(dark)
-    centre = affine.work_to_slide((col + 0.5, row + 0.5))
+    centre = frame.to_slide.apply((col + 0.5, row + 0.5))
     np.testing.assert_allclose(centre, (321.3, 222.6), atol=0.1)
 
 
@@ -126,18 +126,18 @@ def test_downsampling_is_antialiased(tmp_path: Path) -> None:
     Image.fromarray(board).save(tmp_path / "board.png")
     with open_slide(tmp_path / "board.png", mpp=0.25) as slide:
         # The last pixels hang over the picture, whose edge is continued: no checkerboard there.
-        assert np.abs(slide.thumbnail(1.9)[:-3, :-3].astype(int) - 127).max() <= 6
+        assert np.abs(slide.thumbnail(slide.frame(1.9))[:-3, :-3].astype(int) - 127).max() <= 6
 
 
 def test_a_slide_survives_pickling_threads_and_processes(slide: Slide) -> None:
-    box = Box(50, 60, 250, 200)
-    expected = slide.read(box, 0.5)
+    box, frame = Box(50, 60, 250, 200), slide.frame(0.5)
+    expected = slide.read(box, frame)
     copy = pickle.loads(pickle.dumps(slide))
     assert (copy.path, copy.scale, copy.bounds) == (slide.path, slide.scale, slide.bounds)
-    assert np.array_equal(copy.read(box, 0.5), expected)
+    assert np.array_equal(copy.read(box, frame), expected)
 
     found: list[np.ndarray] = []
-    threads = [threading.Thread(target=lambda: found.append(slide.read(box, 0.5))) for _ in range(4)]
+    threads = [threading.Thread(target=lambda: found.append(slide.read(box, frame))) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -147,13 +147,14 @@ def test_a_slide_survives_pickling_threads_and_processes(slide: Slide) -> None:
 
     context = get_context("spawn")
     with context.Pool(1) as pool:
-        assert np.array_equal(pool.apply(slide.read, (box, 0.5)), expected)
+        assert np.array_equal(pool.apply(slide.read, (box, frame)), expected)
 
 
 def test_closing_is_not_the_end(slide: Slide) -> None:
-    before = slide.read(Box(0, 0, 20, 20), 0.5)
+    frame = slide.frame(0.5)
+    before = slide.read(Box(0, 0, 20, 20), frame)
     slide.close()
-    assert np.array_equal(slide.read(Box(0, 0, 20, 20), 0.5), before)
+    assert np.array_equal(slide.read(Box(0, 0, 20, 20), frame), before)
 
 
 # Scale
@@ -163,7 +164,7 @@ def test_scale_from_the_tiff_resolution(slide: Slide) -> None:
     assert slide.scale.source == "tiff resolution"
     assert slide.scale.x == pytest.approx(0.5, rel=1e-6)
     assert slide.vendor == "generic-tiff"
-    assert slide.work(0.25)[0] == Size(2 * WIDTH, 2 * HEIGHT)
+    assert slide.frame(0.25).size == Size(2 * WIDTH, 2 * HEIGHT)
 
 
 @pytest.mark.parametrize("mpp", [None, 1000.0, 0.01])
@@ -194,7 +195,7 @@ def test_plain_images_are_slides_of_one_level(tmp_path: Path, picture: np.ndarra
         assert (slide.vendor, slide.size, len(slide.levels)) == ("image", Size(WIDTH, HEIGHT), 1)
         assert len(slide.quick_hash) == 64
         stored = np.asarray(Image.open(path).convert("RGB"))
-        assert np.array_equal(slide.read(Box(0, 0, WIDTH, HEIGHT), 0.25), stored)
+        assert np.array_equal(slide.read(Box(0, 0, WIDTH, HEIGHT), slide.frame(0.25)), stored)
 
 
 def test_a_plain_tiff_states_its_resolution(tmp_path: Path, picture: np.ndarray) -> None:
@@ -209,7 +210,7 @@ def test_a_colour_profile_is_recorded(tmp_path: Path, picture: np.ndarray) -> No
     Image.fromarray(picture).save(tmp_path / "without.png")
     with open_slide(tmp_path / "with.png", mpp=0.25) as slide:
         assert slide.has_icc
-        assert np.array_equal(slide.read(Box(0, 0, WIDTH, HEIGHT), 0.25), picture)
+        assert np.array_equal(slide.read(Box(0, 0, WIDTH, HEIGHT), slide.frame(0.25)), picture)
     assert not open_slide(tmp_path / "without.png", mpp=0.25).has_icc
 
 
@@ -219,7 +220,7 @@ def test_transparency_is_blended_on_white(tmp_path: Path) -> None:
     rgba[:, 16:32, 3] = 51
     Image.fromarray(rgba).save(tmp_path / "clear.png")
     with open_slide(tmp_path / "clear.png", mpp=0.25) as slide:
-        assert slide.read(Box(0, 0, 64, 64), 0.25)[5, [0, 20, 40], 1].tolist() == [255, 204, 0]
+        assert slide.read(Box(0, 0, 64, 64), slide.frame(0.25))[5, [0, 20, 40], 1].tolist() == [255, 204, 0]
 
 
 # Damage
@@ -275,12 +276,12 @@ def test_one_bad_tile_is_lost_alone_and_the_rest_is_kept(pyramid: Writer, tmp_pa
     path = _spoil(pyramid("flat.tif", 0.5, (1,)), tmp_path / "spoilt.tif", lambda i: i == 6)
     bad = Box(128, 128, 256, 256)  # the seventh of 5 x 4 tiles of 128 px
     with open_slide(path) as slide:
-        frame = Box(0, 0, WIDTH, HEIGHT)
+        frame = slide.frame(0.5)
         with pytest.raises(RegionUnreadable, match=r"spoilt\.tif.*cannot be decoded"):
-            slide.read(frame, 0.5)
+            slide.read(frame.box, frame)
         # The handle has been replaced.
-        assert np.array_equal(slide.read(Box(300, 0, 400, 100), 0.5), picture[:100, 300:400])
-        pixels, lost = slide.salvage(frame, 0.5)
+        assert np.array_equal(slide.read(Box(300, 0, 400, 100), frame), picture[:100, 300:400])
+        pixels, lost = slide.read_decodable(frame.box, frame)
         expected = picture.copy()
         expected[bad.within((0, 0))] = 255
         assert lost.sum() == bad.area
@@ -288,7 +289,7 @@ def test_one_bad_tile_is_lost_alone_and_the_rest_is_kept(pyramid: Writer, tmp_pa
         # Resolution tags are single precision, so the scale is 0.5 within 1e-8 and edges are resampled.
         kept = ~ndimage.binary_dilation(lost, iterations=4)
         assert np.abs(pixels.astype(int) - expected)[kept].max() <= 1
-        part, gone = slide.salvage(Box(200, 180, 400, 360), 0.25)
+        part, gone = slide.read_decodable(Box(200, 180, 400, 360), slide.frame(0.25))
         assert 0.2 < gone.mean() < 1
         assert (part[ndimage.binary_erosion(gone, iterations=8)] == 255).all()
 
@@ -325,8 +326,9 @@ def test_shared_slides_open(shared: Path, name: str, size: Size, mpp: float, sou
         assert slide.bounds.size == size
         assert slide.scale.source == source
         assert slide.scale.x == pytest.approx(mpp, rel=1e-5)
-        thumbnail = slide.thumbnail(16)
-        assert thumbnail.shape[:2] == slide.work(16)[0][::-1]
+        frame = slide.frame(16)
+        thumbnail = slide.thumbnail(frame)
+        assert thumbnail.shape[:2] == frame.size[::-1]
         assert thumbnail.min() < 150
 
 
@@ -336,7 +338,7 @@ def test_shared_slides_without_a_scale_need_the_user(shared: Path, name: str) ->
         open_slide(shared / "slides" / name)
     with open_slide(shared / "slides" / name, mpp=0.25) as slide:
         assert slide.has_icc == name.startswith("TCGA")
-        assert slide.read(Box(100, 100, 164, 164), 0.25).shape == (64, 64, 3)
+        assert slide.read(Box(100, 100, 164, 164), slide.frame(0.25)).shape == (64, 64, 3)
 
 
 @pytest.mark.parametrize(
@@ -355,19 +357,19 @@ def test_shared_slides_that_do_not_open(shared: Path, name: str, cause: str) -> 
 
 
 def test_shared_leica_reads_only_inside_its_bounds(shared: Path) -> None:
-    """The container was written around the CMU pixels: the work frame starts where they start."""
+    """The container was written around the CMU pixels: a frame starts where they start."""
     with (
         open_slide(shared / "slides" / "leica-offset-region.scn") as leica,
         open_slide(shared / "slides" / "CMU-1-Small-Region.svs") as cmu,
     ):
         assert leica.bounds == Box(3000, 5000, 5220, 7967)
-        size, affine = leica.work(0.5)
-        assert affine.work_to_slide((0, 0)).tolist() == [3000, 5000]
+        frame = leica.frame(0.5)
+        assert frame.to_slide.apply((0, 0)).tolist() == [3000, 5000]
         box = Box(600, 900, 800, 1100)
-        difference = leica.read(box, leica.scale.x).astype(int) - cmu.read(box, cmu.scale.x)
+        difference = leica.read(box, frame).astype(int) - cmu.read(box, cmu.frame(cmu.scale.x))
         assert np.abs(difference).mean() < 3
-        assert (leica.read(Box(-10, -10, 0, 0), 0.5) == 255).all()
-        assert (leica.read(Box(size.width, 0, size.width + 9, 9), 0.5) == 255).all()
+        assert (leica.read(Box(-10, -10, 0, 0), frame) == 255).all()
+        assert (leica.read(Box(frame.size.width, 0, frame.size.width + 9, 9), frame) == 255).all()
 
 
 @pytest.mark.parametrize(
@@ -376,10 +378,10 @@ def test_shared_leica_reads_only_inside_its_bounds(shared: Path) -> None:
 )
 def test_shared_slides_with_unreadable_regions(shared: Path, name: str, low: float, high: float) -> None:
     with open_slide(shared / "slides" / "damaged" / name) as slide:
-        frame = Box(0, 0, *slide.work(0.5)[0])
+        frame = slide.frame(0.5)
         with pytest.raises(RegionUnreadable):
-            slide.read(frame, 0.5)
-        _, lost = slide.salvage(frame, 0.5)
+            slide.read(frame.box, frame)
+        _, lost = slide.read_decodable(frame.box, frame)
         assert low < lost.mean() < high
 
 
@@ -387,4 +389,4 @@ def test_shared_slides_read_as_openslide_reads(shared: Path) -> None:
     path = shared / "slides" / "CMU-1-Small-Region.svs"
     with open_slide(path) as slide, openslide.OpenSlide(path) as handle:
         expected = np.asarray(handle.read_region((700, 900), 0, (300, 200)).convert("RGB"))
-        assert np.array_equal(slide.read(Box(700, 900, 1000, 1100), slide.scale.x), expected)
+        assert np.array_equal(slide.read(Box(700, 900, 1000, 1100), slide.frame(slide.scale.x)), expected)

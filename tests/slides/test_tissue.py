@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import ndimage
 
-from slides.geometry import Box, Size
+from slides.geometry import Affine, Box, Frame, Size
 from slides.phantom import draw
 from slides.slide import open_slide
 from slides.tissue import TissueMap, tissue_mask
@@ -21,6 +21,17 @@ BLUE_INK, GREEN_INK, RED_INK, BLACK_INK = (40, 60, 160), (30, 120, 60), (210, 30
 
 def _find(thumbnail: np.ndarray, margin_um: float = 0.0, min_area_um2: float = 5000.0) -> np.ndarray:
     return tissue_mask(thumbnail, MPP, min_area_um2=min_area_um2, margin_um=margin_um)
+
+
+def _map(mask: np.ndarray, mpp: float, work_mpp: float) -> TissueMap:
+    """A slide of 0.25 um per px whose thumbnail at `mpp` the mask covers."""
+    height, width = mask.shape
+    ratio = mpp / work_mpp
+    return TissueMap(
+        mask,
+        Frame(Size(width, height), mpp, Affine(mpp / 0.25, mpp / 0.25, 0, 0)),
+        Frame(Size(int(width * ratio), int(height * ratio)), work_mpp, Affine(work_mpp / 0.25, work_mpp / 0.25, 0, 0)),
+    )
 
 
 def _glass(colour: tuple[int, int, int] = (243, 243, 244), seed: int = 0) -> np.ndarray:
@@ -112,7 +123,7 @@ def test_the_phantoms_nuclei_are_in_and_its_pen_is_out() -> None:
     phantom = draw(Size(1600, 1200), 5)
     thumbnail = phantom.image.reshape(75, 16, 100, 16, 3).mean((1, 3)).astype(np.uint8)
     mask = tissue_mask(thumbnail, 4.0, min_area_um2=5000, margin_um=16)
-    tissue = TissueMap(mask, 4.0, 0.25)
+    tissue = _map(mask, 4.0, 0.25)
     centres = np.array([polygon.mean(axis=0) for polygon in phantom.polygons])
     assert tissue.contains(centres).all()
     assert mask.mean() < 0.9
@@ -131,7 +142,7 @@ def test_the_phantoms_nuclei_are_in_and_its_pen_is_out() -> None:
 )
 def test_shared_slides_show_the_tissue_one_sees(shared: Path, name: str, low: float, high: float) -> None:
     with open_slide(shared / "slides" / name, mpp=0.5) as slide:
-        assert low < tissue_mask(slide.thumbnail(8), 8.0, min_area_um2=10_000, margin_um=32).mean() < high
+        assert low < tissue_mask(slide.thumbnail(slide.frame(8)), 8.0, min_area_um2=10_000, margin_um=32).mean() < high
 
 
 # TissueMap
@@ -140,7 +151,7 @@ def test_shared_slides_show_the_tissue_one_sees(shared: Path, name: str, low: fl
 def test_a_map_answers_in_work_pixels() -> None:
     mask = np.zeros((3, 4), bool)
     mask[1, 2] = True  # work px 64..96 x 32..64 at mpp 0.25
-    tissue = TissueMap(mask, 8.0, 0.25)
+    tissue = _map(mask, 8.0, 0.25)
     points = [(64, 32), (95.9, 63.9), (96, 40), (63.9, 40), (-1, -1), (1e6, 40)]
     assert tissue.contains(points).tolist() == [True, True, False, False, False, False]
     assert tissue.area_mm2 == pytest.approx(64e-6)
@@ -155,7 +166,7 @@ def test_a_map_answers_in_work_pixels() -> None:
 @given(st.integers(0, 2**32 - 1), st.floats(0.2, 3))
 def test_a_box_has_tissue_if_one_of_its_points_has(seed: int, work_mpp: float) -> None:
     rng = np.random.default_rng(seed)
-    tissue = TissueMap(rng.random((9, 11)) < 0.1, 2.0, work_mpp)
+    tissue = _map(rng.random((9, 11)) < 0.1, 2.0, work_mpp)
     x, y, width, height = rng.integers(0, 20, 4)
     box = Box(int(x), int(y), int(x + width), int(y + height))
     centres = [(i + 0.5, j + 0.5) for j in range(box.y0, box.y1) for i in range(box.x0, box.x1)]

@@ -135,7 +135,8 @@ def read_image(path: Path, box: Box | None = None) -> NDArray[np.uint8]:
     """
     try:
         with open_slide(path, mpp=_AS_STORED) as slide:
-            return slide.read(box or Box(0, 0, *slide.bounds.size), _AS_STORED)
+            frame = slide.frame(_AS_STORED)
+            return slide.read(box or frame.box, frame)
     except SlideError as error:
         raise AnnotationError(str(error)) from error
 

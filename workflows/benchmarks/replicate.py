@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from slides.geometry import Box, Size
+from slides.geometry import Size
 from slides.slide import open_slide
 
 TILE = 512
@@ -41,7 +41,8 @@ def main() -> None:
     given = parser.parse_args()
     with open_slide(given.slide) as slide:
         mpp = slide.scale.x
-        source = slide.read(Box(0, 0, *slide.work(mpp)[0]), mpp)
+        frame = slide.frame(mpp)
+        source = slide.read(frame.box, frame)
     height, width = source.shape[:2]
     size = Size(width * given.across, height * given.down)
     with given.out.open("xb") as file:

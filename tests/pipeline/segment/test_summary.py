@@ -12,13 +12,21 @@ from pipeline.model import stain
 from pipeline.segment import tables
 from pipeline.segment.plan import Plan
 from pipeline.segment.summary import AREA_EDGES_UM2, SEAM_EDGES_PX, seam_counts, seam_verdict, summarise
-from slides.geometry import Affine, Box, Size
+from slides.geometry import Affine, Box, Frame, Size
 from slides.grid import TileGrid
 from slides.slide import Scale
 from slides.tissue import TissueMap
 
 SIZE = Size(3000, 2500)
-WHOLE = TissueMap(np.ones((79, 94), bool), 8.0, 0.25)
+WORK = Frame(SIZE, 0.25, Affine(0.5, 0.5, 10.0, 20.0))
+
+
+def tissue_map(mask: np.ndarray, mpp: float) -> TissueMap:
+    height, width = mask.shape
+    return TissueMap(mask, Frame(Size(width, height), mpp, Affine(mpp / 0.5, mpp / 0.5, 10.0, 20.0)), WORK)
+
+
+WHOLE = tissue_map(np.ones((79, 94), bool), 8.0)
 
 
 @st.composite
@@ -48,7 +56,7 @@ def evenly(count: int, seed: int) -> np.ndarray:
 def test_a_nucleus_on_every_pixel_of_tissue_is_what_is_expected(grid, ratio, share, seed):
     """Law: areas are exact, for any grid and any tissue: observed and expected are equal."""
     shape = (-(-grid.size.height // ratio), -(-grid.size.width // ratio))
-    tissue = TissueMap(np.random.default_rng(seed).random(shape) < share, ratio / 4, 0.25)
+    tissue = tissue_map(np.random.default_rng(seed).random(shape) < share, ratio / 4)
     x, y = np.meshgrid(np.arange(grid.size.width) + 0.5, np.arange(grid.size.height) + 0.5)
     centroids = np.stack([x.ravel(), y.ravel()], 1)
     observed, expected = seam_counts(np.array_split(centroids, 3), grid, tissue)
@@ -128,9 +136,9 @@ def plan() -> Plan:
         Scale(0.5, 0.5, "user"),
         Size(1000, 512),
         Box(0, 0, 1000, 512),
-        Affine(0.5, 0.5, 10.0, 20.0),
+        WORK._replace(size=Size(1000, 1000)),
         TileGrid(Size(1000, 1000), 628, 64, 4),
-        TissueMap(mask, 7.8125, 0.25),
+        tissue_map(mask, 7.8125),
         none,
         none,
         False,
@@ -176,7 +184,7 @@ def test_the_summary_of_five_nuclei(tmp_path):
 
 def test_the_summary_of_nothing(tmp_path):
     write(tmp_path / "n.parquet", [], [], [])
-    glass = plan()._replace(tissue=TissueMap(np.zeros((32, 64), bool), 7.8125, 0.25))
+    glass = plan()._replace(tissue=tissue_map(np.zeros((32, 64), bool), 7.8125))
     found = json.loads(json.dumps(summarise(tmp_path / "n.parquet", glass)))
     assert (found["nuclei"], found["per_mm2"], found["classes"], found["area_um2"]["quantiles"]) == (0, None, {}, [])
     assert found["seams"]["ratio"] is None
