@@ -32,9 +32,7 @@ def main() -> None:
     cpu_jobs = {f"cpu-{number}": cpu_job(given) for number in range(given.cpu_jobs)}
     scheduler = {"cls": Scheduler, "options": {"interface": given.interface, "dashboard_address": ":0"}}
     # dask-jobqueue's own SLURMCluster has one kind of job; its jobs fit into Dask's cluster of any kinds
-    with SpecCluster(  # type: ignore[no-untyped-call]
-        gpu_jobs or cpu_jobs, scheduler, name="nightslide", silence_logs=logging.ERROR
-    ) as cluster:
+    with SpecCluster(gpu_jobs or cpu_jobs, scheduler, name="nightslide", silence_logs=logging.ERROR) as cluster:
         print(f"scheduler: {cluster.scheduler_address}; waiting for the first of {len(cluster.worker_spec)} jobs")
         cluster.wait_for_workers(1)
         cluster.worker_spec.update(cpu_jobs)  # not sooner: without a GPU to feed they would stand idle
