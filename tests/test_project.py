@@ -54,7 +54,7 @@ def test_what_is_imported_is_declared_and_what_is_declared_is_imported(project: 
 def test_every_dependency_has_a_lower_bound_and_no_upper_one(project: dict[str, Any]) -> None:
     extras = [requirement for extra in project["optional-dependencies"].values() for requirement in extra]
     for requirement in project["dependencies"] + extras:
-        assert re.fullmatch(r"[a-z0-9-]+(\[[a-z,]+\])?>=[0-9.]+", requirement), requirement
+        assert re.fullmatch(r"[a-z0-9-]+(\[[a-z,]+\])?>=[0-9.]+(,!=[0-9.]+)?", requirement), requirement
 
 
 def test_the_changelog_begins_with_this_version(project: dict[str, Any]) -> None:
