@@ -134,5 +134,7 @@ def test_the_top_level_is_as_designed() -> None:
         "pyproject.toml",
         "README.md",
         "LICENSE",
+        "CHANGELOG.md",
+        "CITATION.cff",
     }
     assert not list((ROOT / "tests").rglob("__init__.py"))

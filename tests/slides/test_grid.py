@@ -61,7 +61,7 @@ def test_every_tile_is_in_exactly_one_block(grid: TileGrid) -> None:
         ((Size(0, 10), 64, 8, 1), "size=0 x 10 px holds nothing"),
     ],
 )
-def test_numbers_that_make_no_grid(numbers: tuple, message: str) -> None:
+def test_numbers_that_make_no_grid(numbers: tuple[Size, int, int, int], message: str) -> None:
     with pytest.raises(GridError) as raised:
         TileGrid(*numbers)
     assert message in str(raised.value)

@@ -24,8 +24,10 @@ def test_the_same_seed_draws_the_same_and_another_does_not() -> None:
 
 
 def test_shapes_and_counts(phantom: Phantom) -> None:
-    assert (phantom.image.shape, phantom.image.dtype) == ((900, 1100, 3), np.uint8)
-    assert (phantom.labels.shape, phantom.labels.dtype) == ((900, 1100), np.int32)
+    assert phantom.image.shape == (900, 1100, 3)
+    assert phantom.image.dtype == np.uint8
+    assert phantom.labels.shape == (900, 1100)
+    assert phantom.labels.dtype == np.int32
     assert set(np.unique(phantom.labels)) == set(range(len(phantom.polygons) + 1))
     assert len(phantom.polygons) > 60
 

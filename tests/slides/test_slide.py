@@ -30,7 +30,7 @@ def picture() -> np.ndarray:
     """Smooth noise with some edges, uint8 (467, 613, 3)."""
     noise = np.random.default_rng(0).normal(size=(HEIGHT, WIDTH, 3))
     smooth = ndimage.gaussian_filter(noise, (3, 3, 0))
-    image = np.clip(128 + smooth / smooth.std() * 50, 0, 255).astype(np.uint8)
+    image: np.ndarray = np.clip(128 + smooth / smooth.std() * 50, 0, 255).astype(np.uint8)
     image[100:200, 150:300] = (200, 120, 180)
     return image
 

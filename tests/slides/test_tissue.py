@@ -51,7 +51,7 @@ CORNER = (slice(5, 25), slice(10, 180))
 
 
 @given(st.sampled_from([EOSIN, HAEMATOXYLIN, PALE]), st.integers(0, 50), st.integers(150, 255))
-def test_stained_tissue_is_found_on_any_grey_glass(colour: tuple, seed: int, grey: int) -> None:
+def test_stained_tissue_is_found_on_any_grey_glass(colour: tuple[int, int, int], seed: int, grey: int) -> None:
     """Dimmer light dims tissue and glass alike: the mask is the painted rectangle, give or take a pixel."""
     bright = _with(_glass(seed=seed), colour, MIDDLE)
     mask = _find((bright * (grey / 255)).astype(np.uint8))

@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # Memory and scratch space stay bounded however large the slide: one replicated to 44,400 x 44,505 px, segmented with a
-# tiny detector by two worker processes, while both are sampled from outside.
+# tiny detector by two worker processes, while their memory is sampled from outside.
 #   workflows/benchmarks/giant.sh SLIDE TNBC WORK [flags of nightslide run]
-# SLIDE: CMU-1-Small-Region.svs. TNBC: the dataset that the tiny detector learns from, in a minute; what it finds is of
-# the right number and size, no more. WORK: a folder for everything; its giant.tif and tiny.safetensors are used again.
-# ACROSS and DOWN (environment) choose how often the slide is repeated.
+# SLIDE: CMU-1-Small-Region.svs. TNBC: the dataset that the tiny detector is trained on, in a minute; its detections are
+# right in number and size only. WORK: a folder for everything; its giant.tif and tiny.safetensors are reused.
+# ACROSS and DOWN (environment): how often the slide is repeated.
 set -euo pipefail
+case ${1-} in -h | --help) sed -n '2,/^[^#]/s/^# //p' "$0" && exit ;; esac
 here=$(dirname "$0")
 usage="usage: giant.sh SLIDE TNBC WORK [flags of nightslide run]"
 slide=${1:?$usage} tnbc=${2:?$usage} work=${3:?$usage}

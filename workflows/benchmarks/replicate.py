@@ -1,9 +1,9 @@
-"""Write a large slide: another one's level-0 pixels over and over, as a tiled pyramidal BigTIFF of JPEG tiles.
+"""Write a large slide: the level-0 pixels of another one, repeated, as a tiled pyramidal BigTIFF of JPEG tiles.
 
     python workflows/benchmarks/replicate.py CMU-1-Small-Region.svs giant.tif --across 20 --down 15
 
-Nothing larger than a row of tiles is held, however large the slide: the picture is periodic, so a tile of any level is
-cut from a few rows of the source. Levels shrink by 4, each pixel the mean of those that it stands for. The tags are
+No more than a row of tiles is held in memory, however large the slide: the image is periodic, so a tile of any level is
+cut from a few rows of the source. Levels shrink by 4, each pixel the mean of those that it covers. The tags are
 written here because tifffile takes no encoded JPEG tiles unless it has a JPEG encoder of its own.
 """
 

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Seconds and mm2 per second of every stage, for one slide, twice: so that runs and machines can be compared.
-#   workflows/benchmarks/stages.sh SLIDE [nightslide run's flags]
+# Seconds and mm2 per second of every stage, for one slide, twice, to compare runs and machines.
+#   workflows/benchmarks/stages.sh SLIDE [flags of nightslide run]
 set -euo pipefail
+case ${1-} in -h | --help) sed -n '2,/^[^#]/s/^# //p' "$0" && exit ;; esac
 slide=${1:?"usage: stages.sh SLIDE [flags of nightslide run]"}
 shift
 out=$(mktemp -d)

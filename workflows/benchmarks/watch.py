@@ -2,8 +2,8 @@
 
     python workflows/benchmarks/watch.py --tsv watch.tsv --folder 'out/**/work' -- nightslide run slides --out out
 
-A process counts with its PSS: pages that several share are divided among them, so that the sum is what the command
-takes of the machine (and with its USS, what only it holds). A folder counts with the disk blocks of its files.
+Of each process its PSS is sampled (memory pages that several share are divided among them, so that the sum is what the
+command occupies) and its USS (pages that it alone holds); of each folder, the disk blocks of its files.
 The last lines are the peaks; the exit status is the command's.
 """
 
@@ -20,8 +20,8 @@ from typing import NamedTuple, TextIO
 import psutil
 
 
-class Seen(NamedTuple):
-    """A process, now or at its peak; bytes and seconds."""
+class Usage(NamedTuple):
+    """Memory of a process in bytes, now or at its peak, and its CPU seconds."""
 
     pss: int
     uss: int
@@ -53,20 +53,20 @@ def main() -> int:
 
 def watch(
     child: psutil.Popen, tsv: TextIO, folders: list[str], every: float
-) -> tuple[int, dict[int, Seen], dict[str, int]]:
+) -> tuple[int, dict[int, Usage], dict[str, int]]:
     """Sample until the command ends. Returns its exit status and the peaks: of each process, of sums and folders."""
-    processes: dict[int, Seen] = {}
+    processes: dict[int, Usage] = {}
     totals: dict[str, int] = {}
     began = time.monotonic()
     while True:
-        now = look(child)
-        sizes = {"all processes, PSS": sum(seen.pss for seen in now.values())}
+        now = measure(child)
+        sizes = {"all processes, PSS": sum(usage.pss for usage in now.values())}
         sizes |= {pattern: folder_bytes(pattern) for pattern in folders}
         seconds = f"{time.monotonic() - began:.1f}"
-        for pid, seen in now.items():
-            before = processes.get(pid, seen)
-            processes[pid] = Seen(max(before.pss, seen.pss), max(before.uss, seen.uss), seen.cpu_s, seen.command)
-            tsv.write(f"{seconds}\tpss\t{pid}\t{seen.pss}\n{seconds}\tuss\t{pid}\t{seen.uss}\n")
+        for pid, usage in now.items():
+            before = processes.get(pid, usage)
+            processes[pid] = Usage(max(before.pss, usage.pss), max(before.uss, usage.uss), usage.cpu_s, usage.command)
+            tsv.write(f"{seconds}\tpss\t{pid}\t{usage.pss}\n{seconds}\tuss\t{pid}\t{usage.uss}\n")
         for name, size in sizes.items():
             totals[name] = max(size, totals.get(name, 0))
             tsv.write(f"{seconds}\ttotal\t{name}\t{size}\n")
@@ -77,9 +77,9 @@ def watch(
             pass
 
 
-def look(child: psutil.Process) -> dict[int, Seen]:
-    """The command and its descendants, but for those that end just now."""
-    found = {}
+def measure(child: psutil.Process) -> dict[int, Usage]:
+    """The usage of the command and its descendants by process id; a process that is ending is left out."""
+    usages = {}
     try:
         family = [child, *child.children(recursive=True)]
     except psutil.NoSuchProcess:
@@ -87,15 +87,15 @@ def look(child: psutil.Process) -> dict[int, Seen]:
     for process in family:
         try:
             memory, cpu, command = process.memory_full_info(), process.cpu_times(), process.cmdline()
-            # of a worker that multiprocessing spawned, the arguments say no more than that
-            found[process.pid] = Seen(memory.pss, memory.uss, cpu.user + cpu.system, " ".join(command[1:])[:80])
+            # a worker that multiprocessing spawned has no more telling arguments
+            usages[process.pid] = Usage(memory.pss, memory.uss, cpu.user + cpu.system, " ".join(command[1:])[:80])
         except psutil.NoSuchProcess:
             continue
-    return found
+    return usages
 
 
 def folder_bytes(pattern: str) -> int:
-    """What the files of all folders that match take on disk, while others write and delete them."""
+    """Bytes on disk of the files in all folders that match, while others write and delete them."""
     total = 0
     for folder in glob.iglob(pattern, recursive=True, include_hidden=True):
         for where, _, names in os.walk(folder):

@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # What each choice in the detector and its training brings: one short training from ImageNet for each, on 12 of the
 # multi-organ set's 16 training images, all else equal; then the scores on the other four, each at the score threshold
-# that is best for it, as a markdown table. What counts is the difference between rows, not their height.
+# that is best for it, as a markdown table. Compare the rows with each other: such short trainings score low.
 #   workflows/experiments/ablations.sh DATA OUT STEPS [flags of nightslide train]
 # DATA: the folder of Kumar et al.'s images with its splits.json. CHOICES (environment) chooses some of the rows. A
-# choice whose table is in OUT is not done again.
+# choice whose table is in OUT is skipped.
 set -euo pipefail
+case ${1-} in -h | --help) sed -n '2,/^[^#]/s/^# //p' "$0" && exit ;; esac
 here=$(dirname "$0")
 usage="usage: ablations.sh DATA OUT STEPS [flags of nightslide train]"
 data=${1:?$usage} out=${2:?$usage} steps=${3:?$usage}
@@ -33,7 +34,7 @@ for choice in ${CHOICES:-$choices}; do
     table=$out/$choice.md
     if [ ! -e "$table" ]; then
         extra=$(flags "$choice")
-        # words of their own, all of them; shellcheck disable=SC2086
+        # shellcheck disable=SC2086 # extra holds several flags
         nightslide train --data "$data" --split train --mpp 0.25 --out "$out/$choice" --steps "$steps" --hold-out 4 \
             --save-every "$steps" $extra "$@"
         python "$here/choose.py" --data "$data" --split train --mpp 0.25 --tiling.tile "${TILE:-1152}" \

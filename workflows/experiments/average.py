@@ -30,7 +30,8 @@ def average(files: list[Path], out: Path, terms: str = "") -> None:
         for name, first in states[0].items()
     }
     models[0].load_state_dict(mean)
-    notes = {name: read_notes(files[-1])[name] for name in ("recipe", "data") if name in read_notes(files[-1])}
+    last = read_notes(files[-1])
+    notes: dict[str, str] = {name: last[name] for name in ("recipe", "data") if name in last}
     notes["mean_of"] = json.dumps([read_notes(file)["sha256"] for file in files])
     if terms := terms or "; ".join(dict.fromkeys(filter(None, map(licence, files)))):
         notes["licence"] = terms

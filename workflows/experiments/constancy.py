@@ -150,10 +150,10 @@ def main() -> None:
         draw(table, wanted.pictures)
     print("| NMI: SD / CV | " + " | ".join(counts) + " | all | not fitted | s/mm2 |")
     print("|---" * (len(counts) + 4) + "|")
-    for method, sets in table.items():
-        everything = [m for members in sets for m in members]
+    for method, measured in table.items():
+        everything = [m for members in measured for m in members]
         seconds = np.median([m.seconds_per_mm2 for m in everything])
-        cells = [spread(members) for members in (*sets, everything)]
+        cells = [spread(members) for members in (*measured, everything)]
         print(f"| {method} | " + " | ".join(cells) + f" | {sum(m.failed for m in everything)} | {seconds:.2f} |")
 
 

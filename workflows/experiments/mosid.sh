@@ -3,8 +3,9 @@
 # all images and those of organs seen and not seen in training apart.
 #   workflows/experiments/mosid.sh [--quick] DATA OUT [flags of nightslide evaluate, such as --weights FILE]
 # DATA: the folder of Kumar et al.'s images with its splits.json. OUT: a folder for one weights file; a setting whose
-# JSON it holds is not run again. --quick: one view only. STAINS, VIEWS and TILE (environment) choose others.
+# JSON it holds is skipped. --quick: one view only. STAINS, VIEWS and TILE (environment) choose others.
 set -euo pipefail
+case ${1-} in -h | --help) sed -n '2,/^[^#]/s/^# //p' "$0" && exit ;; esac
 here=$(dirname "$0")
 views=${VIEWS:-1 4 8}
 if [ "${1:-}" = --quick ]; then

@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
-# A Dask cluster of this machine that outlives a run (`nightslide run` alone starts one that ends with it), or of
-# several machines that share a folder, without a batch system:
+# A Dask cluster that stays up between runs (`nightslide run` alone starts one that ends with the run), on this machine
+# or on several that share a folder, without a batch system:
 #   workflows/launchers/machine.sh start scheduler.json      # scheduler and workers, until Ctrl-C
 #   workflows/launchers/machine.sh join scheduler.json       # on further machines: workers only
 #   nightslide run slides/ --out results --scheduler-file scheduler.json
-# A worker process for every GPU (CUDA_VISIBLE_DEVICES chooses) and six beside it that read, tile and outline, as far as
-# there are cores; without a GPU one process that computes on all cores. Whoever reaches the scheduler's port runs code
-# on the workers: use it where you trust the network.
+# One worker process per GPU (CUDA_VISIBLE_DEVICES chooses) and up to six CPU workers per GPU that read, tile and outline,
+# as many as there are cores; without a GPU, one process that computes on all cores. Anyone who can reach the scheduler's
+# port can run code on the workers: use it on a trusted network only.
 set -euo pipefail
+case ${1-} in -h | --help) sed -n '2,/^[^#]/s/^# //p' "$0" && exit ;; esac
 usage="usage: machine.sh start|join FILE"
 role=${1:?$usage} file=${2:?$usage}
 cores=$(nproc)
@@ -17,9 +18,9 @@ if [ "${CUDA_VISIBLE_DEVICES-}" ]; then
 else
     mapfile -t gpus < <(nvidia-smi --query-gpu=index --format=csv,noheader 2> /dev/null)
 fi
-beside=$((cores - ${#gpus[@]} < 6 * ${#gpus[@]} ? cores - ${#gpus[@]} : 6 * ${#gpus[@]}))
-beside=$((beside < 1 ? 1 : beside))
-processes=$((${#gpus[@]} + beside))
+cpu_workers=$((cores - ${#gpus[@]} < 6 * ${#gpus[@]} ? cores - ${#gpus[@]} : 6 * ${#gpus[@]}))
+cpu_workers=$((cpu_workers < 1 ? 1 : cpu_workers))
+processes=$((${#gpus[@]} + cpu_workers))
 worker=(dask worker --scheduler-file "$file" --memory-limit "$(awk "BEGIN { print 1 / $processes }")")
 
 trap 'kill $(jobs -p) 2> /dev/null; wait' EXIT
@@ -33,12 +34,12 @@ case $role in
     *) echo "$usage" >&2 && exit 2 ;;
 esac
 if [ ${#gpus[@]} -eq 0 ]; then
-    beside=$((cores < 4 ? cores : 4))
-    OMP_NUM_THREADS=$cores "${worker[@]}" --nthreads $((2 + beside)) --resources "GPU=1 CPU=$beside" &
+    cpu_workers=$((cores < 4 ? cores : 4))
+    OMP_NUM_THREADS=$cores "${worker[@]}" --nthreads $((2 + cpu_workers)) --resources "GPU=1 CPU=$cpu_workers" &
 else
     for gpu in "${gpus[@]}"; do
         OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES=$gpu "${worker[@]}" --nthreads 2 --resources GPU=1 &
     done
-    OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES="" "${worker[@]}" --nworkers "$beside" --nthreads 1 --resources CPU=1 &
+    OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES="" "${worker[@]}" --nworkers "$cpu_workers" --nthreads 1 --resources CPU=1 &
 fi
-wait -n # whichever ends first ends the others
+wait -n # when one process ends, the others are ended

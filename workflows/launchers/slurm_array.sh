@@ -8,23 +8,24 @@
 #SBATCH --signal=B:USR1@180
 #SBATCH --requeue
 #SBATCH --open-mode=append
-# One archive, many jobs, no Dask cluster between them: each runs the same command on the same --out, and leases the
-# slides that it does. Give arguments of nightslide run; options of sbatch come before the script.
+# One archive, many jobs, no Dask cluster: each job runs the same command on the same --out and leases slides, one after
+# another. Give arguments of nightslide run; options of sbatch come before the script.
 #   sbatch --array=1-20 -p gpu workflows/launchers/slurm_array.sh slides/ --out results --stain macenko
-# A job with no slide left ends, rather than wait, on its GPU, for what others are at. So that what a dead job held
-# is done too, and ledger.csv and report.html tell of all slides, hand in one more for when they have ended:
+# A job with no slide left ends at once, so that its GPU does not idle while other jobs finish. To do what a killed job
+# left, and to bring ledger.csv and report.html up to date, submit one more that starts when all have ended:
 #   sbatch --array=1 --dependency=afterany:JOB workflows/launchers/slurm_array.sh slides/ --out results --stain macenko
-# Other batch systems need only the command, as often as you like, with SIGTERM before the end:
+# Other batch systems need only the command, any number of times, with SIGTERM before the time limit:
 #   qsub -J 1-8 (PBS), bsub -J "nightslide[1-8]" (LSF), or, without any:
 #   for host in a b c; do ssh "$host" "cd $PWD && nightslide run slides/ --out results" & done; wait
 set -uo pipefail
+case ${1-} in -h | --help) sed -n '2,/^[^#]/s/^# //p' "$0" && exit ;; esac
 
 nightslide run "$@" --no-wait &
 run=$!
 out_of_time=
-trap 'out_of_time=yes; kill -TERM "$run"' USR1 # by --signal above, while there is time to end well
-trap : TERM                                    # scancel tells nightslide, too; wait for it
-while wait "$run"; status=$?; kill -0 "$run" 2> /dev/null; do :; done # a signal ends `wait`, too
+trap 'out_of_time=yes; kill -TERM "$run"' USR1 # sent by --signal above, 180 s before the time limit
+trap : TERM                                    # scancel signals nightslide, too: wait for it
+while wait "$run"; status=$?; kill -0 "$run" 2> /dev/null; do :; done # a signal ends `wait` early
 
 if [ "$out_of_time" ] && [ "$status" -ne 0 ]; then
     scontrol requeue "$SLURM_JOB_ID"

@@ -1,64 +1,66 @@
-"""`nightslide run` on SLURM, as one Dask cluster whose workers are jobs, some with a GPU and some without.
+r"""`nightslide run` on SLURM, as one Dask cluster whose workers are jobs, some with a GPU and some without.
 
     uv run --with dask-jobqueue python workflows/launchers/slurm_cluster.py \
         --gpu-jobs 4 --gpu-options "-p gpu --gres=gpu:1" --cpu-jobs 6 --cpu-options "-p cpu" --hours 12 \
         -- slides/ --out results --stain macenko
 
-What follows -- are arguments of `nightslide run`. Start it where the compute nodes can reach (--interface) and where it
-may stay all night: in a small job of its own, or on a login node under tmux. The folders of slides, results and this
-environment are the same on all nodes. The jobs end with it, and it ends with the run; jobs that SLURM takes away are
-handed in again. If this process dies, its jobs leave by themselves, and the same command continues.
+What follows -- are arguments of `nightslide run`. Start it where the compute nodes can reach it (--interface)
+for as long as the run takes: in a small job of its own, or on a login node under tmux. Slides, results and this
+environment must have the same paths on all nodes. The jobs end with the run; preempted jobs are submitted again.
+If this process dies, its jobs end by themselves, and the same command continues.
 """
 
 import argparse
 import logging
 import signal
+from importlib.util import find_spec
 from typing import Any
 
-from dask_jobqueue.slurm import SLURMJob
 from distributed import Scheduler, SpecCluster
 from tornado.ioloop import PeriodicCallback
 
 from pipeline.cli import main as nightslide
 
-LOOK_MS = 60_000  # between looks at whether all jobs are there
-LEAVE_S = 300  # how long before its time limit a worker hands over what it has and leaves
+CHECK_MS = 60_000  # between checks that all jobs are there
+LEAVE_S = 300  # how long before its time limit a worker hands over its results and ends
 
 
 def main() -> None:
     given = parse()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as nightslide takes it: end well
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as nightslide does: a clean end
     gpu_jobs = {f"gpu-{number}": gpu_job(given) for number in range(given.gpu_jobs)}
     cpu_jobs = {f"cpu-{number}": cpu_job(given) for number in range(given.cpu_jobs)}
     scheduler = {"cls": Scheduler, "options": {"interface": given.interface, "dashboard_address": ":0"}}
-    # dask-jobqueue's own SLURMCluster has one kind of job; its jobs fit into Dask's cluster of any kinds
-    with SpecCluster(  # type: ignore[no-untyped-call]
-        gpu_jobs or cpu_jobs, scheduler, name="nightslide", silence_logs=logging.ERROR
-    ) as cluster:
+    # dask-jobqueue's SLURMCluster has one kind of job; Dask's SpecCluster takes its jobs in several kinds
+    with SpecCluster(gpu_jobs or cpu_jobs, scheduler, name="nightslide", silence_logs=logging.ERROR) as cluster:
         print(f"scheduler: {cluster.scheduler_address}; waiting for the first of {len(cluster.worker_spec)} jobs")
         cluster.wait_for_workers(1)
-        cluster.worker_spec.update(cpu_jobs)  # not sooner: without a GPU to feed they would stand idle
+        cluster.worker_spec.update(cpu_jobs)  # not sooner: without a GPU worker they would be idle
         cluster.scale(len(cluster.worker_spec))
-        cluster.loop.add_callback(PeriodicCallback(lambda: cluster.scale(len(cluster.worker_spec)), LOOK_MS).start)
+        cluster.loop.add_callback(PeriodicCallback(lambda: cluster.scale(len(cluster.worker_spec)), CHECK_MS).start)
         nightslide(["run", *given.arguments, "--scheduler", cluster.scheduler_address])
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gpu-jobs", type=int, default=1, help="jobs with one GPU each; 0: none (%(default)s)")
-    parser.add_argument("--gpu-options", default="--gres=gpu:1", help="of sbatch, for those (%(default)s)")
-    parser.add_argument("--cpu-jobs", type=int, default=2, help="jobs that read, tile, outline (%(default)s)")
-    parser.add_argument("--cpu-options", default="", help="of sbatch, for those")
-    parser.add_argument("--cores", type=int, default=4, help="of a CPU job (%(default)s)")
-    parser.add_argument("--memory", default="16GB", help="of any job (%(default)s)")
-    parser.add_argument("--hours", type=float, default=8, help="time limit of any job (%(default)s)")
+    parser.add_argument(
+        "--gpu-options", default="--gres=gpu:1", help="options of sbatch for the GPU jobs (%(default)s)"
+    )
+    parser.add_argument("--cpu-jobs", type=int, default=2, help="jobs that read, tile and outline (%(default)s)")
+    parser.add_argument("--cpu-options", default="", help="options of sbatch for the CPU jobs")
+    parser.add_argument("--cores", type=int, default=4, help="cores of a CPU job (%(default)s)")
+    parser.add_argument("--memory", default="16GB", help="memory of each job (%(default)s)")
+    parser.add_argument("--hours", type=float, default=8, help="time limit of each job (%(default)s)")
     parser.add_argument("--prologue", action="append", default=[], help="a line for the job script: module load ...")
     parser.add_argument("--interface", help="network interface that the nodes can reach, such as ib0")
     parser.add_argument("--logs", default="nightslide-jobs", help="folder for the jobs' output (%(default)s)")
-    parser.add_argument("arguments", nargs="+", help="of nightslide run")
+    parser.add_argument("arguments", nargs="+", help="arguments of nightslide run")
     given = parser.parse_args()
     if given.gpu_jobs + given.cpu_jobs < 1:
         parser.error("gpu-jobs=0 and cpu-jobs=0: need one job or more")
+    if find_spec("dask_jobqueue") is None:
+        parser.error("dask-jobqueue is not installed: need it to submit jobs; start with uv run --with dask-jobqueue")
     return given
 
 
@@ -68,7 +70,7 @@ def gpu_job(given: argparse.Namespace) -> dict[str, Any]:
 
 
 def cpu_job(given: argparse.Namespace) -> dict[str, Any]:
-    """What surrounds the detector, a block a core; and the detector too, where no job has a GPU."""
+    """Reads, tiles and outlines, a block a core; detects too, where no job has a GPU."""
     cores = given.cores
     if given.gpu_jobs:
         return job(given, given.cpu_options, cores, threads=cores, resources=f"CPU={cores}")
@@ -76,10 +78,12 @@ def cpu_job(given: argparse.Namespace) -> dict[str, Any]:
 
 
 def job(given: argparse.Namespace, options: str, cores: int, threads: int, resources: str) -> dict[str, Any]:
-    """What SpecCluster makes a worker of: one job with one worker process in the care of a nanny.
+    """SpecCluster's description of a worker: one job with one worker process under a nanny.
 
-    cores: of the job; threads: of the worker, which are tasks at once; resources: as `dask worker` takes them.
+    cores: of the job; threads: of the worker, one task each; resources: as `dask worker` takes them.
     """
+    from dask_jobqueue.slurm import SLURMJob  # not a dependency of the project: --help works without it
+
     computing_threads = cores if "GPU=1 CPU" in resources else 1  # PyTorch's
     return {
         "cls": SLURMJob,

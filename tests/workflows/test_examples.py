@@ -1,0 +1,49 @@
+"""The example notebook runs on a finished result, and is committed without outputs."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+
+import oracle
+from pipeline.archive.run import run
+from pipeline.config import Execution
+from pipeline.model import inference
+
+NOTEBOOK = Path(__file__).parents[2] / "workflows" / "examples" / "nuclei.ipynb"
+
+
+def code_cells() -> list[dict[str, Any]]:
+    cells = json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]
+    return [cell for cell in cells if cell["cell_type"] == "code"]
+
+
+def test_the_notebook_has_no_outputs() -> None:
+    assert len(code_cells()) > 3
+    assert not any(cell["outputs"] or cell["execution_count"] for cell in code_cells())
+
+
+def test_the_notebook_counts_every_nucleus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a slide of known nuclei: all of them by class, by area and in the map of densities; three pictures."""
+    monkeypatch.setattr(inference, "detect_patches", oracle.detect)
+    monkeypatch.chdir(tmp_path)  # the notebook reads the folder `demo` beside it
+    slide, out = tmp_path / "discs.png", tmp_path / "demo"
+    count = oracle.paint(slide, 0)
+    (row,) = run([slide], out, oracle.chosen(), Execution(cluster=False), mpp=0.25, say=lambda line: None)
+    assert row.nuclei == count
+    matplotlib.use("Agg")
+    names: dict[str, Any] = {}
+    try:
+        for cell in code_cells():
+            exec("".join(cell["source"]), names)
+        assert len(plt.get_fignums()) == 3
+    finally:
+        plt.close("all")
+    assert len(names["nuclei"]) == count
+    assert names["by_class"]["nuclei"].sum() == names["by_area"].sum() == count
+    assert names["counts"].sum() == count
+    assert np.allclose(names["per_mm2"], names["counts"] * 100)

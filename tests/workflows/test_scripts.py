@@ -1,0 +1,60 @@
+"""Every script says what it does, every launcher is valid shell, every configuration is valid."""
+
+import ast
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipeline.config import Settings, load
+
+WORKFLOWS = Path(__file__).parents[2] / "workflows"
+
+
+def files(pattern: str) -> list[Path]:
+    return sorted(WORKFLOWS.rglob(pattern))
+
+
+def name(path: Path) -> str:
+    return path.name
+
+
+def test_the_scripts_are_found() -> None:
+    """Else the tests below would run on nothing."""
+    assert len(files("*.py")) >= 7
+    assert len(files("*.sh")) >= 7
+    assert len(files("*.toml")) >= 1
+
+
+@pytest.mark.filterwarnings("ignore:Cyclopts application invoked without tokens")  # scripts read sys.argv
+@pytest.mark.parametrize("script", files("*.py"), ids=name)
+def test_help_of_a_python_script_begins_with_what_it_does(
+    script: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", [str(script), "--help"])
+    monkeypatch.syspath_prepend(str(script.parent))
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(script), run_name="__main__")
+    assert not ended.value.code
+    said = ast.get_docstring(ast.parse(script.read_text(encoding="utf-8")))
+    assert said
+    assert " ".join(said.split("\n\n")[0].split()) in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("script", files("*.sh"), ids=name)
+def test_help_of_a_shell_script_is_its_first_comment(script: Path) -> None:
+    """And nothing else of it runs: no command of the project is on the path."""
+    ended = subprocess.run(
+        ["bash", script, "--help"], env={"PATH": "/usr/bin:/bin"}, capture_output=True, text=True, check=True
+    )
+    lines = ended.stdout.splitlines()
+    assert len(lines) >= 2
+    assert any(script.name in line for line in lines)  # how it is called
+    assert all(f"# {line}" in script.read_text(encoding="utf-8") for line in lines)
+
+
+@pytest.mark.parametrize("path", files("*.toml"), ids=name)
+def test_a_configuration_is_valid_and_changes_something(path: Path) -> None:
+    assert load(path) != Settings()
