@@ -51,7 +51,7 @@ def write_report(out: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
 def _page(title: str, body: str) -> str:
     """The document. The policy keeps it from loading anything, whatever its text says."""
     style, script = (
-        resources.files("pipeline").joinpath(f"report.{kind}").read_text("utf-8") for kind in ("css", "js")
+        resources.files("pipeline.report").joinpath(f"report.{kind}").read_text("utf-8") for kind in ("css", "js")
     )
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'; base-uri 'none'"
     return (
