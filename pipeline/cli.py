@@ -234,7 +234,9 @@ def _hours(rows: Sequence["SlideEstimate"], form: str) -> str:
 
 def _basis(seconds: float, given: bool) -> str:
     """What the hours rest on."""
-    own = "a finished run's ledger.csv tells yours (seconds / tissue_mm2 / views): --seconds-per-mm2"
+    own = (
+        "for your machine give --seconds-per-mm2, from a finished run's ledger.csv: seconds_detect / tissue_mm2 / views"
+    )
     if given:
         return f"hours at {seconds:g} s per mm2 of tissue and view, as given"
     if math.isnan(seconds):

@@ -22,3 +22,7 @@ def __getattr__(name: str) -> Any:
     from slides.slide import open_slide
 
     return open_slide
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
