@@ -42,8 +42,11 @@ def run(
     Raises ConfigError (wrong settings, inputs or output folder) before anything is started; ClusterLost.
     """
     from pipeline.archive.run import run as run_archive
+    from pipeline.model.device import choose_device
 
     check_usage(settings, mpp)
+    if client is None and not execution.scheduler and not execution.scheduler_file:
+        choose_device(settings.detector.device)  # this machine's is refused now, not by every slide
     return run_archive(_paths(inputs), Path(out), settings, execution, mpp=mpp, client=client, say=say)
 
 

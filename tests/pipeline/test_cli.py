@@ -155,6 +155,8 @@ def test_shipped_configurations_are_valid() -> None:
         (["run", "x.svs", "--out", "o", "--stain.template", "y.png"], "has no effect without stain normalisation"),
         (["plan", "x.svs", "--stain.template", "y.png"], "has no effect without stain normalisation"),
         (["demo", "--stain.template", "y.png"], "has no effect without stain normalisation"),
+        (["run", "x.svs", "--out", "o", "--detector.device", "gpu"], "device='gpu': need cpu, cuda, cuda:N or auto"),
+        (["run", "x.svs", "--out", "o", "--detector.device", "cuda:99"], "device='cuda:99': this machine shows"),
         (["run", "x.svs", "--out", "o", "--memory-limit", "1MB"], "memory-limit='1MB': need auto, or 1GB or more"),
         (["run", "x.svs", "--out", "o", "--memory-limit", "1.2.3GB"], "need auto, or 1GB or more"),
         (["run", "x.svs", "--out", "o", "--config", "none.toml"], "none.toml"),
