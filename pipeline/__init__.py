@@ -1,0 +1,31 @@
+"""Segmentation of nuclei in whole-slide images: what a script or a notebook calls.
+
+    import pipeline
+
+    rows = pipeline.run(["slides/"], "results")
+    nuclei = pipeline.read_nuclei("results/case7/nuclei.parquet")
+
+Each name is imported when it is first used, so that `import pipeline` loads nothing heavy.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pipeline.api import export, plan, read_nuclei, run
+    from pipeline.config import Execution, Settings
+
+__all__ = ["Execution", "Settings", "export", "plan", "read_nuclei", "run"]
+
+_HOMES = dict.fromkeys(__all__, "pipeline.api") | dict.fromkeys(("Execution", "Settings"), "pipeline.config")
+
+
+def __getattr__(name: str) -> Any:
+    from importlib import import_module
+
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

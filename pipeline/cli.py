@@ -1,39 +1,67 @@
 """The command `nightslide`: its flags are the fields of pipeline.config's dataclasses, never written again."""
 
+import math
+import os
+import re
 import signal
 import sys
+import typing
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from cyclopts import App, CycloptsError, Parameter
+from cyclopts import App, CycloptsError, Group, Parameter, Token, convert
 from cyclopts.config import Toml
 
-from pipeline.config import Execution, Export, Settings, load
-from pipeline.errors import ConfigError
+from pipeline.config import COMMON, EXECUTION, EXPORT, Execution, Export, Settings, load, require
+from slides.errors import NightslideError
 
-Flat = Parameter(name="*")
-Several = Parameter(negative="", consume_multiple=True)
+if TYPE_CHECKING:
+    from pipeline.archive.estimate import SlideEstimate
+
+DEBUGGING = Group("Debugging", sort_key=99)
+_NAME_CHARS = 48  # of a slide's name in the table of `plan`: a longer one is shortened in its middle
+
+
+def _exactly(hint: Any, tokens: Sequence[Token]) -> Any:
+    """Convert as cyclopts does, but refuse 2.5 where a whole number is needed, which cyclopts rounds."""
+    whole = hint is int or (
+        typing.get_origin(hint) is Literal and all(isinstance(value, int) for value in typing.get_args(hint))
+    )
+    for token in tokens if whole else ():
+        named = f"{(token.keyword or '').lstrip('-')}={token.value}"
+        require(re.fullmatch(r"[+-]?\d+", token.value.strip()) is not None, f"{named}: need a whole number")
+    return convert(hint, tokens)
+
+
+Inputs = Annotated[list[Path], Parameter(negative="", consume_multiple=True)]
+Out = Annotated[Path, Parameter(group=COMMON)]
+Mpp = Annotated[float | None, Parameter(group=COMMON)]
+AllSettings = Annotated[Settings, Parameter(name="*")]
 
 app = App(
     name="nightslide",
-    help="Segment every nucleus in H&E whole-slide images, and hand the result to QuPath.",
+    help="Segment every nucleus in H&E whole-slide images, and export the result to QuPath.",
     help_format="plaintext",
+    default_parameter=Parameter(converter=_exactly),
     suppress_keyboard_interrupt=False,
     version=lambda: metadata.version("nightslide"),
 )
 app.meta.suppress_keyboard_interrupt = False
-app.command("training.cli:train", name="train")
-app.command("training.cli:evaluate", name="evaluate")
-app.command("training.cli:fit_stain", name="fit-stain")
-app.command("training.cli:convert", name="convert")
+for _name, _help in {
+    "train": "Train the detector on annotated images, and write its weights.",
+    "evaluate": "Score the detector on annotated images.",
+    "fit-stain": "Fit the network of --stain dcgmm to images.",
+    "convert": "Write a dataset of any form that `train` reads as label maps or COCO JSON.",
+}.items():
+    # named by a string: the module is imported when the command is called
+    app.command(f"training.cli:{_name.replace('-', '_')}", name=_name, help=_help)
 
 
 def main(tokens: Sequence[str] | None = None) -> None:
     """Entry point. Exit status: 0 all done, 1 some slides failed, 2 wrong usage, 130 interrupted."""
-    from pipeline.errors import ClusterLost
-    from slides.errors import SlideError
+    from pipeline.errors import ClusterLost, WorkersDied
 
     # what a batch system sends before it kills is Ctrl-C to us
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -48,20 +76,47 @@ def main(tokens: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("interrupted; the same command continues where it stopped", file=sys.stderr)
         sys.exit(130)
-    except ClusterLost as error:
+    except (NightslideError, CycloptsError) as error:
         print(f"nightslide: {error}", file=sys.stderr)
-        sys.exit(1)
-    except (ConfigError, SlideError, CycloptsError) as error:
-        print(f"nightslide: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(1 if isinstance(error, ClusterLost | WorkersDied) else 2)
+    except Exception as error:
+        sys.exit(_unexpected(error))
+
+
+def _unexpected(error: Exception) -> int:
+    """Say what no part of the program foresaw, in a line; with its traceback for those who look for the cause."""
+    from pipeline.text import one_line
+
+    if os.environ.get("NIGHTSLIDE_DEBUG", "") not in ("", "0"):
+        import traceback
+
+        traceback.print_exception(error)
+    print(
+        f"nightslide: unexpected {type(error).__name__}: {one_line(error)}\n"
+        f"If this looks like a fault of nightslide, please report it with the output of the same command with --debug "
+        f"and of `nightslide doctor`.",
+        file=sys.stderr,
+    )
+    return 1
 
 
 @app.meta.default
 def launch(
     *tokens: Annotated[str, Parameter(show=False, allow_leading_hyphen=True)],
-    config: Annotated[Path | None, Parameter(help="TOML file of settings; flags come on top.")] = None,
+    config: Annotated[Path | None, Parameter(group=COMMON)] = None,
+    debug: Annotated[bool, Parameter(negative="", group=DEBUGGING)] = False,
 ) -> Any:
-    """Read --config first, then the command."""
+    """Read --config first, then the command.
+
+    Parameters
+    ----------
+    config
+        TOML file of settings; flags take precedence.
+    debug
+        Show the traceback of an unexpected error; the same as NIGHTSLIDE_DEBUG=1.
+    """
+    if debug:
+        os.environ["NIGHTSLIDE_DEBUG"] = "1"
     if config is not None:
         load(config)  # an unknown key or a wrong value is an error that names the right ones
         app.config = (Toml(config, must_exist=True, use_commands_as_keys=False),)
@@ -72,27 +127,27 @@ def launch(
 
 @app.command
 def run(
-    inputs: Annotated[list[Path], Several],
+    inputs: Inputs,
     *,
-    out: Path,
-    mpp: float | None = None,
-    settings: Annotated[Settings, Flat] = Settings(),
-    execution: Annotated[Execution, Flat] = Execution(),
+    out: Out,
+    mpp: Mpp = None,
+    settings: AllSettings = Settings(),
+    execution: Annotated[Execution, Parameter(name="*", group=EXECUTION)] = Execution(),
 ) -> int:
-    """Segment slides: files, folders (searched), or a CSV manifest with columns path and, if given, mpp.
+    """Segment slides and write the results under --out; the same command resumes.
 
     Parameters
     ----------
     inputs
-        Slides, folders, manifests.
+        Slides, folders (searched), or CSV manifests with the columns path and, if given, mpp.
     out
-        Folder of the results; the same command again continues where it stopped.
+        Folder of the results.
     mpp
         Micrometres per pixel at level 0, for slides that do not state it.
     """
-    from pipeline.archive.run import run as run_archive
+    from pipeline.api import run as run_archive
 
-    rows = run_archive(inputs, out, settings, execution, mpp=mpp)
+    rows = run_archive(inputs, out, settings, execution=execution, mpp=mpp)
     failed = [r for r in rows if r.status == "failed"]
     done = [r for r in rows if r.done]
     print(
@@ -106,73 +161,108 @@ def run(
 
 @app.command
 def plan(
-    inputs: Annotated[list[Path], Several],
+    inputs: Inputs,
     *,
-    mpp: float | None = None,
-    seconds_per_mm2: float = 42.0,
-    settings: Annotated[Settings, Flat] = Settings(),
+    mpp: Mpp = None,
+    seconds_per_mm2: Annotated[float | None, Parameter(group=COMMON)] = None,
+    settings: AllSettings = Settings(),
 ) -> int:
-    """Open every slide and say what a run would take, and what would fail; nothing is written.
+    """Open every slide and estimate what a run would take, and what would fail; nothing is written.
 
     Parameters
     ----------
     inputs
-        Slides, folders, manifests.
+        Slides, folders (searched), or CSV manifests with the columns path and, if given, mpp.
     mpp
         Micrometres per pixel at level 0, for slides that do not state it.
     seconds_per_mm2
-        What a mm2 of tissue takes in one view: 42 s on two CPU cores; a finished run's ledger tells yours.
+        Seconds for 1 mm2 of tissue in one view, from a finished run's ledger; without it, as measured on two CPU cores.
     """
+    from rich.console import Console
+    from rich.progress import track
+
+    from pipeline.api import check_usage, speed
     from pipeline.archive.estimate import estimate_slide
     from pipeline.archive.sources import find_slides
 
+    check_usage(settings, mpp)
     archive = find_slides(inputs, mpp=mpp)
-    rows = [estimate_slide(source, settings, seconds_per_mm2) for source in archive.sources]
-    width = max(len(row.slide) for row in rows)
-    print(f"{'slide':{width}}  {'um/px':>7}  {'tissue mm2':>10}  {'tiles':>6}  {'hours':>6}  {'disk GB':>7}")
-    for row in rows:
-        if row.problem:
-            print(f"{row.slide:{width}}  WILL FAIL: {row.problem}")
-        else:
-            print(
-                f"{row.slide:{width}}  {row.mpp:7.4f}  {row.tissue_mm2:10.2f}  {row.tiles:6}  {row.hours:6.2f}  "
-                f"{row.disk_gb:7.3f}"
-            )
-    bad = sum(bool(row.problem) for row in rows)
+    seconds = speed(settings, seconds_per_mm2)
+    terminal = Console(stderr=True)
+    sources = track(
+        archive.sources, "opening slides", console=terminal, transient=True, disable=not terminal.is_terminal
+    )
+    rows = [estimate_slide(source, settings, seconds) for source in sources]
+    print("\n".join(_table(rows)))
     for unread in archive.unread:
         print(f"WARNING: {unread}")
+    bad = sum(bool(row.problem) for row in rows)
     print(
         f"{len(rows)} slides ({bad} will fail), {sum(r.tissue_mm2 for r in rows):.1f} mm2 of tissue, "
-        f"{sum(r.hours for r in rows):.2f} hours, {sum(r.disk_gb for r in rows):.2f} GB; "
-        f"{archive.skipped} other files skipped"
+        f"{_hours(rows, '.2f')} hours, {sum(r.disk_gb for r in rows):.2f} GB; {archive.skipped} other files skipped"
     )
+    print(_basis(seconds, seconds_per_mm2 is not None))
     return 1 if bad else 0
 
 
+def _table(rows: Sequence["SlideEstimate"]) -> list[str]:
+    """The lines of `plan`: a slide each, below their headings."""
+    names = [_shortened(row.slide) for row in rows]
+    width = max(map(len, ["slide", *names]))
+    lines = [f"{'slide':{width}}  {'um/px':>7}  {'tissue mm2':>10}  {'tiles':>6}  {'hours':>6}  {'disk GB':>7}"]
+    for name, row in zip(names, rows, strict=True):
+        if row.problem:
+            lines.append(f"{name:{width}}  WILL FAIL: {row.problem}")
+        else:
+            lines.append(
+                f"{name:{width}}  {row.mpp:7.4f}  {row.tissue_mm2:10.2f}  {row.tiles:6}  {_hours([row], '.2f'):>6}  "
+                f"{row.disk_gb:7.3f}"
+            )
+    return lines
+
+
+def _shortened(name: str) -> str:
+    """A name that fits its column: the middle of a long one left out."""
+    half = (_NAME_CHARS - 1) // 2
+    return name if len(name) <= _NAME_CHARS else f"{name[:half]}…{name[-half:]}"
+
+
+def _hours(rows: Sequence["SlideEstimate"], form: str) -> str:
+    total = sum(row.hours for row in rows)
+    return "?" if math.isnan(total) else f"{total:{form}}"
+
+
+def _basis(seconds: float, given: bool) -> str:
+    """What the hours rest on."""
+    own = (
+        "for your machine give --seconds-per-mm2, from a finished run's ledger.csv: seconds_detect / tissue_mm2 / views"
+    )
+    if given:
+        return f"hours at {seconds:g} s per mm2 of tissue and view, as given"
+    if math.isnan(seconds):
+        return f"hours are not known: no speed has been measured for a GPU; {own}"
+    return f"hours on the CPU, at {seconds:g} s per mm2 of tissue and view as measured on two cores; {own}"
+
+
 @app.command
-def export(folder: Path, *, settings: Annotated[Export, Parameter(name="*")] = Export()) -> int:
-    """Write the files for other tools again, from the tables of a finished run; no inference.
+def export(folder: Path, *, settings: Annotated[Export, Parameter(name="*", group=EXPORT)] = Export()) -> int:
+    """Write the files for QuPath and other programs again, from the tables of a finished run.
 
     Parameters
     ----------
     folder
-        Folder of a run, or of one slide of it.
+        The --out folder of a run, or the folder of one slide in it.
     """
-    from pipeline.layout import RunFolder
-    from pipeline.segment.finished import rewrite_exports
+    from pipeline.api import export_files
 
-    slides = RunFolder(folder).finished()
-    if not slides:
-        raise ConfigError(f"{folder} holds no finished slide: need the --out folder of a run")
-    for slide in slides:
-        for name, exported in rewrite_exports(slide, settings).items():
-            print(f"{slide.export(name)}: {exported.written:,} nuclei")
+    for path, exported in export_files(folder, settings.formats, crop=settings.crop):
+        print(f"{path}: {exported}")
     return 0
 
 
 @app.command
 def report(folder: Path) -> int:
-    """Write report.html of a run again, while it goes on or afterwards.
+    """Write report.html of a run again, after the run or while it is going on.
 
     Parameters
     ----------
@@ -191,9 +281,9 @@ def report(folder: Path) -> int:
 @app.command
 def demo(
     *,
-    out: Path = Path("nightslide-demo"),
-    seed: int = 0,
-    settings: Annotated[Settings, Flat] = Settings(),
+    out: Out = Path("nightslide-demo"),
+    seed: Annotated[int, Parameter(group=COMMON)] = 0,
+    settings: AllSettings = Settings(),
 ) -> int:
     """Draw a slide whose nuclei are known, segment it, and score the result against the truth.
 
@@ -202,16 +292,18 @@ def demo(
     out
         Folder of the slide and the results.
     seed
-        Another seed draws another slide.
+        Number from which the slide is drawn: another number gives another slide.
     """
+    from pipeline.api import check_usage
     from pipeline.demo import run_demo
 
+    check_usage(settings)
     return run_demo(out, seed, settings)
 
 
 @app.command
 def doctor() -> int:
-    """Say what is installed, which devices there are, what is in the way, and whether it works."""
+    """Show versions, devices and weights, find conflicts with other packages, and test the detector."""
     from pipeline.doctor import check_up
 
     return check_up()

@@ -17,9 +17,17 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, Literal, TypeVar
 
-from cyclopts import Parameter, Token
+from cyclopts import Group, Parameter, Token
 
 from pipeline.errors import ConfigError
+
+# The headings of --help, in their order.
+COMMON = Group("Common options", sort_key=1)
+TISSUE, TILING, STAIN, DETECTOR, STITCHING, EXPORT, EXECUTION = (
+    Group(name, sort_key=number)
+    for number, name in enumerate(("Tissue", "Tiling", "Stain", "Detector", "Stitching", "Export", "Execution"), 2)
+)
+NO_NEGATIVE = Parameter(negative="")  # a flag or a list without its --no-... or --empty-...
 
 STRIDES = (4, 8, 16, 32)  # of the feature maps, in enlarged px; sides are multiples of the last
 
@@ -32,16 +40,16 @@ def require(holds: bool, message: str) -> None:
 
 @dataclass(frozen=True)
 class Tissue:
-    """Where to look. Nuclei are reported inside the tissue mask only, so the tiling cannot show."""
+    """Where nuclei are looked for. Only nuclei inside the tissue mask are reported."""
 
     thumbnail_mpp: float = 8.0
-    "Scale of the thumbnail that the tissue is found on, in micrometres per pixel."
+    "Scale at which tissue is detected, micrometres per pixel."
     min_area_um2: float = 10_000.0
-    "Specks of tissue smaller than this are glass."
+    "Pieces of tissue smaller than this are ignored, um2."
     margin_um: float = 40.0
-    "How far the mask is grown, so that nuclei at the edge of the tissue are inside."
-    everywhere: bool = False
-    "Take the whole slide for tissue (fields of view, regions cut out by hand)."
+    "How far the tissue mask is extended, um, to include nuclei at the edge of the tissue."
+    everywhere: Annotated[bool, NO_NEGATIVE] = False
+    "Take the whole slide as tissue (fields of view, regions cut out by hand)."
 
     def __post_init__(self) -> None:
         require(1 <= self.thumbnail_mpp <= 100, f"thumbnail-mpp={self.thumbnail_mpp}: need 1 to 100 um")
@@ -51,16 +59,16 @@ class Tissue:
 
 @dataclass(frozen=True)
 class Tiling:
-    """The grid, in work pixels. `pipeline.segment.plan.plan_slide` checks the margin against nuclei and views."""
+    """The grid of tiles, in work pixels. `plan_slide` checks the margin against nuclei and views."""
 
     mpp: float = 0.25
-    "Working scale, in micrometres per pixel; every slide is resampled to it."
+    "Working scale, micrometres per pixel: every slide is resampled to it. It must be the weights' own."
     tile: int = 1024
-    "Side of a patch."
+    "Side of a tile with its border, px at the working scale."
     margin: int = 64
-    "What a patch sees beyond what its tile owns: half the largest nucleus, the seam's tolerance, the shift."
+    "Border read around each tile's core, px: half the largest nucleus, the tolerance of stitching and the largest shift of a view together."
     block: int = 4
-    "A block is block x block tiles: one shard, one task, the unit of resume."
+    "Blocks of this many by this many tiles are stored, scheduled and resumed together."
 
     def __post_init__(self) -> None:
         require(0.05 <= self.mpp <= 5, f"mpp={self.mpp}: need 0.05 to 5 um per pixel")
@@ -77,16 +85,19 @@ class Tiling:
 
 @dataclass(frozen=True)
 class Stain:
+    """Stain normalisation, fitted once per slide and applied on the detector's device."""
+
     method: Annotated[
-        Literal["none", "reinhard", "macenko", "dcgmm"], Parameter(name=["--stain.method", "--stain"])
+        Literal["none", "reinhard", "macenko", "dcgmm"],
+        Parameter(name=["--stain.method", "--stain"], group=COMMON),
     ] = "none"
-    "Stain normalisation, fitted once per slide and applied on the device."
+    "Stain normalisation method, fitted once per slide."
     patches: Annotated[int, Parameter(name="--stain.patches")] = 64
-    "How many tissue regions of 256 x 256 px the fit pools."
+    "Number of tissue regions of 256 x 256 px that the stain is fitted on."
     weights: Annotated[str, Parameter(name="--stain.weights")] = "stain"
-    "The network of dcgmm: name of shipped weights, or a .safetensors file."
+    "Network of the method dcgmm: name of shipped weights, or a .safetensors file."
     template: Annotated[str, Parameter(name="--stain.template")] = ""
-    "A slide or an image to normalise to; without it, a typical image of the training sets."
+    "Slide or image whose stain is the target; without it, a typical image of the training sets."
 
     def __post_init__(self) -> None:
         require(self.patches >= 1, f"patches={self.patches}: need 1 or more")
@@ -94,9 +105,9 @@ class Stain:
 
 @dataclass(frozen=True)
 class Detector:
-    weights: Annotated[str, Parameter(name=["--detector.weights", "--weights"])] = "nuclei"
+    weights: Annotated[str, Parameter(name=["--detector.weights", "--weights"], group=COMMON)] = "nuclei"
     "Name of shipped weights, or a .safetensors file."
-    views: Annotated[Literal[1, 2, 4, 8], Parameter(name=["--detector.views", "--views"])] = 1
+    views: Annotated[Literal[1, 2, 4, 8], Parameter(name=["--detector.views", "--views"], group=COMMON)] = 1
     "Test-time-augmentation views per patch (flips, quarter-turns, shifts), fused by overlap with votes."
     score: float = 0.5
     "Detections below this (fused) score are dropped."
@@ -110,7 +121,7 @@ class Detector:
     "The most nuclei a patch may hold; a patch that reaches it is split in four and reported."
     batch: int = 0
     "Patches per inference; 0 chooses 1 on a CPU and 8 on a GPU."
-    device: str = "auto"
+    device: Annotated[str, Parameter(group=COMMON)] = "auto"
     "cpu, cuda, cuda:N, or auto: the GPU if there is one."
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     "auto: bfloat16 where the device computes in it, else float32."
@@ -126,14 +137,16 @@ class Detector:
 
 @dataclass(frozen=True)
 class Stitching:
+    """How the instances of overlapping tiles become one set of nuclei."""
+
     max_diameter_um: float = 24.0
-    "The largest nucleus that seams must not cut; the margin is checked against it."
+    "Largest nucleus that must not be cut at a seam, um; --tiling.margin is checked against it."
     tolerance_px: float = 2.0
-    "Within this distance of its core a tile claims too: predictions of two tiles may differ by so much."
+    "A tile also keeps nuclei centred up to this many px outside its core, as two tiles may predict a nucleus a little apart."
     iou: float = 0.3
-    "Two detections of different tiles that overlap by this IoU are one nucleus."
+    "Nuclei of different tiles that overlap by at least this IoU are duplicates."
     simplify_px: float = 0.25
-    "Tolerance of the outlines' simplification (Douglas and Peucker), in work pixels; 0 keeps every vertex."
+    "Tolerance of the simplification of outlines (Douglas and Peucker), px at the working scale; 0 keeps every vertex."
 
     def __post_init__(self) -> None:
         require(self.max_diameter_um > 0, f"max-diameter-um={self.max_diameter_um}: need more than 0")
@@ -147,10 +160,14 @@ ExportFormat = Literal["qupath", "csv"]
 
 @dataclass(frozen=True)
 class Export:
-    formats: tuple[ExportFormat, ...] = ("qupath",)
-    "What is written beside nuclei.parquet: qupath (nuclei.geojson.zip), csv (nuclei.csv)."
+    """The files that are made from nuclei.parquet for other programs."""
+
+    formats: Annotated[
+        tuple[ExportFormat, ...], Parameter(negative="", show_default=lambda names: ", ".join(names))
+    ] = ("qupath",)
+    "Files to write beside nuclei.parquet: qupath (nuclei.geojson.zip), csv (nuclei.csv); repeat the flag for several."
     crop: bool = True
-    "Subtract the slide's bounds, as QuPath's OpenSlide reader crops to them."
+    "Coordinates relative to the slide's bounds, to which QuPath's OpenSlide reader crops; else to the corner of the whole slide."
 
 
 WORK_FORMAT = 4
@@ -161,13 +178,13 @@ WORK_FORMAT = 4
 class Settings:
     """What is done to a slide. Equal settings and weights give equal results, whatever the scheduling."""
 
-    tissue: Tissue = field(default_factory=Tissue)
-    tiling: Tiling = field(default_factory=Tiling)
+    tissue: Annotated[Tissue, Parameter(group=TISSUE)] = field(default_factory=Tissue)
+    tiling: Annotated[Tiling, Parameter(group=TILING)] = field(default_factory=Tiling)
     # "*": else --stain would stand for the table, and could not be given with --stain.patches and the like
-    stain: Annotated[Stain, Parameter(name="*")] = field(default_factory=Stain)
-    detector: Detector = field(default_factory=Detector)
-    stitching: Stitching = field(default_factory=Stitching)
-    export: Export = field(default_factory=Export)
+    stain: Annotated[Stain, Parameter(name="*", group=STAIN)] = field(default_factory=Stain)
+    detector: Annotated[Detector, Parameter(group=DETECTOR)] = field(default_factory=Detector)
+    stitching: Annotated[Stitching, Parameter(group=STITCHING)] = field(default_factory=Stitching)
+    export: Annotated[Export, Parameter(group=EXPORT)] = field(default_factory=Export)
 
     def digest(self, weights_sha256: str, stain_sha256: Mapping[str, str] = MappingProxyType({})) -> str:
         """Name of everything that nuclei.parquet depends on: settings but for device, batch and exports, and files' contents.
@@ -188,28 +205,28 @@ class Settings:
 
 @dataclass(frozen=True)
 class Execution:
-    """How the work is done; none of it changes a result."""
+    """How the work is scheduled; none of it changes a result."""
 
     workers: int = 0
-    "Worker processes beside those of the GPUs, or threads with --no-cluster; 0: as many as this machine can use."
+    "Worker processes that read, tile and outline, or threads with --no-cluster; 0: as many as this machine can use."
     gpus: int = -1
-    "GPUs of this machine to use, a process each; -1: all."
+    "GPUs of this machine to use, one process each; -1: all."
     memory_limit: str = "auto"
-    "Memory at which a worker process is stopped and begun anew, such as 8GB; auto: its share of the machine's."
+    "Memory at which a worker process is restarted, such as 8GB, at least 1GB; auto: its share of this machine's."
     cluster: bool = True
-    "Worker processes on this machine: what kills one is survived. Without: threads of this process; one is a loop."
+    "Start worker processes on this machine, so that the crash of one is survived; --no-cluster: work in threads of one process."
     scheduler: str = ""
-    "Address of a running Dask scheduler (tcp://host:8786) to work on instead; its workers see the same files."
+    "Address of a running Dask scheduler to use instead (tcp://host:8786); its workers must see the same files."
     scheduler_file: str = ""
     "The same, from the file that `dask scheduler --scheduler-file` wrote."
     window: int = 0
-    "Blocks in flight: it bounds memory and scratch space however large the slide; 0: two, and two a detector."
+    "Blocks in flight over all slides, which bounds memory and scratch space; 0: two, plus two for each detector."
     wait: bool = True
-    "Wait for slides that another run with the same --out is at, to take them over should it die."
-    keep_work: bool = False
+    "Wait for slides that another run with the same --out is processing, and take over if it dies; --no-wait: leave them to it."
+    keep_work: Annotated[bool, NO_NEGATIVE] = False
     "Keep the patches and instances of finished slides."
-    overwrite: bool = False
-    "Do slides again whose results exist."
+    overwrite: Annotated[bool, NO_NEGATIVE] = False
+    "Process slides again that have results, and replace these."
 
     def __post_init__(self) -> None:
         require(self.workers >= 0, f"workers={self.workers}: need 0 (automatic) or more")
@@ -220,9 +237,17 @@ class Execution:
             f"scheduler={self.scheduler} and scheduler-file={self.scheduler_file}: need one of them",
         )
         require(
-            self.memory_limit == "auto" or re.fullmatch(r"[0-9.]+ *[kMGT]i?B", self.memory_limit) is not None,
-            f"memory-limit={self.memory_limit!r}: need auto, or a size such as 8GB",
+            self.memory_limit == "auto" or _bytes(self.memory_limit) >= 1e9,
+            f"memory-limit={self.memory_limit!r}: need auto, or 1GB or more, such as 8GB",
         )
+
+
+def _bytes(size: str) -> float:
+    """A size such as 8GB or 512 MiB in bytes; 0 for anything else."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) *([kMGT])(i?)B", size)
+    if match is None:
+        return 0.0
+    return float(match[1]) * float(1024 if match[3] else 1000) ** ("kMGT".index(match[2]) + 1)
 
 
 def _levels(_: Any, tokens: Sequence[Token]) -> tuple[tuple[int, ...], ...]:

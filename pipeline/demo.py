@@ -1,4 +1,4 @@
-"""A slide whose nuclei are known, through the whole pipeline, and scored against the truth."""
+"""A drawn slide whose nuclei are known is segmented by the whole pipeline and scored against the truth."""
 
 import time
 from collections.abc import Callable
@@ -11,6 +11,7 @@ import shapely
 from pipeline import files
 from pipeline.archive.run import run
 from pipeline.config import Execution, Settings
+from pipeline.errors import RunError
 from pipeline.segment import tables
 from pipeline.segment.polygons import Polygons
 from slides import phantom
@@ -20,38 +21,44 @@ SIZE = Size(3600, 2800)  # work px: 0.6 mm2, most of it tissue
 
 
 class Match(NamedTuple):
-    """Found against true nuclei: a pair counts from an IoU of .5 on."""
+    """Detected against true nuclei: a pair with an IoU of at least .5 is a match."""
 
-    found: int
+    detected: int
     true: int
-    hits: int
+    matched: int
 
     @property
     def precision(self) -> float:
-        return self.hits / max(1, self.found)
+        return self.matched / max(1, self.detected)
 
     @property
     def recall(self) -> float:
-        return self.hits / max(1, self.true)
+        return self.matched / max(1, self.true)
 
     @property
     def f1(self) -> float:
-        return 2 * self.hits / max(1, self.found + self.true)
+        return 2 * self.matched / max(1, self.detected + self.true)
 
 
-def match(found: Polygons, true: Polygons) -> Match:
-    """Score polygons of one frame against each other, each used at most once."""
-    i, j = shapely.STRtree(true).query(found, predicate="intersects")
-    shared = shapely.area(shapely.intersection(found[i], true[j]))
-    iou = shared / (shapely.area(found[i]) + shapely.area(true[j]) - shared)
-    hit = iou >= 0.5
-    return Match(len(found), len(true), min(len(np.unique(i[hit])), len(np.unique(j[hit]))))
+def match(detected: Polygons, true: Polygons) -> Match:
+    """Match polygons of one frame, object (N,) and (M,); each counts at most once."""
+    i, j = shapely.STRtree(true).query(detected, predicate="intersects")
+    shared = shapely.area(shapely.intersection(detected[i], true[j]))
+    iou = shared / (shapely.area(detected[i]) + shapely.area(true[j]) - shared)
+    matched = iou >= 0.5
+    return Match(len(detected), len(true), min(len(np.unique(i[matched])), len(np.unique(j[matched]))))
 
 
 def run_demo(out: Path, seed: int, settings: Settings, say: Callable[[str], None] = print) -> int:
-    """Phantom slide -> run -> score against the truth it knows. Returns the run's exit status."""
-    began = time.perf_counter()
-    out.mkdir(parents=True, exist_ok=True)
+    """Draw a slide, run the pipeline on it, and score the result. Returns the exit status.
+
+    Raises RunError where `out` cannot be a folder to write to.
+    """
+    started = time.perf_counter()
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"--out {out} cannot be made a folder: {error.strerror}; choose another") from error
     slide = out / f"phantom-{seed}.tif"
     drawn = phantom.draw(SIZE, seed)
     with files.committed(slide) as part:
@@ -61,14 +68,14 @@ def run_demo(out: Path, seed: int, settings: Settings, say: Callable[[str], None
     if row.status == "failed":
         return 1
     folder = out / "results" / slide.stem
-    found = tables.geometry(tables.read_nuclei(folder / "nuclei.parquet", ["geometry"]))
-    scores = match(found, np.array([shapely.Polygon(ring) for ring in drawn.polygons], object))
+    detected = tables.geometry(tables.read_nuclei(folder / "nuclei.parquet", ["geometry"]))
+    scores = match(detected, np.array([shapely.Polygon(ring) for ring in drawn.polygons], object))
     say(
         f"against the truth, at IoU .5: precision {scores.precision:.3f}, recall {scores.recall:.3f}, "
-        f"F1 {scores.f1:.3f} ({scores.found:,} found, {scores.true:,} true)"
+        f"F1 {scores.f1:.3f} ({scores.detected:,} detected, {scores.true:,} true)"
     )
     say(f"look at   {folder / 'overlay.jpg'}")
     say(f"          {folder / 'thumbnail.jpg'}")
     say(f"in QuPath open {slide}, then drag {folder / 'nuclei.geojson.zip'} onto it")
-    say(f"{time.perf_counter() - began:.0f} s")
+    say(f"{time.perf_counter() - started:.0f} s")
     return 0

@@ -1,4 +1,4 @@
-"""What is installed, which devices there are, what is in the way, and whether the detector computes."""
+"""`nightslide doctor`: versions, devices, weights, conflicts with other packages, and a test of the detector."""
 
 import os
 import platform
@@ -8,17 +8,17 @@ from importlib import metadata
 import openslide
 import torch
 
-from pipeline.archive.manifest import VERSIONED
+from pipeline.archive.manifest import versions
 from pipeline.config import Detector
 from pipeline.model.inference import engine
 from pipeline.model.weights import file_sha256, find_weights, licence, shipped
+from pipeline.text import one_line
 
 
 def check_up(say: Callable[[str], None] = print) -> int:
-    """Versions, devices, name conflicts, weights, and a smoke test. Returns 0 where all is well, else 1."""
-    problems = []
-    for name in VERSIONED:
-        say(f"{name} {metadata.version(name)}")
+    """Say all of it, a line each. Returns the exit status: 0 if there is no problem, else 1."""
+    for name, version in versions().items():
+        say(f"{name} {version}")
     say(
         f"OpenSlide library {openslide.__library_version__}, Python {platform.python_version()}, {os.cpu_count()} cores"
     )
@@ -27,27 +27,38 @@ def check_up(say: Callable[[str], None] = print) -> int:
         say(f"cuda:{index} {torch.cuda.get_device_name(index)}, {memory:.0f} GiB")
     if not torch.cuda.is_available():
         say("no CUDA device: the detector runs on the CPU")
+    for name in shipped():
+        say(f"weights {name}: {file_sha256(find_weights(name))[:16]} {licence(find_weights(name))}")
+    problems = [*_conflicts(), *_smoke_test(say)]
+    for problem in problems:
+        say(f"PROBLEM: {problem}")
+    say("no problems found" if not problems else f"problems found: {len(problems)}")
+    return int(bool(problems))
+
+
+def _conflicts() -> list[str]:
+    """Other distributions that provide a package with the name of one of ours."""
     owners = metadata.packages_distributions()
+    problems = []
     for package in ("slides", "pipeline", "training"):
         others = set(owners.get(package, [])) - {"nightslide"}
         if others:
             problems.append(
-                f"{', '.join(sorted(others))} also provides a package '{package}': use an environment of its own"
+                f"{', '.join(sorted(others))} also provides a package '{package}': install nightslide in an "
+                f"environment of its own"
             )
-    for name in shipped():
-        say(f"weights {name}: {file_sha256(find_weights(name))[:16]} {licence(find_weights(name))}")
+    return problems
+
+
+def _smoke_test(say: Callable[[str], None]) -> list[str]:
+    """Run the detector on an empty image, and say where. Returns the problems, if any."""
     try:
         running = engine(Detector())
         with torch.inference_mode():
             features = running.model.features(torch.zeros(1, 3, 64, 64, device=running.device))
-        say(f"smoke test: the detector computes on {running.device} in {str(running.precision).removeprefix('torch.')}")
-        if not all(torch.isfinite(value).all() for value in features.values()):
-            problems.append(
-                "the detector gives values that are not finite: reinstall torch, or choose --detector.device cpu"
-            )
-    except Exception as error:
-        problems.append(f"the detector does not run: {error}")
-    for problem in problems:
-        say(f"PROBLEM: {problem}")
-    say("all is well" if not problems else f"{len(problems)} problems")
-    return int(bool(problems))
+    except Exception as error:  # whatever is wrong with this machine's torch is what is looked for
+        return [f"the detector does not run: {one_line(error)}"]
+    say(f"smoke test: the detector runs on {running.device} in {str(running.precision).removeprefix('torch.')}")
+    if not all(torch.isfinite(value).all() for value in features.values()):
+        return ["the detector computes values that are not finite: reinstall torch, or choose --detector.device cpu"]
+    return []

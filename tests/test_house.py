@@ -30,6 +30,11 @@ ROOMS = (
 )
 
 
+def is_module(name: str) -> bool:
+    place = ROOT.joinpath(*name.split("."))
+    return place.is_dir() or place.with_suffix(".py").is_file()
+
+
 def imports(path: Path) -> set[str]:
     """Full names of the project's modules that a file imports, at its top or inside functions."""
     found: set[str] = set()
@@ -39,8 +44,9 @@ def imports(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: imports between packages are absolute"
             assert node.module is not None
-            found.add(node.module)
-            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            # `from pipeline import files` imports pipeline.files, and nothing of the package's own
+            found |= names if all(is_module(name) for name in names) else names | {node.module}
     return {name for name in found if name.split(".")[0] in PACKAGES}
 
 

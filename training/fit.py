@@ -95,7 +95,7 @@ def fit(
         torch.manual_seed((training.seed * 1_000_003 + step) * team.size + team.rank)
         losses = _losses(wrapped, batch, team.device)
         optimiser.zero_grad(set_to_none=True)
-        torch.stack(list(losses.values())).sum().backward()  # type: ignore[no-untyped-call]
+        torch.stack(list(losses.values())).sum().backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 5.0)
         if torch.isfinite(norm):
             optimiser.step()

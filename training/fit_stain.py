@@ -73,7 +73,7 @@ def fit_stain(
         density, hsd, tissue = (t.to(device) for t in _batch(fields, training, step))
         loss = dcgmm.bound(hsd, network(density), tissue, architecture.floor).mean()
         optimiser.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         optimiser.step()
         losses.append(float(loss.detach()))
         stop = step == training.steps or 0 < training.minutes <= (time.monotonic() - began) / 60

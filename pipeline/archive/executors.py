@@ -174,7 +174,7 @@ def _connect(execution: Execution) -> Iterator[Any]:
     if execution.scheduler_file and not os.path.exists(execution.scheduler_file):
         raise ConfigError(f"scheduler-file={where} does not exist: need the file of `dask scheduler --scheduler-file`")
     try:
-        client = Client(**known, set_as_default=False)  # type: ignore[no-untyped-call]
+        client = Client(**known, set_as_default=False)
     except (OSError, ValueError) as error:
         raise ConfigError(f"no Dask scheduler answers at {where}: {error}") from error
     # that the scheduler is gone is said in one line, by `run_task`
@@ -247,8 +247,8 @@ def _start(execution: Execution, device: str) -> Iterator[Any]:
     }
     with (
         dask.config.set(quiet),
-        SpecCluster(workers, scheduler, name="nightslide", silence_logs=logging.ERROR) as cluster,  # type: ignore[no-untyped-call]
-        Client(cluster, set_as_default=False) as client,  # type: ignore[no-untyped-call]
+        SpecCluster(workers, scheduler, name="nightslide", silence_logs=logging.ERROR) as cluster,
+        Client(cluster, set_as_default=False) as client,
     ):
         client.wait_for_workers(len(chosen), timeout=120)
         yield client

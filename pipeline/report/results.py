@@ -1,4 +1,4 @@
-"""What a run left behind, slide by slide: read from the slides' folders, and judged against each other."""
+"""The results of a run, slide by slide: read from the slides' folders, and compared with each other."""
 
 import base64
 import dataclasses
@@ -19,10 +19,10 @@ from pipeline.segment.finished import read_record
 from pipeline.segment.polygons import Floats
 from pipeline.segment.summary import VERSION
 
-# What is called an outlier, and of how many slides at least.
+# An outlier has a robust z score beyond ODD_Z, among FEWEST_SLIDES slides or more.
 ODD_Z, FEWEST_SLIDES = 3.5, 8
 
-# Nuclei that their tile may have cut: a few are clumps, more are a margin too small.
+# Share of nuclei that their tile may have cut: a few are clumps, more mean that the margin is too small.
 _TOUCHING = 0.001
 
 _PICTURE_PX, _QUALITY = (180, 130), 60
@@ -30,7 +30,7 @@ _PICTURE_PX, _QUALITY = (180, 130), 60
 
 @dataclass(frozen=True)
 class SlideResult:
-    """A row of the ledger, with what lies in the slide's folder."""
+    """A row of the ledger, with what was read from the slide's folder."""
 
     row: Mapping[str, Any]
     address: str = ""
@@ -74,17 +74,17 @@ class SlideResult:
 
 
 def read_results(run: RunFolder, rows: Sequence[Mapping[str, Any]]) -> list[SlideResult]:
-    """What became of the slides of these rows of a ledger, of `run`, in the same order.
+    """The results of the slides of a ledger, in its order, from their folders.
 
-    Whatever is missing there, or not legible, is left out.
+    Whatever is missing there, or cannot be read, is left out.
     """
-    return _judged([_look(run, row) for row in rows])
+    return _compared([_read(run, row) for row in rows])
 
 
-def _look(run: RunFolder, row: Mapping[str, Any]) -> SlideResult:
-    """A slide by itself."""
+def _read(run: RunFolder, row: Mapping[str, Any]) -> SlideResult:
+    """One slide, before it is compared with the others."""
     folder, name = run.slide(str(row["slide"])), str(row["slide"])
-    # every byte of a name survives, and no colon makes it a scheme
+    # quoted bytes keep names that are not UTF-8, and a colon does not become a URL's scheme
     address = quote(os.fsencode(name), safe="/") if folder.path.is_dir() else ""
     slide = SlideResult(row, address, remarks=tuple(filter(None, [str(row.get("remarks") or "")])))
     if slide.state != "done":
@@ -120,11 +120,11 @@ def _small(overlay: Path) -> str:
     return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
-# ------------------------------------------------------------------------------------------------ among others
+# ------------------------------------------------------------------------------------------------ outliers
 
 
 def robust_z(values: Sequence[float] | Floats) -> Floats:
-    """How unlike the others each value is: 0.6745 * (x - median) / MAD (Iglewicz and Hoaglin, 1993).
+    """How far each value lies from the others: 0.6745 * (x - median) / MAD (Iglewicz and Hoaglin, 1993).
 
     NaN, for what is not known, stays NaN. All are NaN where fewer than eight are known, or where half of them or more
     are equal, as there is no measure then. Beyond 3.5 either way a value is an outlier.
@@ -141,24 +141,24 @@ def robust_z(values: Sequence[float] | Floats) -> Floats:
     return np.asarray(0.6745 * (x - middle) / deviation)
 
 
-def _judged(slides: Sequence[SlideResult]) -> list[SlideResult]:
-    """With remarks on those that are unlike the run's other slides, in density (by its logarithm) or size of nuclei."""
-    # no nucleus at all has a remark of its own, and no logarithm
+def _compared(slides: Sequence[SlideResult]) -> list[SlideResult]:
+    """The slides with remarks on the outliers among them, in density (by its logarithm) or median area of nuclei."""
+    # a slide without nuclei has a remark of its own, and no logarithm
     densities = np.array([s.density or np.nan for s in slides], np.float64)
     areas = np.array([s.median_area for s in slides], np.float64)
     dense = "{} nuclei than usual: {:,.0f} per mm², the run's median is {:,.0f}"
     large = "{} nuclei than usual: {:.1f} µm² at the median, the run's is {:.1f}"
     density = _oddities(densities, np.log(densities), lambda z: "fewer" if z < 0 else "more", dense)
     size = _oddities(areas, areas, lambda z: "smaller" if z < 0 else "larger", large)
-    judged = []
+    compared = []
     for slide, *said in zip(slides, density, size, strict=True):
         odd = [words for words in said if words]
-        judged.append(dataclasses.replace(slide, remarks=(*slide.remarks, *odd), odd=bool(odd)))
-    return judged
+        compared.append(dataclasses.replace(slide, remarks=(*slide.remarks, *odd), odd=bool(odd)))
+    return compared
 
 
 def _oddities(values: Floats, scaled: Floats, sense: Callable[[float], str], words: str) -> list[str]:
-    """What to say of each value; nothing of those that are like the others."""
+    """A remark for each value: empty for those that are no outliers."""
     z = robust_z(scaled)
     return [
         f"{words.format(sense(score), value, np.nanmedian(values))} (robust z {score:.1f})"

@@ -1,4 +1,4 @@
-"""What a person looks at first: the slide with its tissue and tiles, and the slide with its nuclei."""
+"""The pictures of a slide: thumbnail.jpg with its tissue and tiles, overlay.jpg with its nuclei."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -29,7 +29,7 @@ def draw_plan(picture: NDArray[np.uint8], frame: Frame, tissue: TissueMap, tiles
     )
     inside = tissue.mask[rows[:, None], columns]  # (h, w)
     shown = picture.copy()
-    shown[~inside] = 255 - (255 - shown[~inside]) // 2  # what is left out fades
+    shown[~inside] = 255 - (255 - shown[~inside]) // 2  # outside the tissue paler
     edge = inside.copy()
     edge[1:-1, 1:-1] &= ~(inside[:-2, 1:-1] & inside[2:, 1:-1] & inside[1:-1, :-2] & inside[1:-1, 2:])
     shown[edge] = _TISSUE

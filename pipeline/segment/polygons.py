@@ -1,6 +1,6 @@
-"""Soft masks -> polygons, and what is done to polygons: one solid outline each, drawn, measured.
+"""Mask probabilities -> polygons, and operations on polygons: repair, simplification, rasterising, measuring.
 
-Verbs over arrays: a thousand masks are outlined in one call, a million vertices measured in one pass.
+All are functions over arrays: a thousand masks are outlined in one call, a million vertices measured in one pass.
 x right, y down; vertices on pixel edges, so that a pixel (row, col) covers [col, col + 1) x [row, row + 1).
 """
 
@@ -17,43 +17,43 @@ Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
 _MOSAIC_CELLS = 1 << 22  # float64 cells outlined in one call: 32 MiB
-_PAINTED_PX = 1 << 22  # pixels spelt out at once when drawing: 32 MiB an index
+_PAINTED_PX = 1 << 22  # pixels listed at once when rasterising: 32 MiB an index
 
 
-def polygons(soft: NDArray[Any], boxes: NDArray[np.floating], *, level: float) -> Polygons:
+def polygons(mask_probs: NDArray[Any], boxes: NDArray[np.floating], *, level: float) -> Polygons:
     """Outline every mask at `level`, in the frame of `boxes`.
 
-    soft: float32 (N, M, M), probabilities at the centres of an M x M grid of cells stretched over each box.
+    mask_probs: float32 (N, M, M), probabilities at the centres of an M x M grid of cells stretched over each box.
         Outside the box they are 0; outlines are interpolated between cell centres (marching squares).
         bool (N, M, M) instead is outlined along cell edges: a mask of one pixel is a unit square
     boxes: float32 (N, 4), x0 y0 x1 y1
     level: 0 < level < 1
-    Returns object (N,), Polygon or MultiPolygon with holes, whole topology kept; POLYGON EMPTY where nothing
+    Returns object (N,), Polygon or MultiPolygon with holes, with all parts; POLYGON EMPTY where nothing
     exceeds `level`. Outlines never cross themselves but may touch themselves at a point; see `solid`.
     Raises ValueError for a level out of range or arrays that do not fit together.
     Law: for a binary mask in a box of M x M px, `rasterise` of the polygon gives the mask back.
     """
     if not 0 < level < 1:
         raise ValueError(f"level={level}: need 0 < level < 1")
-    if soft.ndim != 3 or soft.shape[1] != soft.shape[2] or boxes.shape != (len(soft), 4):
-        raise ValueError(f"masks {soft.shape}, boxes {boxes.shape}: need (N, M, M) and (N, 4)")
-    outlines = np.full(len(soft), shapely.Polygon(), dtype=object)
-    at_once = max(1, _MOSAIC_CELLS // (soft.shape[1] + 1) ** 2)
-    for first in range(0, len(soft), at_once):
+    if mask_probs.ndim != 3 or mask_probs.shape[1] != mask_probs.shape[2] or boxes.shape != (len(mask_probs), 4):
+        raise ValueError(f"masks {mask_probs.shape}, boxes {boxes.shape}: need (N, M, M) and (N, 4)")
+    outlines = np.full(len(mask_probs), shapely.Polygon(), dtype=object)
+    at_once = max(1, _MOSAIC_CELLS // (mask_probs.shape[1] + 1) ** 2)
+    for first in range(0, len(mask_probs), at_once):
         part = slice(first, first + at_once)
-        outlines[part] = _outline(soft[part], boxes[part].astype(np.float64), level)
+        outlines[part] = _outline(mask_probs[part], boxes[part].astype(np.float64), level)
     return outlines
 
 
-def _outline(soft: NDArray[Any], boxes: Floats, level: float) -> Polygons:
+def _outline(mask_probs: NDArray[Any], boxes: Floats, level: float) -> Polygons:
     """`polygons` for as many masks as one mosaic holds."""
-    count, side = soft.shape[:2]
+    count, side = mask_probs.shape[:2]
     # A bool mask is sampled at both edges of every cell instead of its centre, so outlines run along edges.
-    samples = 2 if soft.dtype == bool else 1
+    samples = 2 if mask_probs.dtype == bool else 1
     step = side * samples + 1  # one row of zeros between neighbours
     mosaic = np.zeros((count * step + 1, step + 1))  # masks stacked in one column
     rows = mosaic[1:].reshape(count, step, step + 1)
-    rows[:, :-1, 1:-1] = soft if samples == 1 else soft.repeat(2, axis=1).repeat(2, axis=2)
+    rows[:, :-1, 1:-1] = mask_probs if samples == 1 else mask_probs.repeat(2, axis=1).repeat(2, axis=2)
     generator = contourpy.contour_generator(
         z=mosaic, name="serial", fill_type=contourpy.FillType.ChunkCombinedOffsetOffset
     )
@@ -61,7 +61,7 @@ def _outline(soft: NDArray[Any], boxes: Floats, level: float) -> Polygons:
     points, ring_starts, part_starts = (chunk[0] for chunk in filled)
     if points is None:
         return np.full(count, shapely.Polygon(), dtype=object)
-    # A ring lies strictly between the rows of zeros around its mask, so any point of it tells the owner.
+    # A ring lies strictly between the rows of zeros around its mask, so any point of it tells which mask it is of.
     owner = (points[ring_starts[part_starts[:-1]], 1] // step).astype(np.int64)
     point_owner = owner.repeat(np.diff(ring_starts[part_starts]))
     cells = points - np.stack([np.zeros(len(points)), point_owner * step], axis=1)
@@ -87,7 +87,7 @@ def _gather(parts: Polygons, owner: Ints, count: int) -> Polygons:
 
 
 def solid(polygons: Polygons) -> Polygons:
-    """One nucleus, one solid polygon: made valid, holes filled, the largest part kept.
+    """Each geometry as one polygon without holes: made valid, holes filled, the largest part kept.
 
     polygons: object (N,), any polygonal geometry in any frame, valid or not
     Returns object (N,) of valid Polygons without holes; empty where no area is left.
@@ -118,7 +118,7 @@ def centroids(polygons: Polygons) -> Floats:
 
 
 def simplify(polygons: Polygons, tolerance_px: float) -> Polygons:
-    """Fewer vertices; none dropped that lies further than `tolerance_px` from the new outline.
+    """Outlines with fewer vertices; none is dropped that lies further than `tolerance_px` from the new outline.
 
     polygons: object (N,), valid. Douglas and Peucker (1973); tolerance 0 drops what lies on a straight line.
     GEOS may drop the vertex where a ring starts too: beside it the outline can stray by twice the tolerance.
@@ -127,12 +127,12 @@ def simplify(polygons: Polygons, tolerance_px: float) -> Polygons:
     """
     quick = shapely.simplify(polygons, tolerance_px, preserve_topology=False)
     simplified = np.array(quick, dtype=object)
-    # Seven times as fast as keeping the topology of all, which few outlines need. Where the new outline crosses
-    # itself GEOS mends it: with a hole or in parts, one outline in a million.
-    harmed = ~shapely.is_valid(simplified) | shapely.is_empty(simplified)
-    harmed |= shapely.get_type_id(simplified) != shapely.get_type_id(polygons)
-    harmed |= shapely.get_num_interior_rings(simplified) != shapely.get_num_interior_rings(polygons)
-    simplified[harmed] = shapely.simplify(polygons[harmed], tolerance_px, preserve_topology=True)
+    # Seven times as fast as keeping the topology of all, which few outlines need. A new outline that crosses itself
+    # is repaired by GEOS: one in a million then has a hole or several parts.
+    damaged = ~shapely.is_valid(simplified) | shapely.is_empty(simplified)
+    damaged |= shapely.get_type_id(simplified) != shapely.get_type_id(polygons)
+    damaged |= shapely.get_num_interior_rings(simplified) != shapely.get_num_interior_rings(polygons)
+    simplified[damaged] = shapely.simplify(polygons[damaged], tolerance_px, preserve_topology=True)
     return simplified
 
 
@@ -159,13 +159,13 @@ def _edges(polygons: Polygons) -> _Edges:
 def rasterise(polygons: Polygons, shape: tuple[int, int]) -> NDArray[np.int32]:
     """Label map of polygons: pixel (row, col) gets i + 1 if its centre lies in polygon i, 0 if in none.
 
-    polygons: object (N,), frame of the map, in falling order of importance: a pixel painted once stays.
+    polygons: object (N,), frame of the map, the first having precedence where they overlap.
     shape: (height, width)
     Returns int32 (height, width). Inside is even-odd and half-open (a centre on a left or upper outline is
     in, on a right or lower one out), so that polygons which share an edge share no pixel and leave none.
     """
     labels = np.zeros(shape[0] * shape[1], dtype=np.int32)
-    # From the last to the first, so that earlier polygons paint over later ones.
+    # From the last to the first, so that earlier polygons overwrite later ones.
     for part in reversed(list(_batches(polygons, shape))):
         owner, row, first, stop = _spans(polygons[part], shape)
         order = np.argsort(-owner, kind="stable")
@@ -176,7 +176,7 @@ def rasterise(polygons: Polygons, shape: tuple[int, int]) -> NDArray[np.int32]:
 
 
 def _batches(polygons: Polygons, shape: tuple[int, int]) -> Iterator[slice]:
-    """Slices of neighbours whose boxes in the map sum to about _PAINTED_PX pixels."""
+    """Slices of the polygons whose boxes in the map sum to about _PAINTED_PX pixels."""
     boxes = np.nan_to_num(shapely.bounds(polygons)).clip(0, [shape[1], shape[0]] * 2)
     painted = np.cumsum((boxes[:, 2] - boxes[:, 0] + 1) * (boxes[:, 3] - boxes[:, 1] + 1))
     cuts = np.flatnonzero(np.diff(painted // _PAINTED_PX)) + 1
@@ -188,7 +188,7 @@ def _spans(polygons: Polygons, shape: tuple[int, int]) -> tuple[Ints, Ints, Ints
     """Scan lines through pixel centres -> (polygon, row, first column, stop column), clipped to the map."""
     edges = _edges(polygons)
     downward = (edges.start[:, 1] <= edges.end[:, 1])[:, None]
-    # The same end first whichever way an edge is walked: two polygons that share it cross a row at one x.
+    # The same end first in whichever direction an edge runs: polygons that share it cross a row at one x.
     upper, lower = np.where(downward, edges.start, edges.end), np.where(downward, edges.end, edges.start)
     # A row is crossed when upper y <= row + 0.5 < lower y.
     top, bottom = (np.ceil(end[:, 1] - 0.5).clip(0, shape[0]).astype(np.int64) for end in (upper, lower))
@@ -206,7 +206,7 @@ def _spans(polygons: Polygons, shape: tuple[int, int]) -> tuple[Ints, Ints, Ints
 
 
 class Measures(NamedTuple):
-    """What a pathologist's table says of a shape; parallel arrays (N,), zeros for an empty polygon."""
+    """Measurements of shapes; parallel arrays (N,), zeros for an empty polygon."""
 
     area_um2: NDArray[np.float32]
     perimeter_um: NDArray[np.float32]
@@ -229,7 +229,7 @@ def measure(polygons: Polygons, um_per_px: tuple[float, float]) -> Measures:
     (x0, y0), (x1, y1) = (((end - corner[owner]) * scale).T for end in (edges.start, edges.end))
     cross = x0 * y1 - x1 * y0
     turn = np.sign(np.bincount(edges.ring, cross, len(edges.owner)))
-    cross *= np.where(edges.hole, -turn, turn)[edges.ring]  # rings add, holes take away, however they turn
+    cross *= np.where(edges.hole, -turn, turn)[edges.ring]  # outer rings add, holes subtract, however they turn
 
     def total(per_edge: Floats) -> Floats:
         return np.bincount(owner, per_edge, count).astype(np.float64)  # int where there is no edge

@@ -1,10 +1,13 @@
-"""Distinct, claim and resolve: the instances of overlapping tiles -> each nucleus once.
+"""The instances of overlapping tiles -> each nucleus once.
 
-Of a tile's own instances those that lie on each other are one nucleus. A tile claims what is anchored in its core or
-within a tolerance of it, so that a nucleus at a seam is claimed by at least one tile though their predictions differ;
-of those claimed by several tiles one is kept. What a tile claims of another's core is a outside there, and needs that
-tile or a third as its witness: else a seam, where two are asked, would show more of what a detector is unsure of.
-Nothing is merged, and instances of one tile are not compared again: that tile saw both. All coordinates are work px.
+1. `mask_nms`: of a tile's own instances whose outlines cover each other one is kept.
+2. `claim`: a tile claims the instances anchored (by their centroid) in its core, or within a tolerance of it, so that
+   a nucleus at a seam is claimed by at least one tile although the tiles' predictions differ.
+3. `resolve`: of instances of different tiles that overlap one is kept. An instance anchored outside its tile's core is
+   kept only if another tile confirms it: without that rule more uncertain detections would be kept beside seams, where
+   two tiles are asked, than elsewhere.
+
+Nothing is merged, and instances of one tile are not compared again by `resolve`. All coordinates are work px.
 """
 
 import numpy as np
@@ -16,8 +19,8 @@ from slides.geometry import Box, Size
 
 Bools = NDArray[np.bool_]
 
-# An outline that its patch cut off ends up to half a mask cell, and the tolerance of `simplify`, short of the
-# edge: 2 px for the largest nuclei.
+# The outline of a nucleus that is cut by its patch's edge ends up to half a mask cell, plus the tolerance of
+# `simplify`, before that edge: 2 px for the largest nuclei.
 _SHORT_PX = 2.0
 
 
@@ -26,8 +29,9 @@ def mask_nms(polygons: Polygons, score: NDArray[np.floating], *, share: float) -
 
     Their boxes need not overlap by enough for non-maximum suppression to see it.
     polygons: object (N,), valid or empty; score: float (N,); share: 0 < share <= 1, of the smaller one's area
-    Returns bool (N,): what shares so much with a better one that stays is out. Best first as in `resolve`.
-    Laws: the order of the instances does not change which outlines stay; what lies on nothing stays.
+    Returns bool (N,), what is kept: all but those that share at least `share` with a better one that is kept. Better
+        is as in `resolve`.
+    Laws: the order of the instances does not change which outlines are kept; what overlaps nothing is kept.
     """
     if not 0 < share <= 1:
         raise ValueError(f"share={share}: need 0 < share <= 1")
@@ -35,16 +39,16 @@ def mask_nms(polygons: Polygons, score: NDArray[np.floating], *, share: float) -
     area = shapely.area(polygons[first])
     i, j, shared = _intersecting(polygons[first])
     on = shared >= share * np.minimum(area[i], area[j])
-    stays = np.ones(len(first), dtype=bool)
+    kept = np.ones(len(first), dtype=bool)
     for better, worse in zip(i[on].tolist(), j[on].tolist(), strict=True):
-        if stays[better]:
-            stays[worse] = False
-    # of equal outlines the first in the tile's order stands for all
-    return np.asarray(stays[outline] & (np.arange(len(outline)) == first[outline]) | shapely.is_empty(polygons))
+        if kept[better]:
+            kept[worse] = False
+    # of equal outlines the first one is kept
+    return np.asarray(kept[outline] & (np.arange(len(outline)) == first[outline]) | shapely.is_empty(polygons))
 
 
 def claim(anchors: Floats, core: Box, *, tolerance: float) -> Bools:
-    """Which instances a tile takes for its own.
+    """Which instances a tile claims.
 
     anchors: float64 (N, 2), x y: a point of each instance that does not depend on the tile (its centroid)
     Returns bool (N,): in the half-open `core` grown by `tolerance` px; NaN is claimed by nobody.
@@ -58,11 +62,11 @@ def claim(anchors: Floats, core: Box, *, tolerance: float) -> Bools:
 
 
 def touching(bounds: Floats, read: Box, slide: Size) -> Bools:
-    """Which instances reach an edge of what their tile read, where the slide goes on: they may be cut off.
+    """Which instances reach an edge of their tile's patch inside the slide: they may be cut off.
 
-    bounds: float64 (N, 4), x0 y0 x1 y1; within 2 px of the edge is touching
-    slide: size of the work frame; an edge of `read` on or beyond the slide's own cuts nothing
-    Returns bool (N,). A claimed instance that touches says that the margin is too small for it.
+    bounds: float64 (N, 4), x0 y0 x1 y1; within 2 px of the edge counts as touching
+    slide: size of the work frame; an edge of `read` on or beyond the slide's edge cuts nothing
+    Returns bool (N,). For a claimed instance that touches the margin is too small.
     """
     x0, y0, x1, y1 = bounds.T
     left = (read.x0 > 0) & (x0 <= read.x0 + _SHORT_PX)
@@ -73,7 +77,7 @@ def touching(bounds: Floats, read: Box, slide: Size) -> Bools:
 
 
 def overhang(bounds: Floats, cores: NDArray[np.number]) -> Floats:
-    """How far each instance reaches out of its tile's core, in px; negative: how far inside it stays.
+    """How far each instance extends beyond its tile's core, in px; negative: how far inside it ends.
 
     bounds, cores: (N, 4), x0 y0 x1 y1, the core of each instance's own tile. Returns float64 (N,).
     """
@@ -82,19 +86,19 @@ def overhang(bounds: Floats, cores: NDArray[np.number]) -> Floats:
 
 
 def seam_candidates(bounds: Floats, cores: NDArray[np.number], reach: float) -> Bools:
-    """Which instances can have a rival in another tile: those nearer than `reach` to their core's border.
+    """Which instances can have a duplicate in another tile: those nearer than `reach` to their core's border.
 
     bounds, cores: (N, 4) as for `overhang`; `reach`: at least the largest overhang of the slide, at least 0
     Returns bool (N,).
-    Law: `resolve` of the candidates alone decides as `resolve` of all, which keeps every other. A rival
-    belongs to a core beside this one and reaches out of that by no more than `reach`, so what the two share
-    lies less than `reach` inside this core's border, or outside it.
+    Law: `resolve` of the candidates alone decides as `resolve` of all, which keeps every other. A duplicate belongs
+    to a neighbouring core and extends beyond that by no more than `reach`, so the overlap of the two lies less than
+    `reach` inside this core's border, or outside it.
     """
     return np.asarray(overhang(bounds, cores) > -reach)
 
 
 def anchored_outside(anchors: Floats, cores: NDArray[np.number], grid: Size) -> Bools:
-    """Which instances are anchored outside their tile's core; the outer cores of the grid end nowhere.
+    """Which instances are anchored outside their tile's core; the outer borders of the grid bound nothing.
 
     anchors: float64 (N, 2), x y; cores: (N, 4), x0 y0 x1 y1, not clipped to the slide; grid: px that all cores cover
     """
@@ -107,34 +111,35 @@ def anchored_outside(anchors: Floats, cores: NDArray[np.number], grid: Size) -> 
 def resolve(
     polygons: Polygons, tile: Ints, score: NDArray[np.floating], *, iou: float, outside: Bools | None = None
 ) -> Bools:
-    """Of instances of different tiles that are one nucleus, keep the best.
+    """Of the instances of different tiles that are one nucleus, keep the best.
 
     polygons: object (N,), valid; tile: int (N,), any numbers that tell tiles apart; score: float (N,)
-    iou: 0 < iou <= 1; two polygons that overlap by so much are one nucleus
-    outside: bool (N,), of `anchored_outside`: such a one goes unless another tile saw it, too; None: nobody is
-    Returns bool (N,), what stays. Best first: by score, then area, then the bytes of the outline.
-    Laws: neither the order of the instances nor the numbers of the tiles change which outlines stay. Of equal
-    copies in several tiles one stays or none. Two instances that one tile saw side by side both stay or go
-    for other reasons. Where each tile finds what it finds by chance, nuclei are as dense at the seams as elsewhere.
+    iou: 0 < iou <= 1; two polygons that overlap by at least this are one nucleus
+    outside: bool (N,), of `anchored_outside`: such an instance is dropped unless another tile confirms it, with an
+        overlap of `iou` or an equal outline; None: none is outside
+    Returns bool (N,), what is kept. Better is a higher score, then a larger area, then the bytes of the outline.
+    Laws: neither the order of the instances nor the numbers of the tiles change which outlines are kept. Of equal
+    copies in several tiles one is kept or none. Two instances of one tile never exclude each other. Where each tile
+    detects a nucleus with the same chance, the density of nuclei beside the seams is that of elsewhere.
     """
     if not 0 < iou <= 1:
         raise ValueError(f"iou={iou}: need 0 < iou <= 1")
-    # Equal copies act as one outline: else it would be chance which copy, hence which tile, meets the others.
+    # Equal copies count as one outline: else it would be chance which copy, and so which tile, is compared.
     first, outline = _outlines(polygons, score)
     better, worse = _overlapping(polygons[first], iou)
-    rivals = ~_seen_together(better, worse, outline, tile)
-    stays = np.ones(len(first), dtype=bool)
+    duplicates = ~_in_one_tile(better, worse, outline, tile)
+    kept = np.ones(len(first), dtype=bool)
     if outside is not None:
         copies = np.bincount(outline, minlength=len(first))
-        stays = (np.bincount(outline, ~outside, len(first)) > 0) | (copies > 1)
-        stays[better[rivals]] = stays[worse[rivals]] = True
-    # In order of the better one, so that its own fate is settled when it decides over others.
-    for winner, loser in zip(better[rivals].tolist(), worse[rivals].tolist(), strict=True):
-        if stays[winner]:
-            stays[loser] = False
+        kept = (np.bincount(outline, ~outside, len(first)) > 0) | (copies > 1)
+        kept[better[duplicates]] = kept[worse[duplicates]] = True
+    # In order of the better one, so that it is decided whether that is kept before it excludes others.
+    for winner, loser in zip(better[duplicates].tolist(), worse[duplicates].tolist(), strict=True):
+        if kept[winner]:
+            kept[loser] = False
     lowest = np.full(len(first), np.iinfo(np.int64).max)
     np.minimum.at(lowest, outline, tile)
-    return np.asarray(stays[outline] & (tile == lowest[outline]))
+    return np.asarray(kept[outline] & (tile == lowest[outline]))
 
 
 def _outlines(polygons: Polygons, score: NDArray[np.floating]) -> tuple[Ints, Ints]:
@@ -162,14 +167,14 @@ def _intersecting(polygons: Polygons) -> tuple[Ints, Ints, Floats]:
     return i, j, shapely.area(shapely.intersection(polygons[i], polygons[j]))
 
 
-def _seen_together(i: Ints, j: Ints, outline: Ints, tile: Ints) -> Bools:
+def _in_one_tile(i: Ints, j: Ints, outline: Ints, tile: Ints) -> Bools:
     """Of pairs of outlines, which are both among the instances of some tile."""
     _, tile = np.unique(tile, return_inverse=True)
     tiles = tile.max(initial=0) + 1
-    seen = np.unique(outline * tiles + tile)  # every (outline, tile) there is, by outline
-    start, stop = np.searchsorted(seen, i * tiles), np.searchsorted(seen, (i + 1) * tiles)
+    present = np.unique(outline * tiles + tile)  # every (outline, tile) there is, by outline
+    start, stop = np.searchsorted(present, i * tiles), np.searchsorted(present, (i + 1) * tiles)
     pair = np.arange(len(i)).repeat(stop - start)
     nth = np.arange(len(pair)) - (np.cumsum(stop - start) - (stop - start)).repeat(stop - start)
-    tile_of_i = seen[start.repeat(stop - start) + nth] % tiles
-    both = np.isin(j[pair] * tiles + tile_of_i, seen)
+    tile_of_i = present[start.repeat(stop - start) + nth] % tiles
+    both = np.isin(j[pair] * tiles + tile_of_i, present)
     return np.bincount(pair, both, len(i)) > 0

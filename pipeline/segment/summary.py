@@ -1,7 +1,7 @@
-"""What a finished slide's nuclei are like: a summary of 10 kB, so that a report of a thousand slides reads little.
+"""Statistics of a finished slide's nuclei, 10 kB, so that a report of a thousand slides reads little.
 
-It also audits the seams. Where two tiles meet a nucleus may be found twice or not at all, and then the density of
-centroids changes with the distance to the nearest seam. When stitching is right it is flat.
+They include the seam check. Where two tiles meet, a nucleus may be detected twice or not at all, and then the density
+of centroids changes with the distance to the nearest seam. When stitching is right it does not.
 """
 
 from collections import Counter
@@ -18,14 +18,14 @@ from pipeline.segment.polygons import Floats, Ints
 from slides.grid import TileGrid
 from slides.tissue import TissueMap
 
-VERSION = 1  # of what is written; a reader leaves others alone
+VERSION = 1  # of what is written; a reader ignores other versions
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 AREA_EDGES_UM2 = tuple(range(0, 251, 5))  # one more bin takes what is larger
 SCORE_EDGES = tuple(i / 20 for i in range(21))
 SEAM_EDGES_PX = tuple(range(0, 65, 4))  # distance to the nearest seam, work px; one more bin takes the rest
 
-# The audit's one number is about this strip: a second sight or a loss lies within the claim's tolerance of a seam.
+# The seam check judges the density in this strip: duplicates and losses lie within the claim's tolerance of a seam.
 NEAR_PX = 8
 
 # Tissue is even enough over 64 um at 0.25 um per px, and a strip of 8 px is a small part of it.
@@ -35,10 +35,10 @@ _SIGMAS, _SHARE, _FEWEST = 4.0, 0.05, 25.0
 
 
 def summarise(nuclei: Path, plan: Plan) -> dict[str, Any]:
-    """What JSON holds of a slide's nuclei.parquet: counts, density, sizes, scores, and the audit of the seams.
+    """Statistics of a slide's nuclei.parquet for slide.json: counts, density, areas, scores, and the seam check.
 
     Densities are per mm2 of tissue; where there is no tissue, or no nucleus, the value is None or the list empty.
-    Holds one row group, and four bytes a nucleus for the exact quantiles.
+    Memory holds one row group, and four bytes a nucleus for the exact quantiles.
     """
     classes: Counter[str] = Counter()
     scores = np.zeros(len(SCORE_EDGES) - 1, np.int64)
@@ -73,11 +73,11 @@ def summarise(nuclei: Path, plan: Plan) -> dict[str, Any]:
     }
 
 
-# ------------------------------------------------------------------------------------------- the seam audit
+# ------------------------------------------------------------------------------------------- the seam check
 
 
 class SeamVerdict(NamedTuple):
-    """Whether there are as many nuclei beside the seams as around them."""
+    """Whether the density of nuclei beside the seams is that of the surroundings."""
 
     ratio: float | None  # observed to expected within NEAR_PX; None where there is no seam on tissue with nuclei
     standard_error: float | None
@@ -90,30 +90,30 @@ def seam_verdict(observed: Sequence[float] | NDArray[Any], expected: Sequence[fl
     With o and e the counts within 8 px of a seam, the ratio is o / e; if o is Poisson with mean e, its standard error
     is 1 / sqrt(e). Suspicious is a ratio off by more than 4 standard errors and by more than 5 %, as less may be the
     tissue's own unevenness, where at least 25 are expected, as fewer are not normally distributed.
-    Too many need not be second sights: within the claim's tolerance two tiles are asked, and a detector that is
-    unsure of itself has two chances to find a nucleus there.
+    A ratio above 1 can come from duplicates, or from uncertain detections: within the claim's tolerance of a seam two
+    tiles are asked, so each has two chances to be detected.
     """
     near = SEAM_EDGES_PX.index(NEAR_PX)
-    seen, due = float(np.sum(observed[:near])), float(np.sum(expected[:near]))
-    if due <= 0:
+    observed_near, expected_near = float(np.sum(observed[:near])), float(np.sum(expected[:near]))
+    if expected_near <= 0:
         return SeamVerdict(None, None, False)
-    off, error = abs(seen / due - 1), due**-0.5
-    suspicious = due >= _FEWEST and off > max(_SIGMAS * error, _SHARE)
-    return SeamVerdict(round(seen / due, 4), round(error, 4), suspicious)
+    off, error = abs(observed_near / expected_near - 1), expected_near**-0.5
+    suspicious = expected_near >= _FEWEST and off > max(_SIGMAS * error, _SHARE)
+    return SeamVerdict(round(observed_near / expected_near, 4), round(error, 4), suspicious)
 
 
 def seam_counts(centroids: Iterable[Floats], grid: TileGrid, tissue: TissueMap) -> tuple[Ints, Floats]:
-    """How many nuclei lie at each distance from the nearest seam, and how many would if they knew of none.
+    """How many nuclei lie at each distance from the nearest seam, and how many would if the seams had no effect.
 
     centroids: batches of float64 (N, 2), work px; those off the tissue are left out.
     Returns int64 and float64 (bins,): `SEAM_EDGES_PX` and the rest. Both sum to the nuclei on tissue.
 
     A seam is a border between two cores; the slide's own border is none. Every core is cut into cells of at most
     256 px. Were the n nuclei of a cell spread evenly over the cell's tissue, of area A, n * A_b / A of them would lie
-    in bin b, with A_b the cell's tissue at that distance from a seam. The sum over the cells is what is expected:
-    tissue that is dense here and sparse there shows as no seam, as cells are smaller than tiles and larger than a
-    bin. That damps a fault by the bin's share of its cell, 3 to 6 % for 8 px. Areas are exact: what lies further than
-    d from every seam is a rectangle in each cell, and the mask is summed over it with parts of pixels.
+    in bin b, with A_b the cell's tissue at that distance from a seam. The sum over the cells is what is expected: an
+    uneven density of tissue does not look like a seam, as cells are smaller than tiles and larger than a bin. That
+    reduces the measured effect of a fault by the bin's share of its cell, 3 to 6 % for 8 px. Areas are exact: what lies
+    further than d from every seam is a rectangle in each cell, and the mask is summed over it with parts of pixels.
     Law: for nuclei spread evenly over the tissue of each cell, whatever the grid, observed / expected tends to 1.
     """
     across, down = _axis(grid.size.width, grid.stride), _axis(grid.size.height, grid.stride)

@@ -1,6 +1,6 @@
-"""What is on disk: the instances of a block, the detections of a slide. Parquet, zstd.
+"""The tables on disk: the instances of a block, the nuclei of a slide. Parquet, compressed with zstd.
 
-Equal rows in equal order give equal bytes, however they were handed over.
+Equal rows in equal order give equal bytes, in however many parts they were written.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ INSTANCES = pa.schema(
         ("tile_row", pa.int32()),
         ("tile_col", pa.int32()),
         ("geometry", pa.binary()),  # WKB Polygon, work px
-        ("x0", pa.float64()),  # its bounds, work px, so that seams are found without reading polygons
+        ("x0", pa.float64()),  # its bounds, work px, so that candidates at seams are found without decoding polygons
         ("y0", pa.float64()),
         ("x1", pa.float64()),
         ("y1", pa.float64()),
@@ -62,7 +62,7 @@ NUCLEI = pa.schema(
     ]
 )
 
-_KEY = b"nightslide"  # of our JSON in a file's metadata
+_KEY = b"nightslide"  # names our JSON in a file's metadata
 _ROW_GROUP = 50_000
 _NAMESPACE = uuid.uuid5(uuid.NAMESPACE_DNS, "nightslide.nuclei")
 
@@ -118,31 +118,31 @@ def _wkb(polygons: Polygons) -> NDArray[np.object_]:
     return encoded
 
 
-# ------------------------------------------------------------------------------------ detections, per slide
+# ------------------------------------------------------------------------------------ nuclei, per slide
 
 
 @dataclass(frozen=True)
 class Provenance:
-    """Where a slide's detections come from, and what a reader needs to place and show them."""
+    """Where a slide's nuclei come from, and what a reader needs to place and draw them."""
 
     slide: str
-    "What identifies the slide: its quick hash."
+    "The slide's quick hash."
     um_per_px: tuple[float, float]
-    "Of slide px, x and y."
+    "Micrometres per slide px, x and y."
     bounds: Box
-    "Of the slide, slide px; QuPath crops to it."
+    "Of the slide, in slide px; QuPath's OpenSlide reader crops to it."
     digest: str
     "Of the settings and weights."
     colours: dict[str, tuple[int, int, int]]
-    "Red, green, blue of every class."
+    "Red, green, blue of every class, 0 to 255."
 
 
 class NucleiWriter:
-    """Stream a slide's detections to nuclei.parquet: GeoParquet 1.1, committed when the block ends well.
+    """Stream a slide's nuclei to nuclei.parquet: GeoParquet 1.1, committed when the `with` block ends without error.
 
     Memory holds one row group. `id` is the UUID 5 (RFC 9562) of the slide and the polygon's bytes, so that a
     second run writes the same and other settings keep the ids of unchanged polygons.
-    Law: the bytes depend on the sequence of detections only, not on how it was cut into calls of `write`.
+    Law: the bytes depend only on the sequence of nuclei, not on how it was divided into calls of `write`.
     """
 
     def __init__(self, path: Path, provenance: Provenance) -> None:
@@ -176,15 +176,15 @@ class NucleiWriter:
         votes: NDArray[np.integer],
         stains: NDArray[np.floating],
     ) -> None:
-        """Append detections; what can be measured on the polygon is measured here.
+        """Append nuclei; the shape of each is measured here.
 
         polygons: object (N,), slide px, each a valid, non-empty Polygon without holes (`polygons.solid`)
         klass: (N,) names; stains: float (N, 2), haematoxylin and eosin densities; score, votes: (N,)
-        Raises ValueError for anything but a solid polygon, and for a class that has no colour.
+        Raises ValueError for any other geometry, and for a class that has no colour.
         """
         self._check(polygons, klass)
-        shapes, spelt = measure(polygons, self._provenance.um_per_px), _wkb(polygons)
-        first = [self._ids(spelt), spelt, list(klass), score, votes]
+        shapes, encoded = measure(polygons, self._provenance.um_per_px), _wkb(polygons)
+        first = [self._ids(encoded), encoded, list(klass), score, votes]
         values = [*first, *shapes[:5], *stains.T, *shapes.centroid.T]
         rows = pa.table([pa.array(v, f.type) for v, f in zip(values, NUCLEI, strict=True)], schema=NUCLEI)
         extent = shapely.bounds(polygons).reshape(-1, 4)
@@ -206,14 +206,14 @@ class NucleiWriter:
         if colourless:
             raise ValueError(f"class '{min(colourless)}' has no colour: name one in Provenance.colours")
 
-    def _ids(self, spelt: NDArray[np.object_]) -> list[str]:
+    def _ids(self, encoded: NDArray[np.object_]) -> list[str]:
         # uuid.uuid5 takes bytes only from Python 3.12 on.
-        digests = (hashlib.sha1(self._slide + polygon, usedforsecurity=False).digest() for polygon in spelt)
+        digests = (hashlib.sha1(self._slide + polygon, usedforsecurity=False).digest() for polygon in encoded)
         return [str(uuid.UUID(bytes=digest[:16], version=5)) for digest in digests]
 
     def _flush(self) -> None:
         group, rest = self._pending[:_ROW_GROUP], self._pending[_ROW_GROUP:]
-        # Where chunks end would show in the file.
+        # The boundaries of chunks would change the file's bytes.
         self._file.write_table(group.combine_chunks(), row_group_size=_ROW_GROUP)
         self._pending = rest.combine_chunks()
 
@@ -232,20 +232,20 @@ class NucleiWriter:
 
 
 def read_nuclei(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
-    """All detections of a slide, all columns of `NUCLEI` or some; see `geometry`."""
+    """All nuclei of a slide, all columns of `NUCLEI` or some; `geometry` decodes the outlines."""
     with pq.ParquetFile(path) as file:
         return file.read(columns)
 
 
 def iter_nuclei(path: Path, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
-    """The same, at most 50,000 rows at a time."""
+    """The same, a row group (at most 50,000 rows) at a time."""
     with pq.ParquetFile(path) as file:
         for group in range(file.num_row_groups):
             yield file.read_row_group(group, columns)
 
 
 def read_provenance(path: Path) -> Provenance:
-    """Where the detections of nuclei.parquet come from; reads the foot of the file only."""
+    """Where the nuclei of nuclei.parquet come from; reads only the file's metadata."""
     content = json.loads(pq.read_metadata(path).metadata[_KEY])
     return Provenance(
         slide=content["slide"],

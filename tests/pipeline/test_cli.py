@@ -3,15 +3,20 @@
 import dataclasses
 import re
 import shlex
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 
+from pipeline import cli
+from pipeline.archive.estimate import SlideEstimate
+from pipeline.archive.sources import Source
 from pipeline.cli import app, main
 from pipeline.config import Execution, Settings
+from pipeline.errors import ClusterLost
 
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-COMMANDS = ("run", "plan", "demo", "train", "evaluate", "fit-stain", "convert", "export", "doctor")
+COMMANDS = ("run", "plan", "demo", "train", "evaluate", "fit-stain", "convert", "export", "report", "doctor")
 
 
 def said(capsys: pytest.CaptureFixture[str], *tokens: str) -> tuple[int, str, str]:
@@ -20,6 +25,53 @@ def said(capsys: pytest.CaptureFixture[str], *tokens: str) -> tuple[int, str, st
         main(tokens)
     captured = capsys.readouterr()
     return int(ended.value.code or 0), captured.out, captured.err
+
+
+OWN_COMMANDS = ("run", "plan", "export", "report", "demo", "doctor")
+
+
+@pytest.mark.parametrize("command", OWN_COMMANDS)
+def test_every_flag_has_a_sentence(command: str) -> None:
+    """Law: a command says what it does, and each of its flags what it is for."""
+    assert app[command].help.splitlines()[0].endswith(".")
+    arguments = app[command].assemble_argument_collection(parse_docstring=True)
+    silent = [a.name for a in arguments if a.show and not (a.parameter.help or "").endswith((".", ")"))]
+    assert not silent
+    if command != "doctor":
+        assert list(arguments)
+
+
+def test_the_settings_stand_in_groups_with_the_common_ones_first(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "240")
+    _, out, _ = said(capsys, "run", "--help")
+    groups = (
+        "Parameters",
+        "Common options",
+        "Tissue",
+        "Tiling",
+        "Stain",
+        "Detector",
+        "Stitching",
+        "Export",
+        "Execution",
+    )
+    at = [out.index(f"─ {group} ─") for group in groups]
+    assert at == sorted(at)
+    common = out[at[1] : at[2]]
+    for flag in ("--out", "--mpp", "--views", "--stain", "--weights", "--detector.device", "--config"):
+        assert re.search(rf"{flag}\b", common), flag
+
+
+def test_no_flag_has_a_negative_that_reads_badly(capsys: pytest.CaptureFixture[str]) -> None:
+    out = "".join(said(capsys, command, "--help")[1] for command in OWN_COMMANDS)
+    assert set(re.findall(r"--\S*\b(?:no|empty)-[\w-]+", out)) == {
+        "--export.no-crop",
+        "--no-crop",
+        "--no-cluster",
+        "--no-wait",
+    }
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -93,6 +145,20 @@ def test_shipped_configurations_are_valid() -> None:
         (["run", "nowhere.svs", "--out", "o"], "nowhere.svs does not exist"),
         (["run", "x.svs", "--out", "o", "--tiling.margin", "600"], "need 2 * margin < tile"),
         (["run", "x.svs", "--out", "o", "--views", "3"], "Choose from: 1, 2, 4, 8"),
+        (["run", "x.svs", "--out", "o", "--views", "2.5"], "views=2.5: need a whole number"),
+        (["run", "x.svs", "--out", "o", "--tiling.tile", "512.0"], "tiling.tile=512.0: need a whole number"),
+        (["run", "x.svs", "--out", "o", "--mpp", "0"], "mpp=0.0: need 0.05 to 5 micrometres per pixel"),
+        (["run", "x.svs", "--out", "o", "--mpp=-1"], "mpp=-1.0: need 0.05 to 5"),
+        (["run", "x.svs", "--out", "o", "--mpp", "nan"], "mpp=nan: need 0.05 to 5"),
+        (["plan", "x.svs", "--mpp", "1e9"], "mpp=1000000000.0: need 0.05 to 5"),
+        (["plan", ".", "--seconds-per-mm2", "0"], "seconds-per-mm2=0.0: need more than 0"),
+        (["run", "x.svs", "--out", "o", "--stain.template", "y.png"], "has no effect without stain normalisation"),
+        (["plan", "x.svs", "--stain.template", "y.png"], "has no effect without stain normalisation"),
+        (["demo", "--stain.template", "y.png"], "has no effect without stain normalisation"),
+        (["run", "x.svs", "--out", "o", "--detector.device", "gpu"], "device='gpu': need cpu, cuda, cuda:N or auto"),
+        (["run", "x.svs", "--out", "o", "--detector.device", "cuda:99"], "device='cuda:99': this machine shows"),
+        (["run", "x.svs", "--out", "o", "--memory-limit", "1MB"], "memory-limit='1MB': need auto, or 1GB or more"),
+        (["run", "x.svs", "--out", "o", "--memory-limit", "1.2.3GB"], "need auto, or 1GB or more"),
         (["run", "x.svs", "--out", "o", "--config", "none.toml"], "none.toml"),
         (["bogus"], 'Unknown command "bogus"'),
         (["export", "nowhere"], "holds no finished slide"),
@@ -105,10 +171,106 @@ def test_wrong_usage_is_named_and_ends_with_2(
     tokens: list[str], message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "x.svs").write_bytes(b"no slide, but there")
     status, _, err = said(capsys, *tokens)
     assert status == 2
     assert message in err
     assert "Traceback" not in err
+    assert [path.name for path in tmp_path.iterdir()] == ["x.svs"], "refused before anything is started"
+
+
+def test_a_lost_cluster_is_no_wrong_usage(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.archive.run.run", raiser(ClusterLost("the Dask scheduler is gone")))
+    status, _, err = said(capsys, "run", "x.svs", "--out", "o")
+    assert (status, err) == (1, "nightslide: the Dask scheduler is gone\n")
+
+
+def raiser(error: Exception) -> Callable[..., object]:
+    def fail(*_: object, **__: object) -> object:
+        raise error
+
+    return fail
+
+
+@pytest.mark.parametrize("error", [KeyError("x"), RuntimeError("two\nlines"), OSError(28, "No space left on device")])
+def test_an_unexpected_error_is_a_line_and_a_traceback_only_on_request(
+    error: Exception, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("NIGHTSLIDE_DEBUG", raising=False)
+    monkeypatch.setattr("pipeline.archive.run.run", raiser(error))
+    status, _, err = said(capsys, "run", "x.svs", "--out", "o")
+    assert status == 1
+    assert err.startswith(f"nightslide: unexpected {type(error).__name__}: ")
+    assert len(err.splitlines()) == 2
+    assert "please report it" in err
+    monkeypatch.setenv("NIGHTSLIDE_DEBUG", "1")
+    status, _, err = said(capsys, "run", "x.svs", "--out", "o")
+    assert status == 1
+    assert err.startswith("Traceback")
+
+
+def test_debug_is_a_flag_too(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NIGHTSLIDE_DEBUG", "0")
+    monkeypatch.setattr("pipeline.archive.run.run", raiser(KeyError("x")))
+    assert "Traceback" in said(capsys, "run", "x.svs", "--out", "o", "--debug")[2]
+
+
+# ------------------------------------------------------------------------------------------------ plan
+
+
+def planned(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    folder: Path,
+    *tokens: str,
+    names: Sequence[str] = ("case1",),
+) -> list[str]:
+    """The lines of `plan` for slides of 10 mm2 of tissue each."""
+
+    def estimate(source: Source, settings: Settings, seconds: float) -> SlideEstimate:
+        hours = 10 * seconds * settings.detector.views / 3600
+        return SlideEstimate(source.name, "", 0.25, "slide", 10.0, 40, hours, 0.042)
+
+    for name in names:
+        (folder / f"{name}.svs").touch()
+    monkeypatch.setattr("pipeline.archive.estimate.estimate_slide", estimate)
+    status, out, _ = said(capsys, "plan", str(folder), *tokens)
+    assert status == 0
+    return out.splitlines()
+
+
+def test_hours_say_which_device_they_are_for(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    _, row, total, basis = planned(capsys, monkeypatch, tmp_path, "--detector.device", "cpu", "--views", "4")
+    assert row.split()[4] == "0.47"
+    assert "0.47 hours" in total
+    assert basis.startswith("hours on the CPU, at 42 s per mm2 of tissue and view as measured on two cores; ")
+
+
+def test_no_hours_of_a_cpu_are_given_where_a_gpu_works(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A GPU has not been timed: its hours are not known, unless the user says how fast it is."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    _, row, total, basis = planned(capsys, monkeypatch, tmp_path)
+    assert row.split()[4] == "?"
+    assert "? hours" in total
+    assert basis.startswith("hours are not known: no speed has been measured for a GPU")
+    assert "--seconds-per-mm2" in basis
+    _, row, _, basis = planned(capsys, monkeypatch, tmp_path, "--seconds-per-mm2", "3.6")
+    assert row.split()[4] == "0.01"
+    assert basis == "hours at 3.6 s per mm2 of tissue and view, as given"
+
+
+def test_one_long_name_does_not_widen_the_table(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    names = ["short", "begin" + "x" * 150 + "end"]
+    lines = planned(capsys, monkeypatch, tmp_path, names=names)[:3]
+    assert all(len(line) <= cli._NAME_CHARS + 46 for line in lines)
+    assert re.match(r"beginx+…x+end ", next(line for line in lines if line.startswith("begin")))
+    assert len({len(line) for line in lines}) == 1
 
 
 def test_a_configuration_file_is_used_and_flags_come_on_top(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

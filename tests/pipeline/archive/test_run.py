@@ -17,9 +17,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-import shapely
 from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -28,7 +26,6 @@ import oracle
 from oracle import RADIUS, chosen, files, outlines, paint
 from pipeline.archive import run as archive_run
 from pipeline.config import Execution, Settings, Stitching, Tiling
-from pipeline.demo import match
 from pipeline.errors import RunError
 
 ONE = Execution(cluster=False, workers=1)
@@ -218,11 +215,3 @@ def test_a_slide_that_fails_does_not_stop_the_others(slide: tuple[Path, int], tm
     failure = json.loads((tmp_path / "out" / "broken" / "failure.json").read_text())
     assert failure["cause"] == rows[0].cause
     assert "SlideUnreadable" in "".join(failure["traceback"])
-
-
-def test_matching_counts_each_nucleus_once() -> None:
-    true = np.array([shapely.box(0, 0, 10, 10), shapely.box(20, 0, 30, 10)], object)
-    found = np.array([shapely.box(1, 0, 11, 10), shapely.box(0, 0, 9, 10), shapely.box(50, 0, 60, 10)], object)
-    scores = match(found, true)
-    assert (scores.hits, scores.found, scores.true) == (1, 3, 2)
-    assert (scores.precision, scores.recall, scores.f1) == (1 / 3, 1 / 2, 2 / 5)

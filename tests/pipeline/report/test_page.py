@@ -188,8 +188,8 @@ def test_failures_stand_first_by_cause(tmp_path):
     assert failures.count("cannot be read") == 3  # the cause, and where two differ each its own
 
 
-def test_the_night_in_numbers(tmp_path):
-    """Two slides side by side count once, the day between two nights not at all."""
+def test_the_run_in_numbers(tmp_path):
+    """Two slides side by side count once, the day between two runs not at all."""
     for name, ended in {"a": 1_700_000_000, "b": 1_700_000_015, "c": 1_700_090_000}.items():
         finish(tmp_path / name, found(), ended)
     page = read(tmp_path, [row("a"), row("b"), row("c", "done before"), row("d", "waiting")])
@@ -201,12 +201,12 @@ def test_the_night_in_numbers(tmp_path):
     assert "lost" not in figures
 
 
-@pytest.mark.parametrize(("near", "words"), [(100, "as it should be"), (200, "not what it should be")])
+@pytest.mark.parametrize(("near", "words"), [(100, "passed"), (200, "failed")])
 def test_the_seams_of_all_slides_are_judged_together(tmp_path, near, words):
     for name in "abc":
         finish(tmp_path / name, found(near), remarks=["seam check failed"] * (near == 200))
     page = read(tmp_path, [row(name) for name in "abc"])
-    assert f"there are {near / 100:.3f} ± 0.041 times as many nuclei as around it: {words}" in page.text
+    assert f"Seam check {words}: the density of nuclei within 8 px of a seam is {near / 100:.3f} ± 0.041" in page.text
     assert all((cells[-1] != "") == (near == 200) for cells in page.rows)
 
 

@@ -1,4 +1,4 @@
-"""What is read from the slides' folders, and which slides are unlike the others."""
+"""What is read from the slides' folders, and which slides are outliers."""
 
 import base64
 import io

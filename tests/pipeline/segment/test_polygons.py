@@ -32,25 +32,25 @@ def masks(most: int = 9) -> st.SearchStrategy[np.ndarray]:
 @example(np.ones((1, 1, 1), dtype=bool), np.float32, 0.5)
 @example(np.pad(~np.eye(3, dtype=bool), 1, constant_values=True)[None], np.bool_, 0.5)
 def test_rasterising_the_outline_gives_the_mask_back(mask, kind, level):
-    """DESIGN law 3, for every binary mask, soft or hard, at any level."""
+    """DESIGN law 3, for every binary mask, as probabilities or as bool, at any level."""
     outlines = polygons(mask.astype(kind), unit_boxes(len(mask), mask.shape[1]), level=level)
     for outline, expected in zip(outlines, mask, strict=True):
         np.testing.assert_array_equal(rasterise(array(outline), expected.shape), expected)
 
 
 @given(hnp.arrays(np.float32, (4, 6, 6), elements=st.floats(0, 1, width=16)), st.integers(0, 3))
-def test_a_mask_is_outlined_alone_as_among_others(soft, alone):
+def test_a_mask_is_outlined_alone_as_among_others(mask_probs, alone):
     boxes = np.array([[0, 0, 6, 6], [10, 0, 40, 20], [-5, 3, 1, 4], [7.5, 7, 8, 30]], dtype=np.float32)
-    together = polygons(soft, boxes, level=0.5)
-    single = polygons(soft[alone : alone + 1], boxes[alone : alone + 1], level=0.5)
+    together = polygons(mask_probs, boxes, level=0.5)
+    single = polygons(mask_probs[alone : alone + 1], boxes[alone : alone + 1], level=0.5)
     assert shapely.equals_exact(together[alone], single[0], 1e-9) or together[alone].equals(single[0])
 
 
 @given(hnp.arrays(np.float32, (3, 5, 5), elements=st.floats(0, 1, width=16)), st.sampled_from([0.5, 0.75]))
-def test_outlines_stay_in_their_boxes(soft, level):
+def test_outlines_stay_in_their_boxes(mask_probs, level):
     boxes = np.array([[0, 0, 5, 5], [10, 20, 40, 30], [-7, -3, -1, 9]], dtype=np.float32)
-    outlines = polygons(soft, boxes, level=level)
-    assert list(shapely.is_empty(outlines)) == list((soft <= level).all(axis=(1, 2)))
+    outlines = polygons(mask_probs, boxes, level=level)
+    assert list(shapely.is_empty(outlines)) == list((mask_probs <= level).all(axis=(1, 2)))
     full = ~shapely.is_empty(outlines)
     bounds = shapely.bounds(outlines[full])
     assert (bounds[:, :2] >= boxes[full, :2] - 1e-9).all()
@@ -59,10 +59,10 @@ def test_outlines_stay_in_their_boxes(soft, level):
 
 def test_many_masks_are_outlined_as_few(monkeypatch):
     """However many mosaics the masks are spread over."""
-    soft = np.random.default_rng(1).random((40, 7, 7)).astype(np.float32)
-    once = polygons(soft, unit_boxes(40, 7), level=0.5)
+    mask_probs = np.random.default_rng(1).random((40, 7, 7)).astype(np.float32)
+    once = polygons(mask_probs, unit_boxes(40, 7), level=0.5)
     monkeypatch.setattr("pipeline.segment.polygons._MOSAIC_CELLS", 300)
-    assert shapely.equals_exact(polygons(soft, unit_boxes(40, 7), level=0.5), once, 1e-9).all()
+    assert shapely.equals_exact(polygons(mask_probs, unit_boxes(40, 7), level=0.5), once, 1e-9).all()
 
 
 def test_a_pixel_is_a_unit_square():
@@ -71,8 +71,8 @@ def test_a_pixel_is_a_unit_square():
 
 
 def test_vertices_are_interpolated_between_cell_centres():
-    soft = np.array([[[0.25, 1.0], [0.25, 1.0]]], dtype=np.float32)
-    (outline,) = polygons(soft, np.array([[0, 0, 20, 20]], dtype=np.float32), level=0.5)
+    mask_probs = np.array([[[0.25, 1.0], [0.25, 1.0]]], dtype=np.float32)
+    (outline,) = polygons(mask_probs, np.array([[0, 0, 20, 20]], dtype=np.float32), level=0.5)
     left = 5 + 10 * (0.5 - 0.25) / (1 - 0.25)  # centres at 5 and 15
     assert outline.bounds == pytest.approx((left, 0, 20, 20))
 

@@ -167,7 +167,7 @@ def test_neither_order_nor_tile_numbers_matter(crowd, random, iou):
 
 @settings(deadline=None)
 @given(crowds(), st.sampled_from([0.1, 0.3, 0.6]))
-def test_what_stays_has_no_rival_and_what_goes_lost_to_a_better(crowd, iou):
+def test_what_is_kept_has_no_duplicate_and_what_is_dropped_has_a_better_one(crowd, iou):
     shapes, tile, score, _ = crowd
     keep = resolve(shapes, tile, score, iou=iou)
     outline = list(zip(shapely.to_wkb(shapes), score.tolist(), strict=True))
@@ -175,18 +175,18 @@ def test_what_stays_has_no_rival_and_what_goes_lost_to_a_better(crowd, iou):
     for i in range(len(shapes)):
         shared = shapely.area(shapely.intersection(shapes, shapes[i]))
         overlaps = shared / (shapely.area(shapes) + shapes[i].area - shared) >= iou
-        rivals = np.flatnonzero(keep & overlaps & (tile != tile[i]))
+        duplicates = np.flatnonzero(keep & overlaps & (tile != tile[i]))
         if keep[i]:
-            assert all(tiles[outline[i]] & tiles[outline[j]] for j in rivals if outline[i] != outline[j])
-            assert all(outline[i] != outline[j] for j in rivals)
+            assert all(tiles[outline[i]] & tiles[outline[j]] for j in duplicates if outline[i] != outline[j])
+            assert all(outline[i] != outline[j] for j in duplicates)
         else:
-            assert (score[rivals] >= score[i]).any()
+            assert (score[duplicates] >= score[i]).any()
 
 
 @settings(deadline=None)
 @given(crowds(), st.sampled_from([0.1, 0.3, 0.6]))
 def test_candidates_alone_are_resolved_as_all(crowd, iou):
-    """Given the largest overhang, the rest has no rival: memory is bounded by the seams."""
+    """Given the largest overhang, the others have no duplicates: memory is bounded by the seams."""
     shapes, tile, score, cores = crowd
     bounds = shapely.bounds(shapes).reshape(-1, 4)
     reach = max(0.0, overhang(bounds, cores).max(initial=0))
@@ -214,33 +214,33 @@ def squares(*corners: tuple[float, float, float, float]) -> np.ndarray:
     return np.array([shapely.box(*c) for c in corners], dtype=object)
 
 
-def test_the_better_of_two_tiles_stays_and_neighbours_of_one_tile_both():
+def test_the_better_of_two_tiles_is_kept_and_both_neighbours_of_one_tile():
     shapes = squares((0, 0, 10, 10), (1, 0, 11, 10), (2, 0, 12, 10))
     score = np.array([0.9, 0.8, 0.7])
     assert resolve(shapes, np.array([1, 2, 2]), score, iou=0.3).tolist() == [True, False, False]
     assert resolve(shapes, np.array([5, 5, 5]), score, iou=0.3).tolist() == [True, True, True]
 
 
-def test_of_equal_copies_one_stays():
+def test_of_equal_copies_one_is_kept():
     shapes = squares((0, 0, 10, 10), (0, 0, 10, 10), (0, 0, 10, 10))
     assert resolve(shapes, np.array([3, 1, 2]), np.full(3, 0.5), iou=0.3).tolist() == [False, True, False]
 
 
-def test_a_copy_does_not_oust_what_its_twin_s_tile_saw_beside_it():
-    """P in tiles A and B, Q beside it in A only: one tile that sees both keeps both, and so do two."""
+def test_a_copy_does_not_exclude_what_another_copy_s_tile_has_beside_it():
+    """P in tiles A and B, Q beside it in A only: one tile that has both keeps both, and so do two."""
     p, q = (0, 0, 10, 10), (4, 0, 14, 10)
     keep = resolve(squares(p, p, q), np.array([0, 1, 0]), np.array([0.9, 0.9, 0.5]), iou=0.3)
     assert keep.sum() == 2
     assert keep[2]
 
 
-def test_a_loser_ousts_nobody():
+def test_what_is_dropped_excludes_nothing():
     shapes = squares((0, 0, 10, 10), (5, 0, 15, 10), (10, 0, 20, 10))
     keep = resolve(shapes, np.array([0, 1, 2]), np.array([0.9, 0.8, 0.7]), iou=0.3)
     assert keep.tolist() == [True, False, True]
 
 
-def test_the_overlap_that_is_named_counts():
+def test_the_overlap_is_an_iou():
     shapes = squares((0, 0, 10, 10), (5, 0, 15, 10))  # IoU 1/3
     tile, score = np.array([0, 1]), np.array([0.5, 0.5])
     assert resolve(shapes, tile, score, iou=0.33).sum() == 1
@@ -302,8 +302,8 @@ def test_the_oracle_s_objects_are_within_the_radius(seed):
     assert max(far) <= RADIUS
 
 
-def test_a_detector_that_is_unsure_finds_no_more_at_the_seams_than_elsewhere():
-    """Law: two tiles that find, each by chance, half of what is there, and see it a little elsewhere."""
+def test_uncertain_detections_are_as_dense_at_the_seams_as_elsewhere():
+    """Law: two tiles that detect, each by chance, half of the nuclei, a little displaced."""
     rng = np.random.default_rng(0)
     grid = TileGrid(Size(400, 4000), tile=240, margin=20, block=1)  # a seam at x = 200, and across every 200 px
     centres = np.stack([rng.uniform(190, 210, 6000), rng.uniform(10, 3990, 6000)], 1)
@@ -337,10 +337,10 @@ def test_a_detector_that_is_unsure_finds_no_more_at_the_seams_than_elsewhere():
     assert abs(near - 0.5) < 4 * error
     assert abs(far - 0.5) < 4 * error
     near, _ = near_and_far()
-    assert near > 0.5 + 4 * error, "without witnesses there would be more"
+    assert near > 0.5 + 4 * error, "without confirmation by another tile more would be kept"
 
 
-def test_guests_are_those_of_inner_borders():
+def test_only_borders_between_tiles_have_an_outside():
     cores = np.array([[0, 0, 100, 100]] * 5 + [[100, 100, 200, 200]] * 3)
     anchors = np.array([[-1, 5], [5, -1], [100, 5], [5, 100], [5, 5], [99.9, 150], [150, 201], [201, 150]])
     assert anchored_outside(anchors, cores, Size(200, 200)).tolist() == [
@@ -359,17 +359,17 @@ def discs(*circles: tuple[float, float, float]) -> np.ndarray:
     return np.array([shapely.Point(x, y).buffer(r) for x, y, r in circles], dtype=object)
 
 
-def test_of_outlines_that_lie_on_each_other_the_best_stays() -> None:
+def test_of_outlines_that_cover_each_other_the_best_is_kept() -> None:
     whole, half, union, apart = (20.0, 20.0, 8.0), (16.0, 20.0, 3.0), (28.0, 20.0, 17.0), (60.0, 20.0, 8.0)
     shapes = discs(whole, half, union, apart)
     assert mask_nms(shapes, np.array([0.9, 0.8, 0.7, 0.6]), share=0.5).tolist() == [True, False, False, True]
     assert mask_nms(shapes, np.array([0.7, 0.8, 0.9, 0.6]), share=0.5).tolist() == [False, False, True, True]
-    # what lies only on an outline that is out stays: the half goes with the union, not with the whole
+    # what covers only an outline that is dropped is kept
     chain = discs((0, 0, 10), (12, 0, 10), (24, 0, 10))
     assert mask_nms(chain, np.array([0.9, 0.8, 0.7]), share=0.25).tolist() == [True, False, True]
 
 
-def test_neighbours_that_touch_and_what_was_not_outlined_stay() -> None:
+def test_neighbours_that_touch_and_empty_outlines_are_kept() -> None:
     shapes = np.array([*discs((20, 20, 8), (33, 20, 8)), shapely.Polygon(), shapely.Polygon()], dtype=object)
     assert mask_nms(shapes, np.array([0.9, 0.9, 0.5, 0.5]), share=0.5).all()
     assert mask_nms(shapes[:0], np.zeros(0), share=0.5).shape == (0,)
@@ -378,7 +378,7 @@ def test_neighbours_that_touch_and_what_was_not_outlined_stay() -> None:
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(0, 30), st.sampled_from([0.3, 0.5, 1.0]))
-def test_which_outlines_stay_does_not_depend_on_their_order(seed: int, count: int, share: float) -> None:
+def test_which_outlines_are_kept_does_not_depend_on_their_order(seed: int, count: int, share: float) -> None:
     rng = np.random.default_rng(seed)
     shapes = discs(
         *zip(rng.integers(0, 60, count), rng.integers(0, 60, count), rng.integers(3, 12, count), strict=True)

@@ -1,4 +1,4 @@
-"""What a slide's nuclei are like; the audit of the seams is flat for any grid, and tells a fault."""
+"""Statistics of a slide's nuclei; the seam check finds nothing in any grid, unless there is a fault."""
 
 import json
 
@@ -48,7 +48,7 @@ def evenly(count: int, seed: int) -> np.ndarray:
     return np.random.default_rng(seed).random((count, 2)) * SIZE
 
 
-# ------------------------------------------------------------------------------------------ the seam audit
+# ------------------------------------------------------------------------------------------ the seam check
 
 
 @given(grids(), st.integers(1, 40), st.floats(0, 1), st.integers(0, 2**32 - 1))
@@ -67,7 +67,7 @@ def test_a_nucleus_on_every_pixel_of_tissue_is_what_is_expected(grid, ratio, sha
 
 @given(st.integers(300, 1200), st.integers(0, 64), st.integers(0, 2**32 - 1))
 @settings(max_examples=10)
-def test_nuclei_that_know_of_no_seam_show_none(stride, margin, seed):
+def test_evenly_spread_nuclei_pass_the_seam_check(stride, margin, seed):
     """Law: the ratio is 1 within its error; 5.5 standard errors come by chance once in 26 million."""
     observed, expected = seam_counts([evenly(40_000, seed)], TileGrid(SIZE, stride + 2 * margin, margin, 4), WHOLE)
     verdict = seam_verdict(observed, expected)
@@ -77,7 +77,7 @@ def test_nuclei_that_know_of_no_seam_show_none(stride, margin, seed):
 
 @given(st.integers(300, 1200), st.integers(0, 2**32 - 1), st.sampled_from(["twice", "never"]))
 @settings(max_examples=10)
-def test_nuclei_found_twice_or_never_beside_a_seam_are_told(stride, seed, fault):
+def test_duplicates_and_losses_beside_a_seam_are_suspicious(stride, seed, fault):
     grid, centroids = TileGrid(SIZE, stride + 128, 64, 4), evenly(40_000, seed)
     near = nearest_seam(centroids, grid) < 4
     faulty = np.concatenate([centroids, centroids[near]]) if fault == "twice" else centroids[~near]
@@ -86,7 +86,7 @@ def test_nuclei_found_twice_or_never_beside_a_seam_are_told(stride, seed, fault)
     assert verdict.ratio == pytest.approx(1.5 if fault == "twice" else 0.5, abs=0.15)
 
 
-def test_tissue_that_is_denser_in_places_shows_no_seam():
+def test_tissue_of_uneven_density_passes_the_seam_check():
     """Ten times as many nuclei in one column of tiles, none in another: the seams between are right."""
     grid, centroids = TileGrid(SIZE, 628, 64, 4), evenly(200_000, 0)
     column = centroids[:, 0] // grid.stride
@@ -164,7 +164,7 @@ def write(path, sides_um, klass, at):
         )
 
 
-def test_the_summary_of_five_nuclei(tmp_path):
+def test_the_statistics_of_five_nuclei(tmp_path):
     # the seam of columns is at 500 work px, at slide x = 260; that of rows at slide y = 270
     at = [(259, 100), (255, 100), (100, 266.5), (100, 100), (60, 60)]
     write(tmp_path / "n.parquet", [2, 4, 6, 8, 20], ["Nucleus"] * 3 + ["Other"] * 2, at)
@@ -182,7 +182,7 @@ def test_the_summary_of_five_nuclei(tmp_path):
     assert sum(found["seams"]["expected"]) == pytest.approx(5, abs=0.01)
 
 
-def test_the_summary_of_nothing(tmp_path):
+def test_the_statistics_of_no_nuclei(tmp_path):
     write(tmp_path / "n.parquet", [], [], [])
     glass = plan()._replace(tissue=tissue_map(np.zeros((32, 64), bool), 7.8125))
     found = json.loads(json.dumps(summarise(tmp_path / "n.parquet", glass)))

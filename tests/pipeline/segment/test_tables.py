@@ -97,7 +97,7 @@ def test_a_killed_writer_leaves_nothing_that_looks_complete(tmp_path):
     code = (
         "import os, signal, sys\n"
         "from pathlib import Path\n"
-        "from pipeline.segment.tables import committed\n"
+        "from pipeline.files import committed\n"
         "with committed(Path(sys.argv[1]) / 'a.json') as partial:\n"
         "    partial.write_text('half')\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"

@@ -1,6 +1,5 @@
 """What was exported reads back equal, and QuPath's reader would take every feature of it."""
 
-import csv
 import json
 import math
 import uuid
@@ -14,41 +13,11 @@ import shapely
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from pipeline.segment import export, tables
+from nuclei_tables import PROVENANCE, blobs, write
+from pipeline.segment import tables
+from pipeline.segment.export import qupath
+from pipeline.segment.export.exported import Exported
 from pipeline.segment.polygons import solid
-from slides.geometry import Box
-
-PROVENANCE = tables.Provenance(
-    slide="4f0c",
-    um_per_px=(0.25, 0.25),
-    bounds=Box(100, 250, 5000, 6000),
-    digest="d1",
-    colours={"Nucleus": (200, 30, 30), 'odd "name" µ\\': (0, 128, 255)},
-)
-
-
-def write(path: Path, shapes: np.ndarray, seed: int = 0) -> Path:
-    rng = np.random.default_rng(seed)
-    count = len(shapes)
-    names = list(PROVENANCE.colours)
-    with tables.NucleiWriter(path, PROVENANCE) as writer:
-        writer.write(
-            shapes,
-            klass=[names[k] for k in rng.integers(0, 2, count)],
-            score=rng.random(count),
-            votes=rng.integers(1, 9, count),
-            stains=rng.random((count, 2)),
-        )
-    return path
-
-
-def blobs(count: int, seed: int = 0) -> np.ndarray:
-    rng = np.random.default_rng(seed)
-    angle = np.linspace(0, 2 * np.pi, 20, endpoint=False)
-    radius = rng.uniform(10, 20, (count, 20))
-    spokes = radius[..., None] * np.stack([np.cos(angle), np.sin(angle)], -1)
-    ring = rng.uniform(300, 3000, (count, 1, 2)) + spokes
-    return np.asarray(shapely.polygons(ring), dtype=object).reshape(-1)
 
 
 def refuse(text: str) -> None:
@@ -107,8 +76,8 @@ def test_what_was_exported_reads_back_equal(tmp_path, crop):
     """DESIGN law 9."""
     shapes = blobs(60)
     nuclei = write(tmp_path / "nuclei.parquet", shapes)
-    done = export.write_qupath(nuclei, tmp_path / "n.zip", crop=crop)
-    assert done == export.Exported(60, 0, 0)
+    done = qupath.write_qupath(nuclei, tmp_path / "n.zip", crop=crop)
+    assert done == Exported(60, 0, 0)
     features, rows = check_zip(tmp_path / "n.zip"), tables.read_nuclei(nuclei)
     assert [f["id"] for f in features] == rows["id"].to_pylist()
     assert [f["properties"]["classification"]["name"] for f in features] == rows["class"].to_pylist()
@@ -135,7 +104,7 @@ def test_what_was_exported_reads_back_equal(tmp_path, crop):
 
 def test_geopandas_opens_a_shard(tmp_path):
     shapes = blobs(5)
-    export.write_qupath(write(tmp_path / "nuclei.parquet", shapes), tmp_path / "n.zip", crop=False)
+    qupath.write_qupath(write(tmp_path / "nuclei.parquet", shapes), tmp_path / "n.zip", crop=False)
     with zipfile.ZipFile(tmp_path / "n.zip") as archive:
         archive.extract("nuclei-00000.geojson", tmp_path)
     frame = geopandas.GeoDataFrame.from_features(json.loads((tmp_path / "nuclei-00000.geojson").read_text()))
@@ -163,13 +132,13 @@ NASTY = {
 }
 
 
-def check_nasty(folder: Path, shapes: list[shapely.Geometry], crop: bool) -> export.Exported:
+def check_nasty(folder: Path, shapes: list[shapely.Geometry], crop: bool) -> Exported:
     made = solid(np.array(shapes, dtype=object))
     made = made[~shapely.is_empty(made)]
     _, first = np.unique(shapely.to_wkb(made), return_index=True)  # equal polygons have equal ids
     made = made[np.sort(first)]
     nuclei = write(folder / "nuclei.parquet", made)
-    done = export.write_qupath(nuclei, folder / "n.zip", crop=crop)
+    done = qupath.write_qupath(nuclei, folder / "n.zip", crop=crop)
     features = check_zip(folder / "n.zip")
     assert len(features) == done.written
     assert done.written + done.dropped == len(made)
@@ -208,27 +177,17 @@ def test_what_rounding_breaks_keeps_its_largest_part(tmp_path):
     shape = shapely.union_all([shapely.box(0, 0, 4, 4), bridge, shapely.box(7, 0, 10, 3)])
     assert shape.geom_type == "Polygon"
     nuclei = write(tmp_path / "nuclei.parquet", np.array([shape]))
-    done = export.write_qupath(nuclei, tmp_path / "n.zip", crop=False)
-    assert done == export.Exported(1, 1, 0)
+    done = qupath.write_qupath(nuclei, tmp_path / "n.zip", crop=False)
+    assert done == Exported(1, 1, 0)
     (feature,) = check_zip(tmp_path / "n.zip")
     assert shapely.geometry.shape(feature["geometry"]).equals(shapely.box(0, 0, 4, 4))
 
 
-def test_the_same_table_gives_the_same_bytes(tmp_path):
-    nuclei = write(tmp_path / "nuclei.parquet", blobs(20))
-    for name, write_format in export.FORMATS.items():
-        twice = []
-        for attempt in ("first", "second"):
-            write_format(nuclei, tmp_path / f"{name}-{attempt}", crop=True)
-            twice.append((tmp_path / f"{name}-{attempt}").read_bytes())
-        assert twice[0] == twice[1]
-
-
 def test_shards_are_bounded_and_hold_everything(tmp_path, monkeypatch):
     nuclei = write(tmp_path / "nuclei.parquet", blobs(23))
-    export.write_qupath(nuclei, tmp_path / "one.zip", crop=True)
-    monkeypatch.setattr(export, "_SHARD", 10)
-    export.write_qupath(nuclei, tmp_path / "three.zip", crop=True)
+    qupath.write_qupath(nuclei, tmp_path / "one.zip", crop=True)
+    monkeypatch.setattr(qupath, "_SHARD", 10)
+    qupath.write_qupath(nuclei, tmp_path / "three.zip", crop=True)
     with zipfile.ZipFile(tmp_path / "three.zip") as archive:
         assert archive.namelist() == [f"nuclei-0000{i}.geojson" for i in range(3)]
     assert check_zip(tmp_path / "three.zip", shard=10) == check_zip(tmp_path / "one.zip")
@@ -236,10 +195,8 @@ def test_shards_are_bounded_and_hold_everything(tmp_path, monkeypatch):
 
 def test_a_slide_without_nuclei_exports(tmp_path):
     nuclei = write(tmp_path / "nuclei.parquet", blobs(0))
-    assert export.write_qupath(nuclei, tmp_path / "n.zip", crop=True) == export.Exported(0)
+    assert qupath.write_qupath(nuclei, tmp_path / "n.zip", crop=True) == Exported(0)
     assert check_zip(tmp_path / "n.zip") == []
-    assert export.write_csv(nuclei, tmp_path / "n.csv", crop=True) == export.Exported(0)
-    assert len((tmp_path / "n.csv").read_text().splitlines()) == 1
 
 
 def test_numbers_that_are_not_finite_are_left_out(tmp_path):
@@ -251,27 +208,7 @@ def test_numbers_that_are_not_finite_are_left_out(tmp_path):
             votes=np.ones(3, dtype=int),
             stains=np.array([[0.1, np.nan], [np.nan, 0.3], [0.5, -np.inf]]),
         )
-    export.write_qupath(tmp_path / "nuclei.parquet", tmp_path / "n.zip", crop=True)
+    qupath.write_qupath(tmp_path / "nuclei.parquet", tmp_path / "n.zip", crop=True)
     measured = [f["properties"]["measurements"] for f in check_zip(tmp_path / "n.zip")]
     assert ["Eosin OD mean" in m for m in measured] == [False, True, False]
     assert ["Detection probability" in m for m in measured] == [True, False, True]
-    export.write_csv(tmp_path / "nuclei.parquet", tmp_path / "n.csv", crop=True)
-    with (tmp_path / "n.csv").open(newline="") as file:
-        assert [row["eosin"] for row in csv.DictReader(file)] == ["", "0.3", ""]
-
-
-@pytest.mark.parametrize("crop", [True, False])
-def test_the_csv_reads_back_equal(tmp_path, crop):
-    nuclei = write(tmp_path / "nuclei.parquet", blobs(25))
-    assert export.write_csv(nuclei, tmp_path / "n.csv", crop=crop) == export.Exported(25)
-    rows = tables.read_nuclei(nuclei)
-    with (tmp_path / "n.csv").open(newline="", encoding="utf-8") as file:
-        back = list(csv.DictReader(file))
-    assert list(back[0])[:4] == ["id", "centroid_x", "centroid_y", "class"]
-    assert set(back[0]) == set(rows.column_names) - {"geometry"}
-    for name in ("id", "class"):
-        assert [row[name] for row in back] == rows[name].to_pylist()
-    for name in ("score", "votes", "area_um2", "eosin"):
-        np.testing.assert_array_equal(np.array([row[name] for row in back], np.float32), rows[name])
-    x = np.array([float(row["centroid_x"]) for row in back])
-    np.testing.assert_allclose(x + 100 * crop, rows["centroid_x"])

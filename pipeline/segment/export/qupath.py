@@ -1,23 +1,21 @@
-"""nuclei.parquet -> what other programs read: QuPath's GeoJSON, a table in CSV.
+"""nuclei.parquet -> nuclei.geojson.zip: GeoJSON as QuPath 0.5 to 0.8 reads it.
 
-Row group by row group, so memory does not grow with the slide; equal tables give equal bytes. Text is put
-together column by column in Arrow, not object by object.
+Text is put together column by column in Arrow, not object by object.
 """
 
 import json
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple, Protocol
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.csv
 import shapely
 from numpy.typing import NDArray
 
 from pipeline.files import committed
+from pipeline.segment.export.exported import Exported, finite, origin
 from pipeline.segment.polygons import Polygons, solid
 from pipeline.segment.tables import NUCLEI, Provenance, geometry, iter_nuclei, read_provenance
 
@@ -39,20 +37,8 @@ _MEASUREMENTS = {
 }
 
 
-class Exported(NamedTuple):
-    """What became of the detections of a table."""
-
-    written: int
-    changed: int = 0  # of those written, how many outlines needed more than rounding to be valid
-    dropped: int = 0  # nothing was left of them at the precision of the export
-
-
-class Writer(Protocol):
-    def __call__(self, nuclei: Path, out: Path, *, crop: bool) -> Exported: ...
-
-
 def write_qupath(nuclei: Path, out: Path, *, crop: bool) -> Exported:
-    """nuclei.parquet -> a zip of GeoJSON shards of at most 50,000 detections, as QuPath 0.5-0.8 reads them.
+    """nuclei.parquet -> a zip of GeoJSON files of at most 50,000 detections each.
 
     Coordinates are slide px with two decimals; from the corner of the slide's bounds if `crop`, as that is
     where QuPath's OpenSlide reader puts the origin. Every feature has a dashed UUID, one closed valid
@@ -63,43 +49,12 @@ def write_qupath(nuclei: Path, out: Path, *, crop: bool) -> Exported:
     total = np.zeros(3, dtype=np.int64)
     with committed(out) as partial, zipfile.ZipFile(partial, "w") as archive:
         for number, rows in enumerate(_shards(nuclei)):
-            outlines, changed = _printable(geometry(rows), _origin(provenance, crop))
+            outlines, changed = _printable(geometry(rows), origin(provenance, crop))
             left = ~shapely.is_empty(outlines)
             features = _features(rows.filter(left), outlines[left], provenance)
             _add(archive, f"nuclei-{number:05d}.geojson", features)
             total += left.sum(), (changed & left).sum(), (~left).sum()
     return Exported(*total.tolist())
-
-
-def write_csv(nuclei: Path, out: Path, *, crop: bool) -> Exported:
-    """nuclei.parquet -> CSV in UTF-8, a row a nucleus: id, centroid, class, measurements; no outline.
-
-    Columns are named as in nuclei.parquet; the centroid is in slide px, from the corner of the slide's bounds
-    if `crop`, so that it fits the QuPath export. A value that is not finite is left empty.
-    """
-    x, y = _origin(read_provenance(nuclei), crop)
-    first = ["id", "centroid_x", "centroid_y"]
-    order = [*first, *(name for name in NUCLEI.names if name not in (*first, "geometry"))]
-    schema = pa.schema([NUCLEI.field(name) for name in order])
-    written = 0
-    with (
-        committed(out) as partial,
-        pyarrow.csv.CSVWriter(partial, schema, write_options=pyarrow.csv.WriteOptions(quoting_style="needed")) as file,
-    ):
-        for rows in iter_nuclei(nuclei, order):
-            corner = {"centroid_x": x, "centroid_y": y}
-            columns = [_finite(pc.subtract(rows[n], corner[n]) if n in corner else rows[n]) for n in order]
-            file.write_table(pa.table(columns, schema=schema))
-            written += rows.num_rows
-    return Exported(written)
-
-
-FORMATS: Mapping[str, Writer] = {"qupath": write_qupath, "csv": write_csv}
-"Their files are named in `pipeline.layout`."
-
-
-def _origin(provenance: Provenance, crop: bool) -> tuple[float, float]:
-    return (float(provenance.bounds.x0), float(provenance.bounds.y0)) if crop else (0.0, 0.0)
 
 
 def _shards(nuclei: Path) -> Iterator[pa.Table]:
@@ -113,16 +68,17 @@ def _shards(nuclei: Path) -> Iterator[pa.Table]:
         yield NUCLEI.empty_table()
 
 
-def _printable(polygons: Polygons, origin: tuple[float, float]) -> tuple[Polygons, NDArray[np.bool_]]:
-    """Outlines in hundredths of a pixel, whole numbers, valid: -> (N,) some empty, and which were changed.
+def _printable(polygons: Polygons, corner: tuple[float, float]) -> tuple[Polygons, NDArray[np.bool_]]:
+    """Outlines as they are written: in hundredths of a pixel, whole numbers, valid.
 
-    Rounding can make an outline touch or cross itself. Such a one is made valid on the grid of hundredths,
-    where the vertices of what is left lie too, and its largest part is kept.
+    polygons: object (N,), slide px; corner: the origin of the export, slide px (x, y)
+    Returns object (N,), some of them empty, and bool (N,), which were repaired: rounding can make an outline touch or
+    cross itself. Such a one is made valid on the grid of hundredths, and its largest part is kept.
     """
-    hundredths = shapely.transform(polygons, lambda xy: np.rint((xy - origin) * 100))
+    hundredths = shapely.transform(polygons, lambda xy: np.rint((xy - corner) * 100))
     broken = ~shapely.is_valid(hundredths)
-    mended = shapely.set_precision(shapely.make_valid(hundredths[broken]), 1.0)
-    hundredths[broken] = solid(mended)
+    repaired = shapely.set_precision(shapely.make_valid(hundredths[broken]), 1.0)
+    hundredths[broken] = solid(repaired)
     return hundredths, broken
 
 
@@ -159,16 +115,9 @@ def _measurements(rows: pa.Table) -> pa.Array:
     """ "name":number, ... of every row; a number that is not finite is left out. string (N,)"""
     items = []
     for column, name in _MEASUREMENTS.items():
-        number = pc.cast(_finite(rows[column]), pa.string())
+        number = pc.cast(finite(rows[column]), pa.string())
         items.append(pc.binary_join_element_wise(f'"{name}":', number, ""))
     return pc.binary_join_element_wise(*items, ",", null_handling="skip")
-
-
-def _finite(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """NaN and infinity -> null."""
-    if not pa.types.is_floating(column.type):
-        return column
-    return pc.if_else(pc.is_finite(column), column, pa.scalar(None, column.type))
 
 
 def _add(archive: zipfile.ZipFile, name: str, features: pa.ChunkedArray) -> None:

@@ -1,0 +1,34 @@
+"""nuclei.parquet -> nuclei.csv: a table for spreadsheets and statistics programs, without outlines."""
+
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv
+
+from pipeline.files import committed
+from pipeline.segment.export.exported import Exported, finite, origin
+from pipeline.segment.tables import NUCLEI, iter_nuclei, read_provenance
+
+
+def write_csv(nuclei: Path, out: Path, *, crop: bool) -> Exported:
+    """nuclei.parquet -> CSV in UTF-8, a row a nucleus: id, centroid, class, measurements.
+
+    Columns are named as in nuclei.parquet; the centroid is in slide px, from the corner of the slide's bounds
+    if `crop`, so that it fits the QuPath export. A value that is not finite is left empty.
+    """
+    x, y = origin(read_provenance(nuclei), crop)
+    first = ["id", "centroid_x", "centroid_y"]
+    order = [*first, *(name for name in NUCLEI.names if name not in (*first, "geometry"))]
+    schema = pa.schema([NUCLEI.field(name) for name in order])
+    written = 0
+    with (
+        committed(out) as partial,
+        pyarrow.csv.CSVWriter(partial, schema, write_options=pyarrow.csv.WriteOptions(quoting_style="needed")) as file,
+    ):
+        for rows in iter_nuclei(nuclei, order):
+            corner = {"centroid_x": x, "centroid_y": y}
+            columns = [finite(pc.subtract(rows[n], corner[n]) if n in corner else rows[n]) for n in order]
+            file.write_table(pa.table(columns, schema=schema))
+            written += rows.num_rows
+    return Exported(written)

@@ -1,0 +1,41 @@
+"""Tables of nuclei for the tests of what reads them."""
+
+from pathlib import Path
+
+import numpy as np
+import shapely
+
+from pipeline.segment import tables
+from slides.geometry import Box
+
+PROVENANCE = tables.Provenance(
+    slide="4f0c",
+    um_per_px=(0.25, 0.25),
+    bounds=Box(100, 250, 5000, 6000),
+    digest="d1",
+    colours={"Nucleus": (200, 30, 30), 'odd "name" µ\\': (0, 128, 255)},
+)
+
+
+def write(path: Path, shapes: np.ndarray, seed: int = 0) -> Path:
+    rng = np.random.default_rng(seed)
+    count = len(shapes)
+    names = list(PROVENANCE.colours)
+    with tables.NucleiWriter(path, PROVENANCE) as writer:
+        writer.write(
+            shapes,
+            klass=[names[k] for k in rng.integers(0, 2, count)],
+            score=rng.random(count),
+            votes=rng.integers(1, 9, count),
+            stains=rng.random((count, 2)),
+        )
+    return path
+
+
+def blobs(count: int, seed: int = 0) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    angle = np.linspace(0, 2 * np.pi, 20, endpoint=False)
+    radius = rng.uniform(10, 20, (count, 20))
+    spokes = radius[..., None] * np.stack([np.cos(angle), np.sin(angle)], -1)
+    ring = rng.uniform(300, 3000, (count, 1, 2)) + spokes
+    return np.asarray(shapely.polygons(ring), dtype=object).reshape(-1)

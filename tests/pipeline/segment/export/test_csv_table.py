@@ -1,0 +1,48 @@
+"""The table in CSV reads back equal, by a reader that we did not write."""
+
+import csv
+
+import numpy as np
+import pytest
+
+from nuclei_tables import PROVENANCE, blobs, write
+from pipeline.segment import tables
+from pipeline.segment.export.csv_table import write_csv
+from pipeline.segment.export.exported import Exported
+
+
+@pytest.mark.parametrize("crop", [True, False])
+def test_the_csv_reads_back_equal(tmp_path, crop):
+    nuclei = write(tmp_path / "nuclei.parquet", blobs(25))
+    assert write_csv(nuclei, tmp_path / "n.csv", crop=crop) == Exported(25)
+    rows = tables.read_nuclei(nuclei)
+    with (tmp_path / "n.csv").open(newline="", encoding="utf-8") as file:
+        back = list(csv.DictReader(file))
+    assert list(back[0])[:4] == ["id", "centroid_x", "centroid_y", "class"]
+    assert set(back[0]) == set(rows.column_names) - {"geometry"}
+    for name in ("id", "class"):
+        assert [row[name] for row in back] == rows[name].to_pylist()
+    for name in ("score", "votes", "area_um2", "eosin"):
+        np.testing.assert_array_equal(np.array([row[name] for row in back], np.float32), rows[name])
+    x = np.array([float(row["centroid_x"]) for row in back])
+    np.testing.assert_allclose(x + 100 * crop, rows["centroid_x"])
+
+
+def test_a_slide_without_nuclei_has_a_header(tmp_path):
+    nuclei = write(tmp_path / "nuclei.parquet", blobs(0))
+    assert write_csv(nuclei, tmp_path / "n.csv", crop=True) == Exported(0)
+    assert len((tmp_path / "n.csv").read_text().splitlines()) == 1
+
+
+def test_numbers_that_are_not_finite_are_left_out(tmp_path):
+    with tables.NucleiWriter(tmp_path / "nuclei.parquet", PROVENANCE) as writer:
+        writer.write(
+            blobs(3),
+            klass=["Nucleus"] * 3,
+            score=np.array([0.5, np.inf, 1e-7]),
+            votes=np.ones(3, dtype=int),
+            stains=np.array([[0.1, np.nan], [np.nan, 0.3], [0.5, -np.inf]]),
+        )
+    write_csv(tmp_path / "nuclei.parquet", tmp_path / "n.csv", crop=True)
+    with (tmp_path / "n.csv").open(newline="") as file:
+        assert [row["eosin"] for row in csv.DictReader(file)] == ["", "0.3", ""]

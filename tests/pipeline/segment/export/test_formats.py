@@ -1,0 +1,35 @@
+"""Every format: equal tables give equal bytes, and its counts read as a sentence."""
+
+import typing
+
+from nuclei_tables import blobs, write
+from pipeline.config import Export
+from pipeline.layout import EXPORTS, SlideFolder
+from pipeline.segment.export import FORMATS, Exported
+from pipeline.segment.finished import write_exports
+
+
+def test_every_format_that_can_be_chosen_is_there():
+    (choices, _) = typing.get_args(typing.get_type_hints(Export)["formats"])
+    assert set(typing.get_args(choices)) == set(FORMATS) == set(EXPORTS)
+
+
+def test_the_same_table_gives_the_same_bytes(tmp_path):
+    nuclei = write(tmp_path / "nuclei.parquet", blobs(20))
+    for name, write_format in FORMATS.items():
+        twice = []
+        for attempt in ("first", "second"):
+            write_format(nuclei, tmp_path / f"{name}-{attempt}", crop=True)
+            twice.append((tmp_path / f"{name}-{attempt}").read_bytes())
+        assert twice[0] == twice[1]
+
+
+def test_the_chosen_formats_are_written_beside_the_table(tmp_path):
+    write(tmp_path / "nuclei.parquet", blobs(20))
+    written = write_exports(SlideFolder(tmp_path), Export(formats=("csv", "qupath")))
+    assert written == {"csv": Exported(20), "qupath": Exported(20)}
+    assert {path.name for path in tmp_path.iterdir()} == {"nuclei.parquet", "nuclei.csv", "nuclei.geojson.zip"}
+
+
+def test_the_counts_read_as_a_sentence():
+    assert str(Exported(2418, 3, 0)) == f"{Exported(2418, 3, 0)}" == "2,418 nuclei (3 outlines repaired, 0 dropped)"

@@ -1,0 +1,109 @@
+"""What a script or a notebook calls: light to import, and as the README shows it."""
+
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import pipeline
+import slides
+from pipeline.config import Detector
+from pipeline.errors import ConfigError, RunError
+from slides import phantom
+from slides.geometry import Size
+
+README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder with slides/case7.tif, in which the README's Python was run."""
+    folder = tmp_path_factory.mktemp("readme")
+    (folder / "slides").mkdir()
+    phantom.write(folder / "slides" / "case7.tif", phantom.draw(Size(900, 700), 7))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        names: dict[str, object] = {}
+        for example in re.findall(r"```python\n(.*?)```", README, flags=re.S):
+            exec(compile(example, "README.md", "exec"), names)
+        yield folder
+
+
+def test_the_readme_s_example_segments_a_slide(place: Path) -> None:
+    nuclei = pipeline.read_nuclei(place / "results" / "case7")
+    assert nuclei.num_rows > 20
+    assert nuclei.equals(pipeline.read_nuclei(place / "results" / "case7" / "nuclei.parquet"))
+    assert pipeline.read_nuclei(place / "results" / "case7", ["id"]).column_names == ["id"]
+    assert (place / "results" / "case7" / "nuclei.csv").is_file()
+
+
+def test_a_run_returns_the_ledger_and_resumes(place: Path) -> None:
+    """Every kind of path will do, one or several; what is done is not done again."""
+    (row,) = pipeline.run([place / "slides" / "case7.tif"], str(place / "results"), say=lambda _: None)
+    assert (row.slide, row.status, row.cause) == ("case7", "done before", "")
+    assert row.nuclei == pipeline.read_nuclei(place / "results" / "case7").num_rows
+
+
+def test_a_plan_is_an_estimate_for_each_slide(place: Path) -> None:
+    cpu = pipeline.Settings(detector=Detector(device="cpu", views=4))
+    (estimate,) = pipeline.plan(place / "slides", cpu)
+    assert (estimate.slide, estimate.problem, estimate.mpp) == ("case7", "", pytest.approx(0.25, abs=1e-3))
+    assert estimate.hours == pytest.approx(estimate.tissue_mm2 * 42 * 4 / 3600)
+    (faster,) = pipeline.plan(place / "slides", cpu, seconds_per_mm2=4.2)
+    assert faster.hours == pytest.approx(estimate.hours / 10)
+
+
+def test_an_export_counts_the_nuclei_by_file(place: Path) -> None:
+    count = pipeline.read_nuclei(place / "results" / "case7").num_rows
+    exported = pipeline.export(place / "results", ("qupath", "csv"), crop=False)
+    assert {path.name: counts.written for path, counts in exported.items()} == {
+        "nuclei.geojson.zip": count,
+        "nuclei.csv": count,
+    }
+    with pytest.raises(ConfigError, match="need one of qupath, csv"):
+        pipeline.export(place / "results", ["shapefile"])
+    with pytest.raises(RunError, match=r"holds no nuclei\.parquet"):
+        pipeline.export(place / "slides")
+
+
+def test_a_damaged_table_is_named(place: Path, tmp_path: Path) -> None:
+    whole = (place / "results" / "case7" / "nuclei.parquet").read_bytes()
+    (tmp_path / "case8").mkdir()
+    (tmp_path / "case8" / "nuclei.parquet").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(RunError, match=r"case8/nuclei\.parquet could not be exported"):
+        pipeline.export(tmp_path)
+    with pytest.raises(RunError, match=r"case9.* does not exist"):
+        pipeline.read_nuclei(tmp_path / "case9")
+
+
+@pytest.mark.parametrize("mpp", [0, -1, float("nan"), 1e9])
+def test_a_scale_that_no_slide_has_is_refused(mpp: float, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"need 0\.05 to 5 micrometres per pixel"):
+        pipeline.run("x.svs", tmp_path / "out", mpp=mpp)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_slide_is_opened(place: Path) -> None:
+    with slides.open_slide(place / "slides" / "case7.tif") as slide:
+        assert slide.size == Size(900, 700)
+        assert np.isclose(slide.scale.x, 0.25, rtol=1e-3)
+
+
+@pytest.mark.parametrize("package", ["pipeline", "slides"])
+def test_importing_a_package_loads_nothing_heavy(package: str) -> None:
+    code = f"import sys, {package}; print(*{{m.split('.')[0] for m in sys.modules}}); {package}.__all__; dir({package})"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert not {"numpy", "torch", "dask", "pyarrow", "openslide", "zarr", "cyclopts"} & set(loaded)
+
+
+@pytest.mark.parametrize("package", [pipeline, slides])
+def test_every_public_name_is_there_and_documented(package: object) -> None:
+    for name in package.__all__:  # type: ignore[attr-defined]
+        assert getattr(package, name).__doc__, name
+        assert name in dir(package)
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        package.nothing  # type: ignore[attr-defined]  # noqa: B018
