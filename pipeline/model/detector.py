@@ -24,6 +24,7 @@ from torchvision.ops import FeaturePyramidNetwork, batched_nms, clip_boxes_to_im
 from pipeline.config import STRIDES, Architecture
 from pipeline.errors import ConfigError, WeightsError
 from pipeline.model import weights
+from pipeline.model.deterministic import pad_rows, sigmoid, upsample
 from pipeline.model.roi_align import RoIPool
 
 LEVELS = ("0", "1", "2", "3")  # torchvision names feature maps by strings
@@ -112,8 +113,7 @@ class NucleusDetector(nn.Module):
     def features(self, images: Tensor) -> dict[str, Tensor]:
         """images: (B, 3, H, W) in 0..1 -> feature maps at strides 4 to 32 of the enlarged image."""
         if self.architecture.upscale != 1:
-            # `antialias` changes nothing when enlarging, but without it torch adds in another order on one thread
-            images = F.interpolate(images, scale_factor=self.architecture.upscale, mode="bilinear", antialias=True)
+            images = upsample(images, self.architecture.upscale)
         return self._maps(images)[0]
 
     def _maps(self, images: Tensor) -> tuple[dict[str, Tensor], Tensor | None]:
@@ -185,8 +185,8 @@ class NucleusDetector(nn.Module):
         logits = heads.mask_predictor(heads.mask_head(pad_rows(pooled)))[: len(pooled)]  # (sum N, 1 + K, M, M)
         klass = torch.cat(classes) + 1
         chosen = logits[torch.arange(len(logits), device=logits.device), klass]  # (sum N, M, M)
-        soft = 1 / (1 + (-chosen.float()).exp())  # torch.sigmoid rounds otherwise at the end of what a thread does
-        return list(soft.split([len(b) for b in boxes]))
+        soft = sigmoid(chosen.float())
+        return list(torch.split(soft, [len(b) for b in boxes]))
 
     def forward(self, images: Tensor, targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         """Losses of a training step, on crops that were cut at the enlarged scale: (B, 3, S, S) in 0..1.
@@ -250,11 +250,6 @@ class _BoxHead(nn.Module):
     def forward(self, pooled: Tensor) -> Tensor:  # (P, C, 7, 7) -> (P, hidden)
         out: Tensor = self.layers(pad_rows(pooled.flatten(1)))[: len(pooled)]
         return out
-
-
-def pad_rows(rows: Tensor) -> Tensor:
-    """Rows (N, ...) and zeros to at least 64: products of fewer are split, and added, by the number of threads."""
-    return F.pad(rows, (0, 0) * (rows.dim() - 1) + (0, max(0, 64 - len(rows))))
 
 
 class _BoxPredictor(nn.Module):

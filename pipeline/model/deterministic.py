@@ -42,11 +42,12 @@ def pointwise(module: M) -> M:
 
 
 def upsample(images: Tensor, factor: float) -> Tensor:
-    """Enlarge images (B, C, H, W) by `factor`, 1 or more, with bilinear interpolation.
+    """Images (B, C, H, W) enlarged by `factor` with bilinear interpolation; a factor below 1 shrinks, antialiased.
 
     `antialias` changes nothing when enlarging, but without it torch adds in another order on one thread.
     """
-    return F.interpolate(images, scale_factor=factor, mode="bilinear", antialias=images.device.type == "cpu")
+    antialias = images.device.type == "cpu" or factor < 1
+    return F.interpolate(images, scale_factor=factor, mode="bilinear", antialias=antialias)
 
 
 def softmax(logits: Tensor, dim: int) -> Tensor:

@@ -14,6 +14,7 @@ from torchvision.ops import nms, roi_align
 from pipeline.config import Detector, Settings
 from pipeline.model import fuse, stain, views
 from pipeline.model.detector import NucleusDetector, caps, fold, load_weights
+from pipeline.model.deterministic import pointwise
 from pipeline.model.device import choose_device, choose_precision
 from pipeline.model.instances import Found
 from pipeline.model.weights import find_weights
@@ -46,20 +47,7 @@ def engine(settings: Detector) -> Engine:
 def _engine(weights: Path, device_name: str, precision: str) -> Engine:
     device = choose_device(device_name)
     model = fold(load_weights(weights)).to(device)
-    if device.type == "cpu":
-        _dilate_points(model)
-    return Engine(model, device, choose_precision(precision, device))
-
-
-def _dilate_points(model: NucleusDetector) -> None:
-    """Dilate every convolution of 1 x 1, in place. To a single pixel that is nothing, but torch chooses by it.
-
-    On one thread and in float32 it gives those that are not dilated to kernels of its own, which add in another order
-    than the processor's library (and take a little longer): results would depend on the number of threads.
-    """
-    for module in model.modules():
-        if isinstance(module, torch.nn.Conv2d) and module.kernel_size == (1, 1):
-            module.dilation = (2, 2)
+    return Engine(pointwise(model), device, choose_precision(precision, device))
 
 
 def detect_patches(patches: NDArray[np.uint8], plan: Plan, settings: Settings) -> Iterator[Found]:

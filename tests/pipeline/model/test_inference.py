@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from pipeline.config import Architecture, Detector, Settings, Stain, Tiling
 from pipeline.model import fuse, inference, stain
 from pipeline.model.detector import NucleusDetector, fold
+from pipeline.model.deterministic import pointwise
 from pipeline.model.fuse import Instances, quarters
 from pipeline.model.inference import detect_patches
 from pipeline.model.instances import Found
@@ -277,8 +278,7 @@ def test_stains_are_means_of_what_a_mask_covers(device: Callable[..., Device]) -
 def test_neither_threads_nor_batches_show(method: Any, precision: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Law: the same bits on one thread and on several, alone and in a batch; also where there are few proposals."""
     torch.manual_seed(0)
-    model = fold(NucleusDetector(Architecture(box_hidden=32, mask_channels=8, mask_layers=1)).eval())
-    inference._dilate_points(model)
+    model = pointwise(fold(NucleusDetector(Architecture(box_hidden=32, mask_channels=8, mask_layers=1)).eval()))
     monkeypatch.setattr(inference, "engine", lambda _: inference.Engine(model, torch.device("cpu"), precision))
     patches = np.random.default_rng(0).integers(60, 255, (2, 320, 320, 3)).astype(np.uint8)
     patches[1, 32:] = 240
