@@ -19,7 +19,6 @@ from pipeline.model.detector import (
     load_weights,
     save_weights,
 )
-from pipeline.model.device import choose_device
 from pipeline.model.weights import detector_architecture, find_weights, licence, read_notes, shipped
 
 TINY = Architecture(channels=16, box_hidden=16, mask_channels=8, mask_layers=1)
@@ -212,10 +211,3 @@ def test_a_missing_name_lists_what_there_is() -> None:
     assert "nuclei" in shipped()
     with pytest.raises(WeightsError, match=r"no weights 'nucleii'.*nuclei"):
         find_weights("nucleii")
-
-
-def test_a_device_that_is_not_there_is_named() -> None:
-    with pytest.raises(ConfigError, match="need cpu, cuda, cuda:N or auto"):
-        choose_device("gpu!")
-    with pytest.raises(ConfigError, match="CUDA devices"):
-        choose_device("cuda:99")
