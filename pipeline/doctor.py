@@ -41,7 +41,7 @@ def check_up(say: Callable[[str], None] = print) -> int:
         with torch.inference_mode():
             features = running.model.features(torch.zeros(1, 3, 64, 64, device=running.device))
         say(f"smoke test: the detector computes on {running.device} in {str(running.precision).removeprefix('torch.')}")
-        if not all(torch.isfinite(value).all() for value in features.values()):
+        if not all(torch.isfinite(value).all() for value in features.maps.values()):
             problems.append(
                 "the detector gives values that are not finite: reinstall torch, or choose --detector.device cpu"
             )

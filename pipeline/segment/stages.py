@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from pipeline import files
 from pipeline.config import Detector, Export, Settings
 from pipeline.errors import SlideChanged
-from pipeline.model.instances import Found
+from pipeline.model.instances import HostInstances
 from pipeline.model.weights import detector_architecture, find_weights
 from pipeline.segment import pictures, polygons, stitch, tables
 from pipeline.segment.export import FORMATS, Exported
@@ -145,6 +145,7 @@ def detect_block(job: Job, block: int, tile_seconds: float = 0.0) -> None:
     one computes the other one reads.
     """
     from pipeline.model import inference  # the workers that do not detect start in half the time without it
+    from pipeline.model.stain import Normalisation
 
     plan = read_plan(job.work)
     store = PatchStore.create(job.work / "patches.zarr", plan.grid, job.digest)
@@ -156,7 +157,7 @@ def detect_block(job: Job, block: int, tile_seconds: float = 0.0) -> None:
             continue
         with inference.device_lock():
             began = time.perf_counter()
-            found = list(inference.detect_patches(patches, plan, job.settings))
+            found = list(inference.detect_patches(patches, Normalisation(plan.stain, plan.target), job.settings))
             seconds = time.perf_counter() - began
         write_found(job.found(block), found, lost, tile_seconds, seconds)
     store.discard(block)
@@ -186,7 +187,7 @@ def outline_block(job: Job, block: int) -> BlockRecord:
             float(core_mm2.sum()),
             float((stored.lost * core_mm2).sum()),
             sum(f.saturated for f in stored.tiles),
-            sum(f.quartered for f in stored.tiles),
+            sum(f.split for f in stored.tiles),
             sum(cut_off for _, cut_off in done),
             stored.tile_seconds,
             stored.device_seconds,
@@ -197,12 +198,12 @@ def outline_block(job: Job, block: int) -> BlockRecord:
     return BlockRecord(**tables.read_record(target))
 
 
-def outline(found: Found, tile: Tile, plan: Plan, settings: Settings) -> tuple[pa.Table, int]:
+def outline(found: HostInstances, tile: Tile, plan: Plan, settings: Settings) -> tuple[pa.Table, int]:
     """A tile's claimed instances as rows of `tables.INSTANCES`, and how many of them a read edge cuts.
 
     Claimed is what is anchored (by its centroid) in the tile's core and in the tissue, and lies on no better one.
     """
-    shapes = polygons.solid(polygons.polygons(found.soft, found.boxes, level=0.5))
+    shapes = polygons.solid(polygons.polygons(found.mask_probs, found.boxes, level=0.5))
     shapes = polygons.simplify(shapes, settings.stitching.simplify_px)
     shapes = shapely.transform(shapes, lambda xy: xy + np.array(tile.read[:2], float))
     anchors = polygons.centroids(shapes)  # NaN where nothing was outlined
@@ -217,8 +218,8 @@ def outline(found: Found, tile: Tile, plan: Plan, settings: Settings) -> tuple[p
         geometry=shapes[kept],
         score=found.scores[kept],
         votes=found.votes[kept],
-        klass=found.classes[kept],
-        stains=found.stains[kept],
+        klass=found.class_index[kept],
+        stains=found.stain_density[kept],
     )
     return table, cut_off
 

@@ -28,7 +28,7 @@ def test_toml_sets_what_it_names_and_leaves_the_rest(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("[detector]\nscor = 0.3", "unknown key 'scor'; the keys here are weights, score"),
+        ("[detector]\nscor = 0.3", "unknown key 'scor'; the keys here are weights, views, score"),
         ("[detektor]\nscore = 0.3", "unknown key 'detektor'; the keys here are tissue, tiling"),
         ("[detector]\nscore = 'high'", "score='high': need float"),
         ("[tiling]\ntile = 512.5", "tile=512.5: need int"),
