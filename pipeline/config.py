@@ -302,7 +302,7 @@ class Architecture:
         Parameter(converter=_levels, n_tokens=1, negative="", show_default=_as_levels, metavar="SIDES"),
     ] = ((18, 30), (44, 64), (92, 132), (190, 270))
     "Anchor sides per pyramid level, finest first, in upscaled pixels: 12 to 180 work pixels, 3 to 45 um at 0.25."
-    ratios: tuple[float, ...] = (0.5, 1.0, 2.0)
+    ratios: Annotated[tuple[float, ...], Parameter(negative="")] = (0.5, 1.0, 2.0)
     "Height over width of the anchors of every side."
     proposal_nms: float = 0.7
     "Of region proposals that overlap by more than this IoU the best is kept; touching nuclei overlap by less."
@@ -313,7 +313,7 @@ class Architecture:
     box_hidden: int = 256
     "Units in each of the two layers of the box head."
     canonical_px: float = 64.0
-    "Side, in upscaled pixels, from which on a box is pooled from `canonical_level`; with each doubling, one coarser."
+    "Boxes of this side and more, in upscaled pixels, are pooled from canonical-level; with each doubling, one coarser."
     canonical_level: int = 3
     "log2 of that level's stride: at 3 a box of 64 px covers 8 pixels of its map, about the 7 that are pooled."
     mask_channels: int = 64
@@ -324,9 +324,10 @@ class Architecture:
     "Side of the grid that a mask is predicted on, whatever the size of its box."
     mpp: float = 0.25
     "Working scale it is trained for, in micrometres per pixel."
-    classes: tuple[str, ...] = ("Nucleus",)
+    classes: Annotated[tuple[str, ...], Parameter(negative="")] = ("Nucleus",)
     "Names of the classes, in the order of the class index."
     sampling: Sampling = field(default_factory=Sampling)
+    "What its training learns from; changes nothing about the network's shape."
 
     def __post_init__(self) -> None:
         # timm takes "hf-hub:owner/model" for a model to download, "local-dir:" for a folder to read
