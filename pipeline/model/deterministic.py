@@ -18,6 +18,10 @@ _LEAST_ROWS = 64  # of a matrix product that is not split
 _DILATION = 2
 
 
+def _on_cpu(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu"
+
+
 def mix_channels(images: Tensor, matrix: Tensor) -> Tensor:
     """Every pixel's channels times a matrix: (B, C, H, W), (R, C) -> (B, R, H, W), in the dtype of the images.
 
@@ -25,7 +29,7 @@ def mix_channels(images: Tensor, matrix: Tensor) -> Tensor:
     takes a kernel of its own on one thread, which adds in another order than the library it calls on several.
     """
     matrix = matrix.to(images)
-    if images.device.type == "cpu":
+    if _on_cpu(images):
         return F.conv2d(images, matrix[:, :, None, None], dilation=_DILATION)
     return torch.einsum("rc,bchw->brhw", matrix, images)  # not a convolution: on a GPU those round to TF32
 
@@ -36,7 +40,7 @@ def pointwise(module: M) -> M:
     The reason is that of `mix_channels`; call it after the module was moved to its device. Returns the module.
     """
     for layer in module.modules():
-        if isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1) and layer.weight.device.type == "cpu":
+        if isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1) and _on_cpu(layer.weight):
             layer.dilation = (_DILATION, _DILATION)
     return module
 
@@ -46,13 +50,13 @@ def upsample(images: Tensor, factor: float) -> Tensor:
 
     `antialias` changes nothing when enlarging, but without it torch adds in another order on one thread.
     """
-    antialias = images.device.type == "cpu" or factor < 1
+    antialias = _on_cpu(images) or factor < 1
     return F.interpolate(images, scale_factor=factor, mode="bilinear", antialias=antialias)
 
 
 def softmax(logits: Tensor, dim: int) -> Tensor:
     """Softmax over `dim`. torch's own, over a dimension other than the last, depends on the number of threads."""
-    if logits.device.type != "cpu":
+    if not _on_cpu(logits):
         return logits.softmax(dim)
     weights = (logits - logits.amax(dim, keepdim=True)).exp()
     return weights / weights.sum(dim, keepdim=True)
@@ -60,7 +64,7 @@ def softmax(logits: Tensor, dim: int) -> Tensor:
 
 def sigmoid(x: Tensor) -> Tensor:
     """1 / (1 + exp(-x)). torch's own rounds the last few elements of each thread's part in another way."""
-    return 1 / (1 + (-x).exp()) if x.device.type == "cpu" else x.sigmoid()
+    return 1 / (1 + (-x).exp()) if _on_cpu(x) else x.sigmoid()
 
 
 def pad_rows(rows: Tensor) -> Tensor:
@@ -68,5 +72,5 @@ def pad_rows(rows: Tensor) -> Tensor:
 
     Products of fewer rows are split along the sum, by the number of threads.
     """
-    missing = max(0, _LEAST_ROWS - len(rows)) if rows.device.type == "cpu" else 0
+    missing = max(0, _LEAST_ROWS - len(rows)) if _on_cpu(rows) else 0
     return F.pad(rows, (0, 0) * (rows.dim() - 1) + (0, missing))

@@ -154,7 +154,6 @@ def candidates(
     images: (B, 3, T, T) as the view shows them, features: theirs. Each quarter has the limits of a whole patch.
     """
     parts = quarters(images.shape[-1], margin, side_step(model.architecture.upscale))
-
     whole = model.classify(features, model.propose(features, limits), limits)
     return [
         _in_quarters(model, image, parts, limits) if patch.saturated and parts else patch

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pipeline.model import deterministic
 from pipeline.model.deterministic import mix_channels, pad_rows, pointwise, sigmoid, softmax, upsample
 
 MATRIX = torch.rand(2, 3, generator=torch.Generator().manual_seed(0))
@@ -46,6 +47,19 @@ def test_threads_do_not_show_and_the_numbers_are_torchs(
         torch.set_num_threads(before)
     assert all(torch.equal(result, results[0]) for result in results)
     torch.testing.assert_close(results[0], plain(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("ours", "plain", "shape"), PAIRS, ids=NAMES)
+def test_on_a_gpu_they_are_the_plain_operations(
+    ours: Callable[[Tensor], Tensor],
+    plain: Callable[[Tensor], Tensor],
+    shape: tuple[int, ...],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """To the last bit; here on the CPU, taken for a GPU."""
+    monkeypatch.setattr(deterministic, "_on_cpu", lambda _: False)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(2)) * 4
+    assert torch.equal(ours(x), plain(x))
 
 
 def test_shrinking_is_antialiased_on_every_device() -> None:
