@@ -7,12 +7,14 @@ its slides, and its `digest` names that; `Execution` is how the work is schedule
 import dataclasses
 import hashlib
 import json
+import math
 import re
 import tomllib
 import types
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, Literal, TypeVar
@@ -29,7 +31,16 @@ TISSUE, TILING, STAIN, DETECTOR, STITCHING, EXPORT, EXECUTION = (
 )
 NO_NEGATIVE = Parameter(negative="")  # a flag or a list without its --no-... or --empty-...
 
-STRIDES = (4, 8, 16, 32)  # of the feature maps, in enlarged px; sides are multiples of the last
+STRIDES = (4, 8, 16, 32)  # of the feature maps, in enlarged px
+
+
+def side_step(upscale: float = 1.0) -> int:
+    """The px that an image's side must be a multiple of, so that enlarged it is one of the coarsest stride.
+
+    The feature maps of other sides are rounded to whole pixels, and their anchors lie beside what they see.
+    """
+    ratio = Fraction(upscale).limit_denominator(1000)
+    return math.lcm(STRIDES[-1] * ratio.denominator, ratio.numerator) // ratio.numerator
 
 
 def require(holds: bool, message: str) -> None:
@@ -73,8 +84,8 @@ class Tiling:
     def __post_init__(self) -> None:
         require(0.05 <= self.mpp <= 5, f"mpp={self.mpp}: need 0.05 to 5 um per pixel")
         require(
-            self.tile % STRIDES[-1] == 0 and self.tile > 0,
-            f"tile={self.tile}: need a positive multiple of {STRIDES[-1]}",
+            self.tile % side_step() == 0 and self.tile > 0,
+            f"tile={self.tile}: need a positive multiple of {side_step()}",
         )
         require(
             0 <= 2 * self.margin < self.tile,
@@ -115,22 +126,28 @@ class Detector:
     "Boxes of one tile, or of several views, that overlap by more than this IoU are one nucleus."
     overlap: float = 0.5
     "Outlines of one tile that share more than this part of the smaller one's area are one nucleus."
+    objectness: float = 0.3
+    "Region proposals below this objectness are dropped early: next to none of them becomes a nucleus."
     proposals_per_mm2: int = 92_000
-    "The most region proposals kept, per area of a patch: 6,000 in a tile of 1024 px at 0.25 um; few where little is."
+    "Most region proposals per mm2 of a patch: 6,000 in a tile of 1024 px at 0.25 um."
+    anchors_per_proposal: int = 2
+    "Anchors of a pyramid level that enter the proposals' NMS, per proposal: with too few, clear nuclei displace others."
     instances_per_mm2: int = 30_000
-    "The most nuclei a patch may hold; a patch that reaches it is split in four and reported."
+    "Most nuclei per mm2 of a patch; one that reaches it is detected in quarters, and reported if they reach it too."
     batch: int = 0
     "Patches per inference; 0 chooses 1 on a CPU and 8 on a GPU."
     device: Annotated[str, Parameter(group=COMMON)] = "auto"
-    "cpu, cuda, cuda:N, or auto: the GPU if there is one."
+    "Where the detector runs: cpu, cuda, cuda:N, or auto, the GPU if there is one."
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    "auto: bfloat16 where the device computes in it, else float32."
+    "Floating-point format of the network; auto: bfloat16 where the device computes in it, else float32."
 
     def __post_init__(self) -> None:
         require(0 <= self.score < 1, f"score={self.score}: need 0 <= score < 1")
         require(0 < self.nms < 1, f"nms={self.nms}: need 0 < nms < 1")
         require(0 < self.overlap <= 1, f"overlap={self.overlap}: need 0 < overlap <= 1")
+        require(0 <= self.objectness < 1, f"objectness={self.objectness}: need 0 <= objectness < 1")
         require(self.proposals_per_mm2 > 0, f"proposals-per-mm2={self.proposals_per_mm2}: need more than 0")
+        require(self.anchors_per_proposal >= 1, f"anchors-per-proposal={self.anchors_per_proposal}: need 1 or more")
         require(self.instances_per_mm2 > 0, f"instances-per-mm2={self.instances_per_mm2}: need more than 0")
         require(self.batch >= 0, f"batch={self.batch}: need 0 (automatic) or more")
 
@@ -262,29 +279,84 @@ def _as_levels(levels: Any) -> str:
 
 
 @dataclass(frozen=True)
+class Sampling:
+    """What a training step learns from: which boxes are positive, which negative, and how many. Inference ignores it."""
+
+    anchor_positive_iou: float = 0.6
+    "Anchors that overlap a nucleus by this IoU are positive; torchvision's 0.7 leaves small nuclei with few."
+    anchor_negative_iou: float = 0.3
+    "Anchors that overlap no nucleus by this IoU are negative; those in between are left out of the loss."
+    anchors: int = 256
+    "Anchors per image in the loss of the proposals."
+    anchors_positive: float = 0.5
+    "Largest share of them that is positive."
+    proposal_positive_iou: float = 0.5
+    "Proposals that overlap a nucleus by this IoU are positive for the box head."
+    proposal_negative_iou: float = 0.4
+    "Proposals that overlap no nucleus by this IoU are negative; in between annotators disagree too, so they are left out."
+    proposals: int = 192
+    "Proposals per image in the loss of the box head; torchvision's 512 are for larger images than a crop."
+    proposals_positive: float = 0.35
+    "Largest share of them that is positive; more than torchvision's 0.25, as crops are full of nuclei."
+    before_nms: int = 1500
+    "Anchors per pyramid level that enter the proposals' NMS."
+    after_nms: int = 1000
+    "Proposals per image that leave it."
+
+    def __post_init__(self) -> None:
+        for kind in ("anchor", "proposal"):
+            low, high = getattr(self, f"{kind}_negative_iou"), getattr(self, f"{kind}_positive_iou")
+            require(
+                0 < low <= high <= 1,
+                f"{kind}_negative_iou={low}, {kind}_positive_iou={high}: need 0 < negative <= positive <= 1",
+            )
+            share = getattr(self, f"{kind}s_positive")
+            require(0 < share <= 1, f"{kind}s_positive={share}: need more than 0, to 1")
+        for name in ("anchors", "proposals", "before_nms", "after_nms"):
+            require(getattr(self, name) >= 1, f"{name}={getattr(self, name)}: need 1 or more")
+
+
+@dataclass(frozen=True)
 class Architecture:
-    """Shape of the detector; it travels inside the weights file, so a file builds its own network."""
+    """Shape of the detector and what it was trained on; stored in the weights file, which so builds its own network."""
 
     backbone: str = "tf_efficientnet_lite0"
     "A timm model with feature maps at strides 4, 8, 16 and 32 (STRIDES)."
     channels: int = 96
-    "Of the feature pyramid."
+    "Channels of the feature pyramid."
     upscale: float = 1.5
-    "How much a patch is enlarged before the backbone."
+    "How much a patch is enlarged before the backbone: small nuclei need more pixels than the working scale gives them."
     anchors: Annotated[
         tuple[tuple[int, ...], ...],
         Parameter(converter=_levels, n_tokens=1, negative="", show_default=_as_levels, metavar="SIDES"),
     ] = ((18, 30), (44, 64), (92, 132), (190, 270))
     "Anchor sides per pyramid level, finest first, in upscaled pixels: 12 to 180 work pixels, 3 to 45 um at 0.25."
+    ratios: Annotated[tuple[float, ...], Parameter(negative="")] = (0.5, 1.0, 2.0)
+    "Height over width of the anchors of every side."
+    proposal_nms: float = 0.7
+    "Of region proposals that overlap by more than this IoU the best is kept; touching nuclei overlap by less."
     semantic: int = 64
-    "Channels of the branch that sees every pixel before any box is made; 0: none."
+    "Channels of the branch that classifies every pixel as background, nucleus or edge; 0 leaves it out."
+    box_pool: int = 7
+    "Side of the grid that the box head sees of a proposal."
     box_hidden: int = 256
+    "Units in each of the two layers of the box head."
+    canonical_px: float = 64.0
+    "Boxes of this side and more, in upscaled pixels, are pooled from canonical-level; with each doubling, one coarser."
+    canonical_level: int = 3
+    "log2 of that level's stride: at 3 a box of 64 px covers 8 pixels of its map, about the 7 that are pooled."
     mask_channels: int = 64
+    "Channels of the mask head."
     mask_layers: int = 3
+    "Convolutions of the mask head before it doubles the resolution."
     mask_size: int = 28
+    "Side of the grid that a mask is predicted on, whatever the size of its box."
     mpp: float = 0.25
-    "Working scale it was trained at."
-    classes: tuple[str, ...] = ("Nucleus",)
+    "Working scale it is trained for, in micrometres per pixel."
+    classes: Annotated[tuple[str, ...], Parameter(negative="")] = ("Nucleus",)
+    "Names of the classes, in the order of the class index."
+    sampling: Sampling = field(default_factory=Sampling)
+    "What its training learns from; changes nothing about the network's shape."
 
     def __post_init__(self) -> None:
         # timm takes "hf-hub:owner/model" for a model to download, "local-dir:" for a folder to read
@@ -293,7 +365,9 @@ class Architecture:
         )
         for name, least in {
             "channels": 1,
+            "box_pool": 1,
             "box_hidden": 1,
+            "canonical_level": 0,
             "mask_channels": 1,
             "mask_layers": 1,
             "semantic": 0,
@@ -308,6 +382,12 @@ class Architecture:
             and len(self.anchors[0]) > 0,
             f"anchors={_as_levels(self.anchors)}: need four levels of as many sides each, 1 to 4096 px",
         )
+        require(
+            0 < len(self.ratios) <= 16 and all(0 < ratio <= 16 for ratio in self.ratios),
+            f"ratios={self.ratios}: need 1 to 16 of them, each more than 0, to 16",
+        )
+        require(0 < self.proposal_nms < 1, f"proposal_nms={self.proposal_nms}: need 0 < proposal_nms < 1")
+        require(0 < self.canonical_px <= 4096, f"canonical_px={self.canonical_px}: need more than 0, to 4096 px")
         require(
             self.mask_size % 2 == 0 and 4 <= self.mask_size <= 128,
             f"mask_size={self.mask_size}: need an even number, 4 to 128",

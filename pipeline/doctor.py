@@ -59,6 +59,6 @@ def _smoke_test(say: Callable[[str], None]) -> list[str]:
     except Exception as error:  # whatever is wrong with this machine's torch is what is looked for
         return [f"the detector does not run: {one_line(error)}"]
     say(f"smoke test: the detector runs on {running.device} in {str(running.precision).removeprefix('torch.')}")
-    if not all(torch.isfinite(value).all() for value in features.values()):
+    if not all(torch.isfinite(value).all() for value in features.maps.values()):
         return ["the detector computes values that are not finite: reinstall torch, or choose --detector.device cpu"]
     return []

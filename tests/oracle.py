@@ -16,15 +16,15 @@ import shapely
 from PIL import Image
 
 from pipeline.config import Settings, Stitching, Tiling, Tissue
-from pipeline.model.instances import Found
+from pipeline.model.instances import HostInstances
+from pipeline.model.stain import Normalisation
 from pipeline.segment import tables
-from pipeline.segment.plan import Plan
 
 HEIGHT, WIDTH, RADIUS = 330, 410, 9
 SECONDS = "NIGHTSLIDE_TEST_SECONDS_A_PATCH"  # in the environment: how slow the oracle is
 
 
-def detect(patches: np.ndarray, plan: Plan, settings: Settings) -> Iterator[Found]:
+def detect(patches: np.ndarray, normalisation: Normalisation, settings: Settings) -> Iterator[HostInstances]:
     """Instances of patches that show every nucleus in a colour of its own, on white. Stands for the detector."""
     for patch in patches:
         time.sleep(float(os.environ.get(SECONDS, "0")))
@@ -36,7 +36,7 @@ def detect(patches: np.ndarray, plan: Plan, settings: Settings) -> Iterator[Foun
             y, x = np.nonzero(number == id_)
             masks[i, y - y.min(), x - x.min()] = True
             boxes[i] = x.min(), y.min(), x.min() + side, y.min() + side
-        yield Found(
+        yield HostInstances(
             boxes,
             masks,
             (0.5 + ids % 97 / 200).astype(np.float32),

@@ -13,9 +13,9 @@ from PIL import Image
 from pipeline.archive.run import run
 from pipeline.config import Execution, Settings, Tissue
 from pipeline.model import inference
-from pipeline.model.instances import Found
+from pipeline.model.instances import HostInstances
+from pipeline.model.stain import Normalisation
 from pipeline.model.weights import find_weights, read_notes
-from pipeline.segment.plan import Plan
 from training.evaluate import Kept, evaluate, gather
 
 EXPECTED = {
@@ -35,10 +35,10 @@ EXPECTED = {
 }
 
 
-def one_square(patches: np.ndarray, plan: Plan, settings: Settings) -> Iterator[Found]:
+def one_square(patches: np.ndarray, normalisation: Normalisation, settings: Settings) -> Iterator[HostInstances]:
     """Finds one square in the middle of every patch: what is tested is everything around the detector."""
     for _ in patches:
-        yield Found(
+        yield HostInstances(
             np.array([[500, 500, 528, 528]], np.float32),
             np.ones((1, 28, 28), np.float32),
             np.array([0.9], np.float32),

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Sampler
 
-from pipeline.config import STRIDES, Architecture
+from pipeline.config import STRIDES, Architecture, side_step
 from pipeline.errors import ConfigError, WeightsError
 from pipeline.files import committed
 from pipeline.model.detector import NucleusDetector, load_weights, save_weights
@@ -137,7 +137,10 @@ def start(init: str, architecture: Architecture) -> NucleusDetector:
             model.backbone.load_state_dict(imagenet(model.backbone.state_dict(), architecture.backbone))
         return model.train()
     other = load_weights(find_weights(init))
-    theirs = dataclasses.asdict(dataclasses.replace(other.architecture, classes=architecture.classes))
+    comparable = dataclasses.replace(
+        other.architecture, classes=architecture.classes, sampling=architecture.sampling
+    )  # both may differ: the classes are dealt with below, and sampling shapes nothing
+    theirs = dataclasses.asdict(comparable)
     differing = {k: v for k, v in dataclasses.asdict(architecture).items() if theirs[k] != v}
     if differing:
         names = ", ".join(f"{k} {theirs[k]}, not {v}" for k, v in differing.items())
@@ -209,7 +212,7 @@ def _loader(
     sets: Sequence[Sequence[Annotated]], first: int, training: Training, architecture: Architecture, team: Team
 ) -> DataLoader[Crop]:
     side = round(training.crop_px * architecture.upscale)
-    if side % STRIDES[-1]:
+    if training.crop_px % side_step(architecture.upscale):
         raise ConfigError(
             f"crop_px={training.crop_px} enlarged by {architecture.upscale:g} is {side} px: "
             f"need a multiple of {STRIDES[-1]}"

@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from pipeline.config import Settings
+from pipeline.config import Settings, side_step
 from pipeline.files import committed
 from pipeline.model import fuse, views
-from pipeline.model.detector import NucleusDetector, caps
+from pipeline.model.detector import Limits, NucleusDetector
 from pipeline.model.device import choose_precision
 from pipeline.segment.polygons import polygons, solid
 from training.data.datasets import Annotated
@@ -52,19 +52,19 @@ def hold(dataset: str, annotated: Annotated, mpp: float) -> Held:
 def look(model: NucleusDetector, held: Held, settings: Settings) -> NDArray[np.int32]:
     """What the detector finds in a held-out crop, as the stream would in one view: a label map (h, w)."""
     height, width = held.labels.shape
-    side = math.ceil(max(height, width) / 32) * 32
+    step = side_step(model.architecture.upscale)
+    side = math.ceil(max(height, width) / step) * step
     padded = np.full((side, side, 3), 255, np.uint8)
     padded[:height, :width] = held.image
     device = next(model.parameters()).device
-    detector = settings.detector
-    limits = caps(side, model.architecture.mpp, detector.proposals_per_mm2, detector.instances_per_mm2)
+    limits = Limits.of_patch(settings.detector, side, model.architecture.mpp)
     pixels = torch.from_numpy(padded).to(device).permute(2, 0, 1)[None].float() / 255
     precision = choose_precision("auto", device)
     with torch.inference_mode(), torch.autocast(device.type, precision, enabled=precision != torch.float32):
-        (found,) = fuse.infer(model, pixels, views.views(1), detector, limits, settings.tiling.margin)
-    outlines = solid(polygons(found.soft.float().cpu().numpy(), found.boxes.float().cpu().numpy(), level=0.5))
+        (found,) = fuse.infer(model, pixels, views.views(1), limits, settings.tiling.margin)
+    outlines = solid(polygons(found.mask_probs.float().cpu().numpy(), found.boxes.float().cpu().numpy(), level=0.5))
     scores = found.scores.double().cpu().numpy()
-    return Detections(outlines, scores, found.classes.cpu().numpy() + 1).paint((height, width))
+    return Detections(outlines, scores, found.class_index.cpu().numpy() + 1).paint((height, width))
 
 
 def check(model: NucleusDetector, crops: Sequence[Held], pictures: Path) -> Scores:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import platform
 from collections.abc import Mapping
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import files
-from pipeline.config import STRIDES, Architecture, Settings, Tiling
+from pipeline.config import STRIDES, Architecture, Settings, Tiling, side_step
 from pipeline.errors import RunError
 from pipeline.layout import LEASE, RunFolder
 from pipeline.model.weights import detector_architecture, find_weights, read_notes
@@ -74,12 +75,11 @@ def _check_fit(tiling: Tiling, architecture: Architecture, weights: str) -> None
             f"tiling.mpp={tiling.mpp}, but {weights} was trained at {architecture.mpp} um per pixel: "
             f"need the same within a tenth; leave --tiling.mpp out, or choose other --weights"
         )
-    # of another side the feature maps are rounded, and the coarsest anchors lie off their pixels
-    fitting = [tile for tile in range(64, 4097, 32) if int(tile * architecture.upscale) % STRIDES[-1] == 0]
-    if fitting and int(tiling.tile * architecture.upscale) % STRIDES[-1]:
+    step = math.lcm(side_step(), side_step(architecture.upscale))
+    if tiling.tile % step:
         raise RunError(
             f"tiling.tile={tiling.tile} enlarged by {architecture.upscale:g} for {weights} is no multiple of "
-            f"{STRIDES[-1]} px: need another, such as {min(fitting, key=lambda tile: abs(tile - tiling.tile))}"
+            f"{STRIDES[-1]} px: need a multiple of {step}, such as {max(1, round(tiling.tile / step)) * step}"
         )
 
 

@@ -1,8 +1,8 @@
-"""Mask R-CNN for nuclei: torchvision's parts on a timm backbone, tuned to many small objects.
+"""Mask R-CNN for nuclei: torchvision's parts on a timm backbone, for many small objects.
 
 torchvision's defaults suit COCO: 100 detections, a resize to 800 px, anchors of 32 px and more, and masks
-pasted into full images. Here a patch is enlarged by a stated factor and nothing else, anchors are nuclei's,
-the caps follow from density, and masks stay on their M x M grid until they are polygons.
+pasted into full images. Here a patch is enlarged by a stated factor and nothing else, anchors have the size of
+nuclei, the limits follow from density, and masks stay on their M x M grid until they are polygons.
 """
 
 from collections import OrderedDict
@@ -21,24 +21,49 @@ from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.ops import FeaturePyramidNetwork, batched_nms, clip_boxes_to_image
 
-from pipeline.config import STRIDES, Architecture
+from pipeline.config import STRIDES, Architecture, Detector
 from pipeline.errors import ConfigError, WeightsError
 from pipeline.model import weights
+from pipeline.model.deterministic import pad_rows, sigmoid, upsample
 from pipeline.model.roi_align import RoIPool
 
 LEVELS = ("0", "1", "2", "3")  # torchvision names feature maps by strings
-RATIOS = (0.5, 1.0, 2.0)
-LEAST_OBJECTNESS = 0.3  # of a proposal that is worth a look: of those below, next to none becomes a nucleus
-# Every nucleus draws some ten anchors. Where no more of them enter the suppression than may leave it, the clearest
-# nuclei of a crowded patch crowd out the others.
-ANCHORS_PER_PROPOSAL = 2
+_LEAST_SIDE_PX = 2  # of a box in enlarged px: a thinner one is no nucleus
+_LEAST_PROPOSALS, _LEAST_INSTANCES = 200, 100  # the limits of the smallest patches, which may be all nuclei
+# Where proposals reach their limit, and more than one in so many becomes an instance, others may have been left out.
+_PROPOSALS_PER_INSTANCE = 3
 
 
-class Caps(NamedTuple):
-    """How much one patch may hold."""
+class Limits(NamedTuple):
+    """How much one patch may hold, and which of it is kept."""
 
+    anchors: int  # per pyramid level, the best, that enter the NMS of the proposals
+    objectness: float  # lowest of a proposal
     proposals: int
     instances: int
+    score: float  # lowest of an instance in one view
+    nms: float  # IoU above which two boxes are one nucleus
+
+    @classmethod
+    def of_patch(cls, settings: Detector, side_px: int, mpp: float) -> "Limits":
+        """The limits of a square patch: the densities of the settings times its area."""
+        area_mm2 = (side_px * mpp / 1000) ** 2
+        proposals = max(_LEAST_PROPOSALS, round(settings.proposals_per_mm2 * area_mm2))
+        return cls(
+            anchors=settings.anchors_per_proposal * proposals,
+            objectness=settings.objectness,
+            proposals=proposals,
+            instances=max(_LEAST_INSTANCES, round(settings.instances_per_mm2 * area_mm2)),
+            score=settings.score,
+            nms=settings.nms,
+        )
+
+
+class Pyramid(NamedTuple):
+    """Feature maps of a batch, and the size of the images that they are of."""
+
+    maps: dict[str, Tensor]  # level -> float32 (B, C, h, w), at the strides of config.STRIDES
+    size: tuple[int, int]  # height and width of the enlarged images, px
 
 
 class Candidates(NamedTuple):
@@ -46,12 +71,12 @@ class Candidates(NamedTuple):
 
     boxes: Tensor  # float32 (N, 4)
     scores: Tensor  # float32 (N,)
-    classes: Tensor  # int64 (N,), 0-based
-    saturated: bool  # a cap was reached: nuclei may be missing
+    class_index: Tensor  # int64 (N,), from 0
+    saturated: bool  # a limit was reached: nuclei may be missing
 
 
 class NucleusDetector(nn.Module):
-    """Mask R-CNN in four verbs, so that several views can share boxes before any mask is made.
+    """Mask R-CNN in four steps, so that the boxes of several views can be fused before any mask is made.
 
     `features` -> `propose` -> `classify` -> `masks`; training calls the module itself and gets the losses.
     Images are float32 (B, 3, H, W) in 0..1, boxes in patch px (before the enlargement).
@@ -65,147 +90,143 @@ class NucleusDetector(nn.Module):
         # the pretrained maps have a deviation of about 10: without a norm layer the loss is NaN in a few steps
         self.pyramid = FeaturePyramidNetwork(backbone.feature_info.channels(), channels, norm_layer=nn.BatchNorm2d)
         self.semantic = _Semantic(channels, architecture.semantic) if architecture.semantic else None
-        self.rpn = RegionProposalNetwork(
-            AnchorGenerator(architecture.anchors, (RATIOS,) * len(architecture.anchors)),
-            _ProposalHead(channels, len(RATIOS) * len(architecture.anchors[0])),
-            fg_iou_thresh=0.6,
-            bg_iou_thresh=0.3,
-            batch_size_per_image=256,
-            positive_fraction=0.5,
-            pre_nms_top_n={"training": 1500, "testing": 1500},
-            post_nms_top_n={"training": 1000, "testing": 1500},
-            nms_thresh=0.7,
-        )
-        mask_layers: list[nn.Module] = []
-        for layer in range(architecture.mask_layers):
-            mask_layers += [
-                nn.Conv2d(
-                    architecture.mask_channels if layer else channels,
-                    architecture.mask_channels,
-                    3,
-                    padding=1,
-                ),
-                nn.ReLU(inplace=True),
-            ]
-        self.roi_heads = RoIHeads(
-            box_roi_pool=RoIPool(7, STRIDES, canonical_px=64, canonical_level=3),
-            box_head=_BoxHead(channels * 49, architecture.box_hidden),
-            box_predictor=_BoxPredictor(architecture.box_hidden, 1 + len(architecture.classes)),
-            # a gap between what counts as nucleus and as background: in between, annotators disagree too
-            fg_iou_thresh=0.5,
-            bg_iou_thresh=0.4,
-            batch_size_per_image=192,
-            positive_fraction=0.35,
-            bbox_reg_weights=None,
-            score_thresh=0.0,
-            nms_thresh=0.5,
-            detections_per_img=1,
-            mask_roi_pool=RoIPool(architecture.mask_size // 2, STRIDES, canonical_px=64, canonical_level=3),
-            mask_head=nn.Sequential(*mask_layers),
-            mask_predictor=nn.Sequential(
-                nn.ConvTranspose2d(architecture.mask_channels, architecture.mask_channels, 2, 2),
-                nn.ReLU(inplace=True),
-                nn.Conv2d(architecture.mask_channels, 1 + len(architecture.classes), 1),
-            ),
-        )
+        self.rpn = _proposal_network(architecture)
+        self.roi_heads = _heads(architecture)
 
-    def features(self, images: Tensor) -> dict[str, Tensor]:
-        """images: (B, 3, H, W) in 0..1 -> feature maps at strides 4 to 32 of the enlarged image."""
+    def features(self, images: Tensor) -> Pyramid:
+        """images: (B, 3, H, W) in 0..1 -> feature maps of the enlarged images."""
         if self.architecture.upscale != 1:
-            # `antialias` changes nothing when enlarging, but without it torch adds in another order on one thread
-            images = F.interpolate(images, scale_factor=self.architecture.upscale, mode="bilinear", antialias=True)
-        return self._maps(images)[0]
+            images = upsample(images, self.architecture.upscale)
+        return Pyramid(self._maps(images)[0], _size(images))
 
     def _maps(self, images: Tensor) -> tuple[dict[str, Tensor], Tensor | None]:
-        """Feature maps, and what the semantic branch saw at the finest of them, (B, architecture.semantic, h, w)."""
+        """Feature maps, and the semantic branch's at the finest of them, (B, architecture.semantic, h, w)."""
         images = (images * 2 - 1).contiguous(memory_format=torch.channels_last)
         maps = self.backbone(images)
         pyramid = self.pyramid(OrderedDict(zip(LEVELS, maps, strict=True)))
-        seen = None
+        semantic = None
         if self.semantic is not None:
-            pyramid[LEVELS[0]], seen = self.semantic(pyramid[LEVELS[0]])
-        return {level: map_.float() for level, map_ in pyramid.items()}, seen  # each head pools float32
+            pyramid[LEVELS[0]], semantic = self.semantic(pyramid[LEVELS[0]])
+        return {level: map_.float() for level, map_ in pyramid.items()}, semantic  # each head pools float32
 
-    def propose(self, features: Mapping[str, Tensor], side: tuple[int, int], caps: Caps) -> list[Tensor]:
-        """Region proposals of each image, (P, 4) in enlarged px, at most caps.proposals; few where little is."""
-        self.rpn.score_thresh = LEAST_OBJECTNESS  # in training every proposal teaches
-        self.rpn._pre_nms_top_n = {"training": 1500, "testing": ANCHORS_PER_PROPOSAL * caps.proposals}
-        self.rpn._post_nms_top_n = {"training": 1000, "testing": caps.proposals}
-        sizes = [side] * features["0"].shape[0]
-        images = ImageList(features["0"].new_empty((len(sizes), 1, *side)), sizes)
-        proposals: list[Tensor] = self.rpn(images, dict(features))[0]
+    def propose(self, features: Pyramid, limits: Limits) -> list[Tensor]:
+        """Region proposals of each image, (P, 4) in enlarged px, best first, within the limits."""
+        self.rpn.score_thresh = limits.objectness
+        self.rpn._pre_nms_top_n["testing"] = limits.anchors
+        self.rpn._post_nms_top_n["testing"] = limits.proposals
+        finest = features.maps[LEVELS[0]]
+        sizes = [features.size] * len(finest)
+        # of the images themselves torchvision needs the size alone
+        images = ImageList(finest.new_empty((len(sizes), 1, *features.size)), sizes)
+        proposals: list[Tensor] = self.rpn(images, features.maps)[0]
         return proposals
 
-    def classify(
-        self,
-        features: Mapping[str, Tensor],
-        proposals: list[Tensor],
-        side: tuple[int, int],
-        caps: Caps,
-        score: float,
-        nms: float,
-    ) -> list[Candidates]:
+    def classify(self, features: Pyramid, proposals: list[Tensor], limits: Limits) -> list[Candidates]:
         """Proposals -> boxes with class and score, after class-agnostic NMS, in patch px.
 
-        The score is that of being a nucleus, of whatever class: one that could be of two is no less one.
+        The score is the probability of being a nucleus, of whatever class: doubt between two classes does not lower it.
         """
         heads = self.roi_heads
-        pooled = heads.box_roi_pool(dict(features), proposals, [side] * len(proposals))
+        pooled = heads.box_roi_pool(features.maps, proposals, [features.size] * len(proposals))
         logits, deltas = heads.box_predictor(heads.box_head(pooled))
         counts = [len(p) for p in proposals]
         decoded = heads.box_coder.decode(deltas, proposals)
         # without any proposal torchvision leaves the boxes flat
         decoded = decoded.reshape(*logits.shape, 4).split(counts)  # (P, 1 + K, 4) each
         probabilities = logits.softmax(-1).split(counts)  # (P, 1 + K) each
-        found = []
-        for boxes, chances, offered in zip(decoded, probabilities, counts, strict=True):
-            best, klass = chances[:, 1:].sum(1), chances[:, 1:].argmax(1)
-            boxes = boxes[torch.arange(len(boxes), device=boxes.device), klass + 1]  # (P, 4)
-            boxes = clip_boxes_to_image(boxes, side)
-            width, height = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
-            keep = torch.where((best >= score) & (width >= 2) & (height >= 2))[0]
-            keep = keep[batched_nms(boxes[keep], best[keep], torch.zeros_like(keep), nms)]
-            saturated = (offered >= caps.proposals and len(keep) > caps.proposals // 3) or len(keep) > caps.instances
-            keep = keep[: caps.instances]
-            found.append(Candidates(boxes[keep] / self.architecture.upscale, best[keep], klass[keep], saturated))
-        return found
+        candidates = []
+        for boxes, classes, offered in zip(decoded, probabilities, counts, strict=True):
+            scores, class_index = classes[:, 1:].sum(1), classes[:, 1:].argmax(1)
+            boxes = boxes[torch.arange(len(boxes), device=boxes.device), class_index + 1]  # (P, 4)
+            boxes = clip_boxes_to_image(boxes, features.size)
+            shorter = (boxes[:, 2:] - boxes[:, :2]).amin(1)
+            keep = torch.where((scores >= limits.score) & (shorter >= _LEAST_SIDE_PX))[0]
+            keep = keep[batched_nms(boxes[keep], scores[keep], torch.zeros_like(keep), limits.nms)]
+            saturated = len(keep) > limits.instances or (
+                offered >= limits.proposals and len(keep) > limits.proposals // _PROPOSALS_PER_INSTANCE
+            )
+            keep = keep[: limits.instances]
+            boxes = boxes[keep] / self.architecture.upscale
+            candidates.append(Candidates(boxes, scores[keep], class_index[keep], saturated))
+        return candidates
 
-    def masks(
-        self,
-        features: Mapping[str, Tensor],
-        boxes: list[Tensor],
-        classes: list[Tensor],
-        side: tuple[int, int],
-    ) -> list[Tensor]:
-        """Soft masks float32 (N, M, M) in 0..1 of each image's boxes (patch px): the grid spans the box."""
+    def masks(self, features: Pyramid, boxes: list[Tensor], class_index: list[Tensor]) -> list[Tensor]:
+        """Mask probabilities float32 (N, M, M) of each image's boxes (patch px): the grid spans the box."""
         heads = self.roi_heads
         # torchvision samples the masks it trains on half a pixel beyond their boxes (RoIAlign without `aligned`)
         enlarged = [b * self.architecture.upscale - 0.5 for b in boxes]
-        pooled = heads.mask_roi_pool(dict(features), enlarged, [side] * len(boxes))
+        pooled = heads.mask_roi_pool(features.maps, enlarged, [features.size] * len(boxes))
         logits = heads.mask_predictor(heads.mask_head(pad_rows(pooled)))[: len(pooled)]  # (sum N, 1 + K, M, M)
-        klass = torch.cat(classes) + 1
-        chosen = logits[torch.arange(len(logits), device=logits.device), klass]  # (sum N, M, M)
-        soft = 1 / (1 + (-chosen.float()).exp())  # torch.sigmoid rounds otherwise at the end of what a thread does
-        return list(soft.split([len(b) for b in boxes]))
+        row = torch.arange(len(logits), device=logits.device)
+        probabilities = sigmoid(logits[row, torch.cat(class_index) + 1].float())  # (sum N, M, M)
+        return list(torch.split(probabilities, [len(b) for b in boxes]))
 
     def forward(self, images: Tensor, targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         """Losses of a training step, on crops that were cut at the enlarged scale: (B, 3, S, S) in 0..1.
 
-        targets, in the crops' own pixels: boxes float32 (N, 4), labels int64 (N,) 1-based, masks uint8 (N, S, S),
+        targets, in the crops' own pixels: boxes float32 (N, 4), labels int64 (N,) from 1, masks uint8 (N, S, S),
         and for the semantic branch regions uint8 (S, S): 0 background, 1 inside a nucleus, 2 its edge.
         """
-        features, seen = self._maps(images)
-        self.rpn.score_thresh = 0.0
-        sizes = [(images.shape[-2], images.shape[-1])] * len(images)
+        features, semantic = self._maps(images)
+        self.rpn.score_thresh = 0.0  # the box head learns from unlikely proposals too
+        sizes = [_size(images)] * len(images)
         proposals, losses = self.rpn(ImageList(images, sizes), features, targets)
         _, head_losses = self.roi_heads(features, proposals, sizes, targets)
-        if self.semantic is not None and seen is not None:
-            losses["loss_semantic"] = self.semantic.loss(seen, torch.stack([t["regions"] for t in targets]))
+        if self.semantic is not None and semantic is not None:
+            losses["loss_semantic"] = self.semantic.loss(semantic, torch.stack([t["regions"] for t in targets]))
         return {**losses, **head_losses}
 
-    def side(self, shape: tuple[int, ...] | torch.Size) -> tuple[int, int]:
-        """(height, width) of an image after the enlargement."""
-        return int(shape[0] * self.architecture.upscale), int(shape[1] * self.architecture.upscale)
+
+def _size(images: Tensor) -> tuple[int, int]:
+    return images.shape[-2], images.shape[-1]
+
+
+def _proposal_network(architecture: Architecture) -> RegionProposalNetwork:
+    sampling = architecture.sampling
+    return RegionProposalNetwork(
+        AnchorGenerator(architecture.anchors, (architecture.ratios,) * len(architecture.anchors)),
+        _ProposalHead(architecture.channels, len(architecture.ratios) * len(architecture.anchors[0])),
+        fg_iou_thresh=sampling.anchor_positive_iou,
+        bg_iou_thresh=sampling.anchor_negative_iou,
+        batch_size_per_image=sampling.anchors,
+        positive_fraction=sampling.anchors_positive,
+        # `propose` sets those of inference
+        pre_nms_top_n={"training": sampling.before_nms, "testing": sampling.before_nms},
+        post_nms_top_n={"training": sampling.after_nms, "testing": sampling.after_nms},
+        nms_thresh=architecture.proposal_nms,
+    )
+
+
+def _heads(architecture: Architecture) -> RoIHeads:
+    """The box head and the mask head."""
+    channels, hidden, sampling = architecture.channels, architecture.mask_channels, architecture.sampling
+    classes = 1 + len(architecture.classes)  # 0 is the background
+    mask_layers: list[nn.Module] = []
+    for layer in range(architecture.mask_layers):
+        mask_layers += [nn.Conv2d(hidden if layer else channels, hidden, 3, padding=1), nn.ReLU(inplace=True)]
+    return RoIHeads(
+        box_roi_pool=_pool(architecture, architecture.box_pool),
+        box_head=_BoxHead(channels * architecture.box_pool**2, architecture.box_hidden),
+        box_predictor=_BoxPredictor(architecture.box_hidden, classes),
+        fg_iou_thresh=sampling.proposal_positive_iou,
+        bg_iou_thresh=sampling.proposal_negative_iou,
+        batch_size_per_image=sampling.proposals,
+        positive_fraction=sampling.proposals_positive,
+        bbox_reg_weights=None,
+        # of torchvision's inference, which `classify` takes the place of
+        score_thresh=0.0,
+        nms_thresh=1.0,
+        detections_per_img=1,
+        mask_roi_pool=_pool(architecture, architecture.mask_size // 2),
+        mask_head=nn.Sequential(*mask_layers),
+        mask_predictor=nn.Sequential(
+            nn.ConvTranspose2d(hidden, hidden, 2, 2), nn.ReLU(inplace=True), nn.Conv2d(hidden, classes, 1)
+        ),
+    )
+
+
+def _pool(architecture: Architecture, size: int) -> RoIPool:
+    return RoIPool(size, STRIDES, architecture.canonical_px, architecture.canonical_level)
 
 
 class _ProposalHead(RPNHead):  # type: ignore[misc] # torchvision is not typed
@@ -217,10 +238,10 @@ class _ProposalHead(RPNHead):  # type: ignore[misc] # torchvision is not typed
 
 
 class _Semantic(nn.Module):
-    """A look at every pixel before any at boxes: background, inside or edge of a nucleus.
+    """Classifies every pixel of the finest map, before any box, as background, inside or edge of a nucleus.
 
-    Dense supervision teaches the finest map much sooner than boxes do, and what it saw is added to that map, so
-    that both heads see it (after Chen et al. 2019, hybrid task cascade; Zhang et al. 2018, Cell R-CNN, for nuclei).
+    Dense supervision trains the finest map much sooner than boxes do. The branch's features are added to that map, so
+    that both heads use them (after Chen et al. 2019, hybrid task cascade; Zhang et al. 2018, Cell R-CNN, for nuclei).
     """
 
     def __init__(self, channels: int, hidden: int) -> None:
@@ -232,14 +253,14 @@ class _Semantic(nn.Module):
         self.score = nn.Conv2d(hidden, 3, 1)
 
     def forward(self, finest: Tensor) -> tuple[Tensor, Tensor]:  # (B, C, h, w) -> the same, (B, hidden, h, w)
-        seen = self.look(finest)
-        return finest + self.add(seen), seen
+        features = self.look(finest)
+        return finest + self.add(features), features
 
-    def loss(self, seen: Tensor, regions: Tensor) -> Tensor:
+    def loss(self, features: Tensor, regions: Tensor) -> Tensor:
         """Cross entropy at the map's pixels; regions: uint8 (B, S, S), sampled at their centres."""
-        step = regions.shape[-1] // seen.shape[-1]
-        wanted = regions[:, step // 2 :: step, step // 2 :: step].long()
-        return F.cross_entropy(self.score(seen).float(), wanted)
+        step = regions.shape[-1] // features.shape[-1]
+        truth = regions[:, step // 2 :: step, step // 2 :: step].long()
+        return F.cross_entropy(self.score(features).float(), truth)
 
 
 class _BoxHead(nn.Module):
@@ -252,11 +273,6 @@ class _BoxHead(nn.Module):
         return out
 
 
-def pad_rows(rows: Tensor) -> Tensor:
-    """Rows (N, ...) and zeros to at least 64: products of fewer are split, and added, by the number of threads."""
-    return F.pad(rows, (0, 0) * (rows.dim() - 1) + (0, max(0, 64 - len(rows))))
-
-
 class _BoxPredictor(nn.Module):
     def __init__(self, hidden: int, classes: int) -> None:
         super().__init__()
@@ -267,19 +283,13 @@ class _BoxPredictor(nn.Module):
         return self.score(x).float(), self.offset(x).float()
 
 
-def caps(side_px: int, mpp: float, proposals_per_mm2: int, instances_per_mm2: int) -> Caps:
-    """What a square patch may hold, from densities per mm2."""
-    area_mm2 = (side_px * mpp / 1000) ** 2
-    return Caps(max(200, round(proposals_per_mm2 * area_mm2)), max(100, round(instances_per_mm2 * area_mm2)))
-
-
 def save_weights(model: NucleusDetector, path: Path, notes: Mapping[str, str]) -> None:
     """Half-precision safetensors with the architecture, notes and a checksum of the tensors inside."""
     weights.save(model, model.architecture, path, notes)
 
 
 def _backbone(name: str) -> Any:
-    """timm's network with maps at STRIDES, untrained. Raises ConfigError where timm has no such one."""
+    """timm's network with feature maps at STRIDES, untrained. Raises ConfigError where timm has none of that name."""
     try:
         backbone: Any = timm.create_model(name, features_only=True, out_indices=(1, 2, 3, 4))
     except (RuntimeError, IndexError) as error:

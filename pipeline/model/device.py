@@ -1,4 +1,4 @@
-"""Which device computes, and in which precision."""
+"""The device that computes, and its precision."""
 
 import threading
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from pipeline.errors import ConfigError
 
 
 def choose_device(name: str) -> torch.device:
-    """'auto' is the GPU if there is one. Raises ConfigError for one that is not there."""
+    """The device of a name: cpu, cuda, cuda:N, or auto, the GPU if there is one. Raises ConfigError otherwise."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -26,13 +26,21 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_precision(name: str, device: torch.device) -> torch.dtype:
-    """'auto' is bfloat16 where the device multiplies in it (CUDA, CPUs with AVX512-BF16 or AMX), else float32."""
+    """'auto' is bfloat16 where this device multiplies in it (GPUs since Ampere, CPUs with AVX512-BF16 or AMX).
+
+    Where it is only emulated (T4, V100) it is slower than float32, which is then chosen.
+    """
     if name == "float32":
         return torch.float32
     if name == "bfloat16":
         return torch.bfloat16
-    capable = torch.cuda.is_bf16_supported() if device.type == "cuda" else _cpu_has_bfloat16()
+    capable = _cuda_has_bfloat16(device) if device.type == "cuda" else _cpu_has_bfloat16()
     return torch.bfloat16 if capable else torch.float32
+
+
+def _cuda_has_bfloat16(device: torch.device) -> bool:
+    with torch.cuda.device(device):  # torch asks of the current device
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
 
 
 def _cpu_has_bfloat16() -> bool:

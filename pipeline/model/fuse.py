@@ -1,6 +1,7 @@
-"""The views of a tile -> its instances: boxes fused by overlap with votes, masks averaged."""
+"""The views of a patch -> its instances: boxes fused by overlap with votes, masks averaged."""
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -8,8 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.ops import box_iou, nms
 
-from pipeline.config import Detector
-from pipeline.model.detector import Candidates, Caps, NucleusDetector
+from pipeline.config import side_step
+from pipeline.model.detector import Candidates, Limits, NucleusDetector, Pyramid
+from pipeline.model.instances import Instances, select
+from pipeline.model.split import Quarter, join, quarters
 from pipeline.model.views import View, apply, apply_boxes, undo_boxes, undo_masks
 
 _BOXES_AT_ONCE = 512  # rows of the overlap matrix held at once
@@ -19,15 +22,15 @@ class Fused(NamedTuple):
     """Boxes of one patch after fusion, best first; parallel (N, ...)."""
 
     boxes: Tensor  # float32 (N, 4)
-    scores: Tensor  # float32 (N,): the mean over all views, where one that saw nothing counts 0
-    classes: Tensor  # int64 (N,)
+    scores: Tensor  # float32 (N,): the mean over all views, where one that did not see it counts 0
+    class_index: Tensor  # int64 (N,)
     votes: Tensor  # int64 (N,): how many views saw it
 
 
-def fuse(boxes: Sequence[Tensor], scores: Sequence[Tensor], classes: Sequence[Tensor], *, iou: float) -> Fused:
+def fuse(boxes: Sequence[Tensor], scores: Sequence[Tensor], class_index: Sequence[Tensor], *, iou: float) -> Fused:
     """Fuse the boxes that several views give one patch, all in the patch's frame.
 
-    boxes: a float32 (Ni, 4) per view; scores: (Ni,); classes: int64 (Ni,); iou: what overlaps by more is one
+    boxes: a float32 (Ni, 4) per view; scores: (Ni,); class_index: int64 (Ni,); iou: boxes that overlap by more are one
     The best boxes lead (non-maximum suppression over all views); every other box joins the leader it overlaps
     most, and of each view a leader counts the best. The fused box is the mean weighted by score, the class
     the one of the highest summed score.
@@ -35,34 +38,33 @@ def fuse(boxes: Sequence[Tensor], scores: Sequence[Tensor], classes: Sequence[Te
     """
     count = len(boxes)
     if count == 1:
-        return Fused(boxes[0], scores[0], classes[0], torch.ones_like(classes[0]))
-    every, score, klass = torch.cat(list(boxes)), torch.cat(list(scores)), torch.cat(list(classes))
-    view = torch.cat([torch.full_like(c, i) for i, c in enumerate(classes)])
-    order = _canonical(every, score, klass)
-    every, score, klass, view = every[order], score[order], klass[order], view[order]
+        return Fused(boxes[0], scores[0], class_index[0], torch.ones_like(class_index[0]))
+    every, score, class_ = torch.cat(list(boxes)), torch.cat(list(scores)), torch.cat(list(class_index))
+    view = torch.cat([torch.full_like(c, i) for i, c in enumerate(class_index)])
+    order = _canonical(every, score, class_)
+    every, score, class_, view = every[order], score[order], class_[order], view[order]
     leaders = nms(every, score, iou).sort().values  # canonical order is falling score
     members = _members(_best_leader(every, every[leaders]), view, len(leaders), count)  # (L, V)
-    there = members < len(every)
+    there = members < len(every)  # the view saw the leader's nucleus
     members = members.clamp(max=max(len(every) - 1, 0))
     weight = score[members].double() * there  # (L, V)
     total = weight.sum(1)
     lead = every[leaders].double()
-    away = every[members].double() - lead[:, None]  # (L, V, 4): what agrees with the leader moves it not at all
-    kinds = F.one_hot(klass[members], int(klass.max()) + 1 if len(klass) else 1)  # (L, V, K)
+    away = every[members].double() - lead[:, None]  # (L, V, 4): of a box that agrees with its leader exactly 0
+    classes = F.one_hot(class_[members], int(class_.max()) + 1 if len(class_) else 1)  # (L, V, K)
     fused = Fused(
         (lead + (away * weight[..., None]).sum(1) / total.clamp(min=1e-12)[:, None]).to(every.dtype),
         (total / count).to(score.dtype),
-        (kinds * weight[..., None]).sum(1).argmax(1),
+        (classes * weight[..., None]).sum(1).argmax(1),
         there.sum(1),
     )
-    best = _canonical(fused.boxes, fused.scores, fused.classes)
-    return Fused(*(values[best] for values in fused))
+    return select(fused, _canonical(fused.boxes, fused.scores, fused.class_index))
 
 
-def _canonical(boxes: Tensor, scores: Tensor, classes: Tensor) -> Tensor:
-    """Indices by falling score, then by coordinates and class: an order that no input order shows in."""
+def _canonical(boxes: Tensor, scores: Tensor, class_index: Tensor) -> Tensor:
+    """Indices by falling score, then by coordinates and class: the same order whatever the order of the input."""
     order = torch.arange(len(boxes), device=boxes.device)
-    for key in (classes, boxes[:, 3], boxes[:, 2], boxes[:, 1], boxes[:, 0], -scores):
+    for key in (class_index, boxes[:, 3], boxes[:, 2], boxes[:, 1], boxes[:, 0], -scores):
         order = order[key[order].argsort(stable=True)]
     return order
 
@@ -85,142 +87,84 @@ def _best_leader(boxes: Tensor, leaders: Tensor) -> Tensor:
 def _members(leader: Tensor, view: Tensor, leaders: int, views: int) -> Tensor:
     """Of the boxes that each view gives a leader, the first: int64 (L, V), ascending along V, N where none.
 
-    Ascending, so that sums over V run in canonical order whatever the order of the views; a table, because
-    scattered additions run in any order on a GPU, and scattered minima do not care.
+    Ascending, so that sums over V run in canonical order whatever the order of the views; a table of minima, because
+    scattered additions run in any order on a GPU, which changes their sums, but not minima.
     """
     table = torch.full((leaders * views,), len(leader), dtype=torch.int64, device=leader.device)
     table.scatter_reduce_(0, leader * views + view, torch.arange(len(leader), device=leader.device), "amin")
     return table.reshape(leaders, views).sort(1).values
 
 
-class Instances(NamedTuple):
-    """What one patch holds, seen in every view, in patch px, best first."""
-
-    boxes: Tensor  # float32 (N, 4)
-    scores: Tensor  # float32 (N,)
-    classes: Tensor  # int64 (N,), 0-based
-    votes: Tensor  # int64 (N,)
-    soft: Tensor  # float32 (N, M, M): the views' mean, the grid spans the box
-    saturated: bool  # a cap was reached even after the patch was split: nuclei may be missing
-
-
 def infer(
-    model: NucleusDetector,
-    images: Tensor,
-    chosen: Sequence[View],
-    detection: Detector,
-    limits: Caps,
-    margin: int,
-) -> list[Instances]:
+    model: NucleusDetector, images: Tensor, chosen: Sequence[View], limits: Limits, margin: int
+) -> list[Instances[Tensor]]:
     """Detect in every view, fuse the boxes, and average the masks that each view gives the fused boxes.
 
-    images: float32 (B, 3, T, T) in 0..1, square patches; `margin` px of them belong to their neighbours too.
-    A box stands with its mean score over all views, so what few views see must be certain there. In one view
-    nothing is fused. Runs under the caller's autocast and inference mode.
+    images: float32 (B, 3, T, T) in 0..1, square patches; `margin` px of each edge belong to its neighbours too.
+    Returns the instances of each patch, best first. Their stain density is NaN: it is measured on the patch before
+    normalisation. The score is the mean over all views, so an instance that few views see must be certain in those.
+    Runs under the caller's autocast and inference mode.
     """
     side = images.shape[-1]
-    pyramids, seen = [], []
+    # boxes below the lowest score in one view may reach it in the mean over all
+    in_view = limits if len(chosen) == 1 else limits._replace(score=limits.score / 2)
+    pyramids, per_view = [], []
     for view in chosen:
         shown = apply(view, images)
         features = model.features(shown)
         pyramids.append(features)
-        found = candidates(model, shown, features, detection, limits, margin, len(chosen))
-        seen.append([c._replace(boxes=undo_boxes(view, c.boxes, side)) for c in found])
-    fused = [_fuse_patch(views_of_patch, detection) for views_of_patch in zip(*seen, strict=True)]
-    boxes, classes = [f.boxes for f in fused], [f.classes for f in fused]
-    counts = [len(b) for b in boxes]
-    total = torch.zeros(())
-    for view, features in zip(chosen, pyramids, strict=True):
-        moved = [apply_boxes(view, b, side) for b in boxes]
-        soft = torch.cat(model.masks(features, moved, classes, model.side((side, side))))
-        total = total.to(soft.device) + undo_masks(view, soft)
-    masks = torch.split(total / len(chosen), counts)
+        detected = candidates(model, shown, features, in_view, margin)
+        per_view.append([c._replace(boxes=undo_boxes(view, c.boxes, side)) for c in detected])
+    per_patch = list(zip(*per_view, strict=True))
+    fused = [_fuse_patch(patch, limits) for patch in per_patch]
+    in_views = (_masks(model, features, view, fused, side) for view, features in zip(chosen, pyramids, strict=True))
+    masks = torch.split(functools.reduce(torch.add, in_views) / len(chosen), [len(f.boxes) for f in fused])
     return [
-        Instances(f.boxes, f.scores, f.classes, f.votes, m, any(c.saturated for c in patch))
-        for f, m, patch in zip(fused, masks, zip(*seen, strict=True), strict=True)
+        Instances(
+            boxes=f.boxes,
+            mask_probs=mask_probs,
+            scores=f.scores,
+            class_index=f.class_index,
+            votes=f.votes,
+            stain_density=torch.full_like(f.boxes[:, :2], torch.nan),
+            saturated=any(c.saturated for c in patch),
+        )
+        for f, mask_probs, patch in zip(fused, masks, per_patch, strict=True)
     ]
 
 
-def _fuse_patch(seen: Sequence[Candidates], detection: Detector) -> Fused:
+def _masks(model: NucleusDetector, features: Pyramid, view: View, fused: Sequence[Fused], side: int) -> Tensor:
+    """The masks that one view gives the fused boxes of all patches: float32 (sum N, M, M), turned back."""
+    boxes = [apply_boxes(view, patch.boxes, side) for patch in fused]
+    return undo_masks(view, torch.cat(model.masks(features, boxes, [patch.class_index for patch in fused])))
+
+
+def _fuse_patch(views_of_patch: Sequence[Candidates], limits: Limits) -> Fused:
     """One patch's boxes from all its views, those whose mean score suffices."""
-    fused = fuse([c.boxes for c in seen], [c.scores for c in seen], [c.classes for c in seen], iou=detection.nms)
-    keep = fused.scores >= detection.score
-    return Fused(*(values[keep] for values in fused))
+    columns = ([getattr(c, name) for c in views_of_patch] for name in ("boxes", "scores", "class_index"))
+    fused = fuse(*columns, iou=limits.nms)
+    return select(fused, fused.scores >= limits.score)
 
 
 def candidates(
-    model: NucleusDetector,
-    images: Tensor,
-    features: Mapping[str, Tensor],
-    detection: Detector,
-    limits: Caps,
-    margin: int,
-    views: int,
+    model: NucleusDetector, images: Tensor, features: Pyramid, limits: Limits, margin: int
 ) -> list[Candidates]:
-    """Boxes of every patch in one view; a patch whose caps are reached is looked at again in four parts."""
-    side = model.side(images.shape[-2:])
-    # what a view alone would drop can still be carried by the others
-    floor = detection.score if views == 1 else detection.score / 2
-    found = model.classify(features, model.propose(features, side, limits), side, limits, floor, detection.nms)
-    parts = quarters(images.shape[-1], margin)
+    """Boxes of every patch in one view; a patch that reaches a limit is detected again in quarters.
+
+    images: (B, 3, T, T) as the view shows them, features: theirs. Each quarter has the limits of a whole patch.
+    """
+    parts = quarters(images.shape[-1], margin, side_step(model.architecture.upscale))
+    whole = model.classify(features, model.propose(features, limits), limits)
     return [
-        _in_quarters(model, image[None], parts, detection, limits, floor) if one.saturated and parts else one
-        for image, one in zip(images, found, strict=True)
+        _in_quarters(model, image, parts, limits) if patch.saturated and parts else patch
+        for image, patch in zip(images, whole, strict=True)
     ]
 
 
-class Quarter(NamedTuple):
-    """A part of a square patch that is looked at by itself: it owns a quarter, and reads its neighbours' edges too."""
-
-    x: int  # of what it reads, in patch px
-    y: int
-    side: int
-    half: int  # where the quarters meet, along either axis
-    right: bool
-    lower: bool
-
-    def of(self, boxes: Tensor) -> tuple[Tensor, Tensor]:
-        """Boxes (N, 4) in px of what it reads -> the same in patch px, and bool (N,): the centre lies in its own."""
-        boxes = boxes + boxes.new_tensor([self.x, self.y, self.x, self.y])
-        centre = (boxes[:, :2] + boxes[:, 2:]) / 2
-        return boxes, ((centre[:, 0] >= self.half) == self.right) & ((centre[:, 1] >= self.half) == self.lower)
-
-
-def quarters(side: int, margin: int) -> tuple[Quarter, ...]:
-    """The four quarters of a patch, with `margin` px and more of their neighbours; none where that is all of it.
-
-    Law: every box of the patch is owned by one quarter.
-    """
-    half = side // 2
-    reach = -(-(half + margin) // _STEP_PX) * _STEP_PX
-    if reach >= side:
-        return ()
-    return tuple(
-        Quarter((side - reach) * right, (side - reach) * lower, reach, half, bool(right), bool(lower))
-        for lower in (0, 1)
-        for right in (0, 1)
-    )
-
-
-_STEP_PX = 64  # enlarged by a half, a multiple of every stride: other sides would displace the anchors
-
-
-def _in_quarters(
-    model: NucleusDetector,
-    image: Tensor,
-    parts: Sequence[Quarter],
-    detection: Detector,
-    limits: Caps,
-    floor: float,
-) -> Candidates:
-    """The quarters of a crowded patch (1, 3, T, T), each with the caps of a whole one; a last NMS settles the seams."""
-    seen = []
+def _in_quarters(model: NucleusDetector, image: Tensor, parts: Sequence[Quarter], limits: Limits) -> Candidates:
+    """One patch (3, T, T), quarter by quarter."""
+    detected = []
     for part in parts:
-        piece = image[:, :, part.y : part.y + part.side, part.x : part.x + part.side]
-        side, features = model.side(piece.shape[-2:]), model.features(piece)
-        (found,) = model.classify(features, model.propose(features, side, limits), side, limits, floor, detection.nms)
-        boxes, mine = part.of(found.boxes)
-        seen.append(Candidates(boxes[mine], found.scores[mine], found.classes[mine], found.saturated))
-    boxes, scores, classes = (torch.cat([getattr(s, name) for s in seen]) for name in ("boxes", "scores", "classes"))
-    keep = nms(boxes, scores, detection.nms)
-    return Candidates(boxes[keep], scores[keep], classes[keep], any(s.saturated for s in seen))
+        features = model.features(image[None, :, *part.window])
+        detected += model.classify(features, model.propose(features, limits), limits)
+    return join(parts, detected, limits.nms)

@@ -2,22 +2,26 @@
 
 import functools
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torchvision.ops import nms, roi_align
+from torch import Tensor
+from torchvision.ops import roi_align
 
-from pipeline.config import Detector, Settings
-from pipeline.model import fuse, stain, views
-from pipeline.model.detector import NucleusDetector, caps, fold, load_weights
+from pipeline.config import Detector, Settings, side_step
+from pipeline.model import fuse, instances, stain, views
+from pipeline.model.detector import Limits, NucleusDetector, fold, load_weights
+from pipeline.model.deterministic import pointwise
 from pipeline.model.device import choose_device, choose_precision
-from pipeline.model.instances import Found
+from pipeline.model.instances import HostInstances, Instances
+from pipeline.model.split import join, quarters
+from pipeline.model.stain import Normalisation
 from pipeline.model.weights import find_weights
-from pipeline.segment.plan import Plan, stain_network
+from pipeline.segment.plan import stain_network
 
 
 class Engine(NamedTuple):
@@ -41,37 +45,30 @@ def engine(settings: Detector) -> Engine:
 def _engine(weights: Path, device_name: str, precision: str) -> Engine:
     device = choose_device(device_name)
     model = fold(load_weights(weights)).to(device)
-    if device.type == "cpu":
-        _dilate_points(model)
-    return Engine(model, device, choose_precision(precision, device))
+    return Engine(pointwise(model), device, choose_precision(precision, device))
 
 
-def _dilate_points(model: NucleusDetector) -> None:
-    """Dilate every convolution of 1 x 1, in place. To a single pixel that is nothing, but torch chooses by it.
+def detect_patches(
+    patches: NDArray[np.uint8], normalisation: Normalisation, settings: Settings
+) -> Iterator[HostInstances]:
+    """The instances of each of the patches uint8 (n, T, T, 3), as numpy arrays, in the order of the patches.
 
-    On one thread and in float32 it gives those that are not dilated to kernels of its own, which add in another order
-    than the processor's library (and take a little longer): results would depend on the number of threads.
-    """
-    for module in model.modules():
-        if isinstance(module, torch.nn.Conv2d) and module.kernel_size == (1, 1):
-            module.dilation = (2, 2)
-
-
-def detect_patches(patches: NDArray[np.uint8], plan: Plan, settings: Settings) -> Iterator[Found]:
-    """What is in patches uint8 (n, T, T, 3), a Found each, in their order; batch by batch.
-
-    Where the device has no memory for a batch, batches are smaller from then on; a patch that it has no memory for
-    by itself is looked at in quarters, and is lost where it has none for the least of them either.
-    Law: what is found in a patch that fits does not depend on whether others did.
+    normalisation: of the slide that the patches were cut from.
+    Where the device has no memory for a batch, batches are smaller from then on. A patch that it has no memory for
+    on its own is detected in quarters (`split`), and where it has none for the smallest of those either it is `lost`.
+    Law: the instances of a patch that fits do not depend on whether others did.
     """
     first = 0
     while first < len(patches):
         batch = patches[first : first + _batch_size(settings)]
-        found = _attempt(batch, plan, settings)
-        if found is None and len(batch) > 1:
+        detected = _attempt(batch, normalisation, settings)
+        if detected is None and len(batch) > 1:
             _that_fits[settings] = len(batch) // 2
             continue
-        yield from found or [_in_quarters(batch[0], plan, settings) or _lost(settings)]
+        if detected is None:
+            parts = _in_quarters(batch[0], normalisation, settings)
+            detected = None if parts is None else [parts]
+        yield from map(_as_numpy, detected) if detected else [_lost(settings)]
         first += len(batch)
 
 
@@ -83,121 +80,113 @@ def _batch_size(settings: Settings) -> int:
 _that_fits: dict[Settings, int] = {}  # patches per inference, where more of them were too many for this process
 
 
-def _detect(batch: NDArray[np.uint8], plan: Plan, settings: Settings) -> list[Found]:
-    """Normalise a batch uint8 (B, T, T, 3), infer in every view, fuse."""
-    detector, running = settings.detector, engine(settings.detector)
-    limits = caps(batch.shape[1], settings.tiling.mpp, detector.proposals_per_mm2, detector.instances_per_mm2)
+def _detect(batch: NDArray[np.uint8], normalisation: Normalisation, settings: Settings) -> list[Instances[Tensor]]:
+    """Normalise a batch uint8 (B, T, T, 3), detect in every view, fuse. The tensors returned are on the host."""
+    running = engine(settings.detector)
+    limits = Limits.of_patch(settings.detector, batch.shape[1], settings.tiling.mpp)
     pixels = torch.from_numpy(batch)
     if running.device.type == "cuda":
         pixels = pixels.pin_memory()  # from elsewhere the copy is not asynchronous
     with torch.inference_mode():
         raw = pixels.to(running.device, non_blocking=True).permute(0, 3, 1, 2).float() / 255  # (B, 3, T, T)
-        images = stain.normalise(raw, plan.stain, plan.target, stain_network(settings))
+        images = stain.normalise(raw, normalisation.source, normalisation.target, stain_network(settings))
         chosen = views.views(settings.detector.views)
         with torch.autocast(running.device.type, running.precision, enabled=running.precision != torch.float32):
-            found = fuse.infer(running.model, images, chosen, detector, limits, settings.tiling.margin)
-        return _off_device([_table(image, f) for image, f in zip(raw, found, strict=True)], found)
+            detected = fuse.infer(running.model, images, chosen, limits, settings.tiling.margin)
+        measured = [i._replace(stain_density=_stain_density(image, i)) for image, i in zip(raw, detected, strict=True)]
+        return _download(measured)
 
 
-def _table(image: torch.Tensor, found: fuse.Instances) -> torch.Tensor:
-    """A patch's instances as float32 (N, 9 + M * M), in the order of `_off_device`, still on the device.
+def _stain_density(image: Tensor, patch: Instances[Tensor]) -> Tensor:
+    """Mean haematoxylin and eosin density where a mask exceeds a half: float32 (N, 2), on the device.
 
-    image: float32 (3, T, T), before normalisation: the stains are the mean densities of what the masks cover there.
+    image: float32 (3, T, T), before normalisation.
     """
-    boxes, soft = found.boxes.float(), found.soft.float()
-    density = roi_align(stain.he_density(image[None]), [boxes], soft.shape[-1], sampling_ratio=1)  # (N, 2, M, M)
-    inside = (soft > 0.5).float()[:, None]
-    means = (density * inside).sum((2, 3)) / inside.sum((2, 3)).clamp(min=1)
-    numbers = torch.stack([found.scores.float(), found.classes.float(), found.votes.float()], 1)
-    return torch.cat([boxes, numbers, means, soft.flatten(1)], 1)
+    masks = patch.mask_probs
+    density = roi_align(stain.he_density(image[None]), [patch.boxes], masks.shape[-1], sampling_ratio=1)  # (N, 2, M, M)
+    inside = (masks > 0.5).float()[:, None]
+    means: Tensor = (density * inside).sum((2, 3)) / inside.sum((2, 3)).clamp(min=1)
+    return means
 
 
-def _off_device(tables: list[torch.Tensor], found: list[fuse.Instances]) -> list[Found]:
-    """Copy a batch's tables to the host, all at once: the device waits for every copy."""
-    host = torch.cat(tables).cpu().numpy()
-    return [
-        Found(
-            boxes=rows[:, :4].copy(),
-            soft=rows[:, 9:].reshape(f.soft.shape),
-            scores=rows[:, 4].copy(),
-            classes=rows[:, 5].astype(np.int64),
-            votes=rows[:, 6].astype(np.int64),
-            stains=rows[:, 7:9].copy(),
-            saturated=f.saturated,
-        )
-        for rows, f in zip(np.split(host, np.cumsum([len(t) for t in tables])[:-1]), found, strict=True)
+def _download(batch: Sequence[Instances[Tensor]]) -> list[Instances[Tensor]]:
+    """Copy a batch's instances to the host, all columns in one float32 table: the device waits for every copy.
+
+    Whole numbers come through unchanged: there are fewer than 2 ** 24 classes and views.
+    """
+    whole = instances.concat(batch)
+    columns = {name: getattr(whole, name) for name in instances.columns(Instances)}
+    widths = [column.shape[1:].numel() for column in columns.values()]
+    flat = [column.reshape(len(column), width) for column, width in zip(columns.values(), widths, strict=True)]
+    table = torch.cat([values.float() for values in flat], 1).cpu()
+    host = [
+        values.reshape(column.shape).to(column.dtype).contiguous()
+        for column, values in zip(columns.values(), torch.split(table, widths, 1), strict=True)
     ]
+    counts = [len(patch.boxes) for patch in batch]
+    per_patch = zip(*(torch.split(column, counts) for column in host), strict=True)
+    return [
+        patch._replace(**dict(zip(columns, values, strict=True)))
+        for patch, values in zip(batch, per_patch, strict=True)
+    ]
+
+
+def _as_numpy(patch: Instances[Tensor]) -> HostInstances:
+    """The same memory, as numpy arrays; the tensors are on the host."""
+    arrays: Any = patch._replace(**{name: getattr(patch, name).numpy() for name in instances.columns(Instances)})
+    host: HostInstances = arrays
+    return host
 
 
 # ------------------------------------------------------------------------------------------- out of memory
 
 
 _OF_MEMORY = ("out of memory", "can't allocate memory", "ALLOC_FAILED")  # of CUDA, the processor, CUDA's libraries
-_LEAST_PX = 256  # of a quarter: smaller ones are more margin than anything else
+_LEAST_PX = 256  # side of a quarter: smaller ones are mostly margin
 
 
-def _attempt(batch: NDArray[np.uint8], plan: Plan, settings: Settings) -> list[Found] | None:
-    """What is in a batch; or None where there is no memory for it, and what the attempt held is free again.
+def _attempt(
+    batch: NDArray[np.uint8], normalisation: Normalisation, settings: Settings
+) -> list[Instances[Tensor]] | None:
+    """The instances of a batch, or None where there is no memory for it; what the attempt held is then free again.
 
     Every other error passes.
     """
     try:
-        return _detect(batch, plan, settings)
+        return _detect(batch, normalisation, settings)
     except (MemoryError, RuntimeError) as error:
         of_memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
         if not of_memory and not any(words in str(error) for words in _OF_MEMORY):
             raise
-    # not before here, where the exception is gone, are the tensors gone that its frames held
+    # only here, where the exception is gone, are the tensors gone that its frames held
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     return None
 
 
-def _in_quarters(patch: NDArray[np.uint8], plan: Plan, settings: Settings) -> Found | None:
-    """A patch (T, T, 3) in quarters, and those again where need be; None where that fails too.
+def _in_quarters(
+    patch: NDArray[np.uint8], normalisation: Normalisation, settings: Settings
+) -> Instances[Tensor] | None:
+    """A patch (T, T, 3) in quarters, and those in quarters again where need be; None where that fails too.
 
-    That it was needed is not remembered: the next patch may hold less, and as a whole it is seen better.
+    That it was needed is not remembered: the next patch may hold less, and detection in a whole patch is better.
     """
-    parts = fuse.quarters(len(patch), settings.tiling.margin)
+    step = side_step(engine(settings.detector).model.architecture.upscale)
+    parts = quarters(len(patch), settings.tiling.margin, step)
     if not parts or parts[0].side < _LEAST_PX:
         return None
-    seen = []
+    detected = []
     for part in parts:
-        piece = patch[part.y : part.y + part.side, part.x : part.x + part.side]
-        whole = _attempt(piece[None], plan, settings)
-        found = whole[0] if whole else _in_quarters(piece, plan, settings)
-        if found is None:
+        piece = patch[part.window]
+        whole = _attempt(piece[None], normalisation, settings)
+        rows = whole[0] if whole else _in_quarters(piece, normalisation, settings)
+        if rows is None:
             return None
-        boxes, mine = part.of(torch.from_numpy(found.boxes))
-        seen.append(_rows(found._replace(boxes=boxes.numpy()), mine.numpy()))
-    return _together(seen, settings.detector.nms)
+        detected.append(rows)
+    return join(parts, detected, settings.detector.nms)._replace(split=True)
 
 
-def _rows(found: Found, chosen: NDArray[Any]) -> Found:
-    """Some of the instances: a mask bool (N,), or indices in the order wanted."""
-    return found._replace(**{name: getattr(found, name)[chosen] for name in _COLUMNS})
-
-
-_COLUMNS = Found._fields[:6]  # a row an instance
-
-
-def _together(seen: list[Found], iou: float) -> Found:
-    """The quarters of a patch, all in its frame; non-maximum suppression settles what two of them claim."""
-    columns: dict[str, Any] = {name: np.concatenate([getattr(f, name) for f in seen]) for name in _COLUMNS}
-    every = Found(**columns, saturated=any(f.saturated for f in seen), quartered=True)
-    return _rows(every, nms(torch.from_numpy(every.boxes), torch.from_numpy(every.scores), iou).numpy())
-
-
-def _lost(settings: Settings) -> Found:
-    """Nothing, of a patch that could not be looked at."""
-    side = engine(settings.detector).model.architecture.mask_size
-    return Found(
-        boxes=np.zeros((0, 4), np.float32),
-        soft=np.zeros((0, side, side), np.float32),
-        scores=np.zeros(0, np.float32),
-        classes=np.zeros(0, np.int64),
-        votes=np.zeros(0, np.int64),
-        stains=np.zeros((0, 2), np.float32),
-        saturated=False,
-        lost=True,
-    )
+def _lost(settings: Settings) -> HostInstances:
+    """No instances, of a patch that could not be looked at."""
+    mask_size = engine(settings.detector).model.architecture.mask_size
+    return instances.empty(mask_size)._replace(lost=True)

@@ -1,20 +1,72 @@
-"""What the detector finds in one patch."""
+"""The instances of one tile: one type, from the detector to the block's file on disk."""
 
-from typing import NamedTuple
+import typing
+from collections.abc import Sequence
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+A = TypeVar("A")
+T = TypeVar("T", bound=tuple[Any, ...])  # Instances, or another NamedTuple of columns and flags
 
-class Found(NamedTuple):
-    """A tile's instances, off the device: patch px."""
 
-    boxes: NDArray[np.float32]  # (N, 4)
-    soft: NDArray[np.float32]  # (N, M, M)
-    scores: NDArray[np.float32]
-    classes: NDArray[np.int64]
-    votes: NDArray[np.int64]
-    stains: NDArray[np.float32]  # (N, 2) mean haematoxylin and eosin density
-    saturated: bool
-    lost: bool = False  # the device had no memory for it, not even in parts
-    quartered: bool = False  # the device had no memory for it as a whole
+class Instances(NamedTuple, Generic[A]):
+    """The instances of one tile, in patch px: columns with a row per instance, then flags of the tile as a whole.
+
+    A is torch.Tensor within pipeline.model; what leaves it are numpy arrays, `HostInstances`.
+    """
+
+    boxes: A  # float32 (N, 4), x0 y0 x1 y1, half-open
+    mask_probs: A  # float32 (N, M, M), 0..1: the grid spans the box
+    scores: A  # float32 (N,), the mean over the views
+    class_index: A  # int64 (N,), from 0
+    votes: A  # int64 (N,): how many views saw it
+    stain_density: A  # float32 (N, 2): mean haematoxylin and eosin density, log10, where the mask exceeds a half
+    saturated: bool = False  # a limit was reached even in quarters: nuclei may be missing
+    split: bool = False  # the device had no memory for the whole patch: it was looked at in quarters
+    lost: bool = False  # the device had no memory even for its parts: nothing is known of it
+
+
+HostInstances = Instances[NDArray[Any]]
+
+
+def columns(kind: type[tuple[Any, ...]]) -> tuple[str, ...]:
+    """The fields of a NamedTuple that hold a row per instance: all but the flags."""
+    return tuple(name for name, hint in typing.get_type_hints(kind).items() if hint is not bool)
+
+
+def select(rows: T, chosen: Any) -> T:
+    """Some of the rows. chosen: bool (N,), or indices in the order wanted; an array of the same kind."""
+    table: Any = rows
+    selected: T = table._replace(**{name: getattr(table, name)[chosen] for name in columns(type(rows))})
+    return selected
+
+
+def concat(parts: Sequence[T]) -> T:
+    """One or more sets of rows, one after the other. A flag is set where it is set in any of them."""
+    first: Any = parts[0]
+    joined: dict[str, Any] = {name: _join([getattr(p, name) for p in parts]) for name in columns(type(first))}
+    flags = {name: any(getattr(p, name) for p in parts) for name in first._fields if name not in joined}
+    whole: T = first._replace(**joined, **flags)
+    return whole
+
+
+def _join(arrays: list[Any]) -> Any:
+    if isinstance(arrays[0], np.ndarray):
+        return np.concatenate(arrays)
+    import torch  # the processes that outline instances do without it
+
+    return torch.cat(arrays)
+
+
+def empty(mask_size: int) -> HostInstances:
+    """A tile without instances. mask_size: M, the side of the detector's masks."""
+    return Instances(
+        boxes=np.zeros((0, 4), np.float32),
+        mask_probs=np.zeros((0, mask_size, mask_size), np.float32),
+        scores=np.zeros(0, np.float32),
+        class_index=np.zeros(0, np.int64),
+        votes=np.zeros(0, np.int64),
+        stain_density=np.zeros((0, 2), np.float32),
+    )

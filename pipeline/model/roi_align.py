@@ -1,24 +1,25 @@
 """RoIAlign as one sparse product: every bin of every RoI is a weighted sum of rows of one feature table.
 
-torchvision's RoIAlign takes features plane by plane, one thread in its backward pass; on a CPU it cost more
+torchvision's RoIAlign takes features plane by plane, on one thread in its backward pass; on a CPU it cost more
 than half of a training step and a third of an inference. Here the maps of all levels and images are one
-table of pixels by channels, and a bin is a bag of 16 rows: four samples of four corners. The numbers are
-torchvision's (aligned=False, two samples a side), which a test holds.
+table of pixels by channels, and a bin is a bag of 16 rows: four samples of four corners. The results are
+torchvision's (aligned=False, two samples a side); a test compares them.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-SAMPLES = 2  # a side of a bin
+SAMPLES = 2  # along each side of a bin
 
 
 class RoIPool(nn.Module):
-    """Pools boxes from the pyramid level of their size (Lin et al. 2017, equation 1) to a grid of `size`.
+    """Pools boxes from the pyramid level of their size (Lin et al. 2017, equation 1) to a grid of `size` x `size`.
 
-    The same call as torchvision's MultiScaleRoIAlign, which its RoIHeads make in training.
+    Called like torchvision's MultiScaleRoIAlign, whose place it takes in RoIHeads.
     """
 
     def __init__(self, size: int, strides: Sequence[int], canonical_px: float, canonical_level: int) -> None:
@@ -31,7 +32,7 @@ class RoIPool(nn.Module):
     ) -> Tensor:
         """features: level -> float32 (B, C, h, w); boxes: B tensors (N, 4) in image px -> (sum N, C, size, size).
 
-        `sides` are the images' and not needed: every level's stride is known.
+        `sides`, of the images, are part of torchvision's call and not used: the stride of every level is known.
         """
         maps = list(features.values())
         rois = torch.cat(list(boxes))  # (R, 4)
@@ -54,9 +55,9 @@ class RoIPool(nn.Module):
     def levels(self, rois: Tensor) -> Tensor:
         """Index of the pyramid level that each box (R, 4) is pooled from: int64 (R,)."""
         side = ((rois[:, 2] - rois[:, 0]) * (rois[:, 3] - rois[:, 1])).sqrt()
-        lowest = torch.tensor(float(self.strides[0])).log2()
-        wanted = torch.floor(self.canonical_level + torch.log2(side / self.canonical_px) + 1e-6) - lowest
-        return wanted.clamp(0, len(self.strides) - 1).long()
+        lowest = math.log2(self.strides[0])
+        level = torch.floor(self.canonical_level + torch.log2(side / self.canonical_px) + 1e-6) - lowest
+        return level.clamp(0, len(self.strides) - 1).long()
 
 
 def _corners(low: Tensor, high: Tensor, size: int, length: Tensor) -> tuple[Tensor, Tensor]:

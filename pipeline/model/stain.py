@@ -73,6 +73,13 @@ class FittedStain:
         return cls(content["method"], numbers)
 
 
+class Normalisation(NamedTuple):
+    """How the images of one slide are normalised: from its own stain to a template's, both fitted by one method."""
+
+    source: FittedStain
+    target: FittedStain
+
+
 class StainSample(NamedTuple):
     """What a stain is fitted on: pixels in the light of their own glass."""
 

@@ -1,8 +1,8 @@
 """The views of the multi-inference: flips, quarter-turns and small shifts of a patch, and the way back.
 
-A view flips left and right, then turns by quarters anticlockwise, then shifts. The shift rolls the image
-around its edge, so that every view can be undone exactly; what comes round lies in the margin, which the
-margin rule accounts for. Boxes and points move with the pixels that they lie on, but are not rolled round.
+A view mirrors left and right, then turns by quarters anticlockwise, then shifts. The shift rolls the image
+around its edge, so that every view can be undone exactly; what is rolled to the other side lies in the margin,
+which is checked to be wide enough. Boxes and points move with the pixels that they lie on, but are not rolled.
 
 Laws, for every view: undo(apply(x)) == x, for images, boxes, masks and points; the box of a pixel becomes
 the box of the pixel it moves to.
@@ -13,12 +13,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-_SHIFT = 5  # px; no multiple of a feature map's stride, so that the grid of anchors falls elsewhere
+_SHIFT = 5  # px; no multiple of a feature map's stride, so that the anchors lie elsewhere on the nuclei
 
 
 class View(NamedTuple):
-    flip: bool
-    turns: int
+    flip: bool  # left and right
+    turns: int  # quarters, anticlockwise
     shift: tuple[int, int]  # right, down; px
 
 
@@ -58,23 +58,23 @@ def apply(view: View, images: Tensor) -> Tensor:
 
 
 def undo(view: View, images: Tensor) -> Tensor:
-    """Square images (..., S, S) of the view, as the patch shows them."""
+    """Square images (..., S, S) of the view, back as the patch shows them."""
     if any(view.shift):
         images = images.roll((-view.shift[1], -view.shift[0]), (-2, -1))
-    return _unturned(view, images)
+    return _turn_back(view, images)
 
 
-def undo_masks(view: View, soft: Tensor) -> Tensor:
-    """Masks on the grid of their boxes (N, M, M): they flip and turn, and move with their boxes."""
-    return _unturned(view, soft)
+def undo_masks(view: View, masks: Tensor) -> Tensor:
+    """Masks (N, M, M) on the grids of their boxes: flipped and turned back; the shift moves the boxes alone."""
+    return _turn_back(view, masks)
 
 
-def apply_masks(view: View, soft: Tensor) -> Tensor:
+def apply_masks(view: View, masks: Tensor) -> Tensor:
     """The inverse of `undo_masks`."""
-    return apply(view._replace(shift=(0, 0)), soft)
+    return apply(view._replace(shift=(0, 0)), masks)
 
 
-def _unturned(view: View, images: Tensor) -> Tensor:
+def _turn_back(view: View, images: Tensor) -> Tensor:
     images = torch.rot90(images, -view.turns, (-2, -1))
     return images.flip(-1) if view.flip else images
 

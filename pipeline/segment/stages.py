@@ -26,7 +26,8 @@ from pipeline import files
 from pipeline.config import Settings
 from pipeline.errors import ScratchLost, SlideChanged
 from pipeline.model.device import computes_on, device_lock
-from pipeline.model.instances import Found
+from pipeline.model.instances import HostInstances
+from pipeline.model.stain import Normalisation
 from pipeline.model.weights import detector_architecture, find_weights
 from pipeline.segment import pictures, polygons, stitch, tables
 from pipeline.segment.finished import write_exports
@@ -45,7 +46,9 @@ THUMBNAIL_PX, OVERLAY_PX = 1200, 3000  # longest sides of thumbnail.jpg and over
 class Detect(Protocol):
     """What stands for the detector: patches uint8 (n, T, T, 3) -> what is in each, in their order."""
 
-    def __call__(self, patches: NDArray[np.uint8], plan: Plan, settings: Settings) -> Iterator[Found]: ...
+    def __call__(
+        self, patches: NDArray[np.uint8], normalisation: Normalisation, settings: Settings
+    ) -> Iterator[HostInstances]: ...
 
 
 def _worked(stage: str, since: float, counts: Counts = Counts(), computed_on: tuple[str, ...] = ()) -> WorkRecord:
@@ -160,7 +163,7 @@ def detect_block(job: Job, block: int, before: WorkRecord, detect: Detect | None
         patches, lost = stored
         with device_lock():
             started = time.perf_counter()
-            found = list((detect or _detector())(patches, plan, job.settings))
+            found = list((detect or _detector())(patches, Normalisation(plan.stain, plan.target), job.settings))
             device = () if detect else (computes_on(job.settings.detector),)
             before += _worked("detect", started, computed_on=device)
         job.check_lease()
@@ -196,7 +199,7 @@ def outline_block(job: Job, block: int, before: WorkRecord) -> WorkRecord:
         counts = Counts(
             area_lost_mm2=float((predictions.lost * core_mm2).sum()),
             saturated_tiles=sum(f.saturated for f in predictions.tiles),
-            split_tiles=sum(f.quartered for f in predictions.tiles),
+            split_tiles=sum(f.split for f in predictions.tiles),
             touching_nuclei=sum(touching for _, touching in done),
         )
         record = predictions.work + _worked("outline", started, counts)
@@ -206,12 +209,12 @@ def outline_block(job: Job, block: int, before: WorkRecord) -> WorkRecord:
     return record
 
 
-def outline(found: Found, tile: Tile, plan: Plan, settings: Settings) -> tuple[pa.Table, int]:
+def outline(found: HostInstances, tile: Tile, plan: Plan, settings: Settings) -> tuple[pa.Table, int]:
     """A tile's claimed instances as rows of `tables.INSTANCES`, and how many of them a read edge cuts.
 
     Claimed is what is anchored (by its centroid) in the tile's core and in the tissue, and lies on no better one.
     """
-    shapes = polygons.solid(polygons.polygons(found.soft, found.boxes, level=0.5))
+    shapes = polygons.solid(polygons.polygons(found.mask_probs, found.boxes, level=0.5))
     shapes = polygons.simplify(shapes, settings.stitching.simplify_px)
     shapes = shapely.transform(shapes, lambda xy: xy + np.array(tile.read[:2], float))
     anchors = polygons.centroids(shapes)  # NaN where nothing was outlined
@@ -226,8 +229,8 @@ def outline(found: Found, tile: Tile, plan: Plan, settings: Settings) -> tuple[p
         geometry=shapes[kept],
         score=found.scores[kept],
         votes=found.votes[kept],
-        klass=found.classes[kept],
-        stains=found.stains[kept],
+        klass=found.class_index[kept],
+        stains=found.stain_density[kept],
     )
     return table, cut_off
 

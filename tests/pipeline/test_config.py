@@ -1,12 +1,27 @@
 """Settings: one place, strict, and a digest that names what results depend on."""
 
+import ast
 import dataclasses
+import inspect
+import itertools
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from pipeline import config
-from pipeline.config import Architecture, Detector, Execution, Settings, Tiling, build, load
+from pipeline.config import (
+    STRIDES,
+    Architecture,
+    Detector,
+    Execution,
+    Sampling,
+    Settings,
+    Tiling,
+    build,
+    load,
+    side_step,
+)
 from pipeline.errors import ConfigError
 
 
@@ -68,3 +83,40 @@ def test_work_of_another_format_is_another_run(monkeypatch: pytest.MonkeyPatch) 
     before = Settings().digest("a")
     monkeypatch.setattr(config, "WORK_FORMAT", config.WORK_FORMAT + 1)
     assert Settings().digest("a") != before
+
+
+@pytest.mark.parametrize(
+    ("upscale", "step"), [(0.5, 64), (1.0, 32), (1.1, 320), (1.25, 128), (1.5, 64), (2.0, 16), (3.0, 32), (8.0, 4)]
+)
+def test_sides_that_are_multiples_of_the_step_fit_the_strides(upscale: float, step: int) -> None:
+    """The least side that enlarges to a multiple of the coarsest stride; all others that do are multiples of it."""
+    fitting = [side for side in range(1, 2 * step + 1) if round(side * upscale, 6) % STRIDES[-1] == 0]
+    assert side_step(upscale) == step
+    assert fitting == [step, 2 * step]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (
+            {"anchor_negative_iou": 0.7},
+            "anchor_negative_iou=0.7, anchor_positive_iou=0.6: need 0 < negative <= positive",
+        ),
+        ({"proposals_positive": 0.0}, "proposals_positive=0.0: need more than 0, to 1"),
+        ({"after_nms": 0}, "after_nms=0: need 1 or more"),
+    ],
+)
+def test_sampling_is_checked(wrong: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        Sampling(**wrong)
+    assert said in str(raised.value)
+
+
+@pytest.mark.parametrize("kind", [Detector, Architecture, Sampling])
+def test_every_field_of_the_detector_is_explained(kind: type) -> None:
+    """A string follows every field: the command line and contributors read it."""
+    body = ast.parse(inspect.getsource(kind)).body[0]
+    assert isinstance(body, ast.ClassDef)
+    for field, following in itertools.pairwise(body.body):
+        if isinstance(field, ast.AnnAssign):
+            assert isinstance(following, ast.Expr), f"{kind.__name__}: {ast.unparse(field.target)}"

@@ -14,9 +14,9 @@ from pipeline.archive.sources import find_slides
 from pipeline.config import Architecture, Detector, Execution, Settings, Stitching, Tiling, Tissue
 from pipeline.model import inference
 from pipeline.model.detector import NucleusDetector, save_weights
-from pipeline.model.instances import Found
+from pipeline.model.instances import HostInstances
+from pipeline.model.stain import Normalisation
 from pipeline.model.weights import file_sha256
-from pipeline.segment.plan import Plan
 from pipeline.segment.record import SlideRecord
 from training import evaluate as evaluating
 from training.data.datasets import Annotated, AnnotationError, Pixels
@@ -39,14 +39,14 @@ SIDE = 12  # of a nucleus, a square
 CLASSES = ("Odd", "Even")
 
 
-def oracle(patches: np.ndarray, plan: Plan, settings: Settings) -> Iterator[Found]:
+def oracle(patches: np.ndarray, normalisation: Normalisation, settings: Settings) -> Iterator[HostInstances]:
     """Reads nuclei back from their colours; misses every fifth, and calls every sixth 'Odd' though it is even."""
     for patch in patches:
         number = patch[..., 0].astype(np.int64)
         ids = np.array([i for i in np.unique(number[number != 255]) if i % 5], np.int64)
         corners = [np.argwhere(number == i).min(0) for i in ids]
         boxes = np.array([(x, y, x + SIDE, y + SIDE) for y, x in corners], np.float32).reshape(-1, 4)
-        yield Found(
+        yield HostInstances(
             boxes,
             np.ones((len(ids), SIDE, SIDE), bool),
             (1 - ids / 500).astype(np.float32),
@@ -191,7 +191,7 @@ def test_classes_that_the_weights_do_not_know_are_not_scored(tmp_path: Path, set
 def test_an_image_that_cannot_be_segmented_is_named(
     tmp_path: Path, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(patches: np.ndarray, plan: Plan, settings: Settings) -> Iterator[Found]:
+    def broken(patches: np.ndarray, normalisation: Normalisation, settings: Settings) -> Iterator[HostInstances]:
         raise RuntimeError("no such luck")
 
     monkeypatch.setattr(inference, "detect_patches", broken)

@@ -14,9 +14,9 @@ import safetensors.torch
 import torch
 from PIL import Image
 
-from pipeline.config import Architecture
+from pipeline.config import Architecture, Detector
 from pipeline.errors import ConfigError, WeightsError
-from pipeline.model.detector import Caps, NucleusDetector, load_weights, save_weights
+from pipeline.model.detector import Limits, NucleusDetector, load_weights, save_weights
 from pipeline.model.weights import licence, read_notes
 from training.config import Training
 from training.data.crops import Crops, regions, targets
@@ -89,8 +89,8 @@ def test_the_trainer_overfits_a_few_tiles(data: Path, tmp_path: Path) -> None:
     model = load_weights(weights)
     pixels = torch.from_numpy(images.images[0].read().image.copy()).permute(2, 0, 1)[None].float() / 255
     with torch.inference_mode():
-        features, limits = model.features(pixels), Caps(200, 100)
-        (found,) = model.classify(features, model.propose(features, (128, 128), limits), (128, 128), limits, 0.5, 0.4)
+        features, limits = model.features(pixels), Limits.of_patch(Detector(score=0.5, nms=0.4), 128, 0.25)
+        (found,) = model.classify(features, model.propose(features, limits), limits)
     assert 14 <= len(found.boxes) <= 20
 
 
@@ -191,17 +191,13 @@ def test_classes_are_learnt_when_asked_for(data: Path, tmp_path: Path) -> None:
     before = safetensors.torch.load_file(one)
     assert torch.equal(begun.rpn.head.cls_logits.weight, before["rpn.head.cls_logits.weight"].float())
     # before it learns which is which, it finds what the one found: same boxes, scores and masks
-    shown, limits = torch.rand(1, 3, 96, 96), Caps(200, 100)
+    shown, limits = torch.rand(1, 3, 96, 96), Limits.of_patch(Detector(score=0, nms=0.5), 96, 0.25)
     seen = []
     for detector in (load_weights(one), begun.eval()):
         with torch.inference_mode():
             features = detector.features(shown)
-            (boxes,) = detector.classify(
-                features, detector.propose(features, (96, 96), limits), (96, 96), limits, 0, 0.5
-            )
-            seen.append(
-                (boxes.boxes, boxes.scores, *detector.masks(features, [boxes.boxes], [boxes.classes], (96, 96)))
-            )
+            (boxes,) = detector.classify(features, detector.propose(features, limits), limits)
+            seen.append((boxes.boxes, boxes.scores, *detector.masks(features, [boxes.boxes], [boxes.class_index])))
     assert len(seen[0][0]) > 5
     for ours, theirs in zip(*seen, strict=True):
         torch.testing.assert_close(ours, theirs)

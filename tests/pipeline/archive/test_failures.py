@@ -20,9 +20,9 @@ from pipeline.archive.lease import Leases
 from pipeline.archive.run import run
 from pipeline.config import Execution, Settings
 from pipeline.errors import RunError
-from pipeline.model.instances import Found
+from pipeline.model.instances import HostInstances
+from pipeline.model.stain import Normalisation
 from pipeline.segment import stages
-from pipeline.segment.plan import Plan
 from pipeline.segment.record import SlideRecord, WorkRecord
 
 ONE = Execution(cluster=False, workers=1)
@@ -121,10 +121,10 @@ def test_a_full_disk_is_told_and_what_was_done_stays(
 def test_an_output_folder_that_vanishes_ends_the_run_without_an_error(archive: Path, tmp_path: Path) -> None:
     out, away = tmp_path / "out", tmp_path / "away"
 
-    def gone(patches: np.ndarray, plan: Plan, settings: Settings) -> Iterator[Found]:
+    def gone(patches: np.ndarray, normalisation: Normalisation, settings: Settings) -> Iterator[HostInstances]:
         if out.exists():
             out.rename(away)
-        yield from oracle.detect(patches, plan, settings)
+        yield from oracle.detect(patches, normalisation, settings)
 
     rows = segment(archive, out, detect=gone)
     assert [row.status for row in rows.values()] == ["failed", "failed"]
@@ -178,10 +178,11 @@ def test_a_slide_that_another_run_has_is_left_to_it(archive: Path, tmp_path: Pat
 
 
 def test_what_the_device_had_no_memory_for_is_area_lost(archive: Path, tmp_path: Path) -> None:
-    def small(patches: np.ndarray, plan: Plan, settings: Settings) -> Iterator[Found]:
-        for number, found in enumerate(oracle.detect(patches, plan, settings)):
+    def small(patches: np.ndarray, normalisation: Normalisation, settings: Settings) -> Iterator[HostInstances]:
+        for number, found in enumerate(oracle.detect(patches, normalisation, settings)):
             nothing = {
-                name: getattr(found, name)[:0] for name in ("boxes", "soft", "scores", "classes", "votes", "stains")
+                name: getattr(found, name)[:0]
+                for name in ("boxes", "mask_probs", "scores", "class_index", "votes", "stain_density")
             }
             yield found if number else found._replace(**nothing, lost=True)
 
@@ -200,12 +201,12 @@ def test_what_the_device_had_no_memory_for_is_area_lost(archive: Path, tmp_path:
 def test_a_mask_that_covers_nothing_is_no_nucleus(archive: Path, tmp_path: Path) -> None:
     """A box whose soft mask is nowhere above a half has no outline: it is left out, and the slide goes on."""
 
-    def faint(patches: np.ndarray, plan: Plan, settings: Settings) -> Iterator[Found]:
-        for found in oracle.detect(patches, plan, settings):
-            box, mask = np.array([[50, 50, 70, 70]], np.float32), np.zeros_like(found.soft, shape=(1, 20, 20))
-            rest = ("classes", "votes", "stains")
+    def faint(patches: np.ndarray, normalisation: Normalisation, settings: Settings) -> Iterator[HostInstances]:
+        for found in oracle.detect(patches, normalisation, settings):
+            box, mask = np.array([[50, 50, 70, 70]], np.float32), np.zeros_like(found.mask_probs, shape=(1, 20, 20))
+            rest = ("class_index", "votes", "stain_density")
             more = {n: np.zeros_like(getattr(found, n), shape=(1, *getattr(found, n).shape[1:])) for n in rest}
-            more |= {"boxes": box, "soft": mask, "scores": np.array([0.9], np.float32)}
+            more |= {"boxes": box, "mask_probs": mask, "scores": np.array([0.9], np.float32)}
             yield found._replace(**{n: np.concatenate([getattr(found, n), one]) for n, one in more.items()})
 
     expected = segment(archive, tmp_path / "whole")["a"].nuclei

@@ -1,4 +1,4 @@
-"""The detector's parts: shapes, caps, and weights that are what they say."""
+"""The detector's parts: shapes, limits, and weights files that load as what they state."""
 
 import dataclasses
 import json
@@ -9,20 +9,19 @@ import pytest
 import safetensors.torch
 import torch
 
-from pipeline.config import STRIDES, Architecture
+from pipeline.config import STRIDES, Architecture, Detector, Sampling
 from pipeline.errors import ConfigError, WeightsError
 from pipeline.model.detector import (
-    Caps,
+    Limits,
     NucleusDetector,
-    caps,
     fold,
     load_weights,
     save_weights,
 )
-from pipeline.model.device import choose_device
 from pipeline.model.weights import detector_architecture, find_weights, licence, read_notes, shipped
 
 TINY = Architecture(channels=16, box_hidden=16, mask_channels=8, mask_layers=1)
+LIMITS = Limits(anchors=100, objectness=0.3, proposals=50, instances=20, score=0.0, nms=0.5)
 
 
 @pytest.fixture(scope="module")
@@ -31,25 +30,22 @@ def tiny() -> NucleusDetector:
     return NucleusDetector(TINY).eval()
 
 
-def test_boxes_are_inside_the_patch_and_masks_are_soft(tiny: NucleusDetector) -> None:
-    images = torch.rand(2, 3, 96, 96)
-    limits = Caps(proposals=50, instances=20)
+def test_boxes_are_inside_the_patch_and_masks_are_probabilities(tiny: NucleusDetector) -> None:
     with torch.inference_mode():
-        features = tiny.features(images)
-        side = tiny.side(images.shape[-2:])
-        found = tiny.classify(features, tiny.propose(features, side, limits), side, limits, 0.0, 0.5)
-        masks = tiny.masks(features, [f.boxes for f in found], [f.classes for f in found], side)
-    assert side == (144, 144)
-    for candidates, soft in zip(found, masks, strict=True):
-        assert 0 < len(candidates.boxes) <= limits.instances
+        features = tiny.features(torch.rand(2, 3, 96, 96))
+        found = tiny.classify(features, tiny.propose(features, LIMITS), LIMITS)
+        masks = tiny.masks(features, [f.boxes for f in found], [f.class_index for f in found])
+    assert features.size == (144, 144)
+    for candidates, probabilities in zip(found, masks, strict=True):
+        assert 0 < len(candidates.boxes) <= LIMITS.instances
         assert candidates.boxes.min() >= 0
         assert candidates.boxes.max() <= 96
         assert (candidates.boxes[:, 2:] > candidates.boxes[:, :2]).all()
         assert (candidates.scores.diff() <= 0).all()
-        assert soft.shape == (len(candidates.boxes), 28, 28)
-        assert soft.min() >= 0
-        assert soft.max() <= 1
-        assert candidates.saturated == (len(candidates.boxes) == limits.instances)
+        assert probabilities.shape == (len(candidates.boxes), 28, 28)
+        assert probabilities.min() >= 0
+        assert probabilities.max() <= 1
+        assert candidates.saturated == (len(candidates.boxes) == LIMITS.instances)
 
 
 def test_folded_batch_norms_change_nothing() -> None:
@@ -58,14 +54,16 @@ def test_folded_batch_norms_change_nothing() -> None:
     model = NucleusDetector(TINY)
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
+            assert module.running_mean is not None
+            assert module.running_var is not None
             torch.nn.init.uniform_(module.running_mean, -0.3, 0.3)
             torch.nn.init.uniform_(module.running_var, 0.5, 2)
             torch.nn.init.uniform_(module.weight, 0.5, 1.5)
             torch.nn.init.uniform_(module.bias, -0.3, 0.3)
     images = torch.rand(1, 3, 64, 64)
     with torch.inference_mode():
-        wanted = model.eval().features(images)
-        found = fold(model).features(images)
+        wanted = model.eval().features(images).maps
+        found = fold(model).features(images).maps
     assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in model.modules())
     for level, features in wanted.items():
         assert features.std() > 0.01
@@ -73,15 +71,14 @@ def test_folded_batch_norms_change_nothing() -> None:
 
 
 def test_no_proposals_give_no_boxes(tiny: NucleusDetector) -> None:
-    """Glass, to a sure detector: nothing is worth a look in any of the patches, or in one of them."""
-    limits = Caps(50, 20)
+    """On glass there are no proposals: in none of the patches, or in one of them."""
     with torch.inference_mode():
         features = tiny.features(torch.rand(2, 3, 96, 96))
-        nothing, some = torch.zeros(0, 4), tiny.propose(features, (144, 144), limits)[1]
+        nothing, some = torch.zeros(0, 4), tiny.propose(features, LIMITS)[1]
         for proposals, expected in (([nothing, nothing], False), ([nothing, some], True)):
-            first, second = tiny.classify(features, proposals, (144, 144), limits, 0.0, 0.5)
+            first, second = tiny.classify(features, proposals, LIMITS)
             assert first.boxes.shape == (0, 4)
-            assert first.scores.shape == first.classes.shape == (0,)
+            assert first.scores.shape == first.class_index.shape == (0,)
             assert not first.saturated
             assert (len(second.boxes) > 0) == expected
 
@@ -89,12 +86,12 @@ def test_no_proposals_give_no_boxes(tiny: NucleusDetector) -> None:
 def test_no_boxes_give_no_masks(tiny: NucleusDetector) -> None:
     with torch.inference_mode():
         features = tiny.features(torch.rand(1, 3, 96, 96))
-        (masks,) = tiny.masks(features, [torch.empty(0, 4)], [torch.empty(0, dtype=torch.int64)], (144, 144))
+        (masks,) = tiny.masks(features, [torch.empty(0, 4)], [torch.empty(0, dtype=torch.int64)])
     assert masks.shape == (0, 28, 28)
 
 
 class Crowd(torch.nn.Module):
-    """A proposal head that sees 50 nuclei, the first the clearest: two anchors each; all others see nothing."""
+    """A proposal head with 50 nuclei, the first the clearest, of two anchors each; all other anchors see nothing."""
 
     def forward(self, levels: list[torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         scores = [torch.full((1, 6, *level.shape[-2:]), -9.0) for level in levels]
@@ -105,21 +102,24 @@ class Crowd(torch.nn.Module):
         return scores, [torch.zeros(1, 24, *level.shape[-2:]) for level in levels]
 
 
-def test_clear_nuclei_do_not_crowd_out_the_others() -> None:
-    """Every nucleus draws several anchors: all must reach the suppression for 50 nuclei to get 60 proposals."""
+def test_clear_nuclei_do_not_displace_the_others() -> None:
+    """Each nucleus has several anchors: all must enter the NMS for 50 nuclei to get the 60 proposals there may be."""
     torch.manual_seed(0)
     model = NucleusDetector(TINY).eval()
     model.rpn.head = Crowd()
     model.rpn.nms_thresh = 0.5
     with torch.inference_mode():
         features = model.features(torch.zeros(1, 3, 192, 192))
-        (proposals,) = model.propose(features, (288, 288), Caps(proposals=60, instances=60))
+        limits = LIMITS._replace(anchors=Detector().anchors_per_proposal * 60, proposals=60)
+        (proposals,) = model.propose(features, limits)
     assert len(proposals) == 50
 
 
-def test_caps_follow_the_area() -> None:
-    assert caps(1024, 0.25, 92_000, 30_000) == Caps(6029, 1966)
-    assert caps(2048, 0.25, 92_000, 30_000).proposals == pytest.approx(4 * 6029, abs=4)
+def test_limits_follow_the_area() -> None:
+    settings = Detector(proposals_per_mm2=92_000, instances_per_mm2=30_000, anchors_per_proposal=2, score=0.4, nms=0.2)
+    limits = Limits.of_patch(settings, 1024, 0.25)
+    assert limits == Limits(anchors=12058, objectness=0.3, proposals=6029, instances=1966, score=0.4, nms=0.2)
+    assert Limits.of_patch(settings, 2048, 0.25).proposals == pytest.approx(4 * 6029, abs=4)
 
 
 def test_weights_survive_a_round_trip(tiny: NucleusDetector, tmp_path: Path) -> None:
@@ -132,6 +132,17 @@ def test_weights_survive_a_round_trip(tiny: NucleusDetector, tmp_path: Path) -> 
         if value.is_floating_point():
             assert torch.equal(loaded.state_dict()[name], value.half().float()), name
     assert not loaded.training
+
+
+def test_files_older_than_a_setting_load_with_its_default() -> None:
+    """The shipped one states fewer settings than there are now; what it does not state is as it was then."""
+    file = find_weights("nuclei")
+    stated = json.loads(read_notes(file)["architecture"])
+    assert {"ratios", "box_pool", "proposal_nms", "sampling"}.isdisjoint(stated)
+    architecture = detector_architecture(file)
+    assert (architecture.ratios, architecture.box_pool, architecture.proposal_nms) == ((0.5, 1.0, 2.0), 7, 0.7)
+    assert architecture.sampling == Sampling()
+    load_weights(file)
 
 
 def test_a_damaged_file_is_refused(tiny: NucleusDetector, tmp_path: Path) -> None:
@@ -175,6 +186,9 @@ def test_foreign_files_are_refused(tmp_path: Path) -> None:
         ({"classes": ()}, "need one or more"),
         ({"classes": ("a", "a")}, "with different names"),
         ({"upscale": 0.0}, "upscale=0.0"),
+        ({"ratios": ()}, "need 1 to 16 of them"),
+        ({"proposal_nms": 1.0}, "proposal_nms=1.0: need 0 < proposal_nms < 1"),
+        ({"canonical_px": 0.0}, "canonical_px=0.0"),
     ],
 )
 def test_an_architecture_is_checked_before_it_is_built(wrong: dict[str, Any], said: str) -> None:
@@ -192,12 +206,12 @@ def test_a_backbone_that_does_not_fit_is_named(backbone: str, said: str) -> None
 def test_another_backbone_is_one_setting() -> None:
     model = NucleusDetector(dataclasses.replace(TINY, backbone="resnet10t")).eval()
     with torch.inference_mode():
-        features = model.features(torch.rand(1, 3, 64, 64))
+        features = model.features(torch.rand(1, 3, 64, 64)).maps
     assert [features[level].shape[-1] for level in "0123"] == [96 // stride for stride in STRIDES]
 
 
 def test_shipped_detectors_say_what_they_may_be_used_for() -> None:
-    """The default lets everyone; what does not is another name, and says so itself."""
+    """The default may be used by everyone; weights that may not have another name, and state it themselves."""
     assert licence(find_weights("nuclei")).startswith("CC BY 4.0")
     assert "no commercial use" in licence(find_weights("research"))
     assert {"nuclei", "research"} <= set(shipped())
@@ -212,10 +226,3 @@ def test_a_missing_name_lists_what_there_is() -> None:
     assert "nuclei" in shipped()
     with pytest.raises(WeightsError, match=r"no weights 'nucleii'.*nuclei"):
         find_weights("nucleii")
-
-
-def test_a_device_that_is_not_there_is_named() -> None:
-    with pytest.raises(ConfigError, match="need cpu, cuda, cuda:N or auto"):
-        choose_device("gpu!")
-    with pytest.raises(ConfigError, match="CUDA devices"):
-        choose_device("cuda:99")

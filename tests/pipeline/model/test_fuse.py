@@ -1,6 +1,7 @@
 """Fusion: one view is itself, the order of views does not matter, votes count views."""
 
 import itertools
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from torchvision.ops import box_iou, nms
 
 from pipeline.config import Architecture, Detector
-from pipeline.model.detector import Caps, NucleusDetector
+from pipeline.model.detector import Limits, NucleusDetector, Pyramid
 from pipeline.model.fuse import _best_leader, fuse, infer
 from pipeline.model.views import views
 
@@ -27,13 +28,13 @@ boxes_ = st.tuples(
 one_view = st.lists(boxes_, max_size=6)
 
 
-def tensors(view: list[tuple[float, ...]]) -> tuple[Tensor, Tensor, Tensor]:
+def tensors(view: Sequence[tuple[float, ...]]) -> tuple[Tensor, Tensor, Tensor]:
     table = torch.tensor(view, dtype=torch.float32).reshape(-1, 6)
     boxes = torch.stack([table[:, 0], table[:, 1], table[:, 0] + table[:, 2], table[:, 1] + table[:, 3]], 1)
     return boxes, table[:, 4], table[:, 5].long()
 
 
-def fused(seen: list[list[tuple[float, ...]]]) -> tuple[Tensor, ...]:
+def fused(seen: Sequence[Sequence[tuple[float, ...]]]) -> tuple[Tensor, ...]:
     boxes, scores, classes = zip(*(tensors(v) for v in seen), strict=True)
     return fuse(boxes, scores, classes, iou=0.4)
 
@@ -45,7 +46,7 @@ def test_one_view_is_returned_as_it_is(view: list[tuple[float, ...]]) -> None:
     result = fuse([boxes], [scores], [classes], iou=0.4)
     assert torch.equal(result.boxes, boxes)
     assert torch.equal(result.scores, scores)
-    assert torch.equal(result.classes, classes)
+    assert torch.equal(result.class_index, classes)
     assert result.votes.tolist() == [1] * len(view)
 
 
@@ -90,28 +91,54 @@ def tiny() -> NucleusDetector:
     return NucleusDetector(Architecture(channels=16, box_hidden=16, mask_channels=8, mask_layers=1)).eval()
 
 
+def limits(proposals: int, instances: int, score: float) -> Limits:
+    every = Limits.of_patch(Detector(score=score), 128, 0.25)
+    return every._replace(anchors=2 * proposals, proposals=proposals, instances=instances)
+
+
 def test_inference_in_several_views_gives_instances_in_the_patch(tiny: NucleusDetector) -> None:
-    detection = Detector(score=0.01)
+    room = limits(40, 30, score=0.01)
     with torch.inference_mode():
         images = torch.rand(2, 3, 128, 128, generator=torch.Generator().manual_seed(1))
-        found = infer(tiny, images, views(4), detection, Caps(40, 30), 16)
-        swapped = infer(tiny, images.flip(0), views(4), detection, Caps(40, 30), 16)
-    for instances, other in zip(found, reversed(swapped), strict=True):
-        assert instances.soft.shape == (len(instances.boxes), 28, 28)
-        assert (instances.scores >= detection.score).all()
+        detected = infer(tiny, images, views(4), room, 16)
+        swapped = infer(tiny, images.flip(0), views(4), room, 16)
+    for instances, other in zip(detected, reversed(swapped), strict=True):
+        assert instances.mask_probs.shape == (len(instances.boxes), 28, 28)
+        assert (instances.scores >= room.score).all()
         torch.testing.assert_close(instances.boxes, other.boxes, atol=1e-3, rtol=1e-3)
 
 
-def test_a_saturated_patch_is_looked_at_in_quarters(tiny: NucleusDetector) -> None:
+def test_a_saturated_patch_is_detected_in_quarters(tiny: NucleusDetector) -> None:
     """With room for few boxes a whole patch is full; its quarters together may hold four times as many."""
-    detection = Detector(score=0.001, nms=0.3)
     image = torch.rand(1, 3, 256, 256, generator=torch.Generator().manual_seed(2))
     with torch.inference_mode():
-        (crowded,) = infer(tiny, image, views(1), detection, Caps(200, 10), 32)
-        (roomy,) = infer(tiny, image, views(1), detection, Caps(200, 10_000), 32)
+        (crowded,) = infer(tiny, image, views(1), limits(200, 10, score=0.001), 32)
+        (roomy,) = infer(tiny, image, views(1), limits(200, 10_000, score=0.001), 32)
     assert not roomy.saturated or len(roomy.boxes) > 10
     assert crowded.saturated
     assert 10 < len(crowded.boxes) <= 40
+
+
+@pytest.mark.parametrize(("upscale", "side"), [(1.0, 160), (1.5, 192), (2.0, 160)])
+def test_quarters_fit_the_strides_of_any_enlargement(
+    upscale: float, side: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A patch of 256 px with a margin of 32: a quarter reads 160 px, or the next that enlarges to a multiple of 32."""
+    architecture = Architecture(upscale=upscale, channels=16, box_hidden=16, mask_channels=8, mask_layers=1)
+    torch.manual_seed(0)
+    model, sides = NucleusDetector(architecture).eval(), []
+    features = model.features
+
+    def watched(images: Tensor) -> Pyramid:
+        sides.append(images.shape[-1])
+        return features(images)
+
+    monkeypatch.setattr(model, "features", watched)
+    image = torch.rand(1, 3, 256, 256, generator=torch.Generator().manual_seed(2))
+    with torch.inference_mode():
+        (crowded,) = infer(model, image, views(1), limits(200, 10, score=0.001), 32)
+    assert crowded.saturated
+    assert sides == [256, *[side] * 4]
 
 
 @given(st.integers(0, 2**32))

@@ -1,4 +1,4 @@
-"""Inference where memory is short: what fits is not touched by it, what does not is seen in quarters, or lost."""
+"""Inference where memory is short: patches that fit are not affected, others are detected in quarters, or lost."""
 
 import weakref
 from collections.abc import Callable, Iterator
@@ -14,13 +14,14 @@ from hypothesis import strategies as st
 from pipeline.config import Architecture, Detector, Settings, Stain, Tiling
 from pipeline.model import fuse, inference, stain
 from pipeline.model.detector import NucleusDetector, fold
-from pipeline.model.fuse import Instances, quarters
+from pipeline.model.deterministic import pointwise
 from pipeline.model.inference import detect_patches
-from pipeline.model.instances import Found
+from pipeline.model.instances import HostInstances, Instances, columns
+from pipeline.model.stain import Normalisation
 from pipeline.model.weights import find_weights
 
 SIDE, MARGIN, MASK = 512, 64, 4  # in quarters 320 px, then 256
-PLAN: Any = SimpleNamespace(stain=stain.TEMPLATE["none"], target=stain.TEMPLATE["none"])
+NONE = Normalisation(stain.TEMPLATE["none"], stain.TEMPLATE["none"])
 NO_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
 
 
@@ -38,32 +39,32 @@ def painted(squares: list[tuple[int, int]], weight: int = 0) -> np.ndarray:
 
 
 class Device:
-    """Stands for the detector: sees the squares exactly, but fails where a batch takes more than `memory`."""
+    """In place of the detector: sees the squares exactly, but fails where a batch takes more than `memory`."""
 
     def __init__(self, memory: float = float("inf"), error: Exception = NO_MEMORY) -> None:
         self.memory, self.error = memory, error
         self.tried: list[tuple[int, int]] = []  # batch and side of every inference
 
-    def infer(self, _model: Any, images: torch.Tensor, *_: Any) -> list[Instances]:
+    def infer(self, _model: Any, images: torch.Tensor, *_: Any) -> list[Instances[torch.Tensor]]:
         self.tried.append((len(images), images.shape[-1]))
         if sum(taken(image) for image in images) > self.memory:
             raise type(self.error)(*self.error.args)  # one that holds no traceback of an earlier attempt
         return [self.see(image) for image in images]
 
-    def see(self, image: torch.Tensor) -> Instances:
+    def see(self, image: torch.Tensor) -> Instances[torch.Tensor]:
         red = (image[0] * 255).round()
         boxes, scores = [], []
-        for number in red.unique()[:-1]:  # white is the last
+        for number in torch.unique(red)[:-1]:  # white is the last
             y, x = torch.where(red == number)
             boxes.append([float(v) for v in (x.min(), y.min(), x.max() + 1, y.max() + 1)])
             scores.append(0.9 - float(number) / 300)
         count = len(boxes)
-        soft = torch.tensor(scores)[:, None, None].expand(-1, MASK, MASK)
-        ones = torch.ones(count, dtype=torch.int64)
-        return Instances(torch.tensor(boxes).reshape(-1, 4), torch.tensor(scores), ones, ones, soft, False)
+        masks = torch.tensor(scores)[:, None, None].expand(-1, MASK, MASK)
+        ones, unknown = torch.ones(count, dtype=torch.int64), torch.full((count, 2), torch.nan)
+        return Instances(torch.tensor(boxes).reshape(-1, 4), masks, torch.tensor(scores), ones, ones, unknown)
 
-    def find(self, patches: np.ndarray, batch: int = 1) -> list[Found]:
-        return list(detect_patches(patches, PLAN, chosen(batch)))
+    def detect(self, patches: np.ndarray, batch: int = 1) -> list[HostInstances]:
+        return list(detect_patches(patches, NONE, chosen(batch)))
 
 
 def taken(image: torch.Tensor) -> float:
@@ -81,15 +82,15 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Device]:
 
 def install(one: Device, monkeypatch: pytest.MonkeyPatch) -> Device:
     """A new process with this device."""
-    model: Any = SimpleNamespace(architecture=SimpleNamespace(mask_size=MASK))
+    model: Any = SimpleNamespace(architecture=SimpleNamespace(mask_size=MASK, upscale=1.5))
     monkeypatch.setattr(inference, "engine", lambda _: inference.Engine(model, torch.device("cpu"), torch.float32))
     monkeypatch.setattr(inference, "_that_fits", {})
     monkeypatch.setattr(fuse, "infer", one.infer)
     return one
 
 
-def same(a: Found, b: Found) -> bool:
-    return all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
+def same(a: HostInstances, b: HostInstances) -> bool:
+    return all(np.array_equal(getattr(a, name), getattr(b, name)) for name in Instances._fields)
 
 
 # ---------------------------------------------------------------------------------------------------- laws
@@ -104,46 +105,24 @@ patches_ = st.lists(st.tuples(corners, st.integers(0, 3)), min_size=1, max_size=
 def test_what_fits_does_not_depend_on_what_does_not(
     content: list[tuple[list[tuple[int, int]], int]], batch: int, memory: float
 ) -> None:
-    """Law: whatever the memory, a Found a patch, in their order; of those that fit, the same as without a limit.
+    """Law: whatever the memory, instances of every patch, in order; those that fit have the same as without a limit.
 
-    With an exact detector that is so for those seen in quarters too.
+    With an exact detector that holds for those detected in quarters too.
     """
     patches = np.stack([painted(squares[:250], weight) for squares, weight in content])
     with pytest.MonkeyPatch.context() as patched:
-        expected = install(Device(), patched).find(patches)
-        short = install(Device(memory=memory * SIDE**2), patched).find(patches, batch)
+        expected = install(Device(), patched).detect(patches)
+        short = install(Device(memory=memory * SIDE**2), patched).detect(patches, batch)
     assert len(short) == len(expected) == len(patches)
     for found, whole, (squares, weight) in zip(short, expected, content, strict=True):
         assert len(whole.boxes) == len(squares[:250])
         if 1 + weight <= memory:
             assert same(found, whole)
         elif (1 + weight) * 256**2 <= memory * SIDE**2:
-            assert same(found, whole._replace(quartered=True))
+            assert same(found, whole._replace(split=True))
         else:
             assert found.lost
             assert not len(found.boxes)
-
-
-@given(st.integers(2, 64).map(lambda n: 32 * n), st.integers(0, 300), st.tuples(st.floats(0, 1), st.floats(0, 1)))
-def test_every_place_has_one_quarter_that_sees_around_it(side: int, margin: int, at: tuple[float, float]) -> None:
-    """Law: a box is owned by one quarter, which is smaller than the patch, and reads `margin` px around its centre."""
-    centre = torch.tensor([at], dtype=torch.float64) * (side - 1)
-    parts = quarters(side, margin)
-    assert parts or side // 2 + margin > side - 64
-    owners = []
-    for part in parts:
-        corner = torch.tensor([part.x, part.y])
-        moved, mine = part.of(torch.cat([centre - corner - 0.5, centre - corner + 0.5], 1))
-        torch.testing.assert_close(moved, torch.cat([centre - 0.5, centre + 0.5], 1))
-        owners += [part] * int(mine)
-    assert len(owners) == bool(parts)
-    for part in owners:
-        assert part.side < side
-        assert part.side % 64 == 0
-        for read, here in ((part.x, float(centre[0, 0])), (part.y, float(centre[0, 1]))):
-            assert 0 <= read <= read + part.side <= side
-            assert max(0, here - margin) >= read
-            assert min(side, here + margin) <= read + part.side
 
 
 # ------------------------------------------------------------------------------------------------- batches
@@ -152,22 +131,22 @@ def test_every_place_has_one_quarter_that_sees_around_it(side: int, margin: int,
 def test_batches_are_halved_until_they_fit_and_stay_so(device: Callable[..., Device]) -> None:
     one = device(memory=3 * SIDE**2)
     patches = np.stack([painted([(20 * i, 40)]) for i in range(9)])
-    found = one.find(patches, batch=8)
+    found = one.detect(patches, batch=8)
     assert [float(f.boxes[0, 0]) for f in found] == [20 * i for i in range(9)]
     assert [count for count, _ in one.tried] == [8, 4, 2, 2, 2, 2, 1]
     one.tried.clear()
-    one.find(patches, batch=8)  # the next block of the same run
+    one.detect(patches, batch=8)  # the next block of the same run
     assert [count for count, _ in one.tried] == [2, 2, 2, 2, 1]
     one.tried.clear()
-    one.find(patches[:3], batch=3)  # other settings
+    one.detect(patches[:3], batch=3)  # other settings
     assert [count for count, _ in one.tried] == [3]
 
 
 def test_that_one_patch_did_not_fit_is_not_remembered(device: Callable[..., Device]) -> None:
     one = device(memory=SIDE**2)
     heavy, light = painted([(100, 100)], weight=1), painted([(100, 100)])
-    found = one.find(np.stack([light, heavy, light]))
-    assert [f.quartered for f in found] == [False, True, False]
+    found = one.detect(np.stack([light, heavy, light]))
+    assert [f.split for f in found] == [False, True, False]
     assert one.tried == [(1, 512), (1, 512), *[(1, 320)] * 4, (1, 512)]
 
 
@@ -181,7 +160,7 @@ ERRORS = (
 
 @pytest.mark.parametrize("error", ERRORS, ids=str)
 def test_every_shortage_of_memory_is_known(device: Callable[..., Device], error: Exception) -> None:
-    found = device(memory=0, error=error).find(np.stack([painted([(9, 9)])] * 2), batch=2)
+    found = device(memory=0, error=error).detect(np.stack([painted([(9, 9)])] * 2), batch=2)
     assert [f.lost for f in found] == [True, True]
 
 
@@ -189,7 +168,7 @@ def test_the_shortage_of_the_processor_is_known(device: Callable[..., Device], m
     """The allocator's own words."""
     one = device()
     monkeypatch.setattr(one, "see", lambda _: torch.empty(2**60, dtype=torch.uint8))
-    (found,) = one.find(painted([(9, 9)])[None])
+    (found,) = one.detect(painted([(9, 9)])[None])
     assert found.lost
 
 
@@ -197,7 +176,7 @@ def test_the_shortage_of_the_processor_is_known(device: Callable[..., Device], m
 def test_other_errors_pass(device: Callable[..., Device], error: Exception) -> None:
     one = device(memory=0, error=error)
     with pytest.raises(type(error), match=str(error)):
-        one.find(painted([])[None])
+        one.detect(painted([])[None])
     assert len(one.tried) == 1
 
 
@@ -206,14 +185,14 @@ def test_what_a_failure_held_is_free_before_the_next_attempt(
 ) -> None:
     one, held = device(), list[weakref.ref[torch.Tensor]]()
 
-    def infer(*_: Any) -> Iterator[Instances]:
+    def infer(*_: Any) -> Iterator[Instances[torch.Tensor]]:
         assert all(tensor() is None for tensor in held)
         features = torch.ones(1000)
         held.append(weakref.ref(features))
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(fuse, "infer", infer)
-    (found,) = one.find(painted([])[None])
+    (found,) = one.detect(painted([])[None])
     assert found.lost
     assert len(held) == 3  # the patch, a quarter, a quarter of that
 
@@ -222,52 +201,54 @@ def test_what_a_failure_held_is_free_before_the_next_attempt(
 
 
 def test_a_lost_patch_has_the_form_of_every_other(device: Callable[..., Device]) -> None:
-    lost, empty, some = device(memory=SIDE**2).find(
+    lost, empty, some = device(memory=SIDE**2).detect(
         np.stack([painted([], weight=9), painted([]), painted([(7, 7), (80, 7)])]), batch=2
     )
     assert (lost.lost, empty.lost, some.lost) == (True, False, False)
-    for a, b, c in zip(lost[:6], empty[:6], some[:6], strict=True):
+    for name in columns(Instances):
+        a, b, c = (getattr(patch, name) for patch in (lost, empty, some))
         assert len(a) == len(b) == 0
         assert len(c) == 2
         assert a.shape[1:] == b.shape[1:] == c.shape[1:]
         assert a.dtype == b.dtype == c.dtype
 
 
-def test_what_leaves_the_device_is_what_was_found(
+def test_what_leaves_the_device_is_what_was_detected(
     device: Callable[..., Device], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """To the bit, in one table for patches of many, one and no instances."""
     random = torch.Generator().manual_seed(0)
 
-    def instances(count: int) -> Instances:
-        boxes, soft = torch.rand(count, 4, generator=random) * 200, torch.rand(count, MASK, MASK, generator=random)
+    def instances(count: int) -> Instances[torch.Tensor]:
+        boxes, masks = torch.rand(count, 4, generator=random) * 200, torch.rand(count, MASK, MASK, generator=random)
         boxes[:, 2:] += boxes[:, :2]
-        classes, votes = (torch.randint(high, (count,), generator=random) for high in (7, 9))
-        return Instances(boxes, torch.rand(count, generator=random), classes, votes, soft, count == 1)
+        class_index, votes = (torch.randint(high, (count,), generator=random) for high in (7, 9))
+        scores, unknown = torch.rand(count, generator=random), torch.full((count, 2), torch.nan)
+        return Instances(boxes, masks, scores, class_index, votes, unknown, saturated=count == 1)
 
     seen = [instances(5), instances(0), instances(1)]
     one = device()
     monkeypatch.setattr(fuse, "infer", lambda *_: seen)
     glass = np.full((3, SIDE, SIDE, 3), 255, np.uint8)
-    for f, expected in zip(one.find(glass, batch=3), seen, strict=True):
-        for name in ("boxes", "scores", "classes", "votes", "soft"):
+    for f, expected in zip(one.detect(glass, batch=3), seen, strict=True):
+        for name in ("boxes", "mask_probs", "scores", "class_index", "votes"):
             given, wanted = getattr(f, name), getattr(expected, name).numpy()
             assert given.dtype == wanted.dtype
             assert np.array_equal(given, wanted)
-        assert not f.stains.any()
-        assert f.stains.shape == (len(f.boxes), 2)
-        assert (f.saturated, f.lost, f.quartered) == (expected.saturated, False, False)
+        assert not f.stain_density.any()  # of glass
+        assert f.stain_density.shape == (len(f.boxes), 2)
+        assert (f.saturated, f.split, f.lost) == (expected.saturated, False, False)
 
 
-def test_stains_are_means_of_what_a_mask_covers(device: Callable[..., Device]) -> None:
+def test_stain_densities_are_means_of_what_a_mask_covers(device: Callable[..., Device]) -> None:
     """In quarters the same as in the whole patch."""
     patch = painted([(30, 30), (250, 250)])
-    (whole,) = device().find(patch[None])
-    (parts,) = device(memory=0.5 * SIDE**2).find(patch[None])
-    assert parts.quartered
-    assert np.array_equal(parts.stains, whole.stains)
+    (whole,) = device().detect(patch[None])
+    (parts,) = device(memory=0.5 * SIDE**2).detect(patch[None])
+    assert parts.split
+    assert np.array_equal(parts.stain_density, whole.stain_density)
     colour = torch.tensor(patch[35, 35]).view(1, 3, 1, 1) / 255
-    assert np.allclose(whole.stains[0], stain.he_density(colour).flatten(), atol=1e-4)
+    assert np.allclose(whole.stain_density[0], stain.he_density(colour).flatten(), atol=1e-4)
 
 
 # ------------------------------------------------------------------------------------------ the same bits
@@ -277,23 +258,25 @@ def test_stains_are_means_of_what_a_mask_covers(device: Callable[..., Device]) -
 def test_neither_threads_nor_batches_show(method: Any, precision: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Law: the same bits on one thread and on several, alone and in a batch; also where there are few proposals."""
     torch.manual_seed(0)
-    model = fold(NucleusDetector(Architecture(box_hidden=32, mask_channels=8, mask_layers=1)).eval())
-    inference._dilate_points(model)
+    model = pointwise(fold(NucleusDetector(Architecture(box_hidden=32, mask_channels=8, mask_layers=1)).eval()))
     monkeypatch.setattr(inference, "engine", lambda _: inference.Engine(model, torch.device("cpu"), precision))
     patches = np.random.default_rng(0).integers(60, 255, (2, 320, 320, 3)).astype(np.uint8)
     patches[1, 32:] = 240
     target = stain.read_template(find_weights("stain")) if method == "dcgmm" else stain.TEMPLATE[method]
     paler = stain.FittedStain(method, {name: tuple(0.9 * v for v in values) for name, values in target.numbers.items()})
-    plan: Any = SimpleNamespace(stain=paler, target=target)
 
-    def find(batch: int, threads: int) -> list[Found]:
+    def detect(batch: int, threads: int) -> list[HostInstances]:
         detection = Detector(batch=batch, score=0.05)
         torch.set_num_threads(threads)
-        return list(detect_patches(patches, plan, Settings(detector=detection, stain=Stain(method=method))))
+        return list(
+            detect_patches(
+                patches, Normalisation(paler, target), Settings(detector=detection, stain=Stain(method=method))
+            )
+        )
 
     before = torch.get_num_threads()
     try:
-        expected, *others = [find(*how) for how in ((1, 1), (1, 3), (2, 2))]
+        expected, *others = [detect(*how) for how in ((1, 1), (1, 3), (2, 2))]
     finally:
         torch.set_num_threads(before)
     assert len(expected[0].boxes) > 5

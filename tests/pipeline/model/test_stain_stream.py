@@ -17,7 +17,7 @@ from pipeline.cli import app
 from pipeline.config import Execution, Settings, Stain, Stitching, Tiling, Tissue
 from pipeline.errors import RunError, StainError, WeightsError
 from pipeline.model import dcgmm, fuse, inference, stain
-from pipeline.model.instances import Found
+from pipeline.model.instances import HostInstances, Instances
 from pipeline.model.weights import find_weights
 from pipeline.segment.plan import Plan, plan_slide
 from slides.errors import SlideNotFound
@@ -91,7 +91,7 @@ def test_the_detector_sees_normalised_patches(slide: Path, monkeypatch: pytest.M
     settings = chosen(method="dcgmm")
     plan, seen = planned(slide, settings), []
 
-    def look(_model: Any, images: torch.Tensor, *_: Any) -> list[fuse.Instances]:
+    def look(_model: Any, images: torch.Tensor, *_: Any) -> list[Instances[torch.Tensor]]:
         seen.append(images)
         return []
 
@@ -99,7 +99,7 @@ def test_the_detector_sees_normalised_patches(slide: Path, monkeypatch: pytest.M
     monkeypatch.setattr(inference, "engine", lambda _: inference.Engine(None, torch.device("cpu"), torch.float32))
     pixels = np.array(Image.open(slide))[None, :256, :256]
     with pytest.raises(ValueError, match="shorter"):  # an image without instances to go with it
-        list(inference.detect_patches(pixels, plan, settings))
+        list(inference.detect_patches(pixels, stain.Normalisation(plan.stain, plan.target), settings))
     raw = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
     expected = stain.normalise(raw, plan.stain, plan.target, dcgmm.load(find_weights("stain")))
     torch.testing.assert_close(seen[0], expected, atol=1e-4, rtol=0)
@@ -109,10 +109,12 @@ def test_the_detector_sees_normalised_patches(slide: Path, monkeypatch: pytest.M
 # ----------------------------------------------------------------------------------------------------- runs
 
 
-def nothing_found(patches: np.ndarray, _plan: Plan, _settings: Settings) -> Iterator[Found]:
+def nothing_found(
+    patches: np.ndarray, _normalisation: stain.Normalisation, _settings: Settings
+) -> Iterator[HostInstances]:
     """Stands for the detector."""
     for _ in patches:
-        yield Found(
+        yield HostInstances(
             np.zeros((0, 4), np.float32),
             np.zeros((0, 8, 8), np.float32),
             np.zeros(0, np.float32),

@@ -1,0 +1,87 @@
+"""The same bits on any number of threads, and within rounding what torch's plain operations give."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pipeline.model import deterministic
+from pipeline.model.deterministic import mix_channels, pad_rows, pointwise, sigmoid, softmax, upsample
+
+MATRIX = torch.rand(2, 3, generator=torch.Generator().manual_seed(0))
+WEIGHT = torch.rand(256, 4704, generator=torch.Generator().manual_seed(1)) / 100
+
+
+def plain_mix(images: Tensor) -> Tensor:
+    return torch.einsum("rc,bchw->brhw", MATRIX, images)
+
+
+PAIRS: tuple[tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor], tuple[int, ...]], ...] = (
+    (lambda x: mix_channels(x, MATRIX), plain_mix, (2, 3, 61, 67)),
+    (lambda x: softmax(x, 1), lambda x: x.softmax(1), (2, 3, 61, 67)),
+    (sigmoid, Tensor.sigmoid, (2, 3, 61, 67)),
+    (
+        lambda x: upsample(x, 1.5),
+        lambda x: F.interpolate(x, scale_factor=1.5, mode="bilinear"),
+        (2, 3, 64, 64),
+    ),
+    (lambda x: (pad_rows(x) @ WEIGHT.T)[: len(x)], lambda x: x @ WEIGHT.T, (3, 4704)),
+)
+NAMES = ("mix_channels", "softmax", "sigmoid", "upsample", "pad_rows")
+
+
+@pytest.mark.parametrize(("ours", "plain", "shape"), PAIRS, ids=NAMES)
+def test_threads_do_not_show_and_the_numbers_are_torchs(
+    ours: Callable[[Tensor], Tensor], plain: Callable[[Tensor], Tensor], shape: tuple[int, ...]
+) -> None:
+    """Law: the same bits on one thread and on several; torch's plain operation, within rounding."""
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(2)) * 4
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(ours(x))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(result, results[0]) for result in results)
+    torch.testing.assert_close(results[0], plain(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("ours", "plain", "shape"), PAIRS, ids=NAMES)
+def test_on_a_gpu_they_are_the_plain_operations(
+    ours: Callable[[Tensor], Tensor],
+    plain: Callable[[Tensor], Tensor],
+    shape: tuple[int, ...],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """To the last bit; here on the CPU, taken for a GPU."""
+    monkeypatch.setattr(deterministic, "_on_cpu", lambda _: False)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(2)) * 4
+    assert torch.equal(ours(x), plain(x))
+
+
+def test_shrinking_is_antialiased_on_every_device() -> None:
+    """A chequerboard halved is grey."""
+    board = torch.arange(8)[:, None].add(torch.arange(8)).remainder(2).float()[None, None]
+    torch.testing.assert_close(upsample(board, 0.5)[..., 1:-1, 1:-1], torch.full((1, 1, 2, 2), 0.5))
+
+
+def test_convolutions_of_one_pixel_are_dilated_on_a_cpu_alone() -> None:
+    """Also within others; dilation does not change what such a convolution gives."""
+    network = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.Sequential(nn.Conv2d(4, 5, 1)))
+    images = torch.rand(1, 3, 16, 16)
+    expected = network(images)
+    assert pointwise(network) is network
+    assert [m.dilation for m in network.modules() if isinstance(m, nn.Conv2d)] == [(1, 1), (2, 2)]
+    torch.testing.assert_close(network(images), expected)
+    elsewhere = pointwise(nn.Conv2d(4, 5, 1, device="meta"))
+    assert elsewhere.dilation == (1, 1)
+
+
+def test_only_a_cpu_takes_the_other_path() -> None:
+    """On any other device nothing is padded."""
+    assert len(pad_rows(torch.ones(3, 5))) == 64
+    assert len(pad_rows(torch.ones(70, 5))) == 70
+    assert len(pad_rows(torch.ones(3, 5, device="meta"))) == 3
