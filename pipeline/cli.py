@@ -32,7 +32,7 @@ app.command("training.cli:convert", name="convert")
 
 def main(tokens: Sequence[str] | None = None) -> None:
     """Entry point. Exit status: 0 all done, 1 some slides failed, 2 wrong usage, 130 interrupted."""
-    from pipeline.errors import ClusterLost
+    from pipeline.errors import ClusterLost, StainError
     from slides.errors import SlideError
 
     # what a batch system sends before it kills is Ctrl-C to us
@@ -51,7 +51,7 @@ def main(tokens: Sequence[str] | None = None) -> None:
     except ClusterLost as error:
         print(f"nightslide: {error}", file=sys.stderr)
         sys.exit(1)
-    except (ConfigError, SlideError, CycloptsError) as error:
+    except (ConfigError, StainError, SlideError, CycloptsError) as error:
         print(f"nightslide: {error}", file=sys.stderr)
         sys.exit(2)
 

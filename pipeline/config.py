@@ -150,7 +150,7 @@ class Export:
     "Subtract the slide's bounds, as QuPath's OpenSlide reader crops to them."
 
 
-WORK_FORMAT = 3
+WORK_FORMAT = 4
 "Of what lies in a slide's work folder: raised with every change that makes older ones wrong to continue from."
 
 

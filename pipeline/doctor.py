@@ -10,7 +10,7 @@ import torch
 
 from pipeline.archive.manifest import VERSIONED
 from pipeline.config import Detector
-from pipeline.model.inference import engine
+from pipeline.model import load
 from pipeline.model.weights import file_sha256, find_weights, licence, shipped
 
 
@@ -37,7 +37,7 @@ def check_up(say: Callable[[str], None] = print) -> int:
     for name in shipped():
         say(f"weights {name}: {file_sha256(find_weights(name))[:16]} {licence(find_weights(name))}")
     try:
-        running = engine(Detector())
+        running = load.detector(Detector())
         with torch.inference_mode():
             features = running.model.features(torch.zeros(1, 3, 64, 64, device=running.device))
         say(f"smoke test: the detector computes on {running.device} in {str(running.precision).removeprefix('torch.')}")

@@ -12,8 +12,9 @@ from typing import Any
 from pipeline import files
 from pipeline.config import STRIDES, Architecture, Settings, Tiling
 from pipeline.errors import RunError
+from pipeline.model.load import stain_files
 from pipeline.model.weights import detector_architecture, file_sha256, find_weights, read_notes
-from pipeline.segment.plan import stain_files, stain_target
+from pipeline.segment.slide_stain import template_stain
 
 RUN = "run.json"
 
@@ -39,7 +40,7 @@ def settle(settings: Settings, out: Path, overwrite: bool) -> tuple[Settings, st
     """Settings that name files by their paths, and their digest, which the output folder's run.json then has."""
     weights = find_weights(settings.detector.weights)
     _check_fit(settings.tiling, detector_architecture(weights), weights.name)
-    files = stain_files(settings)
+    files = stain_files(settings.stain)
     settings = dataclasses.replace(
         settings,
         detector=dataclasses.replace(settings.detector, weights=str(weights)),
@@ -49,7 +50,8 @@ def settle(settings: Settings, out: Path, overwrite: bool) -> tuple[Settings, st
             template=str(files.get("template", "")),
         ),
     )
-    stain_target(settings)  # a template that tells no stain is refused before anything is begun
+    # a template from which no stain can be fitted is refused before anything is started
+    template_stain(settings.stain, settings.tissue, settings.tiling.mpp)
     stain_sha256 = {name: file_sha256(p) for name, p in files.items()}
     digest = settings.digest(file_sha256(weights), stain_sha256)
     _open_run(out, settings, digest, weights, stain_sha256, overwrite)

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from pipeline.config import StainArchitecture
 from pipeline.model import weights
+from pipeline.model.deterministic import upsample
 
 _NO_DENSITY = 1e-4  # less than 8 bits can tell from white: there is no chroma
 _SHRINK = 2  # clusters are told at half the work scale: nuclei are large, and it takes a quarter of the time
@@ -53,8 +54,7 @@ class ClusterNet(nn.Module):
         channels = architecture.channels
         self.down = nn.ModuleList(_block(before, after) for before, after in pairwise((1, *channels)))
         self.up = nn.ModuleList(_block(fine + coarse, fine) for fine, coarse in pairwise(channels))
-        # dilation is nothing to a kernel of one pixel, but without it torch adds in another order on one thread
-        self.score = nn.Conv2d(channels[0], architecture.clusters, 1, dilation=2)
+        self.score = nn.Conv2d(channels[0], architecture.clusters, 1)
         self.bands = nn.Conv2d(1, architecture.clusters, 1, bias=False)
         # At first the clusters are bands of density, pale to dense, so that each has its place whatever the seed:
         # log N(D; centre, spread), but for what all have in common. Wider bands overlap, and clusters die.
@@ -87,15 +87,7 @@ class ClusterNet(nn.Module):
         for fine, layer in zip(reversed(levels[:-1]), reversed(list(self.up)), strict=True):
             x = layer(torch.cat([fine, F.interpolate(x, scale_factor=2.0, mode="nearest")], 1))
         logits = self.score(x) + self.bands(small)  # (B, K, H / 2, W / 2)
-        # `antialias` changes nothing when enlarging, but without it torch adds in another order on one thread
-        logits = F.interpolate(logits, scale_factor=float(_SHRINK), mode="bilinear", antialias=True)
-        return logits[..., :height, :width]
-
-
-def shares(logits: Tensor) -> Tensor:
-    """The responsibilities (B, K, H, W) of logits: softmax over K, but torch's depends on the number of threads."""
-    weights = (logits - logits.amax(1, keepdim=True)).exp()
-    return weights / weights.sum(1, keepdim=True)
+        return upsample(logits, float(_SHRINK))[..., :height, :width]
 
 
 def _block(before: int, after: int) -> nn.Module:
@@ -105,11 +97,10 @@ def _block(before: int, after: int) -> nn.Module:
 def to_hsd(density: Tensor) -> Tensor:
     """Optical densities (B, 3, H, W), 0 and more -> (B, 3, H, W) of D, cx, cy. White has no chroma: (0, 0, 0)."""
     mean = density.mean(1)
-    seen = mean.clamp(min=_NO_DENSITY)
-    ratio = density / seen[:, None]
-    shown = mean > _NO_DENSITY
-    cx = torch.where(shown, ratio[:, 0] - 1, 0)
-    cy = torch.where(shown, (ratio[:, 1] - ratio[:, 2]) / math.sqrt(3), 0)
+    ratio = density / mean.clamp(min=_NO_DENSITY)[:, None]
+    white = mean <= _NO_DENSITY
+    cx = (ratio[:, 0] - 1).masked_fill(white, 0)
+    cy = ((ratio[:, 1] - ratio[:, 2]) / math.sqrt(3)).masked_fill(white, 0)
     return torch.stack([mean, cx, cy], 1)
 
 
@@ -172,15 +163,20 @@ def log_likelihoods(hsd: Tensor, mixture: Mixture) -> Tensor:
     return constant.to(hsd)[..., None, None] - 0.5 * distance
 
 
-def transfer(hsd: Tensor, shares: Tensor, source: Mixture, target: Mixture) -> Tensor:
-    """x' = sum_k g_k ((x - mean_k) / deviation_k * deviation'_k + mean'_k), (B, 3, H, W); mixtures (K).
+def coefficients(source: Mixture, target: Mixture) -> tuple[Tensor, Tensor]:
+    """What `transfer` needs to move every cluster of `source` (K) to its `target`: slopes, offsets, float32 (K, 3)."""
+    gain = target.deviation / source.deviation
+    return (gain - 1).float(), (target.mean - gain * source.mean).float()
 
+
+def transfer(hsd: Tensor, shares: Tensor, slopes: Tensor, offsets: Tensor) -> Tensor:
+    """x' = sum_k g_k ((x - mean_k) / deviation_k * deviation'_k + mean'_k), (B, 3, H, W).
+
+    hsd: float32 (B, 3, H, W); shares: responsibilities (B, K, H, W); slopes, offsets: see `coefficients`.
     Law: to the same mixture nothing changes, to the last bit.
     """
-    gain = target.deviation / source.deviation  # (K, 3)
-    offset = target.mean - gain * source.mean
-    slopes = torch.einsum("bkhw,kc->bchw", shares, (gain - 1).to(shares))
-    return hsd + hsd * slopes + torch.einsum("bkhw,kc->bchw", shares, offset.to(shares))
+    slope = torch.einsum("bkhw,kc->bchw", shares, slopes)
+    return hsd + hsd * slope + torch.einsum("bkhw,kc->bchw", shares, offsets)
 
 
 def save(network: ClusterNet, path: Path, notes: Mapping[str, str]) -> None:

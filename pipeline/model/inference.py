@@ -1,65 +1,26 @@
 """Patches -> instances: stain normalisation, every view, fusion, batch by batch on the device."""
 
-import functools
 import threading
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torchvision.ops import nms, roi_align
 
-from pipeline.config import Detector, Settings
-from pipeline.model import fuse, stain, views
-from pipeline.model.detector import NucleusDetector, caps, fold, load_weights
-from pipeline.model.device import choose_device, choose_precision
+from pipeline.config import Settings
+from pipeline.model import fuse, load, stain, views
+from pipeline.model.detector import caps
 from pipeline.model.instances import Found
-from pipeline.model.weights import find_weights
-from pipeline.segment.plan import Plan, stain_network
+from pipeline.segment.plan import Plan
 
-
-class Engine(NamedTuple):
-    """A detector on its device."""
-
-    model: NucleusDetector
-    device: torch.device
-    precision: torch.dtype
-
-
-_loading, _computing = threading.Lock(), threading.Lock()
+_computing = threading.Lock()
 
 
 def device_lock() -> threading.Lock:
     """The turn of this process's device: hold it while you compute."""
     return _computing
-
-
-def engine(settings: Detector) -> Engine:
-    """The detector of these settings: loaded once per process, weights and device."""
-    with _loading:
-        return _engine(find_weights(settings.weights), settings.device, settings.precision)
-
-
-@functools.lru_cache(maxsize=2)
-def _engine(weights: Path, device_name: str, precision: str) -> Engine:
-    device = choose_device(device_name)
-    model = fold(load_weights(weights)).to(device)
-    if device.type == "cpu":
-        _dilate_points(model)
-    return Engine(model, device, choose_precision(precision, device))
-
-
-def _dilate_points(model: NucleusDetector) -> None:
-    """Dilate every convolution of 1 x 1, in place. To a single pixel that is nothing, but torch chooses by it.
-
-    On one thread and in float32 it gives those that are not dilated to kernels of its own, which add in another order
-    than the processor's library (and take a little longer): results would depend on the number of threads.
-    """
-    for module in model.modules():
-        if isinstance(module, torch.nn.Conv2d) and module.kernel_size == (1, 1):
-            module.dilation = (2, 2)
 
 
 def detect_patches(patches: NDArray[np.uint8], plan: Plan, settings: Settings) -> Iterator[Found]:
@@ -81,7 +42,7 @@ def detect_patches(patches: NDArray[np.uint8], plan: Plan, settings: Settings) -
 
 
 def _batch_size(settings: Settings) -> int:
-    wanted = settings.detector.batch or (8 if engine(settings.detector).device.type == "cuda" else 1)
+    wanted = settings.detector.batch or (8 if load.detector(settings.detector).device.type == "cuda" else 1)
     return min(wanted, _that_fits.get(settings, wanted))
 
 
@@ -90,14 +51,15 @@ _that_fits: dict[Settings, int] = {}  # patches per inference, where more of the
 
 def _detect(batch: NDArray[np.uint8], plan: Plan, settings: Settings) -> list[Found]:
     """Normalise a batch uint8 (B, T, T, 3), infer in every view, fuse."""
-    detector, running = settings.detector, engine(settings.detector)
+    detector, running = settings.detector, load.detector(settings.detector)
     limits = caps(batch.shape[1], settings.tiling.mpp, detector.proposals_per_mm2, detector.instances_per_mm2)
+    normaliser = load.normaliser(plan.normalisation, settings.stain, running.device)
     pixels = torch.from_numpy(batch)
     if running.device.type == "cuda":
         pixels = pixels.pin_memory()  # from elsewhere the copy is not asynchronous
     with torch.inference_mode():
         raw = pixels.to(running.device, non_blocking=True).permute(0, 3, 1, 2).float() / 255  # (B, 3, T, T)
-        images = stain.normalise(raw, plan.stain, plan.target, stain_network(settings))
+        images = normaliser(raw)
         chosen = views.views(settings.detector.views)
         with torch.autocast(running.device.type, running.precision, enabled=running.precision != torch.float32):
             found = fuse.infer(running.model, images, chosen, detector, limits, settings.tiling.margin)
@@ -195,7 +157,7 @@ def _together(seen: list[Found], iou: float) -> Found:
 
 def _lost(settings: Settings) -> Found:
     """Nothing, of a patch that could not be looked at."""
-    side = engine(settings.detector).model.architecture.mask_size
+    side = load.detector(settings.detector).model.architecture.mask_size
     return Found(
         boxes=np.zeros((0, 4), np.float32),
         soft=np.zeros((0, side, side), np.float32),

@@ -4,6 +4,7 @@ Nothing is unpickled. A file builds its own network; one that is damaged, or of 
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 from collections.abc import Mapping
@@ -44,8 +45,34 @@ def find_weights(name: str) -> Path:
 
 
 def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's content; computed again only where the file's size, time or inode is another."""
+    return _file_sha256(path, stamp(path))
+
+
+@functools.lru_cache(maxsize=32)
+def _file_sha256(path: Path, _stamp: tuple[int, ...]) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def stamp(path: Path) -> tuple[int, ...]:
+    """Size, time of the last change in ns, and inode of a file: another tuple where the file was replaced."""
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns, status.st_ino
+
+
+def check_content(path: Path, recorded: str = "") -> str:
+    """SHA-256 of a file. Raises WeightsError where it is not `recorded`, unless that is empty: any content will do."""
+    try:
+        sha256 = file_sha256(path)
+    except OSError as error:
+        raise WeightsError(f"{path} cannot be read ({error}): put the file back, or choose other weights") from error
+    if recorded not in ("", sha256):
+        raise WeightsError(
+            f"{path} has other content than when the run was started (SHA-256 {sha256}, recorded was {recorded}): "
+            "put the file back, or choose another --out"
+        )
+    return sha256
 
 
 def save(network: nn.Module, architecture: Any, path: Path, notes: Mapping[str, str]) -> None:

@@ -348,8 +348,8 @@ def finish(job: Job, plan: Plan, results: dict[str, Any]) -> None:
         "bounds": plan.bounds,
         "um_per_px": plan.scale,
         "has_icc": plan.has_icc,
-        "stain": plan.stain.to_json(),
-        "stain_target": plan.target.to_json(),
+        "stain": plan.normalisation.source.to_json(),
+        "stain_target": plan.normalisation.target.to_json(),
         **results,
     }
     with files.committed(job.folder / "slide.json") as path:

@@ -12,15 +12,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.config import Architecture, Detector, Settings, Stain, Tiling
-from pipeline.model import fuse, inference, stain
+from pipeline.model import fuse, inference, load, stain
 from pipeline.model.detector import NucleusDetector, fold
+from pipeline.model.deterministic import pointwise
 from pipeline.model.fuse import Instances, quarters
 from pipeline.model.inference import detect_patches
 from pipeline.model.instances import Found
 from pipeline.model.weights import find_weights
 
 SIDE, MARGIN, MASK = 512, 64, 4  # in quarters 320 px, then 256
-PLAN: Any = SimpleNamespace(stain=stain.TEMPLATE["none"], target=stain.TEMPLATE["none"])
+NONE = stain.Normalisation(stain.TEMPLATE["none"], stain.TEMPLATE["none"])
+PLAN: Any = SimpleNamespace(normalisation=NONE)
 NO_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
 
 
@@ -82,7 +84,8 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Device]:
 def install(one: Device, monkeypatch: pytest.MonkeyPatch) -> Device:
     """A new process with this device."""
     model: Any = SimpleNamespace(architecture=SimpleNamespace(mask_size=MASK))
-    monkeypatch.setattr(inference, "engine", lambda _: inference.Engine(model, torch.device("cpu"), torch.float32))
+    on_cpu = load.LoadedDetector(model, torch.device("cpu"), torch.float32)
+    monkeypatch.setattr(load, "detector", lambda _: on_cpu)
     monkeypatch.setattr(inference, "_that_fits", {})
     monkeypatch.setattr(fuse, "infer", one.infer)
     return one
@@ -277,14 +280,13 @@ def test_stains_are_means_of_what_a_mask_covers(device: Callable[..., Device]) -
 def test_neither_threads_nor_batches_show(method: Any, precision: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Law: the same bits on one thread and on several, alone and in a batch; also where there are few proposals."""
     torch.manual_seed(0)
-    model = fold(NucleusDetector(Architecture(box_hidden=32, mask_channels=8, mask_layers=1)).eval())
-    inference._dilate_points(model)
-    monkeypatch.setattr(inference, "engine", lambda _: inference.Engine(model, torch.device("cpu"), precision))
+    model = pointwise(fold(NucleusDetector(Architecture(box_hidden=32, mask_channels=8, mask_layers=1)).eval()))
+    monkeypatch.setattr(load, "detector", lambda _: load.LoadedDetector(model, torch.device("cpu"), precision))
     patches = np.random.default_rng(0).integers(60, 255, (2, 320, 320, 3)).astype(np.uint8)
     patches[1, 32:] = 240
     target = stain.read_template(find_weights("stain")) if method == "dcgmm" else stain.TEMPLATE[method]
     paler = stain.FittedStain(method, {name: tuple(0.9 * v for v in values) for name, values in target.numbers.items()})
-    plan: Any = SimpleNamespace(stain=paler, target=target)
+    plan: Any = SimpleNamespace(normalisation=stain.Normalisation(paler, target))
 
     def find(batch: int, threads: int) -> list[Found]:
         detection = Detector(batch=batch, score=0.05)
