@@ -2,6 +2,7 @@
 
 import functools
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
@@ -13,7 +14,7 @@ from pipeline.config import Settings
 from pipeline.errors import StainError
 from pipeline.model import load, stain, views
 from pipeline.model.stain import Normalisation
-from pipeline.segment.slide_stain import fit_slide, template_stain
+from pipeline.segment.slide_stain import ANY_CONTENT, fit_slide, template_stain
 from pipeline.segment.tissue_map import find_tissue
 from slides.geometry import Affine, Box, Size
 from slides.grid import Tile, TileGrid, check_margin
@@ -50,10 +51,12 @@ class Plan(NamedTuple):
         return tuple(b for b in range(self.grid.blocks) if self.of_block(b))
 
 
-def plan_slide(slide: Slide, settings: Settings) -> Plan:
+def plan_slide(slide: Slide, settings: Settings, stain_sha256: Mapping[str, str] = ANY_CONTENT) -> Plan:
     """The plan of a slide. Reads a thumbnail and, to fit its stain, a few regions.
 
-    Raises GridError where the margin is too small for the largest nucleus and the views' shifts.
+    stain_sha256: of the files that stain normalisation reads, as the run recorded them (`Settings.digest`)
+    Raises GridError where the margin is too small for the largest nucleus and the views' shifts, WeightsError where a
+    file of the stain normalisation has other content than recorded.
     """
     tiling = settings.tiling
     size, to_slide = slide.work(tiling.mpp)
@@ -65,7 +68,7 @@ def plan_slide(slide: Slide, settings: Settings) -> Plan:
         views.largest_shift(settings.detector.views),
     )
     tissue = find_tissue(slide, settings.tissue, tiling.mpp)
-    normalisation, note = _normalisation(slide, tissue, settings)
+    normalisation, note = _normalisation(slide, tissue, settings, stain_sha256)
     return Plan(
         slide.quick_hash,
         slide.vendor,
@@ -81,11 +84,14 @@ def plan_slide(slide: Slide, settings: Settings) -> Plan:
     )
 
 
-def _normalisation(slide: Slide, tissue: TissueMap, settings: Settings) -> tuple[Normalisation, str]:
+def _normalisation(
+    slide: Slide, tissue: TissueMap, settings: Settings, stain_sha256: Mapping[str, str]
+) -> tuple[Normalisation, str]:
     """How the slide is normalised; and why it is not, although that was asked for (else empty)."""
-    target = template_stain(settings.stain, settings.tissue, settings.tiling.mpp)
+    target = template_stain(settings.stain, settings.tissue, settings.tiling.mpp, stain_sha256)
+    network = load.stain_network(settings.stain, recorded=stain_sha256.get("weights", ""))
     try:
-        fitted = fit_slide(slide, tissue, settings.stain, load.stain_network(settings.stain))
+        fitted = fit_slide(slide, tissue, settings.stain, network)
     except StainError as error:
         return Normalisation(stain.TEMPLATE["none"], stain.TEMPLATE["none"]), str(error)
     return Normalisation(fitted, target), ""

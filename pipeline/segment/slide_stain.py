@@ -69,22 +69,26 @@ def fit_template(
         tissue = find_tissue(slide, tissue_settings, mpp)
         if not tissue.mask.any():
             tissue = tissue._replace(mask=~tissue.mask)
-        return fit_slide(slide, tissue, settings, network)
+        try:
+            return fit_slide(slide, tissue, settings, network)
+        except StainError as error:
+            raise StainError(f"{path}: {error}") from error
 
 
 def template_stain(
-    settings: Stain, tissue_settings: Tissue, mpp: float, recorded: Mapping[str, str] = ANY_CONTENT
+    settings: Stain, tissue_settings: Tissue, mpp: float, stain_sha256: Mapping[str, str] = ANY_CONTENT
 ) -> FittedStain:
     """What slides are normalised to: the stain of --stain.template, or the one that comes with the method.
 
     Fitted once per process and content of the files.
-    mpp: the working scale; recorded: SHA-256 that files must have, by their names in `load.stain_files`.
+    mpp: the working scale; stain_sha256: of the files, as the run recorded them, by their names in `load.stain_files`.
     Raises what `load.stain_files`, `fit_template` and `stain.read_template` raise, and WeightsError for a file of
     other content than recorded.
     """
     files = load.stain_files(settings)
-    for name in files.keys() & recorded.keys():
-        check_content(files[name], recorded[name])
+    for name, path in files.items():
+        if name in stain_sha256:
+            check_content(path, stain_sha256[name])
     return _template_stain(settings, tissue_settings, mpp, tuple(stamp(path) for path in files.values()))
 
 

@@ -1,5 +1,6 @@
 """Normalisation to the same stain changes nothing; to another one, it gives that stain; nonsense is refused."""
 
+import copy
 import json
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from pipeline.model.stain import (
     white_point,
 )
 from pipeline.model.weights import find_weights
+from pretend_cuda import PretendedCuda
 
 MOVING = METHODS[1:]
 NETWORKS = {method: load.stain_network(Stain(method=method)) for method in METHODS}
@@ -159,6 +161,43 @@ def test_dcgmm_wants_its_own_network_and_template() -> None:
         Normaliser(Normalisation(TARGETS["dcgmm"], TARGETS["dcgmm"]), other)
     with pytest.raises(WeightsError, match="names no template"):
         read_template(find_weights("nuclei"))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_normaliser_lies_on_its_device_and_uploads_pixels_only(method: str) -> None:
+    """Law: no tensor meets one of another device, and after the first batch constants are uploaded no more."""
+    images = tensor(painted(15, BLUE, ORANGE))
+    normalisation = Normalisation(fitted(painted(13, BLUE, ORANGE), method), TARGETS[method])
+    network = NETWORKS[method]
+    with torch.inference_mode(), PretendedCuda() as cuda:
+        moved = None if network is None else copy.deepcopy(network).to("cuda:0")
+        normaliser = Normaliser(normalisation, moved, "cuda:0")
+        held = [*normaliser.buffers(), *normaliser.parameters()]
+        assert all(t.device.type == "cuda" for t in held)
+        assert bool(held) == (method != "none")
+        before = len(cuda.uploads)
+        batches = [normaliser(images.to("cuda:0")).cpu() for _ in range(2)]
+        assert cuda.uploads[before:] == [tuple(images.shape)] * 2
+    for batch in batches:
+        torch.testing.assert_close(batch, normalised(images, *normalisation), atol=1e-5, rtol=1e-4)
+    if network is not None:
+        assert next(network.parameters()).device.type == "cpu"  # others fit with it
+
+
+def test_densities_are_computed_on_the_device_and_upload_pixels_only() -> None:
+    images = tensor(painted(15, BLUE, ORANGE))
+    with PretendedCuda() as cuda:
+        density = [he_density(images.to("cuda:0")).cpu() for _ in range(2)]
+        assert cuda.uploads.count(tuple(images.shape)) == 2
+        assert len(cuda.uploads) <= 3  # the matrix, once a process
+    torch.testing.assert_close(density[1], he_density(images), atol=1e-5, rtol=1e-4)
+
+
+def test_a_network_on_another_device_is_refused() -> None:
+    """Instead of being moved, as others use it where it is."""
+    normalisation = Normalisation(TARGETS["dcgmm"], TARGETS["dcgmm"])
+    with pytest.raises(StainError, match=r"the network is not on meta.*need load\.stain_network for that device"):
+        Normaliser(normalisation, NETWORKS["dcgmm"], "meta")
 
 
 def test_densities_of_pure_stains() -> None:

@@ -13,12 +13,12 @@ import torch
 from PIL import Image
 
 from pipeline.archive.run import run
-from pipeline.cli import app
+from pipeline.cli import app, main
 from pipeline.config import Detector, Execution, Settings, Stain, Stitching, Tiling, Tissue
 from pipeline.errors import RunError, StainError, WeightsError
 from pipeline.model import dcgmm, fuse, inference, load, stain
 from pipeline.model.instances import Found
-from pipeline.model.weights import find_weights
+from pipeline.model.weights import file_sha256, find_weights
 from pipeline.segment.plan import Plan, plan_slide
 from slides.errors import SlideNotFound
 from slides.slide import open_slide
@@ -86,6 +86,23 @@ def test_a_slide_without_a_stain_goes_on_as_it_is(tmp_path: Path) -> None:
     plan = planned(tmp_path / "grey.png", chosen(method="dcgmm"))
     assert plan.normalisation == (stain.TEMPLATE["none"], stain.TEMPLATE["none"])
     assert "need" in plan.stain_note
+
+
+def test_files_of_other_content_than_the_run_recorded_are_refused(slide: Path, tmp_path: Path) -> None:
+    """A template or a network that was replaced after the run started does not reach the slides that are left."""
+    template, weights = picture(tmp_path / "template.png", 1), tmp_path / "mine.safetensors"
+    shutil.copy(find_weights("stain"), weights)
+    settings = chosen(method="dcgmm", template=str(template), weights=str(weights))
+    recorded = {"weights": file_sha256(weights), "template": file_sha256(template)}
+    with open_slide(slide, mpp=0.25) as opened:
+        plain = plan_slide(opened, settings).normalisation
+        assert plan_slide(opened, settings, recorded).normalisation == plain
+        picture(template, 2)
+        with pytest.raises(WeightsError, match=f"{template} has other content.*{recorded['template']}"):
+            plan_slide(opened, settings, recorded)
+        dcgmm.save(dcgmm.load(weights), weights, {"template": "another"})
+        with pytest.raises(WeightsError, match=f"{weights} has other content.*{recorded['weights']}"):
+            plan_slide(opened, settings, {"weights": recorded["weights"]})
 
 
 @pytest.mark.parametrize("device", ["cuda", "cuda:7"])
@@ -179,6 +196,21 @@ def test_what_cannot_be_normalised_to_is_refused_before_anything_is_started(slid
                 mpp=0.25,
             )
         assert not (tmp_path / "out").exists()
+
+
+def test_a_template_without_a_stain_is_wrong_usage(
+    slide: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A line on the terminal and exit status 2, and no output folder."""
+    Image.new("RGB", (300, 300), (200, 200, 200)).save(tmp_path / "grey.png")
+    out, template = str(tmp_path / "out"), str(tmp_path / "grey.png")
+    with pytest.raises(SystemExit) as raised:
+        main(["run", str(slide), "--out", out, "--mpp", "0.25", "--stain", "macenko", "--stain.template", template])
+    assert raised.value.code == 2
+    line = capsys.readouterr().err
+    assert line.startswith(f"nightslide: {template}: 0 of 262144 cells")
+    assert line.count("\n") == 1
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_digest_names_the_files_by_content() -> None:
