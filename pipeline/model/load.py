@@ -8,7 +8,7 @@ import functools
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Generic, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import nn
@@ -16,12 +16,14 @@ from torch import nn
 from pipeline.config import Detector, Stain
 from pipeline.model import dcgmm
 from pipeline.model.dcgmm import ClusterNet
-from pipeline.model.detector import NucleusDetector, fold, load_weights
 from pipeline.model.deterministic import pointwise
 from pipeline.model.device import choose_device, choose_precision
 from pipeline.model.stain import Normalisation, Normaliser
 from pipeline.model.weights import check_content, find_weights
 from slides.errors import SlideNotFound
+
+if TYPE_CHECKING:
+    from pipeline.model.detector import NucleusDetector
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -31,7 +33,7 @@ CPU = torch.device("cpu")
 class LoadedDetector(NamedTuple):
     """A detector on its device, ready for inference."""
 
-    model: NucleusDetector
+    model: "NucleusDetector"
     device: torch.device
     precision: torch.dtype
 
@@ -108,7 +110,9 @@ class _Networks(Generic[M]):
             return network
 
 
-def _load_detector(path: Path, device: torch.device) -> NucleusDetector:
+def _load_detector(path: Path, device: torch.device) -> "NucleusDetector":
+    from pipeline.model.detector import fold, load_weights  # the workers that plan start in half the time without it
+
     return pointwise(fold(load_weights(path)).to(device))
 
 

@@ -53,7 +53,7 @@ _LEAST_STRENGTH = 0.05  # OD of the 99th percentile; H&E has 0.4 and more
 
 @dataclass(frozen=True)
 class FittedStain:
-    """The stain of a slide, as one method describes it. Plain numbers: it is written to JSON and sent anywhere."""
+    """The stain of a slide, as one method describes it. Plain numbers: it goes to JSON and to other processes."""
 
     method: str
     numbers: Numbers = field(hash=False)
@@ -209,9 +209,15 @@ def _hold(module: nn.Module, **constants: Tensor) -> None:
 def read_template(weights: Path) -> FittedStain:
     """The stain that a dcgmm weights file carries to normalise to. Raises WeightsError where it has none."""
     try:
-        return FittedStain.from_json(json.loads(read_notes(weights)["template"]))
+        template = FittedStain.from_json(json.loads(read_notes(weights)["template"]))
     except (KeyError, ValueError, RecursionError) as error:
         raise WeightsError(f"{weights} names no template: need a file written by 'nightslide fit-stain'") from error
+    if template.method != "dcgmm":
+        raise WeightsError(
+            f"{weights} has a template of {template.method}: need one of dcgmm, in a file written by "
+            f"'nightslide fit-stain'"
+        )
+    return template
 
 
 def he_density(images: Tensor) -> Tensor:
@@ -251,8 +257,8 @@ def sample(patches: NDArray[np.uint8], readable: NDArray[np.bool_]) -> StainSamp
 
     patches: uint8 (B, H, W, 3); readable: bool (B, H, W), the pixels to learn from.
 
-    Colours are taken from cells of 4 x 4 px, for a stain hardly changes within a micrometre but a sensor's
-    noise does, and the extremes that white and Macenko look for would be the noise's.
+    Colours are means over cells of 4 x 4 px: a stain hardly changes within a micrometre but a sensor's noise does,
+    and the percentiles that the white point and Macenko's method use would be those of the noise.
     Raises StainError when there are too few cells, or they are grey on the whole.
     """
     if patches.ndim != 4 or patches.shape[3] != 3 or readable.shape != patches.shape[:3]:
@@ -266,10 +272,10 @@ def sample(patches: NDArray[np.uint8], readable: NDArray[np.bool_]) -> StainSamp
     if len(cells) < _FEWEST_CELLS:
         raise StainError(f"{len(cells)} cells of {_CELL_PX} x {_CELL_PX} pixels can be read: need {_FEWEST_CELLS}")
     white = white_point(cells)
-    light = images.new_tensor(white)
-    images = images / light[:, None, None]
+    glass = images.new_tensor(white)
+    images = images / glass[:, None, None]
     tissue = known & (optical_density(images).mean(1, keepdim=True) > TISSUE_OD)
-    return StainSample(white, images, tissue, _stained(cells / light))
+    return StainSample(white, images, tissue, _stained(cells / glass))
 
 
 def white_point(cells: Tensor) -> tuple[float, ...]:
@@ -307,9 +313,9 @@ def _stained(colours: Tensor) -> Tensor:
 
 def _tissue_share(images: Tensor) -> Tensor:
     """(B, 3, H, W) -> (B, 1, H, W): 0 on glass, which is kept, 1 on tissue, which is moved; smooth between."""
-    depth = (optical_density(images).mean(1, keepdim=True) - _GLASS_OD) / (TISSUE_OD - _GLASS_OD)
-    depth = depth.clamp(0, 1)
-    return depth * depth * (3 - 2 * depth)
+    share = (optical_density(images).mean(1, keepdim=True) - _GLASS_OD) / (TISSUE_OD - _GLASS_OD)
+    share = share.clamp(0, 1)
+    return share * share * (3 - 2 * share)
 
 
 # --------------------------------------------------------------------------------------------- Reinhard
@@ -384,8 +390,8 @@ def _fit_macenko(pooled: StainSample) -> Numbers:
     low, high = _percentile(angles, 0.01), _percentile(angles, 0.99)
     if math.degrees(high - low) < _LEAST_ANGLE_DEG:
         raise StainError(
-            f"the tissue's colours span {math.degrees(high - low):.1f} degrees: need {_LEAST_ANGLE_DEG:.0f} to tell "
-            "two stains; fit on more tissue, or use 'none'"
+            f"the tissue's colours span {math.degrees(high - low):.1f} degrees: need {_LEAST_ANGLE_DEG:.0f} to "
+            "separate two stains; fit on more tissue, or use 'none'"
         )
     ends = torch.tensor([[math.cos(a), math.sin(a)] for a in (low, high)], dtype=torch.float64)
     vectors = sorted((ends @ plane.T).tolist(), reverse=True)  # red comes first in a vector

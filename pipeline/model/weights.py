@@ -1,6 +1,7 @@
 """Weights on disk: safetensors with the architecture, notes and a checksum of the tensors inside.
 
-Nothing is unpickled. A file builds its own network; one that is damaged, or of another kind, is named.
+Nothing is unpickled. A network is built from the architecture in its file; a file that is damaged, or of another kind,
+raises WeightsError.
 """
 
 import dataclasses
@@ -92,7 +93,7 @@ def save(network: nn.Module, architecture: Any, path: Path, notes: Mapping[str, 
 
 
 def read_notes(path: Path) -> dict[str, str]:
-    """The text a weights file carries: architecture, checksum, recipe, data, licence."""
+    """The notes of a weights file: architecture, checksum, recipe, data, licence. Raises WeightsError."""
     try:
         with safetensors.safe_open(path, "pt") as file:
             return dict(file.metadata() or {})
@@ -101,30 +102,31 @@ def read_notes(path: Path) -> dict[str, str]:
 
 
 def licence(path: Path) -> str:
-    """What a weights file says of its licence: a line that a terminal can show; "" where it says nothing."""
+    """The licence in a weights file's notes, as one line of printable characters; "" where it has none."""
     line = " ".join(read_notes(path).get("licence", "").split())
     line = "".join(c for c in line if c.isprintable())
     return line if len(line) <= 400 else f"{line[:399]}…"
 
 
 def read_architecture(path: Path, kind: type[T], maker: str) -> T:
-    """What a file says of its network, as a dataclass `kind`. Raises WeightsError where it says nothing, or nonsense.
+    """The architecture in a file's notes, as a dataclass `kind`.
 
-    maker: the command that writes such files, for the message.
+    maker: the command that writes such files, for the message
+    Raises WeightsError where the file has none, or one that `kind` refuses.
     """
     notes = read_notes(path)
     if "architecture" not in notes or "sha256" not in notes:
         raise WeightsError(f"{path} holds no weights of Nightslide: need a file written by '{maker}'")
     try:
         return build(kind, json.loads(notes["architecture"]), f"{path}: architecture")
-    except ValueError as error:  # ConfigError and JSONDecodeError
+    except (ValueError, RecursionError) as error:  # ConfigError, JSONDecodeError; JSON of many levels
         raise WeightsError(
             f"{path} names no architecture that can be built ({error}): need a file written by '{maker}'"
         ) from error
 
 
 def detector_architecture(path: Path) -> Architecture:
-    """What a detector's weights file says of its network; read from the file's text. Raises WeightsError."""
+    """The architecture of a detector, from the notes of its weights file, without loading it. Raises WeightsError."""
     return read_architecture(path, Architecture, "nightslide train")
 
 

@@ -238,6 +238,6 @@ def test_a_damaged_file_and_a_detectors_are_refused(network: ClusterNet, tmp_pat
 
 
 def test_an_architecture_that_cannot_be_is_refused() -> None:
-    for wrong in ({"clusters": 1}, {"channels": ()}, {"floor": 0.0}):
+    for wrong in ({"clusters": 1}, {"channels": ()}, {"channels": (8, 1_000_000)}, {"floor": 0.0}):
         with pytest.raises(ConfigError, match="need"):
             StainArchitecture(**wrong)

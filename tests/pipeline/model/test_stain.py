@@ -184,6 +184,17 @@ def test_a_normaliser_lies_on_its_device_and_uploads_pixels_only(method: str) ->
         assert next(network.parameters()).device.type == "cpu"  # others fit with it
 
 
+@pytest.mark.parametrize(
+    "template",
+    ["{", "[" * 100_000, "{}", json.dumps(TEMPLATE["macenko"].to_json())],
+    ids=["cut", "deep", "no", "other"],
+)
+def test_a_file_whose_template_is_none_of_dcgmm_is_refused(template: str, tmp_path: Path) -> None:
+    dcgmm.save(dcgmm.ClusterNet(StainArchitecture(channels=(4,))), tmp_path / "s.safetensors", {"template": template})
+    with pytest.raises(WeightsError, match=r"need .*'nightslide fit-stain'"):
+        read_template(tmp_path / "s.safetensors")
+
+
 def test_densities_are_computed_on_the_device_and_upload_pixels_only() -> None:
     images = tensor(painted(15, BLUE, ORANGE))
     with PretendedCuda() as cuda:
