@@ -5,7 +5,7 @@
 Prints a markdown table: of the normalised median intensity of the annotated nuclei (NMI, Nyul et al. 2000, Bejnordi
 et al. 2016: the median over their pixels of the mean of red, green and blue, by its 95th percentile), the standard
 deviation and the coefficient of variation over images; set by set, and over all of them. Every image is fitted alone,
-as a slide is, and every method normalises to the median of its own fits, so that no method has a luckier template.
+as a slide is, and every method normalises to the median of its own fits, so that no method is favoured by its template.
 Seconds per mm2 are of normalising, on one thread, at 0.25 um per px; fitting is done once per slide.
 """
 
@@ -47,7 +47,7 @@ SETS = (
 class Measured(NamedTuple):
     nmi: float
     seconds_per_mm2: float
-    failed: bool  # no stain could be told: the image stays as it is
+    failed: bool  # no stain could be fitted: the image is not normalised
     picture: Image.Image
 
 
