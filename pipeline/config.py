@@ -415,7 +415,8 @@ class StainArchitecture:
     def __post_init__(self) -> None:
         require(2 <= self.clusters <= 8, f"clusters={self.clusters}: need 2 to 8")
         require(
-            1 <= len(self.channels) <= 5 and min(self.channels) > 0, f"channels={self.channels}: need 1 to 5 levels"
+            1 <= len(self.channels) <= 5 and all(1 <= count <= 4096 for count in self.channels),
+            f"channels={self.channels}: need 1 to 5 levels, of 1 to 4096 channels each",
         )
         require(self.floor > 0, f"floor={self.floor}: need more than 0")
 

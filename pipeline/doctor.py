@@ -10,8 +10,8 @@ import torch
 
 from pipeline.archive.manifest import versions
 from pipeline.config import Detector
-from pipeline.model.inference import engine
-from pipeline.model.weights import file_sha256, find_weights, licence, shipped
+from pipeline.model import load
+from pipeline.model.weights import content_sha256, find_weights, licence, shipped
 from pipeline.text import one_line
 
 
@@ -28,7 +28,7 @@ def check_up(say: Callable[[str], None] = print) -> int:
     if not torch.cuda.is_available():
         say("no CUDA device: the detector runs on the CPU")
     for name in shipped():
-        say(f"weights {name}: {file_sha256(find_weights(name))[:16]} {licence(find_weights(name))}")
+        say(f"weights {name}: {content_sha256(find_weights(name))[:16]} {licence(find_weights(name))}")
     problems = [*_conflicts(), *_smoke_test(say)]
     for problem in problems:
         say(f"PROBLEM: {problem}")
@@ -53,7 +53,7 @@ def _conflicts() -> list[str]:
 def _smoke_test(say: Callable[[str], None]) -> list[str]:
     """Run the detector on an empty image, and say where. Returns the problems, if any."""
     try:
-        running = engine(Detector())
+        running = load.detector(Detector())
         with torch.inference_mode():
             features = running.model.features(torch.zeros(1, 3, 64, 64, device=running.device))
     except Exception as error:  # whatever is wrong with this machine's torch is what is looked for

@@ -128,6 +128,11 @@ def test_the_command_line_starts_without_heavy_imports() -> None:
     assert loaded_by("import pipeline.cli", "torch", "dask", "distributed", "pyarrow", "openslide") == []
 
 
+def test_the_stages_start_without_the_detector() -> None:
+    """Law: a worker that only plans, tiles or outlines does not wait for the detector's libraries."""
+    assert loaded_by("import pipeline.segment.stages", "timm", "torchvision") == []
+
+
 def test_the_top_level_is_as_designed() -> None:
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
     if listed.returncode:

@@ -15,13 +15,14 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from pipeline.config import Settings, Stain, StainArchitecture, Tiling
+from pipeline.config import Stain, StainArchitecture, Tissue
 from pipeline.errors import StainError
 from pipeline.files import committed
 from pipeline.model import dcgmm, stain
 from pipeline.model.dcgmm import ClusterNet
+from pipeline.model.deterministic import pointwise
 from pipeline.model.device import choose_device
-from pipeline.segment.plan import fit_template
+from pipeline.segment.slide_stain import fit_template
 from training import checkpoint
 from training.config import StainTraining
 from training.data.datasets import Annotated, AnnotationError
@@ -89,8 +90,7 @@ def fit_stain(
     if template is None:
         target = typical(sets, "dcgmm", architecture.mpp, saved)
     else:
-        settings = Settings(tiling=Tiling(mpp=architecture.mpp), stain=Stain(method="dcgmm"))
-        target = fit_template(template, settings, saved)
+        target = fit_template(template, Stain(method="dcgmm"), Tissue(), architecture.mpp, saved)
     notes = {"recipe": json.dumps(asdict(training)), "step": str(step), "template": json.dumps(target.to_json())}
     with committed(out / "stain.safetensors") as path:
         dcgmm.save(network, path, notes)
@@ -173,7 +173,7 @@ def _as_saved(network: ClusterNet) -> ClusterNet:
     """The network as it will be read from its file: in half precision, on the CPU."""
     saved = ClusterNet(network.architecture)
     saved.load_state_dict({k: v.cpu().half().float() for k, v in network.state_dict().items()})
-    return saved.eval().requires_grad_(False)
+    return pointwise(saved.eval().requires_grad_(False))
 
 
 def _log(path: Path, step: int, loss: float, seconds: float) -> None:

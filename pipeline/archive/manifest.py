@@ -6,7 +6,7 @@ import math
 import os
 import platform
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,10 @@ from pipeline import files
 from pipeline.config import STRIDES, Architecture, Settings, Tiling, side_step
 from pipeline.errors import RunError
 from pipeline.layout import LEASE, RunFolder
-from pipeline.model.weights import detector_architecture, find_weights, read_notes
-from pipeline.segment.plan import stain_files, stain_target
+from pipeline.model.load import stain_files
+from pipeline.model.weights import content_sha256, detector_architecture, find_weights, read_notes
+from pipeline.segment.job import Manifest
+from pipeline.segment.slide_stain import template_stain
 
 VERSIONED = (
     "nightslide",
@@ -36,25 +38,11 @@ def versions() -> dict[str, str]:
     return {name: metadata.version(name) for name in VERSIONED}
 
 
-@dataclass(frozen=True)
-class Manifest:
-    """A run's settings, with the paths of every file that they name, and those files' checksums."""
-
-    settings: Settings
-    weights_sha256: str
-    stain_sha256: Mapping[str, str]  # of `weights` and `template`, where the stain normalisation reads them
-
-    @property
-    def digest(self) -> str:
-        """Names everything that nuclei.parquet depends on."""
-        return self.settings.digest(self.weights_sha256, self.stain_sha256)
-
-
 def resolve(settings: Settings) -> Manifest:
     """The manifest of settings. Raises WeightsError, RunError, StainError where they cannot work."""
     weights = find_weights(settings.detector.weights)
     _check_fit(settings.tiling, detector_architecture(weights), weights.name)
-    stain = stain_files(settings)
+    stain = stain_files(settings.stain)
     settings = dataclasses.replace(
         settings,
         detector=dataclasses.replace(settings.detector, weights=str(weights)),
@@ -64,9 +52,10 @@ def resolve(settings: Settings) -> Manifest:
             template=str(stain.get("template", "")),
         ),
     )
-    stain_target(settings)  # a template that shows no stain is refused before anything starts
-    sha256 = {name: files.file_sha256(path) for name, path in stain.items()}
-    return Manifest(settings, files.file_sha256(weights), sha256)
+    # a template that shows no stain is refused before anything is started
+    template_stain(settings.stain, settings.tissue, settings.tiling.mpp)
+    sha256 = {name: content_sha256(path) for name, path in stain.items()}
+    return Manifest(settings, content_sha256(weights), sha256)
 
 
 def _check_fit(tiling: Tiling, architecture: Architecture, weights: str) -> None:

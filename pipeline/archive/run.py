@@ -29,7 +29,7 @@ from pipeline.layout import RESULTS, RunFolder, SlideFolder
 from pipeline.model.weights import licence
 from pipeline.report.page import write_report
 from pipeline.segment import finished
-from pipeline.segment.job import Job
+from pipeline.segment.job import Job, Manifest
 from pipeline.segment.plan import Plan, read_plan
 from pipeline.segment.record import SlideRecord, WorkRecord
 from pipeline.segment.stages import STAGES, Detect, Stage, block_record, remove_work
@@ -74,9 +74,7 @@ def run(
                 progress.say(f"dashboard: {executor.dashboard}")
             for problem in executor.run_on_new_workers(check_worker, folder.run_json, versions()):
                 raise RunError(problem)
-            work = ArchiveRun(
-                archive, folder, manifest.settings, manifest.digest, execution, executor, leases, progress, detect
-            )
+            work = ArchiveRun(archive, folder, manifest, execution, executor, leases, progress, detect)
             try:
                 _in_a_thread(work.work)
                 if work.device.seconds:
@@ -139,8 +137,7 @@ class ArchiveRun:
 
     archive: Archive
     folder: RunFolder
-    settings: Settings
-    digest: str
+    manifest: Manifest
     execution: Execution
     executor: Executor
     leases: Leases
@@ -216,7 +213,7 @@ class ArchiveRun:
     async def _attempt(self, source: Source, folder: SlideFolder) -> SlideRecord | None:
         """The slide's record, whatever happens to it; None where another run has it."""
         try:
-            job = Job(source.path.resolve(), folder, self.settings, self.digest, source.mpp)
+            job = Job(source.path.resolve(), folder, self.manifest, source.mpp)
             known = await asyncio.to_thread(self._known, source, job)
             if known is None:
                 known = await self._leased(source, job)

@@ -1,10 +1,10 @@
-"""Deep convolutional Gaussian mixture: which stain a pixel shows is told by the densities around it.
+"""Deep convolutional Gaussian mixture model (DCGMM): pixels are clustered by the optical densities around them.
 
 Zanjani et al. (2018), "Histopathology stain-color normalization using deep generative models", and Jung et
-al. (2019). A small U-Net sees the optical density alone and gives every pixel's responsibilities (the E-step);
-density is relative to the slide's mean, else the tissue of a pale slide would fall into other clusters. The
-means and deviations of the clusters in HSD space follow from them in closed form, slide by slide (the
-M-step). The network never sees colour, so cluster k is the same kind of tissue on every slide, however it is
+al. (2019). A small U-Net, whose only input is the optical density, gives every pixel's responsibilities (the E-step).
+Densities are relative to the slide's mean, else the tissue of a pale slide would fall into other clusters. The
+means and deviations of the clusters in HSD space follow from the responsibilities in closed form, slide by slide (the
+M-step). As colour is no input of the network, cluster k is the same kind of tissue on every slide, however it is
 stained, and a slide's cluster k can be moved to the template's.
 
 HSD (van der Laak et al. 2000): a pixel is its mean optical density D, and a chroma that does not change with
@@ -24,10 +24,11 @@ from torch import Tensor, nn
 
 from pipeline.config import StainArchitecture
 from pipeline.model import weights
+from pipeline.model.deterministic import upsample
 
-_NO_DENSITY = 1e-4  # less than 8 bits can tell from white: there is no chroma
-_SHRINK = 2  # clusters are told at half the work scale: nuclei are large, and it takes a quarter of the time
-_FEWEST = 1e-4  # share of the pixels that a cluster borrows from all, so that an empty one has a mean
+_NO_DENSITY = 1e-4  # less than the smallest step of 8 bits from white: chroma is undefined
+_SHRINK = 2  # the network works at half the work scale: nuclei are large, and it takes a quarter of the time
+_POOLED = 1e-4  # of all pixels, a share that is added to every cluster, so that an empty one has a mean
 
 
 class Mixture(NamedTuple):
@@ -42,9 +43,9 @@ class ClusterNet(nn.Module):
     """The E-step: relative optical density (B, 1, H, W) -> logits (B, K, H, W) of the clusters, any H and W.
 
     A U-Net without batch or image statistics: a pixel's logits depend on the pixels within `radius_px` of it, and
-    neither on the batch nor on the rest of the picture. Tiles whose corners lie on multiples of `step_px` (those of
-    the default grid do) give their common pixels the same logits, but for a rim of that radius at their edges,
-    which the margin hides.
+    neither on the batch nor on the rest of the image. Patches whose corners lie on multiples of `step_px` (those of
+    the default grid do) give their common pixels the same logits, except within that radius of their edges, which is
+    less than the margin.
     """
 
     def __init__(self, architecture: StainArchitecture) -> None:
@@ -53,11 +54,11 @@ class ClusterNet(nn.Module):
         channels = architecture.channels
         self.down = nn.ModuleList(_block(before, after) for before, after in pairwise((1, *channels)))
         self.up = nn.ModuleList(_block(fine + coarse, fine) for fine, coarse in pairwise(channels))
-        # dilation is nothing to a kernel of one pixel, but without it torch adds in another order on one thread
-        self.score = nn.Conv2d(channels[0], architecture.clusters, 1, dilation=2)
+        self.score = nn.Conv2d(channels[0], architecture.clusters, 1)
         self.bands = nn.Conv2d(1, architecture.clusters, 1, bias=False)
-        # At first the clusters are bands of density, pale to dense, so that each has its place whatever the seed:
-        # log N(D; centre, spread), but for what all have in common. Wider bands overlap, and clusters die.
+        # At first the clusters are bands of density, pale to dense, so that their order does not depend on the seed:
+        # log N(D; centre, spread), without the terms that all have in common. Wider bands overlap, and clusters become
+        # empty.
         centre = torch.linspace(0.5, 1.7, architecture.clusters)
         spread = float(centre[1] - centre[0]) / 3
         self.bands.weight = nn.Parameter((centre / spread**2)[:, None, None, None])
@@ -65,12 +66,12 @@ class ClusterNet(nn.Module):
 
     @property
     def step_px(self) -> int:
-        """The pitch of the coarsest level: pictures shifted by multiples of it have the same logits, shifted."""
+        """Pixels per cell of the coarsest level: images shifted by multiples of it have the same logits, shifted."""
         return int(_SHRINK * 2 ** (len(self.architecture.channels) - 1))
 
     @property
     def radius_px(self) -> int:
-        """How far away a pixel may lie that changes another one's logits."""
+        """Largest distance, along an axis, of a pixel that changes another one's logits."""
         levels = len(self.architecture.channels)
         # 3 x 3 convolutions reach a cell of their level, down and up; then the coarsest cell's extent
         cells: int = 2 ** (levels + 1) - 3
@@ -87,15 +88,7 @@ class ClusterNet(nn.Module):
         for fine, layer in zip(reversed(levels[:-1]), reversed(list(self.up)), strict=True):
             x = layer(torch.cat([fine, F.interpolate(x, scale_factor=2.0, mode="nearest")], 1))
         logits = self.score(x) + self.bands(small)  # (B, K, H / 2, W / 2)
-        # `antialias` changes nothing when enlarging, but without it torch adds in another order on one thread
-        logits = F.interpolate(logits, scale_factor=float(_SHRINK), mode="bilinear", antialias=True)
-        return logits[..., :height, :width]
-
-
-def shares(logits: Tensor) -> Tensor:
-    """The responsibilities (B, K, H, W) of logits: softmax over K, but torch's depends on the number of threads."""
-    weights = (logits - logits.amax(1, keepdim=True)).exp()
-    return weights / weights.sum(1, keepdim=True)
+        return upsample(logits, float(_SHRINK))[..., :height, :width]
 
 
 def _block(before: int, after: int) -> nn.Module:
@@ -103,13 +96,12 @@ def _block(before: int, after: int) -> nn.Module:
 
 
 def to_hsd(density: Tensor) -> Tensor:
-    """Optical densities (B, 3, H, W), 0 and more -> (B, 3, H, W) of D, cx, cy. White has no chroma: (0, 0, 0)."""
+    """Optical densities (B, 3, H, W), 0 and more -> (B, 3, H, W) of D, cx, cy; white is (0, 0, 0)."""
     mean = density.mean(1)
-    seen = mean.clamp(min=_NO_DENSITY)
-    ratio = density / seen[:, None]
-    shown = mean > _NO_DENSITY
-    cx = torch.where(shown, ratio[:, 0] - 1, 0)
-    cy = torch.where(shown, (ratio[:, 1] - ratio[:, 2]) / math.sqrt(3), 0)
+    ratio = density / mean.clamp(min=_NO_DENSITY)[:, None]
+    white = mean <= _NO_DENSITY
+    cx = (ratio[:, 0] - 1).masked_fill(white, 0)
+    cy = ((ratio[:, 1] - ratio[:, 2]) / math.sqrt(3)).masked_fill(white, 0)
     return torch.stack([mean, cx, cy], 1)
 
 
@@ -129,21 +121,21 @@ def moments(hsd: Tensor, shares: Tensor, tissue: Tensor) -> Tensor:
     """Sums from which a mixture follows, float64 (B, K, 7): 1, x, x squared, each weighted by the responsibilities.
 
     hsd: (B, 3, H, W); shares: responsibilities (B, K, H, W); tissue: bool (B, 1, H, W), the pixels that count.
-    Law: they add: the moments of two pictures are the sum of theirs.
+    Law: the moments of two images together are the sum of theirs.
     """
     powers = torch.cat([torch.ones_like(hsd[:, :1]), hsd, hsd.square()], 1).double()  # (B, 7, H, W)
     return torch.einsum("bkhw,bphw->bkp", (shares * tissue).double(), powers)
 
 
 def maximise(sums: Tensor, floor: float) -> Mixture:
-    """The M-step: moments (..., K, 7) -> the mixture that makes them likeliest, deviations of at least `floor`.
+    """The M-step: moments (..., K, 7) -> the mixture of maximum likelihood, deviations of at least `floor`.
 
     A cluster that is nearly empty takes the mean and deviation of all.
     """
     total = sums.sum(-2, keepdim=True)  # (..., 1, 7)
     share = (sums[..., 0] / total[..., 0].clamp(min=1)).clamp(min=1e-6)
-    sums = sums + _FEWEST * total
-    count = sums[..., :1].clamp(min=_FEWEST)  # no pixel at all: mean 0, the floor for a deviation
+    sums = sums + _POOLED * total
+    count = sums[..., :1].clamp(min=_POOLED)  # no pixel at all: mean 0, the floor for a deviation
     mean = sums[..., 1:4] / count
     variance = (sums[..., 4:7] / count - mean.square()).clamp(min=0)
     return Mixture(share / share.sum(-1, keepdim=True), mean, (variance + floor**2).sqrt())
@@ -153,7 +145,7 @@ def bound(hsd: Tensor, logits: Tensor, tissue: Tensor, floor: float) -> Tensor:
     """The loss (B,): mean over tissue pixels of sum_k g_k (log g_k - log share_k - log N_k(x)); never clipped.
 
     It is minus the evidence lower bound of EM, so it lies above minus the log likelihood, and reaches it where g
-    are the true responsibilities. Every picture has a mixture of its own, held fixed while the network learns.
+    are the true responsibilities. Every image has a mixture of its own, held fixed while the network learns.
     """
     log_shares = logits.log_softmax(1)
     shares = log_shares.exp()
@@ -172,15 +164,20 @@ def log_likelihoods(hsd: Tensor, mixture: Mixture) -> Tensor:
     return constant.to(hsd)[..., None, None] - 0.5 * distance
 
 
-def transfer(hsd: Tensor, shares: Tensor, source: Mixture, target: Mixture) -> Tensor:
-    """x' = sum_k g_k ((x - mean_k) / deviation_k * deviation'_k + mean'_k), (B, 3, H, W); mixtures (K).
+def coefficients(source: Mixture, target: Mixture) -> tuple[Tensor, Tensor]:
+    """What `transfer` needs to move every cluster of `source` (K) to its `target`: slopes, offsets, float32 (K, 3)."""
+    gain = target.deviation / source.deviation
+    return (gain - 1).float(), (target.mean - gain * source.mean).float()
 
+
+def transfer(hsd: Tensor, shares: Tensor, slopes: Tensor, offsets: Tensor) -> Tensor:
+    """x' = sum_k g_k ((x - mean_k) / deviation_k * deviation'_k + mean'_k), (B, 3, H, W).
+
+    hsd: float32 (B, 3, H, W); shares: responsibilities (B, K, H, W); slopes, offsets: see `coefficients`.
     Law: to the same mixture nothing changes, to the last bit.
     """
-    gain = target.deviation / source.deviation  # (K, 3)
-    offset = target.mean - gain * source.mean
-    slopes = torch.einsum("bkhw,kc->bchw", shares, (gain - 1).to(shares))
-    return hsd + hsd * slopes + torch.einsum("bkhw,kc->bchw", shares, offset.to(shares))
+    slope = torch.einsum("bkhw,kc->bchw", shares, slopes)
+    return hsd + hsd * slope + torch.einsum("bkhw,kc->bchw", shares, offsets)
 
 
 def save(network: ClusterNet, path: Path, notes: Mapping[str, str]) -> None:

@@ -1,10 +1,7 @@
 """Patches -> instances: stain normalisation, every view, fusion, batch by batch on the device."""
 
-import functools
-import threading
 from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,40 +9,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torchvision.ops import roi_align
 
-from pipeline.config import Detector, Settings, side_step
-from pipeline.model import fuse, instances, stain, views
-from pipeline.model.detector import Limits, NucleusDetector, fold, load_weights
-from pipeline.model.deterministic import pointwise
-from pipeline.model.device import choose_device, choose_precision
+from pipeline.config import Settings, side_step
+from pipeline.model import fuse, instances, load, stain, views
+from pipeline.model.detector import Limits
 from pipeline.model.instances import HostInstances, Instances
 from pipeline.model.split import join, quarters
 from pipeline.model.stain import Normalisation
-from pipeline.model.weights import find_weights
-from pipeline.segment.plan import stain_network
-
-
-class Engine(NamedTuple):
-    """A detector on its device."""
-
-    model: NucleusDetector
-    device: torch.device
-    precision: torch.dtype
-
-
-_loading = threading.Lock()
-
-
-def engine(settings: Detector) -> Engine:
-    """The detector of these settings: loaded once per process, weights and device."""
-    with _loading:
-        return _engine(find_weights(settings.weights), settings.device, settings.precision)
-
-
-@functools.lru_cache(maxsize=2)
-def _engine(weights: Path, device_name: str, precision: str) -> Engine:
-    device = choose_device(device_name)
-    model = fold(load_weights(weights)).to(device)
-    return Engine(pointwise(model), device, choose_precision(precision, device))
 
 
 def detect_patches(
@@ -73,7 +42,7 @@ def detect_patches(
 
 
 def _batch_size(settings: Settings) -> int:
-    wanted = settings.detector.batch or (8 if engine(settings.detector).device.type == "cuda" else 1)
+    wanted = settings.detector.batch or (8 if load.detector(settings.detector).device.type == "cuda" else 1)
     return min(wanted, _that_fits.get(settings, wanted))
 
 
@@ -82,14 +51,15 @@ _that_fits: dict[Settings, int] = {}  # patches per inference, where more of the
 
 def _detect(batch: NDArray[np.uint8], normalisation: Normalisation, settings: Settings) -> list[Instances[Tensor]]:
     """Normalise a batch uint8 (B, T, T, 3), detect in every view, fuse. The tensors returned are on the host."""
-    running = engine(settings.detector)
+    running = load.detector(settings.detector)
     limits = Limits.of_patch(settings.detector, batch.shape[1], settings.tiling.mpp)
+    normaliser = load.normaliser(normalisation, settings.stain, running.device)
     pixels = torch.from_numpy(batch)
     if running.device.type == "cuda":
         pixels = pixels.pin_memory()  # from elsewhere the copy is not asynchronous
     with torch.inference_mode():
         raw = pixels.to(running.device, non_blocking=True).permute(0, 3, 1, 2).float() / 255  # (B, 3, T, T)
-        images = stain.normalise(raw, normalisation.source, normalisation.target, stain_network(settings))
+        images = normaliser(raw)
         chosen = views.views(settings.detector.views)
         with torch.autocast(running.device.type, running.precision, enabled=running.precision != torch.float32):
             detected = fuse.infer(running.model, images, chosen, limits, settings.tiling.margin)
@@ -171,7 +141,7 @@ def _in_quarters(
 
     That it was needed is not remembered: the next patch may hold less, and detection in a whole patch is better.
     """
-    step = side_step(engine(settings.detector).model.architecture.upscale)
+    step = side_step(load.detector(settings.detector).model.architecture.upscale)
     parts = quarters(len(patch), settings.tiling.margin, step)
     if not parts or parts[0].side < _LEAST_PX:
         return None
@@ -188,5 +158,5 @@ def _in_quarters(
 
 def _lost(settings: Settings) -> HostInstances:
     """No instances, of a patch that could not be looked at."""
-    mask_size = engine(settings.detector).model.architecture.mask_size
+    mask_size = load.detector(settings.detector).model.architecture.mask_size
     return instances.empty(mask_size)._replace(lost=True)

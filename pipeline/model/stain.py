@@ -1,18 +1,23 @@
-"""Stain normalisation: a slide's stain is fitted once, and moved to a template's inside the stream.
+"""Stain normalisation: a slide's stain is fitted once, and its images are moved to a template's stain.
 
-First the light: what glass lets through on the slide is divided out, and the template's put in its place.
-Then the stain. Densities are optical densities by natural logarithm, OD = -ln I with I in 0..1 of the glass;
-the mean of a pixel's three is D. Every method changes ratios I' / I, so what it does not describe stays as it
-is: glass, pixels beyond the fitted range, the part of a colour outside the plane of two stains.
+The light comes first: images are divided by what glass lets through on the slide, and multiplied by the template's.
+Then the stain. Densities are optical densities by the natural logarithm, OD = -ln I with I in 0..1 of the glass;
+the mean of a pixel's three is D. Every method changes the ratios I' / I, so that what it does not describe stays as
+it is: glass, pixels beyond the fitted range, the part of a colour outside the plane of two stains.
 
-A method is a row of `_METHODS`. The one that looks at the neighbourhood of a pixel (dcgmm, the paper's) finds
-it in both verbs: `fit` is given whole patches, `normalise` whole images. Its network is handed to both.
+    fitted = fit(patches, readable, method)                    once per slide, on the CPU
+    normaliser = Normaliser(Normalisation(fitted, template))   once per slide and device
+    images = normaliser(images)                                every batch
+
+dcgmm, the paper's method, looks at the neighbourhood of a pixel through a network, which both steps are given
+(pipeline.model.load.stain_network).
 """
 
+import functools
 import json
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,14 +25,17 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipeline.errors import StainError, WeightsError
 from pipeline.model import dcgmm
 from pipeline.model.dcgmm import ClusterNet, Mixture
+from pipeline.model.deterministic import mix_channels, softmax
 from pipeline.model.weights import read_notes
 
 Numbers = Mapping[str, tuple[float, ...]]
+
+METHODS = ("none", "reinhard", "macenko", "dcgmm")
 
 TISSUE_OD = 0.15  # of D; Macenko's beta: paler pixels have no colour to speak of
 _DARKEST = 1 / 255  # black is not infinitely dense: 8 bits end here
@@ -35,7 +43,7 @@ _GLASS_OD = 0.03  # of D
 _CELL_PX = 4
 _FEWEST_CELLS = 500
 _BRIGHTEST = 0.995  # quantile of the cells that is glass, where there is any
-_LEAST_WHITE = 0.5  # however dark a field is, it is not lit up by more than this
+_LEAST_WHITE = 0.5  # however dark a field is, it is not brightened by more than one over this
 _LARGEST_TINT = 0.1  # of glass; a brightest colour that is further from grey is a stain's
 _LEAST_CHROMA = 0.1  # grey is 0; H&E has 0.16 and more
 _LEAST_DEVIATION = 0.001  # of log10 colours; H&E has, along red-green, 0.002 and more
@@ -45,32 +53,33 @@ _LEAST_STRENGTH = 0.05  # OD of the 99th percentile; H&E has 0.4 and more
 
 @dataclass(frozen=True)
 class FittedStain:
-    """The stain of a slide, as a method sees it. Plain numbers: it is written to JSON and sent anywhere."""
+    """The stain of a slide, as one method describes it. Plain numbers: it goes to JSON and to other processes."""
 
     method: str
-    numbers: Numbers
+    numbers: Numbers = field(hash=False)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
     @classmethod
     def from_json(cls, content: Any) -> "FittedStain":
-        """What `to_json` gave, back, also after a trip through JSON text. Raises StainError for anything else.
+        """The stain that `to_json` gave, also after a trip through JSON text. Raises StainError for anything else.
 
         Law: FittedStain.from_json(json.loads(json.dumps(s.to_json()))) == s.
         """
         if not isinstance(content, Mapping) or set(content) != {"method", "numbers"}:
             raise StainError(f"{content!r} is not a stain: need a table of 'method' and 'numbers'; fit it again")
-        method = _find(content["method"])
+        method = content["method"]
+        _check_method(method)
         try:
             numbers = {str(name): tuple(map(float, values)) for name, values in content["numbers"].items()}
         except (AttributeError, TypeError, ValueError) as error:
             raise StainError(f"{content['numbers']!r} are not named numbers ({error}): fit the stain again") from error
-        lengths = method.lengths(numbers)
-        found = {name: len(values) for name, values in numbers.items()}
-        if found != lengths or not all(math.isfinite(v) for values in numbers.values() for v in values):
-            raise StainError(f"{numbers} is no {content['method']} stain: need finite {lengths}; fit it again")
-        return cls(content["method"], numbers)
+        needed = _lengths(method, numbers)
+        lengths = {name: len(values) for name, values in numbers.items()}
+        if lengths != needed or not all(math.isfinite(v) for values in numbers.values() for v in values):
+            raise StainError(f"{numbers} is no {method} stain: need finite {needed}; fit it again")
+        return cls(method, numbers)
 
 
 class Normalisation(NamedTuple):
@@ -79,9 +88,19 @@ class Normalisation(NamedTuple):
     source: FittedStain
     target: FittedStain
 
+    def to_json(self) -> dict[str, Any]:
+        return {"source": self.source.to_json(), "target": self.target.to_json()}
+
+    @classmethod
+    def from_json(cls, content: Any) -> "Normalisation":
+        """The normalisation that `to_json` gave. Raises StainError for anything else."""
+        if not isinstance(content, Mapping) or set(content) != {"source", "target"}:
+            raise StainError(f"{content!r} is no normalisation: need a table of 'source' and 'target'; fit it again")
+        return cls(FittedStain.from_json(content["source"]), FittedStain.from_json(content["target"]))
+
 
 class StainSample(NamedTuple):
-    """What a stain is fitted on: pixels in the light of their own glass."""
+    """What a stain is fitted on: pixels divided by what their glass lets through."""
 
     white: tuple[float, ...]  # what glass lets through, per channel, in 0..1
     images: Tensor  # float32 (B, 3, H, W), 1 is glass
@@ -90,53 +109,115 @@ class StainSample(NamedTuple):
 
 
 def fit(
-    patches: NDArray[np.uint8] | Tensor,
-    readable: NDArray[np.bool_] | Tensor,
+    patches: NDArray[np.uint8],
+    readable: NDArray[np.bool_],
     method: str,
     network: ClusterNet | None = None,
 ) -> FittedStain:
-    """The stain of one slide, from patches of it; computed on the device of the patches.
+    """The stain of one slide, from patches of it; computed on the CPU.
 
     patches: uint8 (B, H, W, 3), regions spread over the slide
-    readable: bool (B, H, W), the pixels to learn from: all that the slide shows. Glass among them tells the
+    readable: bool (B, H, W), the pixels to learn from: all that the slide shows. Glass among them gives the
     white point; the stain is learnt from the others (D of 0.15 and more)
-    network: of dcgmm, on the same device
+    network: for dcgmm and no other method, on the CPU
     Numbers are rounded to six digits after the point, so that they read well and do not carry the order
     in which a machine adds.
-    Raises StainError for an unknown method, arrays that do not fit together, and pixels that tell no
-    stain: too few, grey, of one colour only. The caller may then go on with "none".
+    Raises StainError for an unknown method, arrays that do not fit together, and pixels from which no stain can be
+    fitted: too few, grey, of one colour only. The caller may then go on with "none".
     """
+    _check_method(method)
+    _check_network(method, network)
     if method == "none":
         return FittedStain("none", {})
-    found = _find(method)
-    taken = sample(patches, readable)
-    numbers = {"white": taken.white, **found.fit(taken, network)}
+    pooled = sample(patches, readable)
+    if method == "reinhard":
+        numbers = _fit_reinhard(pooled)
+    elif method == "macenko":
+        numbers = _fit_macenko(pooled)
+    else:
+        assert network is not None
+        numbers = _fit_dcgmm(pooled, network)
+    numbers = {"white": pooled.white, **numbers}
     return FittedStain(method, {name: tuple(round(v, 6) for v in values) for name, values in numbers.items()})
 
 
-def normalise(images: Tensor, source: FittedStain, target: FittedStain, network: ClusterNet | None = None) -> Tensor:
-    """Images stained like `source`, as if they had been stained like `target`; on their own device.
+class Normaliser(nn.Module):
+    """Images of one slide -> the same images as if they had been stained like the template.
 
-    images: float32 (B, 3, H, W), RGB in 0..1. Returns the same shape and dtype, in 0..1.
-    network: of dcgmm, the one that both stains were fitted with, on the same device.
-    Raises StainError when source and target are of different methods.
-    Law: normalise(x, s, s) == x within rounding, whatever x; the source's glass becomes the target's.
+    Made once per slide and device: it holds its constants and its network there, and nothing but the images is
+    uploaded for a batch.
+
+        images: float32 (B, 3, H, W), RGB in 0..1, on the device. Returns the same shape and dtype, in 0..1.
+
+    Law: Normaliser(Normalisation(s, s))(x) == x within rounding, whatever x; the source's glass becomes the target's.
     """
-    if source.method != target.method:
-        raise StainError(f"source is {source.method}, target {target.method}: need stains of one method")
-    if source.method == "none":
-        return images
-    white, white_to = (images.new_tensor(s.numbers["white"])[:, None, None] for s in (source, target))
-    moved = _find(source.method).transfer(images / white, source.numbers, target.numbers, network)
-    return (moved * white_to).clamp(0, 1)
+
+    white: Tensor
+    white_to: Tensor
+
+    def __init__(
+        self,
+        normalisation: Normalisation,
+        network: ClusterNet | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        """network: for dcgmm and no other method: the one that both stains were fitted with, on `device`.
+
+        Raises StainError when source and target are of different methods, and for a network that does not fit them
+        or lies on another device.
+        """
+        super().__init__()
+        source, target = normalisation
+        method = source.method
+        if method != target.method:
+            raise StainError(f"source is {method}, target {target.method}: need stains of one method")
+        _check_method(method)
+        _check_network(method, network)
+        self.transfer: nn.Module | None = None
+        if method == "reinhard":
+            self.transfer = _Reinhard(source.numbers, target.numbers)
+        elif method == "macenko":
+            self.transfer = _Macenko(source.numbers, target.numbers)
+        elif network is not None:
+            self.transfer = _Dcgmm(source.numbers, target.numbers, network)
+        if self.transfer is not None:
+            white, white_to = (torch.tensor(s.numbers["white"])[:, None, None] for s in normalisation)
+            _hold(self, white=white, white_to=white_to)
+        # not self.to(device): that would move the network, which others use too
+        for module in self.modules():
+            for name, constant in module.named_buffers(recurse=False):
+                setattr(module, name, constant.to(device))
+        devices = {tensor.device for tensor in (*self.parameters(), *self.buffers())}
+        if len(devices) > 1:
+            raise StainError(
+                f"the network is not on {device}, where images are normalised: need load.stain_network for that device"
+            )
+
+    def forward(self, images: Tensor) -> Tensor:
+        if self.transfer is None:
+            return images
+        moved: Tensor = self.transfer(images / self.white)
+        return (moved * self.white_to).clamp(0, 1)
+
+
+def _hold(module: nn.Module, **constants: Tensor) -> None:
+    """Make constants, in float32, tensors of a module that move with it and are not saved."""
+    for name, constant in constants.items():
+        module.register_buffer(name, constant.float(), persistent=False)
 
 
 def read_template(weights: Path) -> FittedStain:
     """The stain that a dcgmm weights file carries to normalise to. Raises WeightsError where it has none."""
     try:
-        return FittedStain.from_json(json.loads(read_notes(weights)["template"]))
-    except (KeyError, ValueError) as error:
+        template = FittedStain.from_json(json.loads(read_notes(weights)["template"]))
+    except (KeyError, ValueError, RecursionError) as error:
         raise WeightsError(f"{weights} names no template: need a file written by 'nightslide fit-stain'") from error
+    if template.method != "dcgmm":
+        raise WeightsError(
+            f"{weights} has a template of {template.method}: need one of dcgmm, in a file written by "
+            f"'nightslide fit-stain'"
+        )
+    return template
 
 
 def he_density(images: Tensor) -> Tensor:
@@ -147,13 +228,20 @@ def he_density(images: Tensor) -> Tensor:
     for the residual, so that means over a nucleus are those QuPath measures. Negative where a pixel lacks
     the other stain's colour; not clipped, as means of clipped densities are biased.
     """
-    haematoxylin, eosin = (torch.tensor(v, dtype=torch.float64) for v in _QUPATH_VECTORS)
-    vectors = torch.stack([haematoxylin, eosin, torch.linalg.cross(haematoxylin, eosin)])
-    unmix = torch.linalg.inv(F.normalize(vectors, dim=1))[:, :2] / math.log(10)  # (3 colours, 2 stains)
-    return _mix(optical_density(images), unmix.T)
+    return mix_channels(optical_density(images), _unmixing(images.device))
 
 
 _QUPATH_VECTORS = ((0.65111, 0.70119, 0.29049), (0.2159, 0.8012, 0.5581))
+
+
+@functools.lru_cache(maxsize=8)
+def _unmixing(device: torch.device) -> Tensor:
+    """float32 (2 stains, 3 colours): natural optical densities -> decimal densities of the stains."""
+    with torch.inference_mode(False):  # it outlives the caller's mode
+        haematoxylin, eosin = (torch.tensor(v, dtype=torch.float64) for v in _QUPATH_VECTORS)
+        vectors = torch.stack([haematoxylin, eosin, torch.linalg.cross(haematoxylin, eosin)])
+        unmix: Tensor = torch.linalg.inv(F.normalize(vectors, dim=1))[:, :2] / math.log(10)  # (3 colours, 2 stains)
+        return unmix.T.float().to(device)
 
 
 def optical_density(intensities: Tensor) -> Tensor:
@@ -161,48 +249,47 @@ def optical_density(intensities: Tensor) -> Tensor:
     return -intensities.clamp(min=_DARKEST).log()
 
 
-def _mix(images: Tensor, matrix: Tensor) -> Tensor:
-    """(B, C, H, W) -> (B, R, H, W): every pixel's colour times `matrix` (R, C)."""
-    # dilation is nothing to a kernel of one pixel, but without it torch adds in another order on one thread
-    return F.conv2d(images, matrix.to(images)[:, :, None, None], dilation=2)
+# --------------------------------------------------------------------------------------------- the sample
 
 
-def sample(patches: NDArray[np.uint8] | Tensor, readable: NDArray[np.bool_] | Tensor) -> StainSample:
-    """Patches uint8 (B, H, W, 3) in the light of their glass, with what of them is stained tissue.
+def sample(patches: NDArray[np.uint8], readable: NDArray[np.bool_]) -> StainSample:
+    """Patches divided by what their glass lets through, and which of their pixels are stained tissue.
 
-    Colours are taken from cells of 4 x 4 px, for a stain hardly changes within a micrometre but a sensor's
-    noise does, and the extremes that white and Macenko look for would be the noise's.
+    patches: uint8 (B, H, W, 3); readable: bool (B, H, W), the pixels to learn from.
+
+    Colours are means over cells of 4 x 4 px: a stain hardly changes within a micrometre but a sensor's noise does,
+    and the percentiles that the white point and Macenko's method use would be those of the noise.
     Raises StainError when there are too few cells, or they are grey on the whole.
     """
     if patches.ndim != 4 or patches.shape[3] != 3 or readable.shape != patches.shape[:3]:
         raise StainError(
             f"patches {tuple(patches.shape)}, readable {tuple(readable.shape)}: need (B, H, W, 3) and (B, H, W)"
         )
-    images, known = (t if isinstance(t, Tensor) else torch.tensor(t) for t in (patches, readable))
-    images, known = images.permute(0, 3, 1, 2).float() / 255, known[:, None]  # (B, 3, H, W), (B, 1, H, W)
+    images = torch.tensor(patches).permute(0, 3, 1, 2).float() / 255  # (B, 3, H, W)
+    known = torch.tensor(readable)[:, None]  # (B, 1, H, W)
     cells = F.avg_pool2d(images, _CELL_PX).permute(0, 2, 3, 1)  # (B, H / 4, W / 4, 3)
     cells = cells[-F.max_pool2d(-known.float(), _CELL_PX)[:, 0] > 0]
     if len(cells) < _FEWEST_CELLS:
         raise StainError(f"{len(cells)} cells of {_CELL_PX} x {_CELL_PX} pixels can be read: need {_FEWEST_CELLS}")
     white = white_point(cells)
-    light = images.new_tensor(white)
-    images = images / light[:, None, None]
+    glass = images.new_tensor(white)
+    images = images / glass[:, None, None]
     tissue = known & (optical_density(images).mean(1, keepdim=True) > TISSUE_OD)
-    return StainSample(white, images, tissue, _stained(cells / light))
+    return StainSample(white, images, tissue, _stained(cells / glass))
 
 
 def white_point(cells: Tensor) -> tuple[float, ...]:
     """What glass lets through, per channel, from cells (M, 3) in 0..1.
 
-    Where the brightest colours are nearly grey, they are glass. Where they are not, no glass is in sight; but
-    tissue lets some colour through nearly whole, eosin red, haematoxylin blue: the brightest channel then tells
-    the level, and the tint is taken for the stain's. Either way no channel gains more than twofold, and a field
+    Where the brightest colours are nearly grey, they are glass. Where they are not, the pixels show no glass; but
+    tissue lets some colours through almost whole (eosin red, haematoxylin blue). The brightest channel is then taken
+    for the level of the light, and the tint for the stain's. Either way no channel is more than doubled, and a field
     without glass keeps its colour: it is never made white.
     """
     brightest = [_percentile(channel, _BRIGHTEST) for channel in cells.unbind(1)]
     level = max(brightest)
-    seen = brightest if min(brightest) >= (1 - _LARGEST_TINT) * level else [level] * 3
-    return tuple(min(1.0, max(_LEAST_WHITE, v)) for v in seen)
+    white = brightest if min(brightest) >= (1 - _LARGEST_TINT) * level else [level] * 3
+    return tuple(min(1.0, max(_LEAST_WHITE, v)) for v in white)
 
 
 def _stained(colours: Tensor) -> Tensor:
@@ -226,9 +313,9 @@ def _stained(colours: Tensor) -> Tensor:
 
 def _tissue_share(images: Tensor) -> Tensor:
     """(B, 3, H, W) -> (B, 1, H, W): 0 on glass, which is kept, 1 on tissue, which is moved; smooth between."""
-    depth = (optical_density(images).mean(1, keepdim=True) - _GLASS_OD) / (TISSUE_OD - _GLASS_OD)
-    depth = depth.clamp(0, 1)
-    return depth * depth * (3 - 2 * depth)
+    share = (optical_density(images).mean(1, keepdim=True) - _GLASS_OD) / (TISSUE_OD - _GLASS_OD)
+    share = share.clamp(0, 1)
+    return share * share * (3 - 2 * share)
 
 
 # --------------------------------------------------------------------------------------------- Reinhard
@@ -243,10 +330,10 @@ _LOG_LMS_TO_LAB = torch.tensor([3.0, 6.0, 2.0], dtype=torch.float64).rsqrt()[:, 
 )
 
 
-def _fit_reinhard(taken: StainSample, _network: ClusterNet | None) -> Numbers:
+def _fit_reinhard(pooled: StainSample) -> Numbers:
     """Mean and standard deviation of the tissue along Ruderman's axes, log10 units."""
-    cones = taken.cells @ _RGB_TO_LMS.T.to(taken.cells)  # (M, 3)
-    lab = cones.clamp(min=_DARKEST).log10().double() @ _LOG_LMS_TO_LAB.T.to(cones.device)
+    cones = pooled.cells @ _RGB_TO_LMS.T.float()  # (M, 3)
+    lab = cones.clamp(min=_DARKEST).log10().double() @ _LOG_LMS_TO_LAB.T
     deviation = lab.std(0).tolist()
     if min(deviation) < _LEAST_DEVIATION:
         raise StainError(
@@ -256,30 +343,45 @@ def _fit_reinhard(taken: StainSample, _network: ClusterNet | None) -> Numbers:
     return {"mean": tuple(lab.mean(0).tolist()), "deviation": tuple(deviation)}
 
 
-def _transfer_reinhard(images: Tensor, source: Numbers, target: Numbers, _network: ClusterNet | None) -> Tensor:
-    """Tissue to the target's mean and deviation along Ruderman's axes; glass is kept, with a smooth passage."""
-    mean, deviation = (torch.tensor(source[name], dtype=torch.float64) for name in ("mean", "deviation"))
-    mean_to, deviation_to = (torch.tensor(target[name], dtype=torch.float64) for name in ("mean", "deviation"))
-    gain = deviation_to / deviation
-    # lab' = gain (lab - mean) + mean_to is affine in log LMS: log LMS' - log LMS = matrix log LMS + offset
-    back = torch.linalg.inv(_LOG_LMS_TO_LAB)
-    matrix, offset = back @ torch.diag(gain - 1) @ _LOG_LMS_TO_LAB, back @ (mean_to - gain * mean)
-    cones = _mix(images, _RGB_TO_LMS)
-    change = _mix(cones.clamp(min=_DARKEST).log10(), matrix) + offset.to(images)[:, None, None]
-    change *= _tissue_share(images)
-    return _mix(cones * torch.pow(10, change), torch.linalg.inv(_RGB_TO_LMS))
+class _Reinhard(nn.Module):
+    """Tissue to the target's mean and deviation along Ruderman's axes; glass is kept, with a smooth transition.
+
+    images: float32 (B, 3, H, W), 1 is glass; the same is returned, here and by the other methods.
+    """
+
+    to_cones: Tensor
+    to_rgb: Tensor
+    matrix: Tensor
+    offset: Tensor
+
+    def __init__(self, source: Numbers, target: Numbers) -> None:
+        super().__init__()
+        mean, deviation = (torch.tensor(source[name], dtype=torch.float64) for name in ("mean", "deviation"))
+        mean_to, deviation_to = (torch.tensor(target[name], dtype=torch.float64) for name in ("mean", "deviation"))
+        gain = deviation_to / deviation
+        # lab' = gain (lab - mean) + mean_to is affine in log LMS: log LMS' - log LMS = matrix log LMS + offset
+        back = torch.linalg.inv(_LOG_LMS_TO_LAB)
+        matrix, offset = back @ torch.diag(gain - 1) @ _LOG_LMS_TO_LAB, back @ (mean_to - gain * mean)
+        _hold(self, to_cones=_RGB_TO_LMS, to_rgb=torch.linalg.inv(_RGB_TO_LMS))
+        _hold(self, matrix=matrix, offset=offset[:, None, None])
+
+    def forward(self, images: Tensor) -> Tensor:
+        cones = mix_channels(images, self.to_cones)
+        change = mix_channels(cones.clamp(min=_DARKEST).log10(), self.matrix) + self.offset
+        change *= _tissue_share(images)
+        return mix_channels(cones * torch.pow(10, change), self.to_rgb)
 
 
 # ---------------------------------------------------------------------------------------------- Macenko
 
 
-def _fit_macenko(taken: StainSample, _network: ClusterNet | None) -> Numbers:
+def _fit_macenko(pooled: StainSample) -> Numbers:
     """Unit vectors of the two stains and their 99th percentiles. Macenko et al. (2009).
 
     The plane is spanned by the first two singular vectors of the densities; in it, the stains are the
     1st and 99th percentile of the angle. Haematoxylin is the one that absorbs more red.
     """
-    density = optical_density(taken.cells)  # (M, 3)
+    density = optical_density(pooled.cells)  # (M, 3)
     wide = density.double()
     plane = torch.linalg.eigh(wide.T @ wide).eigenvectors[:, [2, 1]]  # (3, 2)
     plane = plane * plane[:, :1].sum().sign()  # towards the densities, so that angles lie around 0
@@ -288,12 +390,12 @@ def _fit_macenko(taken: StainSample, _network: ClusterNet | None) -> Numbers:
     low, high = _percentile(angles, 0.01), _percentile(angles, 0.99)
     if math.degrees(high - low) < _LEAST_ANGLE_DEG:
         raise StainError(
-            f"the tissue's colours span {math.degrees(high - low):.1f} degrees: need {_LEAST_ANGLE_DEG:.0f} to tell "
-            "two stains; fit on more tissue, or use 'none'"
+            f"the tissue's colours span {math.degrees(high - low):.1f} degrees: need {_LEAST_ANGLE_DEG:.0f} to "
+            "separate two stains; fit on more tissue, or use 'none'"
         )
     ends = torch.tensor([[math.cos(a), math.sin(a)] for a in (low, high)], dtype=torch.float64)
-    vectors = sorted((ends @ plane.cpu().T).tolist(), reverse=True)  # red comes first in a vector
-    unmix = torch.linalg.pinv(torch.tensor(vectors, dtype=torch.float64)).to(density)  # (3, 2)
+    vectors = sorted((ends @ plane.T).tolist(), reverse=True)  # red comes first in a vector
+    unmix = torch.linalg.pinv(torch.tensor(vectors, dtype=torch.float64)).float()  # (3, 2)
     strength = tuple(_percentile(amount, 0.99) for amount in (density @ unmix).unbind(1))
     if min(strength) < _LEAST_STRENGTH:
         raise StainError(
@@ -308,101 +410,111 @@ def _percentile(values: Tensor, share: float) -> float:
     return float(values.kthvalue(1 + round(share * (len(values) - 1))).values)
 
 
-def _transfer_macenko(images: Tensor, source: Numbers, target: Numbers, _network: ClusterNet | None) -> Tensor:
-    """Amounts of both stains scaled to the target's strengths, painted with its colours; glass is kept."""
-    vectors, vectors_to = (torch.tensor([n["haematoxylin"], n["eosin"]], dtype=torch.float64) for n in (source, target))
-    gain = torch.tensor(target["strength"], dtype=torch.float64) / torch.tensor(source["strength"], dtype=torch.float64)
-    # All linear in the densities: OD' - OD = amounts (gain vectors_to - vectors), what else OD holds is kept.
-    change = torch.linalg.pinv(vectors) @ (gain[:, None] * vectors_to - vectors)  # (3, 3), row vectors
-    change_od = _mix(optical_density(images), change.T) * _tissue_share(images)
-    return images * (-change_od).exp()
+class _Macenko(nn.Module):
+    """Amounts of both stains scaled to the target's strengths, in the target's colours; glass is kept."""
+
+    change: Tensor
+
+    def __init__(self, source: Numbers, target: Numbers) -> None:
+        super().__init__()
+        vectors, vectors_to = (
+            torch.tensor([n["haematoxylin"], n["eosin"]], dtype=torch.float64) for n in (source, target)
+        )
+        strength, strength_to = (torch.tensor(n["strength"], dtype=torch.float64) for n in (source, target))
+        gain = strength_to / strength
+        # All linear in the densities: OD' - OD = amounts (gain vectors_to - vectors), what else OD holds is kept.
+        change = torch.linalg.pinv(vectors) @ (gain[:, None] * vectors_to - vectors)  # (3, 3), row vectors
+        _hold(self, change=change.T)
+
+    def forward(self, images: Tensor) -> Tensor:
+        change_od = mix_channels(optical_density(images), self.change) * _tissue_share(images)
+        return images * (-change_od).exp()
 
 
 # ------------------------------------------------------------------------------------------------ dcgmm
 
-_CHUNK = 8  # patches that the network sees at a time
+_CHUNK = 8  # patches in one pass of the network
 
 
 def density_level(cells: Tensor) -> float:
-    """Mean D of stained cells (M, 3). The network sees densities relative to it, so that pale and dark slides
+    """Mean D of stained cells (M, 3). The network is given densities relative to it, so that pale and dark slides
     of the same tissue fall into the same clusters."""
     return float(optical_density(cells).mean())
 
 
-def _fit_dcgmm(taken: StainSample, network: ClusterNet | None) -> Numbers:
+def _fit_dcgmm(pooled: StainSample, network: ClusterNet) -> Numbers:
     """The E-step by the network, once; the M-step on all stained pixels."""
-    network = _needed(network)
-    level = round(density_level(taken.cells), 6)  # as it will be read
+    level = round(density_level(pooled.cells), 6)  # as it will be read
     sums: list[Tensor] = []
     with torch.inference_mode():
-        for images, tissue in zip(torch.split(taken.images, _CHUNK), torch.split(taken.tissue, _CHUNK), strict=True):
+        for images, tissue in zip(torch.split(pooled.images, _CHUNK), torch.split(pooled.tissue, _CHUNK), strict=True):
             hsd = dcgmm.to_hsd(optical_density(images).clamp(min=0))
-            sums.append(dcgmm.moments(hsd, dcgmm.shares(network(hsd[:, :1] / level)), tissue).sum(0))
+            sums.append(dcgmm.moments(hsd, softmax(network(hsd[:, :1] / level), 1), tissue).sum(0))
     mixture = dcgmm.maximise(torch.stack(sums).sum(0), network.architecture.floor)
     return {"density": (level,), **{name: tuple(t.flatten().tolist()) for name, t in mixture._asdict().items()}}
 
 
-def _transfer_dcgmm(images: Tensor, source: Numbers, target: Numbers, network: ClusterNet | None) -> Tensor:
-    """Every cluster to the target's mean and deviation; glass is kept, with a smooth passage."""
-    network = _needed(network)
-    if not len(source["share"]) == len(target["share"]) == network.architecture.clusters:
-        raise StainError(
-            f"stains of {len(source['share'])} and {len(target['share'])} clusters, a network of "
-            f"{network.architecture.clusters}: need stains that were fitted with this network; fit them again"
-        )
-    density = optical_density(images).clamp(min=0)
-    hsd = dcgmm.to_hsd(density)
-    shares = dcgmm.shares(network(hsd[:, :1] / source["density"][0]))
-    moved = dcgmm.from_hsd(dcgmm.transfer(hsd, shares, _mixture(source, images), _mixture(target, images)))
-    return images * ((density - moved) * _tissue_share(images)).exp()
+class _Dcgmm(nn.Module):
+    """Every cluster to the target's mean and deviation; glass is kept, with a smooth transition."""
+
+    slopes: Tensor
+    offsets: Tensor
+
+    def __init__(self, source: Numbers, target: Numbers, network: ClusterNet) -> None:
+        super().__init__()
+        clusters = network.architecture.clusters
+        if not len(source["share"]) == len(target["share"]) == clusters:
+            raise StainError(
+                f"stains of {len(source['share'])} and {len(target['share'])} clusters, a network of {clusters}: "
+                "need stains that were fitted with this network; fit them again"
+            )
+        self.network = network
+        self.level = source["density"][0]
+        slopes, offsets = dcgmm.coefficients(_mixture(source), _mixture(target))
+        _hold(self, slopes=slopes, offsets=offsets)
+
+    def forward(self, images: Tensor) -> Tensor:
+        density = optical_density(images).clamp(min=0)
+        hsd = dcgmm.to_hsd(density)
+        shares = softmax(self.network(hsd[:, :1] / self.level), 1)
+        moved = dcgmm.from_hsd(dcgmm.transfer(hsd, shares, self.slopes, self.offsets))
+        return images * ((density - moved) * _tissue_share(images)).exp()
 
 
-def _mixture(numbers: Numbers, like: Tensor) -> Mixture:
-    share, mean, deviation = (
-        torch.tensor(numbers[name], dtype=torch.float64, device=like.device) for name in Mixture._fields
-    )
+def _mixture(numbers: Numbers) -> Mixture:
+    share, mean, deviation = (torch.tensor(numbers[name], dtype=torch.float64) for name in Mixture._fields)
     return Mixture(share, mean.reshape(-1, 3), deviation.reshape(-1, 3))
 
 
-def _needed(network: ClusterNet | None) -> ClusterNet:
-    if network is None:
-        raise StainError("dcgmm without its network: need dcgmm.load(find_weights(...)) handed to fit and normalise")
-    return network
+# ------------------------------------------------------------------------------------- checks, templates
 
 
-# ------------------------------------------------------------------------------------- methods, template
+def _check_method(method: Any) -> None:
+    if method not in METHODS:
+        raise StainError(f"stain method {method!r}: need one of {', '.join(METHODS)}")
 
 
-class _Method(NamedTuple):
-    fit: Callable[[StainSample, ClusterNet | None], Numbers]
-    transfer: Callable[[Tensor, Numbers, Numbers, ClusterNet | None], Tensor]  # images, 1 is glass; the same
-    lengths: Callable[[Numbers], Mapping[str, int]]  # of the numbers, given them
+def _check_network(method: str, network: ClusterNet | None) -> None:
+    if (network is not None) != (method == "dcgmm"):
+        given = "without its network" if network is None else "with a network that it does not use"
+        raise StainError(f"{method} {given}: need the network of load.stain_network for dcgmm, and none for the others")
 
 
-def _lengths_dcgmm(numbers: Numbers) -> Mapping[str, int]:
+def _lengths(method: str, numbers: Numbers) -> Mapping[str, int]:
+    """How many numbers of each name a stain of this method has; for dcgmm by the clusters that `numbers` has."""
+    if method == "none":
+        return {}
+    if method == "reinhard":
+        return {"white": 3, "mean": 3, "deviation": 3}
+    if method == "macenko":
+        return {"white": 3, "haematoxylin": 3, "eosin": 3, "strength": 2}
     clusters = max(1, len(numbers.get("share", ())))
     return {"white": 3, "density": 1, "share": clusters, "mean": 3 * clusters, "deviation": 3 * clusters}
 
 
-_METHODS: Mapping[str, _Method] = {
-    "none": _Method(lambda *_: {}, lambda images, *_: images, lambda _: {}),
-    "reinhard": _Method(_fit_reinhard, _transfer_reinhard, lambda _: {"white": 3, "mean": 3, "deviation": 3}),
-    "macenko": _Method(
-        _fit_macenko, _transfer_macenko, lambda _: {"white": 3, "haematoxylin": 3, "eosin": 3, "strength": 2}
-    ),
-    "dcgmm": _Method(_fit_dcgmm, _transfer_dcgmm, _lengths_dcgmm),
-}
-
-
-def _find(method: Any) -> _Method:
-    if method not in _METHODS:
-        raise StainError(f"stain method {method!r}: need one of {', '.join(_METHODS)}")
-    return _METHODS[method]
-
-
 # The typical image: each of the 16 training images of Kumar et al. (2017) fitted alone, as slides are, and of
 # every number the median, on white glass. Pooled they would give a target of wider colours than any slide has.
-# tests/pipeline/test_stain.py computes them again. That of dcgmm lies in the file of its network.
+# tests/pipeline/model/test_stain.py computes them again. That of dcgmm lies in the file of its network.
 _WHITE = (1.0, 1.0, 1.0)
 TEMPLATE: Mapping[str, FittedStain] = {
     "none": FittedStain("none", {}),

@@ -1,9 +1,11 @@
 """Weights on disk: safetensors with the architecture, notes and a checksum of the tensors inside.
 
-Nothing is unpickled. A file builds its own network; one that is damaged, or of another kind, is named.
+Nothing is unpickled. A network is built from the architecture in its file; a file that is damaged, or of another kind,
+raises WeightsError.
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 from collections.abc import Mapping
@@ -18,6 +20,7 @@ from torch import Tensor, nn
 
 from pipeline.config import Architecture, build
 from pipeline.errors import WeightsError
+from pipeline.files import file_sha256
 
 T = TypeVar("T")
 M = TypeVar("M", bound=nn.Module)
@@ -43,9 +46,34 @@ def find_weights(name: str) -> Path:
     return path
 
 
-def file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def content_sha256(path: Path) -> str:
+    """SHA-256 of a file's content; computed again only where the file's size, time or inode is another."""
+    return _cached_sha256(path, stamp(path))
+
+
+@functools.lru_cache(maxsize=32)
+def _cached_sha256(path: Path, _stamp: tuple[int, ...]) -> str:
+    return file_sha256(path)
+
+
+def stamp(path: Path) -> tuple[int, ...]:
+    """Size, time of the last change in ns, and inode of a file: another tuple where the file was replaced."""
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns, status.st_ino
+
+
+def check_content(path: Path, recorded: str = "") -> str:
+    """SHA-256 of a file. Raises WeightsError where it is not `recorded`, unless that is empty: any content will do."""
+    try:
+        sha256 = content_sha256(path)
+    except OSError as error:
+        raise WeightsError(f"{path} cannot be read ({error}): put the file back, or choose other weights") from error
+    if recorded not in ("", sha256):
+        raise WeightsError(
+            f"{path} has other content than when the run was started (SHA-256 {sha256}, recorded was {recorded}): "
+            "put the file back, or choose another --out"
+        )
+    return sha256
 
 
 def save(network: nn.Module, architecture: Any, path: Path, notes: Mapping[str, str]) -> None:
@@ -58,14 +86,14 @@ def save(network: nn.Module, architecture: Any, path: Path, notes: Mapping[str, 
     metadata = {
         **notes,
         "architecture": json.dumps(dataclasses.asdict(architecture)),
-        "sha256": _content_sha256(tensors),
+        "sha256": _tensors_sha256(tensors),
     }
     # save_file would make a file that its owner alone may read
     path.write_bytes(safetensors.torch.save(tensors, metadata))
 
 
 def read_notes(path: Path) -> dict[str, str]:
-    """The text a weights file carries: architecture, checksum, recipe, data, licence."""
+    """The notes of a weights file: architecture, checksum, recipe, data, licence. Raises WeightsError."""
     try:
         with safetensors.safe_open(path, "pt") as file:
             return dict(file.metadata() or {})
@@ -74,30 +102,31 @@ def read_notes(path: Path) -> dict[str, str]:
 
 
 def licence(path: Path) -> str:
-    """What a weights file says of its licence: a line that a terminal can show; "" where it says nothing."""
+    """The licence in a weights file's notes, as one line of printable characters; "" where it has none."""
     line = " ".join(read_notes(path).get("licence", "").split())
     line = "".join(c for c in line if c.isprintable())
     return line if len(line) <= 400 else f"{line[:399]}…"
 
 
 def read_architecture(path: Path, kind: type[T], maker: str) -> T:
-    """What a file says of its network, as a dataclass `kind`. Raises WeightsError where it says nothing, or nonsense.
+    """The architecture in a file's notes, as a dataclass `kind`.
 
-    maker: the command that writes such files, for the message.
+    maker: the command that writes such files, for the message
+    Raises WeightsError where the file has none, or one that `kind` refuses.
     """
     notes = read_notes(path)
     if "architecture" not in notes or "sha256" not in notes:
         raise WeightsError(f"{path} holds no weights of Nightslide: need a file written by '{maker}'")
     try:
         return build(kind, json.loads(notes["architecture"]), f"{path}: architecture")
-    except ValueError as error:  # ConfigError and JSONDecodeError
+    except (ValueError, RecursionError) as error:  # ConfigError, JSONDecodeError; JSON of many levels
         raise WeightsError(
             f"{path} names no architecture that can be built ({error}): need a file written by '{maker}'"
         ) from error
 
 
 def detector_architecture(path: Path) -> Architecture:
-    """What a detector's weights file says of its network; read from the file's text. Raises WeightsError."""
+    """The architecture of a detector, from the notes of its weights file, without loading it. Raises WeightsError."""
     return read_architecture(path, Architecture, "nightslide train")
 
 
@@ -107,7 +136,7 @@ def load_into(network: M, path: Path) -> M:
     Raises WeightsError where the file is damaged (checksum) or does not fit the network.
     """
     tensors = safetensors.torch.load_file(path)
-    if _content_sha256(tensors) != read_notes(path).get("sha256"):
+    if _tensors_sha256(tensors) != read_notes(path).get("sha256"):
         raise WeightsError(f"{path} is damaged: its tensors do not match their checksum; download or copy it again")
     try:
         missing, unknown = network.load_state_dict({k: v.float() for k, v in tensors.items()}, strict=False)
@@ -119,7 +148,7 @@ def load_into(network: M, path: Path) -> M:
     return network.eval()
 
 
-def _content_sha256(tensors: Mapping[str, Tensor]) -> str:
+def _tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name in sorted(tensors):
         digest.update(name.encode())

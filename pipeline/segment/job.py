@@ -1,12 +1,28 @@
-"""A slide and what is to be done to it: all that a task on any machine needs to know."""
+"""What is done, and to which slide: all that a task on any machine needs to know."""
 
+import functools
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.config import Settings
 from pipeline.errors import LeaseLost
 from pipeline.layout import SlideFolder
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A run's settings, with the paths of every file that they name, and those files' checksums."""
+
+    settings: Settings
+    weights_sha256: str
+    stain_sha256: Mapping[str, str]  # of `weights` and `template`, where the stain normalisation reads them
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """Names everything that nuclei.parquet depends on."""
+        return self.settings.digest(self.weights_sha256, self.stain_sha256)
 
 
 @dataclass(frozen=True)
@@ -19,10 +35,17 @@ class Job:
 
     source: Path
     folder: SlideFolder
-    settings: Settings
-    digest: str
+    manifest: Manifest
     mpp: float | None = None
     lease: Path | None = None
+
+    @property
+    def settings(self) -> Settings:
+        return self.manifest.settings
+
+    @property
+    def digest(self) -> str:
+        return self.manifest.digest
 
     def check_lease(self) -> None:
         """To be asked before anything is committed. Raises LeaseLost once another process has the slide."""

@@ -1,9 +1,8 @@
-"""What a slide is, where its tissue lies, how it is stained: settled once, before anything is cut, and kept on disk."""
+"""What a slide is, where its tissue lies, how it is stained: decided once, before anything is cut, and kept on disk."""
 
 import functools
-import threading
+from collections.abc import Mapping
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,15 +11,14 @@ from pipeline import files
 from pipeline.config import Settings
 from pipeline.errors import ScratchLost, StainError
 from pipeline.layout import SlideFolder
-from pipeline.model import dcgmm, stain, views
-from pipeline.model.dcgmm import ClusterNet
-from pipeline.model.device import choose_device
-from pipeline.model.weights import find_weights
-from slides.errors import ScaleUnknown, SlideNotFound
+from pipeline.model import load, stain, views
+from pipeline.model.stain import Normalisation
+from pipeline.segment.slide_stain import ANY_CONTENT, fit_slide, template_stain
+from pipeline.segment.tissue_map import find_tissue
 from slides.geometry import Affine, Box, Frame, Size
 from slides.grid import Tile, TileGrid, check_margin
-from slides.slide import Scale, Slide, open_slide
-from slides.tissue import TissueMap, tissue_mask
+from slides.slide import Scale, Slide
+from slides.tissue import TissueMap
 
 
 class Plan(NamedTuple):
@@ -34,8 +32,7 @@ class Plan(NamedTuple):
     frame: Frame  # work px
     grid: TileGrid
     tissue: TissueMap
-    stain: stain.FittedStain
-    target: stain.FittedStain  # what it is normalised to
+    normalisation: Normalisation
     has_icc: bool  # the pixels are taken as stored; the profile is not applied
     notes: tuple[str, ...]  # what a person must know of the slide, such as why it is not normalised
 
@@ -53,10 +50,12 @@ class Plan(NamedTuple):
         return tuple(b for b in range(self.grid.blocks) if self.of_block(b))
 
 
-def plan_slide(slide: Slide, settings: Settings) -> Plan:
+def plan_slide(slide: Slide, settings: Settings, stain_sha256: Mapping[str, str] = ANY_CONTENT) -> Plan:
     """The plan of a slide. Reads a thumbnail and, to fit its stain, a few regions.
 
-    Raises GridError where the margin is too small for the largest nucleus and the views' shifts.
+    stain_sha256: of the files that stain normalisation reads, as the run recorded them (`Settings.digest`)
+    Raises GridError where the margin is too small for the largest nucleus and the views' shifts, WeightsError where a
+    file of the stain normalisation has other content than recorded.
     """
     tiling = settings.tiling
     frame = slide.frame(tiling.mpp)
@@ -67,13 +66,8 @@ def plan_slide(slide: Slide, settings: Settings) -> Plan:
         settings.stitching.tolerance_px,
         views.largest_shift(settings.detector.views),
     )
-    tissue = _find_tissue(slide, settings)
-    target, notes = stain_target(settings), []
-    try:
-        fitted = _fit_stain(slide, tissue, settings, stain_network(settings))
-    except StainError as error:
-        fitted = target = stain.TEMPLATE["none"]
-        notes.append(f"not normalised: {error}")
+    tissue = find_tissue(slide, settings.tissue, tiling.mpp)
+    normalisation, notes = _normalisation(slide, tissue, settings, stain_sha256)
     return Plan(
         slide.quick_hash,
         slide.vendor,
@@ -83,113 +77,28 @@ def plan_slide(slide: Slide, settings: Settings) -> Plan:
         frame,
         grid,
         tissue,
-        fitted,
-        target,
+        normalisation,
         slide.has_icc,
-        tuple(notes),
+        notes,
     )
+
+
+def _normalisation(
+    slide: Slide, tissue: TissueMap, settings: Settings, stain_sha256: Mapping[str, str]
+) -> tuple[Normalisation, tuple[str, ...]]:
+    """How the slide is normalised; and notes on why it is not, although that was asked for."""
+    target = template_stain(settings.stain, settings.tissue, settings.tiling.mpp, stain_sha256)
+    network = load.stain_network(settings.stain, recorded=stain_sha256.get("weights", ""))
+    try:
+        fitted = fit_slide(slide, tissue, settings.stain, network)
+    except StainError as error:
+        return Normalisation(stain.TEMPLATE["none"], stain.TEMPLATE["none"]), (f"not normalised: {error}",)
+    return Normalisation(fitted, target), ()
 
 
 def picture_frame(slide: Slide, plan: Plan, longest_px: int) -> Frame:
     """The frame whose longer side has so many pixels, never finer than the work frame."""
     return slide.frame(plan.frame.mpp * max(1.0, max(plan.frame.size) / longest_px))
-
-
-def _find_tissue(slide: Slide, settings: Settings) -> TissueMap:
-    work = slide.frame(settings.tiling.mpp)
-    frame = slide.frame(max(settings.tissue.thumbnail_mpp, work.mpp))
-    thumbnail = slide.thumbnail(frame)
-    if settings.tissue.everywhere:
-        return TissueMap(np.ones(thumbnail.shape[:2], bool), frame, work)
-    area, margin = settings.tissue.min_area_um2, settings.tissue.margin_um
-    return TissueMap(tissue_mask(thumbnail, frame.mpp, min_area_um2=area, margin_um=margin), frame, work)
-
-
-def _fit_stain(slide: Slide, tissue: TissueMap, settings: Settings, network: ClusterNet | None) -> stain.FittedStain:
-    """The slide's stain from regions spread evenly over its tissue. Raises StainError where it cannot be told."""
-    method = settings.stain.method
-    if method == "none":
-        return stain.TEMPLATE["none"]
-    rows, columns = np.nonzero(tissue.mask)
-    if not len(rows):
-        raise StainError("no tissue was found to fit the stain on")
-    chosen = np.unique(np.linspace(0, len(rows) - 1, settings.stain.patches).astype(int))
-    ratio, side = tissue.frame.mpp / tissue.work.mpp, 256
-    size = tissue.work.size
-    regions, masks = [], []
-    for index in chosen:
-        x, y = int((columns[index] + 0.5) * ratio) - side // 2, int((rows[index] + 0.5) * ratio) - side // 2
-        # whatever hangs over the edge is white that no lamp has lit
-        x, y = (max(0, min(corner, extent - side)) for corner, extent in ((x, size.width), (y, size.height)))
-        pixels, lost = slide.read_decodable(Box(x, y, x + side, y + side), tissue.work)
-        lost[max(0, size.height - y) :], lost[:, max(0, size.width - x) :] = True, True
-        regions.append(pixels)
-        masks.append(~lost)
-    return stain.fit(np.stack(regions), np.stack(masks), method, network)
-
-
-def stain_files(settings: Settings) -> dict[str, Path]:
-    """The files that this stain normalisation reads: `weights` of dcgmm's network, `template` where one is given.
-
-    Raises WeightsError, SlideNotFound.
-    """
-    files = {"weights": find_weights(settings.stain.weights)} if settings.stain.method == "dcgmm" else {}
-    if settings.stain.template and settings.stain.method != "none":
-        files["template"] = Path(settings.stain.template).resolve()
-        if not files["template"].is_file():
-            raise SlideNotFound(f"{files['template']}: there is no such file to take as --stain.template")
-    return files
-
-
-def stain_network(settings: Settings) -> ClusterNet | None:
-    """The network of dcgmm on the detector's device, loaded once per process, file and device; else None."""
-    if settings.stain.method != "dcgmm":
-        return None
-    weights = find_weights(settings.stain.weights)
-    with _loading:
-        return _stain_network(weights, weights.stat().st_mtime_ns, settings.detector.device)
-
-
-_loading = threading.Lock()
-
-
-@functools.lru_cache(maxsize=2)
-def _stain_network(weights: Path, _changed_ns: int, device_name: str) -> ClusterNet:
-    return dcgmm.load(weights).to(choose_device(device_name))
-
-
-def stain_target(settings: Settings) -> stain.FittedStain:
-    """What slides are normalised to: the stain of --stain.template, or the one that comes with the method.
-
-    Found once per process. Raises what `stain_files`, `fit_template` and `stain.read_template` raise.
-    """
-    return _stain_target(settings, tuple(path.stat().st_mtime_ns for path in stain_files(settings).values()))
-
-
-@functools.lru_cache(maxsize=2)
-def _stain_target(settings: Settings, _changed_ns: tuple[int, ...]) -> stain.FittedStain:
-    files = stain_files(settings)
-    if "template" in files:
-        return fit_template(files["template"], settings, stain_network(settings))
-    return stain.read_template(files["weights"]) if "weights" in files else stain.TEMPLATE[settings.stain.method]
-
-
-def fit_template(path: Path, settings: Settings, network: ClusterNet | None) -> stain.FittedStain:
-    """The stain of a slide or an image, fitted as a slide's is.
-
-    A file that does not state its scale is taken at the working one: a stain hardly depends on it. Where no tissue
-    is found it is a field of view, too small for that, and taken whole.
-    Raises StainError where it tells no stain, SlideError where it cannot be read.
-    """
-    try:
-        slide = open_slide(path)
-    except ScaleUnknown:
-        slide = open_slide(path, mpp=settings.tiling.mpp)
-    with slide:
-        tissue = _find_tissue(slide, settings)
-        if not tissue.mask.any():
-            tissue = tissue._replace(mask=~tissue.mask)
-        return _fit_stain(slide, tissue, settings, network)
 
 
 def write_plan(plan: Plan, folder: SlideFolder, digest: str) -> None:
@@ -206,8 +115,7 @@ def write_plan(plan: Plan, folder: SlideFolder, digest: str) -> None:
         "frame": plan.frame,
         "grid": asdict(plan.grid),
         "tissue_frame": plan.tissue.frame,
-        "stain": plan.stain.to_json(),
-        "target": plan.target.to_json(),
+        "normalisation": plan.normalisation.to_json(),
         "has_icc": plan.has_icc,
         "notes": plan.notes,
     }
@@ -230,8 +138,7 @@ def load_plan(folder: SlideFolder, digest: str) -> Plan | None:
         frame,
         TileGrid(Size(*grid["size"]), grid["tile"], grid["margin"], grid["block"]),
         TissueMap(mask, _frame(content["tissue_frame"]), frame),
-        stain.FittedStain.from_json(content["stain"]),
-        stain.FittedStain.from_json(content["target"]),
+        Normalisation.from_json(content["normalisation"]),
         content["has_icc"],
         tuple(content["notes"]),
     )

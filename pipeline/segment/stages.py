@@ -28,7 +28,7 @@ from pipeline.errors import ScratchLost, SlideChanged
 from pipeline.model.device import computes_on, device_lock
 from pipeline.model.instances import HostInstances
 from pipeline.model.stain import Normalisation
-from pipeline.model.weights import detector_architecture, find_weights
+from pipeline.model.weights import check_content, detector_architecture, find_weights
 from pipeline.segment import pictures, polygons, stitch, tables
 from pipeline.segment.finished import write_exports
 from pipeline.segment.job import Job
@@ -70,7 +70,7 @@ def make_plan(job: Job) -> WorkRecord:
         if plan is None:
             job.check_lease()
             remove_work(job)
-            plan = plan_slide(slide, job.settings)
+            plan = plan_slide(slide, job.settings, job.manifest.stain_sha256)
             folder.work.mkdir(parents=True, exist_ok=True)
             frame = picture_frame(slide, plan, THUMBNAIL_PX)
             pictures.draw_plan(slide.thumbnail(frame), frame, plan.tissue, plan.tiles, folder.thumbnail)
@@ -163,13 +163,23 @@ def detect_block(job: Job, block: int, before: WorkRecord, detect: Detect | None
         patches, lost = stored
         with device_lock():
             started = time.perf_counter()
-            found = list((detect or _detector())(patches, Normalisation(plan.stain, plan.target), job.settings))
+            _check_weights(job)
+            found = list((detect or _detector())(patches, plan.normalisation, job.settings))
             device = () if detect else (computes_on(job.settings.detector),)
             before += _worked("detect", started, computed_on=device)
+        _check_weights(job)  # nor was it replaced meanwhile
         job.check_lease()
         write_predictions(job.folder.predictions(block), found, lost, before)
     store.discard(block)
     return before
+
+
+def _check_weights(job: Job) -> None:
+    """Raise WeightsError where the files of the networks have other content than when the run was started."""
+    settings, manifest = job.settings, job.manifest
+    check_content(find_weights(settings.detector.weights), manifest.weights_sha256)
+    if "weights" in manifest.stain_sha256:
+        check_content(find_weights(settings.stain.weights), manifest.stain_sha256["weights"])
 
 
 def _detector() -> Detect:

@@ -16,7 +16,7 @@ from pipeline.model import inference
 from pipeline.model.detector import NucleusDetector, save_weights
 from pipeline.model.instances import HostInstances
 from pipeline.model.stain import Normalisation
-from pipeline.model.weights import file_sha256
+from pipeline.model.weights import content_sha256
 from pipeline.segment.record import SlideRecord
 from training import evaluate as evaluating
 from training.data.datasets import Annotated, AnnotationError, Pixels
@@ -147,7 +147,7 @@ def test_every_score_of_an_oracle_is_known(tmp_path: Path, settings: Settings) -
             assert picture.width > 3 * 140
 
     content = json.loads(as_json(found, collection.members, "nightslide evaluate"))
-    assert content["weights_sha256"] == file_sha256(Path(settings.detector.weights))
+    assert content["weights_sha256"] == content_sha256(Path(settings.detector.weights))
     assert content["digest"] == settings.digest(content["weights_sha256"])
     assert (content["command"], content["images"], content["mpp"]) == ("nightslide evaluate", 3, [0.25])
     assert (content["views"], content["stain"]) == (1, "none")

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from pipeline.errors import StainError
-from pipeline.model.stain import FittedStain, fit, normalise
+from pipeline.model.stain import FittedStain, Normalisation, Normaliser, fit
 from training.config import Training
 from training.data import augment
 from training.data.datasets import Annotated, Pixels
@@ -90,7 +90,8 @@ def _restain(image: NDArray[np.uint8], source: FittedStain | None, target: Fitte
     if source is None or target is None:
         return image
     light = torch.from_numpy(image.transpose(2, 0, 1).copy())[None].float() / 255
-    moved: NDArray[np.uint8] = (normalise(light, source, target)[0] * 255).round().byte().numpy()
+    normaliser = Normaliser(Normalisation(source, target))
+    moved: NDArray[np.uint8] = (normaliser(light)[0] * 255).round().byte().numpy()
     return np.ascontiguousarray(moved.transpose(1, 2, 0))
 
 

@@ -5,7 +5,7 @@
 Prints a markdown table: of the normalised median intensity of the annotated nuclei (NMI, Nyul et al. 2000, Bejnordi
 et al. 2016: the median over their pixels of the mean of red, green and blue, by its 95th percentile), the standard
 deviation and the coefficient of variation over images; set by set, and over all of them. Every image is fitted alone,
-as a slide is, and every method normalises to the median of its own fits, so that no method has a luckier template.
+as a slide is, and every method normalises to the median of its own fits, so that no method is favoured by its template.
 Seconds per mm2 are of normalising, on one thread, at 0.25 um per px; fitting is done once per slide.
 """
 
@@ -22,11 +22,11 @@ from PIL import Image
 
 from pipeline.errors import StainError
 from pipeline.model import dcgmm, stain
+from pipeline.model.dcgmm import ClusterNet
 from pipeline.model.weights import find_weights
 from training.data.datasets import Annotated, find
 
 MPP = 0.25
-METHODS = ("none", "reinhard", "macenko", "dcgmm")
 
 
 class Set(NamedTuple):
@@ -47,7 +47,7 @@ SETS = (
 class Measured(NamedTuple):
     nmi: float
     seconds_per_mm2: float
-    failed: bool  # no stain could be told: the image stays as it is
+    failed: bool  # no stain could be fitted: the image is not normalised
     picture: Image.Image
 
 
@@ -68,7 +68,7 @@ def at_scale(annotated: Annotated) -> tuple[NDArray[np.uint8], NDArray[np.bool_]
     return np.asarray(image), np.asarray(nuclei)
 
 
-def fit(image: NDArray[np.uint8], method: str, network: dcgmm.ClusterNet) -> stain.FittedStain | None:
+def fit(image: NDArray[np.uint8], method: str, network: ClusterNet | None) -> stain.FittedStain | None:
     try:
         return stain.fit(image[None], np.ones((1, *image.shape[:2]), bool), method, network)
     except StainError:
@@ -87,12 +87,13 @@ def measure(
     nuclei: NDArray[np.bool_],
     source: stain.FittedStain | None,
     target: stain.FittedStain,
-    network: dcgmm.ClusterNet,
+    network: ClusterNet | None,
 ) -> Measured:
     pixels = torch.from_numpy(image.copy()).permute(2, 0, 1)[None].float() / 255
+    normaliser = None if source is None else stain.Normaliser(stain.Normalisation(source, target), network)
     began = time.process_time()  # of the one thread: other work on the machine does not count
     with torch.inference_mode():
-        moved = pixels[0] if source is None else stain.normalise(pixels, source, target, network)[0]
+        moved = pixels[0] if normaliser is None else normaliser(pixels)[0]
     seconds = time.process_time() - began
     intensity = moved.mean(0).numpy()[nuclei]
     picture = Image.fromarray((moved.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8))
@@ -132,14 +133,14 @@ def main() -> None:
     parser.add_argument("--pictures", type=Path, help="folder for a PNG of each set: a row an image, a column a method")
     wanted = parser.parse_args()
     torch.set_num_threads(1)
-    network = dcgmm.load(find_weights(wanted.weights))
     sets = []
     for name, mpp, of_a_group in SETS:
         pairs = [at_scale(a) for a in chosen(find(wanted.data / name, (), mpp).images, of_a_group)]
         sets.append([(image, nuclei) for image, nuclei in pairs if nuclei.any()])
     counts = [f"{s.name} ({len(members)})" for s, members in zip(SETS, sets, strict=True)]
     table: dict[str, list[list[Measured]]] = {}
-    for method in METHODS:
+    for method in stain.METHODS:
+        network = dcgmm.load(find_weights(wanted.weights)) if method == "dcgmm" else None
         fits = [[fit(image, method, network) for image, _ in members] for members in sets]
         target = median([f for members in fits for f in members], method)
         table[method] = [

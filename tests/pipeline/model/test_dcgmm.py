@@ -1,4 +1,4 @@
-"""The mixture learns by EM, the network sees density only and not far, and the transfer keeps what it should."""
+"""The mixture follows from EM, the network depends on nearby densities only, the transfer keeps what it should."""
 
 import math
 from itertools import pairwise
@@ -126,7 +126,7 @@ def test_em_lowers_the_loss_to_the_bound() -> None:
     assert losses[-1] < -2  # far beyond a likelihood of 1, where the original code had no gradient left
 
 
-def test_the_network_learns_the_clusters_it_is_not_told() -> None:
+def test_the_network_learns_clusters_without_labels() -> None:
     """From density alone, in seconds: pixels of one stain get one cluster, whatever the start."""
     hsd, which = three_stains(3)
     level = float(hsd[:, 0].mean())
@@ -140,8 +140,8 @@ def test_the_network_learns_the_clusters_it_is_not_told() -> None:
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
-    told = network(hsd[:, :1] / level).argmax(1)
-    assert float((told == which).float().mean()) > 0.9
+    learnt = network(hsd[:, :1] / level).argmax(1)
+    assert float((learnt == which).float().mean()) > 0.9
 
 
 # ------------------------------------------------------------------------------------------------- network
@@ -158,18 +158,18 @@ def test_a_pixel_is_changed_by_its_neighbourhood_only(network: ClusterNet) -> No
     radius, side = network.radius_px, 128
     assert radius <= 32  # the least margin that tiles have by default is 64 px
     density = noise(0, 1, 1, side, side)
-    before, seen = network(density), 0
+    before, farthest = network(density), 0
     for y, x in ((0, 0), (63, 64), (66, 61), (127, 5)):
         changed = density.clone()
         changed[0, 0, y, x] += 5
         moved = ((network(changed) - before)[0].abs().amax(0) > 1e-6).nonzero()
         distance = (moved - torch.tensor([y, x])).abs().max()
         assert int(distance) <= radius
-        seen = max(seen, int(distance))
-    assert seen >= radius // 2  # and the radius is no idle number
+        farthest = max(farthest, int(distance))
+    assert farthest >= radius // 2  # and the radius is not much larger than need be
 
 
-def test_a_tile_sees_what_the_whole_sees(network: ClusterNet) -> None:
+def test_a_tile_has_the_logits_of_the_whole(network: ClusterNet) -> None:
     """Law: logits in a tile's core are those of the whole picture, at any tile whose corner is on the pitch."""
     density, radius, step = noise(1, 1, 1, 160, 160), network.radius_px, network.step_px
     whole = network(density)
@@ -196,7 +196,7 @@ def mixture(seed: int) -> Mixture:
 @given(seed=st.integers(0, 1000))
 def test_to_the_same_mixture_nothing_changes(seed: int) -> None:
     hsd, shares = noise(seed, 1, 3, 8, 8), noise(seed + 1, 1, 3, 8, 8).softmax(1)
-    assert torch.equal(dcgmm.transfer(hsd, shares, mixture(seed), mixture(seed)), hsd)
+    assert torch.equal(dcgmm.transfer(hsd, shares, *dcgmm.coefficients(mixture(seed), mixture(seed))), hsd)
 
 
 def test_a_cluster_gets_the_targets_mean_and_deviation() -> None:
@@ -205,7 +205,7 @@ def test_a_cluster_gets_the_targets_mean_and_deviation() -> None:
     tissue = torch.ones(1, 1, 24, 24, dtype=torch.bool)
     source = Mixture(*(t[0] for t in dcgmm.maximise(dcgmm.moments(hsd, shares, tissue), 1e-6)))
     target = mixture(7)
-    moved = dcgmm.transfer(hsd, shares, source, target)
+    moved = dcgmm.transfer(hsd, shares, *dcgmm.coefficients(source, target))
     found = dcgmm.maximise(dcgmm.moments(moved, shares, tissue), 1e-6)
     torch.testing.assert_close(found.mean[0], target.mean, atol=1e-2, rtol=0)
     torch.testing.assert_close(found.deviation[0], target.deviation, atol=2e-2, rtol=0)
@@ -238,6 +238,6 @@ def test_a_damaged_file_and_a_detectors_are_refused(network: ClusterNet, tmp_pat
 
 
 def test_an_architecture_that_cannot_be_is_refused() -> None:
-    for wrong in ({"clusters": 1}, {"channels": ()}, {"floor": 0.0}):
+    for wrong in ({"clusters": 1}, {"channels": ()}, {"channels": (8, 1_000_000)}, {"floor": 0.0}):
         with pytest.raises(ConfigError, match="need"):
             StainArchitecture(**wrong)

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.config import Architecture, Detector, Settings, Stain, Tiling
-from pipeline.model import fuse, inference, stain
+from pipeline.model import fuse, inference, load, stain
 from pipeline.model.detector import NucleusDetector, fold
 from pipeline.model.deterministic import pointwise
 from pipeline.model.inference import detect_patches
@@ -83,7 +83,8 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Device]:
 def install(one: Device, monkeypatch: pytest.MonkeyPatch) -> Device:
     """A new process with this device."""
     model: Any = SimpleNamespace(architecture=SimpleNamespace(mask_size=MASK, upscale=1.5))
-    monkeypatch.setattr(inference, "engine", lambda _: inference.Engine(model, torch.device("cpu"), torch.float32))
+    on_cpu = load.LoadedDetector(model, torch.device("cpu"), torch.float32)
+    monkeypatch.setattr(load, "detector", lambda _: on_cpu)
     monkeypatch.setattr(inference, "_that_fits", {})
     monkeypatch.setattr(fuse, "infer", one.infer)
     return one
@@ -259,7 +260,7 @@ def test_neither_threads_nor_batches_show(method: Any, precision: torch.dtype, m
     """Law: the same bits on one thread and on several, alone and in a batch; also where there are few proposals."""
     torch.manual_seed(0)
     model = pointwise(fold(NucleusDetector(Architecture(box_hidden=32, mask_channels=8, mask_layers=1)).eval()))
-    monkeypatch.setattr(inference, "engine", lambda _: inference.Engine(model, torch.device("cpu"), precision))
+    monkeypatch.setattr(load, "detector", lambda _: load.LoadedDetector(model, torch.device("cpu"), precision))
     patches = np.random.default_rng(0).integers(60, 255, (2, 320, 320, 3)).astype(np.uint8)
     patches[1, 32:] = 240
     target = stain.read_template(find_weights("stain")) if method == "dcgmm" else stain.TEMPLATE[method]

@@ -1,5 +1,6 @@
 """Normalisation to the same stain changes nothing; to another one, it gives that stain; nonsense is refused."""
 
+import copy
 import json
 from pathlib import Path
 
@@ -10,15 +11,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from pipeline.config import StainArchitecture
+from pipeline.config import Stain, StainArchitecture
 from pipeline.errors import StainError, WeightsError
-from pipeline.model import dcgmm
-from pipeline.model.stain import TEMPLATE, FittedStain, fit, he_density, normalise, read_template, white_point
+from pipeline.model import dcgmm, load
+from pipeline.model.stain import (
+    METHODS,
+    TEMPLATE,
+    FittedStain,
+    Normalisation,
+    Normaliser,
+    fit,
+    he_density,
+    read_template,
+    white_point,
+)
 from pipeline.model.weights import find_weights
+from pretend_cuda import PretendedCuda
 
-METHODS = ("none", "reinhard", "macenko", "dcgmm")
 MOVING = METHODS[1:]
-NETWORK = dcgmm.load(find_weights("stain"))
+NETWORKS = {method: load.stain_network(Stain(method=method)) for method in METHODS}
 TARGETS = {**TEMPLATE, "dcgmm": read_template(find_weights("stain"))}
 
 
@@ -42,7 +53,12 @@ def tensor(pixels: np.ndarray) -> torch.Tensor:
 
 
 def fitted(pixels: np.ndarray, method: str) -> FittedStain:
-    return fit(pixels, np.ones(pixels.shape[:3], bool), method, NETWORK)
+    return fit(pixels, np.ones(pixels.shape[:3], bool), method, NETWORKS.get(method))
+
+
+def normalised(images: torch.Tensor, source: FittedStain, target: FittedStain) -> torch.Tensor:
+    out: torch.Tensor = Normaliser(Normalisation(source, target), NETWORKS[source.method])(images)
+    return out
 
 
 PURPLE, PINK = (0.65, 0.70, 0.29), (0.07, 0.99, 0.11)
@@ -53,11 +69,11 @@ BLUE, ORANGE = (0.75, 0.60, 0.28), (0.10, 0.85, 0.52)
 @given(seed=st.integers(0, 1000))
 @settings(max_examples=15)
 def test_to_the_same_stain_nothing_changes(method: str, seed: int) -> None:
-    """Law: normalise(x, s, s) == x within rounding, for any x, also far from what was fitted."""
+    """Law: Normaliser(Normalisation(s, s))(x) == x within rounding, for any x, also far from what was fitted."""
     source = fitted(painted(seed, PURPLE, PINK), method)
     any_image = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(seed))
     any_image[0, :, 0, 0], any_image[0, :, 0, 1] = 0, 1  # black and white
-    torch.testing.assert_close(normalise(any_image, source, source, NETWORK), any_image, atol=2e-5, rtol=2e-4)
+    torch.testing.assert_close(normalised(any_image, source, source), any_image, atol=2e-5, rtol=2e-4)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -65,7 +81,7 @@ def test_white_stays_white_and_values_stay_in_range(method: str) -> None:
     source = fitted(painted(1, BLUE, ORANGE), method)
     image = torch.ones(1, 3, 8, 8)
     image[..., 4:] = torch.rand(1, 3, 8, 4, generator=torch.Generator().manual_seed(0))
-    out = normalise(image, source, TARGETS[method], NETWORK)
+    out = normalised(image, source, TARGETS[method])
     torch.testing.assert_close(out[..., :4], image[..., :4], atol=2 / 255, rtol=0)
     assert out.min() >= 0
     assert out.max() <= 1
@@ -76,7 +92,7 @@ def test_a_normalised_image_has_the_targets_stain(method: str) -> None:
     """What was painted in one pair of stains is fitted, after the transfer, as the other pair."""
     source_pixels, target_pixels = painted(2, BLUE, ORANGE, glass=0.1), painted(3, PURPLE, PINK, glass=0.1)
     source, target = fitted(source_pixels, method), fitted(target_pixels, method)
-    moved = normalise(tensor(source_pixels), source, target, NETWORK)
+    moved = normalised(tensor(source_pixels), source, target)
     again = fitted((moved.permute(0, 2, 3, 1).numpy() * 255).round().astype(np.uint8), method)
 
     def distance(a: FittedStain, b: FittedStain) -> float:
@@ -85,10 +101,10 @@ def test_a_normalised_image_has_the_targets_stain(method: str) -> None:
     assert distance(again, target) < 0.35 * distance(source, target)
 
 
-def test_macenko_finds_the_stains_that_were_painted() -> None:
-    found = fitted(painted(4, PURPLE, PINK, glass=0.1), "macenko").numbers
+def test_macenko_fits_the_stains_that_were_painted() -> None:
+    numbers = fitted(painted(4, PURPLE, PINK, glass=0.1), "macenko").numbers
     for name, vector in (("haematoxylin", PURPLE), ("eosin", PINK)):
-        cosine = np.dot(found[name], vector) / np.linalg.norm(vector)
+        cosine = np.dot(numbers[name], vector) / np.linalg.norm(vector)
         assert np.degrees(np.arccos(min(1.0, cosine))) < 5, name
 
 
@@ -100,10 +116,20 @@ def test_a_stain_survives_json(method: str) -> None:
 
 @pytest.mark.parametrize("method", ["reinhard", "macenko"])
 @pytest.mark.parametrize("colour", [(255, 255, 255), (128, 128, 128), (200, 40, 200)])
-def test_pixels_that_tell_no_stain_are_refused(method: str, colour: tuple[int, int, int]) -> None:
+def test_pixels_that_show_no_stain_are_refused(method: str, colour: tuple[int, int, int]) -> None:
     pixels = np.broadcast_to(np.array(colour, np.uint8), (1, 160, 160, 3)).copy()
     with pytest.raises(StainError, match="need"):
         fitted(pixels, method)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_normalisation_survives_json_and_is_a_key(method: str) -> None:
+    normalisation = Normalisation(fitted(painted(5, PURPLE, PINK), method), TARGETS[method])
+    again = Normalisation.from_json(json.loads(json.dumps(normalisation.to_json())))
+    assert again == normalisation
+    assert {normalisation: 1}[again] == 1
+    with pytest.raises(StainError, match="need a table of 'source' and 'target'"):
+        Normalisation.from_json(normalisation.source.to_json())
 
 
 def test_misuse_is_named() -> None:
@@ -115,7 +141,7 @@ def test_misuse_is_named() -> None:
     with pytest.raises(StainError, match="can be read: need"):
         fit(pixels, np.zeros((1, 160, 160), bool), "macenko")
     with pytest.raises(StainError, match="need stains of one method"):
-        normalise(tensor(pixels), TEMPLATE["none"], TEMPLATE["macenko"])
+        Normaliser(Normalisation(TEMPLATE["none"], TEMPLATE["macenko"]))
     with pytest.raises(StainError):
         FittedStain.from_json({"method": "macenko", "numbers": {"strength": [1, float("nan")]}})
 
@@ -124,13 +150,65 @@ def test_dcgmm_wants_its_own_network_and_template() -> None:
     pixels = painted(6, PURPLE, PINK)
     with pytest.raises(StainError, match="dcgmm without its network"):
         fit(pixels, np.ones((1, 160, 160), bool), "dcgmm")
+    with pytest.raises(StainError, match="dcgmm without its network"):
+        Normaliser(Normalisation(TARGETS["dcgmm"], TARGETS["dcgmm"]))
+    with pytest.raises(StainError, match="macenko with a network that it does not use"):
+        fit(pixels, np.ones((1, 160, 160), bool), "macenko", NETWORKS["dcgmm"])
     with pytest.raises(StainError):
         FittedStain.from_json({"method": "dcgmm", "numbers": {"share": [0.5, 0.5]}})
     other = dcgmm.ClusterNet(StainArchitecture(clusters=4)).eval()
     with pytest.raises(StainError, match="need stains that were fitted with this network"):
-        normalise(tensor(pixels), TARGETS["dcgmm"], TARGETS["dcgmm"], other)
+        Normaliser(Normalisation(TARGETS["dcgmm"], TARGETS["dcgmm"]), other)
     with pytest.raises(WeightsError, match="names no template"):
         read_template(find_weights("nuclei"))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_normaliser_lies_on_its_device_and_uploads_pixels_only(method: str) -> None:
+    """Law: no tensor meets one of another device, and after the first batch constants are uploaded no more."""
+    images = tensor(painted(15, BLUE, ORANGE))
+    normalisation = Normalisation(fitted(painted(13, BLUE, ORANGE), method), TARGETS[method])
+    network = NETWORKS[method]
+    with torch.inference_mode(), PretendedCuda() as cuda:
+        moved = None if network is None else copy.deepcopy(network).to("cuda:0")
+        normaliser = Normaliser(normalisation, moved, "cuda:0")
+        held = [*normaliser.buffers(), *normaliser.parameters()]
+        assert all(t.device.type == "cuda" for t in held)
+        assert bool(held) == (method != "none")
+        before = len(cuda.uploads)
+        batches = [normaliser(images.to("cuda:0")).cpu() for _ in range(2)]
+        assert cuda.uploads[before:] == [tuple(images.shape)] * 2
+    for batch in batches:
+        torch.testing.assert_close(batch, normalised(images, *normalisation), atol=1e-5, rtol=1e-4)
+    if network is not None:
+        assert next(network.parameters()).device.type == "cpu"  # others fit with it
+
+
+@pytest.mark.parametrize(
+    "template",
+    ["{", "[" * 100_000, "{}", json.dumps(TEMPLATE["macenko"].to_json())],
+    ids=["cut", "deep", "no", "other"],
+)
+def test_a_file_whose_template_is_none_of_dcgmm_is_refused(template: str, tmp_path: Path) -> None:
+    dcgmm.save(dcgmm.ClusterNet(StainArchitecture(channels=(4,))), tmp_path / "s.safetensors", {"template": template})
+    with pytest.raises(WeightsError, match=r"need .*'nightslide fit-stain'"):
+        read_template(tmp_path / "s.safetensors")
+
+
+def test_densities_are_computed_on_the_device_and_upload_pixels_only() -> None:
+    images = tensor(painted(15, BLUE, ORANGE))
+    with PretendedCuda() as cuda:
+        density = [he_density(images.to("cuda:0")).cpu() for _ in range(2)]
+        assert cuda.uploads.count(tuple(images.shape)) == 2
+        assert len(cuda.uploads) <= 3  # the matrix, once a process
+    torch.testing.assert_close(density[1], he_density(images), atol=1e-5, rtol=1e-4)
+
+
+def test_a_network_on_another_device_is_refused() -> None:
+    """Instead of being moved, as others use it where it is."""
+    normalisation = Normalisation(TARGETS["dcgmm"], TARGETS["dcgmm"])
+    with pytest.raises(StainError, match=r"the network is not on meta.*need load\.stain_network for that device"):
+        Normaliser(normalisation, NETWORKS["dcgmm"], "meta")
 
 
 def test_densities_of_pure_stains() -> None:
@@ -146,7 +224,7 @@ def test_glass_is_kept(method: str) -> None:
     """Glass takes no colour, however pale the slide it is on; its tint and shade become the template's."""
     pale = 255 - (255 - painted(7, BLUE, ORANGE, glass=0.1)) // 2
     dim = (pale * np.array([0.95, 0.97, 0.93])).round().astype(np.uint8)
-    out = normalise(tensor(dim)[..., :4, :4], fitted(dim, method), TARGETS[method], NETWORK)
+    out = normalised(tensor(dim)[..., :4, :4], fitted(dim, method), TARGETS[method])
     torch.testing.assert_close(out, torch.ones_like(out), atol=1.5 / 255, rtol=0)
 
 
@@ -156,7 +234,7 @@ def test_the_lamp_does_not_matter(method: str, light: tuple[float, float, float]
     """Law: a slide in dimmer or tinted light is normalised to the same picture, but for the 8 bits it came in."""
     bright = painted(11, PURPLE, PINK, glass=0.1)
     dim = (bright * np.array(light)).round().astype(np.uint8)
-    first, second = (normalise(tensor(p), fitted(p, method), TARGETS[method], NETWORK) for p in (bright, dim))
+    first, second = (normalised(tensor(p), fitted(p, method), TARGETS[method]) for p in (bright, dim))
     assert float((first - second).abs().mean()) < 2 / 255
 
 
@@ -167,7 +245,7 @@ def test_white_is_glass_where_there_is_any_and_else_the_brightest_channel() -> N
     cells[:20] = torch.tensor([0.9, 0.6, 0.7])
     assert white_point(cells) == pytest.approx((0.9, 0.9, 0.9))  # eosin: its colour is kept
     cells[:20] = torch.tensor([0.4, 0.1, 0.3])
-    assert white_point(cells) == (0.5, 0.5, 0.5)  # a dark field is lit up twofold at most
+    assert white_point(cells) == (0.5, 0.5, 0.5)  # a dark field is brightened twofold at most
 
 
 def test_a_field_without_glass_is_not_made_white() -> None:
@@ -176,23 +254,25 @@ def test_a_field_without_glass_is_not_made_white() -> None:
     assert fitted(pixels, "macenko").numbers["white"] == pytest.approx((235 / 255,) * 3, abs=1e-3)
 
 
-@pytest.mark.parametrize("method", ["reinhard", "macenko"])  # dcgmm tells clusters by the densities it changes
+@pytest.mark.parametrize("method", ["reinhard", "macenko"])  # dcgmm assigns clusters by the densities that it changes
 def test_there_and_back(method: str) -> None:
     """Law: what was moved to another stain and back is what it was, where nothing was cut off at white."""
     source, target = (fitted(painted(s, PURPLE, PINK, glass=0.1), method) for s in (8, 9))
     image = 0.1 + 0.5 * torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    back = normalise(normalise(image, source, target), target, source)
+    back = normalised(normalised(image, source, target), target, source)
     torch.testing.assert_close(back, image, atol=1e-3, rtol=0)
 
 
-def test_a_pixel_sees_its_neighbourhood_only() -> None:
+def test_a_pixel_depends_on_its_neighbourhood_only() -> None:
     """Law: with dcgmm a colour depends on what lies within the network's radius, so the tiling does not show."""
+    network = NETWORKS["dcgmm"]
+    assert network is not None
     source = fitted(painted(13, BLUE, ORANGE), "dcgmm")
     image = tensor(painted(14, BLUE, ORANGE))
     changed = image.clone()
     changed[..., 80:, :] = 0.2
-    before, after = (normalise(i, source, TARGETS["dcgmm"], NETWORK) for i in (image, changed))
-    kept = 80 - NETWORK.radius_px
+    before, after = (normalised(i, source, TARGETS["dcgmm"]) for i in (image, changed))
+    kept = 80 - network.radius_px
     torch.testing.assert_close(after[..., :kept, :], before[..., :kept, :], atol=1e-5, rtol=0)
     assert not torch.allclose(after[..., :80, :], before[..., :80, :], atol=1e-5)
 
@@ -225,7 +305,7 @@ def test_nuclei_of_different_laboratories_become_alike(shared: Path) -> None:
         labels = Image.open((shared / "data" / folder / "labels" / name).with_suffix(".png"))
         nuclei = np.array(labels)[:512, :512] > 0
         for method in values:
-            moved = normalise(tensor(pixels), fitted(pixels, method), TARGETS[method], NETWORK)
+            moved = normalised(tensor(pixels), fitted(pixels, method), TARGETS[method])
             intensity = moved[0].mean(0).numpy()[nuclei]
             values[method].append(float(np.median(intensity) / np.percentile(intensity, 95)))
     assert np.std(values["dcgmm"]) < 0.7 * np.std(values["none"])

@@ -13,12 +13,12 @@ import torch
 from PIL import Image
 
 from pipeline.archive.run import run
-from pipeline.cli import app
-from pipeline.config import Execution, Settings, Stain, Stitching, Tiling, Tissue
+from pipeline.cli import app, main
+from pipeline.config import Detector, Execution, Settings, Stain, Stitching, Tiling, Tissue
 from pipeline.errors import RunError, StainError, WeightsError
-from pipeline.model import dcgmm, fuse, inference, stain
+from pipeline.model import dcgmm, fuse, inference, load, stain
 from pipeline.model.instances import HostInstances, Instances
-from pipeline.model.weights import find_weights
+from pipeline.model.weights import content_sha256, find_weights
 from pipeline.segment.plan import Plan, plan_slide
 from slides.errors import SlideNotFound
 from slides.slide import open_slide
@@ -59,10 +59,10 @@ def slide(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("method", ["reinhard", "macenko", "dcgmm"])
 def test_a_slide_is_normalised_to_what_comes_with_the_method(slide: Path, method: Any) -> None:
     plan = planned(slide, chosen(method=method))
-    assert plan.stain.method == method
-    assert plan.stain.numbers["white"] == pytest.approx((230 / 255,) * 3, abs=0.015)
+    assert plan.normalisation.source.method == method
+    assert plan.normalisation.source.numbers["white"] == pytest.approx((230 / 255,) * 3, abs=0.015)
     shipped = stain.read_template(find_weights("stain")) if method == "dcgmm" else stain.TEMPLATE[method]
-    assert plan.target == shipped
+    assert plan.normalisation.target == shipped
     assert plan.stain_note == ""
 
 
@@ -70,24 +70,50 @@ def test_a_slide_is_normalised_to_what_comes_with_the_method(slide: Path, method
 def test_a_template_of_ones_own_is_fitted_as_a_slide_is(slide: Path, tmp_path: Path, method: Any) -> None:
     template = picture(tmp_path / "template.png", 1)
     plan = planned(slide, chosen(method=method, template=str(template)))
-    assert plan.target == planned(template, chosen(method=method)).stain
-    assert plan.target != plan.stain
+    source, target = plan.normalisation
+    assert target == planned(template, chosen(method=method)).normalisation.source
+    assert target != source
 
 
-def test_what_hangs_over_the_edge_is_no_glass(tmp_path: Path) -> None:
+def test_what_lies_beyond_the_edge_is_no_glass(tmp_path: Path) -> None:
     """A picture smaller than the regions that are read is not taken for one with white glass."""
     plan = planned(picture(tmp_path / "small.png", 2, side=150), chosen(method="macenko"))
-    assert plan.stain.numbers["white"] == pytest.approx((230 / 255,) * 3, abs=0.015)
+    assert plan.normalisation.source.numbers["white"] == pytest.approx((230 / 255,) * 3, abs=0.015)
 
 
 def test_a_slide_without_a_stain_goes_on_as_it_is(tmp_path: Path) -> None:
     Image.new("RGB", (300, 300), (200, 200, 200)).save(tmp_path / "grey.png")
     plan = planned(tmp_path / "grey.png", chosen(method="dcgmm"))
-    assert plan.stain == plan.target == stain.TEMPLATE["none"]
+    assert plan.normalisation == (stain.TEMPLATE["none"], stain.TEMPLATE["none"])
     assert "need" in plan.stain_note
 
 
-def test_the_detector_sees_normalised_patches(slide: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_of_other_content_than_the_run_recorded_are_refused(slide: Path, tmp_path: Path) -> None:
+    """A template or a network that was replaced after the run started does not reach the slides that are left."""
+    template, weights = picture(tmp_path / "template.png", 1), tmp_path / "mine.safetensors"
+    shutil.copy(find_weights("stain"), weights)
+    settings = chosen(method="dcgmm", template=str(template), weights=str(weights))
+    recorded = {"weights": content_sha256(weights), "template": content_sha256(template)}
+    with open_slide(slide, mpp=0.25) as opened:
+        plain = plan_slide(opened, settings).normalisation
+        assert plan_slide(opened, settings, recorded).normalisation == plain
+        picture(template, 2)
+        with pytest.raises(WeightsError, match=f"{template} has other content.*{recorded['template']}"):
+            plan_slide(opened, settings, recorded)
+        dcgmm.save(dcgmm.load(weights), weights, {"template": "another"})
+        with pytest.raises(WeightsError, match=f"{weights} has other content.*{recorded['weights']}"):
+            plan_slide(opened, settings, {"weights": recorded["weights"]})
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:7"])
+def test_planning_needs_no_gpu(slide: Path, tmp_path: Path, device: str) -> None:
+    """Stains are fitted on the CPU: a worker without a GPU plans for a detector that has one."""
+    settings = chosen(method="dcgmm", template=str(picture(tmp_path / "template.png", 1)))
+    elsewhere = dataclasses.replace(settings, detector=Detector(device=device))
+    assert planned(slide, elsewhere).normalisation == planned(slide, settings).normalisation
+
+
+def test_the_detector_is_given_normalised_patches(slide: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = chosen(method="dcgmm")
     plan, seen = planned(slide, settings), []
 
@@ -96,12 +122,13 @@ def test_the_detector_sees_normalised_patches(slide: Path, monkeypatch: pytest.M
         return []
 
     monkeypatch.setattr(fuse, "infer", look)
-    monkeypatch.setattr(inference, "engine", lambda _: inference.Engine(None, torch.device("cpu"), torch.float32))
+    on_cpu: Any = load.LoadedDetector(None, torch.device("cpu"), torch.float32)  # type: ignore[arg-type]
+    monkeypatch.setattr(load, "detector", lambda _: on_cpu)
     pixels = np.array(Image.open(slide))[None, :256, :256]
     with pytest.raises(ValueError, match="shorter"):  # an image without instances to go with it
-        list(inference.detect_patches(pixels, stain.Normalisation(plan.stain, plan.target), settings))
+        list(inference.detect_patches(pixels, plan.normalisation, settings))
     raw = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
-    expected = stain.normalise(raw, plan.stain, plan.target, dcgmm.load(find_weights("stain")))
+    expected = stain.Normaliser(plan.normalisation, dcgmm.load(find_weights("stain")))(raw)
     torch.testing.assert_close(seen[0], expected, atol=1e-4, rtol=0)
     assert float((seen[0] - raw).abs().mean()) > 0.02
 
@@ -128,7 +155,7 @@ def nothing_found(
 def test_another_network_or_template_does_not_continue_a_run(
     slide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The contents of the files count, not their names; a method that does not read them does not mind."""
+    """The contents of the files count, not their names; a method that does not read them is not affected."""
     monkeypatch.setattr(inference, "detect_patches", nothing_found)
     mine, template = tmp_path / "mine.safetensors", picture(tmp_path / "template.png", 1)
     shutil.copy(find_weights("stain"), mine)
@@ -154,7 +181,7 @@ def test_another_network_or_template_does_not_continue_a_run(
     assert segment("b", method="none", weights=str(mine)) == "done before"
 
 
-def test_what_cannot_be_normalised_to_is_refused_before_anything_is_begun(slide: Path, tmp_path: Path) -> None:
+def test_what_cannot_be_normalised_to_is_refused_before_anything_is_started(slide: Path, tmp_path: Path) -> None:
     Image.new("RGB", (300, 300), "white").save(tmp_path / "white.png")
     for error, staining in (
         (SlideNotFound, {"template": str(tmp_path / "nowhere.png")}),
@@ -171,6 +198,21 @@ def test_what_cannot_be_normalised_to_is_refused_before_anything_is_begun(slide:
                 mpp=0.25,
             )
         assert not (tmp_path / "out").exists()
+
+
+def test_a_template_without_a_stain_is_wrong_usage(
+    slide: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A line on the terminal and exit status 2, and no output folder."""
+    Image.new("RGB", (300, 300), (200, 200, 200)).save(tmp_path / "grey.png")
+    out, template = str(tmp_path / "out"), str(tmp_path / "grey.png")
+    with pytest.raises(SystemExit) as raised:
+        main(["run", str(slide), "--out", out, "--mpp", "0.25", "--stain", "macenko", "--stain.template", template])
+    assert raised.value.code == 2
+    line = capsys.readouterr().err
+    assert line.startswith(f"nightslide: {template}: 0 of 262144 cells")
+    assert line.count("\n") == 1
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_digest_names_the_files_by_content() -> None:

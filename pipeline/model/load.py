@@ -1,0 +1,124 @@
+"""Networks, each loaded once per process, content of its file and device, and prepared for inference there.
+
+A file's content counts, not its path: a file that is replaced is another network. A run records the SHA-256 of every
+file that its results depend on; handed in here as `recorded`, it is what is loaded, or nothing is.
+"""
+
+import functools
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
+
+import torch
+from torch import nn
+
+from pipeline.config import Detector, Stain
+from pipeline.model import dcgmm
+from pipeline.model.dcgmm import ClusterNet
+from pipeline.model.deterministic import pointwise
+from pipeline.model.device import choose_device, choose_precision
+from pipeline.model.stain import Normalisation, Normaliser
+from pipeline.model.weights import check_content, find_weights
+from slides.errors import SlideNotFound
+
+if TYPE_CHECKING:
+    from pipeline.model.detector import NucleusDetector
+
+M = TypeVar("M", bound=nn.Module)
+
+CPU = torch.device("cpu")
+
+
+class LoadedDetector(NamedTuple):
+    """A detector on its device, ready for inference."""
+
+    model: "NucleusDetector"
+    device: torch.device
+    precision: torch.dtype
+
+
+def detector(settings: Detector, recorded: str = "") -> LoadedDetector:
+    """The detector of these settings on their device.
+
+    recorded: SHA-256 that the file must have; empty: any.
+    Raises WeightsError where the file is missing, damaged, or has other content; ConfigError where the device is.
+    """
+    device = choose_device(settings.device)
+    model = _detectors.get(find_weights(settings.weights), device, recorded)
+    return LoadedDetector(model, device, choose_precision(settings.precision, device))
+
+
+def stain_network(settings: Stain, device: torch.device = CPU, recorded: str = "") -> ClusterNet | None:
+    """The network of dcgmm on a device; None for the other methods. Fitting takes it on the CPU, the default.
+
+    recorded: SHA-256 that the file must have; empty: any.
+    Raises WeightsError where the file is missing, damaged, or has other content.
+    """
+    if settings.method != "dcgmm":
+        return None
+    return _stain_networks.get(find_weights(settings.weights), device, recorded)
+
+
+def normaliser(normalisation: Normalisation, settings: Stain, device: torch.device, recorded: str = "") -> Normaliser:
+    """The normaliser of a slide on a device, made once for all of the slide's batches; see `stain_network`.
+
+    A slide whose stain could not be fitted is not normalised, whatever the method of the settings.
+    """
+    fitted = normalisation.source.method == settings.method
+    return _normaliser(normalisation, stain_network(settings, device, recorded) if fitted else None, device)
+
+
+@functools.lru_cache(maxsize=4)  # several slides of a run share a device
+def _normaliser(normalisation: Normalisation, network: ClusterNet | None, device: torch.device) -> Normaliser:
+    with torch.inference_mode(False):  # it outlives the caller's mode
+        return Normaliser(normalisation, network, device)
+
+
+def stain_files(settings: Stain) -> dict[str, Path]:
+    """The files that stain normalisation reads: `weights` of dcgmm's network, `template` where one is given.
+
+    Raises WeightsError, SlideNotFound.
+    """
+    files = {"weights": find_weights(settings.weights)} if settings.method == "dcgmm" else {}
+    if settings.template and settings.method != "none":
+        files["template"] = Path(settings.template).resolve()
+        if not files["template"].is_file():
+            raise SlideNotFound(f"{files['template']}: there is no such file to take as --stain.template")
+    return files
+
+
+class _Networks(Generic[M]):
+    """Networks of one kind, each loaded once per content and device; of more than two the least recently used goes."""
+
+    def __init__(self, load: Callable[[Path, torch.device], M]) -> None:
+        self._load = load
+        self._loaded: dict[tuple[str, torch.device], M] = {}  # the least recently used first
+        self._lock = threading.Lock()
+
+    def get(self, path: Path, device: torch.device, recorded: str) -> M:
+        with self._lock:
+            sha256 = check_content(path, recorded)
+            network = self._loaded.pop((sha256, device), None)
+            if network is None:
+                with torch.inference_mode(False):  # it outlives the caller's mode
+                    network = self._load(path, device)
+                check_content(path, sha256)  # that it was not replaced meanwhile
+            self._loaded[sha256, device] = network
+            while len(self._loaded) > 2:
+                del self._loaded[next(iter(self._loaded))]
+            return network
+
+
+def _load_detector(path: Path, device: torch.device) -> "NucleusDetector":
+    from pipeline.model.detector import fold, load_weights  # the workers that plan start in half the time without it
+
+    return pointwise(fold(load_weights(path)).to(device))
+
+
+def _load_stain_network(path: Path, device: torch.device) -> ClusterNet:
+    return pointwise(dcgmm.load(path).to(device))
+
+
+_detectors = _Networks(_load_detector)
+_stain_networks = _Networks(_load_stain_network)

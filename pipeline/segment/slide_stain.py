@@ -1,0 +1,102 @@
+"""The stain of a slide, fitted on regions spread over its tissue, and the template's stain that it is normalised to.
+
+Everything here is computed on the CPU, whatever the detector's device: a worker that plans needs none.
+"""
+
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+
+import numpy as np
+
+from pipeline.config import Stain, Tissue
+from pipeline.errors import StainError
+from pipeline.model import load, stain
+from pipeline.model.dcgmm import ClusterNet
+from pipeline.model.stain import FittedStain
+from pipeline.model.weights import check_content, stamp
+from pipeline.segment.tissue_map import find_tissue
+from slides.errors import ScaleUnknown
+from slides.geometry import Box
+from slides.slide import Slide, open_slide
+from slides.tissue import TissueMap
+
+REGION_PX = 256  # side of the regions that a fit pools, work px
+
+ANY_CONTENT: Mapping[str, str] = MappingProxyType({})
+
+
+def fit_slide(slide: Slide, tissue: TissueMap, settings: Stain, network: ClusterNet | None) -> FittedStain:
+    """The slide's stain, from `settings.patches` regions spread evenly over its tissue.
+
+    network: see `stain.fit`. Raises StainError where no stain can be fitted.
+    """
+    if settings.method == "none":
+        return stain.TEMPLATE["none"]
+    rows, columns = np.nonzero(tissue.mask)
+    if not len(rows):
+        raise StainError("no tissue was found to fit the stain on")
+    chosen = np.unique(np.linspace(0, len(rows) - 1, settings.patches).astype(int))
+    ratio, side = tissue.frame.mpp / tissue.work.mpp, REGION_PX
+    size = tissue.work.size
+    regions, masks = [], []
+    for index in chosen:
+        x, y = int((columns[index] + 0.5) * ratio) - side // 2, int((rows[index] + 0.5) * ratio) - side // 2
+        # what lies beyond the slide's edge is read as white, and is no glass
+        x, y = (max(0, min(corner, extent - side)) for corner, extent in ((x, size.width), (y, size.height)))
+        pixels, lost = slide.read_decodable(Box(x, y, x + side, y + side), tissue.work)
+        lost[max(0, size.height - y) :], lost[:, max(0, size.width - x) :] = True, True
+        regions.append(pixels)
+        masks.append(~lost)
+    return stain.fit(np.stack(regions), np.stack(masks), settings.method, network)
+
+
+def fit_template(
+    path: Path, settings: Stain, tissue_settings: Tissue, mpp: float, network: ClusterNet | None
+) -> FittedStain:
+    """The stain of a slide or an image, fitted as a slide's is.
+
+    mpp: the working scale, at which a file that does not state its own is taken: a stain hardly depends on it. Where
+    no tissue is found, the file is a field of view, too small for that, and all of it is taken.
+    Raises StainError where no stain can be fitted, SlideError where it cannot be read.
+    """
+    try:
+        slide = open_slide(path)
+    except ScaleUnknown:
+        slide = open_slide(path, mpp=mpp)
+    with slide:
+        tissue = find_tissue(slide, tissue_settings, mpp)
+        if not tissue.mask.any():
+            tissue = tissue._replace(mask=~tissue.mask)
+        try:
+            return fit_slide(slide, tissue, settings, network)
+        except StainError as error:
+            raise StainError(f"{path}: {error}") from error
+
+
+def template_stain(
+    settings: Stain, tissue_settings: Tissue, mpp: float, stain_sha256: Mapping[str, str] = ANY_CONTENT
+) -> FittedStain:
+    """What slides are normalised to: the stain of --stain.template, or the one that comes with the method.
+
+    Fitted once per process and content of the files.
+    mpp: the working scale; stain_sha256: of the files, as the run recorded them, by their names in `load.stain_files`.
+    Raises what `load.stain_files`, `fit_template` and `stain.read_template` raise, and WeightsError for a file of
+    other content than recorded.
+    """
+    files = load.stain_files(settings)
+    for name, path in files.items():
+        if name in stain_sha256:
+            check_content(path, stain_sha256[name])
+    return _template_stain(settings, tissue_settings, mpp, tuple(stamp(path) for path in files.values()))
+
+
+@functools.lru_cache(maxsize=2)
+def _template_stain(
+    settings: Stain, tissue_settings: Tissue, mpp: float, _stamps: tuple[tuple[int, ...], ...]
+) -> FittedStain:
+    files = load.stain_files(settings)
+    if "template" in files:
+        return fit_template(files["template"], settings, tissue_settings, mpp, load.stain_network(settings))
+    return stain.read_template(files["weights"]) if "weights" in files else stain.TEMPLATE[settings.method]
