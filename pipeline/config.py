@@ -250,12 +250,17 @@ class Architecture:
     semantic: int = 64
     "Channels of the branch that sees every pixel before any box is made; 0: none."
     box_hidden: int = 256
+    "Units of the box head's hidden layers."
     mask_channels: int = 64
+    "Channels of the mask head: light, since torchvision's 256 are most of a detector's work."
     mask_layers: int = 3
+    "Convolutions of the mask head."
     mask_size: int = 28
+    "Side of a nucleus's mask, in px: 28 or 56, stretched over its box."
     mpp: float = 0.25
-    "Working scale it was trained at."
-    classes: tuple[str, ...] = ("Nucleus",)
+    "Working scale it was trained at, in um per pixel."
+    classes: Annotated[tuple[str, ...], Parameter(negative="")] = ("Nucleus",)
+    "Names of the classes; with --by-class they are those of the datasets."
 
     def __post_init__(self) -> None:
         # timm takes "hf-hub:owner/model" for a model to download, "local-dir:" for a folder to read
@@ -296,7 +301,7 @@ class StainArchitecture:
 
     clusters: int = 3
     "Gaussians of the mixture."
-    channels: tuple[int, ...] = (8, 16, 32)
+    channels: Annotated[tuple[int, ...], Parameter(negative="")] = (8, 16, 32)
     "Of the U-Net's levels, finest first; each level halves the picture."
     floor: float = 0.03
     "Least standard deviation of a Gaussian, so that none collapses onto a few pixels."
