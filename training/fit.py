@@ -35,7 +35,9 @@ from training.monitor import HeldOutCrop, Log, held_out_crop, score_held_out
 
 WEIGHTS_FILE, HELD_OUT_FOLDER = "nuclei.safetensors", "held_out"
 
-_LARGEST_GRADIENT = 5.0  # norm, beyond which gradients are scaled down: one odd crop must not undo many steps
+_LARGEST_GRADIENT = (
+    5.0  # norm, beyond which gradients are scaled down: so that one unusual crop does not undo many steps
+)
 
 
 class Process(NamedTuple):
@@ -154,7 +156,7 @@ def _noted_recipe(training: Training) -> dict[str, object]:
 
 
 def _notes(datasets: Sequence[Dataset], training: Training) -> dict[str, str]:
-    """What the weights file says of its training."""
+    """What the weights file records of its training."""
     notes = {
         "data": json.dumps({d.name: len(d.images) for d in datasets}),
         "recipe": json.dumps(_noted_recipe(training)),
@@ -346,7 +348,7 @@ def _this_process(training: Training) -> Process:
 
 
 def _wrapped(model: NucleusDetector, process: Process) -> nn.Module:
-    """The model as the loop calls it: quick on a CPU, gradients shared by a process."""
+    """The model as the loop calls it: fast on a CPU, gradients averaged over the processes."""
     if process.device.type == "cpu":
         for module in model.modules():
             if isinstance(module, nn.Conv2d) and module.groups == module.in_channels > 1:
@@ -361,7 +363,7 @@ def _in_float32(convolution: nn.Conv2d, x: Tensor) -> Tensor:
 
 
 def _agree_to_stop(stop: bool, process: Process) -> bool:
-    """What the first process says: clocks differ, and a process stops at the same step."""
+    """The decision of the first process: clocks differ, and all processes stop at the same step."""
     if process.size == 1:
         return stop
     flag = torch.tensor(int(stop), device=process.device)

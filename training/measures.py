@@ -151,7 +151,7 @@ def aji_sums(pairs: Overlap) -> tuple[int, int]:
     """(intersection, union) of the aggregated Jaccard index: Kumar et al. 2017 (IEEE TMI 36:1550), algorithm 1.
 
     Every annotated nucleus takes the detection of highest IoU, which several may take; a nucleus that nothing
-    overlaps, and a detection that nobody took, count in full in the union. Of two detections of equal IoU the
+    overlaps, and a detection that none took, count in full in the union. Of two detections of equal IoU the
     one that shares more is taken, then the one of the lower number.
     """
     order = np.lexsort((pairs.detected, -pairs.shared, -pairs.iou, pairs.truth))
@@ -305,7 +305,7 @@ class Comparison(NamedTuple):
 
     painted: Overlap  # each pixel belongs to one detection at most
     distance_um: Floats  # (P,) Hausdorff distance of the hits of `painted`, NaN for other pairs
-    truth_class: Ints  # (T,) 1-based index of the class, 0: not told
+    truth_class: Ints  # (T,) 1-based index of the class, 0: unknown
     detected_class: Ints  # (F,) of `painted`
     ranking: Ranking  # of the whole masks, before painting
 
@@ -336,8 +336,8 @@ def compare_detections(
     whole = plain._replace(ranking=rank(apart, detected.scores))
     if not classes:
         return whole, ()
-    told = class_index[whole.painted.truth_ids - 1]
-    whole = whole._replace(truth_class=told, detected_class=detected.class_index[whole.painted.detected_ids - 1])
+    annotated = class_index[whole.painted.truth_ids - 1]
+    whole = whole._replace(truth_class=annotated, detected_class=detected.class_index[whole.painted.detected_ids - 1])
     return whole, tuple(_of_class(whole, apart, detected, k) for k in range(1, classes + 1))
 
 
@@ -370,8 +370,8 @@ class Tally(NamedTuple):
     hits: int  # pairs of IoU > .5
     hit_iou: float  # sum over hits
     hit_um: float  # sum of their Hausdorff distances
-    hits_told: int  # hits where a class is annotated
-    hits_right: int  # hits where it is the detection's
+    hits_classed: int  # hits where a class is annotated
+    hits_same_class: int  # hits where it is the detection's
     aji: tuple[int, int]  # intersection, union
     aji_plus: tuple[int, int]
     ranking: Ranking
@@ -380,7 +380,7 @@ class Tally(NamedTuple):
 def tally(image: Comparison) -> Tally:
     """The sums of one image."""
     pairs, hit = image.painted, image.painted.hit
-    told, detected = image.truth_class[pairs.truth[hit]], image.detected_class[pairs.detected[hit]]
+    annotated, detected = image.truth_class[pairs.truth[hit]], image.detected_class[pairs.detected[hit]]
     return Tally(
         images=1,
         truth=len(pairs.truth_px),
@@ -391,8 +391,8 @@ def tally(image: Comparison) -> Tally:
         hits=int(hit.sum()),
         hit_iou=float(pairs.iou[hit].sum()),
         hit_um=float(image.distance_um[hit].sum()),
-        hits_told=int((told > 0).sum()),
-        hits_right=int(((told > 0) & (told == detected)).sum()),
+        hits_classed=int((annotated > 0).sum()),
+        hits_same_class=int(((annotated > 0) & (annotated == detected)).sum()),
         aji=aji_sums(pairs),
         aji_plus=aji_plus_sums(pairs),
         ranking=image.ranking,
@@ -491,7 +491,7 @@ def measure(sums: Tally) -> Scores:
         ap=float(precisions.mean()),
         ap50=float(precisions[0]),
         ap75=float(precisions[5]),
-        class_accuracy=sums.hits_right / sums.hits_told if sums.hits_told else math.nan,
+        class_accuracy=sums.hits_same_class / sums.hits_classed if sums.hits_classed else math.nan,
         images=sums.images,
         annotated=sums.truth,
         detected=sums.detected,

@@ -46,6 +46,7 @@ def test_every_flag_is_explained_and_in_a_group(command: str) -> None:
     for argument in own:
         parameter: Parameter = argument.parameter
         assert parameter.help, argument.name
+        assert isinstance(parameter.group, tuple)
         assert {getattr(group, "name", group) for group in parameter.group} <= GROUPS, argument.name
         assert not any("empty" in name for name in argument.names), argument.names
 

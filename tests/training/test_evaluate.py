@@ -4,13 +4,14 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.archive.run import Row
+from pipeline.archive.ledger import Row
 from pipeline.archive.sources import find_slides
 from pipeline.config import Architecture, Detector, Execution, Settings, Stitching, Tiling, Tissue
 from pipeline.model import inference
@@ -206,7 +207,9 @@ def test_every_image_is_handed_over_with_its_own_scale(tmp_path: Path, monkeypat
     colours = [rng.integers(0, 256, (9, 7, 3)).astype(np.uint8) for _ in range(3)]
     pixels = [LabelledImage(image, np.zeros((9, 7), np.int32), np.zeros(0, int)) for image in colours]
     names = ("z", "same/name", "same_name")
-    images = [EvaluationImage(n, Sample(n, "", 0.2 + i / 30, lambda i=i: pixels[i]), ()) for i, n in enumerate(names)]
+    images = [
+        EvaluationImage(n, Sample(n, "", 0.2 + i / 30, partial(pixels.__getitem__, i)), ()) for i, n in enumerate(names)
+    ]
 
     def looking(inputs: list[Path], out: Path, *_: object, **__: object) -> list[Row]:
         archive = find_slides(inputs)

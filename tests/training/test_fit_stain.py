@@ -18,7 +18,8 @@ from pipeline.model.stain import fit, read_template
 from pipeline.model.weights import read_notes
 from training.config import StainTraining
 from training.data.sample import AnnotationError, LabelledImage, Sample
-from training.fit_stain import fit_stain, learning_rate, typical_stain
+from training.fit import learning_rate
+from training.fit_stain import fit_stain, typical_stain
 
 TINY = StainArchitecture(channels=(4, 8))
 QUICK = StainTraining(steps=4, batch=2, crop_px=64, warmup=2, device="cpu", save_every=1)

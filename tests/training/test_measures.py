@@ -17,6 +17,7 @@ from pipeline.segment.polygons import polygons, rasterise
 from training.measures import (
     COUNTS,
     MEASURES,
+    NO_RANKING,
     Detections,
     Overlap,
     Scores,
@@ -202,7 +203,7 @@ def test_classes_by_hand() -> None:
     assert one.ap50 == pytest.approx(51 / 101)  # recall .5 at most
     assert two.ap50 == pytest.approx(1 / 2)  # the right one is second in rank
     assert (one.aji, two.aji) == (16 / 32, 16 / 32)
-    assert tally(third)._replace(ranking=None) == pool([])._replace(images=1, ranking=None)
+    assert tally(third)._replace(ranking=NO_RANKING) == pool([])._replace(images=1, ranking=NO_RANKING)
 
 
 def test_numbers_need_not_follow_each_other_and_a_number_may_have_several_parts() -> None:
@@ -262,7 +263,7 @@ def test_the_numbers_of_labels_do_not_matter(
         for labels, names in ((truth, first), (detected, [n * 3 for n in second]))
     ]
     expected = score(truth, detected)._asdict()
-    assert score(*renamed)._asdict() == pytest.approx(expected, nan_ok=True)
+    assert score(renamed[0], renamed[1])._asdict() == pytest.approx(expected, nan_ok=True)
 
 
 @given(maps, maps)

@@ -163,7 +163,7 @@ def test_pannuke_reads_back(layers: NDArray[np.uint8], dtype: type, tmp_path_fac
     beside = {"images": folder / "images" / "fold1", "masks": folder / "masks" / "fold1"}
     for path in beside.values():
         path.mkdir(parents=True)
-    images = np.random.default_rng(0).integers(0, 256, (2, 4, 5, 3)).astype(dtype)
+    images: NDArray[Any] = np.random.default_rng(0).integers(0, 256, (2, 4, 5, 3)).astype(dtype)
     np.save(beside["images"] / "images.npy", images)
     np.save(beside["masks"] / "masks.npy", layers.astype(dtype))
     np.save(beside["images"] / "types.npy", np.array(["Breast", "Bile-duct"]))

@@ -2,6 +2,7 @@
 
 import os
 import pickle
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ def picture(path: Path) -> Path:
     return path
 
 
-def region(xy: list[tuple[float, float]], **attributes: str) -> str:
+def region(xy: Sequence[tuple[float | str, float | str]], **attributes: str) -> str:
     vertices = "".join(f'<Vertex X="{x}" Y="{y}"/>' for x, y in xy)
     stated = "".join(f' {k}="{v}"' for k, v in attributes.items())
     return f'<Region Id="1"{stated}><Attributes/><Vertices>{vertices}</Vertices></Region>'

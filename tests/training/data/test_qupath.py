@@ -313,7 +313,7 @@ def test_a_slide_needs_regions(tmp_path: Path) -> None:
 
 def test_what_we_export_can_be_corrected_in_qupath_and_read(tmp_path: Path) -> None:
     """nuclei.geojson.zip, named after its image, is read as it was written."""
-    _, drawn = outlines(np.kron(np.array([[1, 0], [2, 3]], np.uint8), np.ones((6, 6), np.uint8)))
+    _, drawn = outlines(np.kron(np.array([[1, 0], [2, 3]], np.uint8), np.ones((6, 6), np.uint8)).astype(np.uint8))
     provenance = tables.Provenance("s", (0.25, 0.25), Box(0, 0, 12, 12), "d", {"Nucleus": (200, 30, 30)})
     with tables.NucleiWriter(tmp_path / "n.parquet", provenance) as writer:
         writer.write(drawn, klass=["Nucleus"] * 3, score=np.ones(3), votes=np.ones(3, int), stains=np.zeros((3, 2)))
