@@ -405,7 +405,7 @@ class StainArchitecture:
 
     clusters: int = 3
     "Gaussians of the mixture."
-    channels: tuple[int, ...] = (8, 16, 32)
+    channels: Annotated[tuple[int, ...], Parameter(negative="")] = (8, 16, 32)
     "Of the U-Net's levels, finest first; each level halves the picture."
     floor: float = 0.03
     "Least standard deviation of a Gaussian, so that none collapses onto a few pixels."

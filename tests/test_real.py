@@ -16,7 +16,7 @@ from pipeline.model import inference
 from pipeline.model.instances import HostInstances
 from pipeline.model.stain import Normalisation
 from pipeline.model.weights import find_weights, read_notes
-from training.evaluate import Kept, evaluate, gather
+from training.evaluate import Outputs, evaluate, gather
 
 EXPECTED = {
     "CMU-1-Small-Region": ("done", ""),
@@ -90,10 +90,10 @@ def test_the_shipped_weights_segment_an_image_they_never_saw(shared: Path, tmp_p
     torch.set_num_threads(2)
     whole = gather([shared / "data" / "kumar"], ["test_same_organ"], [0.25])
     name = "TCGA-18-5592-01Z-00-DX1"
-    one = whole._replace(members=tuple(m for m in whole.members if m.name == name))
+    one = whole._replace(images=tuple(m for m in whole.images if m.name == name))
     settings = Settings(tissue=Tissue(everywhere=True))
     scores = evaluate(
-        one, settings, Execution(cluster=False), kept=Kept(labels=tmp_path), say=lambda line: None
+        one, settings, Execution(cluster=False), outputs=Outputs(labels=tmp_path), say=lambda line: None
     ).images[name]
     assert scores.aji > 0.55
     assert scores.pq > 0.5

@@ -1,21 +1,30 @@
-"""The whole state of a training, on disk: parameters, their average, the optimiser, the step.
+"""The whole state of a training on disk: parameters, their running average, the optimiser, the step, the recipe.
 
-A checkpoint is a folder of safetensors files of at most PART_BYTES, so that a training can move to another
-machine through narrow doors; a new one replaces the old in one rename.
+A checkpoint is a folder of safetensors files of at most PART_BYTES, small enough for transfers with a limit on the
+size of a file; a new one replaces the old one by renaming.
 """
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from pipeline.errors import WeightsError
+from pipeline.errors import ConfigError, WeightsError
+from pipeline.files import read_json, write_json
 
+FOLDER = "checkpoint"
 PART_BYTES = 12 * 2**20
+
+# A training may be continued with other values of these: they do not decide what is learnt.
+MAY_DIFFER = frozenset(["minutes", "device", "loaders", "save_every", "licence"])
+
+_STATE = "state.json"
 
 
 def save(
@@ -26,9 +35,9 @@ def save(
     step: int,
     recipe: Mapping[str, object],
 ) -> None:
-    """Write a checkpoint. Adam's moments are kept in bfloat16, in memory too from here on.
+    """Write a checkpoint. Adam's moments are rounded to bfloat16, also in memory.
 
-    Half the file, and what goes on and what is continued elsewhere still do the same bit for bit.
+    That halves the file, and a training that goes on and one that is continued still give the same bits.
     """
     state = {f"model.{k}": v for k, v in model.state_dict().items()}
     state |= {f"average.{k}": v for k, v in average.items()}
@@ -37,7 +46,7 @@ def save(
             if value.ndim:
                 value.copy_(value.bfloat16())
             state[f"optimiser.{index}.{name}"] = value.bfloat16() if value.ndim else value
-    new = folder.with_name(folder.name + ".new")
+    new, old = folder.with_name(folder.name + ".new"), _previous(folder)
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir(parents=True)
     names = []
@@ -45,34 +54,43 @@ def save(
         names.append(f"{number:02}.safetensors")
         whole = {k: v.detach().cpu().clone().contiguous() for k, v in part.items()}
         (new / names[-1]).write_bytes(safetensors.torch.save(whole))
-    (new / "state.json").write_text(json.dumps({"step": step, "parts": names, "recipe": recipe}, indent=1))
-    old = folder.with_name(folder.name + ".old")
+    write_json(new / _STATE, {"step": step, "parts": names, "recipe": recipe})
     if folder.exists():
         folder.rename(old)
     new.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
 
 
-def resume(folder: Path, model: nn.Module, average: Mapping[str, Tensor], optimiser: torch.optim.Optimizer) -> int:
-    """Put a checkpoint's state back, and return its step; 0 without a checkpoint.
+def resume(
+    folder: Path,
+    model: nn.Module,
+    average: Mapping[str, Tensor],
+    optimiser: torch.optim.Optimizer,
+    recipe: Mapping[str, object],
+) -> int:
+    """Load a checkpoint's state, and return its step; 0 without a checkpoint.
 
-    Raises WeightsError for one that is not whole, or of another architecture.
+    Raises ConfigError where the checkpoint's recipe differs from `recipe` in more than MAY_DIFFER, WeightsError for a
+    checkpoint that is damaged or of another architecture.
     """
-    old = folder.with_name(folder.name + ".old")
+    old = _previous(folder)
     if not folder.exists() and old.exists():  # killed between the two renames
         old.rename(folder)
     if not folder.exists():
         return 0
     try:
-        content = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        content = _read_state(folder)
+        _check_recipe(folder, content.get("recipe", {}), recipe)
         step, parts = int(content["step"]), [folder / Path(str(name)).name for name in content["parts"]]
         tensors = {k: v for part in parts for k, v in safetensors.torch.load_file(part).items()}
         model.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
         for name in average:
             average[name].copy_(tensors[f"average.{name}"])
-    except (OSError, ValueError, KeyError, RuntimeError, safetensors.SafetensorError) as error:
+    except ConfigError:
+        raise
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError, safetensors.SafetensorError) as error:
         raise WeightsError(
-            f"{folder} cannot be continued from ({error}): need the checkpoint of a training of this network, "
+            f"{folder} cannot be continued ({error}): need the checkpoint of a training of this network, "
             f"or another --out"
         ) from error
     state: dict[int, dict[str, Tensor]] = {}
@@ -82,6 +100,38 @@ def resume(folder: Path, model: nn.Module, average: Mapping[str, Tensor], optimi
             state.setdefault(int(index), {})[name] = value.float()
     optimiser.load_state_dict({**optimiser.state_dict(), "state": state})
     return step
+
+
+def named_fields(name: str, settings: Any) -> dict[str, object]:
+    """The fields of a dataclass for a recipe, as <name>.<field>, so that a difference is named by its field."""
+    return {f"{name}.{field}": value for field, value in dataclasses.asdict(settings).items()}
+
+
+def _previous(folder: Path) -> Path:
+    """Where the old checkpoint is while a new one takes its place."""
+    return folder.with_name(folder.name + ".old")
+
+
+def _read_state(folder: Path) -> dict[str, Any]:
+    content = read_json(folder / _STATE)
+    if content is None:
+        raise ValueError(f"{_STATE} is missing or damaged")
+    return content
+
+
+def _check_recipe(folder: Path, saved: Mapping[str, Any], wanted: Mapping[str, object]) -> None:
+    """Raise ConfigError where two recipes differ in what decides the weights.
+
+    Only what both of them state is compared: an older version may have recorded less.
+    """
+    stated = json.loads(json.dumps(wanted))  # as it would be read back
+    shared = [name for name in stated if name in saved and name not in MAY_DIFFER]
+    if different := [name for name in shared if saved[name] != stated[name]]:
+        name = different[0]
+        raise ConfigError(
+            f"{folder} is of a training with {name}={saved[name]!r}, not {stated[name]!r}: continue it with the recipe "
+            f"that it was started with, or start another training with another --out"
+        )
 
 
 def _parts(state: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:

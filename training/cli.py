@@ -1,162 +1,186 @@
 """`nightslide train`, `evaluate`, `fit-stain` and `convert`."""
 
+import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
 
 from pipeline.config import Architecture, Execution, Settings, StainArchitecture
-from training.config import StainTraining, Training
+from training.config import DATA, NETWORK, OUTPUT, StainTraining, Training
 
+_MPP = "Micrometres per pixel of the images, where neither dataset.json nor the files state it"
+
+Datasets = Annotated[
+    list[Path],
+    Parameter(
+        name="data",
+        negative="",
+        group=DATA,
+        help="A dataset, a folder or an annotation file: label maps, Aperio XML, COCO, QuPath GeoJSON, TNBC, PanNuke "
+        "or MATLAB. Repeat it for several.",
+    ),
+]
+Splits = Annotated[
+    tuple[str, ...],
+    Parameter(
+        name="split",
+        negative="",
+        group=DATA,
+        show_default=False,
+        help="A split of splits.json to use, NAME or DATASET:NAME. Repeat it for several; without it, all images.",
+    ),
+]
+Scales = Annotated[
+    tuple[float, ...],
+    Parameter(
+        name="mpp",
+        negative="",
+        group=DATA,
+        show_default=False,
+        help=f"{_MPP}; once, or once for each dataset.",
+    ),
+]
 Flat = Parameter(name="*")
-Splits = Annotated[tuple[str, ...], Parameter(negative="")]
-Scales = Annotated[tuple[float, ...], Parameter(negative="")]
+Network = Parameter(name="architecture", group=NETWORK)
 
 
 def train(
     *,
-    data: Annotated[list[Path], Parameter(negative="")],
-    out: Path,
+    data: Datasets,
+    out: Annotated[Path, Parameter(group=OUTPUT)],
     split: Splits = (),
     mpp: Scales = (),
     training: Annotated[Training, Flat] = Training(),
-    architecture: Annotated[Architecture, Parameter(name="architecture")] = Architecture(),
+    architecture: Annotated[Architecture, Network] = Architecture(),
 ) -> int:
     """Train the detector on annotated images, and write its weights.
 
+    Several datasets are drawn from in proportion to the square root of their numbers of nuclei.
+
     Parameters
     ----------
-    data
-        A dataset: label maps, Aperio XML, COCO, QuPath GeoJSON, TNBC, PanNuke or MATLAB; repeated for several,
-        which are drawn from in proportion to the root of their nuclei.
     out
         Folder of checkpoint, weights, curves and pictures; the same command continues from the checkpoint.
-    split
-        Names of splits to train on, or DATASET:NAME; repeated for several; all images without it.
-    mpp
-        Micrometres per pixel of the images, if they do not say; once, or once for each dataset.
     """
-    from training.data.datasets import find_all
+    from training.data.datasets import read_datasets
     from training.fit import fit
 
-    fit(find_all(data, split, mpp), out, training, architecture)
+    datasets = read_datasets(data, split, mpp)
+    _warn(line for dataset in datasets for line in dataset.describe_skipped())
+    fit(datasets, out, training, architecture)
     return 0
 
 
 def convert(
     *,
-    data: Path,
-    out: Path,
+    data: Annotated[
+        Path, Parameter(group=DATA, help="A dataset in any form that `train` reads: a folder or an annotation file.")
+    ],
+    out: Annotated[Path, Parameter(group=OUTPUT)],
     split: Splits = (),
-    mpp: float | None = None,
+    mpp: Annotated[float | None, Parameter(group=DATA, help=f"{_MPP}.")] = None,
 ) -> int:
-    """Write a dataset of any form that `train` reads as label maps (a folder), or as COCO JSON (out ends in .json).
+    """Write a dataset again, in a form that other tools read: a folder of label maps, or COCO JSON.
 
     Parameters
     ----------
-    data
-        A dataset.
     out
-        A new folder, or a new .json file; its images go to a folder beside it.
-    split
-        Names of splits to convert; repeated for several; all images without it.
-    mpp
-        Micrometres per pixel of the images, if they do not say.
+        A new folder, for label maps; or a new file that ends in .json, for COCO, with its images in images/ beside it.
     """
-    from training.data.datasets import find, write_coco, write_folder
+    from training.data.coco import write_coco
+    from training.data.datasets import read_dataset
+    from training.data.label_maps import write_folder
 
-    annotations = find(data, split, mpp)
-    written = write_coco(annotations, out) if out.suffix == ".json" else write_folder(annotations, out)
+    dataset = read_dataset(data, split, mpp)
+    _warn(dataset.describe_skipped())
+    written = write_coco(dataset, out) if out.suffix == ".json" else write_folder(dataset, out)
     print(
-        f"{out}: {written.images} images, {written.nuclei} nuclei; {written.contested_px} px were claimed by several "
-        f"nuclei: the last one has them"
+        f"{out}: {written.images} images, {written.nuclei} nuclei; {written.contested_px} px were inside several "
+        f"nuclei: they belong to the last one"
     )
+    if not written.nuclei:
+        _warn([f"{data} holds no nucleus: need at least one to train; check the annotations and their classes"])
     return 0
 
 
 def evaluate(
     *,
-    data: Annotated[list[Path], Parameter(negative="")],
+    data: Datasets,
     split: Splits = (),
     mpp: Scales = (),
-    json: Path | None = None,
-    save_labels: Path | None = None,
-    pictures: Path | None = None,
-    per_image: Annotated[bool, Parameter(negative="")] = False,
+    json: Annotated[Path | None, Parameter(group=OUTPUT)] = None,
+    save_labels: Annotated[Path | None, Parameter(group=OUTPUT)] = None,
+    pictures: Annotated[Path | None, Parameter(group=OUTPUT)] = None,
+    per_image: Annotated[bool, Parameter(negative="", group=OUTPUT)] = False,
     settings: Annotated[Settings, Flat] = Settings(),
     execution: Annotated[Execution, Flat] = Execution(cluster=False),
 ) -> int:
-    """Segment a dataset's images as `run` would, and score the result against its annotations.
+    """Segment a dataset's images as `run` would, and score the result against their annotations.
+
+    Every split and every dataset is scored, and all of them together.
 
     Parameters
     ----------
-    data
-        A dataset, in any form that `train` reads; repeated, they are also scored together.
-    split
-        Names of splits to score, or DATASET:NAME; repeated, each is scored and all together; all images without it.
-    mpp
-        Micrometres per pixel of the images, if they do not say; once, or once for each dataset.
     json
-        File for all scores, of every image too, with settings, weights and this command.
+        File for all scores, also of every image, with settings, weights and this command.
     save_labels
         Folder for the predicted label maps (uint16 PNG), to score with another tool.
     pictures
-        Folder for pictures: image, annotations, detections side by side; what was hit, missed and false.
+        Folder for pictures: image, annotations and detections side by side, with hits, misses and false detections.
     per_image
         Print a line for every image, too.
     """
     import shlex
-    import sys
-    from dataclasses import replace
 
-    from pipeline.files import committed
-    from training.evaluate import Kept, as_json, gather, report
+    from pipeline.files import write_json
+    from training.evaluate import Outputs, as_json, gather, report, whole_images
     from training.evaluate import evaluate as score_images
 
-    # the fields of view of a dataset are all tissue, pale ones too
-    settings = replace(settings, tissue=replace(settings.tissue, everywhere=True))
-    collection = gather(data, split, mpp)
+    images = gather(data, split, mpp)
+    _warn(images.skipped)
     scores = score_images(
-        collection,
-        settings,
+        images,
+        whole_images(settings),
         execution,
-        kept=Kept(save_labels, pictures),
+        outputs=Outputs(save_labels, pictures),
         say=lambda line: print(line, file=sys.stderr),
     )
     print(report(scores, per_image=per_image))
     if json is not None:
-        with committed(json) as part:
-            part.write_text(as_json(scores, collection.members, shlex.join(["nightslide", *sys.argv[1:]])), "utf-8")
+        write_json(json, as_json(scores, images.images, shlex.join(["nightslide", *sys.argv[1:]])))
     return 0
 
 
 def fit_stain(
     *,
-    data: Annotated[list[Path], Parameter(negative="")],
-    out: Path,
+    data: Datasets,
+    out: Annotated[Path, Parameter(group=OUTPUT)],
     split: Splits = (),
     mpp: Scales = (),
-    template: Path | None = None,
+    template: Annotated[Path | None, Parameter(group=DATA)] = None,
     training: Annotated[StainTraining, Flat] = StainTraining(),
-    architecture: Annotated[StainArchitecture, Parameter(name="architecture")] = StainArchitecture(),
+    architecture: Annotated[StainArchitecture, Network] = StainArchitecture(),
 ) -> int:
-    """Train the network of `--stain dcgmm` on a dataset's images, and write its weights. Annotations are not used.
+    """Train the network of `--stain dcgmm` on a dataset's images, and write its weights.
+
+    Annotations are not used. Several datasets are drawn from with equal probabilities.
 
     Parameters
     ----------
-    data
-        A dataset, in any form that `train` reads; repeated, the sets are drawn from evenly.
     out
         Folder of checkpoint and weights; the same command continues from the checkpoint.
-    split
-        Names of splits to train on; repeated for several; all images without it.
-    mpp
-        Micrometres per pixel of the images, if they do not say; once, or once for each dataset.
     template
-        The slide or image whose stain is to be normalised to; the typical training image without it.
+        The slide or image whose stain is to be normalised to; without it, the typical training image.
     """
-    from training.data.datasets import find_all
+    from training.data.datasets import read_datasets
     from training.fit_stain import fit_stain as fit
 
-    fit([found.images for found in find_all(data, split, mpp)], out, training, architecture, template)
+    fit([dataset.images for dataset in read_datasets(data, split, mpp)], out, training, architecture, template)
     return 0
+
+
+def _warn(lines: Iterable[str]) -> None:
+    for line in lines:
+        print(f"WARNING: {line}", file=sys.stderr)

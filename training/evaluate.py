@@ -1,16 +1,16 @@
-"""`nightslide evaluate`: a dataset's images down the very path that `nightslide run` takes, then scored.
+"""`nightslide evaluate`: segments a dataset's images by the code of `nightslide run`, then scores the result.
 
-What the measures are is said in `training.measures`; here is what they are taken over: every image, the images of
-a split, a group or a dataset together, and all of them; each both as the mean over images and pooled.
+`training.measures` defines the measures; here they are taken over every image, over the images of a split, a group or
+a dataset together, and over all of them; each both as the mean over images and pooled.
 """
 
 import csv
-import json
 import math
 import re
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,10 +20,12 @@ from PIL import Image
 
 from pipeline.archive.run import run
 from pipeline.config import Execution, Settings
+from pipeline.files import read_json
 from pipeline.model.weights import detector_architecture, find_weights
 from pipeline.segment import tables
 from pipeline.segment.record import SlideRecord
-from training.data.datasets import Annotated, AnnotationError, Annotations, Pixels, find, named_sets
+from training.data.datasets import read_dataset, requested_sets
+from training.data.sample import AnnotationError, Dataset, LabelledImage, Sample
 from training.measures import (
     Detections,
     Scores,
@@ -37,27 +39,29 @@ from training.measures import (
 from training.pictures import draw
 
 _LARGEST_LABEL = np.iinfo(np.uint16).max
+_RUN = "run"  # folder of the results, in the folder of `predict`
 
 
 # ------------------------------------------------------------------------------------------------ what to score
 
 
-class Member(NamedTuple):
+class EvaluationImage(NamedTuple):
     """An annotated image, and which sums it belongs to."""
 
     name: str  # its id; with the dataset's name before it where there are several
-    annotated: Annotated
+    sample: Sample
     within: tuple[tuple[str, str], ...]  # ("split", "test"), ("group", "bladder"), ("data", "kumar"); see `gather`
 
 
-class Collection(NamedTuple):
+class EvaluationSet(NamedTuple):
     """The images of one evaluation, and the classes that all their datasets have; () without classes."""
 
-    members: tuple[Member, ...]
+    images: tuple[EvaluationImage, ...]
     classes: tuple[str, ...]
+    skipped: tuple[str, ...] = ()  # a line for each reason for which annotated objects are not used
 
 
-def gather(data: Sequence[Path], splits: Sequence[str] = (), mpp: Sequence[float] = ()) -> Collection:
+def gather(data: Sequence[Path], splits: Sequence[str] = (), mpp: Sequence[float] = ()) -> EvaluationSet:
     """The images of datasets, of the named splits or all; `splits`, `mpp`: see `training.data.datasets`.
 
     An image is within its `group` (organ, patient), if it has one; within its `split`, or several, where several
@@ -65,58 +69,73 @@ def gather(data: Sequence[Path], splits: Sequence[str] = (), mpp: Sequence[float
     """
     # every split by itself, so that each image knows its splits
     parts = [
-        [(split, find(one.data, [split] if split else (), one.mpp)) for split in one.splits or [""]]
-        for one in named_sets(data, splits, mpp)
+        [(split, read_dataset(one.data, [split] if split else (), one.mpp)) for split in one.splits or [""]]
+        for one in requested_sets(data, splits, mpp)
     ]
-    members = [member for part in parts for member in _members(part, len(data) > 1)]
-    if not members:
+    images = [image for part in parts for image in _images_of(part, len(data) > 1)]
+    if not images:
         raise AnnotationError(f"{', '.join(map(str, data))}: no images in {', '.join(splits)}: need at least one")
     classes = {part[0][1].classes for part in parts}
     same = classes.pop() if len(classes) == 1 else ()
-    return Collection(tuple(members), same if len(same) > 1 else ())
+    skipped = [line for part in parts for line in part[0][1].describe_skipped()]
+    return EvaluationSet(tuple(images), same if len(same) > 1 else (), tuple(skipped))
 
 
-def _members(parts: Sequence[tuple[str, Annotations]], several: bool) -> Iterator[Member]:
+def whole_images(settings: Settings) -> Settings:
+    """The settings with all of every image as tissue: the images of a dataset are fields of view, pale ones too."""
+    return replace(settings, tissue=replace(settings.tissue, everywhere=True))
+
+
+def _images_of(parts: Sequence[tuple[str, Dataset]], several: bool) -> Iterator[EvaluationImage]:
     """The images of one dataset, each once, given by split; `several`: there are other datasets."""
     name = parts[0][1].name
     splits: dict[str, list[str]] = {}
-    images: dict[str, Annotated] = {}
-    for split, annotations in parts:
-        for annotated in annotations.images:
-            images[annotated.id] = annotated
-            splits.setdefault(annotated.id, []).append(split)
-    for id_, annotated in sorted(images.items()):
+    images: dict[str, Sample] = {}
+    for split, dataset in parts:
+        for sample in dataset.images:
+            images[sample.id] = sample
+            splits.setdefault(sample.id, []).append(split)
+    for id_, sample in sorted(images.items()):
         within = [("data", name)] if several else []
         within += [("split", split) for split in splits[id_]] if len(parts) > 1 else []
-        within += [("group", annotated.group)] if annotated.group else []
-        yield Member(f"{name}/{id_}" if several else id_, annotated, tuple(within))
+        within += [("group", sample.group)] if sample.group else []
+        yield EvaluationImage(f"{name}/{id_}" if several else id_, sample, tuple(within))
 
 
 # --------------------------------------------------------------------------------------------------- predicting
 
 
 def predict(
-    members: Sequence[Member], folder: Path, settings: Settings, execution: Execution, say: Callable[[str], None]
+    images: Sequence[EvaluationImage],
+    folder: Path,
+    settings: Settings,
+    execution: Execution,
+    say: Callable[[str], None],
 ) -> list[SlideRecord]:
     """Segment every image through `pipeline.archive.run`, as a slide of its own: the ledger's rows, in that order.
 
     Whatever an image was stored in, it is handed over as a lossless PNG in `folder`, and its scale with it in a
-    manifest; the results lie in `folder`/run/<SlideRecord.slide>. Raises AnnotationError for an image that failed.
+    manifest; `results_of` says where the results are. Raises AnnotationError for an image that failed.
     """
     manifest = folder / "manifest.csv"
     with manifest.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["path", "mpp"])
-        for number, member in enumerate(members):
+        for number, image in enumerate(images):
             # the number keeps names apart and in order, the rest is for whoever watches
-            name = f"{number:06}-{re.sub(r'[^A-Za-z0-9-]+', '_', member.name)[-80:]}.png"
-            Image.fromarray(member.annotated.read().image).save(folder / name, compress_level=1)
-            writer.writerow([name, repr(member.annotated.mpp)])
-    rows = run([manifest], folder / "run", settings, execution, say=say)
-    for member, row in zip(members, rows, strict=True):
+            name = f"{number:06}-{re.sub(r'[^A-Za-z0-9-]+', '_', image.name)[-80:]}.png"
+            Image.fromarray(image.sample.read().image).save(folder / name, compress_level=1)
+            writer.writerow([name, repr(image.sample.mpp)])
+    rows = run([manifest], folder / _RUN, settings, execution, say=say)
+    for image, row in zip(images, rows, strict=True):
         if not row.status.startswith("done"):
-            raise AnnotationError(f"{member.name} could not be segmented: {row.cause or row.status}")
+            raise AnnotationError(f"{image.name} could not be segmented: {row.cause or row.status}")
     return rows
+
+
+def results_of(folder: Path, row: SlideRecord) -> Path:
+    """The nuclei of an image, where `predict` was given `folder` and returned `row`."""
+    return folder / _RUN / row.slide / "nuclei.parquet"
 
 
 def read_detections(nuclei: Path, classes: Sequence[str] = ()) -> Detections:
@@ -125,8 +144,8 @@ def read_detections(nuclei: Path, classes: Sequence[str] = ()) -> Detections:
     scores = table["score"].to_numpy().astype(np.float64)
     order = np.argsort(-scores, kind="stable")
     number = {name: i for i, name in enumerate(classes, 1)}
-    kinds = np.array([number.get(name, 0) for name in table["class"].to_pylist()], np.int64)
-    return Detections(tables.geometry(table)[order], scores[order], kinds[order])
+    class_index = np.array([number.get(name, 0) for name in table["class"].to_pylist()], np.int64)
+    return Detections(tables.geometry(table)[order], scores[order], class_index[order])
 
 
 # ------------------------------------------------------------------------------------------------------ scoring
@@ -140,111 +159,113 @@ class Summary(NamedTuple):
 
 
 class Evaluation(NamedTuple):
-    """All there is to say of one evaluation."""
+    """The result of an evaluation."""
 
-    about: dict[str, Any]  # what JSON holds: settings and their digest, weights, images, seconds
+    about: dict[str, Any]  # of the run: settings and their digest, weights, images, seconds
     images: dict[str, Scores]
-    image_classes: dict[str, dict[str, Scores]]  # by image, then class; only those that it has or was given
+    image_classes: dict[str, dict[str, Scores]]  # by image, then class; only those that are annotated or detected in it
     within: dict[str, dict[str, Summary]]  # "split", "group", "data" -> name -> summary
     overall: Summary
     classes: dict[str, Summary]
     over_classes: Summary | None  # mean over the classes that occur
 
 
-class Kept(NamedTuple):
-    """Folders for what is kept of the images; None: not kept."""
+class Outputs(NamedTuple):
+    """Folders for files of every image; None: not written."""
 
     labels: Path | None = None  # predicted label maps
     pictures: Path | None = None  # image, annotations, detections side by side
 
 
 def evaluate(
-    collection: Collection,
+    images: EvaluationSet,
     settings: Settings,
     execution: Execution,
     *,
-    kept: Kept = Kept(),
+    outputs: Outputs = Outputs(),
     say: Callable[[str], None] = lambda line: None,
 ) -> Evaluation:
-    """Segment and score a collection. Classes count where weights and datasets have some in common.
+    """Segment and score images. Classes count where weights and datasets have some in common.
 
     Raises AnnotationError, and what `pipeline.archive.run.run` raises.
     """
     trained = detector_architecture(find_weights(settings.detector.weights)).classes
-    classes = collection.classes if set(collection.classes) & set(trained) else ()
+    classes = images.classes if set(images.classes) & set(trained) else ()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        began = time.perf_counter()
-        rows = predict(collection.members, folder, settings, execution, say)
-        seconds = time.perf_counter() - began
-        judged, area_mm2 = [], 0.0
-        for member, row in zip(collection.members, rows, strict=True):
-            pixels = member.annotated.read()
-            found = read_detections(folder / "run" / row.slide / "nuclei.parquet", classes)
-            keep(kept, member.name, pixels, found.paint((pixels.labels.shape[0], pixels.labels.shape[1])))
-            judged.append(judge(pixels, found, member.annotated.mpp, len(classes)))
-            area_mm2 += pixels.labels.size * (member.annotated.mpp / 1000) ** 2
-        about = json.loads((folder / "run" / "run.json").read_text(encoding="utf-8"))
+        started = time.perf_counter()
+        rows = predict(images.images, folder, settings, execution, say)
+        seconds = time.perf_counter() - started
+        tallies, area_mm2 = [], 0.0
+        for image, row in zip(images.images, rows, strict=True):
+            labelled = image.sample.read()
+            detections = read_detections(results_of(folder, row), classes)
+            height, width = labelled.labels.shape
+            write_outputs(outputs, image.name, labelled, detections.paint((height, width)))
+            tallies.append(tally_image(labelled, detections, image.sample.mpp, len(classes)))
+            area_mm2 += labelled.labels.size * (image.sample.mpp / 1000) ** 2
+        about = read_json(folder / _RUN / "run.json") or {}
     about |= {"seconds": round(seconds, 2), "area_mm2": round(area_mm2, 4)}
-    return summarise(collection.members, classes, judged, about)
+    return summarise(images.images, classes, tallies, about)
 
 
-class Judged(NamedTuple):
+class ImageTallies(NamedTuple):
     """The sums of one image, over all nuclei and over every class."""
 
     whole: Tally
     classes: tuple[Tally, ...]
 
 
-def judge(pixels: Pixels, found: Detections, mpp: float, classes: int) -> Judged:
+def tally_image(labelled: LabelledImage, detections: Detections, mpp: float, classes: int) -> ImageTallies:
     """Compare and count one image."""
-    whole, apart = compare_detections(pixels.labels, pixels.kinds, found, mpp, classes)
-    return Judged(tally(whole), tuple(map(tally, apart)))
+    whole, apart = compare_detections(labelled.labels, labelled.class_index, detections, mpp, classes)
+    return ImageTallies(tally(whole), tuple(map(tally, apart)))
 
 
 def summary(tallies: Sequence[Tally]) -> Summary:
+    """The measures of several images together."""
     return Summary(mean([measure(t) for t in tallies]), measure(pool(tallies)))
 
 
 def summarise(
-    members: Sequence[Member], classes: Sequence[str], judged: Sequence[Judged], about: dict[str, Any]
+    images: Sequence[EvaluationImage], classes: Sequence[str], tallies: Sequence[ImageTallies], about: dict[str, Any]
 ) -> Evaluation:
     """Sums of images -> every measure of every image, of every split, group and dataset, and of all."""
     within: dict[str, dict[str, list[Tally]]] = {}
-    for member, image in zip(members, judged, strict=True):
-        for kind, name in member.within:
-            within.setdefault(kind, {}).setdefault(name, []).append(image.whole)
-    # an image that neither has nor was given a class says nothing of it
+    for image, of_image in zip(images, tallies, strict=True):
+        for kind, name in image.within:
+            within.setdefault(kind, {}).setdefault(name, []).append(of_image.whole)
+    # a class counts in the images where it is annotated or detected
     by_class = {
-        name: [t for t in (image.classes[i] for image in judged) if t.truth or t.found]
+        name: [t for t in (of_image.classes[i] for of_image in tallies) if t.truth or t.detected]
         for i, name in enumerate(classes)
     }
-    summaries = {name: summary(tallies) for name, tallies in by_class.items() if tallies}
+    summaries = {name: summary(of_class) for name, of_class in by_class.items() if of_class}
     return Evaluation(
         about,
-        {m.name: measure(j.whole) for m, j in zip(members, judged, strict=True)},
+        {m.name: measure(j.whole) for m, j in zip(images, tallies, strict=True)},
         {
-            m.name: {c: measure(t) for c, t in zip(classes, j.classes, strict=True) if t.truth or t.found}
-            for m, j in zip(members, judged, strict=True)
+            m.name: {c: measure(t) for c, t in zip(classes, j.classes, strict=True) if t.truth or t.detected}
+            for m, j in zip(images, tallies, strict=True)
         },
         {kind: {n: summary(t) for n, t in sorted(named.items())} for kind, named in within.items()},
-        summary([j.whole for j in judged]),
+        summary([j.whole for j in tallies]),
         summaries,
         Summary(*(mean(of) for of in zip(*summaries.values(), strict=True))) if summaries else None,
     )
 
 
-def keep(kept: Kept, name: str, pixels: Pixels, found: NDArray[np.int32]) -> None:
-    """Write what is wanted of one image. Raises AnnotationError for what cannot be written."""
-    if kept.labels is not None:
-        if found.max(initial=0) > _LARGEST_LABEL:
+def write_outputs(outputs: Outputs, name: str, labelled: LabelledImage, detected: NDArray[np.int32]) -> None:
+    """Write label map and picture of one image. Raises AnnotationError for a map or name that cannot be written."""
+    if outputs.labels is not None:
+        if detected.max(initial=0) > _LARGEST_LABEL:
             raise AnnotationError(
-                f"{name} holds {found.max():,} detections, a 16-bit label map {_LARGEST_LABEL:,}: "
+                f"{name} holds {detected.max():,} detections, a 16-bit label map {_LARGEST_LABEL:,}: "
                 f"leave out --save-labels, or cut the image"
             )
-        Image.fromarray(found.astype(np.uint16)).save(_inside(kept.labels, name))
-    if kept.pictures is not None:
-        draw(pixels.image, pixels.labels, found, _inside(kept.pictures, name))
+        Image.fromarray(detected.astype(np.uint16)).save(_inside(outputs.labels, name))
+    if outputs.pictures is not None:
+        draw(labelled.image, labelled.labels, detected, _inside(outputs.pictures, name))
 
 
 def _inside(folder: Path, name: str) -> Path:
@@ -259,17 +280,17 @@ def _inside(folder: Path, name: str) -> Path:
 # ---------------------------------------------------------------------------------------------------- reporting
 
 
-def as_json(evaluation: Evaluation, members: Sequence[Member], command: str) -> str:
-    """Everything, and the command that made it. A measure without meaning is null."""
+def as_json(evaluation: Evaluation, images: Sequence[EvaluationImage], command: str) -> dict[str, Any]:
+    """The content of --json: all scores, and the command that made them. A measure without meaning is null."""
     about, detector = evaluation.about, evaluation.about["settings"]["detector"]
-    content = {
+    return {
         "command": command,
         "digest": about["digest"],
         "weights": Path(detector["weights"]).name,
         "views": about["settings"]["detector"]["views"],
         "stain": about["settings"]["stain"]["method"],
-        "mpp": sorted({m.annotated.mpp for m in members}),
-        "images": len(members),
+        "mpp": sorted({m.sample.mpp for m in images}),
+        "images": len(images),
         **{key: about[key] for key in ("weights_sha256", "seconds", "area_mm2")},
         "overall": _plain(evaluation.overall),
         "within": {k: {n: _plain(s) for n, s in named.items()} for k, named in evaluation.within.items()},
@@ -277,17 +298,16 @@ def as_json(evaluation: Evaluation, members: Sequence[Member], command: str) -> 
         "mean_over_classes": _plain(evaluation.over_classes) if evaluation.over_classes else None,
         "per_image": {
             m.name: {
-                "mpp": m.annotated.mpp,
+                "mpp": m.sample.mpp,
                 "within": [list(pair) for pair in m.within],
                 **_plain(evaluation.images[m.name]),
                 "classes": {c: _plain(s) for c, s in evaluation.image_classes[m.name].items()},
             }
-            for m in members
+            for m in images
         },
         "settings": about["settings"],
         "versions": about["versions"],
     }
-    return json.dumps(content, indent=1, allow_nan=False)
 
 
 def _plain(of: Summary | Scores) -> dict[str, Any]:
@@ -321,10 +341,10 @@ def report(evaluation: Evaluation, *, per_image: bool = False) -> str:
     rows = list(_rows(evaluation, per_image))
     width = max(len(name) for name, _ in rows)
     shown = [m for m in COLUMNS if not all(math.isnan(getattr(s, m)) for _, s in rows)]
-    lines = [f"{'':{width}} images " + " ".join(f"{COLUMNS[m]:>5}" for m in shown) + " annotated   found"]
+    lines = [f"{'':{width}} images " + " ".join(f"{COLUMNS[m]:>5}" for m in shown) + " annotated detected"]
     for name, s in rows:
         cells = (f"{'-' if math.isnan(v) else f'{v:.3f}':>5}" for v in (getattr(s, m) for m in shown))
-        lines.append(f"{name:{width}} {s.images:6} " + " ".join(cells) + f" {s.annotated:9} {s.found:7}")
+        lines.append(f"{name:{width}} {s.images:6} " + " ".join(cells) + f" {s.annotated:9} {s.detected:8}")
     return "\n".join(lines)
 
 

@@ -1,7 +1,7 @@
 """Train the detector: one loop, the whole state in one checkpoint, a budget in minutes or steps.
 
-Runs on a CPU or a GPU, or under torchrun on several: every process then trains on crops of its own
-(`--batch` of them), and the first one writes.
+Runs on a CPU or a GPU, or under torchrun on several: every process then trains on other crops (`--batch` of them a
+step), and the first one writes.
 """
 
 import dataclasses
@@ -30,27 +30,33 @@ from pipeline.model.weights import find_weights, licence
 from training import checkpoint
 from training.config import StainTraining, Training
 from training.data.crops import Crop, Crops
-from training.data.datasets import Annotated, Annotations
-from training.monitor import Held, Log, check, hold
+from training.data.sample import Dataset, Sample
+from training.monitor import HeldOutCrop, Log, held_out_crop, score_held_out
+
+WEIGHTS_FILE, HELD_OUT_FOLDER = "nuclei.safetensors", "held_out"
+
+_LARGEST_GRADIENT = (
+    5.0  # norm, beyond which gradients are scaled down: so that one unusual crop does not undo many steps
+)
 
 
-class Team(NamedTuple):
-    """This process among those that train together; torchrun says so in the environment."""
+class Process(NamedTuple):
+    """This process among those that train together; torchrun sets them in the environment."""
 
     rank: int
-    size: int
+    size: int  # how many there are
     device: torch.device
 
 
-class Continue(Sampler[int]):
-    """Crop numbers from where the checkpoint stands to the end of the schedule: every process its own."""
+class ScheduleSampler(Sampler[int]):
+    """Numbers of the crops of this process, from step `first` (from 0) to the end of the schedule."""
 
-    def __init__(self, first: int, training: Training, team: Team) -> None:
-        self.steps, self.batch, self.team = range(first, training.steps), training.batch, team
+    def __init__(self, first: int, training: Training, process: Process) -> None:
+        self.steps, self.batch, self.process = range(first, training.steps), training.batch, process
 
     def __iter__(self) -> Iterator[int]:
         for step in self.steps:
-            start = (step * self.team.size + self.team.rank) * self.batch
+            start = (step * self.process.size + self.process.rank) * self.batch
             yield from range(start, start + self.batch)
 
     def __len__(self) -> int:
@@ -58,66 +64,108 @@ class Continue(Sampler[int]):
 
 
 def fit(
-    sets: Sequence[Annotations],
+    datasets: Sequence[Dataset],
     out: Path,
     training: Training,
     architecture: Architecture,
     say: Callable[[str], None] = print,
 ) -> Path:
-    """Train on `sets` and write weights; continues from `out`/checkpoint if it is there.
+    """Train on `datasets` and write weights; continues from `out`/checkpoint if there is one.
 
-    Writes to `out`: checkpoint/ (everything that continuing needs), nuclei.safetensors (the averaged weights, half
-    precision; returned), losses.csv, scores.csv and held_out/ (what the average finds in images that were held
-    out), curves.png.
+    Writes to `out`: checkpoint/ (all that continuing needs), nuclei.safetensors (the averaged weights, half precision;
+    returned), losses.csv, scores.csv and held_out/ (detections of the averaged weights in held-out images), curves.png.
+    Raises AnnotationError for a dataset without nuclei, ConfigError for a checkpoint of another recipe, WeightsError
+    for weights or a checkpoint that do not fit.
     Law: stopped and continued, the weights are those of an uninterrupted training (on one kind of machine).
     """
     out.mkdir(parents=True, exist_ok=True)
-    team = _team(training)
+    process = _this_process(training)
     if training.by_class:
-        architecture = dataclasses.replace(architecture, classes=_common_classes(sets))
-    notes = {"data": json.dumps({s.name: len(s.images) for s in sets})}
-    notes |= {"licence": terms} if (terms := training.licence or _licence_of(training.init)) else {}
-    split = [split_off(s.images, training.hold_out, training.seed) for s in sets]
+        architecture = dataclasses.replace(architecture, classes=_common_classes(datasets))
+    split = [split_held_out(d.images, training.hold_out, training.seed) for d in datasets]
     torch.manual_seed(training.seed)  # what is not pretrained starts from random weights
-    model = start(training.init, architecture).to(team.device).to(memory_format=torch.channels_last)
+    model = initial_model(training.init, architecture).to(process.device).to(memory_format=torch.channels_last)
     average = {k: v.detach().clone() for k, v in model.state_dict().items()}
-    optimiser = torch.optim.AdamW(_groups(model, training.decay), lr=training.rate)
-    first = checkpoint.resume(out / "checkpoint", model, average, optimiser)
-    loader = _loader([trained for trained, _ in split], first, training, model.architecture, team)
-    held = [(s.name, a) for s, (_, apart) in zip(sets, split, strict=True) for a in apart] if team.rank == 0 else []
-    crops = [hold(name, a, model.architecture.mpp) for name, a in held]
-    wrapped = _wrapped(model, team)
-    log, step, skipped, began = Log(out, say), first, 0, time.monotonic()
+    optimiser = torch.optim.AdamW(_parameter_groups(model, training.decay), lr=training.rate)
+    recipe = _recipe(datasets, training, architecture, process)
+    first = checkpoint.resume(out / checkpoint.FOLDER, model, average, optimiser, recipe)
+    trained = [d._replace(images=tuple(trained)) for d, (trained, _) in zip(datasets, split, strict=True)]
+    loader = _loader(trained, first, training, model.architecture, process)
+    held_out = [(d.name, s) for d, (_, held) in zip(datasets, split, strict=True) for s in held]
+    crops = [held_out_crop(*one, model.architecture.mpp) for one in held_out] if process.rank == 0 else []
+    results = _Results(out, recipe, _notes(datasets, training), crops, Log(out, say))
+    wrapped = _wrapped(model, process)
+    step, skipped, started = first, 0, time.monotonic()
     for step, batch in enumerate(loader, first + 1):
         for group in optimiser.param_groups:
-            group["lr"] = group["scale"] * rate_at(step, training)
+            group["lr"] = group["scale"] * learning_rate(step, training)
         # torchvision draws its samples from the global state
-        torch.manual_seed((training.seed * 1_000_003 + step) * team.size + team.rank)
-        losses = _losses(wrapped, batch, team.device)
-        optimiser.zero_grad(set_to_none=True)
-        torch.stack(list(losses.values())).sum().backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 5.0)
-        if torch.isfinite(norm):
-            optimiser.step()
-        else:
-            skipped += 1
-        _follow(average, model, min(training.average, step / (step + 10)))
-        stop = _agreed(step == training.steps or 0 < training.minutes * 60 <= time.monotonic() - began, team)
-        if team.rank == 0:
-            log.losses(step, training.steps, losses, norm, skipped)
+        torch.manual_seed((training.seed * 1_000_003 + step) * process.size + process.rank)
+        losses, norm = _optimise(wrapped, optimiser, batch, process.device)
+        skipped += not torch.isfinite(norm)
+        _update_average(average, model, min(training.average, step / (step + 10)))
+        over_time = 0 < training.minutes * 60 <= time.monotonic() - started
+        stop = _agree_to_stop(step == training.steps or over_time, process)
+        if process.rank == 0:
+            results.log.losses(step, training.steps, losses, norm, skipped)
             if stop or step % training.save_every == 0:
-                recipe = {**dataclasses.asdict(training), "init": Path(training.init).name}  # weights are handed on
-                checkpoint.save(out / "checkpoint", model, average, optimiser, step, recipe)
-                _write(out, model.architecture, average, crops, log, step, {**notes, "recipe": json.dumps(recipe)})
+                results.write(model, average, optimiser, step)
         if stop:
             break
-    if team.rank == 0:
-        say(f"stopped at step {step} of {training.steps}: {out / 'nuclei.safetensors'}")
-    _disband(team)
-    return out / "nuclei.safetensors"
+    if process.rank == 0:
+        say(f"stopped at step {step} of {training.steps}: {out / WEIGHTS_FILE}")
+    _leave(process)
+    return out / WEIGHTS_FILE
 
 
-def split_off(images: Sequence[Annotated], hold_out: int, seed: int) -> tuple[list[Annotated], list[Annotated]]:
+class _Results(NamedTuple):
+    """What a training writes, and where."""
+
+    out: Path
+    recipe: Mapping[str, object]  # of the checkpoint
+    notes: Mapping[str, str]  # of the weights
+    crops: Sequence[HeldOutCrop]
+    log: Log
+
+    def write(
+        self, model: NucleusDetector, average: Mapping[str, Tensor], optimiser: torch.optim.Optimizer, step: int
+    ) -> None:
+        """The checkpoint, the averaged weights, and how those do on the held-out images."""
+        checkpoint.save(self.out / checkpoint.FOLDER, model, average, optimiser, step, self.recipe)
+        averaged = _averaged(model.architecture, average)
+        with committed(self.out / WEIGHTS_FILE) as part:
+            save_weights(averaged, part, {**self.notes, "step": str(step)})
+        if self.crops:
+            device = next(model.parameters()).device
+            averaged = averaged.eval().to(device).to(memory_format=torch.channels_last)
+            self.log.scores(step, score_held_out(averaged, self.crops, self.out / HELD_OUT_FOLDER))
+
+
+def _recipe(
+    datasets: Sequence[Dataset], training: Training, architecture: Architecture, process: Process
+) -> dict[str, object]:
+    """All that decides the weights; see `checkpoint.resume`."""
+    images = {d.name: len(d.images) for d in datasets}
+    shape = checkpoint.named_fields("architecture", architecture)
+    return {**_noted_recipe(training), **shape, "data": images, "processes": process.size}
+
+
+def _noted_recipe(training: Training) -> dict[str, object]:
+    """The settings, without the folder that the first weights are in: on another machine it is another one."""
+    return {**dataclasses.asdict(training), "init": Path(training.init).name}
+
+
+def _notes(datasets: Sequence[Dataset], training: Training) -> dict[str, str]:
+    """What the weights file records of its training."""
+    notes = {
+        "data": json.dumps({d.name: len(d.images) for d in datasets}),
+        "recipe": json.dumps(_noted_recipe(training)),
+    }
+    terms = training.licence or _licence_of(training.init)
+    return {**notes, "licence": terms} if terms else notes
+
+
+def split_held_out(images: Sequence[Sample], hold_out: int, seed: int) -> tuple[list[Sample], list[Sample]]:
     """(trained on, held out): the same for the same images and seed; at least one image is trained on."""
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed)).tolist()
     hold_out = min(hold_out, len(images) - 1)
@@ -125,11 +173,12 @@ def split_off(images: Sequence[Annotated], hold_out: int, seed: int) -> tuple[li
     return [a for i, a in enumerate(images) if i not in chosen], [a for i, a in enumerate(images) if i in chosen]
 
 
-def start(init: str, architecture: Architecture) -> NucleusDetector:
+def initial_model(init: str, architecture: Architecture) -> NucleusDetector:
     """A detector before training: ImageNet's backbone, random, or another file's weights.
 
-    A file may have other classes. Where it has one, each of the new ones begins as that one, and the network finds
-    what it found before; else what does not fit starts at random. Raises WeightsError where it differs in more.
+    A file may have other classes. Where it has one, each of the new ones starts with the weights of that one, and the
+    network detects what it detected before; else what does not fit starts at random. Raises WeightsError where the
+    architecture differs in more.
     """
     if init in ("imagenet", "random"):
         model = NucleusDetector(architecture)
@@ -192,7 +241,7 @@ def imagenet(wanted: dict[str, Tensor], backbone: str) -> dict[str, Tensor]:
     return {**wanted, **dict(zip(keys, values, strict=True))}
 
 
-def rate_at(step: int, training: Training | StainTraining) -> float:
+def learning_rate(step: int, training: Training | StainTraining) -> float:
     """Learning rate: linear warm-up, then a half cosine to 1 % of the highest."""
     if step < training.warmup:
         return training.rate * step / training.warmup
@@ -200,37 +249,40 @@ def rate_at(step: int, training: Training | StainTraining) -> float:
     return training.rate * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
 
 
-def _common_classes(sets: Sequence[Annotations]) -> tuple[str, ...]:
-    classes = {s.classes for s in sets}
+def _common_classes(datasets: Sequence[Dataset]) -> tuple[str, ...]:
+    classes = {d.classes for d in datasets}
     if len(classes) > 1:
-        named = "; ".join(f"{s.name}: {', '.join(s.classes)}" for s in sets)
-        raise ConfigError(f"the sets have different classes ({named}): need the same, or one set, or no --by-class")
+        named = "; ".join(f"{s.name}: {', '.join(s.classes)}" for s in datasets)
+        raise ConfigError(
+            f"the datasets have different classes ({named}): need the same, or one dataset, or no --by-class"
+        )
     return classes.pop()
 
 
 def _loader(
-    sets: Sequence[Sequence[Annotated]], first: int, training: Training, architecture: Architecture, team: Team
+    datasets: Sequence[Dataset], first: int, training: Training, architecture: Architecture, process: Process
 ) -> DataLoader[Crop]:
+    """Batches of crops from step `first` on. Raises ConfigError for a crop that the feature pyramid cannot halve."""
     side = round(training.crop_px * architecture.upscale)
     if training.crop_px % side_step(architecture.upscale):
         raise ConfigError(
             f"crop_px={training.crop_px} enlarged by {architecture.upscale:g} is {side} px: "
             f"need a multiple of {STRIDES[-1]}"
         )
-    crops = Crops(sets, side, architecture.mpp / architecture.upscale, training)
+    crops = Crops(datasets, side, architecture.mpp / architecture.upscale, training)
     return DataLoader(
         crops,
         training.batch,
-        sampler=Continue(first, training, team),
+        sampler=ScheduleSampler(first, training, process),
         num_workers=training.loaders,
         collate_fn=list,
         persistent_workers=training.loaders > 0,
-        pin_memory=team.device.type == "cuda",
+        pin_memory=process.device.type == "cuda",
     )
 
 
-def _groups(model: NucleusDetector, decay: float) -> list[dict[str, Any]]:
-    """The pretrained backbone learns slower; norms and biases do not decay."""
+def _parameter_groups(model: NucleusDetector, decay: float) -> list[dict[str, Any]]:
+    """The pretrained backbone has half the learning rate; norms and biases have no weight decay."""
     groups = []
     for scale, part in ((0.5, True), (1.0, False)):
         named = [(n, p) for n, p in model.named_parameters() if n.startswith("backbone.") == part]
@@ -239,8 +291,21 @@ def _groups(model: NucleusDetector, decay: float) -> list[dict[str, Any]]:
     return groups
 
 
+def _optimise(
+    model: nn.Module, optimiser: torch.optim.Optimizer, batch: Sequence[Crop], device: torch.device
+) -> tuple[dict[str, Tensor], Tensor]:
+    """One step of the optimiser, left out where the gradients are not finite: (losses, norm of the gradients)."""
+    losses = _losses(model, batch, device)
+    optimiser.zero_grad(set_to_none=True)
+    torch.stack(list(losses.values())).sum().backward()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), _LARGEST_GRADIENT)
+    if torch.isfinite(norm):
+        optimiser.step()
+    return losses, norm
+
+
 def _losses(model: nn.Module, batch: Sequence[Crop], device: torch.device) -> dict[str, Tensor]:
-    """Losses of one batch. Crops come enlarged already, so the images are handed over as the network sees them."""
+    """Losses of one batch. Crops come enlarged already, so the network does not enlarge them."""
     images = torch.stack([c.image for c in batch]).to(device, non_blocking=True)
     targets = [
         {name: getattr(c, name).to(device, non_blocking=True) for name in ("boxes", "labels", "masks", "regions")}
@@ -253,7 +318,8 @@ def _losses(model: nn.Module, batch: Sequence[Crop], device: torch.device) -> di
 
 
 @torch.no_grad()
-def _follow(average: dict[str, Tensor], model: NucleusDetector, keep: float) -> None:
+def _update_average(average: dict[str, Tensor], model: NucleusDetector, keep: float) -> None:
+    """average = keep * average + (1 - keep) * model, in place; whole numbers are copied."""
     for name, value in model.state_dict().items():
         if value.is_floating_point():
             average[name].lerp_(value, 1 - keep)
@@ -261,31 +327,19 @@ def _follow(average: dict[str, Tensor], model: NucleusDetector, keep: float) -> 
             average[name].copy_(value)
 
 
-def _write(
-    out: Path,
-    architecture: Architecture,
-    average: Mapping[str, Tensor],
-    crops: Sequence[Held],
-    log: Log,
-    step: int,
-    notes: Mapping[str, str],
-) -> None:
-    """The averaged weights for use, and how they do on what was held out."""
-    state = torch.get_rng_state()  # a new network draws random weights: the training must not notice
+def _averaged(architecture: Architecture, average: Mapping[str, Tensor]) -> NucleusDetector:
+    """A network with the averaged weights. The global random state stays: a new network draws its weights from it."""
+    state = torch.get_rng_state()
     averaged = NucleusDetector(architecture)
     torch.set_rng_state(state)
     averaged.load_state_dict(average)
-    with committed(out / "nuclei.safetensors") as path:
-        save_weights(averaged, path, {**notes, "step": str(step)})
-    if crops:
-        averaged = averaged.eval().to(next(iter(average.values())).device).to(memory_format=torch.channels_last)
-        log.scores(step, check(averaged, crops, out / "held_out"))
+    return averaged
 
 
-# ------------------------------------------------------------------------------------------------- the machine
+# ------------------------------------------------------------------------------------- devices and processes
 
 
-def _team(training: Training) -> Team:
+def _this_process(training: Training) -> Process:
     """Join the processes that torchrun started, if it did."""
     size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     device = choose_device(training.device)
@@ -293,16 +347,16 @@ def _team(training: Training) -> Team:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     if size > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return Team(rank, size, device)
+    return Process(rank, size, device)
 
 
-def _wrapped(model: NucleusDetector, team: Team) -> nn.Module:
-    """The model as the loop calls it: quick on a CPU, gradients shared by a team."""
-    if team.device.type == "cpu":
+def _wrapped(model: NucleusDetector, process: Process) -> nn.Module:
+    """The model as the loop calls it: fast on a CPU, gradients averaged over the processes."""
+    if process.device.type == "cpu":
         for module in model.modules():
             if isinstance(module, nn.Conv2d) and module.groups == module.in_channels > 1:
                 module.forward = partial(_in_float32, module)  # type: ignore[method-assign]
-    return DistributedDataParallel(model) if team.size > 1 else model
+    return DistributedDataParallel(model) if process.size > 1 else model
 
 
 def _in_float32(convolution: nn.Conv2d, x: Tensor) -> Tensor:
@@ -311,15 +365,15 @@ def _in_float32(convolution: nn.Conv2d, x: Tensor) -> Tensor:
         return type(convolution).forward(convolution, x.float()).to(x.dtype)
 
 
-def _agreed(stop: bool, team: Team) -> bool:
-    """What the first process says: clocks differ, and a team stops at the same step."""
-    if team.size == 1:
+def _agree_to_stop(stop: bool, process: Process) -> bool:
+    """The decision of the first process: clocks differ, and all processes stop at the same step."""
+    if process.size == 1:
         return stop
-    flag = torch.tensor(int(stop), device=team.device)
+    flag = torch.tensor(int(stop), device=process.device)
     dist.broadcast(flag, 0)
     return bool(flag.item())
 
 
-def _disband(team: Team) -> None:
-    if team.size > 1:
+def _leave(process: Process) -> None:
+    if process.size > 1:
         dist.destroy_process_group()

@@ -25,16 +25,20 @@ from pipeline.model.device import choose_device
 from pipeline.segment.slide_stain import fit_template
 from training import checkpoint
 from training.config import StainTraining
-from training.data.datasets import Annotated, AnnotationError
-from training.fit import rate_at
+from training.data.sample import AnnotationError, Sample
+from training.fit import learning_rate
+from training.monitor import LOSSES_FILE
 
+WEIGHTS_FILE = "stain.safetensors"
 TEMPLATE_IMAGES = 32  # of each set
-LEAST_TISSUE = 0.05  # share of a crop, below which it says nothing of stains
+LEAST_TISSUE = 0.05  # share of a crop, below which it shows too little stain to learn from
 LOG_EVERY = 20
 
+_NO_STAIN = "no image of the data shows a stain: need H&E-stained tissue in colour"
 
-class Field(NamedTuple):
-    """An image to learn from, at the working scale, with what was found out about its stain."""
+
+class StainImage(NamedTuple):
+    """A training image at the working scale, with its white and its density."""
 
     pixels: NDArray[np.uint8]  # (h, w, 3)
     white: tuple[float, ...]
@@ -42,113 +46,128 @@ class Field(NamedTuple):
 
 
 def fit_stain(
-    sets: Sequence[Sequence[Annotated]],
+    sets: Sequence[Sequence[Sample]],
     out: Path,
     training: StainTraining,
     architecture: StainArchitecture,
     template: Path | None = None,
     say: Callable[[str], None] = print,
 ) -> Path:
-    """Train on the images of `sets`, drawn from evenly, and write weights; continues from a checkpoint in `out`.
+    """Train on the images of `sets`, drawn with equal probabilities; continues from a checkpoint in `out`.
 
-    template: the slide or image that `--stain dcgmm` normalises to, unless it is told otherwise; without it, the
-    typical one of the training images.
-    Writes to `out`: checkpoint (parameters, optimiser, step), losses.csv, and stain.safetensors
-    (half precision, with the template). Returns the latter's path. Raises AnnotationError where no image tells a
-    stain, StainError and SlideError where the template does not.
+    template: the slide or image that `--stain dcgmm` normalises to, unless --stain.template names another; without it,
+    the typical one of the training images.
+    Writes to `out`: checkpoint/ (parameters, optimiser, step), losses.csv, and stain.safetensors (half precision, with
+    the template). Returns the latter's path. Raises AnnotationError where no image shows a stain, StainError and
+    SlideError where the template does not, ConfigError for a checkpoint of another recipe.
     """
     out.mkdir(parents=True, exist_ok=True)
-    fields = [_fields(images, architecture.mpp, training.crop_px, say) for images in sets]
-    fields = [members for members in fields if members]
-    if not fields:
-        raise AnnotationError("no image of the data tells a stain: need H&E-stained tissue in colour")
-    device = choose_device(training.device)
+    images = [_stain_images(samples, architecture.mpp, training.crop_px, say) for samples in sets]
+    images = [of_set for of_set in images if of_set]
+    if not images:
+        raise AnnotationError(_NO_STAIN)
     torch.manual_seed(training.seed)
-    network = ClusterNet(architecture).to(device)
+    network = ClusterNet(architecture).to(choose_device(training.device))
+    step = _train(network, images, out, training, say)
+    saved = _as_saved(network)
+    if template is None:
+        target = typical_stain(sets, "dcgmm", architecture.mpp, saved)
+    else:
+        target = fit_template(template, Stain(method="dcgmm"), Tissue(), architecture.mpp, saved)
+    notes = {"recipe": json.dumps(asdict(training)), "step": str(step), "template": json.dumps(target.to_json())}
+    with committed(out / WEIGHTS_FILE) as part:
+        dcgmm.save(network, part, notes)
+    say(f"stopped at step {step} of {training.steps}: {out / WEIGHTS_FILE}")
+    return out / WEIGHTS_FILE
+
+
+def _train(
+    network: ClusterNet,
+    images: Sequence[Sequence[StainImage]],
+    out: Path,
+    training: StainTraining,
+    say: Callable[[str], None],
+) -> int:
+    """Run the schedule, or its rest, or as much as the minutes allow; the last step."""
+    device, floor = next(network.parameters()).device, network.architecture.floor
     optimiser = torch.optim.Adam(network.parameters(), lr=training.rate)
-    first = checkpoint.resume(out / "checkpoint", network, {}, optimiser)
-    began, since, step, losses = time.monotonic(), time.monotonic(), first, []
+    recipe = {**asdict(training), **checkpoint.named_fields("architecture", network.architecture)}
+    recipe["images"] = [len(of_set) for of_set in images]
+    first = checkpoint.resume(out / checkpoint.FOLDER, network, {}, optimiser, recipe)
+    started, since, step, losses = time.monotonic(), time.monotonic(), first, []
     for step in range(first + 1, training.steps + 1):
         for group in optimiser.param_groups:
-            group["lr"] = rate_at(step, training)
-        density, hsd, tissue = (t.to(device) for t in _batch(fields, training, step))
-        loss = dcgmm.bound(hsd, network(density), tissue, architecture.floor).mean()
+            group["lr"] = learning_rate(step, training)
+        density, hsd, tissue = (t.to(device) for t in _batch(images, training, step))
+        loss = dcgmm.bound(hsd, network(density), tissue, floor).mean()
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         optimiser.step()
         losses.append(float(loss.detach()))
-        stop = step == training.steps or 0 < training.minutes <= (time.monotonic() - began) / 60
+        stop = step == training.steps or 0 < training.minutes <= (time.monotonic() - started) / 60
         if stop or len(losses) == LOG_EVERY:
-            _log(out / "losses.csv", step, float(np.mean(losses)), (time.monotonic() - since) / len(losses))
+            _log(out / LOSSES_FILE, step, float(np.mean(losses)), (time.monotonic() - since) / len(losses))
             say(f"step {step}/{training.steps}  bound {np.mean(losses):.4f}")
             losses, since = [], time.monotonic()
         if stop or step % training.save_every == 0:
-            checkpoint.save(out / "checkpoint", network, {}, optimiser, step, asdict(training))
+            checkpoint.save(out / checkpoint.FOLDER, network, {}, optimiser, step, recipe)
         if stop:
             break
-    saved = _as_saved(network)
-    if template is None:
-        target = typical(sets, "dcgmm", architecture.mpp, saved)
-    else:
-        target = fit_template(template, Stain(method="dcgmm"), Tissue(), architecture.mpp, saved)
-    notes = {"recipe": json.dumps(asdict(training)), "step": str(step), "template": json.dumps(target.to_json())}
-    with committed(out / "stain.safetensors") as path:
-        dcgmm.save(network, path, notes)
-    say(f"stopped at step {step} of {training.steps}: {out / 'stain.safetensors'}")
-    return out / "stain.safetensors"
+    return step
 
 
-def _fields(images: Sequence[Annotated], mpp: float, least_px: int, say: Callable[[str], None]) -> list[Field]:
-    """The images at the working scale; those that are too small or tell no stain are left out, and counted."""
-    found = []
-    for annotated in images:
-        pixels = _at_scale(annotated, mpp)
+def _stain_images(images: Sequence[Sample], mpp: float, least_px: int, say: Callable[[str], None]) -> list[StainImage]:
+    """The images at the working scale; those that are too small or show no stain are left out, and counted."""
+    usable = []
+    for sample in images:
+        pixels = _at_scale(sample, mpp)
         if min(pixels.shape[:2]) < least_px:
             continue
         try:
             taken = stain.sample(pixels[None], np.ones((1, *pixels.shape[:2]), bool))
         except StainError:
             continue
-        found.append(Field(pixels, taken.white, stain.density_level(taken.cells)))
-    if len(found) < len(images):
-        say(f"{len(images) - len(found)} of {len(images)} images left out: under {least_px} px, or without a stain")
-    return found
+        usable.append(StainImage(pixels, taken.white, stain.density_level(taken.cells)))
+    if len(usable) < len(images):
+        left_out = len(images) - len(usable)
+        say(f"{left_out} of {len(images)} images left out: smaller than {least_px} px, or without a stain")
+    return usable
 
 
-def _batch(fields: Sequence[Sequence[Field]], training: StainTraining, step: int) -> tuple[Tensor, Tensor, Tensor]:
+def _batch(images: Sequence[Sequence[StainImage]], training: StainTraining, step: int) -> tuple[Tensor, Tensor, Tensor]:
     """Crops of a step, the same after every resume: relative density (B, 1, S, S), HSD (B, 3, S, S), tissue.
 
-    Sets are drawn evenly, then images evenly within a set. Crops without tissue say nothing, and are drawn again.
+    A set is drawn, then one of its images, each with equal probabilities. Crops with little tissue are drawn again.
     """
     rng, side = np.random.default_rng((training.seed, step)), training.crop_px
     density: list[Tensor] = []
     hsd: list[Tensor] = []
     tissue: list[Tensor] = []
     while len(hsd) < training.batch:
-        members = fields[int(rng.integers(len(fields)))]
-        field = members[int(rng.integers(len(members)))]
-        y, x = (int(rng.integers(n - side + 1)) for n in field.pixels.shape[:2])
-        crop = np.rot90(field.pixels[y : y + side, x : x + side], int(rng.integers(4)))
+        of_set = images[int(rng.integers(len(images)))]
+        image = of_set[int(rng.integers(len(of_set)))]
+        y, x = (int(rng.integers(n - side + 1)) for n in image.pixels.shape[:2])
+        crop = np.rot90(image.pixels[y : y + side, x : x + side], int(rng.integers(4)))
         crop = crop[:, ::-1] if rng.random() < 0.5 else crop
         light = torch.from_numpy(crop.transpose(2, 0, 1).copy()).float()[None] / 255
-        light = light / light.new_tensor(field.white)[:, None, None]
+        light = light / light.new_tensor(image.white)[:, None, None]
         colours = dcgmm.to_hsd(stain.optical_density(light).clamp(min=0))
         stained = colours[:, :1] > stain.TISSUE_OD
         if stained.float().mean() >= LEAST_TISSUE or rng.random() < 0.02:  # an image may have next to none
-            density.append(colours[:, :1] / field.level)
+            density.append(colours[:, :1] / image.level)
             hsd.append(colours)
             tissue.append(stained)
     return torch.cat(density), torch.cat(hsd), torch.cat(tissue)
 
 
-def typical(
-    sets: Sequence[Sequence[Annotated]], method: str, mpp: float, network: ClusterNet | None = None
+def typical_stain(
+    sets: Sequence[Sequence[Sample]], method: str, mpp: float, network: ClusterNet | None = None
 ) -> stain.FittedStain:
-    """The stain of the typical image, to normalise to: images are fitted alone, as slides are, and of every number
-    the median is taken; up to 32 of each set, spread evenly. The glass is white.
+    """The stain of the typical image, to normalise to: the medians of the numbers of up to 32 images of each set,
+    spread evenly and fitted one by one, as slides are. The glass is white.
 
-    Pooled they would give a target of wider colours than any slide has. Images that tell no stain are left out.
-    Raises AnnotationError where none tells one.
+    Pooled they would give a target of wider colours than any slide has. Images that show no stain are left out.
+    Raises AnnotationError where none shows one.
     """
     fits = []
     for images in sets:
@@ -157,14 +176,14 @@ def typical(
             with contextlib.suppress(StainError):
                 fits.append(stain.fit(pixels, np.ones(pixels.shape[:3], bool), method, network).numbers)
     if not fits:
-        raise AnnotationError("no image of the data tells a stain: need H&E-stained tissue in colour")
+        raise AnnotationError(_NO_STAIN)
     medians = {name: np.median([numbers[name] for numbers in fits], axis=0).round(6).tolist() for name in fits[0]}
     return stain.FittedStain.from_json({"method": method, "numbers": {**medians, "white": [1.0, 1.0, 1.0]}})
 
 
-def _at_scale(annotated: Annotated, mpp: float) -> NDArray[np.uint8]:
+def _at_scale(sample: Sample, mpp: float) -> NDArray[np.uint8]:
     """The image at the working scale, uint8 (h, w, 3)."""
-    image, zoom = Image.fromarray(annotated.read().image), annotated.mpp / mpp
+    image, zoom = Image.fromarray(sample.read().image), sample.mpp / mpp
     size = round(image.width * zoom), round(image.height * zoom)
     return np.asarray(image.resize(size, Image.Resampling.BICUBIC))
 

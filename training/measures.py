@@ -40,17 +40,17 @@ class Overlap(NamedTuple):
     """
 
     truth_ids: Ints  # (T,) rising numbers in the map
-    found_ids: Ints  # (F,)
+    detected_ids: Ints  # (F,)
     truth_px: Ints  # (T,) areas
-    found_px: Ints  # (F,)
+    detected_px: Ints  # (F,)
     truth: Ints  # (P,) index of the nucleus, rising
-    found: Ints  # (P,) index of the detection, rising within a nucleus
+    detected: Ints  # (P,) index of the detection, rising within a nucleus
     shared: Ints  # (P,) pixels of both
 
     @property
     def iou(self) -> Floats:
         """(P,) intersection over union, in (0, 1]."""
-        return np.asarray(self.shared / (self.truth_px[self.truth] + self.found_px[self.found] - self.shared))
+        return np.asarray(self.shared / (self.truth_px[self.truth] + self.detected_px[self.detected] - self.shared))
 
     @property
     def hit(self) -> Bools:
@@ -58,19 +58,19 @@ class Overlap(NamedTuple):
         return np.asarray(self.iou > HIT_IOU)
 
 
-def overlap(truth: Labels, found: Labels) -> Overlap:
+def overlap(truth: Labels, detected: Labels) -> Overlap:
     """Areas and shared pixels of two label maps (h, w). Raises ValueError where their shapes differ."""
-    if truth.shape != found.shape:
-        raise ValueError(f"label maps of {truth.shape} and {found.shape}: need the same shape")
+    if truth.shape != detected.shape:
+        raise ValueError(f"label maps of {truth.shape} and {detected.shape}: need the same shape")
     truth_ids, truth_px = np.unique(truth[truth > 0], return_counts=True)
-    found_ids, found_px = np.unique(found[found > 0], return_counts=True)
-    both = (truth > 0) & (found > 0)
+    detected_ids, detected_px = np.unique(detected[detected > 0], return_counts=True)
+    both = (truth > 0) & (detected > 0)
     return Overlap(
         truth_ids.astype(np.int64),
-        found_ids.astype(np.int64),
+        detected_ids.astype(np.int64),
         truth_px.astype(np.int64),
-        found_px.astype(np.int64),
-        *_pairs(np.searchsorted(truth_ids, truth[both]), np.searchsorted(found_ids, found[both])),
+        detected_px.astype(np.int64),
+        *_pairs(np.searchsorted(truth_ids, truth[both]), np.searchsorted(detected_ids, detected[both])),
     )
 
 
@@ -78,28 +78,28 @@ def overlap_apart(truth: Labels, polygons: Polygons) -> Overlap:
     """Areas and shared pixels of a label map (h, w) and detections that may lie over each other.
 
     polygons: object (F,), in the map's pixels; a detection owns every pixel in the map whose centre it covers,
-    other detections or not. `found_ids` are 1..F; a detection outside the map has no pixels.
+    other detections or not. `detected_ids` are 1..F; a detection outside the map has no pixels.
     Law: where no two detections share a pixel this is `overlap` with their rasterised map.
     """
     truth_ids, truth_px = np.unique(truth[truth > 0], return_counts=True)
-    found_px, parts = np.zeros(len(polygons), np.int64), []
+    detected_px, parts = np.zeros(len(polygons), np.int64), []
     for part in _mosaics(polygons):
         row, column, owner = _pixels(polygons[part])
         inside = (row >= 0) & (row < truth.shape[0]) & (column >= 0) & (column < truth.shape[1])
         row, column, owner = row[inside], column[inside], owner[inside] + part.start
-        found_px += np.bincount(owner, minlength=len(polygons))
+        detected_px += np.bincount(owner, minlength=len(polygons))
         under = truth[row, column]
         parts.append(_pairs(np.searchsorted(truth_ids, under[under > 0]), owner[under > 0]))
     pairs = np.concatenate([np.zeros((3, 0), np.int64), *parts], axis=1)
     pairs = pairs[:, np.lexsort((pairs[1], pairs[0]))]
     ids = np.arange(1, len(polygons) + 1)
-    return Overlap(truth_ids.astype(np.int64), ids, truth_px.astype(np.int64), found_px, *pairs)
+    return Overlap(truth_ids.astype(np.int64), ids, truth_px.astype(np.int64), detected_px, *pairs)
 
 
-def _pairs(truth: NDArray[Any], found: NDArray[Any]) -> tuple[Ints, Ints, Ints]:
+def _pairs(truth: NDArray[Any], detected: NDArray[Any]) -> tuple[Ints, Ints, Ints]:
     """Indices of nucleus and detection of every shared pixel -> each pair once, and how often it occurred."""
-    width = int(found.max(initial=0)) + 1
-    codes, shared = np.unique(truth.astype(np.int64) * width + found, return_counts=True)
+    width = int(detected.max(initial=0)) + 1
+    codes, shared = np.unique(truth.astype(np.int64) * width + detected, return_counts=True)
     return codes // width, codes % width, shared.astype(np.int64)
 
 
@@ -130,16 +130,16 @@ def _pixels(polygons: Polygons) -> tuple[Ints, Ints, Ints]:
     return row - shift[index, 1].astype(np.int64), column - shift[index, 0].astype(np.int64), index
 
 
-def select(pairs: Overlap, truth: Bools, found: Bools) -> Overlap:
+def select(pairs: Overlap, truth: Bools, detected: Bools) -> Overlap:
     """Only some of the nuclei (T,) and detections (F,), as if the others were in neither map."""
-    kept = truth[pairs.truth] & found[pairs.found]
+    kept = truth[pairs.truth] & detected[pairs.detected]
     return Overlap(
         pairs.truth_ids[truth],
-        pairs.found_ids[found],
+        pairs.detected_ids[detected],
         pairs.truth_px[truth],
-        pairs.found_px[found],
+        pairs.detected_px[detected],
         (np.cumsum(truth) - 1)[pairs.truth[kept]],
-        (np.cumsum(found) - 1)[pairs.found[kept]],
+        (np.cumsum(detected) - 1)[pairs.detected[kept]],
         pairs.shared[kept],
     )
 
@@ -151,16 +151,16 @@ def aji_sums(pairs: Overlap) -> tuple[int, int]:
     """(intersection, union) of the aggregated Jaccard index: Kumar et al. 2017 (IEEE TMI 36:1550), algorithm 1.
 
     Every annotated nucleus takes the detection of highest IoU, which several may take; a nucleus that nothing
-    overlaps, and a detection that nobody took, count in full in the union. Of two detections of equal IoU the
+    overlaps, and a detection that none took, count in full in the union. Of two detections of equal IoU the
     one that shares more is taken, then the one of the lower number.
     """
-    order = np.lexsort((pairs.found, -pairs.shared, -pairs.iou, pairs.truth))
+    order = np.lexsort((pairs.detected, -pairs.shared, -pairs.iou, pairs.truth))
     best = order[np.unique(pairs.truth[order], return_index=True)[1]]
-    taken = np.unique(pairs.found[best])
+    taken = np.unique(pairs.detected[best])
     shared = int(pairs.shared[best].sum())
     # all nuclei, and what the takers got besides what they share
-    union = pairs.truth_px.sum() + pairs.found_px[pairs.found[best]].sum() - shared
-    return shared, int(union + pairs.found_px.sum() - pairs.found_px[taken].sum())
+    union = pairs.truth_px.sum() + pairs.detected_px[pairs.detected[best]].sum() - shared
+    return shared, int(union + pairs.detected_px.sum() - pairs.detected_px[taken].sum())
 
 
 def aji_plus_sums(pairs: Overlap) -> tuple[int, int]:
@@ -170,14 +170,14 @@ def aji_plus_sums(pairs: Overlap) -> tuple[int, int]:
     such matchings the one that shares most pixels, so the numbers of the labels do not matter.
     """
     shared = int(pairs.shared[_matching(pairs)].sum())
-    return shared, int(pairs.truth_px.sum() + pairs.found_px.sum()) - shared
+    return shared, int(pairs.truth_px.sum() + pairs.detected_px.sum()) - shared
 
 
 def _matching(pairs: Overlap) -> Ints:
     """The pairs (M,) of the best one-to-one matching, solved clump by clump: most clumps are a single pair."""
     count, nuclei = len(pairs.truth), len(pairs.truth_px)
-    size = nuclei + len(pairs.found_px)
-    graph = coo_array((np.ones(count), (pairs.truth, nuclei + pairs.found)), shape=(size, size))
+    size = nuclei + len(pairs.detected_px)
+    graph = coo_array((np.ones(count), (pairs.truth, nuclei + pairs.detected)), shape=(size, size))
     clump = connected_components(graph, directed=False)[1][pairs.truth]  # (P,)
     gain = pairs.iou + 1e-6 * pairs.shared / max(1, pairs.shared.sum())  # the second term decides ties only
     order = np.argsort(clump, kind="stable")
@@ -187,7 +187,7 @@ def _matching(pairs: Overlap) -> Ints:
     for start, length in zip(starts[sizes > 1], sizes[sizes > 1], strict=True):
         members = order[start : start + length]
         rows, row = np.unique(pairs.truth[members], return_inverse=True)
-        columns, column = np.unique(pairs.found[members], return_inverse=True)
+        columns, column = np.unique(pairs.detected[members], return_inverse=True)
         gains, place = np.zeros((len(rows), len(columns))), np.full((len(rows), len(columns)), -1)
         gains[row, column], place[row, column] = gain[members], members
         picked = place[linear_sum_assignment(gains, maximize=True)]
@@ -195,7 +195,7 @@ def _matching(pairs: Overlap) -> Ints:
     return np.concatenate(chosen).astype(np.int64)
 
 
-def hausdorff(truth: Labels, found: Labels, pairs: Overlap) -> Floats:
+def hausdorff(truth: Labels, detected: Labels, pairs: Overlap) -> Floats:
     """Hausdorff distance (P,) in px of every hit, NaN for the other pairs.
 
     Huttenlocher, Klanderman and Rucklidge 1993 (IEEE PAMI 15:850): H(A, B) = max(h(A, B), h(B, A)) with
@@ -205,7 +205,7 @@ def hausdorff(truth: Labels, found: Labels, pairs: Overlap) -> Floats:
     """
     hits = np.flatnonzero(pairs.hit)
     a = _boundary(truth, pairs.truth_ids[pairs.truth[hits]])
-    b = _boundary(found, pairs.found_ids[pairs.found[hits]])
+    b = _boundary(detected, pairs.detected_ids[pairs.detected[hits]])
     far = np.full(len(pairs.truth), np.nan)
     far[hits] = 0.0
     for points, others in ((a, b), (b, a)):
@@ -249,14 +249,14 @@ def rank(pairs: Overlap, scores: Floats) -> Ranking:
     right = np.zeros((len(scores), len(COCO_IOUS)), bool)
     free = np.ones((len(pairs.truth_px), len(COCO_IOUS)), bool)
     near = np.flatnonzero(pairs.iou >= COCO_IOUS[0])
-    near = near[np.lexsort((pairs.truth[near], pairs.iou[near], pairs.found[near], -scores[pairs.found[near]]))]
+    near = near[np.lexsort((pairs.truth[near], pairs.iou[near], pairs.detected[near], -scores[pairs.detected[near]]))]
     # backwards within a detection: highest IoU first
-    ends = np.flatnonzero(np.diff(pairs.found[near], append=-1))
+    ends = np.flatnonzero(np.diff(pairs.detected[near], append=-1))
     starts = np.concatenate([[0], ends[:-1] + 1]) if len(ends) else ends
     iou, least = pairs.iou, np.minimum(COCO_IOUS, 1 - 1e-10)
     for start, end in zip(starts, ends, strict=True):
         for pair in near[start : end + 1][::-1]:
-            nucleus, detection = pairs.truth[pair], pairs.found[pair]
+            nucleus, detection = pairs.truth[pair], pairs.detected[pair]
             taken = free[nucleus] & ~right[detection] & (iou[pair] >= least)
             right[detection] |= taken
             free[nucleus] &= ~taken
@@ -284,16 +284,16 @@ def average_precision(ranking: Ranking) -> Floats:
 
 
 class Detections(NamedTuple):
-    """What was found in an image, best first."""
+    """What was detected in an image, best first."""
 
     polygons: Polygons  # object (D,), image px
     scores: Floats  # (D,) falling
-    kinds: Ints  # (D,) 1-based index of the class, 0: none of the dataset's
+    class_index: Ints  # (D,) 1-based index of the class, 0: none of the dataset's
 
     def above(self, score: float) -> "Detections":
         """Those of at least this score."""
         kept = self.scores >= score
-        return Detections(self.polygons[kept], self.scores[kept], self.kinds[kept])
+        return Detections(self.polygons[kept], self.scores[kept], self.class_index[kept])
 
     def paint(self, shape: tuple[int, int]) -> NDArray[np.int32]:
         """Label map (h, w), i + 1 for detection i: painted in falling order of score, each pixel once."""
@@ -305,53 +305,53 @@ class Comparison(NamedTuple):
 
     painted: Overlap  # each pixel belongs to one detection at most
     distance_um: Floats  # (P,) Hausdorff distance of the hits of `painted`, NaN for other pairs
-    truth_kinds: Ints  # (T,) 1-based index of the class, 0: not told
-    found_kinds: Ints  # (F,) of `painted`
+    truth_class: Ints  # (T,) 1-based index of the class, 0: unknown
+    detected_class: Ints  # (F,) of `painted`
     ranking: Ranking  # of the whole masks, before painting
 
 
-def compare(truth: Labels, found: Labels, um_per_px: float) -> Comparison:
+def compare(truth: Labels, detected: Labels, um_per_px: float) -> Comparison:
     """Two label maps (h, w), without classes and scores: class accuracy and AP are then undefined."""
-    pairs = overlap(truth, found)
+    pairs = overlap(truth, detected)
     return Comparison(
         pairs,
-        hausdorff(truth, found, pairs) * um_per_px,
+        hausdorff(truth, detected, pairs) * um_per_px,
         np.zeros(len(pairs.truth_ids), np.int64),
-        np.zeros(len(pairs.found_ids), np.int64),
+        np.zeros(len(pairs.detected_ids), np.int64),
         NO_RANKING,
     )
 
 
 def compare_detections(
-    truth: Labels, kinds: Ints, found: Detections, um_per_px: float, classes: int = 0
+    truth: Labels, class_index: Ints, detected: Detections, um_per_px: float, classes: int = 0
 ) -> tuple[Comparison, tuple[Comparison, ...]]:
-    """Annotations of an image and its detections: over all nuclei, and for every one of `classes` apart.
+    """Dataset of an image and its detections: over all nuclei, and for every one of `classes` apart.
 
-    truth: (h, w) with labels 1..N, kinds: (N,) 1-based index of the class of nucleus i + 1
+    truth: (h, w) with labels 1..N, class_index: (N,) 1-based index of the class of nucleus i + 1
     A class is compared as if the other classes were in neither map, so its PQ, pooled over images and averaged over
     classes, is the mPQ+ of Graham et al. 2021 (CoNIC, arXiv:2111.14485).
     """
-    apart = overlap_apart(truth, found.polygons)
-    plain = compare(truth, found.paint((truth.shape[0], truth.shape[1])), um_per_px)
-    whole = plain._replace(ranking=rank(apart, found.scores))
+    apart = overlap_apart(truth, detected.polygons)
+    plain = compare(truth, detected.paint((truth.shape[0], truth.shape[1])), um_per_px)
+    whole = plain._replace(ranking=rank(apart, detected.scores))
     if not classes:
         return whole, ()
-    told = kinds[whole.painted.truth_ids - 1]
-    whole = whole._replace(truth_kinds=told, found_kinds=found.kinds[whole.painted.found_ids - 1])
-    return whole, tuple(_of_class(whole, apart, found, k) for k in range(1, classes + 1))
+    annotated = class_index[whole.painted.truth_ids - 1]
+    whole = whole._replace(truth_class=annotated, detected_class=detected.class_index[whole.painted.detected_ids - 1])
+    return whole, tuple(_of_class(whole, apart, detected, k) for k in range(1, classes + 1))
 
 
-def _of_class(whole: Comparison, apart: Overlap, found: Detections, kind: int) -> Comparison:
-    truth, painted = whole.truth_kinds == kind, whole.found_kinds == kind
+def _of_class(whole: Comparison, apart: Overlap, detected: Detections, kind: int) -> Comparison:
+    truth, painted = whole.truth_class == kind, whole.detected_class == kind
     pairs = whole.painted
-    kept = truth[pairs.truth] & painted[pairs.found]
-    chosen = found.kinds == kind
+    kept = truth[pairs.truth] & painted[pairs.detected]
+    chosen = detected.class_index == kind
     return Comparison(
         select(pairs, truth, painted),
         whole.distance_um[kept],
         np.zeros(truth.sum(), np.int64),  # within a class there is no confusion to speak of
         np.zeros(painted.sum(), np.int64),
-        rank(select(apart, truth, chosen), found.scores[chosen]),
+        rank(select(apart, truth, chosen), detected.scores[chosen]),
     )
 
 
@@ -363,15 +363,15 @@ class Tally(NamedTuple):
 
     images: int
     truth: int  # annotated nuclei
-    found: int  # detections that have a pixel of their own
+    detected: int  # detections that have a pixel of their own
     truth_px: int
-    found_px: int
+    detected_px: int
     shared_px: int
     hits: int  # pairs of IoU > .5
     hit_iou: float  # sum over hits
     hit_um: float  # sum of their Hausdorff distances
-    hits_told: int  # hits where a class is annotated
-    hits_right: int  # hits where it is the detection's
+    hits_classed: int  # hits where a class is annotated
+    hits_same_class: int  # hits where it is the detection's
     aji: tuple[int, int]  # intersection, union
     aji_plus: tuple[int, int]
     ranking: Ranking
@@ -380,19 +380,19 @@ class Tally(NamedTuple):
 def tally(image: Comparison) -> Tally:
     """The sums of one image."""
     pairs, hit = image.painted, image.painted.hit
-    told, found = image.truth_kinds[pairs.truth[hit]], image.found_kinds[pairs.found[hit]]
+    annotated, detected = image.truth_class[pairs.truth[hit]], image.detected_class[pairs.detected[hit]]
     return Tally(
         images=1,
         truth=len(pairs.truth_px),
-        found=len(pairs.found_px),
+        detected=len(pairs.detected_px),
         truth_px=int(pairs.truth_px.sum()),
-        found_px=int(pairs.found_px.sum()),
+        detected_px=int(pairs.detected_px.sum()),
         shared_px=int(pairs.shared.sum()),
         hits=int(hit.sum()),
         hit_iou=float(pairs.iou[hit].sum()),
         hit_um=float(image.distance_um[hit].sum()),
-        hits_told=int((told > 0).sum()),
-        hits_right=int(((told > 0) & (told == found)).sum()),
+        hits_classed=int((annotated > 0).sum()),
+        hits_same_class=int(((annotated > 0) & (annotated == detected)).sum()),
         aji=aji_sums(pairs),
         aji_plus=aji_plus_sums(pairs),
         ranking=image.ranking,
@@ -422,22 +422,22 @@ def pool(tallies: Sequence[Tally]) -> Tally:
 class Scores(NamedTuple):
     """The measures, 0..1 and higher is better, but for `hausdorff_um`; then how many nuclei they are of.
 
-    Nothing annotated and nothing found is 1, one without the other 0. NaN where a measure has no meaning:
+    Nothing annotated and nothing detected is 1, one without the other 0. NaN where a measure has no meaning:
     hausdorff_um without a hit, class_accuracy without classes, AP without annotations or scores.
     """
 
     dice: float
     "Of nuclear pixels, whichever nucleus they belong to: 2 |A & B| / (|A| + |B|) (Dice 1945)."
     pixel_precision: float
-    "|A & B| / |found pixels|."
+    "|A & B| / |detected pixels|."
     pixel_recall: float
     "|A & B| / |annotated pixels|."
     precision: float
-    "Of objects: hits / found; a hit is a pair of IoU > .5, which is unique on both sides."
+    "Of objects: hits / detected; a hit is a pair of IoU > .5, which is unique on both sides."
     recall: float
     "hits / annotated."
     f1: float
-    "2 hits / (annotated + found)."
+    "2 hits / (annotated + detected)."
     aji: float
     "Aggregated Jaccard index, see `aji_sums`."
     aji_plus: float
@@ -458,28 +458,28 @@ class Scores(NamedTuple):
     "Of the hits, how many have the annotated class."
     images: int
     annotated: int
-    found: int
+    detected: int
 
 
-COUNTS = ("images", "annotated", "found")
+COUNTS = ("images", "annotated", "detected")
 MEASURES = tuple(name for name in Scores._fields if name not in COUNTS)
 
 
 def measure(sums: Tally) -> Scores:
     """The ratios of a tally, of an image or of a pool of images."""
-    nothing = not sums.truth and not sums.found
+    nothing = not sums.truth and not sums.detected
 
     def ratio(part: float, whole: float) -> float:
         return part / whole if whole else float(nothing)
 
-    f1 = ratio(2 * sums.hits, sums.truth + sums.found)
+    f1 = ratio(2 * sums.hits, sums.truth + sums.detected)
     sq = ratio(sums.hit_iou, sums.hits)
     precisions = average_precision(sums.ranking)
     return Scores(
-        dice=ratio(2 * sums.shared_px, sums.truth_px + sums.found_px),
-        pixel_precision=ratio(sums.shared_px, sums.found_px),
+        dice=ratio(2 * sums.shared_px, sums.truth_px + sums.detected_px),
+        pixel_precision=ratio(sums.shared_px, sums.detected_px),
         pixel_recall=ratio(sums.shared_px, sums.truth_px),
-        precision=ratio(sums.hits, sums.found),
+        precision=ratio(sums.hits, sums.detected),
         recall=ratio(sums.hits, sums.truth),
         f1=f1,
         aji=ratio(*sums.aji),
@@ -491,16 +491,16 @@ def measure(sums: Tally) -> Scores:
         ap=float(precisions.mean()),
         ap50=float(precisions[0]),
         ap75=float(precisions[5]),
-        class_accuracy=sums.hits_right / sums.hits_told if sums.hits_told else math.nan,
+        class_accuracy=sums.hits_same_class / sums.hits_classed if sums.hits_classed else math.nan,
         images=sums.images,
         annotated=sums.truth,
-        found=sums.found,
+        detected=sums.detected,
     )
 
 
-def score(truth: Labels, found: Labels, um_per_px: float = 1.0) -> Scores:
+def score(truth: Labels, detected: Labels, um_per_px: float = 1.0) -> Scores:
     """Every measure of two label maps that needs neither scores nor classes."""
-    return measure(tally(compare(truth, found, um_per_px)))
+    return measure(tally(compare(truth, detected, um_per_px)))
 
 
 def mean(scores: Sequence[Scores]) -> Scores:
@@ -509,5 +509,5 @@ def mean(scores: Sequence[Scores]) -> Scores:
     for name in MEASURES:
         values = [v for v in (getattr(s, name) for s in scores) if not math.isnan(v)]
         means[name] = sum(values) / len(values) if values else math.nan
-    images, annotated, found = (sum(getattr(s, name) for s in scores) for name in COUNTS)
-    return Scores(**means, images=images, annotated=annotated, found=found)
+    images, annotated, detected = (sum(getattr(s, name) for s in scores) for name in COUNTS)
+    return Scores(**means, images=images, annotated=annotated, detected=detected)

@@ -1,4 +1,4 @@
-"""What a training shows of itself: losses.csv, scores.csv, curves.png, and held-out crops with what is found."""
+"""Logs of a training: losses.csv, scores.csv, curves.png, and pictures of the detections in held-out images."""
 
 import csv
 import math
@@ -20,15 +20,16 @@ from pipeline.model import fuse, views
 from pipeline.model.detector import Limits, NucleusDetector
 from pipeline.model.device import choose_precision
 from pipeline.segment.polygons import polygons, solid
-from training.data.datasets import Annotated
+from training.data.sample import Sample
 from training.measures import Detections, Scores, mean, score
 from training.pictures import draw
 
-HELD_PX = 512  # side, in work pixels, of the crop of a held-out image that is looked at
+HELD_OUT_PX = 512  # side, in work pixels, of the part of a held-out image that is scored
+LOSSES_FILE, SCORES_FILE, CURVES_FILE = "losses.csv", "scores.csv", "curves.png"
 SHOWN = ("pq", "aji", "dice", "precision", "recall")
 
 
-class Held(NamedTuple):
+class HeldOutCrop(NamedTuple):
     """The middle of a held-out image at the working scale."""
 
     name: str
@@ -36,26 +37,26 @@ class Held(NamedTuple):
     labels: NDArray[np.int32]  # (h, w)
 
 
-def hold(dataset: str, annotated: Annotated, mpp: float) -> Held:
-    """At most HELD_PX square, from the middle of the image; named after both, as a file can be."""
-    pixels = annotated.read()
-    height, width = (round(n * annotated.mpp / mpp) for n in pixels.labels.shape)
-    image = Image.fromarray(pixels.image).resize((width, height), Image.Resampling.BICUBIC)
-    labels = Image.fromarray(pixels.labels).resize((width, height), Image.Resampling.NEAREST)
-    top, left = max(0, height - HELD_PX) // 2, max(0, width - HELD_PX) // 2
-    window = (slice(top, top + HELD_PX), slice(left, left + HELD_PX))
-    return Held(
-        re.sub(r"[^\w.-]", "_", f"{dataset}-{annotated.id}"), np.asarray(image)[window], np.asarray(labels)[window]
+def held_out_crop(dataset: str, sample: Sample, mpp: float) -> HeldOutCrop:
+    """At most HELD_OUT_PX square, from the middle of the image; its name is fit for a file."""
+    labelled = sample.read()
+    height, width = (round(n * sample.mpp / mpp) for n in labelled.labels.shape)
+    image = Image.fromarray(labelled.image).resize((width, height), Image.Resampling.BICUBIC)
+    labels = Image.fromarray(labelled.labels).resize((width, height), Image.Resampling.NEAREST)
+    top, left = max(0, height - HELD_OUT_PX) // 2, max(0, width - HELD_OUT_PX) // 2
+    window = (slice(top, top + HELD_OUT_PX), slice(left, left + HELD_OUT_PX))
+    return HeldOutCrop(
+        re.sub(r"[^\w.-]", "_", f"{dataset}-{sample.id}"), np.asarray(image)[window], np.asarray(labels)[window]
     )
 
 
-def look(model: NucleusDetector, held: Held, settings: Settings) -> NDArray[np.int32]:
-    """What the detector finds in a held-out crop, as the stream would in one view: a label map (h, w)."""
-    height, width = held.labels.shape
+def detect_crop(model: NucleusDetector, crop: HeldOutCrop, settings: Settings) -> NDArray[np.int32]:
+    """Detections in a held-out crop, as `run` would give them with one view: a label map (h, w)."""
+    height, width = crop.labels.shape
     step = side_step(model.architecture.upscale)
     side = math.ceil(max(height, width) / step) * step
     padded = np.full((side, side, 3), 255, np.uint8)
-    padded[:height, :width] = held.image
+    padded[:height, :width] = crop.image
     device = next(model.parameters()).device
     limits = Limits.of_patch(settings.detector, side, model.architecture.mpp)
     pixels = torch.from_numpy(padded).to(device).permute(2, 0, 1)[None].float() / 255
@@ -67,19 +68,19 @@ def look(model: NucleusDetector, held: Held, settings: Settings) -> NDArray[np.i
     return Detections(outlines, scores, found.class_index.cpu().numpy() + 1).paint((height, width))
 
 
-def check(model: NucleusDetector, crops: Sequence[Held], pictures: Path) -> Scores:
+def score_held_out(model: NucleusDetector, crops: Sequence[HeldOutCrop], pictures: Path) -> Scores:
     """Mean scores over held-out crops, at the default thresholds, and a picture of each."""
     settings, scores = Settings(), []
     pictures.mkdir(exist_ok=True)
-    for held in crops:
-        found = look(model, held, settings)
-        scores.append(score(held.labels, found, model.architecture.mpp))
-        draw(held.image, held.labels, found, pictures / f"{held.name}.png")
+    for crop in crops:
+        detected = detect_crop(model, crop, settings)
+        scores.append(score(crop.labels, detected, model.architecture.mpp))
+        draw(crop.image, crop.labels, detected, pictures / f"{crop.name}.png")
     return mean(scores)
 
 
 class Log:
-    """A row of losses now and then, and a line for who watches."""
+    """Writes losses and scores to tables, and says them in a line."""
 
     def __init__(self, out: Path, say: Callable[[str], None], every: int = 20) -> None:
         self.out, self.say, self.every = out, say, every
@@ -95,7 +96,7 @@ class Log:
             return
         means = {name: total / self.count for name, total in self.sums.items()}
         seconds = (time.monotonic() - self.since) / self.count
-        _append(self.out / "losses.csv", {"step": step, **means, "skipped": skipped, "seconds": seconds})
+        _append(self.out / LOSSES_FILE, {"step": step, **means, "skipped": skipped, "seconds": seconds})
         left = (steps - step) * seconds / 60
         self.say(
             f"step {step}/{steps}  "
@@ -106,14 +107,14 @@ class Log:
 
     def scores(self, step: int, scores: Scores) -> None:
         shown = {name: getattr(scores, name) for name in SHOWN}
-        _append(self.out / "scores.csv", {"step": step, **shown})
+        _append(self.out / SCORES_FILE, {"step": step, **shown})
         self.say(f"step {step}  held out: " + "  ".join(f"{k} {v:.3f}" for k, v in shown.items()))
         curves(self.out)
-        self.since = time.monotonic()  # looking is not training
+        self.since = time.monotonic()  # the time of scoring is no time of training
 
 
 def _append(path: Path, row: Mapping[str, float]) -> None:
-    """Rows after the step were written by a training that was stopped between checkpoints: they are dropped."""
+    """Add a row. Rows of later steps are dropped: a training that stopped between checkpoints wrote them."""
     rows = [r for r in _rows(path) if int(r["step"]) < row["step"]]
     with committed(path) as part, part.open("w", newline="") as file:
         writer = csv.DictWriter(file, row)
@@ -134,13 +135,13 @@ def curves(out: Path) -> None:
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
-    except ModuleNotFoundError:  # it comes with nightslide[train]; a training does not stop for want of a picture
+    except ModuleNotFoundError:  # it comes with nightslide[train]; a training goes on without pictures
         return
     figure = Figure(figsize=(9, 8), layout="constrained")
     FigureCanvasAgg(figure)
     for axes, path, leave_out in zip(
         figure.subplots(2, 1),
-        (out / "losses.csv", out / "scores.csv"),
+        (out / LOSSES_FILE, out / SCORES_FILE),
         ({"step", "norm", "skipped", "seconds"}, {"step"}),
         strict=True,
     ):
@@ -152,5 +153,5 @@ def curves(out: Path) -> None:
         axes.grid(alpha=0.3)
         if rows:
             axes.legend(ncols=3, fontsize="small")
-    with committed(out / "curves.png") as part:
+    with committed(out / CURVES_FILE) as part:
         figure.savefig(part, format="png", dpi=110)

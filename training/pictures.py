@@ -25,17 +25,17 @@ class Panel(NamedTuple):
     caption: tuple[tuple[str, Colour], ...]  # words in the colours of the outlines
 
 
-def draw(image: NDArray[np.uint8], truth: Labels, found: Labels, path: Path) -> None:
+def draw(image: NDArray[np.uint8], truth: Labels, detected: Labels, path: Path) -> None:
     """Write a PNG of three panels, with a legend below each.
 
-    image: uint8 (h, w, 3); truth, found: label maps (h, w)
-    Annotated nuclei are hit (IoU > .5) or missed, detections hit or false.
+    image: uint8 (h, w, 3); truth, detected: label maps (h, w)
+    Sample nuclei are hit (IoU > .5) or missed, detections hit or false.
     """
-    pairs = overlap(truth, found)
+    pairs = overlap(truth, detected)
     factor = max(1, math.ceil(_LEAST_PX / max(truth.shape)))
     seen = pairs.truth_ids[pairs.truth[pairs.hit]]
-    right = pairs.found_ids[pairs.found[pairs.hit]]
-    hits, missed, false = len(seen), len(pairs.truth_ids) - len(seen), len(pairs.found_ids) - len(right)
+    right = pairs.detected_ids[pairs.detected[pairs.hit]]
+    hits, missed, false = len(seen), len(pairs.truth_ids) - len(seen), len(pairs.detected_ids) - len(right)
     panels = (
         Panel(_enlarge(image, factor), (("image", (60, 60, 60)),)),
         Panel(
@@ -43,7 +43,7 @@ def draw(image: NDArray[np.uint8], truth: Labels, found: Labels, path: Path) -> 
             ((f"annotated: hit {hits}", HIT), (f"missed {missed}", MISSED)),
         ),
         Panel(
-            _outlined(image, found, right, FALSE, factor),
+            _outlined(image, detected, right, FALSE, factor),
             ((f"detected: hit {hits}", HIT), (f"false {false}", FALSE)),
         ),
     )

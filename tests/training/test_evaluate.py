@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,19 +20,19 @@ from pipeline.model.stain import Normalisation
 from pipeline.model.weights import content_sha256
 from pipeline.segment.record import SlideRecord
 from training import evaluate as evaluating
-from training.data.datasets import Annotated, AnnotationError, Pixels
+from training.data.sample import AnnotationError, LabelledImage, Sample
 from training.evaluate import (
     COLUMNS,
-    Kept,
-    Member,
+    EvaluationImage,
+    Outputs,
     as_json,
     evaluate,
     gather,
-    judge,
-    keep,
     predict,
     report,
     summarise,
+    tally_image,
+    write_outputs,
 )
 from training.measures import MEASURES, Detections, score
 
@@ -70,12 +71,12 @@ def draw_dataset(folder: Path, images: dict[str, int], *, classes: bool) -> Path
         Image.fromarray(np.stack([grey] * 3, 2)).save(folder / "images" / f"{id_}.png")
         Image.fromarray(labels).save(folder / "labels" / f"{id_}.png")
         if classes:
-            kinds = np.where(labels, 2 - labels % 2, 0).astype(np.uint8)
-            Image.fromarray(kinds).save(folder / "classes" / f"{id_}.png")
+            class_index = np.where(labels, 2 - labels % 2, 0).astype(np.uint8)
+            Image.fromarray(class_index).save(folder / "classes" / f"{id_}.png")
     ids = sorted(images)
     (folder / "splits.json").write_text(json.dumps({"first": ids[:1], "rest": ids[1:], "all": ids}))
-    described = {"mpp": 0.25, "groups": {i: i[0] for i in ids}} | ({"classes": CLASSES} if classes else {})
-    (folder / "dataset.json").write_text(json.dumps(described))
+    metadata = {"mpp": 0.25, "groups": {i: i[0] for i in ids}} | ({"classes": CLASSES} if classes else {})
+    (folder / "dataset.json").write_text(json.dumps(metadata))
     return folder
 
 
@@ -109,12 +110,12 @@ ONE = Execution(cluster=False, workers=1)
 def test_every_score_of_an_oracle_is_known(tmp_path: Path, settings: Settings) -> None:
     """One image of 12 nuclei (5 and 10 missed), one of 4, one of none: through tiles, seams and tables."""
     data = draw_dataset(tmp_path / "data", {"a1": 12, "a2": 4, "b1": 0}, classes=True)
-    collection = gather([data], ["first", "rest"])
-    kept = Kept(tmp_path / "labels", tmp_path / "pictures")
-    found = evaluate(collection, settings, ONE, kept=kept)
+    images = gather([data], ["first", "rest"])
+    outputs = Outputs(tmp_path / "labels", tmp_path / "pictures")
+    found = evaluate(images, settings, ONE, outputs=outputs)
 
     first, second, empty = (found.images[i] for i in ("a1", "a2", "b1"))
-    assert (first.annotated, first.found, first.recall, first.precision) == (12, 10, 10 / 12, 1)
+    assert (first.annotated, first.detected, first.recall, first.precision) == (12, 10, 10 / 12, 1)
     assert (first.sq, first.hausdorff_um) == (1, 0)
     assert first.pq == first.f1 == 20 / 22
     assert first.aji == first.aji_plus == first.pixel_recall == 10 / 12
@@ -139,14 +140,14 @@ def test_every_score_of_an_oracle_is_known(tmp_path: Path, settings: Settings) -
     assert found.over_classes is not None
     assert found.over_classes.pooled.pq == pytest.approx((odd.pooled.pq + even.pooled.pq) / 2)
 
-    for image in collection.members:
+    for image in images.images:
         labels = np.asarray(Image.open(tmp_path / "labels" / f"{image.name}.png"))
         assert labels.dtype == np.uint16
-        assert score(image.annotated.read().labels, labels.astype(np.int32)).pq == found.images[image.name].pq
+        assert score(image.sample.read().labels, labels.astype(np.int32)).pq == found.images[image.name].pq
         with Image.open(tmp_path / "pictures" / f"{image.name}.png") as picture:
             assert picture.width > 3 * 140
 
-    content = json.loads(as_json(found, collection.members, "nightslide evaluate"))
+    content = json.loads(json.dumps(as_json(found, images.images, "nightslide evaluate"), allow_nan=False))
     assert content["weights_sha256"] == content_sha256(Path(settings.detector.weights))
     assert content["digest"] == settings.digest(content["weights_sha256"])
     assert (content["command"], content["images"], content["mpp"]) == ("nightslide evaluate", 3, [0.25])
@@ -203,20 +204,22 @@ def test_an_image_that_cannot_be_segmented_is_named(
 def test_every_image_is_handed_over_with_its_own_scale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Law: what `run` sees are the pixels and the scale of the annotated image, whatever it is called."""
     rng = np.random.default_rng(0)
-    pixels = [Pixels(rng.integers(0, 256, (9, 7, 3)).astype(np.uint8), np.zeros((9, 7), np.int32), np.zeros(0, int))
-              for _ in range(3)]  # fmt: skip
+    colours = [rng.integers(0, 256, (9, 7, 3)).astype(np.uint8) for _ in range(3)]
+    pixels = [LabelledImage(image, np.zeros((9, 7), np.int32), np.zeros(0, int)) for image in colours]
     names = ("z", "same/name", "same_name")
-    members = [Member(n, Annotated(n, "", 0.2 + i / 30, lambda i=i: pixels[i]), ()) for i, n in enumerate(names)]
+    images = [
+        EvaluationImage(n, Sample(n, "", 0.2 + i / 30, partial(pixels.__getitem__, i)), ()) for i, n in enumerate(names)
+    ]
 
     def looking(inputs: list[Path], out: Path, *_: object, **__: object) -> list[SlideRecord]:
         archive = find_slides(inputs)
-        assert [s.mpp for s in archive.sources] == [m.annotated.mpp for m in members]
+        assert [s.mpp for s in archive.sources] == [m.sample.mpp for m in images]
         for source, expected in zip(archive.sources, pixels, strict=True):
             assert np.array_equal(np.asarray(Image.open(source.path)), expected.image)
         return [SlideRecord(s.name, "done") for s in archive.sources]
 
     monkeypatch.setattr(evaluating, "run", looking)
-    rows = predict(members, tmp_path, Settings(), ONE, lambda line: None)
+    rows = predict(images, tmp_path, Settings(), ONE, lambda line: None)
     assert len({r.slide for r in rows}) == 3
 
 
@@ -224,19 +227,19 @@ def test_gather_knows_splits_groups_and_datasets(tmp_path: Path) -> None:
     one = draw_dataset(tmp_path / "one", {"a1": 1, "b1": 2}, classes=False)
     two = draw_dataset(tmp_path / "two", {"a1": 3, "c1": 4}, classes=True)
     alone = gather([one], ["all"])
-    assert [(m.name, m.within) for m in alone.members] == [("a1", (("group", "a"),)), ("b1", (("group", "b"),))]
+    assert [(m.name, m.within) for m in alone.images] == [("a1", (("group", "a"),)), ("b1", (("group", "b"),))]
     # an image of two splits counts once, and in both
-    both = gather([one], ["first", "all"]).members
+    both = gather([one], ["first", "all"]).images
     assert [m.name for m in both] == ["a1", "b1"]
     assert both[0].within == (("split", "first"), ("split", "all"), ("group", "a"))
     together = gather([one, two], mpp=[0.5, 0.2])
-    assert [m.name for m in together.members] == ["one/a1", "one/b1", "two/a1", "two/c1"]
-    assert [m.annotated.mpp for m in together.members] == [0.5, 0.5, 0.2, 0.2]
-    assert together.members[2].within[0] == ("data", "two")
+    assert [m.name for m in together.images] == ["one/a1", "one/b1", "two/a1", "two/c1"]
+    assert [m.sample.mpp for m in together.images] == [0.5, 0.5, 0.2, 0.2]
+    assert together.images[2].within[0] == ("data", "two")
     assert together.classes == ()  # only the second has any
     assert gather([two]).classes == CLASSES
     # a split of one dataset leaves the other whole
-    assert [m.name for m in gather([one, two], ["two:rest"], [0.5, 0.2]).members] == ["one/a1", "one/b1", "two/c1"]
+    assert [m.name for m in gather([one, two], ["two:rest"], [0.5, 0.2]).images] == ["one/a1", "one/b1", "two/c1"]
 
 
 def test_what_cannot_be_gathered_is_said(tmp_path: Path) -> None:
@@ -252,26 +255,26 @@ def test_what_cannot_be_gathered_is_said(tmp_path: Path) -> None:
 
 
 def test_more_detections_than_a_label_map_holds_are_refused(tmp_path: Path) -> None:
-    pixels = Pixels(np.zeros((300, 300, 3), np.uint8), np.zeros((300, 300), np.int32), np.zeros(0, np.int64))
+    pixels = LabelledImage(np.zeros((300, 300, 3), np.uint8), np.zeros((300, 300), np.int32), np.zeros(0, np.int64))
     found = np.arange(90_000, dtype=np.int32).reshape(300, 300)
     with pytest.raises(AnnotationError, match="big holds 89,999 detections, a 16-bit label map 65,535"):
-        keep(Kept(tmp_path), "big", pixels, found)
+        write_outputs(Outputs(tmp_path), "big", pixels, found)
     assert not list(tmp_path.iterdir())
     with pytest.raises(AnnotationError, match="leads out of"):
-        keep(Kept(tmp_path / "in"), "../out", pixels, found % 9)
-    keep(Kept(), "big", pixels, found)
+        write_outputs(Outputs(tmp_path / "in"), "../out", pixels, found % 9)
+    write_outputs(Outputs(), "big", pixels, found)
 
 
 def test_groups_of_one_image_are_left_out_of_the_table() -> None:
     """They are in the JSON all the same."""
-    empty = Pixels(np.zeros((4, 4, 3), np.uint8), np.zeros((4, 4), np.int32), np.zeros(0, np.int64))
+    empty = LabelledImage(np.zeros((4, 4, 3), np.uint8), np.zeros((4, 4), np.int32), np.zeros(0, np.int64))
     none = Detections(np.zeros(0, object), np.zeros(0), np.zeros(0, np.int64))
-    image = judge(empty, none, 0.25, 0)
-    annotated = Annotated("x", "", 0.25, lambda: empty)
-    members = [Member(n, annotated, (("group", n[0]),)) for n in ("a1", "a2", "b1", "b2")]
-    assert "group a" in report(summarise(members, (), [image] * 4, {}))
-    assert "group b" not in report(summarise(members[1:3], (), [image] * 2, {}))
-    assert set(summarise(members[1:3], (), [image] * 2, {}).within["group"]) == {"a", "b"}
+    image = tally_image(empty, none, 0.25, 0)
+    annotated = Sample("x", "", 0.25, lambda: empty)
+    images = [EvaluationImage(n, annotated, (("group", n[0]),)) for n in ("a1", "a2", "b1", "b2")]
+    assert "group a" in report(summarise(images, (), [image] * 4, {}))
+    assert "group b" not in report(summarise(images[1:3], (), [image] * 2, {}))
+    assert set(summarise(images[1:3], (), [image] * 2, {}).within["group"]) == {"a", "b"}
 
 
 def test_every_measure_has_a_column() -> None:

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,9 +21,9 @@ from pipeline.model.detector import Limits, NucleusDetector, load_weights, save_
 from pipeline.model.weights import licence, read_notes
 from training.config import Training
 from training.data.crops import Crops, regions, targets
-from training.data.datasets import find
-from training.data.sample import Annotated, Pixels
-from training.fit import Continue, Team, fit, rate_at, split_off, start
+from training.data.datasets import read_dataset
+from training.data.sample import AnnotationError, LabelledImage, Sample
+from training.fit import Process, ScheduleSampler, fit, initial_model, learning_rate, split_held_out
 
 TINY = Architecture(
     channels=16,
@@ -79,7 +80,7 @@ def silent(line: str) -> None:
 
 def test_the_trainer_overfits_a_few_tiles(data: Path, tmp_path: Path) -> None:
     """Law: it learns what it is shown; all 16 discs of an image are found, and little else."""
-    images = find(data, [], 0.25)
+    images = read_dataset(data, [], 0.25)
     out = tmp_path / "not" / "there yet"
     weights = fit([images], out, dataclasses.replace(QUICK, steps=140), TINY, say=silent)
     with (out / "losses.csv").open() as file:
@@ -96,7 +97,7 @@ def test_the_trainer_overfits_a_few_tiles(data: Path, tmp_path: Path) -> None:
 
 def test_it_continues_exactly_and_shows_what_it_does(data: Path, tmp_path: Path) -> None:
     """Law: stopped after some steps and continued, the weights are those of an uninterrupted training."""
-    images = find(data, [], 0.25)
+    images = read_dataset(data, [], 0.25)
     settings = dataclasses.replace(QUICK, steps=4, save_every=1, hold_out=1, licence="CC0\n1.0\x1b[2J")
     whole = fit([images], tmp_path / "whole", settings, TINY, say=silent)
     fit([images], tmp_path / "parts", dataclasses.replace(settings, minutes=1e-9), TINY, say=silent)
@@ -126,20 +127,49 @@ def test_it_continues_exactly_and_shows_what_it_does(data: Path, tmp_path: Path)
 
 
 def test_a_damaged_checkpoint_is_named(data: Path, tmp_path: Path) -> None:
-    images = find(data, [], 0.25)
-    settings = dataclasses.replace(QUICK, steps=1)
-    fit([images], tmp_path, settings, TINY, say=silent)
+    images = read_dataset(data, [], 0.25)
+    settings = dataclasses.replace(QUICK, steps=2)
+    fit([images], tmp_path, dataclasses.replace(settings, minutes=1e-9), TINY, say=silent)
     part = tmp_path / "checkpoint" / "00.safetensors"
     part.write_bytes(part.read_bytes()[:1000])
-    with pytest.raises(WeightsError, match="checkpoint cannot be continued from"):
-        fit([images], tmp_path, dataclasses.replace(settings, steps=2), TINY, say=silent)
+    with pytest.raises(WeightsError, match="checkpoint cannot be continued"):
+        fit([images], tmp_path, settings, TINY, say=silent)
 
 
-def test_processes_of_a_team_share_the_work() -> None:
+def test_another_recipe_is_refused(data: Path, tmp_path: Path) -> None:
+    """Also other data, and another architecture; a checkpoint of the old form, which states neither, goes on."""
+    images = read_dataset(data, [], 0.25)
+    settings = dataclasses.replace(QUICK, steps=2)
+    fit([images], tmp_path, dataclasses.replace(settings, minutes=1e-9), TINY, say=silent)
+    for changed, message in (({"rate": 1e-3}, "rate=0.002, not 0.001"), ({"steps": 3}, "steps=2, not 3")):
+        with pytest.raises(ConfigError, match=f"{message}: continue it with the recipe"):
+            fit([images], tmp_path, dataclasses.replace(settings, **changed), TINY, say=silent)
+    with pytest.raises(ConfigError, match=r"architecture\.mpp=0\.25, not 0\.5"):
+        fit([images], tmp_path, settings, dataclasses.replace(TINY, mpp=0.5), say=silent)
+    fewer = images._replace(images=images.images[:1])
+    with pytest.raises(ConfigError, match=f"data={{'{images.name}': 2}}, not {{'{images.name}': 1}}"):
+        fit([fewer], tmp_path, settings, TINY, say=silent)
+    state = tmp_path / "checkpoint" / "state.json"
+    content = json.loads(state.read_text())
+    fields = {field.name for field in dataclasses.fields(QUICK)}
+    content["recipe"] = {name: value for name, value in content["recipe"].items() if name in fields}
+    state.write_text(json.dumps(content))
+    fit([images], tmp_path, settings, TINY, say=silent)
+    assert json.loads(state.read_text())["step"] == 2
+
+
+def test_a_dataset_without_nuclei_is_refused(data: Path, tmp_path: Path) -> None:
+    images = read_dataset(data, [], 0.25)
+    empty = images._replace(name="empty", images=tuple(s._replace(read=Empty(s)) for s in images.images))
+    with pytest.raises(AnnotationError, match="empty: 0 nuclei in its 2 training images: need at least one"):
+        fit([images, empty], tmp_path, QUICK, TINY, say=silent)
+
+
+def test_processes_share_the_work() -> None:
     """Law: together they see every crop number of the schedule, none twice."""
-    numbers = [list(Continue(3, QUICK, Team(rank, 3, torch.device("cpu")))) for rank in range(3)]
+    numbers = [list(ScheduleSampler(3, QUICK, Process(rank, 3, torch.device("cpu")))) for rank in range(3)]
     assert sorted(n for own in numbers for n in own) == list(range(3 * 3 * QUICK.batch, 3 * QUICK.steps * QUICK.batch))
-    alone = list(Continue(3, QUICK, Team(0, 1, torch.device("cpu"))))
+    alone = list(ScheduleSampler(3, QUICK, Process(0, 1, torch.device("cpu"))))
     assert alone == list(range(3 * QUICK.batch, QUICK.steps * QUICK.batch))
 
 
@@ -181,19 +211,19 @@ def test_two_processes_train_together(data: Path, tmp_path: Path) -> None:
 
 def test_classes_are_learnt_when_asked_for(data: Path, tmp_path: Path) -> None:
     """A detector of two classes, from weights of one, whose class each of the two begins as."""
-    one = fit([find(data, [], 0.25)], tmp_path / "one", dataclasses.replace(QUICK, steps=1), TINY, say=silent)
-    (images,) = (find(data, [], 0.25),)
+    one = fit([read_dataset(data, [], 0.25)], tmp_path / "one", dataclasses.replace(QUICK, steps=1), TINY, say=silent)
+    (images,) = (read_dataset(data, [], 0.25),)
     two = images._replace(images=tuple(a._replace(read=Halves(a)) for a in images.images), classes=("Round", "Other"))
     settings = dataclasses.replace(QUICK, steps=1, init=str(one), by_class=True)
     model = load_weights(fit([two], tmp_path / "two", settings, TINY, say=silent))
     assert model.architecture.classes == ("Round", "Other")
-    begun = start(str(one), model.architecture)
+    initial = initial_model(str(one), model.architecture)
     before = safetensors.torch.load_file(one)
-    assert torch.equal(begun.rpn.head.cls_logits.weight, before["rpn.head.cls_logits.weight"].float())
+    assert torch.equal(initial.rpn.head.cls_logits.weight, before["rpn.head.cls_logits.weight"].float())
     # before it learns which is which, it finds what the one found: same boxes, scores and masks
     shown, limits = torch.rand(1, 3, 96, 96), Limits.of_patch(Detector(score=0, nms=0.5), 96, 0.25)
     seen = []
-    for detector in (load_weights(one), begun.eval()):
+    for detector in (load_weights(one), initial.eval()):
         with torch.inference_mode():
             features = detector.features(shown)
             (boxes,) = detector.classify(features, detector.propose(features, limits), limits)
@@ -203,7 +233,7 @@ def test_classes_are_learnt_when_asked_for(data: Path, tmp_path: Path) -> None:
         torch.testing.assert_close(ours, theirs)
     with pytest.raises(ConfigError, match="different classes"):
         fit([two, images], tmp_path / "both", settings, TINY, say=silent)
-    crops = Crops([two.images], 96, 0.25, settings)
+    crops = Crops([two], 96, 0.25, settings)
     assert set(torch.cat([crops[i].labels for i in range(4)]).tolist()) == {1, 2}
 
 
@@ -233,21 +263,32 @@ def test_the_mean_of_weights_is_that_of_their_tensors(tmp_path: Path) -> None:
     assert not (tmp_path / "no.safetensors").exists()
 
 
+class Empty:
+    """The image without its nuclei."""
+
+    def __init__(self, sample: Sample) -> None:
+        self.sample = sample
+
+    def __call__(self) -> LabelledImage:
+        labelled = self.sample.read()
+        return LabelledImage(labelled.image, np.zeros_like(labelled.labels), np.zeros(0, np.int64))
+
+
 class Halves:
     """Every second nucleus is of the second class."""
 
-    def __init__(self, annotated: Annotated) -> None:
-        self.annotated = annotated
+    def __init__(self, sample: Sample) -> None:
+        self.sample = sample
 
-    def __call__(self) -> Pixels:
-        pixels = self.annotated.read()
-        return pixels._replace(kinds=1 + np.arange(len(pixels.kinds)) % 2)
+    def __call__(self) -> LabelledImage:
+        labelled = self.sample.read()
+        return labelled._replace(class_index=1 + np.arange(len(labelled.class_index)) % 2)
 
 
 def test_crops_are_the_same_in_every_process(data: Path) -> None:
-    images = find(data, [], 0.25)
+    images = read_dataset(data, [], 0.25)
     settings = dataclasses.replace(QUICK, strength=1.0, normalise=0.5, seed=3)
-    first, second = (Crops([images.images], 64, 0.25, settings) for _ in range(2))
+    first, second = (Crops([images], 64, 0.25, settings) for _ in range(2))
     for number in (0, 7, 10**6):
         assert torch.equal(first[number].image, second[number].image)
         assert torch.equal(first[number].masks, second[number].masks)
@@ -275,7 +316,7 @@ def test_regions_tell_the_edge_of_touching_nuclei() -> None:
 
 
 def test_the_rate_warms_up_and_falls() -> None:
-    rates = [rate_at(step, QUICK) for step in range(1, QUICK.steps + 1)]
+    rates = [learning_rate(step, QUICK) for step in range(1, QUICK.steps + 1)]
     top = rates.index(max(rates))
     assert rates[:top] == sorted(rates[:top])
     assert rates[top:] == sorted(rates[top:], reverse=True)
@@ -284,19 +325,22 @@ def test_the_rate_warms_up_and_falls() -> None:
 
 
 def test_held_out_images_are_never_trained_on(data: Path) -> None:
-    images = [Annotated(str(i), "", 0.25, Halves) for i in range(9)]
-    trained, held = split_off(images, 2, seed=0)
+    def read() -> LabelledImage:
+        raise AssertionError("a split needs no pixels")
+
+    images = [Sample(str(i), "", 0.25, read) for i in range(9)]
+    trained, held = split_held_out(images, 2, seed=0)
     assert len(held) == 2
     assert sorted(a.id for a in trained + held) == [str(i) for i in range(9)]
-    assert split_off(images, 2, seed=0) == (trained, held)
+    assert split_held_out(images, 2, seed=0) == (trained, held)
 
 
 def test_weights_to_start_from_must_exist_and_fit(data: Path, tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match="no weights 'nowhere"):
-        start("nowhere.safetensors", TINY)
-    weights = fit([find(data, [], 0.25)], tmp_path, dataclasses.replace(QUICK, steps=1), TINY, say=silent)
+        initial_model("nowhere.safetensors", TINY)
+    weights = fit([read_dataset(data, [], 0.25)], tmp_path, dataclasses.replace(QUICK, steps=1), TINY, say=silent)
     with pytest.raises(WeightsError, match="channels 16, not 24: need --architecture"):
-        start(str(weights), dataclasses.replace(TINY, channels=24))
+        initial_model(str(weights), dataclasses.replace(TINY, channels=24))
 
 
 @pytest.mark.parametrize(
@@ -310,11 +354,11 @@ def test_weights_to_start_from_must_exist_and_fit(data: Path, tmp_path: Path) ->
         ({"average": 1.0}, "average=1.0: need 0 or more, under 1"),
     ],
 )
-def test_a_recipe_that_cannot_be_followed_is_refused(changed: dict[str, float], message: str) -> None:
+def test_a_recipe_that_cannot_be_followed_is_refused(changed: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         dataclasses.replace(QUICK, **changed)
 
 
 def test_a_crop_that_the_pyramid_cannot_halve_is_refused(data: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="crop_px=100 enlarged by 1 is 100 px: need a multiple of 32"):
-        fit([find(data, [], 0.25)], tmp_path, dataclasses.replace(QUICK, crop_px=100), TINY, say=silent)
+        fit([read_dataset(data, [], 0.25)], tmp_path, dataclasses.replace(QUICK, crop_px=100), TINY, say=silent)

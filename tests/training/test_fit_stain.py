@@ -12,13 +12,14 @@ import torch
 from PIL import Image
 
 from pipeline.config import StainArchitecture
-from pipeline.errors import StainError, WeightsError
+from pipeline.errors import ConfigError, StainError
 from pipeline.model import dcgmm
 from pipeline.model.stain import fit, read_template
 from pipeline.model.weights import read_notes
 from training.config import StainTraining
-from training.data.datasets import Annotated, AnnotationError, Pixels
-from training.fit_stain import fit_stain, rate_at, typical
+from training.data.sample import AnnotationError, LabelledImage, Sample
+from training.fit import learning_rate
+from training.fit_stain import fit_stain, typical_stain
 
 TINY = StainArchitecture(channels=(4, 8))
 QUICK = StainTraining(steps=4, batch=2, crop_px=64, warmup=2, device="cpu", save_every=1)
@@ -35,17 +36,17 @@ def picture(seed: int) -> np.ndarray:
     return (255 * np.exp(-density) + rng.normal(0, 2, density.shape)).clip(0, 255).astype(np.uint8)
 
 
-def read(seed: int) -> Pixels:
+def read(seed: int) -> LabelledImage:
     labels = np.zeros((96, 96), np.int32)
-    return Pixels(picture(seed), labels, np.zeros(0, np.int64))
+    return LabelledImage(picture(seed), labels, np.zeros(0, np.int64))
 
 
-def read_white() -> Pixels:
-    return Pixels(np.full((96, 96, 3), 250, np.uint8), np.zeros((96, 96), np.int32), np.zeros(0, np.int64))
+def read_white() -> LabelledImage:
+    return LabelledImage(np.full((96, 96, 3), 250, np.uint8), np.zeros((96, 96), np.int32), np.zeros(0, np.int64))
 
 
-IMAGES = [Annotated(str(seed), "", 0.25, partial(read, seed)) for seed in range(3)]
-WHITE = Annotated("white", "", 0.25, read_white)
+IMAGES = [Sample(str(seed), "", 0.25, partial(read, seed)) for seed in range(3)]
+WHITE = Sample("white", "", 0.25, read_white)
 
 
 def silent(_line: str) -> None:
@@ -75,14 +76,18 @@ def test_it_continues_exactly(tmp_path: Path) -> None:
 
 def test_another_architecture_does_not_continue(tmp_path: Path) -> None:
     fit_stain([IMAGES], tmp_path, QUICK, TINY, say=silent)
-    with pytest.raises(WeightsError, match="another --out"):
-        fit_stain(
-            [IMAGES], tmp_path, dataclasses.replace(QUICK, steps=5), StainArchitecture(channels=(4, 6)), say=silent
-        )
+    with pytest.raises(ConfigError, match=r"architecture.channels=\[4, 8\], not \[4, 6\]: .* another --out"):
+        fit_stain([IMAGES], tmp_path, QUICK, StainArchitecture(channels=(4, 6)), say=silent)
+
+
+def test_another_recipe_does_not_continue(tmp_path: Path) -> None:
+    fit_stain([IMAGES], tmp_path, QUICK, TINY, say=silent)
+    with pytest.raises(ConfigError, match=r"steps=4, not 5: .* another --out"):
+        fit_stain([IMAGES], tmp_path, dataclasses.replace(QUICK, steps=5), TINY, say=silent)
 
 
 def test_the_template_is_the_median_of_single_fits() -> None:
-    target = typical([IMAGES[:2], IMAGES[2:], [WHITE]], "macenko", 0.25)
+    target = typical_stain([IMAGES[:2], IMAGES[2:], [WHITE]], "macenko", 0.25)
     fits = [fit(picture(s)[None], np.ones((1, 96, 96), bool), "macenko").numbers for s in range(3)]
     for name in ("haematoxylin", "eosin", "strength"):
         assert target.numbers[name] == pytest.approx(np.median([f[name] for f in fits], axis=0), abs=1e-6)
@@ -104,13 +109,13 @@ def test_images_without_a_stain_are_left_out_and_said(tmp_path: Path) -> None:
     said: list[str] = []
     fit_stain([[*IMAGES, WHITE]], tmp_path / "some", QUICK, TINY, say=said.append)
     assert said[0].startswith("1 of 4 images left out")
-    with pytest.raises(AnnotationError, match="tells a stain"):
+    with pytest.raises(AnnotationError, match="shows a stain"):
         fit_stain([[WHITE]], tmp_path / "none", QUICK, TINY, say=silent)
 
 
 def test_the_rate_warms_up_and_falls() -> None:
     training = StainTraining(steps=100, warmup=10)
-    rates = [rate_at(step, training) for step in range(1, 101)]
+    rates = [learning_rate(step, training) for step in range(1, 101)]
     assert max(rates) == rates[9] == pytest.approx(training.rate)
     assert rates[9:] == sorted(rates[9:], reverse=True)
     assert rates[-1] == pytest.approx(training.rate / 100)

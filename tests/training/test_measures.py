@@ -17,6 +17,7 @@ from pipeline.segment.polygons import polygons, rasterise
 from training.measures import (
     COUNTS,
     MEASURES,
+    NO_RANKING,
     Detections,
     Overlap,
     Scores,
@@ -53,11 +54,11 @@ def ratios(scores: Scores) -> tuple[float, ...]:
     return tuple(getattr(scores, name) for name in RATIOS)
 
 
-def squares_found(*corners: tuple[float, float, float], kinds: tuple[int, ...] = ()) -> Detections:
+def squares_found(*corners: tuple[float, float, float], class_index: tuple[int, ...] = ()) -> Detections:
     """Detections that are 4 x 4 squares at (row, column), with scores."""
     shapes = np.array([shapely.box(c, r, c + 4, r + 4) for r, c, _ in corners], object)
     scores = np.array([s for *_, s in corners], float)
-    return Detections(shapes, scores, np.array(kinds or [0] * len(corners), np.int64))
+    return Detections(shapes, scores, np.array(class_index or [0] * len(corners), np.int64))
 
 
 # ------------------------------------------------------------------------------------------- known answers
@@ -72,7 +73,7 @@ def test_nothing_and_nothing_is_perfect_nothing_against_something_is_worst() -> 
 
 
 def test_a_shift_by_one_pixel() -> None:
-    """Two squares, one found exactly, one shifted by a pixel: 12 of 16 pixels shared, IoU 12/20."""
+    """Two squares, one detected exactly, one shifted by a pixel: 12 of 16 pixels shared, IoU 12/20."""
     scores = score(squares((1, 1, 1), (10, 10, 2)), squares((1, 1, 4), (10, 11, 9)), um_per_px=0.5)
     assert (scores.dice, scores.pixel_precision, scores.pixel_recall) == (28 / 32, 28 / 32, 28 / 32)
     assert (scores.aji, scores.aji_plus) == (28 / 36, 28 / 36)
@@ -82,12 +83,12 @@ def test_a_shift_by_one_pixel() -> None:
 
 
 def test_a_false_positive_and_a_miss() -> None:
-    """Two nuclei, one found exactly; another detection lies elsewhere."""
+    """Two nuclei, one detected exactly; another detection lies elsewhere."""
     scores = score(squares((1, 1, 1), (10, 10, 2)), squares((1, 1, 1), (1, 12, 3)))
     assert scores.aji == scores.aji_plus == 16 / (16 + 16 + 16)
     assert (scores.dq, scores.sq, scores.pq) == (0.5, 1.0, 0.5)
     assert (scores.precision, scores.recall, scores.f1) == (0.5, 0.5, 0.5)
-    assert (scores.images, scores.annotated, scores.found) == (1, 2, 2)
+    assert (scores.images, scores.annotated, scores.detected) == (1, 2, 2)
 
 
 def test_one_detection_that_covers_two_nuclei() -> None:
@@ -103,11 +104,11 @@ def test_one_detection_that_covers_two_nuclei() -> None:
 
 
 def test_one_nucleus_split_in_two() -> None:
-    """A 4 x 4 nucleus found as 12 and 4 pixels: the larger part is a hit of IoU 12/16, the smaller one is false."""
+    """A 4 x 4 nucleus detected as 12 and 4 pixels: the larger part is a hit of IoU 12/16, the smaller one is false."""
     truth = squares((1, 1, 1))
-    found = truth.copy()
-    found[4, 1:5] = 2
-    scores = score(truth, found)
+    detected = truth.copy()
+    detected[4, 1:5] = 2
+    scores = score(truth, detected)
     assert scores.aji == scores.aji_plus == 12 / (16 + 4)
     assert (scores.precision, scores.recall, scores.f1) == (1 / 2, 1, 2 / 3)
     assert (scores.sq, scores.pq) == (12 / 16, 2 / 3 * 12 / 16)
@@ -121,23 +122,23 @@ def test_aji_and_aji_plus_part_ways_either_way() -> None:
     IoU: A,P 8/20; B,P 4/12; A,Q 4/16. AJI: A and B both take P, Q is left over: (8 + 4) / (20 + 12 + 4). The
     matching takes B,P and A,Q, summed IoU .583 instead of .4: (4 + 4) / (16 + 4 + 12 + 4 - 8).
     """
-    truth, found = np.zeros((8, 8), np.int32), np.zeros((8, 8), np.int32)
+    truth, detected = np.zeros((8, 8), np.int32), np.zeros((8, 8), np.int32)
     truth[:2], truth[2, :4] = 1, 2
-    found[1], found[2, :4], found[0, :4] = 1, 1, 2
-    assert aji_sums(overlap(truth, found)) == (12, 36)
-    assert aji_plus_sums(overlap(truth, found)) == (8, 28)
+    detected[1], detected[2, :4], detected[0, :4] = 1, 1, 2
+    assert aji_sums(overlap(truth, detected)) == (12, 36)
+    assert aji_plus_sums(overlap(truth, detected)) == (8, 28)
 
 
 def test_hausdorff_of_a_spike() -> None:
-    """A 4 x 4 square, found with a row of three pixels more: the spike's tip lies 3 px from the square."""
+    """A 4 x 4 square, detected with a row of three pixels more: the spike's tip lies 3 px from the square."""
     truth = squares((5, 5, 8))
-    found = truth.copy()
-    found[6, 9:12] = 8
-    assert hausdorff(truth, found, overlap(truth, found)).tolist() == [3.0]
+    detected = truth.copy()
+    detected[6, 9:12] = 8
+    assert hausdorff(truth, detected, overlap(truth, detected)).tolist() == [3.0]
 
 
 def test_pooled_and_mean_by_hand() -> None:
-    """Image one: 1 of 1 found. Image two: 1 of 3 found, and a false one; areas are equal, so ratios are of counts."""
+    """Image one: 1 of 1 detected. Image two: 1 of 3, and a false one; areas are equal, so ratios are of counts."""
     first = tally(compare(squares((1, 1, 1)), squares((1, 1, 1)), 1))
     second = tally(compare(squares((1, 1, 1), (8, 8, 2), (14, 14, 3)), squares((1, 1, 1), (1, 12, 9)), 1))
     averaged, pooled = mean([measure(first), measure(second)]), measure(pool([first, second]))
@@ -147,7 +148,7 @@ def test_pooled_and_mean_by_hand() -> None:
     assert pooled.f1 == pooled.pq == 4 / 7
     assert (averaged.recall, pooled.recall) == ((1 + 1 / 3) / 2, 2 / 4)
     for scores in (averaged, pooled):
-        assert (scores.images, scores.annotated, scores.found) == (2, 4, 3)
+        assert (scores.images, scores.annotated, scores.detected) == (2, 4, 3)
 
 
 def test_a_measure_without_meaning_is_left_out_of_the_mean() -> None:
@@ -159,7 +160,7 @@ def test_a_measure_without_meaning_is_left_out_of_the_mean() -> None:
 
 
 def test_average_precision_by_hand() -> None:
-    """Two nuclei; found are the first exactly (.9), nothing (.8), the second shifted, IoU 12/20 (.7).
+    """Two nuclei; detected are the first exactly (.9), nothing (.8), the second shifted, IoU 12/20 (.7).
 
     At .5 to .6 precision is 1 up to recall .5 (51 of the 101 recalls), then 2/3; from .65 on 1 up to recall .5,
     then 0.
@@ -190,9 +191,9 @@ def test_ap_has_no_meaning_without_annotations_and_is_zero_without_detections() 
 
 
 def test_classes_by_hand() -> None:
-    """Nuclei of classes 1, 1, 2; all found exactly, the second one called 2: one false, one missed."""
+    """Nuclei of classes 1, 1, 2; all detected exactly, the second one called 2: one false, one missed."""
     truth = squares((1, 1, 1), (8, 8, 2), (15, 15, 3))
-    detections = squares_found((1, 1, 0.9), (8, 8, 0.8), (15, 15, 0.7), kinds=(1, 2, 2))
+    detections = squares_found((1, 1, 0.9), (8, 8, 0.8), (15, 15, 0.7), class_index=(1, 2, 2))
     whole, (first, second, third) = compare_detections(truth, np.array([1, 1, 2]), detections, 1.0, classes=3)
     scores = measure(tally(whole))
     assert (scores.pq, scores.class_accuracy) == (1, 2 / 3)
@@ -202,13 +203,13 @@ def test_classes_by_hand() -> None:
     assert one.ap50 == pytest.approx(51 / 101)  # recall .5 at most
     assert two.ap50 == pytest.approx(1 / 2)  # the right one is second in rank
     assert (one.aji, two.aji) == (16 / 32, 16 / 32)
-    assert tally(third)._replace(ranking=None) == pool([])._replace(images=1, ranking=None)
+    assert tally(third)._replace(ranking=NO_RANKING) == pool([])._replace(images=1, ranking=NO_RANKING)
 
 
 def test_numbers_need_not_follow_each_other_and_a_number_may_have_several_parts() -> None:
-    truth, found = squares((1, 1, 40_000), (10, 10, 40_000), (1, 10, 7)), squares((1, 1, 3), (10, 10, 3))
-    scores = score(truth, found)
-    assert (scores.annotated, scores.found) == (2, 1)
+    truth, detected = squares((1, 1, 40_000), (10, 10, 40_000), (1, 10, 7)), squares((1, 1, 3), (10, 10, 3))
+    scores = score(truth, detected)
+    assert (scores.annotated, scores.detected) == (2, 1)
     assert (scores.recall, scores.sq, scores.hausdorff_um) == (1 / 2, 1, 0)
 
 
@@ -224,14 +225,14 @@ def test_maps_of_different_shape_are_refused() -> None:
 def test_a_map_against_itself_is_perfect(labels: np.ndarray) -> None:
     scores = score(labels, labels)
     assert ratios(scores) == (1.0,) * len(RATIOS)
-    assert scores.annotated == scores.found == len(np.unique(labels[labels > 0]))
-    assert scores.hausdorff_um == 0 if scores.found else np.isnan(scores.hausdorff_um)
+    assert scores.annotated == scores.detected == len(np.unique(labels[labels > 0]))
+    assert scores.hausdorff_um == 0 if scores.detected else np.isnan(scores.hausdorff_um)
 
 
 @given(maps, maps)
 @example(np.eye(6, 7, dtype=np.int32), np.zeros((6, 7), np.int32))
-def test_measures_are_bounded_and_agree_with_each_other(truth: np.ndarray, found: np.ndarray) -> None:
-    s = score(truth, found)
+def test_measures_are_bounded_and_agree_with_each_other(truth: np.ndarray, detected: np.ndarray) -> None:
+    s = score(truth, detected)
     assert all(0 <= value <= 1 for value in ratios(s))
     assert s.pq == s.dq * s.sq
     assert s.dq == s.f1
@@ -240,8 +241,8 @@ def test_measures_are_bounded_and_agree_with_each_other(truth: np.ndarray, found
 
 
 @given(maps, maps)
-def test_of_one_image_pooled_and_mean_are_the_image(truth: np.ndarray, found: np.ndarray) -> None:
-    sums = tally(compare(truth, found, 0.25))
+def test_of_one_image_pooled_and_mean_are_the_image(truth: np.ndarray, detected: np.ndarray) -> None:
+    sums = tally(compare(truth, detected, 0.25))
     np.testing.assert_equal(measure(pool([sums]))._asdict(), measure(sums)._asdict())
     np.testing.assert_equal(mean([measure(sums)])._asdict(), measure(sums)._asdict())
 
@@ -254,25 +255,25 @@ def tied(pairs: Overlap) -> bool:
 
 @given(maps, maps, st.permutations([1, 2, 5, 900]), st.permutations([1, 2, 5, 900]))
 def test_the_numbers_of_labels_do_not_matter(
-    truth: np.ndarray, found: np.ndarray, first: list[int], second: list[int]
+    truth: np.ndarray, detected: np.ndarray, first: list[int], second: list[int]
 ) -> None:
-    assume(not tied(overlap(truth, found)))
+    assume(not tied(overlap(truth, detected)))
     renamed = [
         np.select([labels == i for i in (1, 2, 5, 900)], names)
-        for labels, names in ((truth, first), (found, [n * 3 for n in second]))
+        for labels, names in ((truth, first), (detected, [n * 3 for n in second]))
     ]
-    expected = score(truth, found)._asdict()
-    assert score(*renamed)._asdict() == pytest.approx(expected, nan_ok=True)
+    expected = score(truth, detected)._asdict()
+    assert score(renamed[0], renamed[1])._asdict() == pytest.approx(expected, nan_ok=True)
 
 
 @given(maps, maps)
-def test_transposing_both_maps_changes_nothing(truth: np.ndarray, found: np.ndarray) -> None:
-    np.testing.assert_equal(score(truth.T, found.T)._asdict(), score(truth, found)._asdict())
+def test_transposing_both_maps_changes_nothing(truth: np.ndarray, detected: np.ndarray) -> None:
+    np.testing.assert_equal(score(truth.T, detected.T)._asdict(), score(truth, detected)._asdict())
 
 
 @given(maps, maps)
 def test_what_is_symmetric_is_symmetric(a: np.ndarray, b: np.ndarray) -> None:
-    """Truth and found exchanged: precision becomes recall; Dice, AJI+, PQ and Hausdorff stay. AJI need not."""
+    """Truth and detected exchanged: precision becomes recall; Dice, AJI+, PQ and Hausdorff stay. AJI need not."""
     forth, back = score(a, b), score(b, a)
     assert (forth.precision, forth.pixel_precision) == (back.recall, back.pixel_recall)
     for name in ("dice", "aji_plus", "dq", "sq", "pq", "hausdorff_um"):
@@ -280,23 +281,23 @@ def test_what_is_symmetric_is_symmetric(a: np.ndarray, b: np.ndarray) -> None:
 
 
 @given(maps, maps)
-def test_hausdorff_is_that_of_every_pair_by_itself(truth: np.ndarray, found: np.ndarray) -> None:
-    pairs = overlap(truth, found)
-    far = hausdorff(truth, found, pairs)
+def test_hausdorff_is_that_of_every_pair_by_itself(truth: np.ndarray, detected: np.ndarray) -> None:
+    pairs = overlap(truth, detected)
+    far = hausdorff(truth, detected, pairs)
     assert np.array_equal(np.isnan(far), ~pairs.hit)
     for i in np.flatnonzero(pairs.hit):
         a, b = (
             outline(labels == ids[k[i]])
             for labels, ids, k in (
                 (truth, pairs.truth_ids, pairs.truth),
-                (found, pairs.found_ids, pairs.found),
+                (detected, pairs.detected_ids, pairs.detected),
             )
         )
         assert far[i] == max(cKDTree(b).query(a)[0].max(), cKDTree(a).query(b)[0].max())
 
 
 def outline(mask: np.ndarray) -> np.ndarray:
-    """Pixels of a mask that have a neighbour outside, one by one."""
+    """LabelledImage of a mask that have a neighbour outside, one by one."""
     inside = {(int(r), int(c)) for r, c in zip(*np.nonzero(mask), strict=True)}
     return np.array(
         [(r, c) for r, c in sorted(inside) if not {(r - 1, c), (r + 1, c), (r, c - 1), (r, c + 1)} <= inside]
@@ -304,29 +305,29 @@ def outline(mask: np.ndarray) -> np.ndarray:
 
 
 @given(maps, maps)
-def test_aji_plus_is_the_best_matching_of_all(truth: np.ndarray, found: np.ndarray) -> None:
+def test_aji_plus_is_the_best_matching_of_all(truth: np.ndarray, detected: np.ndarray) -> None:
     """Against trying every one-to-one matching; of those of the largest summed IoU, the largest shared area."""
-    pairs = overlap(truth, found)
+    pairs = overlap(truth, detected)
     best = (0.0, 0)
     for count in range(len(pairs.truth) + 1):
         for chosen in map(list, itertools.combinations(range(len(pairs.truth)), count)):
-            if len(set(pairs.truth[chosen])) == len(set(pairs.found[chosen])) == count:
+            if len(set(pairs.truth[chosen])) == len(set(pairs.detected[chosen])) == count:
                 best = max(best, (round(float(pairs.iou[chosen].sum()), 9), int(pairs.shared[chosen].sum())))
     assert aji_plus_sums(pairs)[0] == best[1]
 
 
 @given(maps, maps, st.sets(st.integers(0, 3)), st.sets(st.integers(0, 3)))
 def test_selecting_is_comparing_without_the_others(
-    truth: np.ndarray, found: np.ndarray, some: set[int], others: set[int]
+    truth: np.ndarray, detected: np.ndarray, some: set[int], others: set[int]
 ) -> None:
-    pairs = overlap(truth, found)
+    pairs = overlap(truth, detected)
     kept = [
         np.isin(np.arange(len(ids)), list(wanted))
-        for ids, wanted in ((pairs.truth_ids, some), (pairs.found_ids, others))
+        for ids, wanted in ((pairs.truth_ids, some), (pairs.detected_ids, others))
     ]
     alone = overlap(
         np.where(np.isin(truth, pairs.truth_ids[kept[0]]), truth, 0),
-        np.where(np.isin(found, pairs.found_ids[kept[1]]), found, 0),
+        np.where(np.isin(detected, pairs.detected_ids[kept[1]]), detected, 0),
     )
     for a, b in zip(select(pairs, *kept), alone, strict=True):
         assert np.array_equal(a, b)
@@ -345,8 +346,8 @@ def outlines(labels: np.ndarray) -> np.ndarray:
 
 
 @given(maps, maps)
-def test_apart_is_the_painted_map_where_nothing_overlaps(truth: np.ndarray, found: np.ndarray) -> None:
-    shapes = outlines(found)
+def test_apart_is_the_painted_map_where_nothing_overlaps(truth: np.ndarray, detected: np.ndarray) -> None:
+    shapes = outlines(detected)
     painted = overlap(truth, rasterise(shapes, truth.shape))
     for a, b in zip(overlap_apart(truth, shapes), painted, strict=True):
         assert np.array_equal(a, b)
@@ -361,7 +362,7 @@ def test_detections_that_lie_over_each_other_keep_their_pixels(corners: list[tup
     truth = squares((3, 3, 1), (3, 7, 2), (12, 12, 5))
     pairs = overlap_apart(truth, detections.polygons)
     masks = [rasterise(np.array([p], object), truth.shape) > 0 for p in detections.polygons]
-    assert pairs.found_px.tolist() == [int(m.sum()) for m in masks]
+    assert pairs.detected_px.tolist() == [int(m.sum()) for m in masks]
     shared = {(int(pairs.truth_ids[t]), int(f)): int(n) for t, f, n in zip(*pairs[4:], strict=True)}
     expected = {(i, f): int((m & (truth == i)).sum()) for f, m in enumerate(masks) for i in (1, 2, 5)}
     assert shared == {key: n for key, n in expected.items() if n}
@@ -395,8 +396,8 @@ def coco_precisions(images: list[tuple[np.ndarray, Detections]]) -> np.ndarray:
             "annotations": annotations,
         }
         annotated.createIndex()
-        found = annotated.loadRes(results)
-        evaluation = COCOeval(annotated, found, "segm")
+        detected = annotated.loadRes(results)
+        evaluation = COCOeval(annotated, detected, "segm")
         evaluation.params.maxDets = [10_000]
         evaluation.params.areaRng, evaluation.params.areaRngLbl = [[0, 1e10]], ["all"]
         evaluation.evaluate()

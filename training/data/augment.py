@@ -1,4 +1,4 @@
-"""What staining rooms, scanners and microtomes vary, applied to training crops."""
+"""Augmentation of training crops: the variation that staining, scanners and sectioning bring."""
 
 import io
 import math
@@ -37,16 +37,16 @@ def crop(
     y = int(rng.integers(0, labels.shape[0] - source + 1))
     x = int(rng.integers(0, labels.shape[1] - source + 1))
     window = (slice(y, y + source), slice(x, x + source))
-    cut = Image.fromarray(np.ascontiguousarray(image[window]))
-    marks = Image.fromarray(np.ascontiguousarray(labels[window]))
+    pixels = Image.fromarray(np.ascontiguousarray(image[window]))
+    map_ = Image.fromarray(np.ascontiguousarray(labels[window]))
     if rng.random() < 0.3 * strength:
         mesh = bend(source, side, rng)
-        cut = cut.transform((side, side), Image.Transform.MESH, mesh, Image.Resampling.BICUBIC)
-        marks = marks.transform((side, side), Image.Transform.MESH, mesh, Image.Resampling.NEAREST)
+        pixels = pixels.transform((side, side), Image.Transform.MESH, mesh, Image.Resampling.BICUBIC)
+        map_ = map_.transform((side, side), Image.Transform.MESH, mesh, Image.Resampling.NEAREST)
     else:
-        cut = cut.resize((side, side), Image.Resampling.BICUBIC)
-        marks = marks.resize((side, side), Image.Resampling.NEAREST)
-    turned, turned_labels = np.asarray(cut), np.asarray(marks)
+        pixels = pixels.resize((side, side), Image.Resampling.BICUBIC)
+        map_ = map_.resize((side, side), Image.Resampling.NEAREST)
+    turned, turned_labels = np.asarray(pixels), np.asarray(map_)
     if rng.random() < 0.5:
         turned, turned_labels = turned[:, ::-1], turned_labels[:, ::-1]
     turns = int(rng.integers(4))
@@ -56,7 +56,7 @@ def crop(
 def bend(
     source: int, side: int, rng: np.random.Generator, cells: int = 6
 ) -> list[tuple[tuple[int, int, int, int], tuple[float, ...]]]:
-    """A mesh for Pillow that shifts the knots of a grid at random: tissue folds and stretches under the knife.
+    """A mesh for Pillow that shifts the knots of a grid at random: sectioning stretches the tissue.
 
     Maps a square of `side` px onto one of `source` px; inner knots move by up to a fifth of a cell, so that
     no cell folds over, and the outline stays.
@@ -77,7 +77,7 @@ def bend(
 
 
 def recolour(image: NDArray[np.uint8], strength: float, rng: np.random.Generator) -> NDArray[np.uint8]:
-    """Stain, brightness, blur and compression as another laboratory would have given them. uint8 (h, w, 3).
+    """Random stain, brightness, blur, noise and compression, as laboratories differ in them. uint8 (h, w, 3).
 
     The stain moves in Ruifrok's colour space: each density is scaled and shifted (Tellez et al. 2018).
     """
@@ -100,7 +100,7 @@ def recolour(image: NDArray[np.uint8], strength: float, rng: np.random.Generator
 
 
 def compress(image: NDArray[np.uint8], quality: int) -> NDArray[np.uint8]:
-    """As JPEG of this quality gives it back, which is how scanners store slides. uint8 (h, w, 3)."""
+    """The image after JPEG compression of this quality, which scanners use. uint8 (h, w, 3)."""
     with io.BytesIO() as buffer:
         Image.fromarray(image).save(buffer, "JPEG", quality=quality)
         return np.asarray(Image.open(buffer))

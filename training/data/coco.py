@@ -4,7 +4,6 @@ Masks are run lengths, column by column, background first (Lin et al. 2014; `mas
 they are taken apart in numpy: the C code believes what a file says of its own length.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -14,29 +13,30 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipeline.files import committed
+from pipeline.files import committed, write_json
 from training.data.sample import (
+    DATASET_FILE,
+    SPLITS_FILE,
     AnnotationError,
-    Annotations,
-    Described,
-    Item,
-    Listing,
-    Pixels,
-    Written,
+    Catalogue,
+    Conversion,
+    Dataset,
+    Entry,
+    LabelledImage,
+    Metadata,
     class_names,
     inside,
-    pixels,
+    labelled_image,
     read_image,
-    read_json,
+    read_json_file,
 )
 
 Ints = NDArray[np.int64]
 
-_OURS = ("dataset.json", "splits.json")
 _LARGEST_SIDE_PX = 32_768
 
 
-class _Picture(NamedTuple):
+class _ImageEntry(NamedTuple):
     """An entry of `images`."""
 
     path: Path
@@ -46,19 +46,20 @@ class _Picture(NamedTuple):
     group: str | None
 
 
-def coco(data: Path, described: Described) -> Listing | None:
+def coco(data: Path, metadata: Metadata) -> Catalogue | None:
     """A JSON file with `images` and `annotations`, in the folder or in its annotations/, or that file itself.
 
     Images lie beside it, in images/ beside it, or so one folder up. An annotation is a nucleus, in one part or
     several: polygons or run lengths, compressed or not, drawn by pycocotools' own rule. Crowds (iscrowd) stand
-    for no single nucleus and are left out. Categories are the classes, in the order of their numbers. `mpp` and
-    `group` of an image are believed if they are there; `write_coco` writes them.
+    for no single nucleus: they are skipped and counted. Categories are the classes, in the order of their numbers.
+    `mpp` and `group` of an image are read if they are there; `write_coco` writes them.
     """
     files = [data] if data.is_file() else sorted(p for q in ("*.json", "annotations/*.json") for p in data.glob(q))
+    others = (DATASET_FILE, SPLITS_FILE)
     found = [
         (path, content)
         for path in files
-        if path.suffix.lower() == ".json" and path.name not in _OURS and _is_coco(content := read_json(path))
+        if path.suffix.lower() == ".json" and path.name not in others and _is_coco(content := read_json_file(path))
     ]
     if not found:
         return None
@@ -68,14 +69,14 @@ def coco(data: Path, described: Described) -> Listing | None:
         )
     ((source, content),) = found
     try:
-        return _listing(content, source, described)
+        return _catalogue(content, source, metadata)
     except (AttributeError, KeyError, TypeError, OverflowError) as error:
         raise AnnotationError(
-            f"{source} is not as COCO is ({type(error).__name__}: {error}): export it again"
+            f"{source} is not in COCO's form ({type(error).__name__}: {error}): export it again"
         ) from error
 
 
-def write_coco(annotations: Annotations, path: Path) -> Written:
+def write_coco(dataset: Dataset, path: Path) -> Conversion:
     """A dataset -> COCO JSON at `path` with compressed run lengths, and its images as PNG in images/ beside it.
 
     Categories are numbered from 1 in the order of the classes; `mpp` and `group` stand in each image's entry.
@@ -85,75 +86,77 @@ def write_coco(annotations: Annotations, path: Path) -> Written:
     images: list[dict[str, Any]] = []
     nuclei: list[dict[str, Any]] = []
     contested = 0
-    for number, annotated in enumerate(annotations.images, 1):
-        read = annotated.read()
-        name = f"images/{annotated.id}.png"
-        with committed(path.parent / name) as partial_file:
-            Image.fromarray(read.image).save(partial_file)
+    for number, sample in enumerate(dataset.images, 1):
+        read = sample.read()
+        name = f"images/{sample.id}.png"
+        with committed(path.parent / name) as part:
+            Image.fromarray(read.image).save(part)
         height, width = read.labels.shape
         images.append(
             {"id": number, "file_name": name, "width": width, "height": height}
-            | {"mpp": annotated.mpp, "group": annotated.group}
+            | {"mpp": sample.mpp, "group": sample.group}
         )
         nuclei += [
             {"id": len(nuclei) + i, "image_id": number, "category_id": kind, "iscrowd": 0} | shape
-            for i, (kind, shape) in enumerate(zip(read.kinds.tolist(), _encoded(read.labels), strict=True), 1)
+            for i, (kind, shape) in enumerate(zip(read.class_index.tolist(), _encoded(read.labels), strict=True), 1)
         ]
         contested += read.contested_px
     content = {
-        "info": {"description": annotations.name},
+        "info": {"description": dataset.name},
         "images": images,
-        "categories": [{"id": i, "name": name} for i, name in enumerate(annotations.classes, 1)],
+        "categories": [{"id": i, "name": name} for i, name in enumerate(dataset.classes, 1)],
         "annotations": nuclei,
     }
-    with committed(path) as partial_file:
-        partial_file.write_text(json.dumps(content, allow_nan=False), encoding="utf-8")
-    return Written(len(images), len(nuclei), contested)
+    write_json(path, content)
+    return Conversion(len(images), len(nuclei), contested)
 
 
 def _is_coco(content: Any) -> bool:
     return isinstance(content, dict) and all(isinstance(content.get(k), list) for k in ("images", "annotations"))
 
 
-def _listing(content: Mapping[str, Any], source: Path, described: Described) -> Listing:
-    pictures = {entry["id"]: _picture(entry, source) for entry in content["images"]}
-    if len(pictures) < len(content["images"]):
-        raise AnnotationError(f"{source} numbers two images alike: need one id for each")
+def _catalogue(content: Mapping[str, Any], source: Path, metadata: Metadata) -> Catalogue:
+    of_id = {entry["id"]: _image_entry(entry, source) for entry in content["images"]}
+    if len(of_id) < len(content["images"]):
+        raise AnnotationError(f"{source} gives two images the same id: need one for each")
     categories = {c["id"]: c["name"] for c in sorted(content.get("categories", ()), key=lambda c: c["id"])}
     names = tuple(categories.values())
     if not names or len(set(names)) < len(names) or not all(isinstance(n, str) and n for n in names):
         raise AnnotationError(f"{source} names the categories {list(names)}: need one or more, each with its own name")
-    if described.classes:
-        names = class_names(names, described, source)
-    masks: dict[Any, list[bytes]] = {id_: [] for id_ in pictures}
-    kinds: dict[Any, list[int]] = {id_: [] for id_ in pictures}
+    if metadata.classes:
+        names = class_names(names, metadata, source)
+    masks: dict[Any, list[bytes]] = {id_: [] for id_ in of_id}
+    class_index: dict[Any, list[int]] = {id_: [] for id_ in of_id}
+    crowds = 0
     for entry in content["annotations"]:
         if entry.get("iscrowd"):
+            crowds += 1
             continue
         where = f"{source}, annotation {entry.get('id')}"
-        if entry["image_id"] not in pictures or entry["category_id"] not in categories:
+        if entry["image_id"] not in of_id or entry["category_id"] not in categories:
             raise AnnotationError(
                 f"{where} is of image {entry['image_id']} and category {entry['category_id']}: need ones that it lists"
             )
-        picture = pictures[entry["image_id"]]
-        masks[entry["image_id"]].append(_compressed(entry.get("segmentation"), picture.height, picture.width, where))
-        kinds[entry["image_id"]].append(names.index(categories[entry["category_id"]]) + 1)
-    return Listing(
+        listed = of_id[entry["image_id"]]
+        masks[entry["image_id"]].append(_compressed(entry.get("segmentation"), listed.height, listed.width, where))
+        class_index[entry["image_id"]].append(names.index(categories[entry["category_id"]]) + 1)
+    return Catalogue(
         tuple(
-            Item(
-                picture.path.stem,
-                partial(_read, picture, tuple(masks[id_]), np.array(kinds[id_], np.int64), source),
-                picture.path,
-                picture.mpp,
-                picture.group,
+            Entry(
+                listed.path.stem,
+                partial(_read, listed, tuple(masks[id_]), np.array(class_index[id_], np.int64), source),
+                listed.path,
+                listed.mpp,
+                listed.group,
             )
-            for id_, picture in pictures.items()
+            for id_, listed in of_id.items()
         ),
         names,
+        {"a crowd (iscrowd), which is no single nucleus": crowds} if crowds else {},
     )
 
 
-def _picture(entry: Mapping[str, Any], source: Path) -> _Picture:
+def _image_entry(entry: Mapping[str, Any], source: Path) -> _ImageEntry:
     height, width = entry["height"], entry["width"]
     if not all(type(side) is int and 0 < side <= _LARGEST_SIDE_PX for side in (height, width)):
         raise AnnotationError(f"{source}: an image of {width!r} x {height!r} px: need 1 to {_LARGEST_SIDE_PX}")
@@ -163,7 +166,7 @@ def _picture(entry: Mapping[str, Any], source: Path) -> _Picture:
     if path is None:
         raise AnnotationError(f"{source}: there is no image {name}: need it beside the file, or in images/ there")
     mpp, group = entry.get("mpp"), entry.get("group")
-    return _Picture(
+    return _ImageEntry(
         path,
         height,
         width,
@@ -172,15 +175,15 @@ def _picture(entry: Mapping[str, Any], source: Path) -> _Picture:
     )
 
 
-def _read(picture: _Picture, masks: Sequence[bytes], kinds: Ints, source: Path) -> Pixels:
+def _read(listed: _ImageEntry, masks: Sequence[bytes], class_index: Ints, source: Path) -> LabelledImage:
     """Paint the masks in their order: a later one has the pixels that it shares with an earlier one."""
-    image = read_image(picture.path)
-    if image.shape[:2] != (picture.height, picture.width):
+    image = read_image(listed.path)
+    if image.shape[:2] != (listed.height, listed.width):
         raise AnnotationError(
-            f"{picture.path} is {image.shape[1]} x {image.shape[0]} px, {source} says {picture.width} x "
-            f"{picture.height}: need the image that was annotated"
+            f"{listed.path} is {image.shape[1]} x {image.shape[0]} px, {source} says {listed.width} x "
+            f"{listed.height}: need the image that was annotated"
         )
-    columns = np.zeros(picture.width * picture.height, np.int32)
+    columns = np.zeros(listed.width * listed.height, np.int32)
     claims = np.zeros(len(columns), np.uint8)
     for number, mask in enumerate(masks, 1):
         counts = _counts(mask)
@@ -190,8 +193,8 @@ def _read(picture: _Picture, masks: Sequence[bytes], kinds: Ints, source: Path) 
         at = np.repeat(starts - (np.cumsum(lengths) - lengths), lengths) + np.arange(lengths.sum())
         columns[at] = number
         claims[at] = np.minimum(claims[at], 1) + 1
-    labels = columns.reshape(picture.width, picture.height).T
-    return pixels(image, labels, kinds, int((claims > 1).sum()))
+    labels = columns.reshape(listed.width, listed.height).T
+    return labelled_image(image, labels, class_index, int((claims > 1).sum()))
 
 
 def _compressed(segmentation: Any, height: int, width: int, where: str) -> bytes:

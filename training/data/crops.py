@@ -9,16 +9,16 @@ import torch
 from numpy.typing import NDArray
 from scipy import ndimage
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils import data
 
 from pipeline.errors import StainError
 from pipeline.model.stain import FittedStain, Normalisation, Normaliser, fit
 from training.config import Training
 from training.data import augment
-from training.data.datasets import Annotated, Pixels
+from training.data.sample import AnnotationError, Dataset, LabelledImage, Sample
 
 EDGE_PX = 3  # of the crop: two at the working scale
-MIN_AREA_PX = 24  # specks, and slivers at the crop's edge, teach nothing
+MIN_AREA_PX = 24  # smaller pieces, as the crop's edge cuts them off, are background
 
 
 class Crop(NamedTuple):
@@ -31,59 +31,67 @@ class Crop(NamedTuple):
     regions: Tensor  # uint8 (S, S): 0 background, 1 inside a nucleus, 2 its edge
 
 
-class Member(NamedTuple):
-    """A training image, read, with its stain if it has one that can be told."""
+class TrainingImage(NamedTuple):
+    """A training image in memory, with its stain if one can be fitted."""
 
-    pixels: Pixels
+    labelled: LabelledImage
     mpp: float
     stain: FittedStain | None
 
 
-class Crops(Dataset[Crop]):
-    """An endless deck: crop number i is the same in every process and after every resume.
+class Crops(data.Dataset[Crop]):
+    """Random crops without end: crop number i is the same in every process and after every resume.
 
-    A set is drawn in proportion to the root of its nuclei, so that a large one leads and a small one is
-    still seen; then evenly a group (organ, patient), then evenly one of its images.
+    A dataset is drawn with a probability proportional to the square root of its number of nuclei, so that large ones
+    count for more and small ones are not lost; then a group (organ, patient) with equal probabilities, then one of
+    its images.
     side, mpp: of the crops as the network sees them
+    Raises AnnotationError for a dataset without a nucleus.
     """
 
-    def __init__(self, sets: Sequence[Sequence[Annotated]], side: int, mpp: float, training: Training) -> None:
+    def __init__(self, datasets: Sequence[Dataset], side: int, mpp: float, training: Training) -> None:
         self.side, self.mpp, self.training = side, mpp, training
-        self.sets: list[list[list[Member]]] = []  # set -> group -> image
-        for images in sets:
-            groups: dict[str, list[Member]] = {}
-            for annotated in images:
-                groups.setdefault(annotated.group, []).append(_member(annotated, training))
+        self.sets: list[list[list[TrainingImage]]] = []  # set -> group -> image
+        for dataset in datasets:
+            groups: dict[str, list[TrainingImage]] = {}
+            for sample in dataset.images:
+                groups.setdefault(sample.group, []).append(_training_image(sample, training))
             self.sets.append(list(groups.values()))
-        roots = np.sqrt([sum(len(m.pixels.kinds) for g in groups for m in g) for groups in self.sets])
-        self.chances = roots / roots.sum()
+        nuclei = [sum(len(image.labelled.class_index) for g in groups for image in g) for groups in self.sets]
+        if 0 in nuclei:
+            empty = datasets[nuclei.index(0)]
+            raise AnnotationError(
+                f"{empty.name}: 0 nuclei in its {len(empty.images)} training images: need at least one; check the "
+                f"annotations and their classes, or leave this dataset out"
+            )
+        roots = np.sqrt(nuclei)
+        self.probabilities = roots / roots.sum()
 
     def __getitem__(self, number: int) -> Crop:
         rng = np.random.default_rng((self.training.seed, number))
-        member = self._draw(rng)
-        pixels = member.pixels
-        zoom, strength = member.mpp / self.mpp, self.training.strength
-        image, labels = augment.crop(pixels.image, pixels.labels, zoom, self.side, strength, rng)
+        labelled, mpp, source = self._draw(rng)
+        zoom, strength = mpp / self.mpp, self.training.strength
+        image, labels = augment.crop(labelled.image, labelled.labels, zoom, self.side, strength, rng)
         if self.training.normalise and rng.random() < self.training.normalise:
-            image = _restain(image, member.stain, self._draw(rng).stain)
+            image = _restain(image, source, self._draw(rng).stain)
         image = augment.recolour(image, strength, rng)
         light = torch.from_numpy(image.transpose(2, 0, 1).copy()).float() / 255
-        kinds = pixels.kinds if self.training.by_class else np.ones_like(pixels.kinds)
-        return Crop(light, *targets(labels, kinds), torch.from_numpy(regions(labels)))
+        class_index = labelled.class_index if self.training.by_class else np.ones_like(labelled.class_index)
+        return Crop(light, *targets(labels, class_index), torch.from_numpy(regions(labels)))
 
-    def _draw(self, rng: np.random.Generator) -> Member:
-        groups = self.sets[int(rng.choice(len(self.sets), p=self.chances))]
+    def _draw(self, rng: np.random.Generator) -> TrainingImage:
+        groups = self.sets[int(rng.choice(len(self.sets), p=self.probabilities))]
         group = groups[int(rng.integers(len(groups)))]
         return group[int(rng.integers(len(group)))]
 
 
-def _member(annotated: Annotated, training: Training) -> Member:
-    pixels, found = annotated.read(), None
+def _training_image(sample: Sample, training: Training) -> TrainingImage:
+    labelled, fitted = sample.read(), None
     if training.normalise:
         # an image without enough stained tissue has no stain, and is then left as it is
         with contextlib.suppress(StainError):
-            found = fit(pixels.image[None], np.ones((1, *pixels.labels.shape), bool), "reinhard")
-    return Member(pixels, annotated.mpp, found)
+            fitted = fit(labelled.image[None], np.ones((1, *labelled.labels.shape), bool), "reinhard")
+    return TrainingImage(labelled, sample.mpp, fitted)
 
 
 def _restain(image: NDArray[np.uint8], source: FittedStain | None, target: FittedStain | None) -> NDArray[np.uint8]:
@@ -95,8 +103,11 @@ def _restain(image: NDArray[np.uint8], source: FittedStain | None, target: Fitte
     return np.ascontiguousarray(moved.transpose(1, 2, 0))
 
 
-def targets(labels: NDArray[np.int32], kinds: NDArray[np.int64]) -> tuple[Tensor, Tensor, Tensor]:
-    """Instance map (S, S) -> boxes (N, 4), labels (N,), masks (N, S, S); N may be 0. kinds[i - 1] is the class of i."""
+def targets(labels: NDArray[np.int32], class_index: NDArray[np.int64]) -> tuple[Tensor, Tensor, Tensor]:
+    """Instance map (S, S) -> boxes (N, 4), labels (N,), masks (N, S, S); N may be 0.
+
+    class_index[i - 1]: class of nucleus i, from 1
+    """
     ids, areas = np.unique(labels[labels > 0], return_counts=True)
     ids = ids[areas >= MIN_AREA_PX]
     masks = labels[None] == ids[:, None, None]  # (N, S, S)
@@ -107,7 +118,7 @@ def targets(labels: NDArray[np.int32], kinds: NDArray[np.int64]) -> tuple[Tensor
     )
     return (
         torch.from_numpy(boxes.astype(np.float32)).reshape(-1, 4),
-        torch.from_numpy(kinds[ids - 1]),
+        torch.from_numpy(class_index[ids - 1]),
         torch.from_numpy(masks.astype(np.uint8)),
     )
 

@@ -1,9 +1,9 @@
-"""Annotated images in, one dataset form out, whatever the source.
+"""Reads a dataset of annotated images in whatever form it comes: finds its form, scale, groups and splits.
 
 A dataset is a folder, or one annotation file with its images near it, in one of `FORMS`. Beside them may lie
     splits.json    {"train": [id, ...], "test": [...]}; see `named_splits`
-    dataset.json   {"mpp": 0.25 or {id: 0.25}, "classes": ["Tumour", ...], "groups": {id: "bladder"}}; all optional,
-                   and each has the last word over what the source says (but --mpp over all)
+    dataset.json   {"mpp": 0.25 or {id: 0.25}, "classes": ["Tumour", ...], "groups": {id: "bladder"}}; all optional;
+                   each overrides what the source says, and --mpp overrides all
 """
 
 import re
@@ -12,42 +12,30 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from slides.slide import BELIEVABLE_MPP
-from training.data.coco import coco, write_coco
-from training.data.label_maps import folder, matlab, pannuke, tnbc, write_folder
-from training.data.outlines import aperio, qupath
+from training.data.coco import coco
+from training.data.label_maps import folder, matlab, pannuke, tnbc
+from training.data.outlines import aperio
+from training.data.qupath import qupath
 from training.data.sample import (
-    Annotated,
+    DATASET_FILE,
+    SPLITS_FILE,
     AnnotationError,
-    Annotations,
-    Described,
-    Item,
-    Listing,
-    Pixels,
-    Written,
-    read_json,
+    Catalogue,
+    Dataset,
+    Entry,
+    Metadata,
+    Sample,
+    read_json_file,
     stated_mpp,
 )
 
-__all__ = [
-    "FORMS",
-    "Annotated",
-    "AnnotationError",
-    "Annotations",
-    "Pixels",
-    "Written",
-    "find",
-    "find_all",
-    "named_sets",
-    "named_splits",
-    "write_coco",
-    "write_folder",
-]
-
 
 class Form(NamedTuple):
+    """A form that datasets come in."""
+
     name: str
-    needs: str
-    reader: Callable[[Path, Described], Listing | None]
+    needs: str  # the files it is recognised by
+    reader: Callable[[Path, Metadata], Catalogue | None]
 
 
 # The first one that fits a folder is taken.
@@ -57,12 +45,12 @@ FORMS = (
     Form("TNBC", "Slide_01/<id>.png with GT_01/<id>.png", tnbc),
     Form("PanNuke", "images.npy with masks.npy", pannuke),
     Form("Aperio XML", "<id>.xml with <id>.tif", aperio),
-    Form("QuPath GeoJSON", "<image>.geojson with its image or slide", qupath),
+    Form("QuPath GeoJSON", "<image>.geojson, .geojson.gz or .zip with its image or slide", qupath),
     Form("COCO", "a .json with its images", coco),
 )
 
 
-def find(data: Path, splits: Sequence[str] = (), mpp: float | None = None) -> Annotations:
+def read_dataset(data: Path, splits: Sequence[str] = (), mpp: float | None = None) -> Dataset:
     """The images of a dataset, of the named splits or all, sorted by id.
 
     mpp: micrometres per pixel; else as dataset.json says, else the annotation, else the image's metadata or
@@ -73,34 +61,36 @@ def find(data: Path, splits: Sequence[str] = (), mpp: float | None = None) -> An
     if not data.exists():
         raise AnnotationError(f"{data} does not exist: need a dataset's folder, or an annotation file")
     beside = data.parent if data.is_file() else data
-    described = _described(beside / "dataset.json")
-    items = {}
-    listing = _listing(data, described)
-    for item in listing.items:
-        if item.id in items:
-            raise AnnotationError(f"{data} has two images called '{item.id}': need one name for each")
-        items[item.id] = item
-    if strange := sorted({*described.groups, *described.mpp} - {"", *items}):
-        raise AnnotationError(f"{beside / 'dataset.json'} speaks of '{strange[0]}', which is no image of {data}")
-    images = tuple(
-        Annotated(
-            id_,
-            described.groups.get(id_, group_of(id_) if items[id_].group is None else items[id_].group or ""),
-            _scale(items[id_], described, mpp, data),
-            items[id_].read,
+    metadata = _read_metadata(beside / DATASET_FILE)
+    entries = {}
+    catalogue = _catalogue(data, metadata)
+    for entry in catalogue.entries:
+        if entry.id in entries:
+            raise AnnotationError(f"{data} has two images called '{entry.id}': need one name for each")
+        entries[entry.id] = entry
+    if strange := sorted({*metadata.groups, *metadata.mpp} - {"", *entries}):
+        raise AnnotationError(
+            f"{beside / DATASET_FILE} names '{strange[0]}', which is no image of {data}: need the names of its images"
         )
-        for id_ in _chosen(items, splits, beside, data)
+    images = tuple(
+        Sample(
+            id_,
+            metadata.groups.get(id_, group_of(id_) if entries[id_].group is None else entries[id_].group or ""),
+            _scale(entries[id_], metadata, mpp, data),
+            entries[id_].read,
+        )
+        for id_ in _chosen(entries, splits, beside, data)
     )
-    return Annotations(_name(data), images, listing.classes)
+    return Dataset(_name(data), images, catalogue.classes, catalogue.skipped)
 
 
-def find_all(data: Sequence[Path], splits: Sequence[str] = (), mpp: Sequence[float] = ()) -> list[Annotations]:
-    """Several datasets, each as `find` gives it; see `named_sets`."""
-    return [find(one.data, one.splits, one.mpp) for one in named_sets(data, splits, mpp)]
+def read_datasets(data: Sequence[Path], splits: Sequence[str] = (), mpp: Sequence[float] = ()) -> list[Dataset]:
+    """Several datasets, each as `read_dataset` gives it; see `requested_sets`."""
+    return [read_dataset(one.data, one.splits, one.mpp) for one in requested_sets(data, splits, mpp)]
 
 
-class Named(NamedTuple):
-    """A dataset among others, not yet looked for."""
+class RequestedSet(NamedTuple):
+    """One of the datasets that a user asks for, not yet read."""
 
     name: str
     data: Path
@@ -108,8 +98,8 @@ class Named(NamedTuple):
     mpp: float | None
 
 
-def named_sets(data: Sequence[Path], splits: Sequence[str] = (), mpp: Sequence[float] = ()) -> list[Named]:
-    """Datasets with their names, what is wanted of them, and their scales. Raises AnnotationError.
+def requested_sets(data: Sequence[Path], splits: Sequence[str] = (), mpp: Sequence[float] = ()) -> list[RequestedSet]:
+    """Which splits and scale a user asks for of each dataset. Raises AnnotationError.
 
     splits: `NAME` is a split that every dataset must have, `DATASET:NAME` one of the dataset of that folder name;
     a dataset that no split is named for is taken whole
@@ -126,10 +116,8 @@ def named_sets(data: Sequence[Path], splits: Sequence[str] = (), mpp: Sequence[f
             raise AnnotationError(
                 f"split '{split}' is of no dataset: need NAME, or one of {', '.join(names)} before ':'"
             )
-    return [
-        Named(name, folder, tuple(s.removeprefix(f"{name}:") for s in splits if s.rpartition(":")[0] in ("", name)), at)
-        for name, folder, at in zip(names, data, scales, strict=True)
-    ]
+    of_each = [tuple(s.removeprefix(f"{n}:") for s in splits if s.rpartition(":")[0] in ("", n)) for n in names]
+    return [RequestedSet(*one) for one in zip(names, data, of_each, scales, strict=True)]
 
 
 def _name(data: Path) -> str:
@@ -137,11 +125,11 @@ def _name(data: Path) -> str:
 
 
 def group_of(id_: str) -> str:
-    """What the name of an image says of its group.
+    """The group in the name of an image.
 
     A TCGA barcode: its tissue source site, `TCGA-G9`, which stands for one laboratory and one organ.
     Else the name without its last number, where that is set apart: `human_bladder_01` -> `human_bladder`,
-    `03_2` -> `03`. Else nothing, "".
+    `03_2` -> `03`. Else "".
     """
     if barcode := re.match(r"TCGA-[A-Z0-9]{2}(?=-)", id_):
         return barcode[0]
@@ -155,7 +143,7 @@ def named_splits(path: Path) -> dict[str, list[str]]:
     Lists in an inner object are folds of one another: {"bns": {"01": [...], "02": [...]}} gives `bns` (all of
     them), `bns/01`, `bns/02`, and their complements `bns/not-01`, `bns/not-02` to train on.
     """
-    content = read_json(path)
+    content = read_json_file(path)
     named = dict(_walk(content, "")) if isinstance(content, dict) else {}
     if not named:
         raise AnnotationError(f"{path} names no splits: need a JSON object, name -> list of ids")
@@ -174,55 +162,55 @@ def _walk(content: Mapping[str, Any], at: str) -> Iterator[tuple[str, list[str]]
             yield from _walk(inner, f"{at}{name}/")
 
 
-def _listing(data: Path, described: Described) -> Listing:
-    """What the first form that fits finds. Raises AnnotationError."""
+def _catalogue(data: Path, metadata: Metadata) -> Catalogue:
+    """The catalogue of the first form that fits. Raises AnnotationError."""
     for form in FORMS:
         try:
-            listing = form.reader(data, described)
+            catalogue = form.reader(data, metadata)
         except AnnotationError as error:
             raise AnnotationError(f"{data}, read as {form.name}: {error}") from error
-        if listing is not None and listing.items:
-            return listing
+        if catalogue is not None and catalogue.entries:
+            return catalogue
     known = "; ".join(f"{form.needs} ({form.name})" for form in FORMS)
     raise AnnotationError(f"{data} holds no images in a form that is known here: need one of {known}")
 
 
-def _chosen(items: Mapping[str, Item], splits: Sequence[str], beside: Path, data: Path) -> list[str]:
+def _chosen(entries: Mapping[str, Entry], splits: Sequence[str], beside: Path, data: Path) -> list[str]:
     """Ids of the splits, sorted; all without splits."""
     if not splits:
-        return sorted(items)
-    named = named_splits(beside / "splits.json")
+        return sorted(entries)
+    named = named_splits(beside / SPLITS_FILE)
     if unknown := [s for s in splits if s not in named]:
         raise AnnotationError(f"{data} has no split '{unknown[0]}': its splits are {', '.join(named)}")
     chosen = sorted({i for s in splits for i in named[s]})
-    if missing := [i for i in chosen if i not in items]:
-        raise AnnotationError(f"{data}: '{missing[0]}' of splits.json has no image: need each in the dataset")
+    if missing := [i for i in chosen if i not in entries]:
+        raise AnnotationError(f"{data}: '{missing[0]}' of {SPLITS_FILE} has no image: need each in the dataset")
     return chosen
 
 
-def _scale(item: Item, described: Described, mpp: float | None, data: Path) -> float:
+def _scale(entry: Entry, metadata: Metadata, mpp: float | None, data: Path) -> float:
     """The first of user, dataset.json, annotation, image. Raises AnnotationError where none is believable."""
     low, high = BELIEVABLE_MPP
-    said = mpp if mpp is not None else described.mpp.get(item.id, described.mpp.get(""))
+    said = mpp if mpp is not None else metadata.mpp.get(entry.id, metadata.mpp.get(""))
     if said is not None:
         if not low <= said <= high:
-            raise AnnotationError(f"mpp={said:g} for '{item.id}': need {low:g} to {high:g} micrometres per pixel")
+            raise AnnotationError(f"mpp={said:g} for '{entry.id}': need {low:g} to {high:g} micrometres per pixel")
         return said
-    if item.mpp is not None and low <= item.mpp <= high:
-        return item.mpp
-    if item.picture is None or (stated := stated_mpp(item.picture)) is None:
-        raise AnnotationError(f"{data}: '{item.id}' states no resolution: pass --mpp (micrometres per pixel)")
+    if entry.mpp is not None and low <= entry.mpp <= high:
+        return entry.mpp
+    if entry.image is None or (stated := stated_mpp(entry.image)) is None:
+        raise AnnotationError(f"{data}: '{entry.id}' states no resolution: pass --mpp (micrometres per pixel)")
     return stated
 
 
-def _described(path: Path) -> Described:
-    """dataset.json, or nothing where there is none. Raises AnnotationError."""
+def _read_metadata(path: Path) -> Metadata:
+    """The content of dataset.json, empty where there is none. Raises AnnotationError."""
     if not path.is_file():
-        return Described({}, (), {})
-    content = read_json(path)
-    if not isinstance(content, dict) or (strange := content.keys() - Described._fields):
+        return Metadata({}, (), {})
+    content = read_json_file(path)
+    if not isinstance(content, dict) or (strange := content.keys() - Metadata._fields):
         what = f"'{min(strange)}'" if isinstance(content, dict) else "no object"
-        raise AnnotationError(f"{path} holds {what}: need an object with {', '.join(Described._fields)}, all optional")
+        raise AnnotationError(f"{path} holds {what}: need an object with {', '.join(Metadata._fields)}, all optional")
     mpp, classes, groups = (
         content.get(name, empty) for name, empty in (("mpp", {}), ("classes", None), ("groups", {}))
     )
@@ -237,4 +225,4 @@ def _described(path: Path) -> Described:
         raise AnnotationError(f"{path}: classes names one twice: need different names")
     if not isinstance(groups, dict) or not all(isinstance(g, str) for g in groups.values()):
         raise AnnotationError(f"{path}: groups is {groups!r}: need the name of a group for each id")
-    return Described({k: float(v) for k, v in mpp.items()}, tuple(classes or ()), groups)
+    return Metadata({k: float(v) for k, v in mpp.items()}, tuple(classes or ()), groups)

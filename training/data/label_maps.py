@@ -1,10 +1,9 @@
 """Annotations drawn as pixels: folders of label maps, TNBC's masks, PanNuke's arrays, CoNSeP's MATLAB files.
 
-Every reader takes a folder and what its dataset.json says, and lists the images; None: not this form.
+Every reader takes a folder and the content of its dataset.json, and lists the images; None: not this form.
 Where two layers claim a pixel, the later layer has it.
 """
 
-import json
 import re
 from functools import partial
 from pathlib import Path
@@ -14,20 +13,22 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipeline.files import committed
+from pipeline.files import write_json
 from training.data.mat5 import read_mat
 from training.data.sample import (
+    DATASET_FILE,
+    NO_CLASSES,
     AnnotationError,
-    Annotations,
-    Described,
-    Item,
-    Listing,
-    Pixels,
-    Written,
+    Catalogue,
+    Conversion,
+    Dataset,
+    Entry,
+    LabelledImage,
+    Metadata,
     both,
     by_stem,
     class_numbers,
-    pixels,
+    labelled_image,
     read_image,
     subfolder,
     whole_numbers,
@@ -41,7 +42,7 @@ _MOST_NUCLEI = 65_535  # of a 16-bit map
 _PANNUKE = ("Neoplastic", "Inflammatory", "Connective", "Dead", "Epithelial")
 
 
-def folder(data: Path, described: Described) -> Listing | None:
+def folder(data: Path, metadata: Metadata) -> Catalogue | None:
     """images/<id>.png with labels/<id>.png, an instance map; classes/<id>.png, a class per pixel, if there are classes.
 
     A nucleus is of the class that most of its pixels have; background (0) does not count.
@@ -51,60 +52,60 @@ def folder(data: Path, described: Described) -> Listing | None:
         return None
     pairs = both(by_stem(images.iterdir()), by_stem(labels.iterdir(), _MAPS), data)
     if classes is None:
-        if len(described.classes) > 1:
+        if len(metadata.classes) > 1:
             raise AnnotationError(
-                f"dataset.json names {len(described.classes)} classes, but there is no {data / 'classes'}/<id>.png: "
+                f"{DATASET_FILE} names {len(metadata.classes)} classes, but there is no {data / 'classes'}/<id>.png: "
                 f"need the class of every nucleus"
             )
-        items = [Item(id_, partial(_read_maps, image, map_), image) for id_, image, map_ in pairs]
-        return Listing(tuple(items), *([described.classes] if described.classes else []))
+        entries = [Entry(id_, partial(_read_maps, image, map_), image) for id_, image, map_ in pairs]
+        return Catalogue(tuple(entries), metadata.classes or NO_CLASSES)
     maps = both(by_stem(images.iterdir()), by_stem(classes.iterdir(), _MAPS), classes)
     largest = max((int(_read_map(path).max()) for _, _, path in maps), default=0)
-    return Listing(
+    return Catalogue(
         tuple(
-            Item(id_, partial(_read_maps, image, map_, class_map), image)
+            Entry(id_, partial(_read_maps, image, map_, class_map), image)
             for (id_, image, map_), (_, _, class_map) in zip(pairs, maps, strict=True)
         ),
-        class_numbers(largest, described, classes),
+        class_numbers(largest, metadata, classes),
     )
 
 
-def write_folder(annotations: Annotations, folder: Path) -> Written:
+def write_folder(dataset: Dataset, folder: Path) -> Conversion:
     """A dataset -> images/ and labels/ (PNG), classes/ if there are several, and dataset.json, written last.
 
     Law: read back, the dataset is the same but for its name. Raises AnnotationError for a folder that holds
     images already, and for more nuclei or classes than the files can number.
     """
     if any(p.is_dir() and any(p.iterdir()) for p in (folder / "images", folder / "labels", folder / "classes")):
-        raise AnnotationError(f"{folder} holds images already: need a new folder, lest two datasets mix")
-    if len(annotations.classes) > _MOST_CLASSES:
-        raise AnnotationError(f"{annotations.name} has {len(annotations.classes)} classes: need up to {_MOST_CLASSES}")
-    kinds = ("images", "labels", "classes") if len(annotations.classes) > 1 else ("images", "labels")
-    for name in kinds:
+        raise AnnotationError(f"{folder} holds images already: need a new folder, so that two datasets do not mix")
+    if len(dataset.classes) > _MOST_CLASSES:
+        raise AnnotationError(f"{dataset.name} has {len(dataset.classes)} classes: need up to {_MOST_CLASSES}")
+    folders = ("images", "labels", "classes") if len(dataset.classes) > 1 else ("images", "labels")
+    for name in folders:
         (folder / name).mkdir(parents=True, exist_ok=True)
     nuclei, contested = 0, 0
-    for annotated in annotations.images:
-        read = annotated.read()
-        if len(read.kinds) > _MOST_NUCLEI:
+    for sample in dataset.images:
+        read = sample.read()
+        if len(read.class_index) > _MOST_NUCLEI:
             raise AnnotationError(
-                f"'{annotated.id}' has {len(read.kinds)} nuclei, a 16-bit map numbers {_MOST_NUCLEI}: write COCO JSON"
+                f"'{sample.id}' has {len(read.class_index)} nuclei, a 16-bit map numbers {_MOST_NUCLEI}: "
+                f"write COCO JSON"
             )
-        classes = np.r_[0, read.kinds].astype(np.uint8)[read.labels]
-        maps = dict(zip(kinds, (read.image, read.labels.astype(np.uint16), classes), strict=False))
+        classes = np.r_[0, read.class_index].astype(np.uint8)[read.labels]
+        maps = dict(zip(folders, (read.image, read.labels.astype(np.uint16), classes), strict=False))
         for name, values in maps.items():
-            Image.fromarray(values).save(folder / name / f"{annotated.id}.png")
-        nuclei, contested = nuclei + len(read.kinds), contested + read.contested_px
-    described = {
-        "mpp": {a.id: a.mpp for a in annotations.images},
-        "classes": annotations.classes,
-        "groups": {a.id: a.group for a in annotations.images},
+            Image.fromarray(values).save(folder / name / f"{sample.id}.png")
+        nuclei, contested = nuclei + len(read.class_index), contested + read.contested_px
+    metadata = {
+        "mpp": {a.id: a.mpp for a in dataset.images},
+        "classes": dataset.classes,
+        "groups": {a.id: a.group for a in dataset.images},
     }
-    with committed(folder / "dataset.json") as partial_file:
-        partial_file.write_text(json.dumps(described, indent=1), encoding="utf-8")
-    return Written(len(annotations.images), nuclei, contested)
+    write_json(folder / DATASET_FILE, metadata)
+    return Conversion(len(dataset.images), nuclei, contested)
 
 
-def tnbc(data: Path, described: Described) -> Listing | None:
+def tnbc(data: Path, metadata: Metadata) -> Catalogue | None:
     """Slide_01/<id>.png with GT_01/<id>.png, as TNBC (Naylor et al. 2019) is published.
 
     A mask of one value besides 0 is binary: its nuclei are the components that touch, corners included.
@@ -115,14 +116,14 @@ def tnbc(data: Path, described: Described) -> Listing | None:
         return None
     if odd := sorted(slides.keys() ^ truths.keys()):
         raise AnnotationError(f"{data} has no {'GT' if odd[0] in slides else 'Slide'}_{odd[0]}: need both")
-    items = []
+    entries = []
     for number, slide in sorted(slides.items()):
         pairs = both(by_stem(slide.iterdir()), by_stem(truths[number].iterdir(), _MAPS), slide)
-        items += [Item(id_, partial(_read_mask, image, mask), image) for id_, image, mask in pairs]
-    return Listing(tuple(items), *([described.classes] if described.classes else []))
+        entries += [Entry(id_, partial(_read_mask, image, mask), image) for id_, image, mask in pairs]
+    return Catalogue(tuple(entries), metadata.classes or NO_CLASSES)
 
 
-def matlab(data: Path, described: Described) -> Listing | None:
+def matlab(data: Path, metadata: Metadata) -> Catalogue | None:
     """Images/<id>.png with Labels/<id>.mat, as CoNSeP and CPM are published.
 
     A .mat holds `inst_map`, and for classes `type_map` (a class per pixel) or `inst_type` (a class per nucleus,
@@ -132,25 +133,26 @@ def matlab(data: Path, described: Described) -> Listing | None:
     if images is None or labels is None or not any(p.suffix.lower() == ".mat" for p in labels.iterdir()):
         return None
     pairs = both(by_stem(images.iterdir()), by_stem(labels.iterdir(), [".mat"]), data)
-    if described.classes:
-        classes = described.classes
+    if metadata.classes:
+        classes = metadata.classes
     else:
         largest = max(int(_load(path)[1].max(initial=0)) for _, _, path in pairs)
-        classes = class_numbers(largest, described, labels)
-    return Listing(
-        tuple(Item(id_, partial(_read_matlab, image, path, len(classes)), image) for id_, image, path in pairs), classes
+        classes = class_numbers(largest, metadata, labels)
+    return Catalogue(
+        tuple(Entry(id_, partial(_read_matlab, image, path, len(classes)), image) for id_, image, path in pairs),
+        classes,
     )
 
 
-def pannuke(data: Path, described: Described) -> Listing | None:
+def pannuke(data: Path, metadata: Metadata) -> Catalogue | None:
     """images.npy (N, h, w, 3) with masks.npy (N, h, w, classes + 1), beside it or as the folds are published.
 
     A fold is published as images/fold1/images.npy and types.npy with masks/fold1/masks.npy. Each channel of the
     masks is an instance map of one class; the last is the background and not read. types.npy, the tissue of
     every image, is its group. Arrays are memory-mapped, never unpickled.
     """
-    items: list[Item] = []
-    classes = described.classes or _PANNUKE
+    entries: list[Entry] = []
+    classes = metadata.classes or _PANNUKE
     for images in sorted(p for depth in range(4) for p in data.glob("*/" * depth + "images.npy")):
         masks = _masks_of(images, data)
         pictures, layers = _mapped(images), _mapped(masks)
@@ -167,23 +169,23 @@ def pannuke(data: Path, described: Described) -> Listing | None:
                 f"types.npy beside {images} is {types.dtype} {types.shape}: need {len(pictures)} texts"
             )
         prefix = "" if images.parent == data else f"{images.parent.name}_"
-        items += [
-            Item(
+        entries += [
+            Entry(
                 f"{prefix}{i:05d}",
                 partial(_read_pannuke, images, masks, i),
                 group=None if types is None else str(types[i]),
             )
             for i in range(len(pictures))
         ]
-    return Listing(tuple(items), classes) if items else None
+    return Catalogue(tuple(entries), classes) if entries else None
 
 
-def _read_maps(image: Path, labels: Path, classes: Path | None = None) -> Pixels:
+def _read_maps(image: Path, labels: Path, classes: Path | None = None) -> LabelledImage:
     labels_ = _read_map(labels)
     return _named(labels, read_image(image), labels_, None if classes is None else _majority(labels_, classes))
 
 
-def _read_mask(image: Path, mask: Path) -> Pixels:
+def _read_mask(image: Path, mask: Path) -> LabelledImage:
     labels = _read_map(mask)
     if (values := np.unique(labels)).size - (values[0] == 0) == 1:
         from scipy import ndimage
@@ -192,35 +194,38 @@ def _read_mask(image: Path, mask: Path) -> Pixels:
     return _named(mask, read_image(image), labels, None)
 
 
-def _read_matlab(image: Path, path: Path, classes: int) -> Pixels:
-    labels, kinds = _load(path)
+def _read_matlab(image: Path, path: Path, classes: int) -> LabelledImage:
+    labels, class_index = _load(path)
     found = np.bincount(labels.ravel())
-    if kinds.size and ((kinds < 1) | (kinds > classes))[found[1:] > 0].any():
+    if class_index.size and ((class_index < 1) | (class_index > classes))[found[1:] > 0].any():
         raise AnnotationError(f"{path} has a nucleus of class 0 or above {classes}: need 1 to {classes} for each")
-    return _named(path, read_image(image), labels, kinds if kinds.size else None)
+    return _named(path, read_image(image), labels, class_index if class_index.size else None)
 
 
-def _read_pannuke(images: Path, masks: Path, index: int) -> Pixels:
+def _read_pannuke(images: Path, masks: Path, index: int) -> LabelledImage:
     image = np.asarray(_mapped(images)[index])
     scaled = image.dtype.kind == "f" and 0 < image.max() <= 1
     if scaled or not (np.isfinite(image) & (image >= 0) & (image <= 255)).all():
         raise AnnotationError(f"{images}[{index}] goes from {image.min()} to {image.max()}: need colours of 0 to 255")
     layers = np.asarray(_mapped(masks)[index, ..., :-1])
-    labels, kinds = np.zeros(layers.shape[:2], np.int32), [np.empty(0, np.int64)]
+    labels, class_index = np.zeros(layers.shape[:2], np.int32), [np.empty(0, np.int64)]
     try:
         for channel in range(layers.shape[2]):
             layer = whole_numbers(layers[..., channel])
-            labels = np.where(layer > 0, layer + sum(map(len, kinds)), labels)
-            kinds.append(np.full(int(layer.max()), channel + 1))
+            labels = np.where(layer > 0, layer + sum(map(len, class_index)), labels)
+            class_index.append(np.full(int(layer.max()), channel + 1))
     except AnnotationError as error:
         raise AnnotationError(f"{masks}[{index}]: {error}") from error
     contested = int(((layers > 0).sum(2) > 1).sum())
-    return pixels(np.rint(image).astype(np.uint8), labels, np.concatenate(kinds), contested)
+    return labelled_image(np.rint(image).astype(np.uint8), labels, np.concatenate(class_index), contested)
 
 
-def _named(source: Path, image: NDArray[np.uint8], labels: NDArray[Any], kinds: NDArray[np.int64] | None) -> Pixels:
+def _named(
+    source: Path, image: NDArray[np.uint8], labels: NDArray[Any], class_index: NDArray[np.int64] | None
+) -> LabelledImage:
+    """As `labelled_image`; an error names the file `source`."""
     try:
-        return pixels(image, labels, kinds)
+        return labelled_image(image, labels, class_index)
     except AnnotationError as error:
         raise AnnotationError(f"{source}: {error}") from error
 
@@ -282,9 +287,9 @@ def _in_order(labels: NDArray[np.int32], types: NDArray[np.int32]) -> NDArray[np
     numbers = np.flatnonzero(np.bincount(labels.ravel())[1:])
     if len(types) != len(numbers):
         raise AnnotationError(f"inst_type has {len(types)} classes for {len(numbers)} nuclei: need one for each")
-    kinds = np.zeros(int(labels.max()), np.int64)
-    kinds[numbers] = types
-    return kinds
+    class_index = np.zeros(int(labels.max()), np.int64)
+    class_index[numbers] = types
+    return class_index
 
 
 def _masks_of(images: Path, data: Path) -> Path:

@@ -1,12 +1,13 @@
-"""The one form that every annotated image takes here, and what all readers of annotations share.
+"""An annotated image in memory and on disk, and what all readers of annotations share.
 
-A reader lists what a folder holds (`Listing`) without reading pixels; `training.data.datasets.find` settles
-scale, group and splits and hands out `Annotations`. Nothing that is read is trusted.
+A reader lists what a folder holds (`Catalogue`) without reading pixels; `training.data.datasets.read_dataset` adds
+scale, group and splits, and returns a `Dataset`. No file is trusted.
 """
 
 import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path, PurePosixPath
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,6 +18,7 @@ from slides.errors import ScaleUnknown, SlideError
 from slides.geometry import Box, Size
 from slides.slide import open_slide
 
+DATASET_FILE, SPLITS_FILE = "dataset.json", "splits.json"
 SUFFIXES = frozenset([".png", ".webp", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp"])
 NO_CLASSES = ("Nucleus",)
 
@@ -31,73 +33,79 @@ class AnnotationError(ConfigError):
     """A dataset that is incomplete or contradicts itself; the message names the file and the rule."""
 
 
-class Pixels(NamedTuple):
-    """One annotated image, read."""
+class LabelledImage(NamedTuple):
+    """The pixels of an image and its annotated nuclei."""
 
     image: NDArray[np.uint8]  # (h, w, 3), RGB
     labels: NDArray[np.int32]  # (h, w): 0 background, 1..N, every number one nucleus, in one part or several
-    kinds: NDArray[np.int64]  # (N,): index into the dataset's classes, from 1, of nucleus i + 1
-    contested_px: int = 0  # pixels that several outlines claimed: the last one has them
+    class_index: NDArray[np.int64]  # (N,): index into the dataset's classes, from 1, of nucleus i + 1
+    contested_px: int = 0  # pixels in several outlines: they belong to the last one
 
 
-class Annotated(NamedTuple):
+class Sample(NamedTuple):
     """One annotated image, not yet read. Pickles, so that it can go to loader processes."""
 
     id: str  # unique within the dataset
-    group: str  # organ, patient or laboratory; "" where nothing tells
+    group: str  # organ, patient or laboratory; "" where unknown
     mpp: float
-    read: Callable[[], Pixels]
+    read: Callable[[], LabelledImage]
 
 
-class Annotations(NamedTuple):
-    """A dataset: its images, sorted by id, and the names of its classes, at least one."""
+class Dataset(NamedTuple):
+    """Its images, sorted by id, and the names of its classes, at least one."""
 
     name: str
-    images: tuple[Annotated, ...]
+    images: tuple[Sample, ...]
     classes: tuple[str, ...]
+    skipped: Mapping[str, int] = MappingProxyType({})  # annotated objects that are not used, by reason
+
+    def describe_skipped(self) -> list[str]:
+        """A line for each reason for which objects were skipped; none where all are used."""
+        return [f"{self.name}: {count} objects skipped: {reason}" for reason, count in self.skipped.items()]
 
 
-class Described(NamedTuple):
-    """What the user wrote in dataset.json; it has the last word."""
+class Metadata(NamedTuple):
+    """The content of dataset.json, which overrides what the annotation files say."""
 
     mpp: Mapping[str, float]  # by id; "" is for all others
     classes: tuple[str, ...]  # empty: as the source says
     groups: Mapping[str, str]
 
 
-class Item(NamedTuple):
-    """An annotated image as its source tells of it."""
+class Entry(NamedTuple):
+    """An annotated image as its source describes it."""
 
     id: str
-    read: Callable[[], Pixels]
-    picture: Path | None = None  # a file that may state the scale
+    read: Callable[[], LabelledImage]
+    image: Path | None = None  # a file that may state the scale
     mpp: float | None = None  # what the annotation states
     group: str | None = None
 
 
-class Listing(NamedTuple):
-    """What a reader found."""
+class Catalogue(NamedTuple):
+    """What a reader lists of a dataset."""
 
-    items: tuple[Item, ...]
+    entries: tuple[Entry, ...]
     classes: tuple[str, ...] = NO_CLASSES
+    skipped: Mapping[str, int] = MappingProxyType({})  # annotated objects that are not used, by reason
 
 
-class Written(NamedTuple):
-    """What a writer wrote."""
+class Conversion(NamedTuple):
+    """Counts of what a writer wrote."""
 
     images: int
     nuclei: int
     contested_px: int  # where nuclei overlapped in the source; the later one has the pixel
 
 
-def pixels(
-    image: NDArray[np.uint8], labels: NDArray[Any], kinds: NDArray[np.int64] | None, contested_px: int = 0
-) -> Pixels:
-    """Check and number anew.
+def labelled_image(
+    image: NDArray[np.uint8], labels: NDArray[Any], class_index: NDArray[np.int64] | None, contested_px: int = 0
+) -> LabelledImage:
+    """Check a label map, and number its nuclei 1 to N without gaps.
 
-    labels: (h, w), whole numbers of any dtype, with gaps if need be
-    kinds: class of nucleus n at n - 1, for every n up to the largest in `labels`; None: all are of class 1
-    Raises AnnotationError for maps of another size than the image, and numbers that are none.
+    labels: (h, w), whole numbers of any dtype, gaps allowed
+    class_index: class of nucleus n at n - 1, for every n up to the largest in `labels`; None: all are of class 1
+    Raises AnnotationError for maps of another size than the image, and for values that are no label.
     Law: two pixels get the same number exactly if they had the same number; order is kept.
     """
     labels = whole_numbers(labels)
@@ -110,12 +118,12 @@ def pixels(
     number = np.cumsum(present, dtype=np.int32)
     number[~present] = 0
     old = np.flatnonzero(present)
-    kept = np.ones(len(old), np.int64) if kinds is None else kinds[old - 1]
-    return Pixels(image, number[labels], kept, contested_px)
+    kept = np.ones(len(old), np.int64) if class_index is None else class_index[old - 1]
+    return LabelledImage(image, number[labels], kept, contested_px)
 
 
 def whole_numbers(labels: NDArray[Any]) -> NDArray[np.int32]:
-    """A map (h, w) of any dtype -> int32. Raises AnnotationError for what no instance map can hold."""
+    """A map (h, w) of any dtype -> int32. Raises AnnotationError for values that no instance map can hold."""
     if labels.ndim != 2 or not labels.size:
         raise AnnotationError(f"the labels are an array of {labels.shape}: need (height, width), one label per pixel")
     if not np.issubdtype(labels.dtype, np.number) and labels.dtype != bool:
@@ -151,7 +159,7 @@ def frame(path: Path) -> Size:
 
 
 def stated_mpp(path: Path) -> float | None:
-    """What a slide's metadata or an image's resolution tags say, if believable. Raises AnnotationError."""
+    """um per pixel in a slide's metadata or an image's resolution tags; None without. Raises AnnotationError."""
     try:
         with open_slide(path) as slide:
             return slide.scale.x
@@ -161,8 +169,8 @@ def stated_mpp(path: Path) -> float | None:
         raise AnnotationError(str(error)) from error
 
 
-def read_json(path: Path) -> Any:
-    """The content of a JSON file. NaN and Infinity, which JSON does not have, are refused like other faults."""
+def read_json_file(path: Path) -> Any:
+    """The content of a JSON file. Raises AnnotationError for one that is not JSON; NaN and Infinity are not."""
     try:
         return parse_json(path.read_bytes(), str(path))
     except OSError as error:
@@ -170,6 +178,8 @@ def read_json(path: Path) -> Any:
 
 
 def parse_json(text: bytes, name: str) -> Any:
+    """JSON in `text`, the content of the file `name`. Raises AnnotationError."""
+
     def refuse(constant: str) -> None:
         raise ValueError(f"it holds {constant}")
 
@@ -186,7 +196,7 @@ def subfolder(data: Path, name: str) -> Path | None:
 
 
 def by_stem(paths: Iterable[Path], suffixes: Iterable[str] = SUFFIXES) -> dict[str, Path]:
-    """Files by their name without suffix; hidden ones are passed over. Raises AnnotationError for two of a name."""
+    """Files by their name without suffix; not hidden ones. Raises AnnotationError for two of a name."""
     found: dict[str, Path] = {}
     for path in sorted(paths):
         if path.suffix.lower() not in suffixes or path.name.startswith("."):
@@ -210,33 +220,33 @@ def both(images: Mapping[str, Path], labels: Mapping[str, Path], where: Path) ->
 
 
 def inside(name: object, source: Path) -> PurePosixPath:
-    """A file name that a file gives. Raises AnnotationError if it would leave the folder."""
+    """A file name written in the file `source`. Raises AnnotationError if it would leave the folder."""
     path = PurePosixPath(name) if isinstance(name, str) else PurePosixPath()
     if not path.name or path.is_absolute() or ".." in path.parts or set("\\:\0") & set(str(path)):
-        raise AnnotationError(f"{source} names the file {name!r}: need a name within its folder, parted by '/'")
+        raise AnnotationError(f"{source} names the file {name!r}: need a name within its folder, separated by '/'")
     return path
 
 
-def class_names(found: Iterable[str], described: Described, source: Path) -> tuple[str, ...]:
+def class_names(found: Iterable[str], metadata: Metadata, source: Path) -> tuple[str, ...]:
     """The dataset's classes where objects are classed by name: dataset.json's, else those found, sorted."""
     names = sorted(set(found))
-    if not described.classes:
+    if not metadata.classes:
         return tuple(names) or NO_CLASSES
-    if strange := [n for n in names if n not in described.classes]:
+    if strange := [n for n in names if n not in metadata.classes]:
         raise AnnotationError(
-            f"{source} has objects of class '{strange[0]}', dataset.json names {', '.join(described.classes)}: "
+            f"{source} has objects of class '{strange[0]}', dataset.json names {', '.join(metadata.classes)}: "
             f"add it there"
         )
-    return described.classes
+    return metadata.classes
 
 
-def class_numbers(largest: int, described: Described, source: Path) -> tuple[str, ...]:
+def class_numbers(largest: int, metadata: Metadata, source: Path) -> tuple[str, ...]:
     """The dataset's classes where they are numbers, 1 to `largest`: dataset.json's names, else the numbers."""
-    if not described.classes:
+    if not metadata.classes:
         return tuple(map(str, range(1, largest + 1))) or NO_CLASSES
-    if largest > len(described.classes):
+    if largest > len(metadata.classes):
         raise AnnotationError(
-            f"{source} has objects of class {largest}, dataset.json names {len(described.classes)} classes: "
+            f"{source} has objects of class {largest}, dataset.json names {len(metadata.classes)} classes: "
             f"need a name for each"
         )
-    return described.classes
+    return metadata.classes

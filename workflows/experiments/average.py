@@ -2,9 +2,9 @@
 
     python workflows/experiments/average.py OUT FILE-OR-NAME FILE-OR-NAME... [--licence TEXT]
 
-Every tensor becomes the mean of the files' tensors. They must have the same architecture, and one must have begun
-where another ended, or both at the same weights: else the mean is of no use. The new file says the licences of all, if
-no other is given, and the recipe of the last one (of which `choose.py` reads what was held out).
+Every tensor becomes the mean of the files' tensors. They must have the same architecture, and one must have been
+trained from another, or all from the same weights: else the mean is of no use. The new file states the licences of
+all, if no other is given, and the recipe of the last one (in which `choose.py` reads what was held out).
 """
 
 import argparse

@@ -22,90 +22,82 @@ from cyclopts import App, Parameter
 from pipeline.config import Detector, Execution, Settings
 from pipeline.errors import ConfigError
 from pipeline.model.weights import find_weights, read_notes
-from training.data.datasets import named_sets
-from training.evaluate import Collection, gather, predict, read_detections
-from training.fit import split_off
+from training.cli import Datasets, Flat, Scales, Splits
+from training.data.datasets import requested_sets
+from training.evaluate import EvaluationSet, gather, predict, read_detections, results_of, whole_images
+from training.fit import split_held_out
 from training.measures import Scores, compare, mean, measure, tally
 
 Several = Parameter(negative="")
-Flat = Parameter(name="*")
 SHOWN = {"pq": "PQ", "aji": "AJI", "dq": "DQ = F1", "sq": "SQ", "dice": "Dice", "precision": "P", "recall": "R"}
 
 app = App(help=__doc__, help_format="plaintext")
 
 
-def held_out(collection: Collection, weights: str) -> Collection:
+def held_out(images: EvaluationSet, weights: str) -> EvaluationSet:
     """The images of one dataset that the training of `weights` did not use. Raises ConfigError for none."""
     notes = read_notes(find_weights(weights))
     if "recipe" not in notes:
-        raise ConfigError(f"{weights} says nothing of its training: need a file written by 'nightslide train'")
+        raise ConfigError(f"{weights} does not state how it was trained: need a file written by 'nightslide train'")
     recipe = json.loads(notes["recipe"])
-    _, aside = split_off([m.annotated for m in collection.members], recipe["hold_out"], recipe["seed"])
+    _, aside = split_held_out([m.sample for m in images.images], recipe["hold_out"], recipe["seed"])
     if not aside:
         raise ConfigError(f"{weights} was trained without held-out images: need a training with --hold-out 1 or more")
     ids = {a.id for a in aside}
-    return collection._replace(members=tuple(m for m in collection.members if m.annotated.id in ids))
+    return images._replace(images=tuple(m for m in images.images if m.sample.id in ids))
 
 
-def grid(collection: Collection, settings: Settings, scores: tuple[float, ...], execution: Execution) -> list[Scores]:
+def grid(images: EvaluationSet, settings: Settings, scores: tuple[float, ...], execution: Execution) -> list[Scores]:
     """Image means at every score threshold, from one inference at the lowest."""
     at_lowest = replace(settings, detector=replace(settings.detector, score=min(scores)))
-    judged: list[list[Scores]] = [[] for _ in scores]
+    tallies: list[list[Scores]] = [[] for _ in scores]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        rows = predict(collection.members, folder, at_lowest, execution, lambda line: print(line, file=sys.stderr))
-        for member, row in zip(collection.members, rows, strict=True):
-            labels = member.annotated.read().labels
-            found = read_detections(folder / "run" / row.slide / "nuclei.parquet")
-            for of_score, score in zip(judged, scores, strict=True):
+        rows = predict(images.images, folder, at_lowest, execution, lambda line: print(line, file=sys.stderr))
+        for image, row in zip(images.images, rows, strict=True):
+            labels = image.sample.read().labels
+            found = read_detections(results_of(folder, row))
+            for of_score, score in zip(tallies, scores, strict=True):
                 painted = found.above(score).paint((labels.shape[0], labels.shape[1]))
-                of_score.append(measure(tally(compare(labels, painted, member.annotated.mpp))))
-    return [mean(of_score) for of_score in judged]
+                of_score.append(measure(tally(compare(labels, painted, image.sample.mpp))))
+    return [mean(of_score) for of_score in tallies]
 
 
 @app.default
 def choose(
     *,
-    data: Annotated[list[Path], Several],
-    split: Annotated[tuple[str, ...], Several] = (),
+    data: Datasets,
+    split: Splits = (),
     unseen: Annotated[bool, Parameter(negative="")] = False,
-    mpp: Annotated[tuple[float, ...], Several] = (),
+    mpp: Scales = (),
     nms: Annotated[tuple[float, ...], Several] = (),
     score: Annotated[tuple[float, ...], Several] = (0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.7),
     settings: Annotated[Settings, Flat] = Settings(),
     execution: Annotated[Execution, Flat] = Execution(cluster=False),
 ) -> int:
-    """Score a grid of thresholds on held-out images.
+    """Score a grid of thresholds on held-out images; --data, --split and --mpp as they were given to `train`.
 
     Parameters
     ----------
-    data
-        The datasets that the weights were trained on, as given to `nightslide train`.
-    split
-        The splits that they were trained on.
     unseen
         The weights were trained on none of these images: take them all.
-    mpp
-        Micrometres per pixel of the images, if they do not say; once, or once for each dataset.
     nms
         Values of --detector.nms, an inference each; the setting's own without it.
     score
         Values of --detector.score.
     """
-    settings = replace(settings, tissue=replace(settings.tissue, everywhere=True))
-    sets = [gather([s.data], s.splits, [s.mpp] if s.mpp else []) for s in named_sets(data, split, mpp)]
+    settings = whole_images(settings)
+    sets = [gather([s.data], s.splits, [s.mpp] if s.mpp else []) for s in requested_sets(data, split, mpp)]
     each = sets if unseen else [held_out(one, settings.detector.weights) for one in sets]
-    collection = Collection(tuple(member for c in each for member in c.members), ())
+    images = EvaluationSet(tuple(image for c in each for image in c.images), ())
     cells: dict[tuple[float, float], Scores] = {}
     for value in nms or (settings.detector.nms,):
         chosen: Detector = replace(settings.detector, nms=value)
-        for at, scores in zip(
-            score, grid(collection, replace(settings, detector=chosen), score, execution), strict=True
-        ):
+        for at, scores in zip(score, grid(images, replace(settings, detector=chosen), score, execution), strict=True):
             cells[value, at] = scores
     best = max(cells, key=lambda key: cells[key].pq)
     print(f"`{shlex.join(['python', *sys.argv])}`\n")
-    print(f"Image means over {', '.join(m.name for m in collection.members)}, which were not trained on:\n")
+    print(f"Image means over {', '.join(m.name for m in images.images)}, which were not trained on:\n")
     print("| NMS | score | " + " | ".join(SHOWN.values()) + " |\n" + "| --- " * (2 + len(SHOWN)) + "|")
     for (value, at), scores in cells.items():
         line = [f"{value:g}", f"{at:g}", *(f"{getattr(scores, name):.3f}" for name in SHOWN)]

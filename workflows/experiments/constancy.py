@@ -24,7 +24,8 @@ from pipeline.errors import StainError
 from pipeline.model import dcgmm, stain
 from pipeline.model.dcgmm import ClusterNet
 from pipeline.model.weights import find_weights
-from training.data.datasets import Annotated, find
+from training.data.datasets import read_dataset
+from training.data.sample import Sample
 
 MPP = 0.25
 
@@ -51,20 +52,20 @@ class Measured(NamedTuple):
     picture: Image.Image
 
 
-def chosen(images: Sequence[Annotated], of_a_group: int) -> Iterator[Annotated]:
+def chosen(images: Sequence[Sample], of_a_group: int) -> Iterator[Sample]:
     taken: dict[str, int] = {}
-    for annotated in images:
-        taken[annotated.group] = taken.get(annotated.group, 0) + 1
-        if not of_a_group or taken[annotated.group] <= of_a_group:
-            yield annotated
+    for sample in images:
+        taken[sample.group] = taken.get(sample.group, 0) + 1
+        if not of_a_group or taken[sample.group] <= of_a_group:
+            yield sample
 
 
-def at_scale(annotated: Annotated) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+def at_scale(sample: Sample) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
     """Image uint8 (h, w, 3) and nuclei bool (h, w), at 0.25 um per px."""
-    pixels = annotated.read()
-    height, width = (round(n * annotated.mpp / MPP) for n in pixels.labels.shape)
-    image = Image.fromarray(pixels.image).resize((width, height), Image.Resampling.BICUBIC)
-    nuclei = Image.fromarray(pixels.labels > 0).resize((width, height), Image.Resampling.NEAREST)
+    labelled = sample.read()
+    height, width = (round(n * sample.mpp / MPP) for n in labelled.labels.shape)
+    image = Image.fromarray(labelled.image).resize((width, height), Image.Resampling.BICUBIC)
+    nuclei = Image.fromarray(labelled.labels > 0).resize((width, height), Image.Resampling.NEAREST)
     return np.asarray(image), np.asarray(nuclei)
 
 
@@ -91,10 +92,10 @@ def measure(
 ) -> Measured:
     pixels = torch.from_numpy(image.copy()).permute(2, 0, 1)[None].float() / 255
     normaliser = None if source is None else stain.Normaliser(stain.Normalisation(source, target), network)
-    began = time.process_time()  # of the one thread: other work on the machine does not count
+    started = time.process_time()  # of the one thread: other work on the machine does not count
     with torch.inference_mode():
         moved = pixels[0] if normaliser is None else normaliser(pixels)[0]
-    seconds = time.process_time() - began
+    seconds = time.process_time() - started
     intensity = moved.mean(0).numpy()[nuclei]
     picture = Image.fromarray((moved.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8))
     nmi = float(np.median(intensity) / np.percentile(intensity, 95))
@@ -135,7 +136,7 @@ def main() -> None:
     torch.set_num_threads(1)
     sets = []
     for name, mpp, of_a_group in SETS:
-        pairs = [at_scale(a) for a in chosen(find(wanted.data / name, (), mpp).images, of_a_group)]
+        pairs = [at_scale(a) for a in chosen(read_dataset(wanted.data / name, (), mpp).images, of_a_group)]
         sets.append([(image, nuclei) for image, nuclei in pairs if nuclei.any()])
     counts = [f"{s.name} ({len(members)})" for s, members in zip(SETS, sets, strict=True)]
     table: dict[str, list[list[Measured]]] = {}

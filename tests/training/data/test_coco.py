@@ -15,9 +15,9 @@ from PIL import Image
 from pycocotools import mask as mask_tools
 from pycocotools.coco import COCO
 
-from training.data.coco import _counts
-from training.data.datasets import Annotated, AnnotationError, Annotations, Pixels, find, write_coco
-from training.data.sample import pixels
+from training.data.coco import _counts, write_coco
+from training.data.datasets import read_dataset
+from training.data.sample import AnnotationError, Dataset, LabelledImage, Sample, labelled_image
 
 # pycocotools' own decoder, which only the tests use, is not ready for numpy 2.
 DECODER = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -41,13 +41,13 @@ def write(folder: Path, nuclei: list[dict[str, Any]], **changes: Any) -> Path:
     return path
 
 
-def only(found: Annotations) -> Pixels:
+def only(found: Dataset) -> LabelledImage:
     (annotated,) = found.images
-    return Pixels(*pickle.loads(pickle.dumps(annotated)).read())
+    return LabelledImage(*pickle.loads(pickle.dumps(annotated)).read())
 
 
-def given_pixels(read: Pixels) -> Annotations:
-    return Annotations("g", (Annotated("x", "", 0.25, lambda: read),), ("Nucleus",))
+def given_pixels(read: LabelledImage) -> Dataset:
+    return Dataset("g", (Sample("x", "", 0.25, lambda: read),), ("Nucleus",))
 
 
 @DECODER
@@ -78,11 +78,11 @@ def test_masks_are_those_of_pycocotools(
             mask = oracle.annToMask(oracle.anns[number])
             painted[mask > 0] = number + 1
             claims += mask
-    found = find(folder, mpp=0.25)
+    found = read_dataset(folder, mpp=0.25)
     read = only(found)
     kept = np.unique(painted[painted > 0])
     np.testing.assert_array_equal(read.labels, np.searchsorted(np.r_[0, kept], painted))
-    assert read.kinds.tolist() == [[1, 2, 3, 2][n - 1] for n in kept]
+    assert read.class_index.tolist() == [[1, 2, 3, 2][n - 1] for n in kept]
     assert read.contested_px == (claims > 1).sum()
     assert found.classes == ("a", "b", "c")
     np.testing.assert_array_equal(read.image, RGB)
@@ -94,11 +94,11 @@ def test_masks_are_those_of_pycocotools(
 def test_pycocotools_reads_what_is_written(
     labels: NDArray[np.uint16], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    read = pixels(RGB[:7, :9], labels, None)
+    read = labelled_image(RGB[:7, :9], labels, None)
     path = tmp_path_factory.mktemp("out") / "c.json"
-    assert write_coco(given_pixels(read), path) == (1, len(read.kinds), 0)
+    assert write_coco(given_pixels(read), path) == (1, len(read.class_index), 0)
     oracle = COCO(path)
-    assert len(oracle.anns) == len(read.kinds)
+    assert len(oracle.anns) == len(read.class_index)
     for number, annotation in oracle.anns.items():
         np.testing.assert_array_equal(oracle.annToMask(annotation), read.labels == number)
         rows, columns = np.nonzero(read.labels == number)
@@ -122,15 +122,15 @@ def test_no_text_breaks_the_run_lengths(text: bytes) -> None:
 
 def test_images_lie_beside_or_below_or_above(tmp_path: Path) -> None:
     path = write(tmp_path, [])
-    assert only(find(path, mpp=0.25)).labels.sum() == 0
+    assert only(read_dataset(path, mpp=0.25)).labels.sum() == 0
     (tmp_path / "images" / "x_1.png").rename(tmp_path / "x_1.png")
-    assert find(path, mpp=0.25).name == "train"
+    assert read_dataset(path, mpp=0.25).name == "train"
     (tmp_path / "annotations").mkdir()
     path.rename(tmp_path / "annotations" / "train.json")
-    assert find(tmp_path, mpp=0.25).images[0][:2] == ("x_1", "x")
+    assert read_dataset(tmp_path, mpp=0.25).images[0][:2] == ("x_1", "x")
     write(tmp_path, [])
     with pytest.raises(AnnotationError, match="holds 2 COCO files"):
-        find(tmp_path, mpp=0.25)
+        read_dataset(tmp_path, mpp=0.25)
 
 
 def image(**changes: Any) -> dict[str, Any]:
@@ -151,24 +151,24 @@ def image(**changes: Any) -> dict[str, Any]:
         (image(width=-20), "need 1 to 32768"),
         (image(width=2**40), "need 1 to 32768"),
         (image(width="20"), "need 1 to 32768"),
-        (image(id=[5]), "is not as COCO is"),
-        ({"images": image()["images"] * 2}, "numbers two images alike"),
+        (image(id=[5]), "is not in COCO's form"),
+        ({"images": image()["images"] * 2}, "gives two images the same id"),
         ({"images": [*image()["images"], *image(id=6)["images"]]}, "two images called 'x_1'"),
-        ({"images": [3]}, "is not as COCO is"),
-        ({"images": [{}]}, "is not as COCO is"),
+        ({"images": [3]}, "is not in COCO's form"),
+        ({"images": [{}]}, "is not in COCO's form"),
         ({"categories": []}, r"names the categories \[\]: need one or more"),
         ({"categories": [{"id": 4, "name": "a"}, {"id": 5, "name": "a"}]}, "each with its own name"),
         ({"categories": [{"id": 4, "name": None}]}, "each with its own name"),
-        ({"categories": 3}, "is not as COCO is"),
-        ({"annotations": [3]}, "is not as COCO is"),
-        ({"annotations": [{"image_id": 5}]}, "is not as COCO is"),
+        ({"categories": 3}, "is not in COCO's form"),
+        ({"annotations": [3]}, "is not in COCO's form"),
+        ({"annotations": [{"image_id": 5}]}, "is not in COCO's form"),
         ({"annotations": [{"id": 1, "image_id": 6, "category_id": 4}]}, "is of image 6 and category 4"),
         ({"annotations": [{"id": 1, "image_id": 5, "category_id": 3}]}, "is of image 5 and category 3"),
     ],
 )
 def test_a_json_of_the_wrong_shape_is_named(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(AnnotationError, match=message):
-        find(write(tmp_path, [], **changes), mpp=0.25)
+        read_dataset(write(tmp_path, [], **changes), mpp=0.25)
 
 
 @pytest.mark.parametrize(
@@ -195,23 +195,23 @@ def test_a_json_of_the_wrong_shape_is_named(changes: dict[str, Any], message: st
 )
 def test_a_bad_outline_is_named(segmentation: Any, message: str, tmp_path: Path) -> None:
     with pytest.raises(AnnotationError, match=f"annotation 0.*{message}"):
-        find(write(tmp_path, [{"segmentation": segmentation}]), mpp=0.25)
+        read_dataset(write(tmp_path, [{"segmentation": segmentation}]), mpp=0.25)
 
 
 def test_infinite_vertices_and_other_images_are_refused(tmp_path: Path) -> None:
     path = write(tmp_path, [{"segmentation": [[1, 2, 3, 4, 5, 77]]}])
     path.write_text(path.read_text().replace("77", "NaN"))
     with pytest.raises(AnnotationError, match="holds NaN"):
-        find(path, mpp=0.25)
+        read_dataset(path, mpp=0.25)
     path.write_text(path.read_text().replace("NaN", "1e999"))
     with pytest.raises(AnnotationError, match="need the image that it was drawn on"):
-        find(path, mpp=0.25)
+        read_dataset(path, mpp=0.25)
     path = write(tmp_path, [], **image(width=21))
     with pytest.raises(AnnotationError, match=r"is 20 x 12 px, .* says 21 x 12: need the image that was annotated"):
-        find(path, mpp=0.25).images[0].read()
+        read_dataset(path, mpp=0.25).images[0].read()
     path = write(tmp_path, [{"segmentation": [[0, 0, 5, 0, 5, 5]]}])
     (tmp_path / "dataset.json").write_text('{"mpp": 0.25, "classes": ["c", "b", "a", "d"]}')
-    assert find(path).classes == ("c", "b", "a", "d")
+    assert read_dataset(path).classes == ("c", "b", "a", "d")
     (tmp_path / "dataset.json").write_text('{"mpp": 0.25, "classes": ["c"]}')
     with pytest.raises(AnnotationError, match=r"objects of class 'a', dataset.json names c"):
-        find(path)
+        read_dataset(path)

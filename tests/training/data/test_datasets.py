@@ -12,18 +12,10 @@ from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
 from PIL import Image, TiffImagePlugin
 
-from training.data.datasets import (
-    Annotated,
-    AnnotationError,
-    Annotations,
-    Pixels,
-    find,
-    group_of,
-    named_splits,
-    write_coco,
-    write_folder,
-)
-from training.data.sample import pixels
+from training.data.coco import write_coco
+from training.data.datasets import group_of, named_splits, read_dataset
+from training.data.label_maps import write_folder
+from training.data.sample import AnnotationError, Dataset, LabelledImage, Sample, labelled_image
 
 MAPS = arrays(
     np.uint16, st.tuples(st.integers(1, 9), st.integers(1, 9)), elements=st.sampled_from([0, 0, 1, 2, 7, 300])
@@ -48,33 +40,33 @@ def put(folder: Path, name: str, labels: NDArray[np.uint16]) -> None:
 class Given:
     """A reader that has the pixels already; pickles."""
 
-    def __init__(self, pixels: Pixels) -> None:
+    def __init__(self, pixels: LabelledImage) -> None:
         self.pixels = pixels
 
-    def __call__(self) -> Pixels:
+    def __call__(self) -> LabelledImage:
         return self.pixels
 
 
 @st.composite
-def datasets(draw: st.DrawFn) -> Annotations:
+def datasets(draw: st.DrawFn) -> Dataset:
     classes = draw(st.sampled_from([("Nucleus",), ("Tumour", "Immune µ"), ("b", "a", "c")]))
     images = []
     for name in sorted(draw(st.sets(st.sampled_from(["a_1", "a_2", "TCGA-B0-1", "x y"]), min_size=1, max_size=2))):
         labels = draw(MAPS)
-        kinds = np.array(draw(st.lists(st.integers(1, len(classes)), min_size=300, max_size=300)))
+        class_index = np.array(draw(st.lists(st.integers(1, len(classes)), min_size=300, max_size=300)))
         group = draw(st.sampled_from(["", "bladder"]))
-        read = pixels(colours(labels.shape, len(name)), labels, kinds)
-        images.append(Annotated(name, group, draw(st.sampled_from([0.25, 0.4989])), Given(read)))
-    return Annotations("given", tuple(images), classes)
+        read = labelled_image(colours(labels.shape, len(name)), labels, class_index)
+        images.append(Sample(name, group, draw(st.sampled_from([0.25, 0.4989])), Given(read)))
+    return Dataset("given", tuple(images), classes)
 
 
-def check_equal(found: Annotations, expected: Annotations) -> None:
+def check_equal(found: Dataset, expected: Dataset) -> None:
     """All but the name."""
     assert found.classes == expected.classes
     assert [a[:3] for a in found.images] == [a[:3] for a in expected.images]
     for one, other in zip(found.images, expected.images, strict=True):
         read, wanted = pickle.loads(pickle.dumps(one)).read(), other.read()
-        for field in ("image", "labels", "kinds"):
+        for field in ("image", "labels", "class_index"):
             a, b = getattr(read, field), getattr(wanted, field)
             np.testing.assert_array_equal(a, b)
             assert a.dtype == b.dtype
@@ -82,25 +74,25 @@ def check_equal(found: Annotations, expected: Annotations) -> None:
 
 @settings(max_examples=25)
 @given(dataset=datasets())
-def test_what_is_written_reads_back_equal(dataset: Annotations, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_what_is_written_reads_back_equal(dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> None:
     """DESIGN law 9, for both forms that are written."""
     folder = tmp_path_factory.mktemp("out")
-    nuclei = sum(len(a.read().kinds) for a in dataset.images)
+    nuclei = sum(len(a.read().class_index) for a in dataset.images)
     for written in (write_folder(dataset, folder / "maps"), write_coco(dataset, folder / "coco" / "c.json")):
         assert written == (len(dataset.images), nuclei, 0)
-    check_equal(find(folder / "maps"), dataset)
-    check_equal(find(folder / "coco"), dataset)
-    check_equal(find(folder / "coco" / "c.json"), dataset)
+    check_equal(read_dataset(folder / "maps"), dataset)
+    check_equal(read_dataset(folder / "coco"), dataset)
+    check_equal(read_dataset(folder / "coco" / "c.json"), dataset)
 
 
 @given(labels=MAPS)
 def test_numbers_are_made_contiguous_and_nothing_else(labels: NDArray[np.uint16]) -> None:
     """Law: the same number exactly where it was the same; specks are kept; classes go with their nuclei."""
-    kinds = np.arange(1000, 1300)
-    read = pixels(colours(labels.shape), labels, kinds)
+    class_index = np.arange(1000, 1300)
+    read = labelled_image(colours(labels.shape), labels, class_index)
     np.testing.assert_array_equal(read.labels, numbered(labels))
-    assert read.kinds.tolist() == [999 + n for n in np.unique(labels) if n]
-    assert pixels(colours(labels.shape), labels.astype(float), None).labels.tolist() == read.labels.tolist()
+    assert read.class_index.tolist() == [999 + n for n in np.unique(labels) if n]
+    assert labelled_image(colours(labels.shape), labels.astype(float), None).labels.tolist() == read.labels.tolist()
 
 
 @pytest.mark.parametrize(
@@ -118,12 +110,12 @@ def test_numbers_are_made_contiguous_and_nothing_else(labels: NDArray[np.uint16]
 )
 def test_what_is_no_label_map_is_refused(labels: NDArray[np.generic], message: str) -> None:
     with pytest.raises(AnnotationError, match=message):
-        pixels(colours((4, 4)), labels, None)
+        labelled_image(colours((4, 4)), labels, None)
 
 
 def test_what_does_not_fit_the_files_is_not_written(tmp_path: Path) -> None:
     labels = np.arange(1, 65_537).reshape(256, 256)
-    many = Annotations("m", (Annotated("x", "", 0.25, Given(pixels(colours((256, 256)), labels, None))),), ("N",))
+    many = Dataset("m", (Sample("x", "", 0.25, Given(labelled_image(colours((256, 256)), labels, None))),), ("N",))
     with pytest.raises(AnnotationError, match="'x' has 65536 nuclei, a 16-bit map numbers 65535: write COCO"):
         write_folder(many, tmp_path)
     put(tmp_path, "old", np.ones((3, 3), np.uint16))
@@ -156,16 +148,16 @@ def test_dataset_json_has_the_last_word(tmp_path: Path) -> None:
     for name in ("a_1", "b_1"):
         put(tmp_path, name, np.ones((3, 4), np.uint16))
     with pytest.raises(AnnotationError, match="'a_1' states no resolution: pass --mpp"):
-        find(tmp_path)
-    described = {"mpp": {"a_1": 0.5, "": 0.3}, "classes": ["Tumour"], "groups": {"b_1": "liver"}}
-    (tmp_path / "dataset.json").write_text(json.dumps(described))
-    found = find(tmp_path)
+        read_dataset(tmp_path)
+    metadata = {"mpp": {"a_1": 0.5, "": 0.3}, "classes": ["Tumour"], "groups": {"b_1": "liver"}}
+    (tmp_path / "dataset.json").write_text(json.dumps(metadata))
+    found = read_dataset(tmp_path)
     assert [a[:3] for a in found.images] == [("a_1", "a", 0.5), ("b_1", "liver", 0.3)]
     assert found.classes == ("Tumour",)
     assert found.name == tmp_path.name
-    assert [a.mpp for a in find(tmp_path, mpp=0.2).images] == [0.2, 0.2]
+    assert [a.mpp for a in read_dataset(tmp_path, mpp=0.2).images] == [0.2, 0.2]
     with pytest.raises(AnnotationError, match=r"mpp=9 for 'a_1': need 0.05 to 5"):
-        find(tmp_path, mpp=9)
+        read_dataset(tmp_path, mpp=9)
 
 
 @pytest.mark.parametrize(
@@ -181,7 +173,7 @@ def test_dataset_json_has_the_last_word(tmp_path: Path) -> None:
         ('{"classes": ["a", "a"]}', "names one twice"),
         ('{"classes": ["a", "b"]}', "names 2 classes, but there is no"),
         ('{"groups": ["liver"]}', "need the name of a group for each id"),
-        ('{"groups": {"y": "liver"}}', "speaks of 'y', which is no image"),
+        ('{"groups": {"y": "liver"}}', "names 'y', which is no image"),
         ("{", "is not JSON"),
         ("[" * 100_000, "is not JSON"),
     ],
@@ -190,7 +182,7 @@ def test_a_bad_dataset_json_is_named(content: str, message: str, tmp_path: Path)
     put(tmp_path, "x", np.ones((3, 4), np.uint16))
     (tmp_path / "dataset.json").write_text(content)
     with pytest.raises(AnnotationError, match=message):
-        find(tmp_path)
+        read_dataset(tmp_path)
 
 
 def test_the_resolution_tags_are_believed_only_if_believable(tmp_path: Path) -> None:
@@ -202,9 +194,9 @@ def test_the_resolution_tags_are_believed_only_if_believable(tmp_path: Path) -> 
         tags[282] = tags[283] = dots_per_inch
         tags[296] = 2
         Image.fromarray(colours((3, 4))).save(folder / "images" / "x.tif", tiffinfo=tags)
-    assert find(tmp_path / "fine").images[0].mpp == pytest.approx(0.25)
+    assert read_dataset(tmp_path / "fine").images[0].mpp == pytest.approx(0.25)
     with pytest.raises(AnnotationError, match="states no resolution"):
-        find(tmp_path / "screen")
+        read_dataset(tmp_path / "screen")
 
 
 def test_splits_are_lists_and_folds_of_lists(tmp_path: Path) -> None:
@@ -220,29 +212,29 @@ def test_splits_are_lists_and_folds_of_lists(tmp_path: Path) -> None:
     }
     for name in "abc":
         put(tmp_path, name, np.ones((3, 4), np.uint16))
-    assert [a.id for a in find(tmp_path, ["loo/p/not-1", "test"], 0.25).images] == ["b", "c"]
+    assert [a.id for a in read_dataset(tmp_path, ["loo/p/not-1", "test"], 0.25).images] == ["b", "c"]
     with pytest.raises(AnnotationError, match="no split 'tets': its splits are test, loo/p/1"):
-        find(tmp_path, ["tets"], 0.25)
+        read_dataset(tmp_path, ["tets"], 0.25)
     for bad in ("[]", "{}", '{"test": [1]}'):
         path.write_text(bad)
         with pytest.raises(AnnotationError, match="names no splits"):
-            find(tmp_path, ["test"], 0.25)
+            read_dataset(tmp_path, ["test"], 0.25)
     path.write_text('{"test": ["a", "z"]}')
     with pytest.raises(AnnotationError, match=r"'z' of splits.json has no image"):
-        find(tmp_path, ["test"], 0.25)
+        read_dataset(tmp_path, ["test"], 0.25)
     path.unlink()
     with pytest.raises(AnnotationError, match=r"splits.json cannot be read"):
-        find(tmp_path, ["test"], 0.25)
+        read_dataset(tmp_path, ["test"], 0.25)
 
 
 def test_an_unknown_form_lists_the_known_ones(tmp_path: Path) -> None:
     with pytest.raises(AnnotationError, match=r"holds no images in a form .* labels/<id>.png .*\(COCO\)"):
-        find(tmp_path, mpp=0.25)
+        read_dataset(tmp_path, mpp=0.25)
     with pytest.raises(AnnotationError, match="does not exist"):
-        find(tmp_path / "nowhere", mpp=0.25)
+        read_dataset(tmp_path / "nowhere", mpp=0.25)
     (tmp_path / "notes.txt").write_text("nothing")
     with pytest.raises(AnnotationError, match="holds no images"):
-        find(tmp_path / "notes.txt", mpp=0.25)
+        read_dataset(tmp_path / "notes.txt", mpp=0.25)
 
 
 @pytest.mark.parametrize(
@@ -256,21 +248,21 @@ def test_an_unknown_form_lists_the_known_ones(tmp_path: Path) -> None:
     ],
 )
 def test_the_sets_at_hand(shared: Path, name: str, images: int, classes: int, group: str) -> None:
-    found = find(shared / "data" / name, mpp=0.25)
+    found = read_dataset(shared / "data" / name, mpp=0.25)
     assert (found.name, len(found.images), len(found.classes)) == (name, images, classes)
     assert found.images[0].group == group
     read = found.images[0].read()
     assert read.image.shape == (*read.labels.shape, 3)
-    np.testing.assert_array_equal(np.unique(read.labels), np.arange(len(read.kinds) + 1))
-    assert read.kinds.min() >= 1
-    assert read.kinds.max() <= classes
+    np.testing.assert_array_equal(np.unique(read.labels), np.arange(len(read.class_index) + 1))
+    assert read.class_index.min() >= 1
+    assert read.class_index.max() <= classes
 
 
 def test_the_folds_of_a_real_set(shared: Path) -> None:
     data = shared / "data" / "tnbc"
     for patient in range(1, 8):
-        held = find(data, [f"bns/patients/0{patient}"], 0.25).images
-        trained = find(data, [f"bns/patients/not-0{patient}"], 0.25).images
+        held = read_dataset(data, [f"bns/patients/0{patient}"], 0.25).images
+        trained = read_dataset(data, [f"bns/patients/not-0{patient}"], 0.25).images
         assert {a.group for a in held} == {f"0{patient}"}
         assert len(held) + len(trained) == 33
         assert not {a.id for a in held} & {a.id for a in trained}
@@ -279,4 +271,4 @@ def test_the_folds_of_a_real_set(shared: Path) -> None:
 def test_a_figure_is_not_taken_for_its_image(shared: Path) -> None:
     """nucls_sample's images are printed figures of three panels, 1500 x 500 px, with labels of 256 x 256."""
     with pytest.raises(AnnotationError, match=r"\(256, 256\), the image is \(500, 1500\): need one label per pixel"):
-        find(shared / "data" / "nucls_sample", mpp=0.25).images[0].read()
+        read_dataset(shared / "data" / "nucls_sample", mpp=0.25).images[0].read()

@@ -15,8 +15,9 @@ from PIL import Image
 from scipy import ndimage
 from scipy.io import savemat
 
-from training.data.datasets import AnnotationError, Annotations, Pixels, find
+from training.data.datasets import read_dataset
 from training.data.mat5 import read_mat
+from training.data.sample import AnnotationError, Dataset, LabelledImage
 
 Ints = NDArray[np.uint16]
 
@@ -37,11 +38,11 @@ def save(path: Path, values: NDArray[Any]) -> Path:
     return path
 
 
-def only(found: Annotations) -> Pixels:
+def only(found: Dataset) -> LabelledImage:
     (annotated,) = found.images
     read = pickle.loads(pickle.dumps(annotated)).read()
-    assert isinstance(read, Pixels)
-    assert len(read.kinds) == read.labels.max()
+    assert isinstance(read, LabelledImage)
+    assert len(read.class_index) == read.labels.max()
     return read
 
 
@@ -65,58 +66,58 @@ def test_folders_of_maps_read_back(
             place = tuple(np.argwhere(labels == number)[0])
             classes[place] = data.draw(st.integers(0, 3))
     folder = maps(tmp_path_factory.mktemp("maps"), labels, classes)
-    found = find(folder, mpp=0.25)
+    found = read_dataset(folder, mpp=0.25)
     read = only(found)
     np.testing.assert_array_equal(read.labels, numbered(labels))
     np.testing.assert_array_equal(read.image, RGB[: labels.shape[0], : labels.shape[1]])
-    assert read.kinds.tolist() == [of[n] for n in np.unique(labels) if n]
+    assert read.class_index.tolist() == [of[n] for n in np.unique(labels) if n]
     assert found.classes == (tuple(map(str, range(1, classes.max() + 1))) or ("Nucleus",))
     for path in (folder / "classes").iterdir():
         path.unlink()
     (folder / "classes").rmdir()
-    assert set(only(find(folder, mpp=0.25)).kinds) <= {1}
+    assert set(only(read_dataset(folder, mpp=0.25)).class_index) <= {1}
 
 
 def test_the_classes_of_numbers_are_named_by_dataset_json(tmp_path: Path) -> None:
     maps(tmp_path, np.array([[1, 2]], np.uint16), np.array([[2, 1]], np.uint8))
     (tmp_path / "dataset.json").write_text('{"mpp": 0.25, "classes": ["epithelial", "immune", "unseen"]}')
-    assert find(tmp_path).classes == ("epithelial", "immune", "unseen")
+    assert read_dataset(tmp_path).classes == ("epithelial", "immune", "unseen")
     (tmp_path / "dataset.json").write_text('{"mpp": 0.25, "classes": ["epithelial"]}')
     with pytest.raises(AnnotationError, match=r"objects of class 2, dataset.json names 1 classes"):
-        find(tmp_path)
+        read_dataset(tmp_path)
 
 
 def test_bad_folders_are_named(tmp_path: Path) -> None:
     labels = np.array([[1, 2]], np.uint16)
     folder = maps(tmp_path / "a", labels, np.array([[2, 0]], np.uint8))
     with pytest.raises(AnnotationError, match="gives nucleus 2 no class"):
-        find(folder, mpp=0.25).images[0].read()
+        read_dataset(folder, mpp=0.25).images[0].read()
     save(folder / "classes" / "x_1.png", np.ones((2, 2), np.uint8))
     with pytest.raises(AnnotationError, match="need one class per pixel"):
-        find(folder, mpp=0.25).images[0].read()
+        read_dataset(folder, mpp=0.25).images[0].read()
     save(folder / "classes" / "x_1.png", np.full((1, 2), 300, np.uint16))
     with pytest.raises(AnnotationError, match="need classes of 1 to 255"):
-        find(folder, mpp=0.25).images[0].read()
+        read_dataset(folder, mpp=0.25).images[0].read()
     (folder / "classes" / "x_1.png").unlink()
     with pytest.raises(AnnotationError, match="'x_1' has no labels"):
-        find(folder, mpp=0.25)
+        read_dataset(folder, mpp=0.25)
     (folder / "classes").rmdir()
     extra = save(folder / "labels" / "y.png", labels)
     with pytest.raises(AnnotationError, match="'y' has no image"):
-        find(folder, mpp=0.25)
+        read_dataset(folder, mpp=0.25)
     extra.rename(folder / "labels" / ".hidden.png")
     save(folder / "images" / "x_1.jpg", RGB)
     with pytest.raises(AnnotationError, match=r"'x_1' is both .*jpg and .*png"):
-        find(folder, mpp=0.25)
+        read_dataset(folder, mpp=0.25)
     (folder / "images" / "x_1.jpg").unlink()
     save(folder / "labels" / "x_1.png", RGB)
     with pytest.raises(AnnotationError, match="one label per pixel"):
-        find(folder, mpp=0.25).images[0].read()
+        read_dataset(folder, mpp=0.25).images[0].read()
     for part in ("images", "labels"):
         save(folder / "labels" / "x_1.png", labels)
         (folder / part / "x_1.png").write_bytes(b"\x89PNG\r\n\x1a\n nothing")
         with pytest.raises(AnnotationError, match=rf"{part}/x_1.png is (a damaged|not a)"):
-            find(folder, mpp=0.25).images[0].read()
+            read_dataset(folder, mpp=0.25).images[0].read()
 
 
 @settings(max_examples=30)
@@ -130,25 +131,25 @@ def test_binary_masks_are_taken_apart_corners_joined(
     in_colour = np.dstack([mask] * 3)
     for drawn in (mask, in_colour):
         save(folder / "GT_03" / "03_2.png", drawn)
-        read = only(find(folder, mpp=0.25))
+        read = only(read_dataset(folder, mpp=0.25))
         expected, count = ndimage.label(mask, np.ones((3, 3)))
         np.testing.assert_array_equal(read.labels, expected)
-        assert len(read.kinds) == count
-    assert find(folder, mpp=0.25).images[0][:2] == ("03_2", "03")
+        assert len(read.class_index) == count
+    assert read_dataset(folder, mpp=0.25).images[0][:2] == ("03_2", "03")
 
 
 def test_numbered_masks_keep_their_numbers(tmp_path: Path) -> None:
     labels = np.array([[1, 5, 0, 1]], np.uint8)
     save(tmp_path / "Slide_01" / "01_1.png", RGB[:1, :4])
     save(tmp_path / "GT_01" / "01_1.png", labels)
-    assert only(find(tmp_path, mpp=0.25)).labels.tolist() == [[1, 2, 0, 1]]
+    assert only(read_dataset(tmp_path, mpp=0.25)).labels.tolist() == [[1, 2, 0, 1]]
     (tmp_path / "Slide_02").mkdir()
     with pytest.raises(AnnotationError, match="has no GT_02: need both"):
-        find(tmp_path, mpp=0.25)
+        read_dataset(tmp_path, mpp=0.25)
     (tmp_path / "GT_02").mkdir()
     save(tmp_path / "GT_02" / "02_1.png", labels)
     with pytest.raises(AnnotationError, match="'02_1' has no image"):
-        find(tmp_path, mpp=0.25)
+        read_dataset(tmp_path, mpp=0.25)
 
 
 LAYERS = arrays(np.uint8, (2, 4, 5, 6), elements=st.sampled_from([0, 0, 0, 1, 2, 9]))
@@ -162,11 +163,11 @@ def test_pannuke_reads_back(layers: NDArray[np.uint8], dtype: type, tmp_path_fac
     beside = {"images": folder / "images" / "fold1", "masks": folder / "masks" / "fold1"}
     for path in beside.values():
         path.mkdir(parents=True)
-    images = np.random.default_rng(0).integers(0, 256, (2, 4, 5, 3)).astype(dtype)
+    images: NDArray[Any] = np.random.default_rng(0).integers(0, 256, (2, 4, 5, 3)).astype(dtype)
     np.save(beside["images"] / "images.npy", images)
     np.save(beside["masks"] / "masks.npy", layers.astype(dtype))
     np.save(beside["images"] / "types.npy", np.array(["Breast", "Bile-duct"]))
-    found = find(folder, mpp=0.25)
+    found = read_dataset(folder, mpp=0.25)
     assert [a[:2] for a in found.images] == [("fold1_00000", "Breast"), ("fold1_00001", "Bile-duct")]
     assert found.classes == ("Neoplastic", "Inflammatory", "Connective", "Dead", "Epithelial")
     for index, annotated in enumerate(found.images):
@@ -177,7 +178,7 @@ def test_pannuke_reads_back(layers: NDArray[np.uint8], dtype: type, tmp_path_fac
             top = np.where(layers[index, ..., channel, None] > 0, [channel + 1, 0], top)
             top[..., 1] = np.where(layers[index, ..., channel] > 0, layers[index, ..., channel], top[..., 1])
         kept = sorted({tuple(t) for t in top.reshape(-1, 2) if t[0]})
-        assert read.kinds.tolist() == [channel for channel, _ in kept]
+        assert read.class_index.tolist() == [channel for channel, _ in kept]
         np.testing.assert_array_equal(
             read.labels, [[kept.index(tuple(t)) + 1 if t[0] else 0 for t in row] for row in top]
         )
@@ -193,11 +194,11 @@ def test_bad_arrays_are_named_and_never_unpickled(tmp_path: Path) -> None:
         return tmp_path
 
     images, masks = np.full((1, 4, 4, 3), 9.0), np.zeros((1, 4, 4, 6))
-    assert only(find(put(images, masks), mpp=0.25)).labels.sum() == 0
-    assert find(tmp_path, mpp=0.25).images[0][:2] == ("00000", "")
+    assert only(read_dataset(put(images, masks), mpp=0.25)).labels.sum() == 0
+    assert read_dataset(tmp_path, mpp=0.25).images[0][:2] == ("00000", "")
     (tmp_path / "dataset.json").write_text('{"classes": ["a"]}')
     with pytest.raises(AnnotationError, match="a channel for each of a, and background"):
-        find(tmp_path, mpp=0.25)
+        read_dataset(tmp_path, mpp=0.25)
     (tmp_path / "dataset.json").unlink()
     for bad, message in (
         ((images, None), "has no masks"),
@@ -208,17 +209,17 @@ def test_bad_arrays_are_named_and_never_unpickled(tmp_path: Path) -> None:
         ((images + 1j, masks), "complex128.*need numbers"),
     ):
         with pytest.raises(AnnotationError, match=message):
-            find(put(*bad), mpp=0.25)
+            read_dataset(put(*bad), mpp=0.25)
     for bad, message in (
         ((images / 255, masks), "need colours of 0 to 255"),
         ((images * np.nan, masks), "need colours of 0 to 255"),
         ((images, masks + 0.5), r"masks.npy\[0\]: the labels hold fractions"),
     ):
         with pytest.raises(AnnotationError, match=message):
-            find(put(*bad), mpp=0.25).images[0].read()
+            read_dataset(put(*bad), mpp=0.25).images[0].read()
     (tmp_path / "images.npy").write_bytes(b"nothing")
     with pytest.raises(AnnotationError, match="not a readable array"):
-        find(tmp_path, mpp=0.25)
+        read_dataset(tmp_path, mpp=0.25)
 
 
 @settings(max_examples=30)
@@ -227,20 +228,20 @@ def test_matlab_files_read_back(labels: Ints, of: list[int], by: str, tmp_path_f
     """CoNSeP has a class per pixel and per nucleus, in rising order of the numbers; CPM has none."""
     folder = tmp_path_factory.mktemp("consep")
     numbers = np.unique(labels[labels > 0])
-    kinds = [of[n] for n in numbers]
+    class_index = [of[n] for n in numbers]
     content: dict[str, Any] = {"inst_map": labels.astype(float)}
     if by == "map":
         content["type_map"] = (np.array(of)[labels] * (labels > 0)).astype(float)
     elif by == "list":
-        content["inst_type"] = np.array(kinds, float).reshape(-1, 1)
+        content["inst_type"] = np.array(class_index, float).reshape(-1, 1)
     save(folder / "Images" / "train_1.png", RGB[: labels.shape[0], : labels.shape[1]])
     (folder / "Labels").mkdir()
     savemat(folder / "Labels" / "train_1.mat", content)
-    found = find(folder, mpp=0.25)
+    found = read_dataset(folder, mpp=0.25)
     read = only(found)
     np.testing.assert_array_equal(read.labels, numbered(labels))
-    assert read.kinds.tolist() == (kinds if by else [1] * len(kinds))
-    assert found.classes == (tuple(map(str, range(1, max(kinds) + 1))) if by and kinds else ("Nucleus",))
+    assert read.class_index.tolist() == (class_index if by else [1] * len(class_index))
+    assert found.classes == (tuple(map(str, range(1, max(class_index) + 1))) if by and class_index else ("Nucleus",))
 
 
 @given(
@@ -290,21 +291,21 @@ def test_bad_matlab_files_are_named(tmp_path: Path) -> None:
     ):
         savemat(path, content)
         with pytest.raises(AnnotationError, match=message):
-            find(tmp_path, mpp=0.25)
+            read_dataset(tmp_path, mpp=0.25)
     savemat(path, {"inst_map": labels, "inst_type": np.array([[1], [3]])})
     (tmp_path / "dataset.json").write_text('{"classes": ["a", "b"]}')
     with pytest.raises(AnnotationError, match="class 0 or above 2"):
-        find(tmp_path, mpp=0.25).images[0].read()
+        read_dataset(tmp_path, mpp=0.25).images[0].read()
     (tmp_path / "dataset.json").unlink()
     path.write_bytes(b"MATLAB 7.3 MAT-file".ljust(124) + b"\x00\x02IM" + b"\0" * 400)
     with pytest.raises(AnnotationError, match="save it with -v7"):
-        find(tmp_path, mpp=0.25)
+        read_dataset(tmp_path, mpp=0.25)
     path.write_bytes(b"nothing" * 40)
     with pytest.raises(AnnotationError, match="not a MATLAB file of level 5"):
-        find(tmp_path, mpp=0.25)
+        read_dataset(tmp_path, mpp=0.25)
     savemat(path, {"inst_map": "text"})
     with pytest.raises(AnnotationError, match=r"damaged MATLAB file \(inst_map is no array of numbers\)"):
-        find(tmp_path, mpp=0.25)
+        read_dataset(tmp_path, mpp=0.25)
     savemat(path, {"inst_map": np.ones((3, 3))})
     with pytest.raises(AnnotationError, match="need one label per pixel"):
-        find(tmp_path, mpp=0.25).images[0].read()
+        read_dataset(tmp_path, mpp=0.25).images[0].read()

@@ -1,0 +1,345 @@
+"""QuPath's GeoJSON, written as QuPath writes it, gives the nuclei that were drawn."""
+
+import gzip
+import json
+import os
+import pickle
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openslide
+import pytest
+import shapely
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from numpy.typing import NDArray
+from PIL import Image
+
+from pipeline.segment import export, tables
+from pipeline.segment.polygons import polygons, rasterise
+from slides.geometry import Box
+from training.data import qupath
+from training.data.datasets import read_dataset
+from training.data.sample import AnnotationError, Dataset, LabelledImage
+
+RGB = np.random.default_rng(0).integers(0, 256, (12, 12, 3), dtype=np.uint8)
+MAPS = arrays(np.uint8, (12, 12), elements=st.sampled_from([0, 0, 1, 2, 3]))
+
+
+def only(found: Dataset) -> LabelledImage:
+    (sample,) = found.images
+    return LabelledImage(*pickle.loads(pickle.dumps(sample)).read())
+
+
+def picture(path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(RGB).save(path)
+    return path
+
+
+def feature(outline: Any, name: str | None = None, kind: str = "detection", **more: Any) -> dict[str, Any]:
+    classification = {} if name is None else {"classification": {"name": name, "color": [1, 2, 3]}}
+    geometry = json.loads(shapely.to_geojson(outline))
+    return {"type": "Feature", "geometry": geometry, "properties": {"objectType": kind, **classification}} | more
+
+
+def outlines(labels: NDArray[np.uint8]) -> tuple[list[int], Any]:
+    numbers = np.unique(labels[labels > 0])
+    boxes = np.tile(np.array([0, 0, *labels.shape[::-1]], float), (len(numbers), 1))
+    return numbers.tolist(), polygons(labels == numbers[:, None, None], boxes, level=0.5)
+
+
+@settings(max_examples=40)
+@given(
+    labels=MAPS,
+    kind=st.sampled_from(["detection", "annotation", "cell"]),
+    form=st.sampled_from(["collection", "list", "zip"]),
+)
+def test_exports_of_qupath_read_back(
+    labels: NDArray[np.uint8], kind: str, form: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Parts and holes are kept; classes go by name; objects without one are of class Nucleus.
+
+    An ignored area is white but for its nuclei, and what is no nucleus is counted.
+    """
+    folder = tmp_path_factory.mktemp("qupath")
+    picture(folder / "case.7.png")
+    numbers, drawn = outlines(labels)
+    names = [None, "Tumour", "Immune: CD8"]
+    features = [feature(p, names[n - 1], kind) for n, p in zip(numbers, drawn, strict=True)]
+    for cell in features if kind == "cell" else ():
+        cell |= {
+            "nucleusGeometry": cell["geometry"],
+            "geometry": json.loads(shapely.to_geojson(shapely.box(0, 0, 9, 9))),
+        }
+    features.append(feature(shapely.Point(3, 3), "Tumour", "annotation"))
+    features.append(feature(shapely.box(0, 0, 9, 9), "Ignore*", "annotation"))
+    features.append(feature(shapely.box(0, 0, 9, 9), None, "tile"))
+    if form == "zip":
+        with zipfile.ZipFile(folder / "case.7.geojson.zip", "w") as archive:
+            for number in range(0, len(features), 2):
+                archive.writestr(f"{number}.geojson", json.dumps({"features": features[number : number + 2]}))
+    else:
+        content = {"type": "FeatureCollection", "features": features} if form == "collection" else features
+        (folder / "case.7.geojson").write_text(json.dumps(content))
+    found = read_dataset(folder, mpp=0.25)
+    read = only(found)
+    assert found.images[0].id == "case.7"
+    np.testing.assert_array_equal(read.labels, np.searchsorted(np.r_[0, numbers], labels))
+    assert [found.classes[k - 1] for k in read.class_index] == [names[n - 1] or "Nucleus" for n in numbers]
+    ignored = np.zeros((12, 12), bool)
+    ignored[:9, :9] = labels[:9, :9] == 0
+    np.testing.assert_array_equal(read.image, np.where(ignored[..., None], 255, RGB))
+    assert found.skipped == {
+        "an outline without an area": 1,
+        "of type tile": 1,
+        "of an ignored class, whose name ends in *: the area is painted white": 1,
+    }
+
+
+def test_a_cell_is_its_nucleus_and_old_exports_are_read(tmp_path: Path) -> None:
+    picture(tmp_path / "x.png")
+    cell = feature(shapely.box(0, 0, 9, 9), None, "cell")
+    cell["nucleusGeometry"] = json.loads(shapely.to_geojson(shapely.box(2, 2, 5, 5)))
+    derived = feature(shapely.box(6, 0, 8, 1))
+    derived["properties"] = {"object_type": "detection", "classification": {"names": ["Tumor", "Positive"]}}
+    (tmp_path / "x.png.geojson").write_text(json.dumps([cell, derived]))
+    found = read_dataset(tmp_path, mpp=0.25)
+    read = only(found)
+    assert np.bincount(read.labels.ravel()).tolist() == [144 - 11, 9, 2]
+    assert [found.classes[k - 1] for k in read.class_index] == ["Nucleus", "Tumor: Positive"]
+
+
+@pytest.mark.parametrize("name", ["Region*", "training", "Validation", "Test", None])
+def test_regions_are_images_of_their_own(name: str | None, tmp_path: Path) -> None:
+    """Law: a region shows what the whole image shows there."""
+    picture(tmp_path / "x.png")
+    nuclei = [shapely.box(1, 1, 4, 4), shapely.box(3, 5, 7, 9), shapely.box(9, 9, 12, 12)]
+    fields = [shapely.box(0.2, 0.3, 5.8, 6.4), shapely.box(8, 6, 14, 12)]
+    features = [feature(f, name, "annotation") for f in fields] + [feature(n) for n in nuclei]
+    (tmp_path / "x.geojson").write_text(json.dumps(features))
+    found = read_dataset(tmp_path, mpp=0.25)
+    whole = rasterise(np.array(nuclei, dtype=object), (12, 12))
+    assert [(a.id, a.group) for a in found.images] == [("x_1", "x"), ("x_2", "x")]
+    for sample, (x0, y0, x1, y1) in zip(found.images, [(0, 0, 6, 6), (8, 6, 12, 12)], strict=True):
+        read = sample.read()
+        np.testing.assert_array_equal(read.image, RGB[y0:y1, x0:x1])
+        part = whole[y0:y1, x0:x1]
+        np.testing.assert_array_equal(read.labels, np.searchsorted(np.unique(np.r_[0, part.ravel()]), part))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "is not JSON"),
+        ('{"features": 3}', "holds no list of features"),
+        ("[3]", "object 0 is no GeoJSON feature"),
+        ('[{"type": "Feature", "geometry": null}]', "object 0 is no GeoJSON feature"),
+        ('[{"geometry": {"type": "Polygon", "coordinates": [[[0, 0], [1, 1]]]}}]', "an outline is no polygon"),
+        ('[{"geometry": {"type": "Polygon", "coordinates": [[["a", 0]]]}}]', "an outline is no polygon"),
+        ('[{"geometry": {"type": "Polygon", "coordinates": [[[0, 0], [1, NaN]]]}}]', "holds NaN"),
+        (json.dumps([feature(shapely.box(0, 0, 1e9, 1))]), "reaches beyond 10000000 px"),
+        (json.dumps([feature(shapely.box(0, 0, 50, 1))]), "spans 0, 0, 50, 1, its image is 12 x 12 px"),
+        (json.dumps([feature(shapely.Point(3, 3).buffer(2), "Region*", "annotation")]), "a region is no rectangle"),
+        (json.dumps([feature(shapely.box(20, 20, 22, 22), "Region*", "annotation")]), "a region lies outside x.png"),
+        (json.dumps([feature(shapely.box(0, 0, 1, 1)) | {"properties": {"classification": {"name": 3}}}]), "object 0"),
+    ],
+)
+def test_bad_geojson_is_named(content: str, message: str, tmp_path: Path) -> None:
+    picture(tmp_path / "x.png")
+    (tmp_path / "x.geojson").write_text(content)
+    with pytest.raises(AnnotationError, match=message):
+        read_dataset(tmp_path, mpp=0.25)
+
+
+def test_bad_zips_are_named(tmp_path: Path) -> None:
+    picture(tmp_path / "x.png")
+    path = tmp_path / "x.geojson.zip"
+    path.write_bytes(b"nothing")
+    with pytest.raises(AnnotationError, match="cannot be read"):
+        read_dataset(tmp_path, mpp=0.25)
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("a.txt", "")
+    with pytest.raises(AnnotationError, match=r"holds 0 .geojson files: need one or more"):
+        read_dataset(tmp_path, mpp=0.25)
+
+
+def save_zip(path: Path, text: str) -> None:
+    """As QuPath 0.5 to 0.7 do: one entry, named after the file."""
+    with zipfile.ZipFile(path.with_suffix(".zip"), "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr(f"{path.stem}.geojson", text)
+
+
+def save_gzip(path: Path, text: str) -> None:
+    path.with_suffix(".geojson.gz").write_bytes(gzip.compress(text.encode()))
+
+
+@pytest.mark.parametrize("save", [save_zip, save_gzip])
+def test_what_qupath_compresses_is_read(save: Callable[[Path, str], None], tmp_path: Path) -> None:
+    """In a folder, beside other archives, and when the file itself is named."""
+    picture(tmp_path / "x.png")
+    save(tmp_path / "x", json.dumps({"features": [feature(shapely.box(2, 2, 5, 5))]}))
+    with zipfile.ZipFile(tmp_path / "other.zip", "w") as archive:
+        archive.writestr("notes.txt", "no annotations")
+    (tmp_path / "broken.zip").write_bytes(b"nothing")
+    (export,) = [p for p in tmp_path.iterdir() if p.name in ("x.zip", "x.geojson.gz")]
+    for data in (tmp_path, export):
+        assert (only(read_dataset(data, mpp=0.25)).labels > 0).sum() == 9
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(["x.png", "other.zip", "broken.zip", export.name])
+
+
+@pytest.mark.parametrize("save", [save_zip, save_gzip])
+def test_a_file_that_unpacks_without_end_is_refused(
+    save: Callable[[Path, str], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    picture(tmp_path / "x.png")
+    save(tmp_path / "x", " " * 100_000 + "[]")
+    assert max(p.stat().st_size for p in tmp_path.iterdir()) < 2000
+    monkeypatch.setattr(qupath, "_LARGEST_UNPACKED", 50_000)
+    with pytest.raises(AnnotationError, match="unpacks to more than 50000 bytes: need at most that"):
+        read_dataset(tmp_path, mpp=0.25)
+    monkeypatch.setattr(qupath, "_LARGEST_UNPACKED", 100_002)
+    assert read_dataset(tmp_path, mpp=0.25).images[0].read().labels.max() == 0
+
+
+def test_damaged_compressed_files_are_named(tmp_path: Path) -> None:
+    picture(tmp_path / "x.png")
+    whole = gzip.compress(b"[]" + b" " * 1000)
+    for content in (b"nothing", whole[:-12], whole[:15] + b"\xff\xff" + whole[17:]):
+        (tmp_path / "x.geojson.gz").write_bytes(content)
+        with pytest.raises(AnnotationError, match="cannot be read"):
+            read_dataset(tmp_path, mpp=0.25)
+
+
+def test_names_inside_a_zip_lead_nowhere(tmp_path: Path) -> None:
+    """Nothing is written, whatever the entries are called."""
+    (tmp_path / "in").mkdir()
+    picture(tmp_path / "in" / "x.png")
+    with zipfile.ZipFile(tmp_path / "in" / "x.zip", "w") as archive:
+        for name in ("../out.geojson", "/tmp/nightslide-out.geojson"):
+            archive.writestr(name, json.dumps([feature(shapely.box(2, 2, 5, 5))]))
+    only(read_dataset(tmp_path / "in", mpp=0.25))
+    assert [p.name for p in tmp_path.iterdir()] == ["in"]
+    assert not Path("/tmp/nightslide-out.geojson").exists()
+
+
+def test_a_cell_without_a_nucleus_is_skipped_and_counted(tmp_path: Path) -> None:
+    picture(tmp_path / "x.png")
+    (tmp_path / "x.geojson").write_text(json.dumps([feature(shapely.box(0, 0, 9, 9), None, "cell")] * 2))
+    found = read_dataset(tmp_path, mpp=0.25)
+    assert only(found).labels.max() == 0
+    assert found.skipped == {"a cell without an outline of its nucleus": 2}
+    assert found.describe_skipped() == [f"{tmp_path.name}: 2 objects skipped: a cell without an outline of its nucleus"]
+
+
+@pytest.mark.parametrize("name", ["Ignore*", "Necrosis*", "Tumor: Blurred*"])
+def test_a_class_that_ends_in_a_star_is_ignored(name: str, tmp_path: Path) -> None:
+    """Its area shows neither nuclei nor background: it is white, but for nuclei that are annotated there."""
+    picture(tmp_path / "x.png")
+    drawn = [feature(shapely.box(0, 0, 6, 6), name, "annotation"), feature(shapely.box(2, 2, 4, 4), "Tumor")]
+    (tmp_path / "x.geojson").write_text(json.dumps(drawn))
+    found = read_dataset(tmp_path, mpp=0.25)
+    read = only(found)
+    assert found.classes == ("Tumor",)
+    assert (read.labels > 0).sum() == 4
+    assert (read.image[:6, :6][read.labels[:6, :6] == 0] == 255).all()
+    np.testing.assert_array_equal(read.image[2:4, 2:4], RGB[2:4, 2:4])
+    np.testing.assert_array_equal(read.image[6:], RGB[6:])
+    assert sum(found.skipped.values()) == 1
+
+
+def test_an_ignored_area_is_masked_in_every_region(tmp_path: Path) -> None:
+    picture(tmp_path / "x.png")
+    drawn = [feature(shapely.box(0, 0, 6, 12), "Region*", "annotation"), feature(shapely.box(4, 2, 9, 4), "Dirt*")]
+    (tmp_path / "x.geojson").write_text(json.dumps(drawn))
+    read = only(read_dataset(tmp_path, mpp=0.25))
+    expected = RGB[:, :6].copy()
+    expected[2:4, 4:6] = 255
+    np.testing.assert_array_equal(read.image, expected)
+
+
+@pytest.mark.parametrize("outer", ["Region*", None])
+def test_an_unclassified_rectangle_inside_a_region_is_no_second_image(outer: str | None, tmp_path: Path) -> None:
+    picture(tmp_path / "x.png")
+    drawn = [
+        feature(shapely.box(2, 2, 8, 8), None, "annotation"),
+        feature(shapely.box(0, 0, 12, 12), outer, "annotation"),
+        feature(shapely.box(3, 3, 5, 5)),
+    ]
+    (tmp_path / "x.geojson").write_text(json.dumps(drawn))
+    found = read_dataset(tmp_path, mpp=0.25)
+    read = only(found)
+    assert read.image.shape == (12, 12, 3)
+    assert (read.labels > 0).sum() == 4
+    assert found.skipped == {"unclassified rectangle inside a region": 1}
+
+
+@pytest.mark.parametrize("kind", ["annotation", "detection", "cell"])
+def test_only_the_default_plane_is_read(kind: str, tmp_path: Path) -> None:
+    picture(tmp_path / "x.png")
+    drawn = [feature(shapely.box(x, 1, x + 3, 4), None, kind) for x in (0, 4, 8)]
+    for one, plane in zip(drawn, [{"c": -1, "z": 0, "t": 0}, {"c": -1, "z": 1, "t": 0}, {"z": 0, "t": 2}], strict=True):
+        one["geometry"]["plane"] = plane
+        if kind == "cell":
+            one["nucleusGeometry"] = one["geometry"]
+    (tmp_path / "x.geojson").write_text(json.dumps(drawn))
+    found = read_dataset(tmp_path, mpp=0.25)
+    assert np.argwhere(only(found).labels).max(0).tolist() == [3, 2]
+    assert found.skipped == {"on another plane than z = 0, t = 0": 2}
+
+
+def test_what_lies_outside_every_region_is_counted(tmp_path: Path) -> None:
+    picture(tmp_path / "x.png")
+    drawn = [feature(shapely.box(0, 0, 6, 6), "Region*", "annotation"), feature(shapely.box(8, 8, 9, 9))]
+    (tmp_path / "x.geojson").write_text(json.dumps(drawn))
+    assert read_dataset(tmp_path, mpp=0.25).skipped == {"outside every region, or outside the image": 1}
+
+
+def test_a_slide_needs_regions(tmp_path: Path) -> None:
+    Image.new("L", (9000, 10)).save(tmp_path / "x.png")
+    (tmp_path / "x.geojson").write_text(json.dumps([feature(shapely.box(2, 2, 5, 5))]))
+    with pytest.raises(
+        AnnotationError, match=r"x.png without a region is 9000 x 10 px: need rectangles of class Region"
+    ):
+        read_dataset(tmp_path, mpp=0.25)
+    (tmp_path / "x.geojson").write_text(json.dumps([feature(shapely.box(0, 0, 9000, 5), "Region*", "annotation")]))
+    with pytest.raises(AnnotationError, match="a region of 9000 x 5 px: need rectangles of class Region"):
+        read_dataset(tmp_path, mpp=0.25)
+
+
+def test_what_we_export_can_be_corrected_in_qupath_and_read(tmp_path: Path) -> None:
+    """nuclei.geojson.zip, named after its image, is read as it was written."""
+    _, drawn = outlines(np.kron(np.array([[1, 0], [2, 3]], np.uint8), np.ones((6, 6), np.uint8)).astype(np.uint8))
+    provenance = tables.Provenance("s", (0.25, 0.25), Box(0, 0, 12, 12), "d", {"Nucleus": (200, 30, 30)})
+    with tables.NucleiWriter(tmp_path / "n.parquet", provenance) as writer:
+        writer.write(drawn, klass=["Nucleus"] * 3, score=np.ones(3), votes=np.ones(3, int), stains=np.zeros((3, 2)))
+    export.write_qupath(tmp_path / "n.parquet", tmp_path / "x.geojson.zip", crop=True)
+    picture(tmp_path / "x.png")
+    expected = rasterise(shapely.from_wkb(tables.read_nuclei(tmp_path / "n.parquet")["geometry"].to_pylist()), (12, 12))
+    np.testing.assert_array_equal(only(read_dataset(tmp_path, mpp=0.25)).labels, expected)
+
+
+@pytest.mark.parametrize("name", ["leica-offset-region.scn", "CMU-1-Small-Region.svs"])
+def test_regions_of_real_slides_are_read_where_qupath_drew_them(name: str, shared: Path, tmp_path: Path) -> None:
+    """Coordinates are px from the corner of the slide's bounds; the scale is the slide's."""
+    slide = shared / "slides" / name
+    os.symlink(slide, tmp_path / name)
+    drawn = [
+        feature(shapely.box(400, 900, 528, 1000), "Region*", "annotation"),
+        feature(shapely.box(410, 950, 420, 960)),
+    ]
+    (tmp_path / f"{slide.stem}.geojson").write_text(json.dumps(drawn))
+    (sample,) = read_dataset(tmp_path).images
+    read = sample.read()
+    with openslide.OpenSlide(slide) as handle:
+        x, y = (int(handle.properties.get(f"openslide.bounds-{axis}", 0)) for axis in "xy")
+        pixels = np.asarray(handle.read_region((x + 400, y + 900), 0, (128, 100)).convert("RGB"))
+        assert sample.mpp == pytest.approx(float(handle.properties["openslide.mpp-x"]))
+    assert (name[0] == "l") == bool(x)
+    np.testing.assert_array_equal(read.image, pixels)
+    assert np.argwhere(read.labels == 1).min(0).tolist() == [50, 10]
+    assert (read.labels > 0).sum() == 100

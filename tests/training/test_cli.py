@@ -1,0 +1,75 @@
+"""The commands of training: every flag is explained, and what is skipped or missing is said."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import shapely
+from cyclopts import Parameter
+from PIL import Image
+
+from pipeline.cli import app, main
+from training import config
+
+GROUPS = {value.name for value in vars(config).values() if isinstance(value, type(config.DATA))}
+
+
+def run(capsys: pytest.CaptureFixture[str], *tokens: object) -> tuple[int, str, str]:
+    """(exit status, standard output, standard error) of a command."""
+    with pytest.raises(SystemExit) as stop:
+        main([str(token) for token in tokens])
+    out, err = capsys.readouterr()
+    return int(stop.value.code or 0), out, err
+
+
+def qupath_export(folder: Path, *objects: tuple[str, str]) -> Path:
+    """An image of 64 px and its GeoJSON, with squares of these types and classes."""
+    folder.mkdir()
+    Image.fromarray(np.full((64, 64, 3), 200, np.uint8)).save(folder / "x.png")
+    geometry = json.loads(shapely.to_geojson(shapely.box(8, 8, 24, 24)))
+    features = [
+        {"type": "Feature", "geometry": geometry, "properties": {"objectType": t, "classification": {"name": c}}}
+        for t, c in objects
+    ]
+    (folder / "x.geojson").write_text(json.dumps(features))
+    return folder
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate", "fit-stain", "convert"])
+def test_every_flag_is_explained_and_in_a_group(command: str) -> None:
+    """Law: a sentence for each command and flag; the settings of `run` are tested with `run`."""
+    arguments = app[command].assemble_argument_collection(parse_docstring=True)
+    own = [a for a in arguments if a.show and (not a.keys or command != "evaluate")]
+    assert len(own) > 3
+    assert str(app[command].help or app[command].default_command.__doc__).strip()
+    for argument in own:
+        parameter: Parameter = argument.parameter
+        assert parameter.help, argument.name
+        assert isinstance(parameter.group, tuple)
+        assert {getattr(group, "name", group) for group in parameter.group} <= GROUPS, argument.name
+        assert not any("empty" in name for name in argument.names), argument.names
+
+
+def test_train_without_nuclei_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = qupath_export(tmp_path / "none", ("cell", "Tumor"), ("detection", "Ignore*"))
+    status, _, err = run(
+        capsys, "train", "--data", data, "--mpp", 0.25, "--out", tmp_path / "out", "--init", "random",
+        "--device", "cpu", "--loaders", 0, "--architecture.channels", 16,
+    )  # fmt: skip
+    assert status == 2
+    assert "WARNING: none: 1 objects skipped: a cell without an outline of its nucleus\n" in err
+    assert "nightslide: none: 0 nuclei in its 1 training images: need at least one" in err
+
+
+def test_convert_says_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = qupath_export(tmp_path / "none", ("cell", "Tumor"))
+    status, out, err = run(capsys, "convert", "--data", data, "--mpp", 0.25, "--out", tmp_path / "maps")
+    assert status == 0
+    assert ": 1 images, 0 nuclei" in out
+    assert "WARNING: none: 1 objects skipped: a cell without an outline of its nucleus\n" in err
+    assert f"WARNING: {data} holds no nucleus: need at least one to train" in err
+    data = qupath_export(tmp_path / "one", ("detection", "Tumor"))
+    status, out, err = run(capsys, "convert", "--data", data, "--mpp", 0.25, "--out", tmp_path / "coco.json")
+    assert (status, err) == (0, "")
+    assert ": 1 images, 1 nuclei" in out
