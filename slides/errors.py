@@ -4,8 +4,8 @@
     └── SlideError
         ├── SlideNotFound        (FileNotFoundError)  no such file
         ├── SlideUnreadable                           does not open: empty, truncated, not a slide, parts missing
-        ├── SlideUnsupported                          sound perhaps, but in a format or compression that is not read
-        ├── SlideTooLarge                             its tiles or its thumbnail need more memory than is sensible
+        ├── SlideUnsupported                          in a format or compression that is not read
+        ├── SlideTooLarge                             a tile or the thumbnail would take gigabytes of memory
         ├── ScaleUnknown                              opens, but states no believable micrometres per pixel
         ├── RegionUnreadable                          opens, but this region cannot be decoded
         ├── GridError            (ValueError)         tile, margin and block do not make a grid
@@ -36,7 +36,7 @@ class SlideUnsupported(SlideError):
 
 
 class SlideTooLarge(SlideError):
-    """A stored tile or a thumbnail of the slide would need more memory than is sensible."""
+    """A stored tile or a thumbnail of the slide would take gigabytes of memory."""
 
 
 class ScaleUnknown(SlideError):

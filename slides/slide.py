@@ -49,7 +49,7 @@ _LARGEST_THUMBNAIL_PX = 2**26
 # Level px along a side of one pixel that is read; with the filter's reach this is 200 MB.
 _COARSEST = 1024
 
-# Words of OpenSlide and libtiff for what they could read if somebody had written the code.
+# What OpenSlide and libtiff say of files that are sound but use a feature that is not implemented.
 _UNSUPPORTED = re.compile("unsupported|not supported|not configured|not implemented", re.IGNORECASE)
 _CONVERT = "convert it to a tiled pyramidal TIFF"
 
@@ -66,7 +66,7 @@ _USUAL_TILE = 256
 # Pillow's bicubic filter reaches 2 pixels, of the coarser raster, to either side; the third covers rounding.
 _REACH = 3
 
-# Slides of other vendors' formats, which are not damaged because OpenSlide does not know them.
+# Suffixes of slide formats that OpenSlide does not know.
 _FORMATS_NOT_READ = frozenset((".ets", ".isyntax", ".kfb", ".lif", ".mds", ".nd2", ".oir", ".sdpc", ".vsi"))
 
 _EIGHT_BIT_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr")
@@ -120,8 +120,8 @@ class Slide:
         self.has_icc = "openslide.icc-size" in properties
         self.quick_hash: str = properties.get("openslide.quickhash-1") or _file_hash(self.path)
         _check_tiles(self.path, properties, len(self.levels))
-        # A damaged file must be called damaged, whether or not it states a scale.
-        self._prove_readable()
+        # Before the scale: a damaged file must be reported as damaged, whether or not it states a scale.
+        self._check_readable()
         self.scale = _scale(self.path, properties, *self._given)
 
     def __reduce__(self) -> tuple[type["Slide"], tuple[Path, float | None, str, float | None]]:
@@ -219,7 +219,7 @@ class Slide:
         return source, (x0 - left, y0 - top, x1 - left, y1 - top)
 
     def _read_source(self, level: int, source: Box, *, strict: bool) -> tuple[Pixels, Mask]:
-        """As `_read_level`, for a `source` that may hang over the bounds: its last pixels are continued."""
+        """As `_read_level`, for a `source` that may hang over the bounds: the edge pixels are repeated."""
         stored = source.intersect(self._level_bounds(level))
         pixels, lost = self._read_level(level, stored, strict=strict)
         rows = stored.y0 - source.y0, source.y1 - stored.y1
@@ -232,7 +232,7 @@ class Slide:
     def _best_level(self, frame: Frame) -> int:
         """The coarsest level that is not coarser than the frame; level 0 where all are.
 
-        One part in a hundred is forgiven: pyramids round their sizes, and 4.0006 is meant to be 4.
+        With a tolerance of 1 %: pyramids round their sizes, and 4.0006 is meant to be 4.
         """
         wanted = min(frame.to_slide.scale_x, frame.to_slide.scale_y) * 1.01
         fine_enough = [i for i, level in enumerate(self.levels) if level.downsample <= wanted]
@@ -314,7 +314,7 @@ class Slide:
             self._handles[key] = _open_handle(self.path)
         return self._handles[key]
 
-    def _prove_readable(self) -> None:
+    def _check_readable(self) -> None:
         """Raise SlideUnreadable if none of 49 pixels spread over the coarsest level and level 0 decodes.
 
         SlideUnsupported where that is because of how they are compressed.
@@ -322,7 +322,7 @@ class Slide:
         cause: RegionUnreadable | None = None
         for level in dict.fromkeys((len(self.levels) - 1, 0)):
             bounds = self._level_bounds(level)
-            # From the middle outwards: on a sound slide the first one answers.
+            # From the middle outwards: on a sound slide the first read succeeds.
             for row, col in sorted(np.ndindex(7, 7), key=lambda place: abs(place[0] - 3) + abs(place[1] - 3)):
                 x = bounds.x0 + (2 * col + 1) * bounds.width // 14
                 y = bounds.y0 + (2 * row + 1) * bounds.height // 14
@@ -411,7 +411,7 @@ def _open_picture(path: Path) -> openslide.ImageSlide:
 
 
 class _Picture(openslide.ImageSlide):
-    """A plain image that tells its TIFF resolution and colour profile the way OpenSlide does."""
+    """A plain image that states its TIFF resolution and colour profile in OpenSlide's properties."""
 
     def __init__(self, picture: Image.Image) -> None:
         tags = getattr(picture, "tag_v2", {})
@@ -429,7 +429,7 @@ class _Picture(openslide.ImageSlide):
 
 
 def _what_is_missing(path: Path) -> str | None:
-    """The rest of a sentence that starts with the path: what this file lacks; None if nothing is seen."""
+    """What is wrong with a file, as the end of a sentence that starts with its path; None if nothing was found."""
     size = path.stat().st_size
     if size == 0:
         return "is empty (0 bytes): copy it again"
@@ -557,9 +557,9 @@ def _stated_tile(properties: Mapping[str, str], level: int) -> Size:
 
 
 def _tile_size(properties: Mapping[str, str], level: int) -> Size:
-    """Size of what is lost where a level is damaged, level px."""
+    """Size of the cells in which a damaged level is read and lost, level px."""
     width, height = stated = _stated_tile(properties, level)
-    # A strip, or a whole plane stored as one tile, is no unit to lose.
+    # Strips, and whole levels stored as one tile, are too large to be lost as a whole.
     return stated if 64 <= min(width, height) <= max(width, height) <= _CHUNK else Size(_USUAL_TILE, _USUAL_TILE)
 
 

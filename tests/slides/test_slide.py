@@ -159,7 +159,7 @@ def test_a_slide_survives_pickling_threads_and_processes(slide: Slide) -> None:
         assert np.array_equal(pool.apply(slide.read, (box, frame)), expected)
 
 
-def test_closing_is_not_the_end(slide: Slide) -> None:
+def test_a_closed_slide_opens_again_on_the_next_read(slide: Slide) -> None:
     frame = slide.frame(0.5)
     before = slide.read(Box(0, 0, 20, 20), frame)
     slide.close()
@@ -337,13 +337,13 @@ def test_a_file_that_opens_but_decodes_nowhere_is_refused(pyramid: Writer, tmp_p
         open_slide(path)
 
 
-def test_damage_is_told_before_the_missing_scale(pyramid: Writer, tmp_path: Path) -> None:
+def test_damage_is_reported_before_a_missing_scale(pyramid: Writer, tmp_path: Path) -> None:
     path = _spoil(pyramid("flat-none.tif", None, (1,)), tmp_path / "both.tif", lambda i: True)
     with pytest.raises(SlideUnreadable):
         open_slide(path)
 
 
-# What is sound, but not for us
+# Formats that are not read, and sizes that are refused
 
 
 def _stored_as(path: Path, target: Path, compression: int) -> Path:
