@@ -1,4 +1,4 @@
-"""What a DICOM file says of itself: whether it belongs to a slide, and to which one.
+"""Whether a DICOM file belongs to a slide, and to which one, from its header.
 
 A DICOM slide is a series: a file for each level, for the label, the overview and the thumbnail, all in one folder.
 OpenSlide opens any of them and finds the others; this reads a few hundred bytes of each, so that an archive of ten
@@ -42,7 +42,7 @@ class _Element(NamedTuple):
 def read_instance(path: Path) -> Instance | None:
     """The series of a DICOM file of a slide; None for any other file.
 
-    Raises OSError; SlideUnreadable where the file calls itself part of a slide and then ends or makes no sense.
+    Raises OSError; SlideUnreadable where the header names a slide's class and then is truncated or malformed.
     """
     with path.open("rb") as file:
         if file.read(132)[128:] != b"DICM":

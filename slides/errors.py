@@ -4,6 +4,8 @@
     └── SlideError
         ├── SlideNotFound        (FileNotFoundError)  no such file
         ├── SlideUnreadable                           does not open: empty, truncated, not a slide, parts missing
+        ├── SlideUnsupported                          in a format or compression that is not read
+        ├── SlideTooLarge                             a tile or the thumbnail would take gigabytes of memory
         ├── ScaleUnknown                              opens, but states no believable micrometres per pixel
         ├── RegionUnreadable                          opens, but this region cannot be decoded
         ├── GridError            (ValueError)         tile, margin and block do not make a grid
@@ -29,8 +31,16 @@ class SlideUnreadable(SlideError):
     """The file exists but is not a slide that can be read."""
 
 
+class SlideUnsupported(SlideError):
+    """The file is in a format, or compressed in a way, that the installed OpenSlide and Pillow do not read."""
+
+
+class SlideTooLarge(SlideError):
+    """A stored tile or a thumbnail of the slide would take gigabytes of memory."""
+
+
 class ScaleUnknown(SlideError):
-    """Neither the user nor the slide states a believable number of micrometres per pixel."""
+    """Neither the user nor the slide states one believable number of micrometres per pixel."""
 
 
 class RegionUnreadable(SlideError):

@@ -1,4 +1,4 @@
-"""Who owns which work pixels, and who reads them: tiles, and blocks of neighbouring tiles.
+"""The grid of tiles and blocks: which work pixels each tile owns, and which it reads.
 
 Everything is in work pixels, from the top-left corner of the work frame.
 """
@@ -11,7 +11,7 @@ from slides.geometry import Box, Size, union
 
 
 class Tile(NamedTuple):
-    """Where one inference looks, and what it owns. Work pixels, half-open.
+    """What one inference reads, and the core that it owns. Work pixels, half-open.
 
     `read` is always `grid.tile` px square, so it may hang over the slide; `core` is clipped to the slide.
     """
@@ -40,7 +40,7 @@ class TileGrid:
     def __post_init__(self) -> None:
         if min(self.size) < 1:
             width, height = self.size
-            raise GridError(f"size={width} x {height} px holds nothing: need at least 1 x 1 px")
+            raise GridError(f"size={width} x {height} px is empty: need at least 1 x 1 px")
         if self.margin < 0:
             raise GridError(f"margin={self.margin}: need margin >= 0")
         if self.tile <= 2 * self.margin:
@@ -108,10 +108,10 @@ def read_box(tiles: tuple[Tile, ...]) -> Box:
 
 
 def check_margin(margin: int, max_diameter_px: float, tolerance_px: float, shift_px: float) -> None:
-    """Raise GridError unless a tile sees the whole of every object that it may claim.
+    """Raise GridError unless a tile reads the whole of every object that it may claim.
 
     All in work px. An object is claimed when its centroid is within `tolerance_px` of the core; it reaches
-    half its diameter further, and a shifted view sees `shift_px` less.
+    half its diameter further, and a shifted view lacks `shift_px` at one edge.
     """
     needed = max_diameter_px / 2 + tolerance_px + shift_px
     if margin < needed:

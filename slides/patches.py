@@ -6,10 +6,10 @@
 
 `rows` and `cols` are padded to whole blocks. The group's attributes hold the configuration's digest and the
 grid. Any Zarr v3 reader reads it. This module reads and writes whole files, each in one go, and has Zarr encode and
-decode them in memory: so what is checked and what is decoded are the same bytes, whoever writes meanwhile.
+decode them in memory: the bytes that are checked are those that are decoded, even if another process writes.
 
-Nothing here is synced to the disk. What a power cut or a fault of the disk takes does not match its checksum, and a
-block that does not match is a block that was never written: it can be made again from the slide.
+Nothing here is synced to the disk. After a power cut or a disk fault a block may not match its checksum; it then
+counts as never written, and is made again from the slide.
 """
 
 import dataclasses
@@ -40,7 +40,7 @@ _WHITE = 255
 # H&E compresses only 1.2-1.3 times; higher levels cost seconds and save nothing.
 _COMPRESSION = 1
 
-# Of a block in `done`: bytes of its shard, sha256 of the configuration, the shard and the lost shares.
+# A block's entry in `done`: bytes of its shard; sha256 of the store's metadata, the shard and the lost shares.
 _MARK = struct.Struct("<Q32s")
 
 
@@ -75,7 +75,8 @@ class PatchStore:
     def __init__(self, path: Path, grid: TileGrid, digest: str) -> None:
         self.path = path
         self.grid = grid
-        self._identity = _checksum(_identity(grid, digest))
+        # The metadata name the configuration and the codecs: what was encoded otherwise does not count as done.
+        self._metadata_hash = hashlib.sha256(b"".join(_metadata(grid, digest).values())).digest()
 
     @classmethod
     def create(cls, path: Path, grid: TileGrid, digest: str) -> "PatchStore":
@@ -139,7 +140,7 @@ class PatchStore:
             (self.path / name).unlink(missing_ok=True)
 
     def _files(self, block: int) -> _Files | None:
-        """The block's files, where they are those that its mark in `done` speaks of."""
+        """The block's files, if they match its entry in `done`; else None."""
         names = _names(*self.grid.block_place(block))
         mark = _content(self.path / names.mark)
         if len(mark) != _MARK.size:
@@ -148,8 +149,8 @@ class PatchStore:
         return files if self._mark(files) == mark else None
 
     def _mark(self, files: _Files) -> bytes:
-        """What `done` holds of a block with these files."""
-        digest = hashlib.sha256(self._identity.encode())
+        """The entry in `done` of a block with these files."""
+        digest = hashlib.sha256(self._metadata_hash)
         digest.update(files.shard)
         digest.update(files.lost)
         return _MARK.pack(len(files.shard), digest.digest())
@@ -263,14 +264,14 @@ def _metadata(grid: TileGrid, digest: str) -> dict[str, bytes]:
 
 
 def _identity(grid: TileGrid, digest: str) -> dict[str, Any]:
-    """What a store's attributes say of what decides its patches."""
+    """What decides a store's patches, as its attributes record it."""
     numbers = dataclasses.asdict(grid)
     size = Size(*numbers.pop("size"))
     return {"digest": digest, "grid": {"width": size.width, "height": size.height, **numbers}}
 
 
 def _stated_identity(path: Path) -> dict[str, Any] | None:
-    """What the attributes of the store on disk say; None where there is no store, or they are damaged."""
+    """The identity that the store on disk records; None where there is no store, or its attributes are damaged."""
     try:
         attributes = json.loads(_content(path / "zarr.json"))["attributes"]
         identity = {name: attributes[name] for name in ("digest", "grid")}

@@ -1,6 +1,6 @@
 """A synthetic H&E slide whose nuclei are known exactly: the demo's slide and the tests' truth.
 
-Densities of the two stains are painted and then photographed: Beer-Lambert in optical density (Ruifrok and
+Densities of the two stains are painted, then imaged: Beer-Lambert in optical density (Ruifrok and
 Johnston, Anal Quant Cytol Histol 23:291, 2001), the blur of the optics, the noise of the camera. One pixel is
 meant to be 0.25 um; all lengths in here are slide px unless they say um.
 """
@@ -59,7 +59,7 @@ class Phantom(NamedTuple):
 
 
 class _Kind(NamedTuple):
-    """How one sort of nucleus looks. Pairs are ranges; lengths in um."""
+    """Appearance of one type of nucleus. Pairs are ranges; lengths in um."""
 
     length: tuple[float, float]  # the long diameter
     aspect: tuple[float, float]  # short over long
@@ -255,7 +255,7 @@ def _place(scene: _Scene, size: Size, rng: Generator) -> tuple[list[_Nucleus], N
 
 
 def _shape(site: _Site, rng: Generator) -> Callable[[float, float], _Nucleus]:
-    """Draw lots for one nucleus; what comes back computes it around any centre (slide px).
+    """Draw the random shape of one nucleus; the function returned computes it around any centre (slide px).
 
     In its own frame a nucleus is an ellipse of half-lengths (a, b) whose radius varies with the angle, with a
     waist, and whose long axis sags: both directions are closed formulae, so outline and pixels agree.
@@ -390,7 +390,7 @@ def _photograph(haematoxylin: Field, eosin: Field, pen: Field, rng: Generator) -
     shape = haematoxylin.shape
     fade = 1 + 0.08 * _noise(shape, 1200, rng)
     stains = [ndimage.gaussian_filter(stain * fade, _BLUR) for stain in (haematoxylin, eosin)]
-    # Slides differ in their dyes.
+    # Stain vectors vary between slides.
     vectors = [np.array(vector) * rng.normal(1, 0.05, 3) for vector in (_HAEMATOXYLIN, _EOSIN)]
     image = np.empty((*shape, 3), np.uint8)
     for channel in range(3):

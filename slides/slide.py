@@ -7,6 +7,7 @@ a chosen mpp. `Slide.frame` makes frames.
 import hashlib
 import math
 import os
+import re
 import struct
 import threading
 from collections.abc import Iterator, Mapping
@@ -18,7 +19,15 @@ import openslide
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-from slides.errors import RegionUnreadable, ScaleUnknown, SlideNotFound, SlideUnreadable
+from slides.errors import (
+    RegionUnreadable,
+    ScaleUnknown,
+    SlideError,
+    SlideNotFound,
+    SlideTooLarge,
+    SlideUnreadable,
+    SlideUnsupported,
+)
 from slides.geometry import Affine, Box, Frame, Size
 
 Pixels = NDArray[np.uint8]
@@ -27,6 +36,22 @@ Window = tuple[float, float, float, float]  # x0 y0 x1 y1, px of the array that 
 
 # Micrometres per pixel that a microscope can have made; OpenSlide reports 1000 for a TIFF without resolution.
 BELIEVABLE_MPP = (0.05, 5.0)
+
+# Scales along x and y that differ by more are an error of whoever wrote them: scanners' pixels are square.
+_LARGEST_ASPECT = 1.02
+
+# Pixels of a stored tile, which OpenSlide decodes whole, at four bytes each.
+_LARGEST_TILE_PX = 2**26
+
+# Pixels of a thumbnail: 65 x 65 mm at 8 um, more than any glass. Finding tissue takes some 60 bytes for each.
+_LARGEST_THUMBNAIL_PX = 2**26
+
+# Level px along a side of one pixel that is read; with the filter's reach this is 200 MB.
+_COARSEST = 1024
+
+# What OpenSlide and libtiff say of files that are sound but use a feature that is not implemented.
+_UNSUPPORTED = re.compile("unsupported|not supported|not configured|not implemented", re.IGNORECASE)
+_CONVERT = "convert it to a tiled pyramidal TIFF"
 
 # Side of what is read from the slide in one go, level px: it bounds the memory and changes no pixel.
 _CHUNK = 2048
@@ -41,6 +66,9 @@ _USUAL_TILE = 256
 # Pillow's bicubic filter reaches 2 pixels, of the coarser raster, to either side; the third covers rounding.
 _REACH = 3
 
+# Suffixes of slide formats that OpenSlide does not know.
+_FORMATS_NOT_READ = frozenset((".ets", ".isyntax", ".kfb", ".lif", ".mds", ".nd2", ".oir", ".sdpc", ".vsi"))
+
 _EIGHT_BIT_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr")
 _MICROMETRES = {"inch": 25400.0, "centimeter": 10000.0}
 _WHITE = 255
@@ -54,7 +82,11 @@ class Level(NamedTuple):
 
 
 class Scale(NamedTuple):
-    """Micrometres per pixel at level 0, and who says so: `user`, `metadata` or `tiff resolution`."""
+    """Micrometres per pixel at level 0, and who says so.
+
+    source: `metadata`, `tiff resolution`, `--mpp` (a default for slides that state nothing), or what the caller of
+    `open_slide` named: `manifest`, `--force-mpp`, `given`.
+    """
 
     x: float
     y: float
@@ -69,9 +101,11 @@ class Slide:
     OpenSlide's handles are not shared: each thread of each process has its own, opened on first use.
     """
 
-    def __init__(self, path: str | os.PathLike[str], mpp: float | None) -> None:
+    def __init__(
+        self, path: str | os.PathLike[str], mpp: float | None, mpp_source: str, default_mpp: float | None
+    ) -> None:
         self.path = Path(path)
-        self._mpp = mpp
+        self._given = (mpp, mpp_source, default_mpp)
         self._handles: dict[tuple[int, int], openslide.AbstractSlide] = {}
         handle = self._handle()
         properties = dict(handle.properties)  # the handle may be dropped below
@@ -85,12 +119,13 @@ class Slide:
         self._tile_sizes = tuple(_tile_size(properties, level) for level in range(len(self.levels)))
         self.has_icc = "openslide.icc-size" in properties
         self.quick_hash: str = properties.get("openslide.quickhash-1") or _file_hash(self.path)
-        # A damaged file must be called damaged, whether or not it states a scale.
-        self._prove_readable()
-        self.scale = _scale(self.path, properties, mpp)
+        _check_tiles(self.path, properties, len(self.levels))
+        # Before the scale: a damaged file must be reported as damaged, whether or not it states a scale.
+        self._check_readable()
+        self.scale = _scale(self.path, properties, *self._given)
 
-    def __reduce__(self) -> tuple[type["Slide"], tuple[Path, float | None]]:
-        return Slide, (self.path, self._mpp)
+    def __reduce__(self) -> tuple[type["Slide"], tuple[Path, float | None, str, float | None]]:
+        return Slide, (self.path, *self._given)
 
     def __enter__(self) -> Self:
         return self
@@ -117,7 +152,8 @@ class Slide:
         """The pixels of `box` (px of `frame`). Returns uint8 (h, w, 3), RGB.
 
         White outside the frame; transparent areas are blended on white; resampled from the best level
-        with an antialiasing bicubic filter. Raises RegionUnreadable.
+        with an antialiasing bicubic filter. Raises RegionUnreadable; SlideTooLarge where a pixel of the frame is
+        made of more than 1024 x 1024 stored ones.
         Law: the pixels do not depend on the box: a part read on its own is, bit for bit, a part of the whole.
         """
         return self._pixels(box, frame, strict=True)[0]
@@ -131,13 +167,25 @@ class Slide:
         return self._pixels(box, frame, strict=False)
 
     def thumbnail(self, frame: Frame) -> Pixels:
-        """All of a coarse frame. uint8 (h, w, 3); what cannot be decoded is white."""
+        """All of a coarse frame. uint8 (h, w, 3); what cannot be decoded is white. Raises SlideTooLarge."""
+        width, height = frame.size
+        if frame.box.area > _LARGEST_THUMBNAIL_PX:
+            raise SlideTooLarge(
+                f"{self.path} is {width:,} x {height:,} px at {frame.mpp:g} um/px: need at most "
+                f"{_LARGEST_THUMBNAIL_PX:,} px in a thumbnail; is its scale of {self.scale.x:g} um/px "
+                f"({self.scale.source}) right? else raise --tissue.thumbnail-mpp, or cut the slide into parts"
+            )
         return self.read_decodable(frame.box, frame)[0]
 
     def _pixels(self, box: Box, frame: Frame, *, strict: bool) -> tuple[Pixels, Mask]:
         """`read` and `read_decodable`: whole cells of a fixed lattice, read from the slide in chunks."""
         level = self._best_level(frame)
         to_level = self._to_level(frame, level)
+        if max(to_level.scale_x, to_level.scale_y) > _COARSEST:
+            raise SlideTooLarge(
+                f"{self.path} has no level coarser than {self.levels[level].size.width:,} x "
+                f"{self.levels[level].size.height:,} px to make a thumbnail from: {_CONVERT}"
+            )
         fit = int(_CHUNK / max(1.0, to_level.scale_x, to_level.scale_y))  # px whose source is one chunk
         cell_side = max(1, min(_CELL, fit))
         group_side = max(1, fit // cell_side) * cell_side
@@ -171,7 +219,7 @@ class Slide:
         return source, (x0 - left, y0 - top, x1 - left, y1 - top)
 
     def _read_source(self, level: int, source: Box, *, strict: bool) -> tuple[Pixels, Mask]:
-        """As `_read_level`, for a `source` that may hang over the bounds: its last pixels are continued."""
+        """As `_read_level`, for a `source` that may hang over the bounds: the edge pixels are repeated."""
         stored = source.intersect(self._level_bounds(level))
         pixels, lost = self._read_level(level, stored, strict=strict)
         rows = stored.y0 - source.y0, source.y1 - stored.y1
@@ -184,7 +232,7 @@ class Slide:
     def _best_level(self, frame: Frame) -> int:
         """The coarsest level that is not coarser than the frame; level 0 where all are.
 
-        One part in a hundred is forgiven: pyramids round their sizes, and 4.0006 is meant to be 4.
+        With a tolerance of 1 %: pyramids round their sizes, and 4.0006 is meant to be 4.
         """
         wanted = min(frame.to_slide.scale_x, frame.to_slide.scale_y) * 1.01
         fine_enough = [i for i, level in enumerate(self.levels) if level.downsample <= wanted]
@@ -266,12 +314,15 @@ class Slide:
             self._handles[key] = _open_handle(self.path)
         return self._handles[key]
 
-    def _prove_readable(self) -> None:
-        """Raise SlideUnreadable if none of 49 pixels spread over the coarsest level and level 0 decodes."""
+    def _check_readable(self) -> None:
+        """Raise SlideUnreadable if none of 49 pixels spread over the coarsest level and level 0 decodes.
+
+        SlideUnsupported where that is because of how they are compressed.
+        """
         cause: RegionUnreadable | None = None
         for level in dict.fromkeys((len(self.levels) - 1, 0)):
             bounds = self._level_bounds(level)
-            # From the middle outwards: on a sound slide the first one answers.
+            # From the middle outwards: on a sound slide the first read succeeds.
             for row, col in sorted(np.ndindex(7, 7), key=lambda place: abs(place[0] - 3) + abs(place[1] - 3)):
                 x = bounds.x0 + (2 * col + 1) * bounds.width // 14
                 y = bounds.y0 + (2 * row + 1) * bounds.height // 14
@@ -280,21 +331,35 @@ class Slide:
                     return
                 except RegionUnreadable as error:
                     cause = error
+        if cause is not None and _UNSUPPORTED.search(str(cause.__cause__)):
+            raise _unsupported(self.path, str(cause.__cause__)) from cause
         raise SlideUnreadable(f"{self.path} opens, but nothing in it can be read: copy it again") from cause
 
 
-def open_slide(path: str | os.PathLike[str], *, mpp: float | None = None) -> Slide:
+def open_slide(
+    path: str | os.PathLike[str],
+    *,
+    mpp: float | None = None,
+    mpp_source: str = "given",
+    default_mpp: float | None = None,
+) -> Slide:
     """Open a slide, or a plain PNG, JPEG, WebP, BMP or single-image TIFF as a slide of one level.
 
-    mpp: micrometres per pixel at level 0 as the user knows them; else the slide's metadata, else its TIFF
-    resolution tags. Values outside 0.05-5 um are not believed.
-    Raises SlideNotFound, SlideUnreadable, and ScaleUnknown only once the slide has proved readable.
+    Its scale, micrometres per pixel at level 0, is the first of: `mpp`; the slide's metadata; its TIFF resolution
+    tags; `default_mpp`. `Slide.scale.source` says which; for `mpp` it is `mpp_source`. What a slide states is taken
+    for unknown outside 0.05-5 um.
+    Raises SlideNotFound, SlideUnreadable, SlideUnsupported, SlideTooLarge; and ScaleUnknown, once the slide has
+    proved readable, where no scale is known, where one that is given lies outside 0.05-5 um, and where those that
+    the slide states along x and y differ by more than 2 %.
     """
-    return Slide(path, mpp)
+    return Slide(path, mpp, mpp_source, default_mpp)
 
 
 def _open_handle(path: Path) -> openslide.AbstractSlide:
-    """OpenSlide's handle, or a picture in the same clothes. Raises SlideNotFound, SlideUnreadable."""
+    """OpenSlide's handle, or a plain image's with the same interface.
+
+    Raises SlideNotFound, SlideUnreadable, SlideUnsupported, SlideTooLarge.
+    """
     if not path.is_file():
         raise SlideNotFound(f"{path}: there is no such file")
     try:
@@ -304,11 +369,27 @@ def _open_handle(path: Path) -> openslide.AbstractSlide:
             raise SlideUnreadable(f"{path} {complaint}") from error
         return _open_picture(path)
     except openslide.OpenSlideError as error:
+        if _UNSUPPORTED.search(str(error)) or _is_czi(path):
+            raise _unsupported(path, str(error)) from error
         raise SlideUnreadable(f"{path} is damaged or incomplete: {_reworded(path, str(error))}") from error
 
 
+def _unsupported(path: Path, complaint: str) -> SlideError:
+    """The error for a file that other programs may read; where they do not either, it is damaged after all."""
+    return SlideUnsupported(
+        f"{path} is in a format that OpenSlide {openslide.__library_version__} does not read ({complaint}): "
+        f"{_CONVERT}; if no other program opens it, copy it again"
+    )
+
+
+def _is_czi(path: Path) -> bool:
+    """Whether it is a Zeiss CZI, of whose many forms OpenSlide reads a few; the rest it calls damaged."""
+    with path.open("rb") as file:
+        return file.read(10) == b"ZISRAWFILE"
+
+
 def _open_picture(path: Path) -> openslide.ImageSlide:
-    """A plain image as a slide of one level. Raises SlideUnreadable if it is none, or damaged."""
+    """A plain image as a slide of one level. Raises SlideUnreadable, SlideUnsupported, SlideTooLarge."""
     try:
         with Image.open(path, formats=["PNG", "JPEG", "WEBP", "BMP", "TIFF"]) as picture:
             count, mode = getattr(picture, "n_frames", 1), picture.mode
@@ -316,19 +397,21 @@ def _open_picture(path: Path) -> openslide.ImageSlide:
             if count == 1 and mode in _EIGHT_BIT_MODES:
                 return _Picture(picture)
     except UnidentifiedImageError as error:
+        if path.suffix.lower() in _FORMATS_NOT_READ or _is_czi(path):
+            raise _unsupported(path, path.suffix) from error
         raise SlideUnreadable(f"{path} is not a slide: OpenSlide and Pillow know no such format") from error
     except Image.DecompressionBombError as error:
-        raise SlideUnreadable(f"{path}: {error}: convert it to a tiled pyramidal TIFF") from error
+        raise SlideTooLarge(f"{path}: {error}: {_CONVERT}") from error
     except (OSError, SyntaxError, ValueError) as error:
         raise SlideUnreadable(f"{path} is a damaged image ({error}): copy it again") from error
-    raise SlideUnreadable(
+    raise SlideUnsupported(
         f"{path} holds {count} image(s) of mode {mode} in no format that OpenSlide knows: "
-        f"need a slide, or one image of 8 bits a channel; convert it to a tiled pyramidal TIFF"
+        f"need a slide, or one image of 8 bits a channel; {_CONVERT}"
     )
 
 
 class _Picture(openslide.ImageSlide):
-    """A plain image that tells its TIFF resolution and colour profile the way OpenSlide does."""
+    """A plain image that states its TIFF resolution and colour profile in OpenSlide's properties."""
 
     def __init__(self, picture: Image.Image) -> None:
         tags = getattr(picture, "tag_v2", {})
@@ -346,7 +429,7 @@ class _Picture(openslide.ImageSlide):
 
 
 def _what_is_missing(path: Path) -> str | None:
-    """The rest of a sentence that starts with the path: what this file lacks; None if nothing is seen."""
+    """What is wrong with a file, as the end of a sentence that starts with its path; None if nothing was found."""
     size = path.stat().st_size
     if size == 0:
         return "is empty (0 bytes): copy it again"
@@ -409,19 +492,30 @@ def _bounds(properties: Mapping[str, str], size: Size) -> Box:
     return inside if inside.area else whole
 
 
-def _scale(path: Path, properties: Mapping[str, str], mpp: float | None) -> Scale:
-    """The first believable scale of user, metadata, TIFF resolution. Raises ScaleUnknown."""
+def _scale(
+    path: Path, properties: Mapping[str, str], mpp: float | None, mpp_source: str, default_mpp: float | None
+) -> Scale:
+    """The scale by the rule of `open_slide`. Raises ScaleUnknown."""
     low, high = BELIEVABLE_MPP
+    for given in (mpp, default_mpp):
+        if given is not None and not low <= given <= high:
+            raise ScaleUnknown(f"mpp={given:g} for {path}: need {low:g} to {high:g} micrometres per pixel")
     if mpp is not None:
-        if not low <= mpp <= high:
-            raise ScaleUnknown(f"mpp={mpp:g} for {path}: need {low:g} to {high:g} micrometres per pixel")
-        return Scale(mpp, mpp, "user")
+        return Scale(mpp, mpp, mpp_source)
     stated = (_stated_scale(properties), _resolution_scale(properties))
-    for scale in stated:
-        if scale and all(low <= value <= high for value in scale[:2]):
-            return scale
-    found = next((f"{s.x:g} um/px, not between {low:g} and {high:g}" for s in stated if s), "no resolution")
-    raise ScaleUnknown(f"{path} states {found}: pass --mpp (micrometres per pixel at level 0)")
+    for x, y, source in filter(None, stated):
+        if not low <= min(x, y) <= max(x, y) <= high:
+            continue
+        if max(x, y) > _LARGEST_ASPECT * min(x, y):
+            raise ScaleUnknown(
+                f"{path} states {x:g} x {y:g} um/px ({source}): need square pixels, within 2 %; give its mpp in a "
+                f"manifest or by --force-mpp, or resample it to square pixels"
+            )
+        return Scale(x, y, source)
+    if default_mpp is not None:
+        return Scale(default_mpp, default_mpp, "--mpp")
+    said = next((f"{s.x:g} um/px, not between {low:g} and {high:g}" for s in stated if s), "no resolution")
+    raise ScaleUnknown(f"{path} states {said}: pass --mpp (micrometres per pixel at level 0)")
 
 
 def _stated_scale(properties: Mapping[str, str]) -> Scale | None:
@@ -456,12 +550,28 @@ def _file_hash(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _tile_size(properties: Mapping[str, str], level: int) -> tuple[int, int]:
-    """Width and height of the tiles in which a level is stored, level px."""
-    stated = (properties.get(f"openslide.level[{level}].tile-{side}", "0") for side in ("width", "height"))
-    width, height = (int(value) if value.isdecimal() else 0 for value in stated)
-    # A strip, or a whole plane stored as one tile, is no unit to lose.
-    return (width, height) if 64 <= min(width, height) <= max(width, height) <= _CHUNK else (_USUAL_TILE,) * 2
+def _stated_tile(properties: Mapping[str, str], level: int) -> Size:
+    """Size of the tiles in which a level is stored, level px; 0 x 0 where the slide does not state it."""
+    width, height = (properties.get(f"openslide.level[{level}].tile-{side}", "0") for side in ("width", "height"))
+    return Size(*(int(value) if value.isdecimal() else 0 for value in (width, height)))
+
+
+def _tile_size(properties: Mapping[str, str], level: int) -> Size:
+    """Size of the cells in which a damaged level is read and lost, level px."""
+    width, height = stated = _stated_tile(properties, level)
+    # Strips, and whole levels stored as one tile, are too large to be lost as a whole.
+    return stated if 64 <= min(width, height) <= max(width, height) <= _CHUNK else Size(_USUAL_TILE, _USUAL_TILE)
+
+
+def _check_tiles(path: Path, properties: Mapping[str, str], levels: int) -> None:
+    """Raise SlideTooLarge where OpenSlide would need gigabytes to decode one tile."""
+    for level in range(levels):
+        width, height = _stated_tile(properties, level)
+        if width * height > _LARGEST_TILE_PX:
+            raise SlideTooLarge(
+                f"{path} is stored in tiles of {width:,} x {height:,} px: need at most {_LARGEST_TILE_PX:,} px; "
+                f"{_CONVERT}, with tiles of 256 to 2048 px"
+            )
 
 
 def _cells(box: Box, side: tuple[int, int], *, lattice: bool = False) -> Iterator[Box]:

@@ -1,4 +1,4 @@
-"""Where the tissue is: from a thumbnail to a mask, and what a mask can be asked."""
+"""Tissue detection on a thumbnail, and queries on the resulting mask."""
 
 import math
 from typing import NamedTuple
@@ -34,14 +34,14 @@ _RIM_UM = 24.0
 # Vessels, ducts and fat belong to the tissue around them; larger holes are glass.
 _HOLE_UM2 = 100_000.0
 
-# Clean glass is nearly neutral: a tint up to this many grey levels is the lamp's, and is taken out.
+# Clean glass is nearly neutral: a tint up to this many grey levels is that of the illumination, and is removed.
 _TINT = 14.0
 
 
 class TissueMap(NamedTuple):
-    """Where a slide's tissue is, for questions in work px.
+    """Where a slide's tissue is, queried in work px.
 
-    mask: bool (h, w), a pixel of `frame` each; work: the frame of the points and boxes that are asked about.
+    mask: bool (h, w), a pixel of `frame` each; work: the frame of the points and boxes in queries.
     """
 
     mask: NDArray[np.bool_]
@@ -97,9 +97,9 @@ def tissue_mask(
     Returns bool (h, w). Holes are kept out only where they are larger than 0.1 mm2
     or open to the edge of the picture.
 
-    Stain is told by its colour, not by its darkness: so uneven glass, grey glass and black borders are out,
-    and pale tissue is in. Strokes of blue, green, red or black ink are taken out. The rules stand at the
-    constants of this module.
+    Stain is recognised by its colour, not by its darkness: so uneven glass, grey glass and black borders are left
+    out, and pale tissue is kept. Strokes of blue, green, red or black ink are left out. The rules are explained
+    at the constants of this module.
     """
     if not thumbnail.size:
         return np.zeros(thumbnail.shape[:2], np.bool_)

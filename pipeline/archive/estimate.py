@@ -1,4 +1,4 @@
-"""What a run will take, slide by slide, before anything is begun."""
+"""What a run will take, slide by slide, before it is started."""
 
 import dataclasses
 from typing import NamedTuple

@@ -1,4 +1,4 @@
-"""What a slide is, where its tissue lies, how it is stained: decided once, before anything is cut, and kept on disk."""
+"""The plan of a slide: what it is, where its tissue lies, how it is stained. Made once, before tiling; kept on disk."""
 
 import functools
 from collections.abc import Mapping

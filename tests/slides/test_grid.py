@@ -58,7 +58,7 @@ def test_every_tile_is_in_exactly_one_block(grid: TileGrid) -> None:
         ((Size(9, 9), 1024, 600, 1), "margin=600 leaves no core in a tile of 1024 px: need 2 * margin <"),
         ((Size(10, 10), 64, -1, 1), "margin=-1: need margin >= 0"),
         ((Size(10, 10), 64, 8, 0), "block=0: need at least 1"),
-        ((Size(0, 10), 64, 8, 1), "size=0 x 10 px holds nothing"),
+        ((Size(0, 10), 64, 8, 1), "size=0 x 10 px is empty"),
     ],
 )
 def test_numbers_that_make_no_grid(numbers: tuple[Size, int, int, int], message: str) -> None:

@@ -4,6 +4,7 @@ import pickle
 import shutil
 import struct
 import threading
+import zlib
 from collections.abc import Callable
 from multiprocessing import get_context
 from pathlib import Path
@@ -17,7 +18,15 @@ from hypothesis import strategies as st
 from PIL import Image
 from scipy import ndimage
 
-from slides.errors import RegionUnreadable, ScaleUnknown, SlideError, SlideNotFound, SlideUnreadable
+from slides.errors import (
+    RegionUnreadable,
+    ScaleUnknown,
+    SlideError,
+    SlideNotFound,
+    SlideTooLarge,
+    SlideUnreadable,
+    SlideUnsupported,
+)
 from slides.geometry import Box, Size
 from slides.slide import Slide, open_slide
 
@@ -37,16 +46,16 @@ def picture() -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def pyramid(tmp_path_factory: pytest.TempPathFactory, picture: np.ndarray) -> Writer:
-    """Write the picture as a tiled pyramid. mpp None: no resolution tags."""
+    """Write the picture as a tiled pyramid. mpp None: no resolution tags; along y it is `aspect` times as large."""
     folder = tmp_path_factory.mktemp("pyramids")
 
-    def make(name: str, mpp: float | None, factors: tuple[int, ...] = (1, 2, 4)) -> Path:
+    def make(name: str, mpp: float | None, factors: tuple[int, ...] = (1, 2, 4), aspect: float = 1.0) -> Path:
         path = folder / name
         with tifffile.TiffWriter(path) as tiff:
             for factor in factors:
                 level = picture[: HEIGHT // factor * factor, : WIDTH // factor * factor]
                 level = level.reshape(HEIGHT // factor, factor, WIDTH // factor, factor, 3).mean((1, 3))
-                per_cm = None if mpp is None else (1e4 / mpp / factor,) * 2
+                per_cm = None if mpp is None else (1e4 / mpp / factor, 1e4 / mpp / factor / aspect)
                 tiff.write(
                     level.astype(np.uint8),
                     tile=(128, 128),
@@ -150,7 +159,7 @@ def test_a_slide_survives_pickling_threads_and_processes(slide: Slide) -> None:
         assert np.array_equal(pool.apply(slide.read, (box, frame)), expected)
 
 
-def test_closing_is_not_the_end(slide: Slide) -> None:
+def test_a_closed_slide_opens_again_on_the_next_read(slide: Slide) -> None:
     frame = slide.frame(0.5)
     before = slide.read(Box(0, 0, 20, 20), frame)
     slide.close()
@@ -172,14 +181,42 @@ def test_an_unbelievable_scale_is_refused_with_the_remedy(pyramid: Writer, mpp: 
     path = pyramid(f"scale-{mpp}.tif", mpp)
     with pytest.raises(ScaleUnknown, match=r"scale-.*pass --mpp"):
         open_slide(path)
-    assert open_slide(path, mpp=0.4).scale == (0.4, 0.4, "user")
+    assert open_slide(path, mpp=0.4, mpp_source="manifest").scale == (0.4, 0.4, "manifest")
+    assert open_slide(path, default_mpp=0.4).scale == (0.4, 0.4, "--mpp")
 
 
-def test_the_user_is_believed_before_the_slide_but_not_everything(pyramid: Writer) -> None:
+def test_what_is_given_for_a_slide_goes_before_what_it_states_and_a_default_after(pyramid: Writer) -> None:
     path = pyramid("plain.tif", 0.5)
-    assert open_slide(path, mpp=0.26).scale == (0.26, 0.26, "user")
-    with pytest.raises(ScaleUnknown, match=r"mpp=250 .* need 0.05 to 5"):
-        open_slide(path, mpp=250)
+    assert open_slide(path, mpp=0.26).scale == (0.26, 0.26, "given")
+    assert open_slide(path, mpp=0.26, mpp_source="--force-mpp", default_mpp=1.0).scale == (0.26, 0.26, "--force-mpp")
+    assert open_slide(path, default_mpp=1.0).scale == open_slide(path).scale
+    copy = pickle.loads(pickle.dumps(open_slide(path, mpp=0.26, mpp_source="manifest")))
+    assert copy.scale == (0.26, 0.26, "manifest")
+
+
+@pytest.mark.parametrize("mpp", [250, 0, -1, float("nan"), 1e9, 0.049, 5.1])
+def test_what_is_given_is_checked(pyramid: Writer, mpp: float) -> None:
+    path = pyramid("plain.tif", 0.5)
+    for name in ("mpp", "default_mpp"):
+        with pytest.raises(ScaleUnknown, match=r"mpp=.* for .*plain\.tif: need 0.05 to 5"):
+            open_slide(path, **{name: mpp})
+
+
+@pytest.mark.parametrize("aspect", [0.5, 0.97, 1.03])
+def test_oblong_pixels_are_refused_with_the_remedy(pyramid: Writer, aspect: float) -> None:
+    """Also where there is a default: the slide is not silent, it contradicts itself."""
+    path = pyramid(f"oblong-{aspect}.tif", 0.5, aspect=aspect)
+    for default in (None, 0.5):
+        with pytest.raises(
+            ScaleUnknown, match=r"oblong.* states 0\.5 x .* need square pixels, within 2 %.*--force-mpp"
+        ):
+            open_slide(path, default_mpp=default)
+    assert open_slide(path, mpp=0.5).scale == (0.5, 0.5, "given")
+
+
+def test_nearly_square_pixels_are_taken_as_stated(pyramid: Writer) -> None:
+    scale = open_slide(pyramid("nearly.tif", 0.5, aspect=1.015)).scale
+    assert (scale.x, scale.y) == (pytest.approx(0.5), pytest.approx(0.5075))
 
 
 # Plain images
@@ -300,9 +337,79 @@ def test_a_file_that_opens_but_decodes_nowhere_is_refused(pyramid: Writer, tmp_p
         open_slide(path)
 
 
-def test_damage_is_told_before_the_missing_scale(pyramid: Writer, tmp_path: Path) -> None:
+def test_damage_is_reported_before_a_missing_scale(pyramid: Writer, tmp_path: Path) -> None:
     path = _spoil(pyramid("flat-none.tif", None, (1,)), tmp_path / "both.tif", lambda i: True)
     with pytest.raises(SlideUnreadable):
+        open_slide(path)
+
+
+# Formats that are not read, and sizes that are refused
+
+
+def _stored_as(path: Path, target: Path, compression: int) -> Path:
+    """Copy a TIFF and claim another compression for its first level."""
+    with tifffile.TiffFile(path) as tiff:
+        at = tiff.pages[0].tags["Compression"].valueoffset
+    content = bytearray(path.read_bytes())
+    struct.pack_into("<H", content, at, compression)
+    target.write_bytes(content)
+    return target
+
+
+def test_unsupported_is_not_damaged(pyramid: Writer, tmp_path: Path) -> None:
+    paths = [_stored_as(pyramid("flat.tif", 0.5, (1,)), tmp_path / "webp.tif", 50001)]
+    for name, content in (("a.czi", b"ZISRAWFILE" + bytes(999)), ("b.vsi", b"Olympus"), ("c.isyntax", b"Philips")):
+        paths.append(tmp_path / name)
+        paths[-1].write_bytes(content)
+    for path in paths:
+        with pytest.raises(SlideUnsupported, match=r"OpenSlide .* does not read .*convert it") as raised:
+            open_slide(path, mpp=0.25)
+        assert path.name in str(raised.value)
+        assert "damaged" not in str(raised.value)
+
+
+def _huge(path: Path, width: int, height: int, tile: int) -> Path:
+    """A TIFF of any size in a few MB: all its tiles are the same white one."""
+    white = zlib.compress(bytes([255]) * (tile * tile * 3)) if tile <= 4096 else b""
+    count = -(-width // tile) * -(-height // tile)
+    entries = [
+        (256, 4, 1, width), (257, 4, 1, height), (258, 3, 3, 8), (259, 3, 1, 8), (262, 3, 1, 2), (277, 3, 1, 3),
+        (282, 5, 1, 12), (283, 5, 1, 12), (296, 3, 1, 3), (322, 4, 1, tile), (323, 4, 1, tile),
+        (324, 4, count, 20), (325, 4, count, 20 + 4 * count),
+    ]  # fmt: skip
+    bits, pixels = 20 + 8 * count, 26 + 8 * count
+    entries[2] = (258, 3, 3, bits)
+    with path.open("wb") as file:
+        file.write(struct.pack("<2sHI", b"II", 42, pixels + len(white)) + bytes(4) + struct.pack("<II", 40000, 1))
+        file.write(np.full(count, pixels, "<u4").tobytes() + np.full(count, len(white), "<u4").tobytes())
+        file.write(struct.pack("<3H", 8, 8, 8) + white)
+        file.write(struct.pack("<H", len(entries)) + b"".join(struct.pack("<HHII", *entry) for entry in entries))
+        file.write(bytes(4))
+    return path
+
+
+def test_a_thumbnail_that_fills_the_memory_is_refused(tmp_path: Path) -> None:
+    """Two million pixels square in 2.4 MB: 11 GB at 8 um per px."""
+    path = _huge(tmp_path / "huge.tif", 2_000_000, 2_000_000, 4096)
+    assert path.stat().st_size < 3e6
+    with open_slide(path) as slide:
+        with pytest.raises(SlideTooLarge, match=r"huge\.tif is 62,500 x 62,500 px at 8 um/px.*thumbnail"):
+            slide.thumbnail(slide.frame(8))
+        box = Box(1000, 1000, 1100, 1100)
+        assert (slide.read(box, slide.frame(0.25)) == 255).all()
+
+
+def test_a_strip_without_coarse_levels_is_refused_where_its_thumbnail_is_too_coarse(tmp_path: Path) -> None:
+    with (
+        open_slide(_huge(tmp_path / "strip.tif", 4_000_000, 64, 256)) as slide,
+        pytest.raises(SlideTooLarge, match=r"strip\.tif has no level coarser than 4,000,000 x 64 px"),
+    ):
+        slide.thumbnail(slide.frame(0.25 * 4_000_000 / 1200))
+
+
+def test_tiles_that_fill_the_memory_are_refused(tmp_path: Path) -> None:
+    path = _huge(tmp_path / "one.tif", 100_000, 100_000, 100_000)
+    with pytest.raises(SlideTooLarge, match=r"one\.tif is stored in tiles of 100,000 x 100,000 px"):
         open_slide(path)
 
 

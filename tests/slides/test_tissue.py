@@ -1,4 +1,4 @@
-"""Tissue is found, glass and ink are not; a mask answers in work px."""
+"""Tissue is found, glass and ink are not; a tissue map is queried in work px."""
 
 from itertools import pairwise
 from pathlib import Path
@@ -148,7 +148,7 @@ def test_shared_slides_show_the_tissue_one_sees(shared: Path, name: str, low: fl
 # TissueMap
 
 
-def test_a_map_answers_in_work_pixels() -> None:
+def test_a_map_is_queried_in_work_pixels() -> None:
     mask = np.zeros((3, 4), bool)
     mask[1, 2] = True  # work px 64..96 x 32..64 at mpp 0.25
     tissue = _map(mask, 8.0, 0.25)

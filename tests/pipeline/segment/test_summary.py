@@ -133,7 +133,7 @@ def plan() -> Plan:
     return Plan(
         "hash",
         "generic",
-        Scale(0.5, 0.5, "user"),
+        Scale(0.5, 0.5, "given"),
         Size(1000, 512),
         Box(0, 0, 1000, 512),
         WORK._replace(size=Size(1000, 1000)),
