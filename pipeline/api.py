@@ -1,65 +1,35 @@
-"""The functions that `pipeline` exports: what the command `nightslide` does, for scripts and notebooks."""
+"""What the commands plan and export do, for scripts and notebooks too; `pipeline.archive.run` has the other one."""
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from pipeline.config import Execution, Export, Settings, require
+from pipeline.config import Export, Settings, require
 from pipeline.errors import RunError
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
     from pipeline.archive.estimate import SlideEstimate
+    from pipeline.archive.sources import Inputs
     from pipeline.segment.export import Exported
-    from pipeline.segment.record import SlideRecord
-
-PathLike = str | os.PathLike[str]
 
 CPU_SECONDS_PER_MM2 = 42.0
 "Of tissue, in one view: measured on two cores of an AMD EPYC in bfloat16 (workflows/benchmarks/stages.sh)."
 
 
-def run(
-    inputs: PathLike | Iterable[PathLike],
-    out: PathLike,
-    settings: Settings = Settings(),
-    *,
-    execution: Execution = Execution(),
-    mpp: float | None = None,
-    client: Any = None,
-    say: Callable[[str], None] | None = None,
-) -> list["SlideRecord"]:
-    """Segment slides and write the results under `out`; finished slides and blocks are kept, so that it can be resumed.
-
-    inputs: slides, folders (searched) or CSV manifests (columns path and, if given, mpp)
-    mpp: micrometres per pixel at level 0, for slides that do not state it
-    client: a `dask.distributed.Client` whose workers see the same files, instead of the workers of `execution`. Those
-        are processes: a script that calls `run` needs `if __name__ == "__main__":`, a notebook does not.
-    say: receives the lines of progress, instead of the terminal
-    Returns a row for each slide, as in ledger.csv; a slide that fails has the status "failed" and its cause.
-    Raises ConfigError (wrong settings, inputs or output folder) before anything is started; ClusterLost.
-    """
-    from pipeline.archive.run import run as run_archive
-    from pipeline.model.device import choose_device
-
-    check_usage(settings, mpp)
-    if client is None and not execution.scheduler and not execution.scheduler_file:
-        choose_device(settings.detector.device)  # this machine's is refused now, not by every slide
-    return run_archive(_paths(inputs), Path(out), settings, execution, mpp=mpp, client=client, say=say)
-
-
 def plan(
-    inputs: PathLike | Iterable[PathLike],
+    inputs: "Inputs",
     settings: Settings = Settings(),
     *,
     mpp: float | None = None,
+    force_mpp: float | None = None,
     seconds_per_mm2: float | None = None,
 ) -> list["SlideEstimate"]:
     """Open slides and estimate what a run would take; nothing is written.
 
-    inputs, mpp: as for `run`
+    inputs, mpp, force_mpp: as for `pipeline.archive.run.run`
     seconds_per_mm2: of tissue in one view, from the ledger of a finished run; see `speed`
     Returns an estimate for each slide: tissue, tiles, hours (NaN where no speed is known), disk space, or the
     `problem` with which it would fail. Raises ConfigError for inputs that cannot be searched.
@@ -67,9 +37,9 @@ def plan(
     from pipeline.archive.estimate import estimate_slide
     from pipeline.archive.sources import find_slides
 
-    check_usage(settings, mpp)
     seconds = speed(settings, seconds_per_mm2)
-    return [estimate_slide(source, settings, seconds) for source in find_slides(_paths(inputs), mpp=mpp).sources]
+    archive = find_slides(inputs, mpp=mpp, force_mpp=force_mpp)
+    return [estimate_slide(source, settings, seconds) for source in archive.sources]
 
 
 def speed(settings: Settings, seconds_per_mm2: float | None = None) -> float:
@@ -87,7 +57,7 @@ def speed(settings: Settings, seconds_per_mm2: float | None = None) -> float:
 
 
 def export(
-    folder: PathLike, formats: Sequence[str] = Export().formats, *, crop: bool = Export().crop
+    folder: str | os.PathLike[str], formats: Sequence[str] = Export().formats, *, crop: bool = Export().crop
 ) -> dict[Path, "Exported"]:
     """Write the files for other programs again, from the tables of a finished run; nothing is segmented.
 
@@ -99,7 +69,9 @@ def export(
     return dict(export_files(folder, formats, crop=crop))
 
 
-def export_files(folder: PathLike, formats: Sequence[str], *, crop: bool) -> Iterator[tuple[Path, "Exported"]]:
+def export_files(
+    folder: str | os.PathLike[str], formats: Sequence[str], *, crop: bool
+) -> Iterator[tuple[Path, "Exported"]]:
     """`export`, a slide at a time: each file with its count, when the slide's files are written."""
     import pyarrow as pa
 
@@ -120,7 +92,7 @@ def export_files(folder: PathLike, formats: Sequence[str], *, crop: bool) -> Ite
             yield slide.export(name), exported
 
 
-def read_nuclei(path: PathLike, columns: Sequence[str] | None = None) -> "pa.Table":
+def read_nuclei(path: str | os.PathLike[str], columns: Sequence[str] | None = None) -> "pa.Table":
     """The nuclei of a slide, all columns of nuclei.parquet or some; `geopandas.read_parquet` decodes the outlines.
 
     path: nuclei.parquet, or the slide's folder in the results
@@ -132,20 +104,3 @@ def read_nuclei(path: PathLike, columns: Sequence[str] | None = None) -> "pa.Tab
     if not table.is_file():
         raise RunError(f"{table} does not exist: need a finished slide's folder or its nuclei.parquet")
     return read_table(table, columns)
-
-
-def check_usage(settings: Settings, mpp: float | None = None) -> None:
-    """Raise ConfigError for settings that contradict each other, and for a scale that no slide has."""
-    from slides.slide import BELIEVABLE_MPP
-
-    low, high = BELIEVABLE_MPP
-    require(mpp is None or low <= mpp <= high, f"mpp={mpp}: need {low:g} to {high:g} micrometres per pixel")
-    require(
-        not settings.stain.template or settings.stain.method != "none",
-        f"stain.template={settings.stain.template} has no effect without stain normalisation: "
-        f"need --stain reinhard, macenko or dcgmm",
-    )
-
-
-def _paths(inputs: PathLike | Iterable[PathLike]) -> list[Path]:
-    return [Path(inputs)] if isinstance(inputs, str | os.PathLike) else [Path(given) for given in inputs]

@@ -131,6 +131,7 @@ def run(
     *,
     out: Out,
     mpp: Mpp = None,
+    force_mpp: Mpp = None,
     settings: AllSettings = Settings(),
     execution: Annotated[Execution, Parameter(name="*", group=EXECUTION)] = Execution(),
 ) -> int:
@@ -143,11 +144,13 @@ def run(
     out
         Folder of the results.
     mpp
-        Micrometres per pixel at level 0, for slides that do not state it.
+        Micrometres per pixel at level 0, for slides that state none; others are left as they state.
+    force_mpp
+        The same for all slides, whatever they or a manifest state.
     """
-    from pipeline.api import run as run_archive
+    from pipeline.archive.run import run as run_archive
 
-    rows = run_archive(inputs, out, settings, execution=execution, mpp=mpp)
+    rows = run_archive(inputs, out, settings, execution, mpp=mpp, force_mpp=force_mpp)
     failed = [r for r in rows if r.status == "failed"]
     done = [r for r in rows if r.done]
     print(
@@ -164,6 +167,7 @@ def plan(
     inputs: Inputs,
     *,
     mpp: Mpp = None,
+    force_mpp: Mpp = None,
     seconds_per_mm2: Annotated[float | None, Parameter(group=COMMON)] = None,
     settings: AllSettings = Settings(),
 ) -> int:
@@ -174,19 +178,20 @@ def plan(
     inputs
         Slides, folders (searched), or CSV manifests with the columns path and, if given, mpp.
     mpp
-        Micrometres per pixel at level 0, for slides that do not state it.
+        Micrometres per pixel at level 0, for slides that state none; others are left as they state.
+    force_mpp
+        The same for all slides, whatever they or a manifest state.
     seconds_per_mm2
         Seconds for 1 mm2 of tissue in one view, from a finished run's ledger; without it, as measured on two CPU cores.
     """
     from rich.console import Console
     from rich.progress import track
 
-    from pipeline.api import check_usage, speed
+    from pipeline.api import speed
     from pipeline.archive.estimate import estimate_slide
     from pipeline.archive.sources import find_slides
 
-    check_usage(settings, mpp)
-    archive = find_slides(inputs, mpp=mpp)
+    archive = find_slides(inputs, mpp=mpp, force_mpp=force_mpp)
     seconds = speed(settings, seconds_per_mm2)
     terminal = Console(stderr=True)
     sources = track(
@@ -294,10 +299,8 @@ def demo(
     seed
         Number from which the slide is drawn: another number gives another slide.
     """
-    from pipeline.api import check_usage
     from pipeline.demo import run_demo
 
-    check_usage(settings)
     return run_demo(out, seed, settings)
 
 

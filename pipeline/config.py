@@ -112,6 +112,11 @@ class Stain:
 
     def __post_init__(self) -> None:
         require(self.patches >= 1, f"patches={self.patches}: need 1 or more")
+        require(
+            not self.template or self.method != "none",
+            f"stain.template={self.template} has no effect without stain normalisation: "
+            f"need --stain reinhard, macenko or dcgmm",
+        )
 
 
 @dataclass(frozen=True)

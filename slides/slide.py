@@ -81,6 +81,14 @@ class Level(NamedTuple):
     downsample: float
 
 
+class GivenScale(NamedTuple):
+    """What somebody says of a slide's scale, um/px at level 0: the arguments of `open_slide`."""
+
+    mpp: float | None = None
+    mpp_source: str = "given"
+    default_mpp: float | None = None
+
+
 class Scale(NamedTuple):
     """Micrometres per pixel at level 0, and who says so.
 

@@ -62,8 +62,8 @@ def test_an_archive_of_every_format_with_damage_between(
     for name, (_, cause) in EXPECTED.items():
         assert cause in rows[name].cause
     for name in ("damaged/zeroed-60kB-in-tile-data", "damaged/random-byte-flips-in-tiles"):
-        assert rows[name].area_lost_mm2 > 0
-    assert rows["CMU-1-Small-Region"].area_lost_mm2 == 0
+        assert rows[name].work.counts.area_lost_mm2 > 0
+    assert rows["CMU-1-Small-Region"].work.counts.area_lost_mm2 == 0
     for name in ("CMU-1-Small-Region", "leica-offset-region", "mirax-sparse", "philips", "generic-pyramid-jpeg"):
         assert rows[name].tissue_mm2 == pytest.approx(0.86, rel=0.1)
         assert rows[name].nuclei > 10
@@ -82,7 +82,7 @@ def test_a_slide_without_scale_runs_where_the_user_gives_one(
     monkeypatch.setattr(inference, "detect_patches", one_square)
     slide = shared / "slides" / "generic-no-resolution.tif"
     (row,) = run([slide], tmp_path, Settings(), Execution(cluster=False), mpp=0.499, say=lambda line: None)
-    assert (row.status, row.mpp_source, row.mpp) == ("done", "given", 0.499)
+    assert (row.status, row.mpp_source, row.mpp) == ("done", "--mpp", 0.499)
 
 
 def test_the_shipped_weights_segment_an_image_they_never_saw(shared: Path, tmp_path: Path) -> None:

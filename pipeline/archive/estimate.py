@@ -30,7 +30,7 @@ def estimate_slide(source: Source, settings: Settings, seconds_per_mm2: float) -
     try:
         if source.problem:
             raise RunError(source.problem)
-        with open_slide(source.path, mpp=source.mpp) as slide:
+        with open_slide(source.path, **source.scale._asdict()) as slide:
             plan = plan_slide(slide, unnormalised)
     except Exception as error:
         return SlideEstimate(source.name, printable(" ".join(str(error).split())), 0, "", 0, 0, 0, 0)

@@ -7,6 +7,7 @@ leased, so that several runs may share one output folder.
 import asyncio
 import dataclasses
 import itertools
+import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -22,10 +23,11 @@ from pipeline.archive.lease import Leases
 from pipeline.archive.manifest import check_worker, open_run, resolve, versions
 from pipeline.archive.progress import Progress
 from pipeline.archive.slots import FairSlots
-from pipeline.archive.sources import Archive, Source, find_slides
+from pipeline.archive.sources import Archive, Inputs, Source, find_slides
 from pipeline.config import Execution, Settings
 from pipeline.errors import ClusterLost, LeaseLost, RunError, ScratchLost
 from pipeline.layout import RESULTS, RunFolder, SlideFolder
+from pipeline.model.device import choose_device
 from pipeline.model.weights import licence
 from pipeline.report.page import write_report
 from pipeline.segment import finished
@@ -39,28 +41,31 @@ _ATTEMPTS = 3  # at a slide whose scratch is damaged while it is worked on
 
 
 def run(
-    inputs: Sequence[Path],
-    out: Path,
+    inputs: Inputs,
+    out: str | os.PathLike[str],
     settings: Settings = Settings(),
     execution: Execution = Execution(),
     *,
     mpp: float | None = None,
+    force_mpp: float | None = None,
     client: Any = None,
     say: Callable[[str], None] | None = None,
     detect: Detect | None = None,
 ) -> list[SlideRecord]:
     """Segment every slide and write the results under `out`; what became of each slide is returned.
 
-    mpp: micrometres per pixel at level 0, for slides that do not state it.
+    mpp: micrometres per pixel at level 0, for slides that do not state it; force_mpp: for all, whatever they state.
     client: a `dask.distributed.Client` whose workers see the same files, instead of the cluster that `execution` asks
     for. That one starts processes: a script that calls `run` needs `if __name__ == "__main__":`, a notebook nothing.
     say: takes the lines that would go to the terminal. detect: stands for the detector.
     What is done is kept: a second call continues at the block. A slide that fails does not stop the others.
     Raises RunError, WeightsError, StainError or ConfigError before anything is started; ClusterLost.
     """
-    folder = RunFolder(out.absolute())
-    archive = find_slides(inputs, folder.path, mpp)
+    folder = RunFolder(Path(out).absolute())
+    archive = find_slides(inputs, folder.path, mpp=mpp, force_mpp=force_mpp)
     manifest = resolve(settings)
+    if client is None and not execution.scheduler and not execution.scheduler_file:
+        choose_device(settings.detector.device)  # one that is not there is refused now, not slide by slide
     warnings = open_run(folder, manifest, execution.overwrite)
     weights = Path(manifest.settings.detector.weights)
     with Progress(folder.logs, len(archive.sources), say) as progress:
@@ -213,7 +218,7 @@ class ArchiveRun:
     async def _attempt(self, source: Source, folder: SlideFolder) -> SlideRecord | None:
         """The slide's record, whatever happens to it; None where another run has it."""
         try:
-            job = Job(source.path.resolve(), folder, self.manifest, source.mpp)
+            job = Job(source.path.resolve(), folder, self.manifest, source.scale)
             known = await asyncio.to_thread(self._known, source, job)
             if known is None:
                 known = await self._leased(source, job)
@@ -254,8 +259,9 @@ class ArchiveRun:
                 f"choose another --out, or give --overwrite"
             )
         record = finished.read_record(content)
-        if job.mpp is not None and record.mpp != round(job.mpp, 6):
-            raise RunError(f"it was done at mpp={record.mpp}, now mpp={job.mpp}: choose another --out, or --overwrite")
+        now = job.scale.default_mpp if record.mpp_source == "--mpp" else job.scale.mpp
+        if now is not None and record.mpp != round(now, 6):
+            raise RunError(f"it was done at mpp={record.mpp}, now mpp={now}: choose another --out, or --overwrite")
         finished.check_same_source(job.source, content)
         for damage in finished.damaged_results(job.folder, content, thorough=False):
             raise RunError(f"{damage}: put the file back, or give --overwrite")

@@ -4,7 +4,7 @@ import csv
 import io
 import os
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,7 +12,10 @@ from pipeline.archive.naming import Place, name_slides
 from pipeline.archive.search import SUFFIXES, Search
 from pipeline.errors import RunError
 from pipeline.text import printable
-from slides.slide import BELIEVABLE_MPP
+from slides.slide import BELIEVABLE_MPP, GivenScale
+
+Inputs = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
+"Slides, folders (searched) and CSV manifests: one of them or several."
 
 
 class Source(NamedTuple):
@@ -20,7 +23,7 @@ class Source(NamedTuple):
 
     path: Path
     name: str
-    mpp: float | None
+    scale: GivenScale
     problem: str = ""  # why it cannot be done, where that is known without opening it
 
 
@@ -41,20 +44,28 @@ class _Given(NamedTuple):
     problem: str = ""
 
 
-def find_slides(inputs: Sequence[Path], out: Path | None = None, mpp: float | None = None) -> Archive:
+def find_slides(
+    inputs: Inputs, out: Path | None = None, *, mpp: float | None = None, force_mpp: float | None = None
+) -> Archive:
     """Slides among files, folders (searched to any depth, `out` left out) and CSV manifests.
 
     A folder's slides are known by their suffix, DICOM files by their header; a slide of several files is found once,
     and so is one that is reached in several ways. A manifest has the columns path, relative to itself, and perhaps
-    mpp; `mpp` is for every slide that no manifest gives one. What a manifest says wrongly of one slide is that
-    slide's `problem` and stops no other. `pipeline.archive.naming` has the rule of
-    names, which does not depend on the order of the inputs.
-    Raises RunError for an input that does not exist, that is no manifest, or lies in `out`; and where no slide is.
+    mpp, which holds whatever the slide states; `mpp` is for slides that state none, `force_mpp` for all. What a
+    manifest says wrongly of one slide is that slide's `problem` and stops no other. `pipeline.archive.naming` has the
+    rule of names, which does not depend on the order of the inputs.
+    Raises RunError for an input that does not exist, that is no manifest, or lies in `out`; for a scale that no slide
+    has; and where no slide is.
     """
+    low, high = BELIEVABLE_MPP
+    for flag, scale in (("mpp", mpp), ("force-mpp", force_mpp)):
+        if scale is not None and not low <= scale <= high:
+            raise RunError(f"{flag}={scale}: need {low:g} to {high:g} micrometres per pixel")
+    paths = [Path(inputs)] if isinstance(inputs, str | os.PathLike) else [Path(path) for path in inputs]
     # the outermost folder names a slide, as it does in the search
-    named = sorted(_named(inputs), key=lambda given: (len(given.place.home.parts), given.place, given.path))
+    named = sorted(_named(paths), key=lambda given: (len(given.place.home.parts), given.place, given.path))
     search = Search(None if out is None else os.path.realpath(out))
-    search.folders(_folders(inputs, search.out))
+    search.folders(_folders(paths, search.out))
     scales: dict[str, set[float]] = defaultdict(set)
     for given in named:
         key = search.add(given.path, given.place)
@@ -67,16 +78,24 @@ def find_slides(inputs: Sequence[Path], out: Path | None = None, mpp: float | No
             search.problems.setdefault(key, f"mpp is given as {' and as '.join(map(str, sorted(values)))}: need one")
     names = name_slides([found.place for found in search.found.values()])
     sources = [
-        Source(found.path, name, min(scales[key], default=mpp), search.problems.get(key, ""))
+        Source(found.path, name, _scale(scales[key], mpp, force_mpp), search.problems.get(key, ""))
         for name, (key, found) in zip(names, search.found.items(), strict=True)
     ]
     if not sources:
         raise RunError(
-            f"no slides in {', '.join(map(str, inputs))}: {search.skipped} other files were skipped; folders are "
+            f"no slides in {', '.join(map(str, paths))}: {search.skipped} other files were skipped; folders are "
             f"searched for {' '.join(sorted(SUFFIXES))}"
             + "".join(f"; not searched: {cause}" for cause in search.unread)
         )
     return Archive(tuple(sorted(sources, key=lambda s: s.name)), search.skipped, tuple(search.unread))
+
+
+def _scale(in_manifests: set[float], mpp: float | None, force_mpp: float | None) -> GivenScale:
+    if force_mpp is not None:
+        return GivenScale(force_mpp, "--force-mpp")
+    if in_manifests:
+        return GivenScale(min(in_manifests), "manifest")
+    return GivenScale(default_mpp=mpp)
 
 
 def _folders(inputs: Sequence[Path], out: str | None) -> Iterator[Path]:

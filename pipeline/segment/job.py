@@ -9,6 +9,7 @@ from pathlib import Path
 from pipeline.config import Settings
 from pipeline.errors import LeaseLost
 from pipeline.layout import SlideFolder
+from slides.slide import GivenScale, Slide, open_slide
 
 
 @dataclass(frozen=True)
@@ -29,15 +30,19 @@ class Manifest:
 class Job:
     """Paths and numbers only: it is sent with every task.
 
-    mpp: micrometres per pixel at level 0 as the user gives them, or None for what the slide states.
+    scale: what the user says of it.
     lease: the file that proves that this slide is ours; None where nobody else can have it.
     """
 
     source: Path
     folder: SlideFolder
     manifest: Manifest
-    mpp: float | None = None
+    scale: GivenScale
     lease: Path | None = None
+
+    def open(self) -> Slide:
+        """The slide. Raises what `open_slide` raises."""
+        return open_slide(self.source, **self.scale._asdict())
 
     @property
     def settings(self) -> Settings:

@@ -68,6 +68,8 @@ def plan_slide(slide: Slide, settings: Settings, stain_sha256: Mapping[str, str]
     )
     tissue = find_tissue(slide, settings.tissue, tiling.mpp)
     normalisation, notes = _normalisation(slide, tissue, settings, stain_sha256)
+    if slide.scale.source == "--force-mpp":
+        notes = (f"its scale is {slide.scale.x:g} µm/px by --force-mpp, whatever it states", *notes)
     return Plan(
         slide.quick_hash,
         slide.vendor,

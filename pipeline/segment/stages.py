@@ -38,7 +38,7 @@ from pipeline.segment.record import Counts, WorkRecord
 from slides.geometry import Size
 from slides.grid import Tile
 from slides.patches import PatchStore, cut
-from slides.slide import Slide, open_slide
+from slides.slide import GivenScale, Slide, open_slide
 
 THUMBNAIL_PX, OVERLAY_PX = 1200, 3000  # longest sides of thumbnail.jpg and overlay.jpg
 
@@ -65,7 +65,7 @@ def make_plan(job: Job) -> WorkRecord:
     Raises slides.errors.SlideError, SlideChanged.
     """
     started, folder = time.perf_counter(), job.folder
-    with open_slide(job.source, mpp=job.mpp) as slide:
+    with job.open() as slide:
         plan = load_plan(folder, job.digest)
         if plan is None:
             job.check_lease()
@@ -91,7 +91,7 @@ def _check_same_slide(plan: Plan, slide: Slide, job: Job) -> None:
     if plan.scale != slide.scale:
         raise SlideChanged(
             f"{name}: work was started at {plan.scale.x} um/px ({plan.scale.source}), now it has {slide.scale.x} "
-            f"({slide.scale.source}): give the same --mpp, or --overwrite"
+            f"({slide.scale.source}): give the same scale, or --overwrite"
         )
     if plan.quick_hash != slide.quick_hash:
         raise SlideChanged(
@@ -121,16 +121,16 @@ def tile_block(job: Job, block: int, before: WorkRecord) -> WorkRecord:
     store = PatchStore.create(job.folder.patches, plan.grid, job.digest)
     if not store.is_done(block):
         tiles = plan.of_block(block)
-        patches, lost = cut(_slide(job.source, job.mpp), tiles, plan.grid, plan.frame)
+        patches, lost = cut(_slide(job.source, job.scale), tiles, plan.grid, plan.frame)
         job.check_lease()
         store.write(block, tiles, patches, lost)
     return before + _worked("tile", started)
 
 
 @functools.lru_cache(maxsize=4)
-def _slide(source: Path, mpp: float | None) -> Slide:
+def _slide(source: Path, scale: GivenScale) -> Slide:
     """Slides stay open between blocks; a Slide gives every thread a handle of its own."""
-    return open_slide(source, mpp=mpp)
+    return open_slide(source, **scale._asdict())
 
 
 def _is_detected(job: Job, block: int) -> bool:
@@ -338,7 +338,7 @@ def export_slide(job: Job) -> WorkRecord:
     started, folder, plan = time.perf_counter(), job.folder, read_plan(job.folder, job.digest)
     job.check_lease()
     exported = write_exports(folder, job.settings.export).values()
-    with open_slide(job.source, mpp=job.mpp) as slide:
+    with job.open() as slide:
         frame = picture_frame(slide, plan, OVERLAY_PX)
         picture = slide.thumbnail(frame)
     pictures.draw_overlay(picture, frame, folder.nuclei, folder.overlay)

@@ -213,7 +213,7 @@ def test_every_image_is_handed_over_with_its_own_scale(tmp_path: Path, monkeypat
 
     def looking(inputs: list[Path], out: Path, *_: object, **__: object) -> list[SlideRecord]:
         archive = find_slides(inputs)
-        assert [s.mpp for s in archive.sources] == [m.sample.mpp for m in images]
+        assert [s.scale.mpp for s in archive.sources] == [m.sample.mpp for m in images]
         for source, expected in zip(archive.sources, pixels, strict=True):
             assert np.array_equal(np.asarray(Image.open(source.path)), expected.image)
         return [SlideRecord(s.name, "done") for s in archive.sources]

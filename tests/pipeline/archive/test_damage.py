@@ -24,6 +24,8 @@ from pipeline.segment import stages
 from pipeline.segment.job import Job
 from pipeline.segment.plan import read_plan
 from pipeline.segment.record import SlideRecord, WorkRecord
+from slides.patches import PatchStore
+from slides.slide import GivenScale
 
 ONE = Execution(cluster=False, workers=1)
 KEEP = dataclasses.replace(ONE, keep_work=True)
@@ -70,7 +72,7 @@ def job_of(slide: Path, out: Path) -> Job:
     manifest = resolve(chosen())
     run = RunFolder(out.absolute())
     open_run(run, manifest, overwrite=False)
-    return Job(slide, run.slide("discs"), manifest.settings, manifest.digest, 0.25)
+    return Job(slide, run.slide("discs"), manifest, GivenScale(default_mpp=0.25))
 
 
 DAMAGE: dict[str, Callable[[bytes, random.Random], bytes]] = {
@@ -237,7 +239,7 @@ def test_nothing_is_committed_without_the_lease(slide: Path, tmp_path: Path) -> 
         shutil.rmtree(folder.lease)
         with pytest.raises(LeaseLost, match="taken this slide over"):
             stages.tile_block(job, block, WorkRecord())
-    assert stages.PatchStore.create(folder.patches, read_plan(job.folder, job.digest).grid, job.digest)
+    assert PatchStore.create(folder.patches, read_plan(job.folder, job.digest).grid, job.digest)
     assert not any((folder.patches / "patches").rglob("c/*"))
 
 

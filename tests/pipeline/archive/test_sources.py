@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 import dicom_files
 from pipeline.archive.sources import Archive, Source, find_slides
 from pipeline.errors import RunError
+from slides.slide import GivenScale
 
 
 def touch(*paths: Path) -> None:
@@ -209,12 +210,14 @@ def test_manifests_are_relative_to_themselves_and_may_give_a_scale(tmp_path: Pat
     path = manifest(
         tmp_path / "in", f"path,mpp\ns/a.svs,0.5\nt/../t/a.svs,\nb.png,0.4\n{tmp_path}/else/c.svs,\n../else/c.svs,\n"
     )
-    assert [(s.name, s.mpp, s.problem) for s in find_slides([path], mpp=0.25).sources] == [
-        ("b", 0.4, ""),
-        ("c", 0.25, ""),
-        ("s/a", 0.5, ""),
-        ("t/a", 0.25, ""),
+    assert [(s.name, s.scale, s.problem) for s in find_slides([path], mpp=0.25).sources] == [
+        ("b", GivenScale(0.4, "manifest"), ""),
+        ("c", GivenScale(default_mpp=0.25), ""),
+        ("s/a", GivenScale(0.5, "manifest"), ""),
+        ("t/a", GivenScale(default_mpp=0.25), ""),
     ]
+    forced = GivenScale(0.3, "--force-mpp")
+    assert {s.scale for s in find_slides([path], mpp=0.25, force_mpp=0.3).sources} == {forced}
 
 
 @pytest.mark.parametrize(
@@ -229,13 +232,13 @@ def test_manifests_are_relative_to_themselves_and_may_give_a_scale(tmp_path: Pat
 def test_manifests_as_spreadsheets_write_them(tmp_path: Path, text: str, encoding: str) -> None:
     tree(tmp_path, "a b.svs")
     path = manifest(tmp_path, text, encoding)
-    assert find_slides([path]).sources == (Source(tmp_path / "a b.svs", "a b", 0.5),)
+    assert find_slides([path]).sources == (Source(tmp_path / "a b.svs", "a b", GivenScale(0.5, "manifest")),)
 
 
 def test_a_manifest_may_name_what_is_no_text(tmp_path: Path) -> None:
     name = os.fsdecode(b"caf\xe9.svs")
     tree(tmp_path, name)
-    assert find_slides([manifest(tmp_path, f"path\n{name}\n")]).sources == (Source(tmp_path / name, "caf_xe9", None),)
+    assert find_slides([manifest(tmp_path, f"path\n{name}\n")]).sources == (Source(tmp_path / name, "caf_xe9", GivenScale()),)
 
 
 def test_a_wrong_row_is_a_slide_that_fails_and_stops_no_other(tmp_path: Path) -> None:
@@ -263,7 +266,7 @@ def test_two_scales_for_one_slide_are_a_problem(tmp_path: Path) -> None:
         ("a", ""),
         ("b", "mpp is given as 0.25 and as 0.5: need one"),
     ]
-    assert archive.sources[0].mpp == 0.5
+    assert archive.sources[0].scale.mpp == 0.5
 
 
 def test_what_is_no_manifest_is_refused(tmp_path: Path) -> None:

@@ -63,7 +63,7 @@ def test_a_slide_is_normalised_to_what_comes_with_the_method(slide: Path, method
     assert plan.normalisation.source.numbers["white"] == pytest.approx((230 / 255,) * 3, abs=0.015)
     shipped = stain.read_template(find_weights("stain")) if method == "dcgmm" else stain.TEMPLATE[method]
     assert plan.normalisation.target == shipped
-    assert plan.stain_note == ""
+    assert plan.notes == ()
 
 
 @pytest.mark.parametrize("method", ["reinhard", "macenko", "dcgmm"])
@@ -85,7 +85,7 @@ def test_a_slide_without_a_stain_goes_on_as_it_is(tmp_path: Path) -> None:
     Image.new("RGB", (300, 300), (200, 200, 200)).save(tmp_path / "grey.png")
     plan = planned(tmp_path / "grey.png", chosen(method="dcgmm"))
     assert plan.normalisation == (stain.TEMPLATE["none"], stain.TEMPLATE["none"])
-    assert "need" in plan.stain_note
+    assert "need" in plan.notes[0]
 
 
 def test_files_of_other_content_than_the_run_recorded_are_refused(slide: Path, tmp_path: Path) -> None:

@@ -139,10 +139,9 @@ def plan() -> Plan:
         WORK._replace(size=Size(1000, 1000)),
         TileGrid(Size(1000, 1000), 628, 64, 4),
         tissue_map(mask, 7.8125),
-        none,
-        none,
+        stain.Normalisation(none, none),
         False,
-        "",
+        (),
     )
 
 
