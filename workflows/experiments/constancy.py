@@ -139,8 +139,9 @@ def main() -> None:
         sets.append([(image, nuclei) for image, nuclei in pairs if nuclei.any()])
     counts = [f"{s.name} ({len(members)})" for s, members in zip(SETS, sets, strict=True)]
     table: dict[str, list[list[Measured]]] = {}
+    dcgmm = load.stain_network(Stain(method="dcgmm", weights=wanted.weights))
     for method in stain.METHODS:
-        network = load.stain_network(Stain(method=method, weights=wanted.weights))
+        network = dcgmm if method == "dcgmm" else None
         fits = [[fit(image, method, network) for image, _ in members] for members in sets]
         target = median([f for members in fits for f in members], method)
         table[method] = [
