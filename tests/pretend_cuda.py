@@ -57,11 +57,11 @@ class OnDevice(torch.Tensor):
         return _compute(func, args, kwargs or {})[0]
 
 
-class PretendedCuda(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class PretendedCuda(TorchDispatchMode):
     """While it is entered, torch has one CUDA device, that of `OnDevice`."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.uploads: list[tuple[int, ...]] = []
 
     def __enter__(self) -> Self:
@@ -75,11 +75,11 @@ class PretendedCuda(TorchDispatchMode):  # type: ignore[no-untyped-call]
             )
             future.set_overwrite_module_params_on_conversion(True)  # parameters that move change their type
             self._stack = stack.pop_all()
-        super().__enter__()  # type: ignore[no-untyped-call]
+        super().__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        super().__exit__(*error)
         self._stack.close()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:

@@ -238,7 +238,9 @@ def test_manifests_as_spreadsheets_write_them(tmp_path: Path, text: str, encodin
 def test_a_manifest_may_name_what_is_no_text(tmp_path: Path) -> None:
     name = os.fsdecode(b"caf\xe9.svs")
     tree(tmp_path, name)
-    assert find_slides([manifest(tmp_path, f"path\n{name}\n")]).sources == (Source(tmp_path / name, "caf_xe9", GivenScale()),)
+    assert find_slides([manifest(tmp_path, f"path\n{name}\n")]).sources == (
+        Source(tmp_path / name, "caf_xe9", GivenScale()),
+    )
 
 
 def test_a_wrong_row_is_a_slide_that_fails_and_stops_no_other(tmp_path: Path) -> None:

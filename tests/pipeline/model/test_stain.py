@@ -29,7 +29,7 @@ from pipeline.model.weights import find_weights
 from pretend_cuda import PretendedCuda
 
 MOVING = METHODS[1:]
-NETWORKS = {method: load.stain_network(Stain(method=method)) for method in METHODS}
+NETWORKS = {"dcgmm": load.stain_network(Stain(method="dcgmm"))}  # the other methods have none
 TARGETS = {**TEMPLATE, "dcgmm": read_template(find_weights("stain"))}
 
 
@@ -44,8 +44,9 @@ def painted(seed: int, haematoxylin: tuple[float, ...], eosin: tuple[float, ...]
     # mostly one of the two stains, as in tissue, sometimes both
     amounts = rng.gamma(2, 0.4, (40, 40, 2)) * rng.permuted(np.broadcast_to([1.0, 0.05], (40, 40, 2)), axis=-1)
     amounts[: round(40 * glass)] = 0
-    cells = (np.exp(-amounts @ vectors)[None] * 255).round().astype(np.uint8)
-    return cells.repeat(4, axis=1).repeat(4, axis=2)
+    cells: np.ndarray = (np.exp(-amounts @ vectors)[None] * 255).round().astype(np.uint8)
+    enlarged: np.ndarray = cells.repeat(4, axis=1).repeat(4, axis=2)
+    return enlarged
 
 
 def tensor(pixels: np.ndarray) -> torch.Tensor:
@@ -57,7 +58,7 @@ def fitted(pixels: np.ndarray, method: str) -> FittedStain:
 
 
 def normalised(images: torch.Tensor, source: FittedStain, target: FittedStain) -> torch.Tensor:
-    out: torch.Tensor = Normaliser(Normalisation(source, target), NETWORKS[source.method])(images)
+    out: torch.Tensor = Normaliser(Normalisation(source, target), NETWORKS.get(source.method))(images)
     return out
 
 
@@ -168,7 +169,7 @@ def test_a_normaliser_lies_on_its_device_and_uploads_pixels_only(method: str) ->
     """Law: no tensor meets one of another device, and after the first batch constants are uploaded no more."""
     images = tensor(painted(15, BLUE, ORANGE))
     normalisation = Normalisation(fitted(painted(13, BLUE, ORANGE), method), TARGETS[method])
-    network = NETWORKS[method]
+    network = NETWORKS.get(method)
     with torch.inference_mode(), PretendedCuda() as cuda:
         moved = None if network is None else copy.deepcopy(network).to("cuda:0")
         normaliser = Normaliser(normalisation, moved, "cuda:0")
