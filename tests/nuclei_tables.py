@@ -24,7 +24,7 @@ def write(path: Path, shapes: np.ndarray, seed: int = 0) -> Path:
     with tables.NucleiWriter(path, PROVENANCE) as writer:
         writer.write(
             shapes,
-            klass=[names[k] for k in rng.integers(0, 2, count)],
+            class_name=[names[k] for k in rng.integers(0, 2, count)],
             score=rng.random(count),
             votes=rng.integers(1, 9, count),
             stains=rng.random((count, 2)),

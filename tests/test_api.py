@@ -51,7 +51,8 @@ def test_a_run_returns_the_ledger_and_resumes(place: Path) -> None:
 def test_a_plan_is_an_estimate_for_each_slide(place: Path) -> None:
     cpu = pipeline.Settings(detector=Detector(device="cpu", views=4))
     (estimate,) = pipeline.plan(place / "slides", cpu)
-    assert (estimate.slide, estimate.problem, estimate.mpp) == ("case7", "", pytest.approx(0.25, abs=1e-3))
+    assert (estimate.slide, estimate.problem) == ("case7", "")
+    assert estimate.mpp == pytest.approx(0.25, abs=1e-3)
     assert estimate.hours == pytest.approx(estimate.tissue_mm2 * 42 * 4 / 3600)
     (faster,) = pipeline.plan(place / "slides", cpu, seconds_per_mm2=4.2)
     assert faster.hours == pytest.approx(estimate.hours / 10)

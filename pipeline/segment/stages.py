@@ -26,7 +26,7 @@ from pipeline import files
 from pipeline.config import Settings
 from pipeline.errors import ScratchLost, SlideChanged
 from pipeline.model.device import computes_on, device_lock
-from pipeline.model.instances import HostInstances
+from pipeline.model.instances import HostInstances, select
 from pipeline.model.stain import Normalisation
 from pipeline.model.weights import check_content, detector_architecture, find_weights
 from pipeline.segment import pictures, polygons, stitch, tables
@@ -234,15 +234,7 @@ def outline(found: HostInstances, tile: Tile, plan: Plan, settings: Settings) ->
     bounds = shapely.bounds(shapes[mine])
     cut_off = int(stitch.touching(bounds, tile.read, plan.grid.size).sum())
     kept = np.flatnonzero(mine)
-    table = tables.instances(
-        tile=tile,
-        geometry=shapes[kept],
-        score=found.scores[kept],
-        votes=found.votes[kept],
-        klass=found.class_index[kept],
-        stains=found.stain_density[kept],
-    )
-    return table, cut_off
+    return tables.instance_rows(tile, shapes[kept], select(found, kept)), cut_off
 
 
 # -------------------------------------------------------------------------------------------------- stitch
@@ -285,7 +277,7 @@ def stitch_slide(job: Job) -> WorkRecord:
             outlines = shapely.transform(tables.geometry(rows), plan.frame.to_slide.apply)
             writer.write(
                 outlines,
-                klass=[classes[i] for i in rows["klass"].to_numpy()],
+                class_name=[classes[i] for i in rows["class_index"].to_numpy()],
                 score=rows["score"].to_numpy(),
                 votes=rows["votes"].to_numpy(),
                 stains=np.stack([rows["haematoxylin"].to_numpy(), rows["eosin"].to_numpy()], 1),

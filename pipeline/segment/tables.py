@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from pipeline import files
 from pipeline.files import committed
+from pipeline.model.instances import HostInstances
 from pipeline.segment.polygons import Floats, Polygons, measure
 from slides.geometry import Box
 from slides.grid import Tile
@@ -37,7 +38,7 @@ INSTANCES = pa.schema(
         ("y1", pa.float64()),
         ("score", pa.float32()),
         ("votes", pa.uint8()),
-        ("klass", pa.uint8()),  # index of the class
+        ("class_index", pa.uint8()),  # index of the class
         ("haematoxylin", pa.float32()),  # mean optical density
         ("eosin", pa.float32()),
     ]
@@ -70,22 +71,15 @@ _NAMESPACE = uuid.uuid5(uuid.NAMESPACE_DNS, "nightslide.nuclei")
 # ------------------------------------------------------------------------------------ instances, per block
 
 
-def instances(
-    *,
-    tile: Tile,
-    geometry: Polygons,
-    score: NDArray[np.floating],
-    votes: NDArray[np.integer],
-    klass: NDArray[np.integer],
-    stains: NDArray[np.floating],
-) -> pa.Table:
+def instance_rows(tile: Tile, outlines: Polygons, instances: HostInstances) -> pa.Table:
     """The instances that a tile claimed, as rows of `INSTANCES`.
 
-    geometry: object (N,) of Polygons, work px; stains: (N, 2) haematoxylin and eosin; the others (N,)
+    outlines: object (N,) of Polygons, work px, of the N instances
     """
-    rows, columns = np.full(len(geometry), tile.row), np.full(len(geometry), tile.col)
-    bounds = shapely.bounds(geometry).reshape(-1, 4)
-    values = [rows, columns, _wkb(geometry), *bounds.T, score, votes, klass, *stains.T]
+    rows, columns = np.full(len(outlines), tile.row), np.full(len(outlines), tile.col)
+    bounds = shapely.bounds(outlines).reshape(-1, 4)
+    measured = (instances.scores, instances.votes, instances.class_index, *instances.stain_density.T)
+    values = [rows, columns, _wkb(outlines), *bounds.T, *measured]
     return pa.table([pa.array(v, f.type) for v, f in zip(values, INSTANCES, strict=True)], schema=INSTANCES)
 
 
@@ -171,7 +165,7 @@ class NucleiWriter:
         self,
         polygons: Polygons,
         *,
-        klass: Sequence[str],
+        class_name: Sequence[str],
         score: NDArray[np.floating],
         votes: NDArray[np.integer],
         stains: NDArray[np.floating],
@@ -179,12 +173,12 @@ class NucleiWriter:
         """Append nuclei; the shape of each is measured here.
 
         polygons: object (N,), slide px, each a valid, non-empty Polygon without holes (`polygons.solid`)
-        klass: (N,) names; stains: float (N, 2), haematoxylin and eosin densities; score, votes: (N,)
+        class_name: (N,) names; stains: float (N, 2), haematoxylin and eosin densities; score, votes: (N,)
         Raises ValueError for any other geometry, and for a class that has no colour.
         """
-        self._check(polygons, klass)
+        self._check(polygons, class_name)
         shapes, encoded = measure(polygons, self._provenance.um_per_px), _wkb(polygons)
-        first = [self._ids(encoded), encoded, list(klass), score, votes]
+        first = [self._ids(encoded), encoded, list(class_name), score, votes]
         values = [*first, *shapes[:5], *stains.T, *shapes.centroid.T]
         rows = pa.table([pa.array(v, f.type) for v, f in zip(values, NUCLEI, strict=True)], schema=NUCLEI)
         extent = shapely.bounds(polygons).reshape(-1, 4)
@@ -194,7 +188,7 @@ class NucleiWriter:
         while self._pending.num_rows >= _ROW_GROUP:
             self._flush()
 
-    def _check(self, polygons: Polygons, klass: Sequence[str]) -> None:
+    def _check(self, polygons: Polygons, class_name: Sequence[str]) -> None:
         whole = (shapely.get_type_id(polygons) == shapely.GeometryType.POLYGON) & ~shapely.is_empty(polygons)
         wrong = np.flatnonzero(~whole | (shapely.get_num_interior_rings(polygons) > 0))
         if len(wrong):
@@ -202,7 +196,7 @@ class NucleiWriter:
                 f"detection {wrong[0]} is {polygons[wrong[0]].wkt[:60]}: need a Polygon, not empty, without "
                 f"holes; use polygons.solid and leave out what is empty"
             )
-        colourless = set(klass) - set(self._provenance.colours)
+        colourless = set(class_name) - set(self._provenance.colours)
         if colourless:
             raise ValueError(f"class '{min(colourless)}' has no colour: name one in Provenance.colours")
 

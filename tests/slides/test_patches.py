@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from slides.errors import GridError, StoreMismatch
-from slides.geometry import Box, Size
+from slides.geometry import Box, Frame, Size
 from slides.grid import Tile, TileGrid
 from slides.patches import PatchStore, cut
 from slides.slide import open_slide
@@ -74,7 +74,7 @@ def test_any_zarr_reader_reads_the_store(tmp_path: Path) -> None:
     tiles = GRID.tiles_of(4)
     patches, lost = _content(tiles)
     store.write(4, tiles, patches, lost)
-    group = zarr.open_group(store.path, mode="r", zarr_format=3)
+    group: Any = zarr.open_group(store.path, mode="r", zarr_format=3)
     assert group.attrs["digest"] == "digest"
     for tile, patch, share in zip(tiles, patches, lost, strict=True):
         assert np.array_equal(group["patches"][tile.row, tile.col], patch)
@@ -279,7 +279,8 @@ def test_damage_is_never_read_and_is_made_good(tmp_path: Path, kind: str, reopen
             assert np.array_equal(read[0], content[0])
             assert np.array_equal(read[1], content[1])
         if reopen:
-            assert np.array_equal(zarr.open_group(store.path, mode="r")["lost"][:3, :3].ravel(), contents[0][1])
+            group: Any = zarr.open_group(store.path, mode="r")
+            assert np.array_equal(group["lost"][:3, :3].ravel(), contents[0][1])
 
 
 # Cutting
@@ -310,9 +311,14 @@ def test_patches_are_what_their_reads_hold_and_cores_put_together_are_the_slide(
 
 def test_a_block_is_read_once(picture: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with open_slide(picture, mpp=0.25) as slide:
-        boxes = []
+        boxes: list[Box] = []
         frame, read = slide.frame(0.25), slide.read_decodable
-        monkeypatch.setattr(slide, "read_decodable", lambda box, frame: boxes.append(box) or read(box, frame))
+
+        def watched(box: Box, frame: Frame) -> Any:
+            boxes.append(box)
+            return read(box, frame)
+
+        monkeypatch.setattr(slide, "read_decodable", watched)
         cut(slide, GRID.tiles_of(0), GRID, frame)
         assert boxes == [Box(-4, -4, 52, 52)]
         patches, lost = cut(slide, (), GRID, frame)

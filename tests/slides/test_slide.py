@@ -28,7 +28,7 @@ from slides.errors import (
     SlideUnsupported,
 )
 from slides.geometry import Box, Size
-from slides.slide import Slide, open_slide
+from slides.slide import GivenScale, Slide, open_slide
 
 Writer = Callable[..., Path]
 WIDTH, HEIGHT = 613, 467  # neither is a multiple of anything, so pyramids have fractional downsamples
@@ -197,9 +197,9 @@ def test_what_is_given_for_a_slide_goes_before_what_it_states_and_a_default_afte
 @pytest.mark.parametrize("mpp", [250, 0, -1, float("nan"), 1e9, 0.049, 5.1])
 def test_what_is_given_is_checked(pyramid: Writer, mpp: float) -> None:
     path = pyramid("plain.tif", 0.5)
-    for name in ("mpp", "default_mpp"):
+    for scale in (GivenScale(mpp=mpp), GivenScale(default_mpp=mpp)):
         with pytest.raises(ScaleUnknown, match=r"mpp=.* for .*plain\.tif: need 0.05 to 5"):
-            open_slide(path, **{name: mpp})
+            open_slide(path, **scale._asdict())
 
 
 @pytest.mark.parametrize("aspect", [0.5, 0.97, 1.03])
@@ -216,7 +216,7 @@ def test_oblong_pixels_are_refused_with_the_remedy(pyramid: Writer, aspect: floa
 
 def test_nearly_square_pixels_are_taken_as_stated(pyramid: Writer) -> None:
     scale = open_slide(pyramid("nearly.tif", 0.5, aspect=1.015)).scale
-    assert (scale.x, scale.y) == (pytest.approx(0.5), pytest.approx(0.5075))
+    assert list(scale[:2]) == pytest.approx([0.5, 0.5075])
 
 
 # Plain images
@@ -349,7 +349,7 @@ def test_damage_is_reported_before_a_missing_scale(pyramid: Writer, tmp_path: Pa
 def _stored_as(path: Path, target: Path, compression: int) -> Path:
     """Copy a TIFF and claim another compression for its first level."""
     with tifffile.TiffFile(path) as tiff:
-        at = tiff.pages[0].tags["Compression"].valueoffset
+        at = tiff.pages.first.tags["Compression"].valueoffset
     content = bytearray(path.read_bytes())
     struct.pack_into("<H", content, at, compression)
     target.write_bytes(content)

@@ -114,12 +114,12 @@ def test_scratch_that_is_damaged_while_a_run_goes_on_is_made_again(
     out = tmp_path / "out"
     done: list[int] = []
 
-    def detect(*arguments: Any) -> Any:
+    def detect(patches: Any, normalisation: Any, settings: Settings) -> Any:
         first = out / "discs" / "work" / "instances" / "000000.parquet"
         if first.exists() and not done:
             done.append(1)
             first.write_bytes(b"")
-        yield from oracle.detect(*arguments)
+        yield from oracle.detect(patches, normalisation, settings)
 
     (record,) = archive_run.run([slide], out, chosen(), ONE, mpp=0.25, say=lambda line: None, detect=detect)
     assert (record.status, done) == ("done", [1])
@@ -217,11 +217,11 @@ def test_a_lost_lease_stops_the_slide_and_is_no_failure(
     monkeypatch.setattr(archive_run, "_POLL_S", 0.05)
     out, calls = tmp_path / "out", []
 
-    def detect(*arguments: Any) -> Any:
+    def detect(patches: Any, normalisation: Any, settings: Settings) -> Any:
         calls.append(1)
         if len(calls) == 2:
             shutil.rmtree(out / "discs" / ".lease")  # as who finds it expired does
-        yield from oracle.detect(*arguments)
+        yield from oracle.detect(patches, normalisation, settings)
 
     (record,) = archive_run.run([slide], out, chosen(), ONE, mpp=0.25, say=lambda line: None, detect=detect)
     assert record.status == "done"

@@ -66,7 +66,8 @@ def test_a_gpu_has_two_tasks_at_once_and_no_more(client: Any) -> None:
     assert where.detectors == 1
 
     async def six() -> list[tuple[float, float]]:
-        return await asyncio.gather(*(run_task(where, True, busy, i) for i in range(6)))
+        spans: list[tuple[float, float]] = await asyncio.gather(*(run_task(where, True, busy, i) for i in range(6)))
+        return spans
 
     spans = asyncio.run(six())
     assert max(sum(a <= begun < b for a, b in spans) for begun, _ in spans) == 2

@@ -20,9 +20,9 @@ from pipeline.archive.lease import Leases
 from pipeline.archive.run import run
 from pipeline.config import Execution, Settings
 from pipeline.errors import RunError
-from pipeline.model.instances import HostInstances
+from pipeline.model.instances import HostInstances, concat
 from pipeline.model.stain import Normalisation
-from pipeline.segment import stages
+from pipeline.segment import predictions, stages
 from pipeline.segment.record import SlideRecord, WorkRecord
 
 ONE = Execution(cluster=False, workers=1)
@@ -94,7 +94,7 @@ def test_a_full_disk_is_told_and_what_was_done_stays(
     assert {row.status for row in rows.values()} == {"failed"}
     assert "are needed for the blocks in flight: free some space" in rows["a"].cause
 
-    wrote = stages.write_predictions
+    wrote = predictions.write_predictions
 
     def full(path: Path, *arguments: Any) -> None:
         if "a" in path.parts and path.name == "000002.npz":
@@ -109,10 +109,13 @@ def test_a_full_disk_is_told_and_what_was_done_stays(
     done = {path.name: path.stat().st_mtime_ns for path in (out / "a" / "work" / "instances").iterdir()}
     assert done
     resumed: list[str] = []
+
+    def watched(path: Path, *arguments: Any) -> None:
+        resumed.append(path.stem)
+        wrote(path, *arguments)
+
     with monkeypatch.context() as patched:
-        patched.setattr(
-            stages, "write_predictions", lambda path, *rest: (resumed.append(path.stem), wrote(path, *rest))[1]
-        )
+        patched.setattr(stages, "write_predictions", watched)
         assert segment(archive, out)["a"].status == "done"
     assert resumed
     assert not {Path(name).stem for name in done} & set(resumed), "a block was done twice"
@@ -203,11 +206,15 @@ def test_a_mask_that_covers_nothing_is_no_nucleus(archive: Path, tmp_path: Path)
 
     def faint(patches: np.ndarray, normalisation: Normalisation, settings: Settings) -> Iterator[HostInstances]:
         for found in oracle.detect(patches, normalisation, settings):
-            box, mask = np.array([[50, 50, 70, 70]], np.float32), np.zeros_like(found.mask_probs, shape=(1, 20, 20))
-            rest = ("class_index", "votes", "stain_density")
-            more = {n: np.zeros_like(getattr(found, n), shape=(1, *getattr(found, n).shape[1:])) for n in rest}
-            more |= {"boxes": box, "mask_probs": mask, "scores": np.array([0.9], np.float32)}
-            yield found._replace(**{n: np.concatenate([getattr(found, n), one]) for n, one in more.items()})
+            blank = HostInstances(
+                boxes=np.array([[50, 50, 70, 70]], np.float32),
+                mask_probs=np.zeros((1, 20, 20), bool),
+                scores=np.array([0.9], np.float32),
+                class_index=np.zeros(1, np.int64),
+                votes=np.ones(1, np.int64),
+                stain_density=np.zeros((1, 2), np.float32),
+            )
+            yield concat([found, blank])
 
     expected = segment(archive, tmp_path / "whole")["a"].nuclei
     row = segment(archive, tmp_path / "out", detect=faint)["a"]

@@ -16,7 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.archive import lease
-from pipeline.archive.lease import LEASE, Leases
+from pipeline.archive.lease import Leases
+from pipeline.layout import LEASE
 
 ROOT = Path(__file__).parents[3]
 
@@ -167,7 +168,8 @@ def test_of_many_processes_one_takes_a_slide_and_what_the_killed_held_is_free_at
 def test_a_take_that_comes_late_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Law: between finding a lease dead and burying it, and before the rename, any time may pass."""
     slow, quick, theirs = Leases(), Leases(), make(tmp_path, elsewhere(), age_s=200)
-    unlink, rename, late = Path.unlink, os.rename, []
+    unlink, rename = Path.unlink, os.rename
+    late: list[str] = []
 
     def unlink_late(path: Path, missing_ok: bool = False) -> None:
         if path == theirs and not late:

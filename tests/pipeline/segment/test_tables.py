@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import uuid
+from typing import Any
 
 import geopandas
 import numpy as np
@@ -17,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline import files
+from pipeline.model import instances
 from pipeline.segment import tables
 from pipeline.segment.polygons import measure
 from slides.geometry import Box
@@ -36,10 +38,10 @@ def squares(count: int, seed: int = 0) -> np.ndarray:
     return np.asarray(shapely.box(*corner, *(corner + 20)), dtype=object).reshape(-1)
 
 
-def rest(count: int, seed: int = 0) -> dict:
+def rest(count: int, seed: int = 0) -> dict[str, Any]:
     rng = np.random.default_rng(seed)
     return {
-        "klass": [("Nucleus", "Lymphocyte")[k] for k in rng.integers(0, 2, count)],
+        "class_name": [("Nucleus", "Lymphocyte")[k] for k in rng.integers(0, 2, count)],
         "score": rng.random(count),
         "votes": rng.integers(1, 9, count),
         "stains": rng.random((count, 2)),
@@ -49,7 +51,7 @@ def rest(count: int, seed: int = 0) -> dict:
 def write(path, shapes, columns, cuts=()) -> None:
     with tables.NucleiWriter(path, PROVENANCE) as writer:
         for part in np.split(np.arange(len(shapes)), cuts):
-            columns_of_part = {name: np.asarray(values)[part] for name, values in columns.items()}
+            columns_of_part: dict[str, Any] = {name: np.asarray(values)[part] for name, values in columns.items()}
             writer.write(shapes[part], **columns_of_part)
 
 
@@ -121,14 +123,14 @@ def test_sweeping_spares_complete_files(tmp_path):
 
 def rows_of(row: int, col: int, count: int) -> pa.Table:
     rng = np.random.default_rng(row * 10 + col)
-    return tables.instances(
-        tile=Tile(row, col, Box(0, 0, 10, 10), Box(-1, -1, 11, 11)),
-        geometry=squares(count, row * 10 + col),
-        score=rng.random(count, dtype=np.float32),
+    found = instances.empty(28)._replace(
+        scores=rng.random(count, dtype=np.float32),
         votes=rng.integers(1, 9, count),
-        klass=rng.integers(0, 3, count),
-        stains=rng.random((count, 2), dtype=np.float32),
+        class_index=rng.integers(0, 3, count),
+        stain_density=rng.random((count, 2), dtype=np.float32),
     )
+    tile = Tile(row, col, Box(0, 0, 10, 10), Box(-1, -1, 11, 11))
+    return tables.instance_rows(tile, squares(count, row * 10 + col), found)
 
 
 def test_instances_read_back_as_they_were(tmp_path):
@@ -178,7 +180,7 @@ def test_nuclei_read_back_as_they_were(tmp_path):
     back = tables.read_nuclei(path)
     assert back.schema.remove_metadata() == tables.NUCLEI
     assert (tables.geometry(back) == shapes).all()
-    assert back["class"].to_pylist() == columns["klass"]
+    assert back["class"].to_pylist() == columns["class_name"]
     np.testing.assert_array_equal(back["score"], columns["score"].astype(np.float32))
     np.testing.assert_array_equal(back["votes"], columns["votes"])
     np.testing.assert_array_equal(back["eosin"], columns["stains"][:, 1].astype(np.float32))
@@ -271,6 +273,6 @@ def test_what_is_not_a_solid_polygon_is_refused_and_nothing_is_left(tmp_path, wr
 
 
 def test_a_class_without_a_colour_is_refused(tmp_path):
-    columns = rest(2) | {"klass": ["Nucleus", "Mitosis"]}
+    columns = rest(2) | {"class_name": ["Nucleus", "Mitosis"]}
     with pytest.raises(ValueError, match="class 'Mitosis' has no colour"):
         write(tmp_path / "nuclei.parquet", squares(2), columns)

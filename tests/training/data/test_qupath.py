@@ -316,7 +316,9 @@ def test_what_we_export_can_be_corrected_in_qupath_and_read(tmp_path: Path) -> N
     _, drawn = outlines(np.kron(np.array([[1, 0], [2, 3]], np.uint8), np.ones((6, 6), np.uint8)).astype(np.uint8))
     provenance = tables.Provenance("s", (0.25, 0.25), Box(0, 0, 12, 12), "d", {"Nucleus": (200, 30, 30)})
     with tables.NucleiWriter(tmp_path / "n.parquet", provenance) as writer:
-        writer.write(drawn, klass=["Nucleus"] * 3, score=np.ones(3), votes=np.ones(3, int), stains=np.zeros((3, 2)))
+        writer.write(
+            drawn, class_name=["Nucleus"] * 3, score=np.ones(3), votes=np.ones(3, int), stains=np.zeros((3, 2))
+        )
     export.write_qupath(tmp_path / "n.parquet", tmp_path / "x.geojson.zip", crop=True)
     picture(tmp_path / "x.png")
     expected = rasterise(shapely.from_wkb(tables.read_nuclei(tmp_path / "n.parquet")["geometry"].to_pylist()), (12, 12))

@@ -38,7 +38,7 @@ def test_numbers_that_are_not_finite_are_left_out(tmp_path):
     with tables.NucleiWriter(tmp_path / "nuclei.parquet", PROVENANCE) as writer:
         writer.write(
             blobs(3),
-            klass=["Nucleus"] * 3,
+            class_name=["Nucleus"] * 3,
             score=np.array([0.5, np.inf, 1e-7]),
             votes=np.ones(3, dtype=int),
             stains=np.array([[0.1, np.nan], [np.nan, 0.3], [0.5, -np.inf]]),

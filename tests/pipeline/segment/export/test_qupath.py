@@ -5,6 +5,7 @@ import math
 import uuid
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import geopandas
 import numpy as np
@@ -24,7 +25,7 @@ def refuse(text: str) -> None:
     raise AssertionError(f"{text} is not JSON")
 
 
-def check_feature(feature: dict) -> None:
+def check_feature(feature: dict[str, Any]) -> None:
     """DESIGN section 3, QuPath: all that its reader asks of a feature, strictly."""
     assert list(feature) == ["type", "id", "geometry", "properties"]
     assert feature["type"] == "Feature"
@@ -47,7 +48,7 @@ def check_feature(feature: dict) -> None:
     assert "id" not in properties["measurements"]
 
 
-def check_zip(path: Path, shard: int = 50_000) -> list[dict]:
+def check_zip(path: Path, shard: int = 50_000) -> list[dict[str, Any]]:
     """All rules of the zip. Returns its features."""
     features = []
     with zipfile.ZipFile(path) as archive:
@@ -203,7 +204,7 @@ def test_numbers_that_are_not_finite_are_left_out(tmp_path):
     with tables.NucleiWriter(tmp_path / "nuclei.parquet", PROVENANCE) as writer:
         writer.write(
             blobs(3),
-            klass=["Nucleus"] * 3,
+            class_name=["Nucleus"] * 3,
             score=np.array([0.5, np.inf, 1e-7]),
             votes=np.ones(3, dtype=int),
             stains=np.array([[0.1, np.nan], [np.nan, 0.3], [0.5, -np.inf]]),
