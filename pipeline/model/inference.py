@@ -155,7 +155,7 @@ def _attempt(
 ) -> list[Instances[Tensor]] | None:
     """The instances of a batch, or None where there is no memory for it; what the attempt held is then free again.
 
-    Every other error passes.
+    Every other error is raised.
     """
     try:
         return _detect(batch, normalisation, settings)
@@ -192,6 +192,6 @@ def _in_quarters(
 
 
 def _lost(settings: Settings) -> HostInstances:
-    """No instances, of a patch that could not be looked at."""
+    """A patch that could not be detected even in parts: no instances, and the flag that says so."""
     mask_size = engine(settings.detector).model.architecture.mask_size
     return instances.empty(mask_size)._replace(lost=True)
