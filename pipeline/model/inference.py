@@ -192,6 +192,6 @@ def _in_quarters(
 
 
 def _lost(settings: Settings) -> HostInstances:
-    """A patch that could not be detected even in parts: no instances, and the flag that says so."""
+    """No instances, of a patch that could not be looked at."""
     mask_size = engine(settings.detector).model.architecture.mask_size
     return instances.empty(mask_size)._replace(lost=True)
