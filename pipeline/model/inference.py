@@ -120,7 +120,7 @@ def _attempt(
 ) -> list[Instances[Tensor]] | None:
     """The instances of a batch, or None where there is no memory for it; what the attempt held is then free again.
 
-    Every other error passes.
+    Every other error is raised.
     """
     try:
         return _detect(batch, normalisation, settings)

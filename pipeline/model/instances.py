@@ -24,7 +24,7 @@ class Instances(NamedTuple, Generic[A]):
     votes: A  # int64 (N,): how many views saw it
     stain_density: A  # float32 (N, 2): mean haematoxylin and eosin density, log10, where the mask exceeds a half
     saturated: bool = False  # a limit was reached even in quarters: nuclei may be missing
-    split: bool = False  # the device had no memory for the whole patch: it was looked at in quarters
+    split: bool = False  # the device had no memory for the whole patch: it was detected in quarters
     lost: bool = False  # the device had no memory even for its parts: nothing is known of it
 
 

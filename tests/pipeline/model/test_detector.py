@@ -33,10 +33,10 @@ def tiny() -> NucleusDetector:
 def test_boxes_are_inside_the_patch_and_masks_are_probabilities(tiny: NucleusDetector) -> None:
     with torch.inference_mode():
         features = tiny.features(torch.rand(2, 3, 96, 96))
-        found = tiny.classify(features, tiny.propose(features, LIMITS), LIMITS)
-        masks = tiny.masks(features, [f.boxes for f in found], [f.class_index for f in found])
+        batch = tiny.classify(features, tiny.propose(features, LIMITS), LIMITS)
+        masks = tiny.masks(features, [c.boxes for c in batch], [c.class_index for c in batch])
     assert features.size == (144, 144)
-    for candidates, probabilities in zip(found, masks, strict=True):
+    for candidates, probabilities in zip(batch, masks, strict=True):
         assert 0 < len(candidates.boxes) <= LIMITS.instances
         assert candidates.boxes.min() >= 0
         assert candidates.boxes.max() <= 96
@@ -62,12 +62,12 @@ def test_folded_batch_norms_change_nothing() -> None:
             torch.nn.init.uniform_(module.bias, -0.3, 0.3)
     images = torch.rand(1, 3, 64, 64)
     with torch.inference_mode():
-        wanted = model.eval().features(images).maps
-        found = fold(model).features(images).maps
+        expected = model.eval().features(images).maps
+        folded = fold(model).features(images).maps
     assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in model.modules())
-    for level, features in wanted.items():
+    for level, features in expected.items():
         assert features.std() > 0.01
-        torch.testing.assert_close(found[level], features, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(folded[level], features, rtol=1e-3, atol=1e-4)
 
 
 def test_no_proposals_give_no_boxes(tiny: NucleusDetector) -> None:

@@ -34,8 +34,8 @@ def tensors(view: Sequence[tuple[float, ...]]) -> tuple[Tensor, Tensor, Tensor]:
     return boxes, table[:, 4], table[:, 5].long()
 
 
-def fused(seen: Sequence[Sequence[tuple[float, ...]]]) -> tuple[Tensor, ...]:
-    boxes, scores, classes = zip(*(tensors(v) for v in seen), strict=True)
+def fused(by_view: Sequence[Sequence[tuple[float, ...]]]) -> tuple[Tensor, ...]:
+    boxes, scores, classes = zip(*(tensors(v) for v in by_view), strict=True)
     return fuse(boxes, scores, classes, iou=0.4)
 
 
@@ -52,19 +52,19 @@ def test_one_view_is_returned_as_it_is(view: list[tuple[float, ...]]) -> None:
 
 @given(st.lists(one_view, min_size=3, max_size=3))
 @settings(max_examples=60)
-def test_the_order_of_views_does_not_matter(seen: list[list[tuple[float, ...]]]) -> None:
+def test_the_order_of_views_does_not_matter(by_view: list[list[tuple[float, ...]]]) -> None:
     """Law: bitwise the same for every permutation of the views."""
-    first = fused(seen)
-    for permutation in itertools.permutations(seen):
+    first = fused(by_view)
+    for permutation in itertools.permutations(by_view):
         for a, b in zip(first, fused(list(permutation)), strict=True):
             assert torch.equal(a, b)
 
 
 @given(st.lists(one_view, min_size=2, max_size=4))
-def test_votes_are_views_and_scores_are_means(seen: list[list[tuple[float, ...]]]) -> None:
-    result = fused(seen)
-    assert ((result[3] >= 1) & (result[3] <= len(seen))).all()
-    assert (result[1] <= 0.75 * result[3] / len(seen) + 1e-6).all()
+def test_votes_are_views_and_scores_are_means(by_view: list[list[tuple[float, ...]]]) -> None:
+    result = fused(by_view)
+    assert ((result[3] >= 1) & (result[3] <= len(by_view))).all()
+    assert (result[1] <= 0.75 * result[3] / len(by_view) + 1e-6).all()
     assert (result[1].diff() <= 0).all()
 
 
@@ -144,7 +144,7 @@ def test_quarters_fit_the_strides_of_any_enlargement(
 @given(st.integers(0, 2**32))
 @settings(max_examples=20)
 def test_the_best_leader_is_the_one_of_the_whole_matrix(seed: int) -> None:
-    """Looking only at the leaders near in x finds what a search of all of them finds."""
+    """Looking only at the leaders near in x gives what a search of all of them gives."""
     random = torch.Generator().manual_seed(seed)
     corner = torch.rand(1500, 2, generator=random) * 200
     boxes = torch.cat([corner, corner + 4 + 20 * torch.rand(1500, 2, generator=random)], 1)

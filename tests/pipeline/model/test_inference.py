@@ -30,7 +30,7 @@ def chosen(batch: int = 1) -> Settings:
 
 
 def painted(squares: list[tuple[int, int]], weight: int = 0) -> np.ndarray:
-    """A patch of black squares on white, each of a red of its own; `weight`: how much memory it takes to look at."""
+    """A patch of black squares on white, each of a red of its own; `weight`: how much memory its inference takes."""
     patch = np.full((SIDE, SIDE, 3), 255, np.uint8)
     patch[..., 2] = weight
     for number, (x, y) in enumerate(squares):
@@ -115,15 +115,15 @@ def test_what_fits_does_not_depend_on_what_does_not(
         expected = install(Device(), patched).detect(patches)
         short = install(Device(memory=memory * SIDE**2), patched).detect(patches, batch)
     assert len(short) == len(expected) == len(patches)
-    for found, whole, (squares, weight) in zip(short, expected, content, strict=True):
+    for patch, whole, (squares, weight) in zip(short, expected, content, strict=True):
         assert len(whole.boxes) == len(squares[:250])
         if 1 + weight <= memory:
-            assert same(found, whole)
+            assert same(patch, whole)
         elif (1 + weight) * 256**2 <= memory * SIDE**2:
-            assert same(found, whole._replace(split=True))
+            assert same(patch, whole._replace(split=True))
         else:
-            assert found.lost
-            assert not len(found.boxes)
+            assert patch.lost
+            assert not len(patch.boxes)
 
 
 # ------------------------------------------------------------------------------------------------- batches
@@ -132,8 +132,8 @@ def test_what_fits_does_not_depend_on_what_does_not(
 def test_batches_are_halved_until_they_fit_and_stay_so(device: Callable[..., Device]) -> None:
     one = device(memory=3 * SIDE**2)
     patches = np.stack([painted([(20 * i, 40)]) for i in range(9)])
-    found = one.detect(patches, batch=8)
-    assert [float(f.boxes[0, 0]) for f in found] == [20 * i for i in range(9)]
+    detected = one.detect(patches, batch=8)
+    assert [float(f.boxes[0, 0]) for f in detected] == [20 * i for i in range(9)]
     assert [count for count, _ in one.tried] == [8, 4, 2, 2, 2, 2, 1]
     one.tried.clear()
     one.detect(patches, batch=8)  # the next block of the same run
@@ -146,8 +146,8 @@ def test_batches_are_halved_until_they_fit_and_stay_so(device: Callable[..., Dev
 def test_that_one_patch_did_not_fit_is_not_remembered(device: Callable[..., Device]) -> None:
     one = device(memory=SIDE**2)
     heavy, light = painted([(100, 100)], weight=1), painted([(100, 100)])
-    found = one.detect(np.stack([light, heavy, light]))
-    assert [f.split for f in found] == [False, True, False]
+    detected = one.detect(np.stack([light, heavy, light]))
+    assert [f.split for f in detected] == [False, True, False]
     assert one.tried == [(1, 512), (1, 512), *[(1, 320)] * 4, (1, 512)]
 
 
@@ -160,21 +160,23 @@ ERRORS = (
 
 
 @pytest.mark.parametrize("error", ERRORS, ids=str)
-def test_every_shortage_of_memory_is_known(device: Callable[..., Device], error: Exception) -> None:
-    found = device(memory=0, error=error).detect(np.stack([painted([(9, 9)])] * 2), batch=2)
-    assert [f.lost for f in found] == [True, True]
+def test_every_shortage_of_memory_is_recognised(device: Callable[..., Device], error: Exception) -> None:
+    detected = device(memory=0, error=error).detect(np.stack([painted([(9, 9)])] * 2), batch=2)
+    assert [f.lost for f in detected] == [True, True]
 
 
-def test_the_shortage_of_the_processor_is_known(device: Callable[..., Device], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The allocator's own words."""
+def test_a_shortage_of_host_memory_is_recognised(
+    device: Callable[..., Device], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the message of the allocator itself."""
     one = device()
     monkeypatch.setattr(one, "see", lambda _: torch.empty(2**60, dtype=torch.uint8))
-    (found,) = one.detect(painted([(9, 9)])[None])
-    assert found.lost
+    (patch,) = one.detect(painted([(9, 9)])[None])
+    assert patch.lost
 
 
 @pytest.mark.parametrize("error", [RuntimeError("expected scalar type Float"), ValueError("no")], ids=str)
-def test_other_errors_pass(device: Callable[..., Device], error: Exception) -> None:
+def test_other_errors_are_raised(device: Callable[..., Device], error: Exception) -> None:
     one = device(memory=0, error=error)
     with pytest.raises(type(error), match=str(error)):
         one.detect(painted([])[None])
@@ -193,15 +195,15 @@ def test_what_a_failure_held_is_free_before_the_next_attempt(
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(fuse, "infer", infer)
-    (found,) = one.detect(painted([])[None])
-    assert found.lost
+    (patch,) = one.detect(painted([])[None])
+    assert patch.lost
     assert len(held) == 3  # the patch, a quarter, a quarter of that
 
 
 # ------------------------------------------------------------------------------------------------- results
 
 
-def test_a_lost_patch_has_the_form_of_every_other(device: Callable[..., Device]) -> None:
+def test_a_lost_patch_has_the_shapes_and_dtypes_of_every_other(device: Callable[..., Device]) -> None:
     lost, empty, some = device(memory=SIDE**2).detect(
         np.stack([painted([], weight=9), painted([]), painted([(7, 7), (80, 7)])]), batch=2
     )
@@ -227,11 +229,11 @@ def test_what_leaves_the_device_is_what_was_detected(
         scores, unknown = torch.rand(count, generator=random), torch.full((count, 2), torch.nan)
         return Instances(boxes, masks, scores, class_index, votes, unknown, saturated=count == 1)
 
-    seen = [instances(5), instances(0), instances(1)]
+    batch = [instances(5), instances(0), instances(1)]
     one = device()
-    monkeypatch.setattr(fuse, "infer", lambda *_: seen)
+    monkeypatch.setattr(fuse, "infer", lambda *_: batch)
     glass = np.full((3, SIDE, SIDE, 3), 255, np.uint8)
-    for f, expected in zip(one.detect(glass, batch=3), seen, strict=True):
+    for f, expected in zip(one.detect(glass, batch=3), batch, strict=True):
         for name in ("boxes", "mask_probs", "scores", "class_index", "votes"):
             given, wanted = getattr(f, name), getattr(expected, name).numpy()
             assert given.dtype == wanted.dtype
@@ -281,5 +283,5 @@ def test_neither_threads_nor_batches_show(method: Any, precision: torch.dtype, m
     finally:
         torch.set_num_threads(before)
     assert len(expected[0].boxes) > 5
-    for found in others:
-        assert all(same(a, b) for a, b in zip(found, expected, strict=True))
+    for detected in others:
+        assert all(same(a, b) for a, b in zip(detected, expected, strict=True))

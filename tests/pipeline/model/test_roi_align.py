@@ -26,13 +26,13 @@ def test_it_is_torchvisions_roi_align(seed: int, images: int, count: int, size: 
     features = {str(i): m for i, m in enumerate(maps)}
     reference = MultiScaleRoIAlign(list(features), size, 2, canonical_scale=64, canonical_level=3)
     reference.scales, reference.map_levels = None, None
-    wanted = reference(features, boxes, [(96, 128)] * images)
-    found = RoIPool(size, STRIDES, canonical_px=64, canonical_level=3)(features, boxes, [(96, 128)] * images)
-    assert found.shape == (images * count, 5, size, size)
-    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-9)
+    expected = reference(features, boxes, [(96, 128)] * images)
+    pooled = RoIPool(size, STRIDES, canonical_px=64, canonical_level=3)(features, boxes, [(96, 128)] * images)
+    assert pooled.shape == (images * count, 5, size, size)
+    torch.testing.assert_close(pooled, expected, rtol=0, atol=1e-9)
     if count:
-        weight = torch.randn(wanted.shape, generator=draw, dtype=torch.float64)
+        weight = torch.randn(expected.shape, generator=draw, dtype=torch.float64)
         for ours, theirs in zip(
-            torch.autograd.grad(found, maps, weight), torch.autograd.grad(wanted, maps, weight), strict=True
+            torch.autograd.grad(pooled, maps, weight), torch.autograd.grad(expected, maps, weight), strict=True
         ):
             torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-9)

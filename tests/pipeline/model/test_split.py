@@ -49,16 +49,16 @@ def test_quarters_are_put_together_in_the_patch() -> None:
     """One nucleus in each quarter, one in the middle that two of them own; what a quarter does not own it drops."""
     parts = quarters(256, 32, 32)  # each reads 160 px, and they meet at 128
 
-    def seen(*boxes: tuple[float, float, float], saturated: bool = False) -> Candidates:
+    def rows(*boxes: tuple[float, float, float], saturated: bool = False) -> Candidates:
         x, y, score = torch.tensor(boxes).unbind(1)
         corners = torch.stack([x, y, x + 10, y + 10], 1)
         return Candidates(corners, score, torch.arange(len(boxes)), saturated)
 
     detected = [
-        seen((10, 10, 0.9), (122, 60, 0.5), (140, 10, 0.99)),  # the last lies in its neighbour
-        seen((10 + 64, 10, 0.8), (124 - 96, 60, 0.6), saturated=True),  # the second is the first's, 2 px to the right
-        seen((10, 10 + 64, 0.7)),
-        seen((10 + 64, 10 + 64, 0.4)),
+        rows((10, 10, 0.9), (122, 60, 0.5), (140, 10, 0.99)),  # the last lies in its neighbour
+        rows((10 + 64, 10, 0.8), (124 - 96, 60, 0.6), saturated=True),  # the second is the first's, 2 px to the right
+        rows((10, 10 + 64, 0.7)),
+        rows((10 + 64, 10 + 64, 0.4)),
     ]
     whole = join(parts, detected, iou=0.5)
     assert whole.boxes[:, :2].tolist() == [[10, 10], [170, 10], [10, 170], [124, 60], [170, 170]]
