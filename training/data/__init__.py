@@ -1,0 +1,1 @@
+"""Annotated images: found and read in every form, cut into training crops, augmented."""
