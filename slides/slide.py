@@ -81,6 +81,9 @@ class Level(NamedTuple):
     downsample: float
 
 
+BY_DEFAULT, FORCED = "default by --mpp", "forced by --force-mpp"  # sources of a scale
+
+
 class GivenScale(NamedTuple):
     """What somebody says of a slide's scale, um/px at level 0: the arguments of `open_slide`."""
 
@@ -92,8 +95,8 @@ class GivenScale(NamedTuple):
 class Scale(NamedTuple):
     """Micrometres per pixel at level 0, and who says so.
 
-    source: `metadata`, `tiff resolution`, `--mpp` (a default for slides that state nothing), or what the caller of
-    `open_slide` named: `manifest`, `--force-mpp`, `given`.
+    source: `metadata`, `tiff resolution`, BY_DEFAULT (given for slides that state nothing), or what the caller of
+    `open_slide` named: `manifest`, FORCED, `given`.
     """
 
     x: float
@@ -521,7 +524,7 @@ def _scale(
             )
         return Scale(x, y, source)
     if default_mpp is not None:
-        return Scale(default_mpp, default_mpp, "--mpp")
+        return Scale(default_mpp, default_mpp, BY_DEFAULT)
     said = next((f"{s.x:g} um/px, not between {low:g} and {high:g}" for s in stated if s), "no resolution")
     raise ScaleUnknown(f"{path} states {said}: pass --mpp (micrometres per pixel at level 0)")
 

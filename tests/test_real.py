@@ -82,7 +82,7 @@ def test_a_slide_without_scale_runs_where_the_user_gives_one(
     monkeypatch.setattr(inference, "detect_patches", one_square)
     slide = shared / "slides" / "generic-no-resolution.tif"
     (row,) = run([slide], tmp_path, Settings(), Execution(cluster=False), mpp=0.499, say=lambda line: None)
-    assert (row.status, row.mpp_source, row.mpp) == ("done", "--mpp", 0.499)
+    assert (row.status, row.mpp_source, row.mpp) == ("done", "default by --mpp", 0.499)
 
 
 def test_the_shipped_weights_segment_an_image_they_never_saw(shared: Path, tmp_path: Path) -> None:

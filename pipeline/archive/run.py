@@ -35,6 +35,7 @@ from pipeline.segment.job import Job, Manifest
 from pipeline.segment.plan import Plan, read_plan
 from pipeline.segment.record import SlideRecord, WorkRecord
 from pipeline.segment.stages import STAGES, Detect, Stage, block_record, remove_work
+from slides.slide import BY_DEFAULT
 
 _POLL_S = 5.0  # between looks at a slide that another run holds, at the workers, at the ledger
 _ATTEMPTS = 3  # at a slide whose scratch is damaged while it is worked on
@@ -259,7 +260,7 @@ class ArchiveRun:
                 f"choose another --out, or give --overwrite"
             )
         record = finished.read_record(content)
-        now = job.scale.default_mpp if record.mpp_source == "--mpp" else job.scale.mpp
+        now = job.scale.default_mpp if record.mpp_source == BY_DEFAULT else job.scale.mpp
         if now is not None and record.mpp != round(now, 6):
             raise RunError(f"it was done at mpp={record.mpp}, now mpp={now}: choose another --out, or --overwrite")
         finished.check_same_source(job.source, content)

@@ -12,7 +12,7 @@ from pipeline.archive.naming import Place, name_slides
 from pipeline.archive.search import SUFFIXES, Search
 from pipeline.errors import RunError
 from pipeline.text import printable
-from slides.slide import BELIEVABLE_MPP, GivenScale
+from slides.slide import BELIEVABLE_MPP, FORCED, GivenScale
 
 Inputs = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
 "Slides, folders (searched) and CSV manifests: one of them or several."
@@ -92,7 +92,7 @@ def find_slides(
 
 def _scale(in_manifests: set[float], mpp: float | None, force_mpp: float | None) -> GivenScale:
     if force_mpp is not None:
-        return GivenScale(force_mpp, "--force-mpp")
+        return GivenScale(force_mpp, FORCED)
     if in_manifests:
         return GivenScale(min(in_manifests), "manifest")
     return GivenScale(default_mpp=mpp)

@@ -17,7 +17,7 @@ from pipeline.segment.slide_stain import ANY_CONTENT, fit_slide, template_stain
 from pipeline.segment.tissue_map import find_tissue
 from slides.geometry import Affine, Box, Frame, Size
 from slides.grid import Tile, TileGrid, check_margin
-from slides.slide import Scale, Slide
+from slides.slide import FORCED, Scale, Slide
 from slides.tissue import TissueMap
 
 
@@ -68,7 +68,7 @@ def plan_slide(slide: Slide, settings: Settings, stain_sha256: Mapping[str, str]
     )
     tissue = find_tissue(slide, settings.tissue, tiling.mpp)
     normalisation, notes = _normalisation(slide, tissue, settings, stain_sha256)
-    if slide.scale.source == "--force-mpp":
+    if slide.scale.source == FORCED:
         notes = (f"its scale is {slide.scale.x:g} µm/px by --force-mpp, whatever it states", *notes)
     return Plan(
         slide.quick_hash,

@@ -28,7 +28,7 @@ from slides.errors import (
     SlideUnsupported,
 )
 from slides.geometry import Box, Size
-from slides.slide import GivenScale, Slide, open_slide
+from slides.slide import FORCED, GivenScale, Slide, open_slide
 
 Writer = Callable[..., Path]
 WIDTH, HEIGHT = 613, 467  # neither is a multiple of anything, so pyramids have fractional downsamples
@@ -182,13 +182,13 @@ def test_an_unbelievable_scale_is_refused_with_the_remedy(pyramid: Writer, mpp: 
     with pytest.raises(ScaleUnknown, match=r"scale-.*pass --mpp"):
         open_slide(path)
     assert open_slide(path, mpp=0.4, mpp_source="manifest").scale == (0.4, 0.4, "manifest")
-    assert open_slide(path, default_mpp=0.4).scale == (0.4, 0.4, "--mpp")
+    assert open_slide(path, default_mpp=0.4).scale == (0.4, 0.4, "default by --mpp")
 
 
 def test_what_is_given_for_a_slide_goes_before_what_it_states_and_a_default_after(pyramid: Writer) -> None:
     path = pyramid("plain.tif", 0.5)
     assert open_slide(path, mpp=0.26).scale == (0.26, 0.26, "given")
-    assert open_slide(path, mpp=0.26, mpp_source="--force-mpp", default_mpp=1.0).scale == (0.26, 0.26, "--force-mpp")
+    assert open_slide(path, mpp=0.26, mpp_source=FORCED, default_mpp=1.0).scale == (0.26, 0.26, FORCED)
     assert open_slide(path, default_mpp=1.0).scale == open_slide(path).scale
     copy = pickle.loads(pickle.dumps(open_slide(path, mpp=0.26, mpp_source="manifest")))
     assert copy.scale == (0.26, 0.26, "manifest")

@@ -175,7 +175,7 @@ def test_results_are_as_designed(slide: tuple[Path, int], tmp_path: Path) -> Non
     assert sorted(p.name for p in tmp_path.iterdir()) == ["discs", "ledger.csv", "logs", "report.html", "run.json"]
     with (tmp_path / "ledger.csv").open() as file:
         (row,) = csv.DictReader(file)
-    assert (row["status"], int(row["nuclei"]), row["mpp_source"]) == ("done", slide[1], "--mpp")
+    assert (row["status"], int(row["nuclei"]), row["mpp_source"]) == ("done", slide[1], "default by --mpp")
     assert (
         json.loads((tmp_path / "run.json").read_text())["digest"]
         == json.loads((folder / "slide.json").read_text())["digest"]

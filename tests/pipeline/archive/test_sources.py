@@ -216,7 +216,7 @@ def test_manifests_are_relative_to_themselves_and_may_give_a_scale(tmp_path: Pat
         ("s/a", GivenScale(0.5, "manifest"), ""),
         ("t/a", GivenScale(default_mpp=0.25), ""),
     ]
-    forced = GivenScale(0.3, "--force-mpp")
+    forced = GivenScale(0.3, "forced by --force-mpp")
     assert {s.scale for s in find_slides([path], mpp=0.25, force_mpp=0.3).sources} == {forced}
 
 
