@@ -223,6 +223,7 @@ def _table(rows: Sequence["SlideEstimate"]) -> list[str]:
                 f"{name:{width}}  {row.mpp:7.4f}  {row.tissue_mm2:10.2f}  {row.tiles:6}  {_hours([row], '.2f'):>6}  "
                 f"{row.disk_gb:7.3f}"
             )
+            lines += [f"{'':{width}}  NOTE: {note}" for note in row.notes]
     return lines
 
 

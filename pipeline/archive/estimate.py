@@ -4,10 +4,11 @@ import dataclasses
 from typing import NamedTuple
 
 from pipeline.archive.sources import Source
-from pipeline.config import Settings
+from pipeline.config import Settings, Stain
 from pipeline.errors import RunError
 from pipeline.segment.plan import plan_slide
-from pipeline.text import printable
+from pipeline.segment.record import NO_TISSUE
+from pipeline.text import one_line
 from slides.slide import open_slide
 
 
@@ -22,18 +23,19 @@ class SlideEstimate(NamedTuple):
     tiles: int
     hours: float
     disk_gb: float
+    notes: tuple[str, ...] = ()  # what a person should know before the run
 
 
 def estimate_slide(source: Source, settings: Settings, seconds_per_mm2: float) -> SlideEstimate:
     """Open a slide, find its tissue, and say what a run would take. Reads a thumbnail only."""
-    unnormalised = dataclasses.replace(settings, stain=dataclasses.replace(settings.stain, method="none"))
+    unnormalised = dataclasses.replace(settings, stain=Stain())
     try:
         if source.problem:
             raise RunError(source.problem)
         with open_slide(source.path, **source.scale._asdict()) as slide:
             plan = plan_slide(slide, unnormalised)
     except Exception as error:
-        return SlideEstimate(source.name, printable(" ".join(str(error).split())), 0, "", 0, 0, 0, 0)
+        return SlideEstimate(source.name, one_line(error), 0, "", 0, 0, 0, 0)
     area = plan.tissue.area_mm2
     # a dense slide has 6,000 nuclei per mm2; each takes 415 bytes in the table and 284 in the zip
     return SlideEstimate(
@@ -45,4 +47,5 @@ def estimate_slide(source: Source, settings: Settings, seconds_per_mm2: float) -
         len(plan.tiles),
         area * seconds_per_mm2 * settings.detector.views / 3600,
         area * 6000 * 700 / 1e9,
+        plan.notes if area else (*plan.notes, NO_TISSUE),
     )

@@ -10,6 +10,8 @@ from typing import Any, Self
 
 PLAUSIBLE_AREA_UM2 = (8.0, 150.0)  # of a slide's median nucleus; outside, the scale is probably wrong
 
+NO_TISSUE = "no tissue was found: --tissue.everywhere takes the whole slide, of whatever colour"
+
 _TOUCHING_SHARE = 0.001  # of the nuclei: a few at the edges are clumps, more are a margin that is too small
 
 
@@ -108,7 +110,7 @@ def remarks(record: SlideRecord, summary: Mapping[str, Any], notes: tuple[str, .
     """
     counts, said = record.work.counts, list(notes)
     if not record.tissue_mm2:
-        said.append("no tissue was found: look at thumbnail.jpg; --tissue.everywhere takes the whole slide")
+        said.append(NO_TISSUE)
     elif not counts.nuclei:
         said.append("no nuclei were found: look at overlay.jpg; is it stained with H&E, and is the scale right?")
     if counts.area_lost_mm2:

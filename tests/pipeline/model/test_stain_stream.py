@@ -216,8 +216,8 @@ def test_a_template_without_a_stain_is_wrong_usage(
 
 
 def test_the_digest_names_the_files_by_content() -> None:
-    settings = Settings()
-    elsewhere = dataclasses.replace(settings, stain=Stain(weights="/elsewhere", template="/x"))
+    settings = Settings(stain=Stain("dcgmm", template="/y"))
+    elsewhere = dataclasses.replace(settings, stain=Stain("dcgmm", weights="/elsewhere", template="/x"))
     assert settings.digest("a") == elsewhere.digest("a")
     assert settings.digest("a", {"weights": "x"}) != settings.digest("a", {"weights": "y"})
     assert settings.digest("a", {"weights": "x"}) != settings.digest("a", {"template": "x"})
