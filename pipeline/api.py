@@ -80,9 +80,9 @@ def export_files(
     from pipeline.segment.finished import rewrite_exports
 
     chosen = build(Export, {"formats": list(formats), "crop": crop}, where="export")
-    slides = RunFolder(Path(folder)).finished()
+    slides = RunFolder(Path(folder)).with_nuclei()
     if not slides:
-        raise RunError(f"{folder} holds no finished slide: need the --out folder of a run")
+        raise RunError(f"{folder} holds no nuclei.parquet: need the --out folder of a run")
     for slide in slides:
         try:
             written = rewrite_exports(slide, chosen)

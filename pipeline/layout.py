@@ -112,3 +112,7 @@ class RunFolder:
     def finished(self) -> list[SlideFolder]:
         """The folders of finished slides, sorted."""
         return [SlideFolder(file.parent) for file in sorted(self.path.rglob(_SLIDE))]
+
+    def with_nuclei(self) -> list[SlideFolder]:
+        """The folders that hold a table of nuclei, sorted."""
+        return [SlideFolder(file.parent) for file in sorted(self.path.rglob(_NUCLEI))]

@@ -161,7 +161,7 @@ def test_shipped_configurations_are_valid() -> None:
         (["run", "x.svs", "--out", "o", "--memory-limit", "1.2.3GB"], "need auto, or 1GB or more"),
         (["run", "x.svs", "--out", "o", "--config", "none.toml"], "none.toml"),
         (["bogus"], 'Unknown command "bogus"'),
-        (["export", "nowhere"], "holds no finished slide"),
+        (["export", "nowhere"], "holds no nuclei.parquet"),
         (["evaluate", "--data", "nowhere"], "nowhere does not exist"),
         (["train", "--data", "d", "--out", "o", "--architecture.anchors", "12 24"], "need sides such as 18,30/44,64"),
         (["train", "--data", "d", "--out", "o", "--architecture.backbone", "hf-hub:a/b"], "need a timm model's name"),
