@@ -1,5 +1,6 @@
 """A cluster of real processes: whatever dies, the same command goes on, and the bytes are an undisturbed run's."""
 
+import contextlib
 import csv
 import json
 import os
@@ -212,3 +213,22 @@ def test_two_runs_share_a_folder_and_a_dead_ones_slide_is_taken_over(
     with (out / "ledger.csv").open() as file:
         assert [row["status"].startswith("done") for row in csv.DictReader(file)] == [True] * SLIDES
     assert not list(out.glob("*/.lease*"))
+
+
+def test_a_run_listens_on_this_machine_only(archive: Path, tmp_path: Path) -> None:
+    """Law: no port of the command, its scheduler, nannies and workers can be reached from the network."""
+    import psutil
+
+    out = tmp_path / "out"
+    client = nightslide(archive, out, "--workers", "2", "--memory-limit", "4GB", **{oracle.SECONDS: "0.05"})
+    seen: dict[int, set[str]] = {}  # addresses by process
+    while client.poll() is None:
+        for process in (psutil.Process(client.pid), *psutil.Process(client.pid).children(recursive=True)):
+            with contextlib.suppress(psutil.Error):  # it has just ended
+                listening = [c for c in process.net_connections("inet") if c.status == psutil.CONN_LISTEN]
+                seen.setdefault(process.pid, set()).update(socket.laddr.ip for socket in listening)
+        time.sleep(0.1)
+    status, said = finish(client)
+    assert status == 0, said
+    assert sum(bool(addresses) for addresses in seen.values()) == 3, "the command with its nannies, and two workers"
+    assert set().union(*seen.values()) == {"127.0.0.1"}
