@@ -284,6 +284,27 @@ def report(folder: Path) -> int:
 
 
 @app.command
+def certificates(*, out: Out, days: Annotated[int, Parameter(group=COMMON)] = 365) -> int:
+    """Make certificates with which a Dask cluster of several machines lets nobody else in (TLS).
+
+    Parameters
+    ----------
+    out
+        Folder of the certificates: every machine of the cluster needs it, and nobody else may read it.
+    days
+        How many days they are valid.
+    """
+    from pipeline.archive.certificates import write_certificates
+
+    made = write_certificates(out, days)
+    print(f"{made.ca}, {made.cert} and {made.key} are valid for {days} days; keep {made.key.name} secret")
+    print(
+        f"give them to scheduler, workers and run: --tls-ca-file {made.ca} --tls-cert {made.cert} --tls-key {made.key}"
+    )
+    return 0
+
+
+@app.command
 def demo(
     *,
     out: Out = Path("nightslide-demo"),

@@ -18,7 +18,7 @@ from typing import Any
 
 from pipeline import files
 from pipeline.archive import ledger
-from pipeline.archive.executors import Executor, open_executor, run_task
+from pipeline.archive.executors import Executor, check_execution, open_executor, run_task
 from pipeline.archive.lease import Leases
 from pipeline.archive.manifest import check_worker, open_run, resolve, versions
 from pipeline.archive.progress import Progress
@@ -27,7 +27,6 @@ from pipeline.archive.sources import Archive, Inputs, Source, find_slides
 from pipeline.config import Execution, Settings
 from pipeline.errors import ClusterLost, LeaseLost, RunError, ScratchLost
 from pipeline.layout import RESULTS, RunFolder, SlideFolder
-from pipeline.model.device import choose_device
 from pipeline.model.weights import licence
 from pipeline.report.page import write_report
 from pipeline.segment import finished
@@ -64,8 +63,8 @@ def run(
     folder = RunFolder(Path(out).absolute())
     archive = find_slides(inputs, folder.path, mpp=mpp, force_mpp=force_mpp)
     manifest = resolve(settings)
-    if client is None and not execution.scheduler and not execution.scheduler_file:
-        choose_device(settings.detector.device)  # one that is not there is refused now, not slide by slide
+    if client is None:
+        check_execution(execution, settings.detector.device)
     warnings = open_run(folder, manifest, execution.overwrite)
     weights = Path(manifest.settings.detector.weights)
     with Progress(folder.logs, len(archive.sources), say) as progress:
@@ -77,6 +76,8 @@ def run(
         with open_executor(execution, settings.detector.device, client) as executor, Leases() as leases:
             if executor.dashboard:
                 progress.say(f"dashboard: {executor.dashboard}")
+            if executor.warning:
+                progress.say(f"WARNING: {executor.warning}")
             for problem in executor.run_on_new_workers(check_worker, folder.run_json, versions()):
                 raise RunError(problem)
             work = ArchiveRun(archive, folder, manifest, execution, executor, leases, progress, detect)
