@@ -284,6 +284,26 @@ def report(folder: Path) -> int:
 
 
 @app.command
+def verify(folder: Path) -> int:
+    """Compare every result of a run with the size and checksum in its slide.json, and say what differs.
+
+    Parameters
+    ----------
+    folder
+        The --out folder of a run, or the folder of one slide in it.
+    """
+    from pipeline.archive.verify import verify_results
+
+    whole = slides = 0
+    for slide, problems in verify_results(folder):
+        slides, whole = slides + 1, whole + (not problems)
+        for problem in problems:
+            print(f"{slide}: {problem}")
+    print(f"{whole} of {slides} slides are as they were written")
+    return 0 if whole == slides else 1
+
+
+@app.command
 def certificates(*, out: Out, days: Annotated[int, Parameter(group=COMMON)] = 365) -> int:
     """Make certificates with which a Dask cluster of several machines lets nobody else in (TLS).
 

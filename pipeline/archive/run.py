@@ -254,9 +254,11 @@ class ArchiveRun:
             # another run, also told to overwrite, has just done it
             new = job.folder.slide_json.stat().st_mtime_ns > self.since_ns
             return finished.read_record(content) if new else None
-        if content.get("digest") != job.digest:
+        for damage in finished.damaged_results(job.folder, content, thorough=False):
+            raise RunError(damage)
+        if content["digest"] != job.digest:
             raise RunError(
-                f"{job.folder.path} holds results of other settings ({content.get('digest')}, these are {job.digest}): "
+                f"{job.folder.path} holds results of other settings ({content['digest']}, these are {job.digest}): "
                 f"choose another --out, or give --overwrite"
             )
         record = finished.read_record(content)
@@ -264,8 +266,6 @@ class ArchiveRun:
         if now is not None and record.mpp != round(now, 6):
             raise RunError(f"it was done at mpp={record.mpp}, now mpp={now}: choose another --out, or --overwrite")
         finished.check_same_source(job.source, content)
-        for damage in finished.damaged_results(job.folder, content, thorough=False):
-            raise RunError(f"{damage}: put the file back, or give --overwrite")
         self._complete(source.name, job)
         self.progress.say(f"{source.name}: done before, {record.nuclei:,} nuclei")
         return dataclasses.replace(record, status="done before")

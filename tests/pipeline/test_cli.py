@@ -39,7 +39,7 @@ def said(capsys: pytest.CaptureFixture[str], *tokens: str) -> tuple[int, str, st
     return int(ended.value.code or 0), captured.out, captured.err
 
 
-OWN_COMMANDS = ("run", "plan", "export", "report", "certificates", "demo", "doctor")
+OWN_COMMANDS = ("run", "plan", "export", "report", "verify", "certificates", "demo", "doctor")
 
 
 @pytest.mark.parametrize("command", OWN_COMMANDS)
@@ -216,6 +216,7 @@ def test_shipped_configurations_are_valid() -> None:
         (["run", "x.svs", "--out", "o", "--config", "none.toml"], "none.toml"),
         (["bogus"], 'Unknown command "bogus"'),
         (["export", "nowhere"], "holds no finished slide"),
+        (["verify", "nowhere"], "holds no finished slide"),
         (["evaluate", "--data", "nowhere"], "nowhere does not exist"),
         (["train", "--data", "d", "--out", "o", "--architecture.anchors", "12 24"], "need sides such as 18,30/44,64"),
         (["train", "--data", "d", "--out", "o", "--architecture.backbone", "hf-hub:a/b"], "need a timm model's name"),
