@@ -6,6 +6,7 @@ leased, so that several runs may share one output folder.
 
 import asyncio
 import dataclasses
+import errno
 import itertools
 import os
 import shutil
@@ -238,6 +239,8 @@ class ArchiveRun:
                 error = RunError(
                     f"{self.folder.path} is not there any more: put it back, and run the same command again"
                 )
+            elif (full := _full_disk(error, folder.path)) is not None:
+                error = RunError(f"no space left in {full}: free some space, and run the same command again")
             record = await asyncio.to_thread(ledger.write_failure, folder, source.path, error)
             self.progress.say(f"{source.name}: FAILED: {record.cause}")
             return record
@@ -385,6 +388,16 @@ def _first(error: BaseException) -> Exception:
         error = error.exceptions[0]
     assert isinstance(error, Exception)
     return error
+
+
+def _full_disk(error: BaseException, written: Path) -> Path | None:
+    """The folder in which no space, or no quota, was left, where that was the cause; `written`: where we write."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
+            return Path(os.fsdecode(cause.filename)).parent if isinstance(cause.filename, str | bytes) else written
+        cause = cause.__cause__ or cause.__context__
+    return None
 
 
 def _check_space(job: Job, window: int) -> None:
