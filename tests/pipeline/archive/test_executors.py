@@ -1,6 +1,7 @@
 """Every executor gives the same records; machines are sized."""
 
 import asyncio
+import contextlib
 import threading
 import time
 from collections.abc import Iterator
@@ -9,9 +10,13 @@ from typing import Any
 
 import pytest
 
+import oracle
+from oracle import chosen, paint
+from pipeline.archive import run as archive_run
 from pipeline.archive.executors import (
     Cluster,
     Executor,
+    Loop,
     check_execution,
     exposed,
     open_executor,
@@ -155,6 +160,29 @@ def test_a_scheduler_without_tls_on_a_network_is_warned_of(address: str, open_to
     warning = exposed(address)
     assert bool(warning) == open_to_a_network
     assert ("can run code" in warning and "nightslide certificates" in warning) == open_to_a_network
+
+
+def test_a_run_says_that_its_scheduler_is_exposed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The scheduler's own address counts: one reached as 127.0.0.1 may listen to the network all the same."""
+
+    class OfANetwork:
+        dashboard_link = ""
+
+        def scheduler_info(self, n_workers: int) -> dict[str, Any]:
+            return {"address": "tcp://10.0.0.5:8786", "workers": {}}
+
+    warning = Cluster(OfANetwork()).warning
+    assert warning == exposed("tcp://10.0.0.5:8786")
+
+    class Exposed(Loop):
+        pass
+
+    Exposed.warning = warning
+    monkeypatch.setattr(archive_run, "open_executor", lambda *_: contextlib.nullcontext(Exposed()))
+    paint(tmp_path / "a.png", 0)
+    said: list[str] = []
+    archive_run.run([tmp_path / "a.png"], tmp_path / "out", chosen(), mpp=0.25, say=said.append, detect=oracle.detect)
+    assert f"WARNING: {warning}" in said
 
 
 def test_files_of_tls_are_checked_before_anything_is_started(tmp_path: Path) -> None:

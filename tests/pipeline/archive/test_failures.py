@@ -127,7 +127,7 @@ def test_a_full_disk_is_told_and_what_was_done_stays(
 def test_a_full_disk_is_told_whatever_stage_meets_it(
     stage: str, number: int, archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Law: value, rule, remedy. A library that does not say which file means the slide's folder; hidden causes count."""
+    """Law: value, rule, remedy. Without a file's name it is the slide's folder; hidden causes count."""
 
     def fail(*_: Any) -> WorkRecord:
         try:
