@@ -285,6 +285,47 @@ def report(folder: Path) -> int:
 
 
 @app.command
+def verify(folder: Path) -> int:
+    """Compare every result of a run with the size and checksum in its slide.json, and say what differs.
+
+    Parameters
+    ----------
+    folder
+        The --out folder of a run, or the folder of one slide in it.
+    """
+    from pipeline.archive.verify import verify_results
+
+    whole = slides = 0
+    for slide, problems in verify_results(folder):
+        slides, whole = slides + 1, whole + (not problems)
+        for problem in problems:
+            print(f"{slide}: {problem}")
+    print(f"{whole} of {slides} slides are as they were written")
+    return 0 if whole == slides else 1
+
+
+@app.command
+def certificates(*, out: Out, days: Annotated[int, Parameter(group=COMMON)] = 365) -> int:
+    """Make certificates with which a Dask cluster of several machines lets nobody else in (TLS).
+
+    Parameters
+    ----------
+    out
+        Folder of the certificates: every machine of the cluster needs it, and nobody else may read it.
+    days
+        How many days they are valid.
+    """
+    from pipeline.archive.certificates import write_certificates
+
+    made = write_certificates(out, days)
+    print(f"{made.ca}, {made.cert} and {made.key} are valid for {days} days; keep {made.key.name} secret")
+    print(
+        f"give them to scheduler, workers and run: --tls-ca-file {made.ca} --tls-cert {made.cert} --tls-key {made.key}"
+    )
+    return 0
+
+
+@app.command
 def demo(
     *,
     out: Out = Path("nightslide-demo"),

@@ -49,6 +49,11 @@ def require(holds: bool, message: str) -> None:
         raise ConfigError(message)
 
 
+def check_device_name(name: str) -> None:
+    """Raise ConfigError for what is no name of a device, there or not."""
+    require(re.fullmatch(r"auto|cpu|cuda(:\d+)?", name) is not None, f"device={name!r}: need cpu, cuda, cuda:N or auto")
+
+
 @dataclass(frozen=True)
 class Tissue:
     """Where nuclei are looked for. Only nuclei inside the tissue mask are reported."""
@@ -155,6 +160,7 @@ class Detector:
         require(self.anchors_per_proposal >= 1, f"anchors-per-proposal={self.anchors_per_proposal}: need 1 or more")
         require(self.instances_per_mm2 > 0, f"instances-per-mm2={self.instances_per_mm2}: need more than 0")
         require(self.batch >= 0, f"batch={self.batch}: need 0 (automatic) or more")
+        check_device_name(self.device)
 
 
 @dataclass(frozen=True)
@@ -238,9 +244,15 @@ class Execution:
     cluster: bool = True
     "Start worker processes on this machine, so that the crash of one is survived; --no-cluster: work in threads of one process."
     scheduler: str = ""
-    "Address of a running Dask scheduler to use instead (tcp://host:8786); its workers must see the same files."
+    "Address of a running Dask scheduler to use instead (tcp://host:8786, tls://host:8786); its workers must see the same files."
     scheduler_file: str = ""
     "The same, from the file that `dask scheduler --scheduler-file` wrote."
+    tls_ca_file: str = ""
+    "For a scheduler at tls://: certificate of the authority that signed the others, such as ca.pem of `nightslide certificates`."
+    tls_cert: str = ""
+    "For a scheduler at tls://: certificate of this command, such as cert.pem."
+    tls_key: str = ""
+    "For a scheduler at tls://: private key of that certificate, such as key.pem."
     window: int = 0
     "Blocks in flight over all slides, which bounds memory and scratch space; 0: two, plus two for each detector."
     wait: bool = True
@@ -251,7 +263,7 @@ class Execution:
     "Process slides again that have results, and replace these."
 
     def __post_init__(self) -> None:
-        require(self.workers >= 0, f"workers={self.workers}: need 0 (automatic) or more")
+        require(0 <= self.workers <= 1024, f"workers={self.workers}: need 0 (automatic) to 1024")
         require(self.gpus >= -1, f"gpus={self.gpus}: need -1 (all) or more")
         require(self.window >= 0, f"window={self.window}: need 0 (automatic) or more")
         require(
@@ -259,9 +271,28 @@ class Execution:
             f"scheduler={self.scheduler} and scheduler-file={self.scheduler_file}: need one of them",
         )
         require(
+            not self.scheduler or _ADDRESS.fullmatch(self.scheduler) is not None,
+            f"scheduler={self.scheduler!r}: need an address such as tcp://host:8786 or tls://host:8786",
+        )
+        missing = [f"--{name.replace('_', '-')}" for name, value in self.tls.items() if not value]
+        require(len(missing) in (0, len(self.tls)), f"TLS without {', '.join(missing)}: need all three files")
+        require(
+            bool(missing) or bool(self.scheduler or self.scheduler_file),
+            "TLS files without a scheduler: need --scheduler tls://host:8786 or --scheduler-file; worker processes that "
+            "are started on this machine are not reached from the network",
+        )
+        require(
             self.memory_limit == "auto" or _bytes(self.memory_limit) >= 1e9,
             f"memory-limit={self.memory_limit!r}: need auto, or 1GB or more, such as 8GB",
         )
+
+    @property
+    def tls(self) -> dict[str, str]:
+        """The three files of TLS by the names of their settings, each empty where it is not given."""
+        return {name: getattr(self, name) for name in ("tls_ca_file", "tls_cert", "tls_key")}
+
+
+_ADDRESS = re.compile(r"[a-z]+://(\[[0-9A-Fa-f:.]+\]|[^\s/:\[\]]+):\d{1,5}")
 
 
 def _bytes(size: str) -> float:

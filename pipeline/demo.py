@@ -12,6 +12,7 @@ from pipeline import files
 from pipeline.archive.run import run
 from pipeline.config import Execution, Settings
 from pipeline.errors import RunError
+from pipeline.model.device import choose_device
 from pipeline.segment import tables
 from pipeline.segment.polygons import Polygons
 from slides import phantom
@@ -52,9 +53,10 @@ def match(detected: Polygons, true: Polygons) -> Match:
 def run_demo(out: Path, seed: int, settings: Settings, say: Callable[[str], None] = print) -> int:
     """Draw a slide, run the pipeline on it, and score the result. Returns the exit status.
 
-    Raises RunError where `out` cannot be a folder to write to.
+    Raises RunError where `out` cannot be a folder to write to, ConfigError for a device that is not there.
     """
     started = time.perf_counter()
+    choose_device(settings.detector.device)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:

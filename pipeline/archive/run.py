@@ -6,6 +6,7 @@ leased, so that several runs may share one output folder.
 
 import asyncio
 import dataclasses
+import errno
 import itertools
 import os
 import shutil
@@ -18,7 +19,7 @@ from typing import Any
 
 from pipeline import files
 from pipeline.archive import ledger
-from pipeline.archive.executors import Executor, open_executor, run_task
+from pipeline.archive.executors import Executor, check_execution, open_executor, run_task
 from pipeline.archive.lease import Leases
 from pipeline.archive.manifest import check_worker, open_run, resolve, versions
 from pipeline.archive.progress import Progress
@@ -27,7 +28,6 @@ from pipeline.archive.sources import Archive, Inputs, Source, find_slides
 from pipeline.config import Execution, Settings
 from pipeline.errors import ClusterLost, LeaseLost, RunError, ScratchLost
 from pipeline.layout import RESULTS, RunFolder, SlideFolder
-from pipeline.model.device import choose_device
 from pipeline.model.weights import licence
 from pipeline.report.page import write_report
 from pipeline.segment import finished
@@ -65,8 +65,8 @@ def run(
     folder = RunFolder(Path(out).absolute())
     archive = find_slides(inputs, folder.path, mpp=mpp, force_mpp=force_mpp)
     manifest = resolve(settings)
-    if client is None and not execution.scheduler and not execution.scheduler_file:
-        choose_device(settings.detector.device)  # one that is not there is refused now, not slide by slide
+    if client is None:
+        check_execution(execution, settings.detector.device)
     warnings = open_run(folder, manifest, execution.overwrite)
     weights = Path(manifest.settings.detector.weights)
     with Progress(folder.logs, len(archive.sources), say) as progress:
@@ -78,6 +78,8 @@ def run(
         with open_executor(execution, settings.detector.device, client) as executor, Leases() as leases:
             if executor.dashboard:
                 progress.say(f"dashboard: {executor.dashboard}")
+            if executor.warning:
+                progress.say(f"WARNING: {executor.warning}")
             for problem in executor.run_on_new_workers(check_worker, folder.run_json, versions()):
                 raise RunError(problem)
             work = ArchiveRun(archive, folder, manifest, execution, executor, leases, progress, detect)
@@ -238,6 +240,8 @@ class ArchiveRun:
                 error = RunError(
                     f"{self.folder.path} is not there any more: put it back, and run the same command again"
                 )
+            elif (full := _full_disk(error, folder.path)) is not None:
+                error = RunError(f"no space left in {full}: free some space, and run the same command again")
             record = await asyncio.to_thread(ledger.write_failure, folder, source.path, error)
             self.progress.say(f"{source.name}: FAILED: {record.cause}")
             return record
@@ -254,9 +258,11 @@ class ArchiveRun:
             # another run, also told to overwrite, has just done it
             new = job.folder.slide_json.stat().st_mtime_ns > self.since_ns
             return finished.read_record(content) if new else None
-        if content.get("digest") != job.digest:
+        for damage in finished.damaged_results(job.folder, content, thorough=False):
+            raise RunError(damage)
+        if content["digest"] != job.digest:
             raise RunError(
-                f"{job.folder.path} holds results of other settings ({content.get('digest')}, these are {job.digest}): "
+                f"{job.folder.path} holds results of other settings ({content['digest']}, these are {job.digest}): "
                 f"choose another --out, or give --overwrite"
             )
         record = finished.read_record(content)
@@ -264,8 +270,6 @@ class ArchiveRun:
         if now is not None and record.mpp != round(now, 6):
             raise RunError(f"it was done at mpp={record.mpp}, now mpp={now}: choose another --out, or --overwrite")
         finished.check_same_source(job.source, content)
-        for damage in finished.damaged_results(job.folder, content, thorough=False):
-            raise RunError(f"{damage}: put the file back, or give --overwrite")
         self._complete(source.name, job)
         self.progress.say(f"{source.name}: done before, {record.nuclei:,} nuclei")
         return dataclasses.replace(record, status="done before")
@@ -385,6 +389,16 @@ def _first(error: BaseException) -> Exception:
         error = error.exceptions[0]
     assert isinstance(error, Exception)
     return error
+
+
+def _full_disk(error: BaseException, written: Path) -> Path | None:
+    """The folder in which no space, or no quota, was left, where that was the cause; `written`: where we write."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
+            return Path(os.fsdecode(cause.filename)).parent if isinstance(cause.filename, str | bytes) else written
+        cause = cause.__cause__ or cause.__context__
+    return None
 
 
 def _check_space(job: Job, window: int) -> None:

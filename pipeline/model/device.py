@@ -6,18 +6,16 @@ from typing import Any
 
 import torch
 
-from pipeline.config import Detector
+from pipeline.config import Detector, check_device_name
 from pipeline.errors import ConfigError
 
 
 def choose_device(name: str) -> torch.device:
     """The device of a name: cpu, cuda, cuda:N, or auto, the GPU if there is one. Raises ConfigError otherwise."""
+    check_device_name(name)
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ConfigError(f"device={name!r}: need cpu, cuda, cuda:N or auto") from error
+    device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ConfigError(
             f"device={name!r}: this machine shows {torch.cuda.device_count()} CUDA devices; use cpu or auto"

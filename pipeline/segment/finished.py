@@ -101,20 +101,50 @@ def rewrite_exports(folder: SlideFolder, export: Export) -> dict[str, Exported]:
 
 
 def damaged_results(folder: SlideFolder, content: Mapping[str, Any], *, thorough: bool) -> Iterator[str]:
-    """What is wrong with the results of a finished slide, a line each.
+    """What is wrong with the results of a finished slide, a line each, with the remedy.
 
+    content: of its slide.json.
     thorough: every file by its checksum, which reads every byte; else only the size of nuclei.parquet, as all
     others can be made again from it.
     """
-    known = content.get("files", {})
-    for name, about in known.items():
-        if not thorough and name != folder.nuclei.name:
-            continue
-        if not _has_size(folder, name, known):
-            size = (folder.path / name).stat().st_size if (folder.path / name).exists() else 0
-            yield f"{name} has {size:,} bytes, was written with {about['bytes']:,}"
-        elif thorough and files.file_sha256(folder.path / name) != about["sha256"]:
-            yield f"{name} has other content than was written"
+    if not _is_complete(content):
+        yield f"{folder.slide_json.name} is damaged: {_remedy(folder.slide_json.name)}"
+        return
+    known = content["files"]
+    for name in known if thorough else {folder.nuclei.name} & known.keys():
+        if problem := _damage(folder.path / name, known[name], thorough=thorough):
+            yield f"{name} {problem}: {_remedy(name)}"
+
+
+def _is_complete(content: Mapping[str, Any]) -> bool:
+    """Whether a slide.json holds what other functions read of it, and of every file what it was written with."""
+    known = content.get("files")
+    return (
+        {"digest", "record", "quick_hash"} <= content.keys()
+        and isinstance(known, dict)
+        and all(isinstance(about, dict) and {"bytes", "sha256"} <= about.keys() for about in known.values())
+    )
+
+
+def _damage(file: Path, known: Mapping[str, Any], *, thorough: bool) -> str:
+    """How a file differs from what is known of it; empty where it does not."""
+    try:
+        size = file.stat().st_size if file.exists() else None
+        if size is None:
+            return "is missing"
+        if size != known["bytes"]:
+            return f"has {size:,} bytes, was written with {known['bytes']:,}"
+        if thorough and files.file_sha256(file) != known["sha256"]:
+            return "has other content than was written"
+    except OSError as error:
+        return f"cannot be read ({error.strerror or error})"
+    return ""
+
+
+def _remedy(name: str) -> str:
+    if name in EXPORTS.values():
+        return "delete it, and the same run command makes it again"
+    return "put the file back, or give --overwrite"
 
 
 def _has_size(folder: SlideFolder, name: str, known: Mapping[str, Any]) -> bool:

@@ -88,7 +88,7 @@ class SlideRecord:
     @property
     def work_seconds(self) -> float:
         """At work, over all stages and workers."""
-        return sum(self.work.seconds.values())
+        return sum(self.work.seconds.values(), 0.0)
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

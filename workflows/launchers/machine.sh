@@ -4,13 +4,16 @@
 #   workflows/launchers/machine.sh start scheduler.json      # scheduler and workers, until Ctrl-C
 #   workflows/launchers/machine.sh join scheduler.json       # on further machines: workers only
 #   nightslide run slides/ --out results --scheduler-file scheduler.json
+# With TLS, a folder of certificates is the last argument of both (`run` needs its three files as --tls-...):
+#   nightslide certificates --out tls
+#   workflows/launchers/machine.sh start scheduler.json tls
 # One worker process per GPU (CUDA_VISIBLE_DEVICES chooses) and up to six CPU workers per GPU that read, tile and outline,
-# as many as there are cores; without a GPU, one process that computes on all cores. Anyone who can reach the scheduler's
-# port can run code on the workers: use it on a trusted network only.
+# as many as there are cores; without a GPU, one process that computes on all cores. Without TLS, anyone who can reach the
+# ports of scheduler and workers can run code there: use it on a trusted network only.
 set -euo pipefail
 case ${1-} in -h | --help) sed -n '2,/^[^#]/s/^# //p' "$0" && exit ;; esac
-usage="usage: machine.sh start|join FILE"
-role=${1:?$usage} file=${2:?$usage}
+usage="usage: machine.sh start|join FILE [CERTIFICATES]"
+role=${1:?$usage} file=${2:?$usage} certificates=${3-}
 cores=$(nproc)
 
 if [ "${CUDA_VISIBLE_DEVICES-}" ]; then
@@ -21,13 +24,19 @@ fi
 cpu_workers=$((cores - ${#gpus[@]} < 6 * ${#gpus[@]} ? cores - ${#gpus[@]} : 6 * ${#gpus[@]}))
 cpu_workers=$((cpu_workers < 1 ? 1 : cpu_workers))
 processes=$((${#gpus[@]} + cpu_workers))
+scheduler=(dask scheduler --scheduler-file "$file" --port 0)
 worker=(dask worker --scheduler-file "$file" --memory-limit "$(awk "BEGIN { print 1 / $processes }")")
+if [ "$certificates" ]; then
+    tls=(--tls-ca-file "$certificates/ca.pem" --tls-cert "$certificates/cert.pem" --tls-key "$certificates/key.pem")
+    scheduler+=(--protocol tls "${tls[@]}")
+    worker+=(--protocol tls "${tls[@]}")
+fi
 
 trap 'kill $(jobs -p) 2> /dev/null; wait' EXIT
 case $role in
     start)
         rm -f "$file"
-        dask scheduler --scheduler-file "$file" --port 0 &
+        "${scheduler[@]}" &
         until [ -s "$file" ]; do sleep 0.2; done
         ;;
     join) ;;

@@ -8,15 +8,19 @@ What follows -- are arguments of `nightslide run`. Start it where the compute no
 for as long as the run takes: in a small job of its own, or on a login node under tmux. Slides, results and this
 environment must have the same paths on all nodes. The jobs end with the run; preempted jobs are submitted again.
 If this process dies, its jobs end by themselves, and the same command continues.
+With --certificates, a folder that `nightslide certificates` made, all of them talk over TLS; without, anyone who can
+reach the ports of scheduler and workers can run code there.
 """
 
 import argparse
 import logging
+import os
+import shlex
 import signal
 from importlib.util import find_spec
 from typing import Any
 
-from distributed import Scheduler, SpecCluster
+from distributed import Scheduler, Security, SpecCluster
 from tornado.ioloop import PeriodicCallback
 
 from pipeline.cli import main as nightslide
@@ -30,15 +34,25 @@ def main() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as nightslide does: a clean end
     gpu_jobs = {f"gpu-{number}": gpu_job(given) for number in range(given.gpu_jobs)}
     cpu_jobs = {f"cpu-{number}": cpu_job(given) for number in range(given.cpu_jobs)}
-    scheduler = {"cls": Scheduler, "options": {"interface": given.interface, "dashboard_address": ":0"}}
+    tls = tls_files(given.certificates)
+    options: dict[str, Any] = {"interface": given.interface, "dashboard_address": ":0"}
+    security = None
+    if tls:
+        roles = ("client", "scheduler", "worker")
+        one_for_all = {f"tls_{role}_{part}": tls[f"tls-{part}"] for role in roles for part in ("cert", "key")}
+        security = Security(tls_ca_file=tls["tls-ca-file"], require_encryption=True, **one_for_all)
+        options |= {"protocol": "tls", "security": security}
+    scheduler = {"cls": Scheduler, "options": options}
     # dask-jobqueue's SLURMCluster has one kind of job; Dask's SpecCluster takes its jobs in several kinds
-    with SpecCluster(gpu_jobs or cpu_jobs, scheduler, name="nightslide", silence_logs=logging.ERROR) as cluster:
+    with SpecCluster(
+        gpu_jobs or cpu_jobs, scheduler, security=security, name="nightslide", silence_logs=logging.ERROR
+    ) as cluster:
         print(f"scheduler: {cluster.scheduler_address}; waiting for the first of {len(cluster.worker_spec)} jobs")
         cluster.wait_for_workers(1)
         cluster.worker_spec.update(cpu_jobs)  # not sooner: without a GPU worker they would be idle
         cluster.scale(len(cluster.worker_spec))
         cluster.loop.add_callback(PeriodicCallback(lambda: cluster.scale(len(cluster.worker_spec)), CHECK_MS).start)
-        nightslide(["run", *given.arguments, "--scheduler", cluster.scheduler_address])
+        nightslide(["run", *given.arguments, "--scheduler", cluster.scheduler_address, *flags(tls)])
 
 
 def parse() -> argparse.Namespace:
@@ -54,6 +68,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--hours", type=float, default=8, help="time limit of each job (%(default)s)")
     parser.add_argument("--prologue", action="append", default=[], help="a line for the job script: module load ...")
     parser.add_argument("--interface", help="network interface that the nodes can reach, such as ib0")
+    parser.add_argument("--certificates", default="", help="folder of certificates for TLS, readable on all nodes")
     parser.add_argument("--logs", default="nightslide-jobs", help="folder for the jobs' output (%(default)s)")
     parser.add_argument("arguments", nargs="+", help="arguments of nightslide run")
     given = parser.parse_args()
@@ -62,6 +77,16 @@ def parse() -> argparse.Namespace:
     if find_spec("dask_jobqueue") is None:
         parser.error("dask-jobqueue is not installed: need it to submit jobs; start with uv run --with dask-jobqueue")
     return given
+
+
+def tls_files(folder: str) -> dict[str, str]:
+    """The files of TLS in a folder, by the names of the flags that take them, here and in `dask worker`."""
+    names = {"tls-ca-file": "ca.pem", "tls-cert": "cert.pem", "tls-key": "key.pem"}
+    return {flag: os.path.abspath(os.path.join(folder, name)) for flag, name in names.items()} if folder else {}
+
+
+def flags(files: dict[str, str]) -> list[str]:
+    return [part for flag, file in files.items() for part in (f"--{flag}", file)]
 
 
 def gpu_job(given: argparse.Namespace) -> dict[str, Any]:
@@ -84,6 +109,7 @@ def job(given: argparse.Namespace, options: str, cores: int, threads: int, resou
     """
     from dask_jobqueue.slurm import SLURMJob  # not a dependency of the project: --help works without it
 
+    tls = tls_files(given.certificates)
     computing_threads = cores if "GPU=1 CPU" in resources else 1  # PyTorch's
     return {
         "cls": SLURMJob,
@@ -98,6 +124,7 @@ def job(given: argparse.Namespace, options: str, cores: int, threads: int, resou
             "worker_extra_args": [
                 f'--resources "{resources}"',
                 f"--lifetime {max(60, round(given.hours * 3600) - LEAVE_S)}s",
+                *map(shlex.quote, ["--protocol", "tls", *flags(tls)] if tls else []),
             ],
             "job_name": "nightslide",
             "log_directory": given.logs,

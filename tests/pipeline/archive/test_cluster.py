@@ -1,5 +1,6 @@
 """A cluster of real processes: whatever dies, the same command goes on, and the bytes are an undisturbed run's."""
 
+import contextlib
 import csv
 import json
 import os
@@ -15,6 +16,7 @@ import pytest
 
 import oracle
 from oracle import chosen, files, paint
+from pipeline.archive.certificates import Certificates, write_certificates
 from pipeline.archive.run import run
 from pipeline.config import Execution
 
@@ -28,10 +30,13 @@ FLAGS = [
 
 
 class Cluster:
-    """`dask scheduler` and two `dask worker`, one of them with a GPU to offer; those that died are started again."""
+    """`dask scheduler` and two `dask worker`, one of them with a GPU to offer; those that died are started again.
 
-    def __init__(self, folder: Path) -> None:
-        self.file = folder / "scheduler.json"
+    tls: flags of both that name the files of TLS.
+    """
+
+    def __init__(self, folder: Path, *tls: str) -> None:
+        self.file, self.tls = folder / "scheduler.json", tls
         self.log = (folder / "cluster.log").open("wb")
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
 
@@ -40,7 +45,8 @@ class Cluster:
             self.file.unlink(missing_ok=True)
             for worker in [name for name in self.processes if name != "scheduler"]:
                 self.kill(worker)  # they belong to the scheduler that is gone
-            self._dask("scheduler", "scheduler", "--host", "127.0.0.1", "--port", "0", "--no-dashboard")
+            protocol = ("--protocol", "tls") if self.tls else ()
+            self._dask("scheduler", "scheduler", "--host", "127.0.0.1", "--port", "0", "--no-dashboard", *protocol)
         for name, resources in (("gpu", "GPU=1"), ("cpu", "CPU=2")):
             if not self.alive(name):
                 flags = ("--nthreads", "2", "--no-nanny", "--no-dashboard", "--resources", resources)
@@ -49,7 +55,7 @@ class Cluster:
     def _dask(self, name: str, kind: str, *flags: str) -> None:
         while kind == "worker" and not self.file.exists():
             time.sleep(0.05)
-        command = [sys.executable, "-m", "dask", kind, "--scheduler-file", str(self.file), *flags]
+        command = [sys.executable, "-m", "dask", kind, "--scheduler-file", str(self.file), *flags, *self.tls]
         environment = {**os.environ, "PYTHONPATH": PATHS, oracle.SECONDS: "0.1"}
         self.processes[name] = subprocess.Popen(
             command, env=environment, cwd=self.file.parent, stdout=self.log, stderr=self.log
@@ -178,10 +184,11 @@ def test_a_cluster_of_this_machine_survives_its_workers(
         assert client.poll() is None, finish(client)
         time.sleep(0.05)
     workers = [p for p in psutil.Process(client.pid).children(recursive=True) if "spawn_main" in " ".join(p.cmdline())]
+    started_with = [worker.environ().get("MALLOC_ARENA_MAX") for worker in workers]
     workers[0].kill()
     status, said = finish(client)
     assert status == 0, said
-    assert len(workers) == 2
+    assert started_with == ["2", "2"], "glibc reads it when a process starts"
     assert results(out) == undisturbed
 
 
@@ -212,3 +219,56 @@ def test_two_runs_share_a_folder_and_a_dead_ones_slide_is_taken_over(
     with (out / "ledger.csv").open() as file:
         assert [row["status"].startswith("done") for row in csv.DictReader(file)] == [True] * SLIDES
     assert not list(out.glob("*/.lease*"))
+
+
+def test_a_run_listens_on_this_machine_only(archive: Path, tmp_path: Path) -> None:
+    """Law: no port of the command, its scheduler, nannies and workers can be reached from the network."""
+    import psutil
+
+    out = tmp_path / "out"
+    client = nightslide(archive, out, "--workers", "2", "--memory-limit", "4GB", **{oracle.SECONDS: "0.05"})
+    seen: dict[int, set[str]] = {}  # addresses by process
+    while client.poll() is None:
+        for process in (psutil.Process(client.pid), *psutil.Process(client.pid).children(recursive=True)):
+            with contextlib.suppress(psutil.Error):  # it has just ended
+                listening = [c for c in process.net_connections("inet") if c.status == psutil.CONN_LISTEN]
+                seen.setdefault(process.pid, set()).update(socket.laddr.ip for socket in listening)
+        time.sleep(0.1)
+    status, said = finish(client)
+    assert status == 0, said
+    assert sum(bool(addresses) for addresses in seen.values()) == 3, "the command with its nannies, and two workers"
+    assert set().union(*seen.values()) == {"127.0.0.1"}
+
+
+def test_a_cluster_with_tls_gives_the_same_bytes_and_lets_nobody_else_in(
+    archive: Path, undisturbed: dict[str, dict[str, bytes]], tmp_path: Path
+) -> None:
+    ours = tls_flags(write_certificates(tmp_path / "ours"))
+    cluster = Cluster(tmp_path, *ours)
+    cluster.start()
+    try:
+        while not cluster.file.exists():
+            assert cluster.alive("scheduler")
+            time.sleep(0.05)
+        address = json.loads(cluster.file.read_text())["address"]
+        assert address.startswith("tls://127.0.0.1:")
+        status, said = finish(nightslide(archive, tmp_path / "out", "--scheduler", address, *ours))
+        assert status == 0, said
+        assert results(tmp_path / "out") == undisturbed
+        others = tls_flags(write_certificates(tmp_path / "others"))
+        # Dask tries again and again to connect, within this time
+        environment = {"DASK_DISTRIBUTED__COMM__TIMEOUTS__CONNECT": "2s"}
+        for flags, message in (
+            (("--scheduler", address), "need --tls-ca-file, --tls-cert and --tls-key"),
+            (("--scheduler", address.replace("tls", "tcp")), "no Dask scheduler answers"),
+            (("--scheduler", address, *others), "are its certificates of the same authority as yours?"),
+        ):
+            status, said = finish(nightslide(archive, tmp_path / "refused", *flags, **environment))
+            assert (status, "Traceback" in said) == (2, False), said
+            assert message in said.splitlines()[-1], said
+    finally:
+        cluster.stop()
+
+
+def tls_flags(files: Certificates) -> tuple[str, ...]:
+    return ("--tls-ca-file", str(files.ca), "--tls-cert", str(files.cert), "--tls-key", str(files.key))

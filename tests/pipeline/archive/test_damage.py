@@ -153,7 +153,7 @@ def test_a_damaged_table_is_named_with_the_remedy(slide: Path, tmp_path: Path) -
         assert f"nuclei.parquet has {len(content)} bytes, was written with {size:,}" in record.cause
         assert "--overwrite" in record.cause
     table.unlink()
-    assert "nuclei.parquet has 0 bytes" in segment(slide, tmp_path).cause
+    assert "nuclei.parquet is missing" in segment(slide, tmp_path).cause
     assert segment(slide, tmp_path, execution=dataclasses.replace(ONE, overwrite=True)).status == "done"
 
 

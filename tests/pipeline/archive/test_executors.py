@@ -1,14 +1,28 @@
 """Every executor gives the same records; machines are sized."""
 
 import asyncio
+import contextlib
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from pipeline.archive.executors import Cluster, Executor, open_executor, run_task, worker_specs
+import oracle
+from oracle import chosen, paint
+from pipeline.archive import run as archive_run
+from pipeline.archive.executors import (
+    Cluster,
+    Executor,
+    Loop,
+    check_execution,
+    exposed,
+    open_executor,
+    run_task,
+    worker_specs,
+)
 from pipeline.config import Execution
 from pipeline.errors import ConfigError
 
@@ -124,3 +138,70 @@ def test_a_scheduler_that_is_not_there_is_named() -> None:
         Execution(scheduler="tcp://a:1", scheduler_file="b")
     with pytest.raises(ConfigError, match="this machine has 0"), open_executor(Execution(gpus=3), "cpu"):
         pass
+
+
+@pytest.mark.parametrize(
+    ("address", "open_to_a_network"),
+    [
+        ("tcp://10.0.0.5:8786", True),
+        ("tcp://head:8786", True),
+        ("tcp://[fe80::1]:8786", True),
+        ("tcp://0.0.0.0:8786", True),
+        ("ws://10.0.0.5:8786", True),
+        ("tls://10.0.0.5:8786", False),
+        ("tcp://127.0.0.1:8786", False),
+        ("tcp://[::1]:8786", False),
+        ("tcp://localhost:8786", False),
+        ("inproc://10.0.0.5/1/1", False),
+    ],
+)
+def test_a_scheduler_without_tls_on_a_network_is_warned_of(address: str, open_to_a_network: bool) -> None:
+    """Law: nothing is silent: what it means, and the remedy."""
+    warning = exposed(address)
+    assert bool(warning) == open_to_a_network
+    assert ("can run code" in warning and "nightslide certificates" in warning) == open_to_a_network
+
+
+def test_a_run_says_that_its_scheduler_is_exposed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The scheduler's own address counts: one reached as 127.0.0.1 may listen to the network all the same."""
+
+    class OfANetwork:
+        dashboard_link = ""
+
+        def scheduler_info(self, n_workers: int) -> dict[str, Any]:
+            return {"address": "tcp://10.0.0.5:8786", "workers": {}}
+
+    warning = Cluster(OfANetwork()).warning
+    assert warning == exposed("tcp://10.0.0.5:8786")
+
+    class Exposed(Loop):
+        pass
+
+    Exposed.warning = warning
+    monkeypatch.setattr(archive_run, "open_executor", lambda *_: contextlib.nullcontext(Exposed()))
+    paint(tmp_path / "a.png", 0)
+    said: list[str] = []
+    archive_run.run([tmp_path / "a.png"], tmp_path / "out", chosen(), mpp=0.25, say=said.append, detect=oracle.detect)
+    assert f"WARNING: {warning}" in said
+
+
+def test_files_of_tls_are_checked_before_anything_is_started(tmp_path: Path) -> None:
+    """The address is nobody's: it is not even tried."""
+    for name in ("ca", "cert", "key"):
+        (tmp_path / name).write_text("no certificate")
+    given: dict[str, Any] = {f"tls_{name}": str(tmp_path / name.split("_")[0]) for name in ("ca_file", "cert", "key")}
+    (tmp_path / "scheduler.json").write_text('{"address": "tls://127.0.0.1:9"}')
+    (tmp_path / "empty.json").write_text("{}")
+    in_file = str(tmp_path / "scheduler.json")
+    for execution, message in (
+        (Execution(scheduler="tls://127.0.0.1:9"), "need --tls-ca-file, --tls-cert and --tls-key"),
+        (Execution(scheduler_file=in_file), "need --tls-ca-file, --tls-cert and --tls-key"),
+        (Execution(scheduler_file=str(tmp_path / "empty.json")), "holds no address"),
+        (Execution(scheduler="tls://127.0.0.1:9", **given), "need certificates and key in PEM"),
+        (Execution(scheduler="tls://127.0.0.1:9", **{**given, "tls_key": "none"}), "tls-key=none does not exist"),
+        (Execution(scheduler="tcp://127.0.0.1:9", **given), "need one that was started with them, at tls://"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            check_execution(execution, "auto")
+        with pytest.raises(ConfigError, match=message), open_executor(execution):
+            pass

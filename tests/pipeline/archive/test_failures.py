@@ -104,7 +104,8 @@ def test_a_full_disk_is_told_and_what_was_done_stays(
     with monkeypatch.context() as patched:
         patched.setattr(stages, "write_predictions", full)
         rows = segment(archive, out)
-    assert "No space left on device" in rows["a"].cause
+    where = out / "a" / "work" / "predictions"
+    assert rows["a"].cause == f"no space left in {where}: free some space, and run the same command again"
     assert rows["b"].status == "done"
     done = {path.name: path.stat().st_mtime_ns for path in (out / "a" / "work" / "instances").iterdir()}
     assert done
@@ -119,6 +120,26 @@ def test_a_full_disk_is_told_and_what_was_done_stays(
         assert segment(archive, out)["a"].status == "done"
     assert resumed
     assert not {Path(name).stem for name in done} & set(resumed), "a block was done twice"
+
+
+@pytest.mark.parametrize("stage", [stage.name for stage in stages.STAGES])
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_is_told_whatever_stage_meets_it(
+    stage: str, number: int, archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Law: value, rule, remedy. Without a file's name it is the slide's folder; hidden causes count."""
+
+    def fail(*_: Any) -> WorkRecord:
+        try:
+            raise OSError(number, os.strerror(number))
+        except OSError as error:
+            raise ValueError("the library failed") from error
+
+    failing = tuple(s._replace(run=fail) if s.name == stage else s for s in stages.STAGES)
+    monkeypatch.setattr(archive_run, "STAGES", failing)
+    rows = segment(archive, tmp_path / "out")
+    remedy = "free some space, and run the same command again"
+    assert rows["a"].cause == f"no space left in {tmp_path / 'out' / 'a'}: {remedy}"
 
 
 def test_an_output_folder_that_vanishes_ends_the_run_without_an_error(archive: Path, tmp_path: Path) -> None:

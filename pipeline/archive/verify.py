@@ -1,0 +1,46 @@
+"""Whether the results of a run are still what was written."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from pipeline import files
+from pipeline.archive.ledger import read_ledger
+from pipeline.errors import RunError
+from pipeline.layout import RunFolder, SlideFolder
+from pipeline.segment.finished import damaged_results
+from pipeline.text import printable
+
+
+def verify_results(folder: Path) -> Iterator[tuple[str, list[str]]]:
+    """Every slide that was finished, by its name, and what is wrong with its results: a line each, with the remedy.
+
+    folder: of a run, or of one slide of it. Reads every byte of every result.
+    Raises RunError for a folder without a finished slide.
+    """
+    run = RunFolder(folder)
+    slides = {slide.path: slide for slide in [*run.finished(), *_in_the_ledger(run)]}
+    if not slides:
+        raise RunError(f"{folder} holds no finished slide: need the --out folder of a run")
+    for path, slide in sorted(slides.items()):
+        yield printable(path.relative_to(folder) if path != folder else path.resolve().name), list(_problems(slide))
+
+
+def _in_the_ledger(run: RunFolder) -> list[SlideFolder]:
+    """The folders of the slides that are done according to ledger.csv, where there is one."""
+    try:
+        rows = read_ledger(run)
+    except RunError:
+        return []
+    return [run.slide(row["slide"]) for row in rows if row["status"].startswith("done")]
+
+
+def _problems(slide: SlideFolder) -> Iterator[str]:
+    name = slide.slide_json.name
+    if not slide.slide_json.exists():
+        yield f"{name} is missing, though ledger.csv says that the slide is done: the same run command does it again"
+        return
+    content = files.read_json(slide.slide_json)
+    if content is None:
+        yield f"{name} is damaged: the same run command does the slide again"
+    else:
+        yield from damaged_results(slide, content, thorough=True)

@@ -1,0 +1,81 @@
+"""Certificates of a cluster: strict readers take them, only the owner reads the key, nothing is overwritten."""
+
+import contextlib
+import socket
+import ssl
+import stat
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from pipeline.archive.certificates import Certificates, write_certificates
+from pipeline.errors import ConfigError
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
+    return write_certificates(tmp_path_factory.mktemp("tls") / "made")
+
+
+def handshake(server: Certificates, client: Certificates) -> str:
+    """The TLS version that both ends agree on, each asking for the other's certificate, as strictly as OpenSSL can."""
+    ends = socket.socketpair()
+    contexts = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH), ssl.create_default_context()
+    for context, files in zip(contexts, (server, client), strict=True):
+        context.load_verify_locations(files.ca)
+        context.load_cert_chain(files.cert, files.key)
+        context.verify_flags |= ssl.VERIFY_X509_STRICT
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_REQUIRED
+        context.maximum_version = (
+            ssl.TLSVersion.TLSv1_2
+        )  # in 1.3 the client's certificate is checked after its handshake
+
+    def serve() -> None:
+        with ends[0] as end, contextlib.suppress(ssl.SSLError):
+            contexts[0].wrap_socket(end, server_side=True).close()
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    try:
+        with ends[1] as end, contexts[1].wrap_socket(end) as wrapped:
+            return str(wrapped.version())
+    finally:
+        thread.join()
+
+
+def test_one_certificate_is_for_both_ends_and_strangers_are_refused(made: Certificates, tmp_path: Path) -> None:
+    assert handshake(made, made) == "TLSv1.2"
+    other = write_certificates(tmp_path / "other")
+    for ends in ((made, other), (other, made)):
+        with pytest.raises(ssl.SSLError):
+            handshake(*ends)
+
+
+def test_only_the_owner_reads_the_key(made: Certificates) -> None:
+    assert stat.S_IMODE(made.key.stat().st_mode) == 0o600
+    assert stat.S_IMODE(made.key.parent.stat().st_mode) == 0o700
+    assert sorted(path.name for path in made.key.parent.iterdir()) == ["ca.pem", "cert.pem", "key.pem"]
+    assert not any(b"PRIVATE" in path.read_bytes() for path in (made.ca, made.cert))
+
+
+def test_what_is_there_is_not_overwritten(made: Certificates) -> None:
+    before = made.key.read_bytes()
+    with pytest.raises(ConfigError, match=r"ca\.pem.* exist already: choose another --out"):
+        write_certificates(made.key.parent)
+    assert made.key.read_bytes() == before
+
+
+def test_wrong_usage_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="cannot be written"):
+        write_certificates(tmp_path / "file" / "below")
+    for days in (0, 10**9):
+        with pytest.raises(ConfigError, match=f"days={days}: need 1 to 3650"):
+            write_certificates(tmp_path / "new", days)
+    monkeypatch.setitem(sys.modules, "cryptography", None)
+    with pytest.raises(ConfigError, match=r'pip install "nightslide\[tls\]"'):
+        write_certificates(tmp_path / "new")
+    assert not (tmp_path / "new").exists()

@@ -1,0 +1,123 @@
+"""`nightslide verify` says what differs from what was written, and nothing else."""
+
+import dataclasses
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import oracle
+from oracle import chosen, paint
+from pipeline.archive.run import run
+from pipeline.archive.verify import verify_results
+from pipeline.cli import main
+from pipeline.config import Execution, Export
+from pipeline.errors import RunError
+from pipeline.layout import SlideFolder
+
+ONE = Execution(cluster=False, workers=1)
+SETTINGS = dataclasses.replace(chosen(), export=Export(formats=("qupath", "csv")))
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    """Two finished slides, a and b."""
+    slides = [tmp_path / "a.png", tmp_path / "b.png"]
+    for seed, slide in enumerate(slides):
+        paint(slide, seed)
+    assert segment(tmp_path / "out") == ["done", "done"]
+    return tmp_path / "out"
+
+
+def segment(out: Path, execution: Execution = ONE) -> list[str]:
+    """Status of both slides, whose files lie beside `out`."""
+    slides = [out.parent / "a.png", out.parent / "b.png"]
+    rows = run(slides, out, SETTINGS, execution, mpp=0.25, say=lambda line: None, detect=oracle.detect)
+    return [row.status for row in rows]
+
+
+def said(capsys: pytest.CaptureFixture[str], folder: Path) -> tuple[int, list[str]]:
+    """Exit status and lines of the command."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        main(["verify", str(folder)])
+    return int(ended.value.code or 0), capsys.readouterr().out.splitlines()
+
+
+def flip(file: Path) -> None:
+    """One bit in the middle: the size stays."""
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "flipped": (flip, "has other content than was written"),
+    "zeroed": (lambda file: file.write_bytes(bytes(file.stat().st_size)), "has other content than was written"),
+    "cut": (lambda file: file.write_bytes(file.read_bytes()[:50]), r"has 50 bytes, was written with [\d,]+"),
+    "deleted": (Path.unlink, "is missing"),
+}
+OVERWRITE = "put the file back, or give --overwrite"
+REMEDIES = {
+    "nuclei.parquet": OVERWRITE,
+    "overlay.jpg": OVERWRITE,
+    "thumbnail.jpg": OVERWRITE,
+    "nuclei.geojson.zip": "delete it, and the same run command makes it again",
+    "nuclei.csv": "delete it, and the same run command makes it again",
+}
+
+
+def test_every_damage_of_every_result_is_said_and_its_remedy_helps(
+    out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Law: finished results are not trusted blindly."""
+    assert said(capsys, out) == (0, ["2 of 2 slides are as they were written"])
+    assert said(capsys, out / "b") == (0, ["1 of 1 slides are as they were written"])
+    assert set(json.loads((out / "a" / "slide.json").read_text())["files"]) == set(REMEDIES)
+    for name, remedy in REMEDIES.items():
+        file = out / "a" / name
+        whole = file.read_bytes()
+        for damage, problem in DAMAGE.values():
+            damage(file)
+            status, lines = said(capsys, out)
+            assert status == 1
+            assert re.fullmatch(f"a: {re.escape(name)} {problem}: {re.escape(remedy)}", lines[0]), lines
+            assert lines[1:] == ["1 of 2 slides are as they were written"]
+            if remedy == OVERWRITE:
+                file.write_bytes(whole)
+            else:
+                file.unlink(missing_ok=True)
+                assert segment(out) == ["done before"] * 2
+            assert said(capsys, out)[0] == 0
+            assert file.read_bytes() == whole
+
+
+def test_a_damaged_slide_json_is_said_and_its_remedy_helps(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = SlideFolder(out / "a").slide_json
+    content = json.loads(file.read_text())
+    for damaged, message, execution in (
+        ("", "is damaged: the same run command does the slide again", ONE),
+        ("[]", "is damaged: the same run command does the slide again", ONE),
+        (None, "is missing, though ledger.csv says that the slide is done: the same run command does it again", ONE),
+        (json.dumps({**content, "files": 3}), f"is damaged: {OVERWRITE}", dataclasses.replace(ONE, overwrite=True)),
+        (json.dumps({**content, "files": {"x": {}}}), f"is damaged: {OVERWRITE}", None),
+        ("{}", f"is damaged: {OVERWRITE}", dataclasses.replace(ONE, overwrite=True)),
+    ):
+        if damaged is None:
+            file.unlink()
+        else:
+            file.write_text(damaged)
+        status, lines = said(capsys, out)
+        assert (status, lines[0]) == (1, f"a: slide.json {message}")
+        if OVERWRITE in message:
+            assert segment(out)[0] == "failed", "never overwritten unless --overwrite says so"
+        if execution is not None:
+            assert segment(out, execution)[0] == "done"
+            assert said(capsys, out)[0] == 0
+
+
+def test_a_folder_without_results_is_wrong_usage(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="holds no finished slide: need the --out folder of a run"):
+        list(verify_results(tmp_path))
