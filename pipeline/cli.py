@@ -149,13 +149,13 @@ def run(
         The same for all slides, whatever they or a manifest state.
     """
     from pipeline.archive.run import run as run_archive
+    from pipeline.layout import RunFolder
 
     rows = run_archive(inputs, out, settings, execution, mpp=mpp, force_mpp=force_mpp)
     failed = [r for r in rows if r.status == "failed"]
     done = [r for r in rows if r.done]
-    print(
-        f"{len(done)} of {len(rows)} slides done, {sum(r.nuclei for r in done):,} nuclei; ledger: {out / 'ledger.csv'}"
-    )
+    nuclei = sum(r.nuclei for r in done)
+    print(f"{len(done)} of {len(rows)} slides done, {nuclei:,} nuclei; ledger: {RunFolder(out).ledger}")
     for row in failed:
         print(f"  failed: {row.slide}: {row.cause}", file=sys.stderr)
     elsewhere = [r for r in rows if r.status == "elsewhere"]

@@ -21,6 +21,7 @@ from PIL import Image
 from pipeline.archive.run import run
 from pipeline.config import Execution, Settings
 from pipeline.files import read_json
+from pipeline.layout import RunFolder
 from pipeline.model.weights import detector_architecture, find_weights
 from pipeline.segment import tables
 from pipeline.segment.record import SlideRecord
@@ -39,7 +40,6 @@ from training.measures import (
 from training.pictures import draw
 
 _LARGEST_LABEL = np.iinfo(np.uint16).max
-_RUN = "run"  # folder of the results, in the folder of `predict`
 
 
 # ------------------------------------------------------------------------------------------------ what to score
@@ -126,16 +126,21 @@ def predict(
             name = f"{number:06}-{re.sub(r'[^A-Za-z0-9-]+', '_', image.name)[-80:]}.png"
             Image.fromarray(image.sample.read().image).save(folder / name, compress_level=1)
             writer.writerow([name, repr(image.sample.mpp)])
-    rows = run([manifest], folder / _RUN, settings, execution, say=say)
+    rows = run([manifest], _run_folder(folder).path, settings, execution, say=say)
     for image, row in zip(images, rows, strict=True):
-        if not row.status.startswith("done"):
+        if not row.done:
             raise AnnotationError(f"{image.name} could not be segmented: {row.cause or row.status}")
     return rows
 
 
 def results_of(folder: Path, row: SlideRecord) -> Path:
     """The nuclei of an image, where `predict` was given `folder` and returned `row`."""
-    return folder / _RUN / row.slide / "nuclei.parquet"
+    return _run_folder(folder).slide(row.slide).nuclei
+
+
+def _run_folder(folder: Path) -> RunFolder:
+    """The results, in the folder of `predict`."""
+    return RunFolder(folder / "run")
 
 
 def read_detections(nuclei: Path, classes: Sequence[str] = ()) -> Detections:
@@ -204,7 +209,7 @@ def evaluate(
             write_outputs(outputs, image.name, labelled, detections.paint((height, width)))
             tallies.append(tally_image(labelled, detections, image.sample.mpp, len(classes)))
             area_mm2 += labelled.labels.size * (image.sample.mpp / 1000) ** 2
-        about = read_json(folder / _RUN / "run.json") or {}
+        about = read_json(_run_folder(folder).run_json) or {}
     about |= {"seconds": round(seconds, 2), "area_mm2": round(area_mm2, 4)}
     return summarise(images.images, classes, tallies, about)
 

@@ -272,7 +272,7 @@ class ArchiveRun:
     def _complete(self, name: str, job: Job) -> None:
         """Make the exports that a finished slide lacks, and remove what a killed run left beside it."""
         folder = job.folder
-        leftovers = [*folder.path.glob(".work-*"), *folder.path.glob(folder.lease.name)]
+        leftovers = [*folder.all_discarded_work(), *folder.path.glob(folder.lease.name)]
         untidy = leftovers or (folder.work.exists() and not self.execution.keep_work)
         stale = finished.stale_exports(folder, job.settings.export)
         if not (untidy or stale) or not self.leases.take(folder.path):

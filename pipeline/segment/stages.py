@@ -104,8 +104,8 @@ def remove_work(job: Job) -> None:
     """Remove the work folder. A task that another worker, given up for lost, still runs in there then fails alone."""
     folder = job.folder
     if folder.work.exists():
-        folder.work.rename(folder.work.with_name(f".{folder.work.name}-{uuid4().hex[:12]}"))
-    for leftover in folder.path.glob(f".{folder.work.name}-*"):
+        folder.work.rename(folder.discarded_work(uuid4().hex[:12]))
+    for leftover in folder.all_discarded_work():
         shutil.rmtree(leftover, ignore_errors=True)
 
 
@@ -305,7 +305,7 @@ def _left_out_at_seams(job: Job, plan: Plan) -> dict[int, NDArray[np.int64]]:
     if not bounds:
         return {}
     boxes, tiles, scores, places = (np.concatenate(parts) for parts in (bounds, tile, score, place))
-    stride = plan.grid.tile - 2 * plan.grid.margin
+    stride = plan.grid.stride
     corners = tiles[:, ::-1] * stride
     cores = np.concatenate([corners, corners + stride], 1)
     reach = max(0.0, float(stitch.overhang(boxes, cores).max(initial=0.0)))
