@@ -325,7 +325,7 @@ def compare(truth: Labels, detected: Labels, um_per_px: float) -> Comparison:
 def compare_detections(
     truth: Labels, class_index: Ints, detected: Detections, um_per_px: float, classes: int = 0
 ) -> tuple[Comparison, tuple[Comparison, ...]]:
-    """Dataset of an image and its detections: over all nuclei, and for every one of `classes` apart.
+    """The annotations of an image against its detections: over all nuclei, and for each of `classes` alone.
 
     truth: (h, w) with labels 1..N, class_index: (N,) 1-based index of the class of nucleus i + 1
     A class is compared as if the other classes were in neither map, so its PQ, pooled over images and averaged over

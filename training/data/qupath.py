@@ -31,7 +31,7 @@ from training.data.sample import (
     LabelledImage,
     Metadata,
     class_names,
-    frame,
+    image_size,
     labelled_image,
     nearby,
     parse_json,
@@ -90,7 +90,7 @@ def qupath(data: Path, metadata: Metadata) -> Catalogue | None:
     skipped: Counter[str] = Counter()
     for path, name, drawing in drawings:
         image = image_of(name, path, images)
-        size = frame(image)
+        size = image_size(image)
         polygons = drawing.nuclei.polygons
         check_near(polygons, size, path)
         index = class_index_of(drawing.nuclei.classes, names)
