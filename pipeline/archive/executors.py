@@ -2,7 +2,7 @@
 
 A task is a function of paths and numbers that returns a small record; pixels never pass through here. Tasks for
 the detector ask for half of the resource GPU, so that two of them share one and the next block is read while this
-one computes; the others ask for the resource CPU. Where no worker offers a resource, nobody asks for it.
+one computes; the others ask for the resource CPU. A resource that no worker offers is not asked for.
 """
 
 import asyncio
@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, Protocol
 from pipeline.config import Execution
 from pipeline.errors import ClusterLost, ConfigError, WorkersDied
 
-_ASK_AGAIN_S = 5.0  # how old the answer to "what do the workers offer" may be
+_ASK_AGAIN_S = 5.0  # for how long the resources that the workers offer are cached
 
 
 # ------------------------------------------------------------------------------------------------ executors
@@ -76,7 +76,7 @@ class Loop:
 
 
 class Threads(Loop):
-    """Threads of this process: `beside` for the processor, two that take turns on the device."""
+    """Threads of this process: `beside` for tasks of the CPU, two that take turns on the device."""
 
     def __init__(self, beside: ThreadPoolExecutor, device: ThreadPoolExecutor) -> None:
         self._beside, self._device = beside, device
@@ -119,7 +119,7 @@ class Cluster:
 
     def submit(self, on_device: bool, function: Callable[..., Any], *args: Any) -> Future[Any]:
         offers = self._offers()
-        # workers with GPUs may be late, or away: where others say that they are for the processor, they are waited for
+        # workers with GPUs may be late, or away: where others offer the resource CPU, these are waited for
         resources = {"GPU": 0.5} if on_device else {"CPU": 1}
         if not (offers["CPU"] or (on_device and offers["GPU"])):
             resources = {}
@@ -195,9 +195,9 @@ class WorkerSpec(NamedTuple):
 
 
 def worker_specs(workers: int, cores: int, gpus: list[str]) -> list[WorkerSpec]:
-    """The worker processes of a machine: one for every GPU, and others for the processor.
+    """The worker processes of a machine: one for every GPU, and others for the CPU.
 
-    workers: processes for the processor, 0: as many as the cores can use; gpus: as CUDA_VISIBLE_DEVICES names them.
+    workers: processes for the CPU, 0: as many as the cores can use; gpus: as CUDA_VISIBLE_DEVICES names them.
     A GPU is fed by at most six processes. Without one, every process computes too, one for eight cores.
     """
     if gpus:
@@ -241,7 +241,7 @@ def _start(execution: Execution, device: str) -> Iterator[Any]:
     quiet = {
         "distributed.worker.memory.target": False,  # Dask could spill records only, which are small
         "distributed.worker.memory.spill": False,
-        # Dask has its workers give memory back at once; a detector on the processor then takes twice as long
+        # Dask has its workers give memory back at once; a detector on the CPU then takes twice as long
         "distributed.nanny.pre-spawn-environ": {},
         "logging": {"distributed": "error"},
     }
@@ -255,7 +255,7 @@ def _start(execution: Execution, device: str) -> Iterator[Any]:
 
 
 def _cores() -> int:
-    from dask.system import CPU_COUNT  # minds affinity and control groups
+    from dask.system import CPU_COUNT  # respects affinity and control groups
 
     return int(CPU_COUNT)
 

@@ -88,7 +88,7 @@ def age(file: Path, seconds: float) -> None:
 
 
 def elsewhere(pid: int = 1) -> str:
-    return json.dumps({"host": "node7", "pid": pid, "began": 1.0, "pid_namespace": "another machine"})
+    return json.dumps({"host": "node7", "pid": pid, "started": 1.0, "pid_namespace": "another machine"})
 
 
 def wait_for(true: Callable[[], bool]) -> None:
@@ -281,7 +281,7 @@ def test_a_pid_that_was_given_again_is_another_process(tmp_path: Path) -> None:
     me = lease._me()
     make(tmp_path / "a", json.dumps(me._asdict()))
     assert not Leases().take(tmp_path / "a")
-    make(tmp_path / "b", json.dumps(me._replace(began=me.began - 60)._asdict()))
+    make(tmp_path / "b", json.dumps(me._replace(started=me.started - 60)._asdict()))
     assert Leases().take(tmp_path / "b")
 
 
@@ -291,7 +291,7 @@ def test_no_world_is_known_means_no_owner_is_known_dead(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(Path, "read_text", unreadable)
     monkeypatch.setattr(sys, "platform", "linux")
-    assert not lease._is_gone(lease._me()._replace(began=-1.0))
+    assert not lease._is_gone(lease._me()._replace(started=-1.0))
 
 
 def test_what_cannot_be_written_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
