@@ -60,7 +60,7 @@ def _detect(batch: NDArray[np.uint8], normalisation: Normalisation, settings: Se
     with torch.inference_mode():
         raw = pixels.to(running.device, non_blocking=True).permute(0, 3, 1, 2).float() / 255  # (B, 3, T, T)
         images = normaliser(raw)
-        chosen = views.views(settings.detector.views)
+        chosen = views.choose_views(settings.detector.views)
         with torch.autocast(running.device.type, running.precision, enabled=running.precision != torch.float32):
             detected = fuse.infer(running.model, images, chosen, limits, settings.tiling.margin)
         measured = [i._replace(stain_density=_stain_density(image, i)) for image, i in zip(raw, detected, strict=True)]

@@ -20,7 +20,7 @@ _MOSAIC_CELLS = 1 << 22  # float64 cells outlined in one call: 32 MiB
 _PAINTED_PX = 1 << 22  # pixels listed at once when rasterising: 32 MiB an index
 
 
-def polygons(mask_probs: NDArray[Any], boxes: NDArray[np.floating], *, level: float) -> Polygons:
+def from_masks(mask_probs: NDArray[Any], boxes: NDArray[np.floating], *, level: float) -> Polygons:
     """Outline every mask at `level`, in the frame of `boxes`.
 
     mask_probs: float32 (N, M, M), probabilities at the centres of an M x M grid of cells stretched over each box.
@@ -46,7 +46,7 @@ def polygons(mask_probs: NDArray[Any], boxes: NDArray[np.floating], *, level: fl
 
 
 def _outline(mask_probs: NDArray[Any], boxes: Floats, level: float) -> Polygons:
-    """`polygons` for as many masks as one mosaic holds."""
+    """`from_masks` for as many masks as one mosaic holds."""
     count, side = mask_probs.shape[:2]
     # A bool mask is sampled at both edges of every cell instead of its centre, so outlines run along edges.
     samples = 2 if mask_probs.dtype == bool else 1

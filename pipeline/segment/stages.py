@@ -224,7 +224,7 @@ def outline(found: HostInstances, tile: Tile, plan: Plan, settings: Settings) ->
 
     Claimed is what is anchored (by its centroid) in the tile's core and in the tissue, and lies on no better one.
     """
-    shapes = polygons.solid(polygons.polygons(found.mask_probs, found.boxes, level=0.5))
+    shapes = polygons.solid(polygons.from_masks(found.mask_probs, found.boxes, level=0.5))
     shapes = polygons.simplify(shapes, settings.stitching.simplify_px)
     shapes = shapely.transform(shapes, lambda xy: xy + np.array(tile.read[:2], float))
     anchors = polygons.centroids(shapes)  # NaN where nothing was outlined
