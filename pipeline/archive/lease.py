@@ -14,8 +14,8 @@ and its action, for however long, cannot remove the lease that another process h
 rename at once one finds the folder empty. NFS caches do not matter: the server decides every step. A process that
 dies leaves a lease that expires, an empty folder, or a `.lease-TOKEN`, which the next release removes.
 
-An owner is dead, and its lease may be taken, at once if it was a process of this user on this very machine, in this boot
-and pid namespace, that has ended; and in any case if its heartbeat is older than `expiry_s`. Both times are the
+An owner is dead, and its lease may be taken, at once if it was a process of this user on this machine, in this boot and
+pid namespace, that has ended; and in any case if its heartbeat is older than `expiry_s`. Both times are the
 file server's, that of our own file and of theirs, because the clocks of machines differ.
 An owner that was suspended for longer loses its lease, and may ask `ours`. What it writes meanwhile is the same bytes.
 """

@@ -1,4 +1,4 @@
-"""What became of a slide: what its stages did, and what a person must be told about it, worded once.
+"""The outcome of a slide: what its stages did, and the warnings about it, worded once.
 
 The ledger, the terminal and the report all show `SlideRecord.remarks`.
 """
@@ -20,7 +20,7 @@ class Counts:
     nuclei: int = 0
     area_lost_mm2: float = 0.0  # of the cores: unreadable, or no memory
     saturated_tiles: int = 0  # that reached their cap even after they were split
-    split_tiles: int = 0  # done in quarters, as the device lacked the memory for the whole
+    split_tiles: int = 0  # detected in quarters, as the device lacked the memory for the whole
     touching_nuclei: int = 0  # that reach the edge of what their tile read, inside the slide
     seam_duplicates: int = 0  # left out at seams: duplicates, and what no other tile confirmed
     export_repaired: int = 0  # outlines that needed more than rounding to be valid, over all formats
@@ -33,9 +33,9 @@ class Counts:
 
 @dataclass(frozen=True)
 class WorkRecord:
-    """What stages did to a block or a slide: small enough to send anywhere. Records add up.
+    """What stages did for a block or a slide, in a few numbers. Records add up.
 
-    seconds: at work in each stage, by its name; waiting is not counted.
+    seconds: processing time of each stage, by its name, without waiting.
     computed_on: kinds of device and precisions that detected, such as "cpu bfloat16"; they decide the last bits.
     """
 
@@ -73,7 +73,7 @@ class SlideRecord:
     tiles: int = 0
     work: WorkRecord = WorkRecord()
     elapsed_seconds: float = 0.0  # from start to end, waiting included
-    remarks: tuple[str, ...] = ()  # why a person should look at it
+    remarks: tuple[str, ...] = ()  # warnings about the slide
 
     @property
     def done(self) -> bool:
@@ -85,7 +85,7 @@ class SlideRecord:
 
     @property
     def work_seconds(self) -> float:
-        """At work, over all stages and workers."""
+        """Processing time, over all stages and workers."""
         return sum(self.work.seconds.values())
 
     def to_json(self) -> dict[str, Any]:
@@ -102,23 +102,25 @@ class SlideRecord:
 
 
 def remarks(record: SlideRecord, summary: Mapping[str, Any], notes: tuple[str, ...] = ()) -> tuple[str, ...]:
-    """What a person must know of a finished slide: what was lost, skipped, guessed, overridden, or looks wrong.
+    """The warnings about a finished slide: what was lost, skipped, overridden, or looks wrong.
 
-    summary: of `pipeline.segment.summary`; notes: what planning has to say, which comes first.
+    summary: of `pipeline.segment.summary`; notes: of the plan, which come first.
     """
-    counts, said = record.work.counts, list(notes)
+    counts, lines = record.work.counts, list(notes)
     if not record.tissue_mm2:
-        said.append("no tissue was found: look at thumbnail.jpg; --tissue.everywhere takes the whole slide")
+        lines.append("no tissue was detected: see thumbnail.jpg; --tissue.everywhere takes the whole slide")
     elif not counts.nuclei:
-        said.append("no nuclei were found: look at overlay.jpg; is it stained with H&E, and is the scale right?")
+        lines.append("no nuclei were detected: see overlay.jpg; is it stained with H&E, and is the scale right?")
     if counts.area_lost_mm2:
-        said.append(f"{counts.area_lost_mm2:.3g} mm² have no result: unreadable, or the device had no memory")
+        lines.append(f"{counts.area_lost_mm2:.3g} mm² have no result: unreadable, or the device had no memory")
     if counts.saturated_tiles:
-        said.append(f"{counts.saturated_tiles} tiles hold more nuclei than allowed: raise --detector.instances-per-mm2")
+        lines.append(
+            f"{counts.saturated_tiles} tiles hold more nuclei than allowed: raise --detector.instances-per-mm2"
+        )
     if counts.split_tiles:
-        said.append(f"{counts.split_tiles} tiles were done in quarters for want of device memory: lower --tiling.tile")
+        lines.append(f"{counts.split_tiles} tiles were done in quarters for want of device memory: lower --tiling.tile")
     if counts.touching_nuclei > _TOUCHING_SHARE * counts.nuclei:
-        said.append(
+        lines.append(
             f"{counts.touching_nuclei:,} nuclei reach the edge of what their tile read, and may be cut: "
             f"raise --tiling.margin"
         )
@@ -126,18 +128,18 @@ def remarks(record: SlideRecord, summary: Mapping[str, Any], notes: tuple[str, .
     median = quantiles[len(quantiles) // 2]
     low, high = PLAUSIBLE_AREA_UM2
     if median is not None and not low <= median <= high:
-        said.append(
+        lines.append(
             f"the median nucleus has {median:.3g} µm², usual are {low:g} to {high:g}: check the scale "
             f"({record.mpp:g} µm/px from {record.mpp_source})"
         )
     seams = summary.get("seams", {})
     if seams.get("suspicious"):
-        said.append(
+        lines.append(
             f"seam check failed: density near seams is {seams['ratio']:.2f} ± {seams['standard_error']:.2f} of the "
             f"surroundings; above 1: duplicates; below: losses, raise --tiling.margin"
         )
     if counts.export_dropped:
-        said.append(f"{counts.export_dropped} nuclei are too small for the precision of the exports: left out there")
+        lines.append(f"{counts.export_dropped} nuclei are too small for the precision of the exports: left out there")
     if len(record.work.computed_on) > 1:
-        said.append(f"computed on {' and '.join(record.work.computed_on)}: single nuclei may differ between them")
-    return tuple(said)
+        lines.append(f"computed on {' and '.join(record.work.computed_on)}: single nuclei may differ between them")
+    return tuple(lines)
