@@ -17,7 +17,7 @@ def committed(path: Path) -> Iterator[Path]:
     """A path beside `path` to write to (same suffix), which becomes `path` when the block ends well.
 
     Synced, then renamed over what was there, then the folder is synced: a reader, or a machine that lost
-    power, sees all of the file or nothing. On an error the partial file is removed; a killed process leaves
+    power, has all of the file or nothing. On an error the partial file is removed; a killed process leaves
     it to `sweep`. Writers of the same path do not disturb each other; the last one stays.
     """
     partial = path.with_name(f"{_PARTIAL}{uuid.uuid4().hex[:12]}-{path.name}")
@@ -49,7 +49,7 @@ def sweep(folder: Path) -> int:
 
 
 def now_ns(folder: Path) -> int:
-    """The time, as the file system of `folder` stamps its files, in ns: machines' own clocks differ."""
+    """The time by the clock that stamps the files of `folder`, in ns: the clocks of machines differ."""
     stamp = folder / f"{_PARTIAL}{uuid.uuid4().hex[:12]}-now"
     stamp.touch()
     try:
@@ -73,7 +73,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
     return content if isinstance(content, dict) else None
 
 
-# ------------------------------------------------------------------------------- scratch that proves itself
+# ----------------------------------------------------------------------------------- files with a checksum
 
 
 def write_sealed_json(path: Path, content: dict[str, Any]) -> None:
@@ -94,7 +94,7 @@ def _digest(content: dict[str, Any]) -> str:
 
 @contextlib.contextmanager
 def sealed(path: Path, about: dict[str, Any]) -> Iterator[Path]:
-    """As `committed`, with a seal beside the file, committed after it: its checksum, and `about` (what JSON holds).
+    """As `committed`, with a seal: a second file beside it, with its checksum and `about` (what JSON holds).
 
     Two writers of equal bytes do not disturb each other: either seal fits either file.
     """
@@ -114,7 +114,7 @@ def read_seal(path: Path) -> dict[str, Any] | None:
 
 
 def remove_sealed(path: Path) -> None:
-    """Remove a sealed file, its seal first: what is left in between is a file without a seal, which counts as none."""
+    """Remove a sealed file, its seal first: a file without a seal counts as missing."""
     _seal(path).unlink(missing_ok=True)
     path.unlink(missing_ok=True)
 

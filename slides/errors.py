@@ -1,4 +1,4 @@
-"""What can go wrong with a slide, as one tree; pipeline.errors draws the rest of it.
+"""The errors of slides, as one tree; pipeline.errors has the rest of it.
 
     NightslideError
     └── SlideError

@@ -67,8 +67,8 @@ def _names(row: int, col: int) -> _Names:
 class PatchStore:
     """Blocks of patches, each written in one go. Made by `PatchStore.create`.
 
-    Laws: a block reads back as it was written, or not at all, whenever a process or the machine was stopped, whatever
-    happened to the files, and however many processes write the block at the same time. Different blocks touch
+    Laws: a block reads back as it was written, or not at all, whenever a process or the machine was stopped, however
+    the files are damaged, and however many processes write the block at the same time. Different blocks touch
     different files.
     """
 
@@ -87,12 +87,12 @@ class PatchStore:
         Raises StoreMismatch where the store on disk has another digest or another grid.
         """
         path = Path(path)
-        found = _stated_identity(path)
+        stated = _stated_identity(path)
         for name, wanted in _identity(grid, digest).items():
-            if found and found[name] != wanted:
+            if stated and stated[name] != wanted:
                 raise StoreMismatch(
-                    f"{path} was made with {name} {found[name]}, this run has {wanted}: "
-                    f"go on with the old configuration, or remove the store"
+                    f"{path} was made with {name} {stated[name]}, this run has {wanted}: "
+                    f"continue with the old configuration, or remove the store"
                 )
         store = cls(path, grid, digest)
         for name, content in _metadata(grid, digest).items():
@@ -213,7 +213,7 @@ def _content(file: Path) -> bytes:
 
 
 def _make_arrays(files: dict[str, Buffer], grid: TileGrid, attributes: dict[str, Any], shape: tuple[int, int]) -> Any:
-    """A store of `shape` blocks (down, across) in memory; its files come to lie in `files`. Returns the Zarr group."""
+    """A store of `shape` blocks (down, across) in memory; its files are stored in `files`. Returns the Zarr group."""
     group = zarr.create_group(MemoryStore(files), zarr_format=3, attributes=attributes)
     down, across = shape
     rows, cols, tile = down * grid.block, across * grid.block, grid.tile

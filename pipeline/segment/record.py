@@ -106,21 +106,19 @@ def remarks(record: SlideRecord, summary: Mapping[str, Any], notes: tuple[str, .
 
     summary: of `pipeline.segment.summary`; notes: of the plan, which come first.
     """
-    counts, lines = record.work.counts, list(notes)
+    counts, said = record.work.counts, list(notes)
     if not record.tissue_mm2:
-        lines.append("no tissue was detected: see thumbnail.jpg; --tissue.everywhere takes the whole slide")
+        said.append("no tissue was found: look at thumbnail.jpg; --tissue.everywhere takes the whole slide")
     elif not counts.nuclei:
-        lines.append("no nuclei were detected: see overlay.jpg; is it stained with H&E, and is the scale right?")
+        said.append("no nuclei were found: look at overlay.jpg; is it stained with H&E, and is the scale right?")
     if counts.area_lost_mm2:
-        lines.append(f"{counts.area_lost_mm2:.3g} mm² have no result: unreadable, or the device had no memory")
+        said.append(f"{counts.area_lost_mm2:.3g} mm² have no result: unreadable, or the device had no memory")
     if counts.saturated_tiles:
-        lines.append(
-            f"{counts.saturated_tiles} tiles hold more nuclei than allowed: raise --detector.instances-per-mm2"
-        )
+        said.append(f"{counts.saturated_tiles} tiles hold more nuclei than allowed: raise --detector.instances-per-mm2")
     if counts.split_tiles:
-        lines.append(f"{counts.split_tiles} tiles were done in quarters for want of device memory: lower --tiling.tile")
+        said.append(f"{counts.split_tiles} tiles were done in quarters for want of device memory: lower --tiling.tile")
     if counts.touching_nuclei > _TOUCHING_SHARE * counts.nuclei:
-        lines.append(
+        said.append(
             f"{counts.touching_nuclei:,} nuclei reach the edge of what their tile read, and may be cut: "
             f"raise --tiling.margin"
         )
@@ -128,18 +126,18 @@ def remarks(record: SlideRecord, summary: Mapping[str, Any], notes: tuple[str, .
     median = quantiles[len(quantiles) // 2]
     low, high = PLAUSIBLE_AREA_UM2
     if median is not None and not low <= median <= high:
-        lines.append(
+        said.append(
             f"the median nucleus has {median:.3g} µm², usual are {low:g} to {high:g}: check the scale "
             f"({record.mpp:g} µm/px from {record.mpp_source})"
         )
     seams = summary.get("seams", {})
     if seams.get("suspicious"):
-        lines.append(
+        said.append(
             f"seam check failed: density near seams is {seams['ratio']:.2f} ± {seams['standard_error']:.2f} of the "
             f"surroundings; above 1: duplicates; below: losses, raise --tiling.margin"
         )
     if counts.export_dropped:
-        lines.append(f"{counts.export_dropped} nuclei are too small for the precision of the exports: left out there")
+        said.append(f"{counts.export_dropped} nuclei are too small for the precision of the exports: left out there")
     if len(record.work.computed_on) > 1:
-        lines.append(f"computed on {' and '.join(record.work.computed_on)}: single nuclei may differ between them")
-    return tuple(lines)
+        said.append(f"computed on {' and '.join(record.work.computed_on)}: single nuclei may differ between them")
+    return tuple(said)

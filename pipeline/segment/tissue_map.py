@@ -8,7 +8,7 @@ from slides.tissue import TissueMap, tissue_mask
 
 
 def find_tissue(slide: Slide, settings: Tissue, work_mpp: float) -> TissueMap:
-    """The tissue of a slide, from a thumbnail of it; work_mpp: of the work frame, in whose px it is queried."""
+    """The tissue of a slide, from a thumbnail of it; work_mpp: of the work frame, in which the map is asked."""
     work = slide.frame(work_mpp)
     frame = slide.frame(max(settings.thumbnail_mpp, work.mpp))
     thumbnail = slide.thumbnail(frame)
