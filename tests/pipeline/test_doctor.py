@@ -6,6 +6,7 @@ import pytest
 
 from pipeline import doctor
 from pipeline.archive.manifest import VERSIONED
+from pipeline.model import load
 
 
 def checked() -> tuple[int, list[str]]:
@@ -36,7 +37,7 @@ def test_a_detector_that_does_not_run_is_a_problem(monkeypatch: pytest.MonkeyPat
         raise RuntimeError("no kernel image\nis available")
 
     monkeypatch.setattr(metadata, "packages_distributions", dict)
-    monkeypatch.setattr(doctor, "engine", broken)
+    monkeypatch.setattr(load, "detector", broken)
     status, lines = checked()
     assert status == 1
     assert "PROBLEM: the detector does not run: no kernel image is available" in lines
