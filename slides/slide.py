@@ -109,11 +109,9 @@ class Slide:
     OpenSlide's handles are not shared: each thread of each process has its own, opened on first use.
     """
 
-    def __init__(
-        self, path: str | os.PathLike[str], mpp: float | None, mpp_source: str, default_mpp: float | None
-    ) -> None:
+    def __init__(self, path: str | os.PathLike[str], given: GivenScale) -> None:
         self.path = Path(path)
-        self._given = (mpp, mpp_source, default_mpp)
+        self._given = given
         self._handles: dict[tuple[int, int], openslide.AbstractSlide] = {}
         handle = self._handle()
         properties = dict(handle.properties)  # the handle may be dropped below
@@ -130,10 +128,10 @@ class Slide:
         _check_tiles(self.path, properties, len(self.levels))
         # Before the scale: a damaged file must be reported as damaged, whether or not it states a scale.
         self._check_readable()
-        self.scale = _scale(self.path, properties, *self._given)
+        self.scale = _scale(self.path, properties, given)
 
-    def __reduce__(self) -> tuple[type["Slide"], tuple[Path, float | None, str, float | None]]:
-        return Slide, (self.path, *self._given)
+    def __reduce__(self) -> tuple[type["Slide"], tuple[Path, GivenScale]]:
+        return Slide, (self.path, self._given)
 
     def __enter__(self) -> Self:
         return self
@@ -360,7 +358,7 @@ def open_slide(
     proved readable, where no scale is known, where one that is given lies outside 0.05-5 um, and where those that
     the slide states along x and y differ by more than 2 %.
     """
-    return Slide(path, mpp, mpp_source, default_mpp)
+    return Slide(path, GivenScale(mpp, mpp_source, default_mpp))
 
 
 def _open_handle(path: Path) -> openslide.AbstractSlide:
@@ -500,14 +498,13 @@ def _bounds(properties: Mapping[str, str], size: Size) -> Box:
     return inside if inside.area else whole
 
 
-def _scale(
-    path: Path, properties: Mapping[str, str], mpp: float | None, mpp_source: str, default_mpp: float | None
-) -> Scale:
+def _scale(path: Path, properties: Mapping[str, str], given: GivenScale) -> Scale:
     """The scale by the rule of `open_slide`. Raises ScaleUnknown."""
     low, high = BELIEVABLE_MPP
-    for given in (mpp, default_mpp):
-        if given is not None and not low <= given <= high:
-            raise ScaleUnknown(f"mpp={given:g} for {path}: need {low:g} to {high:g} micrometres per pixel")
+    mpp, mpp_source, default_mpp = given
+    for value in (mpp, default_mpp):
+        if value is not None and not low <= value <= high:
+            raise ScaleUnknown(f"mpp={value:g} for {path}: need {low:g} to {high:g} micrometres per pixel")
     if mpp is not None:
         return Scale(mpp, mpp, mpp_source)
     stated = (_stated_scale(properties), _resolution_scale(properties))

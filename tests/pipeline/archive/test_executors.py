@@ -1,4 +1,4 @@
-"""Every executor gives the same records; machines are sized."""
+"""Every executor gives the same records; the worker processes fit the machine."""
 
 import asyncio
 import threading

@@ -79,7 +79,7 @@ def test_work_at_the_estimated_speed_ends_when_estimated(
     assert half.seconds_left == pytest.approx(whole.seconds_left / 2, abs=1e-6)
 
 
-def test_the_end_is_told_with_its_day_if_that_is_another() -> None:
+def test_the_end_is_shown_with_its_day_if_that_is_not_today() -> None:
     evening = datetime(2026, 11, 21, 22, 30)
     assert clock_time(60 * 60, evening) == "23:30"
     assert clock_time(4 * 60 * 60 + 40 * 60, evening) == f"{datetime(2026, 11, 22):%a} 03:10"

@@ -97,7 +97,7 @@ def test_a_good_slide_has_no_remark(tmp_path):
 
 
 @pytest.mark.parametrize("content", [None, "", "[]", "{", '{"summary": null}', '{"summary": {"version": 99}}'])
-def test_a_slide_without_legible_summary_is_told_from_its_row(tmp_path, content):
+def test_a_slide_without_legible_summary_is_described_by_its_row(tmp_path, content):
     if content is not None:
         (tmp_path / "a").mkdir()
         (tmp_path / "a" / "slide.json").write_text(content)
