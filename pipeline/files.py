@@ -4,12 +4,11 @@ import contextlib
 import hashlib
 import json
 import os
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-_PARTIAL = ".partial-"
+from slides.partial import PREFIX, partial_path
 
 
 @contextlib.contextmanager
@@ -20,7 +19,7 @@ def committed(path: Path) -> Iterator[Path]:
     power, has all of the file or nothing. On an error the partial file is removed; a killed process leaves
     it to `sweep`. Writers of the same path do not disturb each other; the last one stays.
     """
-    partial = path.with_name(f"{_PARTIAL}{uuid.uuid4().hex[:12]}-{path.name}")
+    partial = partial_path(path)
     try:
         yield partial
         _sync(partial)
@@ -42,7 +41,7 @@ def _sync(path: Path) -> None:
 
 def sweep(folder: Path) -> int:
     """Remove what killed writers left in `folder`, while nobody writes there. Returns how many files."""
-    leftovers = list(folder.glob(f"{_PARTIAL}*"))
+    leftovers = list(folder.glob(f"{PREFIX}*"))
     for leftover in leftovers:
         leftover.unlink(missing_ok=True)
     return len(leftovers)
@@ -50,7 +49,7 @@ def sweep(folder: Path) -> int:
 
 def now_ns(folder: Path) -> int:
     """The time by the clock that stamps the files of `folder`, in ns: the clocks of machines differ."""
-    stamp = folder / f"{_PARTIAL}{uuid.uuid4().hex[:12]}-now"
+    stamp = partial_path(folder / "now")
     stamp.touch()
     try:
         return stamp.stat().st_mtime_ns

@@ -26,8 +26,8 @@ _UNDEFINED = 0xFFFFFFFF
 _LONGEST_TEXT = 1024  # a UID has 64 characters, four code strings have 67
 
 
-class Instance(NamedTuple):
-    """A file of a slide: the series that is the slide, and whether this file is one of its levels."""
+class Header(NamedTuple):
+    """What identifies a file of a slide: its series, which is the slide, and whether it is one of the levels."""
 
     series: str
     is_level: bool
@@ -39,7 +39,7 @@ class _Element(NamedTuple):
     explicit: bool  # whether what it holds has explicit value representations
 
 
-def read_instance(path: Path) -> Instance | None:
+def read_header(path: Path) -> Header | None:
     """The series of a DICOM file of a slide; None for any other file.
 
     Raises OSError; SlideUnreadable where the header names a slide's class and then is truncated or malformed.
@@ -54,7 +54,7 @@ def read_instance(path: Path) -> Instance | None:
             _skip_meta(file)
             stated = _texts(file, explicit=meta.get(_SYNTAX) != _IMPLICIT_VR, wanted=(_IMAGE_TYPE, _SERIES))
             kind = stated[_IMAGE_TYPE].split("\\")
-            return Instance(stated[_SERIES], is_level=kind[2:3] == ["VOLUME"])
+            return Header(stated[_SERIES], is_level=kind[2:3] == ["VOLUME"])
         except (EOFError, KeyError, ValueError, RecursionError) as error:
             raise SlideUnreadable(f"{path} is a DICOM file with a damaged header: copy it again") from error
 

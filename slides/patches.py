@@ -20,7 +20,6 @@ import os
 import struct
 from pathlib import Path
 from typing import Any, NamedTuple
-from uuid import uuid4
 
 import numpy as np
 import zarr
@@ -33,6 +32,7 @@ from zarr.storage import MemoryStore
 from slides.errors import GridError, StoreMismatch
 from slides.geometry import Frame, Size
 from slides.grid import Tile, TileGrid, read_box
+from slides.partial import partial_path
 from slides.slide import Slide
 
 _WHITE = 255
@@ -158,13 +158,13 @@ class PatchStore:
     def _replace(self, name: str, content: bytes) -> None:
         """Make `content` the file of that name in one rename: a reader gets the old bytes or the new.
 
-        It is written beside the store first; what a killed process leaves there is called .partial-*.
+        It is written beside the store first (`partial_path`).
         """
         file = self.path / name
         if not content:
             file.unlink(missing_ok=True)
             return
-        partial = self.path.with_name(f".partial-{uuid4().hex[:12]}-{self.path.name}")
+        partial = partial_path(self.path)
         file.parent.mkdir(parents=True, exist_ok=True)
         try:
             partial.write_bytes(content)

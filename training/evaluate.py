@@ -46,7 +46,7 @@ _LARGEST_LABEL = np.iinfo(np.uint16).max
 
 
 class EvaluationImage(NamedTuple):
-    """An annotated image, and which sums it belongs to."""
+    """An annotated image, and the splits, group and dataset that it is scored with."""
 
     name: str  # its id; with the dataset's name before it where there are several
     sample: Sample
@@ -122,7 +122,7 @@ def predict(
         writer = csv.writer(file)
         writer.writerow(["path", "mpp"])
         for number, image in enumerate(images):
-            # the number keeps names apart and in order, the rest is for whoever watches
+            # the number makes names unique and keeps their order, the rest is for the user
             name = f"{number:06}-{re.sub(r'[^A-Za-z0-9-]+', '_', image.name)[-80:]}.png"
             Image.fromarray(image.sample.read().image).save(folder / name, compress_level=1)
             writer.writerow([name, repr(image.sample.mpp)])
@@ -248,13 +248,15 @@ def summarise(
     summaries = {name: summary(of_class) for name, of_class in by_class.items() if of_class}
     return Evaluation(
         about,
-        {m.name: measure(j.whole) for m, j in zip(images, tallies, strict=True)},
+        {image.name: measure(of_image.whole) for image, of_image in zip(images, tallies, strict=True)},
         {
-            m.name: {c: measure(t) for c, t in zip(classes, j.classes, strict=True) if t.truth or t.detected}
-            for m, j in zip(images, tallies, strict=True)
+            image.name: {
+                name: measure(t) for name, t in zip(classes, of_image.classes, strict=True) if t.truth or t.detected
+            }
+            for image, of_image in zip(images, tallies, strict=True)
         },
         {kind: {n: summary(t) for n, t in sorted(named.items())} for kind, named in within.items()},
-        summary([j.whole for j in tallies]),
+        summary([of_image.whole for of_image in tallies]),
         summaries,
         Summary(*(mean(of) for of in zip(*summaries.values(), strict=True))) if summaries else None,
     )

@@ -35,9 +35,8 @@ from training.monitor import HeldOutCrop, Log, held_out_crop, score_held_out
 
 WEIGHTS_FILE, HELD_OUT_FOLDER = "nuclei.safetensors", "held_out"
 
-_LARGEST_GRADIENT = (
-    5.0  # norm, beyond which gradients are scaled down: so that one unusual crop does not undo many steps
-)
+# Norm beyond which gradients are scaled down, so that one unusual crop does not undo many steps.
+_LARGEST_GRADIENT = 5.0
 
 
 class Process(NamedTuple):

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from pipeline.archive.naming import Place
 from pipeline.text import printable
-from slides.dicom import read_instance
+from slides.dicom import read_header
 from slides.errors import SlideUnreadable
 
 SUFFIXES = frozenset(
@@ -151,13 +151,13 @@ class Search:
         if not real.lower().endswith(".dcm"):
             return real, True
         try:
-            instance = read_instance(Path(real))
+            header = read_header(Path(real))
         except (OSError, SlideUnreadable) as error:
             self.problems[real] = printable(error)
             return real, True
-        if instance is None:
+        if header is None:
             return real, False
-        return f"{os.path.dirname(real)} {instance.series}", instance.is_level
+        return f"{os.path.dirname(real)} {header.series}", header.is_level
 
 
 def _is_slide(name: str) -> bool:

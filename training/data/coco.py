@@ -1,7 +1,7 @@
 """COCO JSON in and out: the one form of annotations that most other tools read.
 
 Masks are run lengths, column by column, background first (Lin et al. 2014; `maskApi.c` of pycocotools). Here
-they are taken apart in numpy: the C code believes what a file says of its own length.
+they are decoded in numpy: the C code does not check the lengths that a file states.
 """
 
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,7 @@
 """Annotations drawn as pixels: folders of label maps, TNBC's masks, PanNuke's arrays, CoNSeP's MATLAB files.
 
 Every reader takes a folder and the content of its dataset.json, and lists the images; None: not this form.
-Where two layers claim a pixel, the later layer has it.
+A pixel that two layers mark belongs to the later one.
 """
 
 import re

@@ -49,10 +49,10 @@ class Outlines(NamedTuple):
 
 
 def paint(polygons: Polygons, shape: tuple[int, int], shifts: Shifts = _EDGES) -> tuple[NDArray[np.int32], int]:
-    """Label map, int32 (h, w), of polygons in px of the map, and the number of pixels that several claim.
+    """Label map, int32 (h, w), of polygons in px of the map, and the number of pixels inside several of them.
 
-    Pixel (row, col) gets i + 1 if its centre lies in polygon i (even-odd) moved by one of `shifts`; where
-    several claim it, the later one has it.
+    Pixel (row, col) gets i + 1 if its centre lies in polygon i (even-odd) moved by one of `shifts`; a pixel
+    inside several belongs to the last one.
     """
     moved = [shapely.transform(polygons, lambda xy, by=by: xy + by) for by in shifts]
     copies = np.stack(moved, axis=1).ravel()
