@@ -48,7 +48,7 @@ class RegionUnreadable(SlideError):
 
 
 class GridError(SlideError, ValueError):
-    """Tile, margin and block do not make a grid, or a place outside the grid was asked for."""
+    """Tile, margin and block do not make a grid, or a tile or block outside the grid is requested."""
 
 
 class StoreMismatch(SlideError):

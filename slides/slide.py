@@ -37,7 +37,7 @@ Window = tuple[float, float, float, float]  # x0 y0 x1 y1, px of the array that 
 # Micrometres per pixel that a microscope can have made; OpenSlide reports 1000 for a TIFF without resolution.
 BELIEVABLE_MPP = (0.05, 5.0)
 
-# Scales along x and y that differ by more are an error of whoever wrote them: scanners' pixels are square.
+# Scales along x and y that differ by more are an error in the metadata: scanners' pixels are square.
 _LARGEST_ASPECT = 1.02
 
 # Pixels of a stored tile, which OpenSlide decodes whole, at four bytes each.
@@ -66,7 +66,7 @@ _USUAL_TILE = 256
 # Pillow's bicubic filter reaches 2 pixels, of the coarser raster, to either side; the third covers rounding.
 _REACH = 3
 
-# Suffixes of slide formats that OpenSlide does not know.
+# Suffixes of slide formats that OpenSlide does not read.
 _FORMATS_NOT_READ = frozenset((".ets", ".isyntax", ".kfb", ".lif", ".mds", ".nd2", ".oir", ".sdpc", ".vsi"))
 
 _EIGHT_BIT_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr")
@@ -309,7 +309,7 @@ class Slide:
             self._handles.pop((os.getpid(), threading.get_ident())).close()
             raise RegionUnreadable(
                 f"{self.path}: {box.width} x {box.height} px at {location} of level {level} cannot be "
-                f"decoded ({error}): the file is damaged there; copy it again, or go on without this region"
+                f"decoded ({error}): the file is damaged there; copy it again, or continue without this region"
             ) from error
         return _on_white(rgba)
 
@@ -352,8 +352,8 @@ def open_slide(
     """Open a slide, or a plain PNG, JPEG, WebP, BMP or single-image TIFF as a slide of one level.
 
     Its scale, micrometres per pixel at level 0, is the first of: `mpp`; the slide's metadata; its TIFF resolution
-    tags; `default_mpp`. `Slide.scale.source` says which; for `mpp` it is `mpp_source`. What a slide states is taken
-    for unknown outside 0.05-5 um.
+    tags; `default_mpp`. `Slide.scale.source` says which; for `mpp` it is `mpp_source`. A stated value
+    outside 0.05-5 um counts as unknown.
     Raises SlideNotFound, SlideUnreadable, SlideUnsupported, SlideTooLarge; and ScaleUnknown, once the slide has
     proved readable, where no scale is known, where one that is given lies outside 0.05-5 um, and where those that
     the slide states along x and y differ by more than 2 %.

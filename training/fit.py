@@ -359,7 +359,7 @@ def _wrapped(model: NucleusDetector, process: Process) -> nn.Module:
 
 
 def _in_float32(convolution: nn.Conv2d, x: Tensor) -> Tensor:
-    """A depthwise convolution outside autocast: on a CPU its backward pass in bfloat16 is four times slower."""
+    """A depthwise convolution outside autocast: on a CPU its backward pass in bfloat16 is much slower."""
     with torch.autocast(x.device.type, enabled=False):
         return type(convolution).forward(convolution, x.float()).to(x.dtype)
 

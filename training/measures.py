@@ -17,11 +17,9 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from scipy.spatial import cKDTree
 
-from pipeline.segment.polygons import Polygons, rasterise
+from pipeline.segment.polygons import Floats, Ints, Polygons, rasterise
 
 Labels = NDArray[np.integer[Any]]
-Ints = NDArray[np.int64]
-Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
 
 HIT_IOU = 0.5  # more than this is a hit; such a pair is the only one of both its members (Kirillov et al. 2019)

@@ -35,7 +35,7 @@ class Executor(Protocol):
     def submit(self, on_device: bool, function: Callable[..., Any], *args: Any) -> Future[Any]: ...
 
     def run_on_new_workers(self, function: Callable[..., Any], *args: Any) -> list[str]:
-        """Call a function once in every process that tasks may go to; who raised, and what."""
+        """Call a function once in every process that runs tasks. Returns a line for each in which it raised."""
 
 
 async def run_task(executor: Executor, on_device: bool, function: Callable[..., Any], *args: Any) -> Any:
@@ -47,7 +47,7 @@ async def run_task(executor: Executor, on_device: bool, function: Callable[..., 
         task = asyncio.current_task()
         if task is not None and task.cancelling():
             raise
-        # nobody here has cancelled it, so Dask has: it cancels what a lost scheduler held
+        # not cancelled by this process, so by Dask, which cancels the tasks of a lost scheduler
         raise ClusterLost("the Dask scheduler is gone; the same command continues what it held") from None
     except Exception as error:
         if type(error).__name__ == "KilledWorker":  # of distributed, which is not imported where it cannot come from
@@ -177,7 +177,7 @@ def _connect(execution: Execution) -> Iterator[Any]:
         client = Client(**known, set_as_default=False)
     except (OSError, ValueError) as error:
         raise ConfigError(f"no Dask scheduler answers at {where}: {error}") from error
-    # that the scheduler is gone is said in one line, by `run_task`
+    # `run_task` reports a lost scheduler in one line
     logging.getLogger("distributed.client").setLevel(logging.CRITICAL)
     with client:
         yield client

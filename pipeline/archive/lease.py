@@ -100,7 +100,7 @@ class Leases:
         return True
 
     def ours(self, folder: Path) -> bool:
-        """Whether we took this folder and nobody has taken it over since; this is a heartbeat, too."""
+        """Whether we took this folder and no other run has taken it over since; this is a heartbeat, too."""
         with self._lock:
             file = self._held.get(folder)
         return file is not None and _touch(file)
@@ -217,7 +217,7 @@ def _pid_namespace() -> str:
     The user belongs to it: a machine may hide the processes of others.
     """
     if sys.platform != "linux":
-        return f"{platform.system()} {uuid.getnode():x}"  # where a machine has no address it is random: nobody's
+        return f"{platform.system()} {uuid.getnode():x}"  # without a network address it is random, so unique
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')} {os.getuid()}"

@@ -76,7 +76,7 @@ def write_failure(folder: SlideFolder, source: Path, error: BaseException) -> Sl
         folder.path.mkdir(parents=True, exist_ok=True)
         files.write_json(folder.failure_json, {"source": printable(source), "cause": cause, "traceback": trace})
     except OSError:
-        pass  # a full disk or a folder that is gone may be the cause itself: the record says it
+        pass  # a full disk or a missing folder may itself be the cause, which is in the record
     return SlideRecord("", "failed", cause)
 
 

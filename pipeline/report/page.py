@@ -48,7 +48,7 @@ def write_report(folder: RunFolder, rows: Sequence[Mapping[str, Any]]) -> Path:
 
 
 def _page(title: str, body: str) -> str:
-    """The document. The policy keeps it from loading anything, whatever its text says."""
+    """The document. Its policy keeps it from loading anything, whatever the text contains."""
     style, script = (
         resources.files("pipeline.report").joinpath(f"report.{kind}").read_text("utf-8") for kind in ("css", "js")
     )

@@ -151,8 +151,8 @@ def _compared(slides: Sequence[SlideResult]) -> list[SlideResult]:
     density = _outlier_remarks(densities, np.log(densities), lambda z: "fewer" if z < 0 else "more", dense)
     size = _outlier_remarks(areas, areas, lambda z: "smaller" if z < 0 else "larger", large)
     compared = []
-    for slide, *said in zip(slides, density, size, strict=True):
-        unusual = [words for words in said if words]
+    for slide, *outlier_remarks in zip(slides, density, size, strict=True):
+        unusual = [words for words in outlier_remarks if words]
         compared.append(dataclasses.replace(slide, remarks=(*slide.remarks, *unusual), outlier=bool(unusual)))
     return compared
 

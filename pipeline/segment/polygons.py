@@ -1,4 +1,4 @@
-"""Mask probabilities -> polygons, and operations on polygons: repair, simplification, rasterising, measuring.
+"""Mask probabilities -> polygons, and operations on polygons: repair, simplification, rasterising, measurements.
 
 All are functions over arrays: a thousand masks are outlined in one call, a million vertices measured in one pass.
 x right, y down; vertices on pixel edges, so that a pixel (row, col) covers [col, col + 1) x [row, row + 1).
@@ -127,8 +127,8 @@ def simplify(polygons: Polygons, tolerance_px: float) -> Polygons:
     """
     quick = shapely.simplify(polygons, tolerance_px, preserve_topology=False)
     simplified = np.array(quick, dtype=object)
-    # Seven times as fast as keeping the topology of all, which few outlines need. A new outline that crosses itself
-    # is repaired by GEOS: one in a million then has a hole or several parts.
+    # Much faster than keeping the topology of all, which few outlines need. A new outline that crosses itself is
+    # repaired by GEOS, and may then have a hole or several parts.
     damaged = ~shapely.is_valid(simplified) | shapely.is_empty(simplified)
     damaged |= shapely.get_type_id(simplified) != shapely.get_type_id(polygons)
     damaged |= shapely.get_num_interior_rings(simplified) != shapely.get_num_interior_rings(polygons)

@@ -51,7 +51,7 @@ def claim(anchors: Floats, core: Box, *, tolerance: float) -> Bools:
     """Which instances a tile claims.
 
     anchors: float64 (N, 2), x y: a point of each instance that does not depend on the tile (its centroid)
-    Returns bool (N,): in the half-open `core` grown by `tolerance` px; NaN is claimed by nobody.
+    Returns bool (N,): in the half-open `core` grown by `tolerance` px; NaN is never claimed.
     Law: if two tiles' anchors of an object differ by at most `tolerance`, at least one tile claims it; at
     tolerance 0 and no difference, exactly one.
     """
