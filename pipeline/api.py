@@ -1,4 +1,4 @@
-"""What the commands plan and export do, for scripts and notebooks too; `pipeline.archive.run` has the other one."""
+"""`plan`, `export` and `read_nuclei` for scripts and notebooks; `run` is in `pipeline.archive.run`."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -98,9 +98,10 @@ def read_nuclei(path: str | os.PathLike[str], columns: Sequence[str] | None = No
     path: nuclei.parquet, or the slide's folder in the results
     Raises RunError where there is no such table.
     """
+    from pipeline.layout import SlideFolder
     from pipeline.segment.tables import read_nuclei as read_table
 
-    table = Path(path) / "nuclei.parquet" if os.path.isdir(path) else Path(path)
+    table = SlideFolder(Path(path)).nuclei if os.path.isdir(path) else Path(path)
     if not table.is_file():
         raise RunError(f"{table} does not exist: need a finished slide's folder or its nuclei.parquet")
     return read_table(table, columns)

@@ -63,7 +63,7 @@ def main(tokens: Sequence[str] | None = None) -> None:
     """Entry point. Exit status: 0 all done, 1 some slides failed, 2 wrong usage, 130 interrupted."""
     from pipeline.errors import ClusterLost, WorkersDied
 
-    # what a batch system sends before it kills is Ctrl-C to us
+    # batch systems send SIGTERM before they kill: it is treated like Ctrl-C
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         status = app.meta(
@@ -84,7 +84,7 @@ def main(tokens: Sequence[str] | None = None) -> None:
 
 
 def _unexpected(error: Exception) -> int:
-    """Say what no part of the program foresaw, in a line; with its traceback for those who look for the cause."""
+    """Report an unexpected error in a line; in debug mode with its traceback. Returns the exit status."""
     from pipeline.text import one_line
 
     if os.environ.get("NIGHTSLIDE_DEBUG", "") not in ("", "0"):
@@ -144,18 +144,18 @@ def run(
     out
         Folder of the results.
     mpp
-        Micrometres per pixel at level 0, for slides that state none; others are left as they state.
+        Micrometres per pixel at level 0, of slides that do not state it.
     force_mpp
-        The same for all slides, whatever they or a manifest state.
+        Micrometres per pixel at level 0, of all slides, whatever they or a manifest state.
     """
     from pipeline.archive.run import run as run_archive
+    from pipeline.layout import RunFolder
 
     rows = run_archive(inputs, out, settings, execution, mpp=mpp, force_mpp=force_mpp)
     failed = [r for r in rows if r.status == "failed"]
     done = [r for r in rows if r.done]
-    print(
-        f"{len(done)} of {len(rows)} slides done, {sum(r.nuclei for r in done):,} nuclei; ledger: {out / 'ledger.csv'}"
-    )
+    nuclei = sum(r.nuclei for r in done)
+    print(f"{len(done)} of {len(rows)} slides done, {nuclei:,} nuclei; ledger: {RunFolder(out).ledger}")
     for row in failed:
         print(f"  failed: {row.slide}: {row.cause}", file=sys.stderr)
     elsewhere = [r for r in rows if r.status == "elsewhere"]
@@ -178,9 +178,9 @@ def plan(
     inputs
         Slides, folders (searched), or CSV manifests with the columns path and, if given, mpp.
     mpp
-        Micrometres per pixel at level 0, for slides that state none; others are left as they state.
+        Micrometres per pixel at level 0, of slides that do not state it.
     force_mpp
-        The same for all slides, whatever they or a manifest state.
+        Micrometres per pixel at level 0, of all slides, whatever they or a manifest state.
     seconds_per_mm2
         Seconds for 1 mm2 of tissue in one view, from a finished run's ledger; without it, as measured on two CPU cores.
     """
@@ -239,7 +239,7 @@ def _hours(rows: Sequence["SlideEstimate"], form: str) -> str:
 
 
 def _basis(seconds: float, given: bool) -> str:
-    """What the hours rest on."""
+    """The speed that the hours are computed from."""
     own = (
         "for your machine give --seconds-per-mm2, from a finished run's ledger.csv: seconds_detect / tissue_mm2 / views"
     )
@@ -339,7 +339,7 @@ def demo(
     out
         Folder of the slide and the results.
     seed
-        Number from which the slide is drawn: another number gives another slide.
+        Seed of the random slide.
     """
     from pipeline.demo import run_demo
 

@@ -37,7 +37,7 @@ STRIDES = (4, 8, 16, 32)  # of the feature maps, in enlarged px
 def side_step(upscale: float = 1.0) -> int:
     """The px that an image's side must be a multiple of, so that enlarged it is one of the coarsest stride.
 
-    The feature maps of other sides are rounded to whole pixels, and their anchors lie beside what they see.
+    The feature maps of other sides are rounded to whole pixels, which displaces their anchors from the image.
     """
     ratio = Fraction(upscale).limit_denominator(1000)
     return math.lcm(STRIDES[-1] * ratio.denominator, ratio.numerator) // ratio.numerator
@@ -56,7 +56,7 @@ def check_device_name(name: str) -> None:
 
 @dataclass(frozen=True)
 class Tissue:
-    """Where nuclei are looked for. Only nuclei inside the tissue mask are reported."""
+    """Tissue detection. Only nuclei inside the tissue mask are reported."""
 
     thumbnail_mpp: float = 8.0
     "Scale at which tissue is detected, micrometres per pixel."
@@ -99,14 +99,14 @@ class Tiling:
         require(self.block >= 1, f"block={self.block}: need 1 or more")
 
 
+StainMethod = Literal["none", "reinhard", "macenko", "dcgmm"]
+
+
 @dataclass(frozen=True)
 class Stain:
     """Stain normalisation, fitted once per slide and applied on the detector's device."""
 
-    method: Annotated[
-        Literal["none", "reinhard", "macenko", "dcgmm"],
-        Parameter(name=["--stain.method", "--stain"], group=COMMON),
-    ] = "none"
+    method: Annotated[StainMethod, Parameter(name=["--stain.method", "--stain"], group=COMMON)] = "none"
     "Stain normalisation method, fitted once per slide."
     patches: Annotated[int, Parameter(name="--stain.patches")] = 64
     "Number of tissue regions of 256 x 256 px that the stain is fitted on."
@@ -120,12 +120,14 @@ class Stain:
         require(
             not self.template or self.method != "none",
             f"stain.template={self.template} has no effect without stain normalisation: "
-            f"need --stain reinhard, macenko or dcgmm",
+            f"need --stain {', '.join(typing.get_args(StainMethod)[1:])}",
         )
 
 
 @dataclass(frozen=True)
 class Detector:
+    """The detector's weights, thresholds and limits, and where it runs."""
+
     weights: Annotated[str, Parameter(name=["--detector.weights", "--weights"], group=COMMON)] = "nuclei"
     "Name of shipped weights, or a .safetensors file."
     views: Annotated[Literal[1, 2, 4, 8], Parameter(name=["--detector.views", "--views"], group=COMMON)] = 1
@@ -137,7 +139,7 @@ class Detector:
     overlap: float = 0.5
     "Outlines of one tile that share more than this part of the smaller one's area are one nucleus."
     objectness: float = 0.3
-    "Region proposals below this objectness are dropped early: next to none of them becomes a nucleus."
+    "Region proposals below this objectness are dropped early: hardly any of them becomes a nucleus."
     proposals_per_mm2: int = 92_000
     "Most region proposals per mm2 of a patch: 6,000 in a tile of 1024 px at 0.25 um."
     anchors_per_proposal: int = 2
@@ -199,7 +201,7 @@ class Export:
 
 
 WORK_FORMAT = 4
-"Of what lies in a slide's work folder: raised with every change that makes older ones wrong to continue from."
+"Version of the files in a slide's work folder: raised with every change after which older ones must not be continued."
 
 
 @dataclass(frozen=True)
@@ -304,7 +306,7 @@ def _bytes(size: str) -> float:
 
 
 def _levels(_: Any, tokens: Sequence[Token]) -> tuple[tuple[int, ...], ...]:
-    """What the command line says of anchors: a level's sides by commas, levels by slashes."""
+    """Anchors as written on the command line: sides separated by commas, levels by slashes."""
     value = tokens[0].value
     require(re.fullmatch(r"[0-9,/]+", value) is not None, f"anchors={value!r}: need sides such as 18,30/44,64")
     return tuple(tuple(int(side) for side in level.split(",") if side) for level in value.split("/"))
@@ -357,7 +359,7 @@ class Architecture:
     """Shape of the detector and what it was trained on; stored in the weights file, which so builds its own network."""
 
     backbone: str = "tf_efficientnet_lite0"
-    "A timm model with feature maps at strides 4, 8, 16 and 32 (STRIDES)."
+    "A timm model with feature maps at strides 4, 8, 16 and 32."
     channels: int = 96
     "Channels of the feature pyramid."
     upscale: float = 1.5
@@ -374,7 +376,7 @@ class Architecture:
     semantic: int = 64
     "Channels of the branch that classifies every pixel as background, nucleus or edge; 0 leaves it out."
     box_pool: int = 7
-    "Side of the grid that the box head sees of a proposal."
+    "Side of the grid to which the features of a proposal are pooled for the box head."
     box_hidden: int = 256
     "Units in each of the two layers of the box head."
     canonical_px: float = 64.0
@@ -442,7 +444,7 @@ class StainArchitecture:
     clusters: int = 3
     "Gaussians of the mixture."
     channels: Annotated[tuple[int, ...], Parameter(negative="")] = (8, 16, 32)
-    "Of the U-Net's levels, finest first; each level halves the picture."
+    "Channels of the U-Net's levels, finest first; each level halves the resolution."
     floor: float = 0.03
     "Least standard deviation of a Gaussian, so that none collapses onto a few pixels."
     mpp: float = 0.25

@@ -1,4 +1,4 @@
-"""A drawn slide whose nuclei are known is segmented by the whole pipeline and scored against the truth."""
+"""The demo: a synthetic slide whose nuclei are known is segmented by the whole pipeline, and the result is scored."""
 
 import time
 from collections.abc import Callable
@@ -12,6 +12,7 @@ from pipeline import files
 from pipeline.archive.run import run
 from pipeline.config import Execution, Settings
 from pipeline.errors import RunError
+from pipeline.layout import RunFolder
 from pipeline.model.device import choose_device
 from pipeline.segment import tables
 from pipeline.segment.polygons import Polygons
@@ -66,18 +67,19 @@ def run_demo(out: Path, seed: int, settings: Settings, say: Callable[[str], None
     with files.committed(slide) as part:
         phantom.write(part, drawn)
     say(f"drew {slide}: {len(drawn.polygons):,} nuclei on {SIZE.width} x {SIZE.height} px")
-    (row,) = run([slide], out / "results", settings, Execution(cluster=False), say=say)
+    results = RunFolder(out / "results")
+    (row,) = run([slide], results.path, settings, Execution(cluster=False), say=say)
     if row.status == "failed":
         return 1
-    folder = out / "results" / slide.stem
-    detected = tables.geometry(tables.read_nuclei(folder / "nuclei.parquet", ["geometry"]))
+    folder = results.slide(row.slide)
+    detected = tables.geometry(tables.read_nuclei(folder.nuclei, ["geometry"]))
     scores = match(detected, np.array([shapely.Polygon(ring) for ring in drawn.polygons], object))
     say(
         f"against the truth, at IoU .5: precision {scores.precision:.3f}, recall {scores.recall:.3f}, "
         f"F1 {scores.f1:.3f} ({scores.detected:,} detected, {scores.true:,} true)"
     )
-    say(f"look at   {folder / 'overlay.jpg'}")
-    say(f"          {folder / 'thumbnail.jpg'}")
-    say(f"in QuPath open {slide}, then drag {folder / 'nuclei.geojson.zip'} onto it")
+    say(f"pictures: {folder.overlay}")
+    say(f"          {folder.thumbnail}")
+    say(f"in QuPath open {slide}, then drag {folder.export('qupath')} onto it")
     say(f"{time.perf_counter() - started:.0f} s")
     return 0

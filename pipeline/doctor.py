@@ -16,7 +16,7 @@ from pipeline.text import one_line
 
 
 def check_up(say: Callable[[str], None] = print) -> int:
-    """Say all of it, a line each. Returns the exit status: 0 if there is no problem, else 1."""
+    """Run the checks, and report them in a line each. Returns the exit status: 0 if there is no problem, else 1."""
     for name, version in versions().items():
         say(f"{name} {version}")
     say(
@@ -51,12 +51,12 @@ def _conflicts() -> list[str]:
 
 
 def _smoke_test(say: Callable[[str], None]) -> list[str]:
-    """Run the detector on an empty image, and say where. Returns the problems, if any."""
+    """Run the detector on an empty image, and report the device. Returns the problems, if any."""
     try:
         running = load.detector(Detector())
         with torch.inference_mode():
             features = running.model.features(torch.zeros(1, 3, 64, 64, device=running.device))
-    except Exception as error:  # whatever is wrong with this machine's torch is what is looked for
+    except Exception as error:  # any error means a problem with torch on this machine
         return [f"the detector does not run: {one_line(error)}"]
     say(f"smoke test: the detector runs on {running.device} in {str(running.precision).removeprefix('torch.')}")
     if not all(torch.isfinite(value).all() for value in features.maps.values()):

@@ -1,15 +1,15 @@
-"""What can go wrong, as one tree; the command prints the message of anything in it, never a traceback.
+"""The errors of Nightslide, as one tree; the command prints their messages, never a traceback.
 
     NightslideError                                  slides.errors: the root of everything raised on purpose
-    ├── SlideError                                   slides.errors: a slide; see there for what lies below it
-    │   └── SlideChanged                             not the file, or not the scale, that the results are of
+    ├── SlideError                                   slides.errors: of a slide; see there for its subclasses
+    │   └── SlideChanged                             another file, or another scale, than the results are of
     ├── ConfigError          (ValueError)            a setting that is misspelt, of a wrong type, out of range
     │   ├── RunError                                 inputs or an output folder that a run cannot start with
     │   ├── WeightsError                             a weights file: missing, damaged, of another architecture
     │   └── training's AnnotationError               a dataset that cannot be read
     ├── StainError           (ValueError)            pixels that show no stain, stains that do not fit together
     ├── LeaseLost                                    another process has taken the slide over
-    ├── ScratchLost                                  work of a block is missing or damaged: it is made again
+    ├── ScratchLost                                  scratch of a block is missing or damaged: it is made again
     ├── ClusterLost                                  the Dask scheduler is gone
     └── WorkersDied                                  every worker process that tried a task died
 
@@ -32,7 +32,7 @@ class RunError(ConfigError):
 
 
 class WeightsError(ConfigError):
-    """A weights file that is missing, damaged, not ours, or of another architecture."""
+    """A weights file that is missing, damaged, not of Nightslide, or of another architecture."""
 
 
 class StainError(NightslideError, ValueError):
@@ -40,11 +40,11 @@ class StainError(NightslideError, ValueError):
 
 
 class LeaseLost(NightslideError):
-    """Another process has taken the slide over; what it holds stays as it is."""
+    """Another process has taken the slide over; its files are left alone."""
 
 
 class ScratchLost(NightslideError):
-    """Scratch of a block is missing or damaged, though it was made: the block is done again."""
+    """Scratch of a block is missing or damaged, although it was made: the block is processed again."""
 
 
 class ClusterLost(NightslideError):

@@ -4,12 +4,11 @@ import contextlib
 import hashlib
 import json
 import os
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-_PARTIAL = ".partial-"
+from slides.partial import PREFIX, partial_path
 
 
 @contextlib.contextmanager
@@ -17,10 +16,10 @@ def committed(path: Path) -> Iterator[Path]:
     """A path beside `path` to write to (same suffix), which becomes `path` when the block ends well.
 
     Synced, then renamed over what was there, then the folder is synced: a reader, or a machine that lost
-    power, sees all of the file or nothing. On an error the partial file is removed; a killed process leaves
+    power, has all of the file or nothing. On an error the partial file is removed; a killed process leaves
     it to `sweep`. Writers of the same path do not disturb each other; the last one stays.
     """
-    partial = path.with_name(f"{_PARTIAL}{uuid.uuid4().hex[:12]}-{path.name}")
+    partial = partial_path(path)
     try:
         yield partial
         _sync(partial)
@@ -42,15 +41,15 @@ def _sync(path: Path) -> None:
 
 def sweep(folder: Path) -> int:
     """Remove what killed writers left in `folder`, while nobody writes there. Returns how many files."""
-    leftovers = list(folder.glob(f"{_PARTIAL}*"))
+    leftovers = list(folder.glob(f"{PREFIX}*"))
     for leftover in leftovers:
         leftover.unlink(missing_ok=True)
     return len(leftovers)
 
 
 def now_ns(folder: Path) -> int:
-    """The time, as the file system of `folder` stamps its files, in ns: machines' own clocks differ."""
-    stamp = folder / f"{_PARTIAL}{uuid.uuid4().hex[:12]}-now"
+    """The time by the clock that stamps the files of `folder`, in ns: the clocks of machines differ."""
+    stamp = partial_path(folder / "now")
     stamp.touch()
     try:
         return stamp.stat().st_mtime_ns
@@ -73,7 +72,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
     return content if isinstance(content, dict) else None
 
 
-# ------------------------------------------------------------------------------- scratch that proves itself
+# ----------------------------------------------------------------------------------- files with a checksum
 
 
 def write_sealed_json(path: Path, content: dict[str, Any]) -> None:
@@ -94,7 +93,7 @@ def _digest(content: dict[str, Any]) -> str:
 
 @contextlib.contextmanager
 def sealed(path: Path, about: dict[str, Any]) -> Iterator[Path]:
-    """As `committed`, with a seal beside the file, committed after it: its checksum, and `about` (what JSON holds).
+    """As `committed`, with a seal: a second file beside it, with its checksum and `about` (what JSON holds).
 
     Two writers of equal bytes do not disturb each other: either seal fits either file.
     """
@@ -114,7 +113,7 @@ def read_seal(path: Path) -> dict[str, Any] | None:
 
 
 def remove_sealed(path: Path) -> None:
-    """Remove a sealed file, its seal first: what is left in between is a file without a seal, which counts as none."""
+    """Remove a sealed file, its seal first: a file without a seal counts as missing."""
     _seal(path).unlink(missing_ok=True)
     path.unlink(missing_ok=True)
 

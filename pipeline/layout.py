@@ -1,4 +1,4 @@
-"""Where everything of a run lies: the only place in which a file of a run or of a slide is named."""
+"""The paths of a run and of its slides: the only place in which a file of theirs is named."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,6 +61,14 @@ class SlideFolder:
         """Scratch: removed when the slide is done."""
         return self.path / _WORK
 
+    def discarded_work(self, token: str) -> Path:
+        """What `work` is renamed to before it is removed, so that it disappears in one step; token: unique."""
+        return self.path / f".{_WORK}-{token}"
+
+    def all_discarded_work(self) -> list[Path]:
+        """The renamed work folders whose removal was interrupted."""
+        return list(self.path.glob(self.discarded_work("*").name))
+
     @property
     def plan(self) -> Path:
         return self.work / "plan.json"
@@ -74,7 +82,7 @@ class SlideFolder:
         return self.work / "patches.zarr"
 
     def predictions(self, block: int) -> Path:
-        """What the detector finds in a block's patches, in patch px."""
+        """The instances in a block's patches, in patch px."""
         return self.work / "predictions" / f"{block:06d}.npz"
 
     def instances(self, block: int) -> Path:

@@ -6,9 +6,9 @@ _UNSAFE = frozenset(["Cc", "Cf", "Cs", "Zl", "Zp"])  # control, format (bidirect
 
 
 def printable(text: object) -> str:
-    """Text that a terminal, a log and a page can show: what is no character, or would act on them, as escapes.
+    """Text that a terminal, a log and an HTML page can show: bytes and control characters become escapes.
 
-    Bytes of file names that are not UTF-8, terminal escapes, bidirectional overrides; line ends and tabs stay.
+    These are bytes of file names outside UTF-8, terminal escapes, bidirectional overrides. Line ends and tabs stay.
     """
     shown = str(text).encode("utf-8", "backslashreplace").decode("utf-8")
     return "".join(_escaped(c) if c not in "\n\t" and unicodedata.category(c) in _UNSAFE else c for c in shown)
@@ -27,7 +27,7 @@ _FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what a spreadsheet evaluates
 
 
 def csv_cell(value: object) -> object:
-    """A value for a cell of a CSV file: text that a spreadsheet would evaluate is led by an apostrophe."""
+    """A value for a cell of a CSV file: text that a spreadsheet would evaluate gets an apostrophe in front."""
     return f"'{value}" if isinstance(value, str) and value.startswith(_FORMULA) else value
 
 

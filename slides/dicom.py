@@ -1,4 +1,4 @@
-"""Whether a DICOM file belongs to a slide, and to which one, from its header.
+"""Reads from the header of a DICOM file whether it belongs to a slide, and to which.
 
 A DICOM slide is a series: a file for each level, for the label, the overview and the thumbnail, all in one folder.
 OpenSlide opens any of them and finds the others; this reads a few hundred bytes of each, so that an archive of ten
@@ -26,8 +26,8 @@ _UNDEFINED = 0xFFFFFFFF
 _LONGEST_TEXT = 1024  # a UID has 64 characters, four code strings have 67
 
 
-class Instance(NamedTuple):
-    """A file of a slide: the series that is the slide, and whether this file is one of its levels."""
+class Header(NamedTuple):
+    """What identifies a file of a slide: its series, which is the slide, and whether it is one of the levels."""
 
     series: str
     is_level: bool
@@ -39,7 +39,7 @@ class _Element(NamedTuple):
     explicit: bool  # whether what it holds has explicit value representations
 
 
-def read_instance(path: Path) -> Instance | None:
+def read_header(path: Path) -> Header | None:
     """The series of a DICOM file of a slide; None for any other file.
 
     Raises OSError; SlideUnreadable where the header names a slide's class and then is truncated or malformed.
@@ -54,14 +54,14 @@ def read_instance(path: Path) -> Instance | None:
             _skip_meta(file)
             stated = _texts(file, explicit=meta.get(_SYNTAX) != _IMPLICIT_VR, wanted=(_IMAGE_TYPE, _SERIES))
             kind = stated[_IMAGE_TYPE].split("\\")
-            return Instance(stated[_SERIES], is_level=kind[2:3] == ["VOLUME"])
+            return Header(stated[_SERIES], is_level=kind[2:3] == ["VOLUME"])
         except (EOFError, KeyError, ValueError, RecursionError) as error:
             raise SlideUnreadable(f"{path} is a DICOM file with a damaged header: copy it again") from error
 
 
 def _texts(file: IO[bytes], *, explicit: bool, wanted: tuple[int, int]) -> dict[int, str]:
-    """The wanted elements, in ascending order, of those that follow; the file then stands behind the last of them."""
-    found: dict[int, str] = {}
+    """The wanted elements, in ascending order, of those that follow; the file is then read up to the last of them."""
+    texts: dict[int, str] = {}
     tag = 0
     while tag < wanted[-1]:
         before = tag
@@ -71,14 +71,14 @@ def _texts(file: IO[bytes], *, explicit: bool, wanted: tuple[int, int]) -> dict[
         if tag not in wanted:
             _skip(file, length, inside)
         elif length <= _LONGEST_TEXT:
-            found[tag] = _bytes(file, length).decode("ascii").rstrip("\0 ")
+            texts[tag] = _bytes(file, length).decode("ascii").rstrip("\0 ")
         else:
             raise ValueError(f"element {tag:08x} of {length} bytes: need at most {_LONGEST_TEXT}")
-    return found
+    return texts
 
 
 def _skip_meta(file: IO[bytes]) -> None:
-    """Pass over what is left of the meta information."""
+    """Skip the rest of the meta information."""
     while (head := _bytes(file, 2)) == b"\2\0":
         file.seek(-len(head), 1)
         _, length, explicit = _element(file, explicit=True)
@@ -87,7 +87,7 @@ def _skip_meta(file: IO[bytes]) -> None:
 
 
 def _element(file: IO[bytes], explicit: bool) -> _Element:
-    """The next tag, how much belongs to it, and how to read that. Delimiters never have a value representation."""
+    """The next tag, the length of its value, and how to read that. Delimiters never have a value representation."""
     head = _bytes(file, 8)
     group, number = struct.unpack("<HH", head[:4])
     tag, kind = group << 16 | number, head[4:6]
@@ -100,7 +100,7 @@ def _element(file: IO[bytes], explicit: bool) -> _Element:
 
 
 def _skip(file: IO[bytes], length: int, explicit: bool) -> None:
-    """Pass over a value; one of undefined length is a sequence of items, or an item of elements, with an end mark."""
+    """Skip a value; one of undefined length is a sequence of items, or an item of elements, with an end mark."""
     if length != _UNDEFINED:
         file.seek(length, 1)
         return

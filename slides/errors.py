@@ -1,4 +1,4 @@
-"""What can go wrong with a slide, as one tree; pipeline.errors draws the rest of it.
+"""The errors of slides, as one tree; pipeline.errors has the rest of it.
 
     NightslideError
     └── SlideError
@@ -48,7 +48,7 @@ class RegionUnreadable(SlideError):
 
 
 class GridError(SlideError, ValueError):
-    """Tile, margin and block do not make a grid, or a place outside the grid was asked for."""
+    """Tile, margin and block do not make a grid, or a tile or block outside the grid is requested."""
 
 
 class StoreMismatch(SlideError):

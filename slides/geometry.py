@@ -51,11 +51,6 @@ class Box(NamedTuple):
         """The same box, moved."""
         return Box(self.x0 + dx, self.y0 + dy, self.x1 + dx, self.y1 + dy)
 
-    def grow(self, by: int) -> "Box":
-        """`by` more pixels on every side (fewer when negative, down to empty around the middle)."""
-        shrink_x, shrink_y = max(by, -(self.width // 2)), max(by, -(self.height // 2))
-        return Box(self.x0 - shrink_x, self.y0 - shrink_y, self.x1 + shrink_x, self.y1 + shrink_y)
-
     def within(self, corner: tuple[int, int]) -> tuple[slice, slice]:
         """Index `(rows, columns)` of this box in an array whose first pixel lies at `corner` (x, y)."""
         x, y = corner

@@ -1,4 +1,4 @@
-"""The grid of tiles and blocks: which work pixels each tile owns, and which it reads.
+"""The grid of tiles and blocks: the work pixels that each tile owns, and those that it reads.
 
 Everything is in work pixels, from the top-left corner of the work frame.
 """

@@ -20,7 +20,6 @@ import os
 import struct
 from pathlib import Path
 from typing import Any, NamedTuple
-from uuid import uuid4
 
 import numpy as np
 import zarr
@@ -33,6 +32,7 @@ from zarr.storage import MemoryStore
 from slides.errors import GridError, StoreMismatch
 from slides.geometry import Frame, Size
 from slides.grid import Tile, TileGrid, read_box
+from slides.partial import partial_path
 from slides.slide import Slide
 
 _WHITE = 255
@@ -67,8 +67,8 @@ def _names(row: int, col: int) -> _Names:
 class PatchStore:
     """Blocks of patches, each written in one go. Made by `PatchStore.create`.
 
-    Laws: a block reads back as it was written, or not at all, whenever a process or the machine was stopped, whatever
-    happened to the files, and however many processes write the block at the same time. Different blocks touch
+    Laws: a block reads back as it was written, or not at all, whenever a process or the machine was stopped, however
+    the files are damaged, and however many processes write the block at the same time. Different blocks touch
     different files.
     """
 
@@ -87,12 +87,12 @@ class PatchStore:
         Raises StoreMismatch where the store on disk has another digest or another grid.
         """
         path = Path(path)
-        found = _stated_identity(path)
+        stated = _stated_identity(path)
         for name, wanted in _identity(grid, digest).items():
-            if found and found[name] != wanted:
+            if stated and stated[name] != wanted:
                 raise StoreMismatch(
-                    f"{path} was made with {name} {found[name]}, this run has {wanted}: "
-                    f"go on with the old configuration, or remove the store"
+                    f"{path} was made with {name} {stated[name]}, this run has {wanted}: "
+                    f"continue with the old configuration, or remove the store"
                 )
         store = cls(path, grid, digest)
         for name, content in _metadata(grid, digest).items():
@@ -158,13 +158,13 @@ class PatchStore:
     def _replace(self, name: str, content: bytes) -> None:
         """Make `content` the file of that name in one rename: a reader gets the old bytes or the new.
 
-        It is written beside the store first; what a killed process leaves there is called .partial-*.
+        It is written beside the store first (`partial_path`).
         """
         file = self.path / name
         if not content:
             file.unlink(missing_ok=True)
             return
-        partial = self.path.with_name(f".partial-{uuid4().hex[:12]}-{self.path.name}")
+        partial = partial_path(self.path)
         file.parent.mkdir(parents=True, exist_ok=True)
         try:
             partial.write_bytes(content)
@@ -213,7 +213,7 @@ def _content(file: Path) -> bytes:
 
 
 def _make_arrays(files: dict[str, Buffer], grid: TileGrid, attributes: dict[str, Any], shape: tuple[int, int]) -> Any:
-    """A store of `shape` blocks (down, across) in memory; its files come to lie in `files`. Returns the Zarr group."""
+    """A store of `shape` blocks (down, across) in memory; its files are stored in `files`. Returns the Zarr group."""
     group = zarr.create_group(MemoryStore(files), zarr_format=3, attributes=attributes)
     down, across = shape
     rows, cols, tile = down * grid.block, across * grid.block, grid.tile

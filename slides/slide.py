@@ -32,12 +32,12 @@ from slides.geometry import Affine, Box, Frame, Size
 
 Pixels = NDArray[np.uint8]
 Mask = NDArray[np.bool_]
-Window = tuple[float, float, float, float]  # x0 y0 x1 y1, px of the array that it looks into
+Window = tuple[float, float, float, float]  # x0 y0 x1 y1, px of the array that it is a part of
 
 # Micrometres per pixel that a microscope can have made; OpenSlide reports 1000 for a TIFF without resolution.
 BELIEVABLE_MPP = (0.05, 5.0)
 
-# Scales along x and y that differ by more are an error of whoever wrote them: scanners' pixels are square.
+# Scales along x and y that differ by more are an error in the metadata: scanners' pixels are square.
 _LARGEST_ASPECT = 1.02
 
 # Pixels of a stored tile, which OpenSlide decodes whole, at four bytes each.
@@ -49,24 +49,24 @@ _LARGEST_THUMBNAIL_PX = 2**26
 # Level px along a side of one pixel that is read; with the filter's reach this is 200 MB.
 _COARSEST = 1024
 
-# What OpenSlide and libtiff say of files that are sound but use a feature that is not implemented.
+# In the errors of OpenSlide and libtiff for sound files that use a feature which is not implemented.
 _UNSUPPORTED = re.compile("unsupported|not supported|not configured|not implemented", re.IGNORECASE)
 _CONVERT = "convert it to a tiled pyramidal TIFF"
 
-# Side of what is read from the slide in one go, level px: it bounds the memory and changes no pixel.
+# Side of the region that is read in one call, level px: it bounds the memory and changes no pixel.
 _CHUNK = 2048
 
 # Side of what is resampled in one call, px of the frame. Whole cells of a fixed lattice are resampled and then cut to
 # the box, because the filter's weights depend, in their last bits, on where the call starts and ends.
 _CELL = 128
 
-# Side of what is tried on its own in a damaged region, level px, where the slide does not state its tiles.
+# Side of the cells in which a damaged region is decoded, level px, where the slide does not state its tiles.
 _USUAL_TILE = 256
 
 # Pillow's bicubic filter reaches 2 pixels, of the coarser raster, to either side; the third covers rounding.
 _REACH = 3
 
-# Suffixes of slide formats that OpenSlide does not know.
+# Suffixes of slide formats that OpenSlide does not read.
 _FORMATS_NOT_READ = frozenset((".ets", ".isyntax", ".kfb", ".lif", ".mds", ".nd2", ".oir", ".sdpc", ".vsi"))
 
 _EIGHT_BIT_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr")
@@ -85,7 +85,7 @@ BY_DEFAULT, FORCED = "default by --mpp", "forced by --force-mpp"  # sources of a
 
 
 class GivenScale(NamedTuple):
-    """What somebody says of a slide's scale, um/px at level 0: the arguments of `open_slide`."""
+    """What a user states of a slide's scale, um/px at level 0: the arguments of `open_slide`."""
 
     mpp: float | None = None
     mpp_source: str = "given"
@@ -93,7 +93,7 @@ class GivenScale(NamedTuple):
 
 
 class Scale(NamedTuple):
-    """Micrometres per pixel at level 0, and who says so.
+    """Micrometres per pixel at level 0, and where they come from.
 
     source: `metadata`, `tiff resolution`, BY_DEFAULT (given for slides that state nothing), or what the caller of
     `open_slide` named: `manifest`, FORCED, `given`.
@@ -112,11 +112,9 @@ class Slide:
     OpenSlide's handles are not shared: each thread of each process has its own, opened on first use.
     """
 
-    def __init__(
-        self, path: str | os.PathLike[str], mpp: float | None, mpp_source: str, default_mpp: float | None
-    ) -> None:
+    def __init__(self, path: str | os.PathLike[str], given: GivenScale) -> None:
         self.path = Path(path)
-        self._given = (mpp, mpp_source, default_mpp)
+        self._given = given
         self._handles: dict[tuple[int, int], openslide.AbstractSlide] = {}
         handle = self._handle()
         properties = dict(handle.properties)  # the handle may be dropped below
@@ -133,10 +131,10 @@ class Slide:
         _check_tiles(self.path, properties, len(self.levels))
         # Before the scale: a damaged file must be reported as damaged, whether or not it states a scale.
         self._check_readable()
-        self.scale = _scale(self.path, properties, *self._given)
+        self.scale = _scale(self.path, properties, given)
 
-    def __reduce__(self) -> tuple[type["Slide"], tuple[Path, float | None, str, float | None]]:
-        return Slide, (self.path, *self._given)
+    def __reduce__(self) -> tuple[type["Slide"], tuple[Path, GivenScale]]:
+        return Slide, (self.path, self._given)
 
     def __enter__(self) -> Self:
         return self
@@ -206,20 +204,20 @@ class Slide:
         if not inside.area:
             return pixels, lost
         for group in _cells(_snapped(inside, cell_side).intersect(frame.box), (group_side, group_side)):
-            source, _ = self._source(group, level, to_level)
-            stored, gone = self._read_source(level, source, strict=strict)
+            source, _ = self._source(group, to_level)
+            stored, undecoded = self._read_source(level, source, strict=strict)
             for cell in _cells(group, (cell_side, cell_side)):
                 part = cell.intersect(inside)
                 place = part.within((box.x0, box.y0))
-                whole, window = self._source(cell, level, to_level)
+                whole, window = self._source(cell, to_level)
                 at, within = whole.within((source.x0, source.y0)), part.within((cell.x0, cell.y0))
                 resized = Image.fromarray(stored[at]).resize(cell.size, Image.Resampling.BICUBIC, box=window)
                 pixels[place] = np.asarray(resized)[within]
-                if gone[at].any():
-                    lost[place] = gone[at][_nearest(window, cell.size)][within]
+                if undecoded[at].any():
+                    lost[place] = undecoded[at][_nearest(window, cell.size)][within]
         return pixels, lost
 
-    def _source(self, piece: Box, level: int, to_level: Affine) -> tuple[Box, Window]:
+    def _source(self, piece: Box, to_level: Affine) -> tuple[Box, Window]:
         """Where `piece` (px of a frame) comes from: level px with the filter's reach; its exact edges in there."""
         (x0, y0), (x1, y1) = to_level.apply([piece[:2], piece[2:]]).tolist()
         # Pixels that are neither scaled nor shifted need no filter.
@@ -314,7 +312,7 @@ class Slide:
             self._handles.pop((os.getpid(), threading.get_ident())).close()
             raise RegionUnreadable(
                 f"{self.path}: {box.width} x {box.height} px at {location} of level {level} cannot be "
-                f"decoded ({error}): the file is damaged there; copy it again, or go on without this region"
+                f"decoded ({error}): the file is damaged there; copy it again, or continue without this region"
             ) from error
         return _on_white(rgba)
 
@@ -357,13 +355,13 @@ def open_slide(
     """Open a slide, or a plain PNG, JPEG, WebP, BMP or single-image TIFF as a slide of one level.
 
     Its scale, micrometres per pixel at level 0, is the first of: `mpp`; the slide's metadata; its TIFF resolution
-    tags; `default_mpp`. `Slide.scale.source` says which; for `mpp` it is `mpp_source`. What a slide states is taken
-    for unknown outside 0.05-5 um.
+    tags; `default_mpp`. `Slide.scale.source` says which; for `mpp` it is `mpp_source`. A stated value
+    outside 0.05-5 um counts as unknown.
     Raises SlideNotFound, SlideUnreadable, SlideUnsupported, SlideTooLarge; and ScaleUnknown, once the slide has
     proved readable, where no scale is known, where one that is given lies outside 0.05-5 um, and where those that
     the slide states along x and y differ by more than 2 %.
     """
-    return Slide(path, mpp, mpp_source, default_mpp)
+    return Slide(path, GivenScale(mpp, mpp_source, default_mpp))
 
 
 def _open_handle(path: Path) -> openslide.AbstractSlide:
@@ -376,13 +374,13 @@ def _open_handle(path: Path) -> openslide.AbstractSlide:
     try:
         return openslide.OpenSlide(path)
     except openslide.OpenSlideUnsupportedFormatError as error:
-        if complaint := _what_is_missing(path):
+        if complaint := _reason_unreadable(path):
             raise SlideUnreadable(f"{path} {complaint}") from error
         return _open_picture(path)
     except openslide.OpenSlideError as error:
         if _UNSUPPORTED.search(str(error)) or _is_czi(path):
             raise _unsupported(path, str(error)) from error
-        raise SlideUnreadable(f"{path} is damaged or incomplete: {_reworded(path, str(error))}") from error
+        raise SlideUnreadable(f"{path} is damaged or incomplete: {_explained(path, str(error))}") from error
 
 
 def _unsupported(path: Path, complaint: str) -> SlideError:
@@ -439,8 +437,8 @@ class _Picture(openslide.ImageSlide):
         return self._stated
 
 
-def _what_is_missing(path: Path) -> str | None:
-    """What is wrong with a file, as the end of a sentence that starts with its path; None if nothing was found."""
+def _reason_unreadable(path: Path) -> str | None:
+    """What is wrong with a file, as the end of a sentence that starts with its path; None if nothing is known."""
     size = path.stat().st_size
     if size == 0:
         return "is empty (0 bytes): copy it again"
@@ -452,7 +450,7 @@ def _what_is_missing(path: Path) -> str | None:
     except OSError as error:
         return f"cannot be read: {error.strerror}"
     if beyond is not None:
-        return f"is truncated: it has {size} bytes, its directory lies at byte {beyond}; copy it again"
+        return f"is truncated: it has {size} bytes, its directory is at byte {beyond}; copy it again"
     return None
 
 
@@ -468,9 +466,9 @@ def _directory_beyond(file: IO[bytes], size: int) -> int | None:
         return None
     start, count_code, entry, offset_code = (4, "H", 12, "I") if version == 42 else (8, "Q", 20, "Q")
     offset: int = struct.unpack_from(order + offset_code, head, start)[0]
-    seen: set[int] = set()
-    while offset and offset not in seen:
-        seen.add(offset)
+    visited: set[int] = set()
+    while offset and offset not in visited:
+        visited.add(offset)
         file.seek(offset)
         count_bytes = file.read(struct.calcsize(count_code))
         if len(count_bytes) < struct.calcsize(count_code):
@@ -483,7 +481,7 @@ def _directory_beyond(file: IO[bytes], size: int) -> int | None:
     return None
 
 
-def _reworded(path: Path, complaint: str) -> str:
+def _explained(path: Path, complaint: str) -> str:
     """OpenSlide's complaint; a missing part of a slide of several files is named, with the remedy."""
     if "No such file" not in complaint:
         return f"{complaint}; copy it again"
@@ -503,14 +501,13 @@ def _bounds(properties: Mapping[str, str], size: Size) -> Box:
     return inside if inside.area else whole
 
 
-def _scale(
-    path: Path, properties: Mapping[str, str], mpp: float | None, mpp_source: str, default_mpp: float | None
-) -> Scale:
+def _scale(path: Path, properties: Mapping[str, str], given: GivenScale) -> Scale:
     """The scale by the rule of `open_slide`. Raises ScaleUnknown."""
     low, high = BELIEVABLE_MPP
-    for given in (mpp, default_mpp):
-        if given is not None and not low <= given <= high:
-            raise ScaleUnknown(f"mpp={given:g} for {path}: need {low:g} to {high:g} micrometres per pixel")
+    mpp, mpp_source, default_mpp = given
+    for value in (mpp, default_mpp):
+        if value is not None and not low <= value <= high:
+            raise ScaleUnknown(f"mpp={value:g} for {path}: need {low:g} to {high:g} micrometres per pixel")
     if mpp is not None:
         return Scale(mpp, mpp, mpp_source)
     stated = (_stated_scale(properties), _resolution_scale(properties))

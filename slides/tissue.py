@@ -28,7 +28,7 @@ _BLACK_DENSITY, _BLACK_SPREAD = 1.0, 0.25
 # Ink comes in strokes. What is smaller is pigment or a fold, or blood if it is red, and part of the tissue.
 _STROKE_UM2, _RED_STROKE_UM2 = 6_000.0, 40_000.0
 
-# The soft rim of a stroke.
+# Width of the blurred edge of a stroke.
 _RIM_UM = 24.0
 
 # Vessels, ducts and fat belong to the tissue around them; larger holes are glass.
@@ -54,18 +54,18 @@ class TissueMap(NamedTuple):
         x, y = np.floor(points * self.per_work_px).astype(np.int64).T
         height, width = self.mask.shape
         inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
-        found = np.zeros(len(points), np.bool_)
-        found[inside] = self.mask[y[inside], x[inside]]
-        return found
+        on_tissue = np.zeros(len(points), np.bool_)
+        on_tissue[inside] = self.mask[y[inside], x[inside]]
+        return on_tissue
 
     def any_in(self, box: Box) -> bool:
         """Whether any tissue touches `box` (work px). An empty box holds none."""
-        return bool(self._window(box).any())
-
-    def share_of(self, box: Box) -> float:
-        """The share of the mask's pixels touching `box` (work px) that are tissue; 0 where none touch it."""
-        window = self._window(box)
-        return float(window.mean()) if window.size else 0.0
+        if not box.area:
+            return False
+        scale = self.per_work_px
+        x0, y0 = max(0, math.floor(box.x0 * scale)), max(0, math.floor(box.y0 * scale))
+        x1, y1 = max(0, math.ceil(box.x1 * scale)), max(0, math.ceil(box.y1 * scale))
+        return bool(self.mask[y0:y1, x0:x1].any())
 
     @property
     def area_mm2(self) -> float:
@@ -76,20 +76,11 @@ class TissueMap(NamedTuple):
         """Pixels of the mask to one work px, along a side."""
         return self.work.mpp / self.frame.mpp
 
-    def _window(self, box: Box) -> NDArray[np.bool_]:
-        """The part of the mask that touches `box` (work px)."""
-        if not box.area:
-            return self.mask[:0, :0]
-        scale = self.per_work_px
-        x0, y0 = max(0, math.floor(box.x0 * scale)), max(0, math.floor(box.y0 * scale))
-        x1, y1 = max(0, math.ceil(box.x1 * scale)), max(0, math.ceil(box.y1 * scale))
-        return self.mask[y0:y1, x0:x1]
-
 
 def tissue_mask(
     thumbnail: NDArray[np.uint8], mpp: float, *, min_area_um2: float, margin_um: float
 ) -> NDArray[np.bool_]:
-    """Find H&E-stained tissue, generously.
+    """The mask of H&E-stained tissue, extended by a margin.
 
     thumbnail: uint8 (h, w, 3) at `mpp` micrometres per pixel, 4 to 16 or so.
     min_area_um2: smaller pieces are dirt; margin_um: the mask is grown by this much, so that the nuclei at
@@ -140,7 +131,7 @@ def _glass(smooth: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def _ink(density: NDArray[np.float32], mpp: float) -> NDArray[np.bool_]:
-    """Strokes of a pen and black borders, with their rims: bool (h, w). density: float32 (3, h, w)."""
+    """Pen strokes and black borders, with their blurred edges: bool (h, w). density: float32 (3, h, w)."""
     red, green, blue = density
     blue_or_green = (red > _INK_RED_TO_GREEN * green) & (red > _STAINED)
     red_ink = (blue > _RED_INK_BLUE_TO_GREEN * green) & (red < _RED_INK_RED_TO_GREEN * green)

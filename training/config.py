@@ -22,7 +22,7 @@ class Training:
     """How the detector is trained. Defaults are those of the shipped weights, chosen on two CPU cores."""
 
     steps: Annotated[int, Parameter(group=SCHEDULE)] = 4000
-    "Optimiser steps of the whole schedule: about 70 minutes on two CPU cores; held-out scores are flat long before."
+    "Optimiser steps of the whole schedule: about 70 minutes on two CPU cores; held-out scores level off long before."
     minutes: Annotated[float, Parameter(group=SCHEDULE)] = 0.0
     "Stop after so many minutes, to be continued by the same command; 0: stop at the last step only."
     init: Annotated[str, Parameter(group=SCHEDULE)] = "imagenet"
@@ -35,7 +35,7 @@ class Training:
     "Steps between checkpoints, weights and held-out scores: a few minutes on a CPU."
 
     rate: Annotated[float, Parameter(group=OPTIMISER)] = 8e-4
-    "Highest learning rate (AdamW), of all but the pretrained layers; 6e-4 served to continue from `nuclei`."
+    "Highest learning rate (AdamW), of all but the pretrained layers; 6e-4 was used to continue from `nuclei`."
     warmup: Annotated[int, Parameter(group=OPTIMISER)] = 200
     "Steps in which the learning rate rises from 0, so that new layers do not spoil the pretrained ones; then cosine."
     decay: Annotated[float, Parameter(group=OPTIMISER)] = 0.02
@@ -87,7 +87,7 @@ class StainTraining:
     warmup: Annotated[int, Parameter(group=OPTIMISER)] = 50
     "Steps in which the learning rate rises from 0, so that no cluster is lost at the start; then cosine."
     batch: Annotated[int, Parameter(group=OPTIMISER)] = 16
-    "Crops per step: enough that a step sees several stains."
+    "Crops per step: enough for several stains in a step."
     seed: Annotated[int, Parameter(group=OPTIMISER)] = 0
     "Seed of all that is random: the same seed on the same machine gives the same weights."
 

@@ -21,6 +21,7 @@ from PIL import Image
 from pipeline.archive.run import run
 from pipeline.config import Execution, Settings
 from pipeline.files import read_json
+from pipeline.layout import RunFolder
 from pipeline.model.weights import detector_architecture, find_weights
 from pipeline.segment import tables
 from pipeline.segment.record import SlideRecord
@@ -39,14 +40,13 @@ from training.measures import (
 from training.pictures import draw
 
 _LARGEST_LABEL = np.iinfo(np.uint16).max
-_RUN = "run"  # folder of the results, in the folder of `predict`
 
 
 # ------------------------------------------------------------------------------------------------ what to score
 
 
 class EvaluationImage(NamedTuple):
-    """An annotated image, and which sums it belongs to."""
+    """An annotated image, and the splits, group and dataset that it is scored with."""
 
     name: str  # its id; with the dataset's name before it where there are several
     sample: Sample
@@ -122,20 +122,25 @@ def predict(
         writer = csv.writer(file)
         writer.writerow(["path", "mpp"])
         for number, image in enumerate(images):
-            # the number keeps names apart and in order, the rest is for whoever watches
+            # the number makes names unique and keeps their order, the rest is for the user
             name = f"{number:06}-{re.sub(r'[^A-Za-z0-9-]+', '_', image.name)[-80:]}.png"
             Image.fromarray(image.sample.read().image).save(folder / name, compress_level=1)
             writer.writerow([name, repr(image.sample.mpp)])
-    rows = run([manifest], folder / _RUN, settings, execution, say=say)
+    rows = run([manifest], _run_folder(folder).path, settings, execution, say=say)
     for image, row in zip(images, rows, strict=True):
-        if not row.status.startswith("done"):
+        if not row.done:
             raise AnnotationError(f"{image.name} could not be segmented: {row.cause or row.status}")
     return rows
 
 
 def results_of(folder: Path, row: SlideRecord) -> Path:
     """The nuclei of an image, where `predict` was given `folder` and returned `row`."""
-    return folder / _RUN / row.slide / "nuclei.parquet"
+    return _run_folder(folder).slide(row.slide).nuclei
+
+
+def _run_folder(folder: Path) -> RunFolder:
+    """The results, in the folder of `predict`."""
+    return RunFolder(folder / "run")
 
 
 def read_detections(nuclei: Path, classes: Sequence[str] = ()) -> Detections:
@@ -204,7 +209,7 @@ def evaluate(
             write_outputs(outputs, image.name, labelled, detections.paint((height, width)))
             tallies.append(tally_image(labelled, detections, image.sample.mpp, len(classes)))
             area_mm2 += labelled.labels.size * (image.sample.mpp / 1000) ** 2
-        about = read_json(folder / _RUN / "run.json") or {}
+        about = read_json(_run_folder(folder).run_json) or {}
     about |= {"seconds": round(seconds, 2), "area_mm2": round(area_mm2, 4)}
     return summarise(images.images, classes, tallies, about)
 
@@ -243,13 +248,15 @@ def summarise(
     summaries = {name: summary(of_class) for name, of_class in by_class.items() if of_class}
     return Evaluation(
         about,
-        {m.name: measure(j.whole) for m, j in zip(images, tallies, strict=True)},
+        {image.name: measure(of_image.whole) for image, of_image in zip(images, tallies, strict=True)},
         {
-            m.name: {c: measure(t) for c, t in zip(classes, j.classes, strict=True) if t.truth or t.detected}
-            for m, j in zip(images, tallies, strict=True)
+            image.name: {
+                name: measure(t) for name, t in zip(classes, of_image.classes, strict=True) if t.truth or t.detected
+            }
+            for image, of_image in zip(images, tallies, strict=True)
         },
         {kind: {n: summary(t) for n, t in sorted(named.items())} for kind, named in within.items()},
-        summary([j.whole for j in tallies]),
+        summary([of_image.whole for of_image in tallies]),
         summaries,
         Summary(*(mean(of) for of in zip(*summaries.values(), strict=True))) if summaries else None,
     )

@@ -35,9 +35,8 @@ from training.monitor import HeldOutCrop, Log, held_out_crop, score_held_out
 
 WEIGHTS_FILE, HELD_OUT_FOLDER = "nuclei.safetensors", "held_out"
 
-_LARGEST_GRADIENT = (
-    5.0  # norm, beyond which gradients are scaled down: so that one unusual crop does not undo many steps
-)
+# Norm beyond which gradients are scaled down, so that one unusual crop does not undo many steps.
+_LARGEST_GRADIENT = 5.0
 
 
 class Process(NamedTuple):
@@ -360,7 +359,7 @@ def _wrapped(model: NucleusDetector, process: Process) -> nn.Module:
 
 
 def _in_float32(convolution: nn.Conv2d, x: Tensor) -> Tensor:
-    """A depthwise convolution outside autocast: on a CPU its backward pass in bfloat16 is four times slower."""
+    """A depthwise convolution outside autocast: on a CPU its backward pass in bfloat16 is much slower."""
     with torch.autocast(x.device.type, enabled=False):
         return type(convolution).forward(convolution, x.float()).to(x.dtype)
 

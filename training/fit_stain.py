@@ -1,7 +1,6 @@
-"""Train dcgmm's network: no labels, only images; one loop, the whole state in one checkpoint."""
+"""Train dcgmm's network on images without annotations: one loop, the whole state in one checkpoint."""
 
 import contextlib
-import csv
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -27,12 +26,11 @@ from training import checkpoint
 from training.config import StainTraining
 from training.data.sample import AnnotationError, Sample
 from training.fit import learning_rate
-from training.monitor import LOSSES_FILE
+from training.monitor import LOG_EVERY, LOSSES_FILE, append_row
 
 WEIGHTS_FILE = "stain.safetensors"
 TEMPLATE_IMAGES = 32  # of each set
 LEAST_TISSUE = 0.05  # share of a crop, below which it shows too little stain to learn from
-LOG_EVERY = 20
 
 _NO_STAIN = "no image of the data shows a stain: need H&E-stained tissue in colour"
 
@@ -106,7 +104,8 @@ def _train(
         losses.append(float(loss.detach()))
         stop = step == training.steps or 0 < training.minutes <= (time.monotonic() - started) / 60
         if stop or len(losses) == LOG_EVERY:
-            _log(out / LOSSES_FILE, step, float(np.mean(losses)), (time.monotonic() - since) / len(losses))
+            seconds = (time.monotonic() - since) / len(losses)
+            append_row(out / LOSSES_FILE, {"step": step, "bound": float(np.mean(losses)), "seconds": seconds})
             say(f"step {step}/{training.steps}  bound {np.mean(losses):.4f}")
             losses, since = [], time.monotonic()
         if stop or step % training.save_every == 0:
@@ -193,12 +192,3 @@ def _as_saved(network: ClusterNet) -> ClusterNet:
     saved = ClusterNet(network.architecture)
     saved.load_state_dict({k: v.cpu().half().float() for k, v in network.state_dict().items()})
     return pointwise(saved.eval().requires_grad_(False))
-
-
-def _log(path: Path, step: int, loss: float, seconds: float) -> None:
-    new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.writer(file)
-        if new:
-            writer.writerow(["step", "bound", "seconds"])
-        writer.writerow([step, f"{loss:.4f}", f"{seconds:.3f}"])

@@ -17,11 +17,9 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from scipy.spatial import cKDTree
 
-from pipeline.segment.polygons import Polygons, rasterise
+from pipeline.segment.polygons import Floats, Ints, Polygons, rasterise
 
 Labels = NDArray[np.integer[Any]]
-Ints = NDArray[np.int64]
-Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
 
 HIT_IOU = 0.5  # more than this is a hit; such a pair is the only one of both its members (Kirillov et al. 2019)
@@ -325,7 +323,7 @@ def compare(truth: Labels, detected: Labels, um_per_px: float) -> Comparison:
 def compare_detections(
     truth: Labels, class_index: Ints, detected: Detections, um_per_px: float, classes: int = 0
 ) -> tuple[Comparison, tuple[Comparison, ...]]:
-    """Dataset of an image and its detections: over all nuclei, and for every one of `classes` apart.
+    """The annotations of an image against its detections: over all nuclei, and for each of `classes` alone.
 
     truth: (h, w) with labels 1..N, class_index: (N,) 1-based index of the class of nucleus i + 1
     A class is compared as if the other classes were in neither map, so its PQ, pooled over images and averaged over

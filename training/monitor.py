@@ -19,13 +19,14 @@ from pipeline.files import committed
 from pipeline.model import fuse, views
 from pipeline.model.detector import Limits, NucleusDetector
 from pipeline.model.device import choose_precision
-from pipeline.segment.polygons import polygons, solid
+from pipeline.segment.polygons import from_masks, solid
 from training.data.sample import Sample
 from training.measures import Detections, Scores, mean, score
 from training.pictures import draw
 
 HELD_OUT_PX = 512  # side, in work pixels, of the part of a held-out image that is scored
 LOSSES_FILE, SCORES_FILE, CURVES_FILE = "losses.csv", "scores.csv", "curves.png"
+LOG_EVERY = 20  # steps to a row of losses
 SHOWN = ("pq", "aji", "dice", "precision", "recall")
 
 
@@ -62,10 +63,12 @@ def detect_crop(model: NucleusDetector, crop: HeldOutCrop, settings: Settings) -
     pixels = torch.from_numpy(padded).to(device).permute(2, 0, 1)[None].float() / 255
     precision = choose_precision("auto", device)
     with torch.inference_mode(), torch.autocast(device.type, precision, enabled=precision != torch.float32):
-        (found,) = fuse.infer(model, pixels, views.views(1), limits, settings.tiling.margin)
-    outlines = solid(polygons(found.mask_probs.float().cpu().numpy(), found.boxes.float().cpu().numpy(), level=0.5))
-    scores = found.scores.double().cpu().numpy()
-    return Detections(outlines, scores, found.class_index.cpu().numpy() + 1).paint((height, width))
+        (instances,) = fuse.infer(model, pixels, views.choose_views(1), limits, settings.tiling.margin)
+    outlines = solid(
+        from_masks(instances.mask_probs.float().cpu().numpy(), instances.boxes.float().cpu().numpy(), level=0.5)
+    )
+    scores = instances.scores.double().cpu().numpy()
+    return Detections(outlines, scores, instances.class_index.cpu().numpy() + 1).paint((height, width))
 
 
 def score_held_out(model: NucleusDetector, crops: Sequence[HeldOutCrop], pictures: Path) -> Scores:
@@ -80,10 +83,10 @@ def score_held_out(model: NucleusDetector, crops: Sequence[HeldOutCrop], picture
 
 
 class Log:
-    """Writes losses and scores to tables, and says them in a line."""
+    """Writes losses and scores to CSV files, and reports them in a line each."""
 
-    def __init__(self, out: Path, say: Callable[[str], None], every: int = 20) -> None:
-        self.out, self.say, self.every = out, say, every
+    def __init__(self, out: Path, say: Callable[[str], None]) -> None:
+        self.out, self.say = out, say
         self.sums: dict[str, float] = {}
         self.count, self.since = 0, time.monotonic()
 
@@ -92,11 +95,11 @@ class Log:
         for name, value in {**losses, "norm": norm}.items():
             self.sums[name] = self.sums.get(name, 0.0) + float(value.detach())
         self.count += 1
-        if step % self.every:
+        if step % LOG_EVERY:
             return
         means = {name: total / self.count for name, total in self.sums.items()}
         seconds = (time.monotonic() - self.since) / self.count
-        _append(self.out / LOSSES_FILE, {"step": step, **means, "skipped": skipped, "seconds": seconds})
+        append_row(self.out / LOSSES_FILE, {"step": step, **means, "skipped": skipped, "seconds": seconds})
         left = (steps - step) * seconds / 60
         self.say(
             f"step {step}/{steps}  "
@@ -107,14 +110,14 @@ class Log:
 
     def scores(self, step: int, scores: Scores) -> None:
         shown = {name: getattr(scores, name) for name in SHOWN}
-        _append(self.out / SCORES_FILE, {"step": step, **shown})
+        append_row(self.out / SCORES_FILE, {"step": step, **shown})
         self.say(f"step {step}  held out: " + "  ".join(f"{k} {v:.3f}" for k, v in shown.items()))
         curves(self.out)
-        self.since = time.monotonic()  # the time of scoring is no time of training
+        self.since = time.monotonic()  # the time of scoring does not count
 
 
-def _append(path: Path, row: Mapping[str, float]) -> None:
-    """Add a row. Rows of later steps are dropped: a training that stopped between checkpoints wrote them."""
+def append_row(path: Path, row: Mapping[str, float]) -> None:
+    """Add a row to a CSV file. Rows of later steps, of a training that stopped between checkpoints, are dropped."""
     rows = [r for r in _rows(path) if int(r["step"]) < row["step"]]
     with committed(path) as part, part.open("w", newline="") as file:
         writer = csv.DictWriter(file, row)

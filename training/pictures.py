@@ -1,4 +1,4 @@
-"""What a person looks at after an evaluation: image, annotations and detections side by side."""
+"""Pictures of an evaluation: image, annotations and detections side by side."""
 
 import math
 from pathlib import Path
@@ -14,7 +14,7 @@ from training.measures import Labels, overlap
 
 Colour = tuple[int, int, int]
 
-# seen on pink, on purple and on glass, and told apart by those who do not see red and green
+# visible on pink, on purple and on glass, and distinct for the colour-blind
 HIT, MISSED, FALSE = (0, 235, 90), (255, 220, 0), (0, 80, 255)
 _LEAST_PX = 700  # smaller images are enlarged by whole factors
 _GAP, _LINE = 8, 28
@@ -29,17 +29,17 @@ def draw(image: NDArray[np.uint8], truth: Labels, detected: Labels, path: Path) 
     """Write a PNG of three panels, with a legend below each.
 
     image: uint8 (h, w, 3); truth, detected: label maps (h, w)
-    Sample nuclei are hit (IoU > .5) or missed, detections hit or false.
+    Annotated nuclei are hit (IoU > .5) or missed, detections hit or false.
     """
     pairs = overlap(truth, detected)
     factor = max(1, math.ceil(_LEAST_PX / max(truth.shape)))
-    seen = pairs.truth_ids[pairs.truth[pairs.hit]]
+    hit = pairs.truth_ids[pairs.truth[pairs.hit]]
     right = pairs.detected_ids[pairs.detected[pairs.hit]]
-    hits, missed, false = len(seen), len(pairs.truth_ids) - len(seen), len(pairs.detected_ids) - len(right)
+    hits, missed, false = len(hit), len(pairs.truth_ids) - len(hit), len(pairs.detected_ids) - len(right)
     panels = (
         Panel(_enlarge(image, factor), (("image", (60, 60, 60)),)),
         Panel(
-            _outlined(image, truth, seen, MISSED, factor),
+            _outlined(image, truth, hit, MISSED, factor),
             ((f"annotated: hit {hits}", HIT), (f"missed {missed}", MISSED)),
         ),
         Panel(

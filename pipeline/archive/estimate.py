@@ -1,4 +1,4 @@
-"""What a run will take, slide by slide, before it is started."""
+"""Time and disk space that a run will take, slide by slide, estimated before it is started."""
 
 import dataclasses
 from typing import NamedTuple
@@ -13,7 +13,7 @@ from slides.slide import open_slide
 
 
 class SlideEstimate(NamedTuple):
-    """What a slide will cost, or why it will fail."""
+    """Time and disk space for a slide, or the `problem` with which it will fail."""
 
     slide: str
     problem: str

@@ -2,7 +2,7 @@
 
 A task is a function of paths and numbers that returns a small record; pixels never pass through here. Tasks for
 the detector ask for half of the resource GPU, so that two of them share one and the next block is read while this
-one computes; the others ask for the resource CPU. Where no worker offers a resource, nobody asks for it.
+one computes; the others ask for the resource CPU. A resource that no worker offers is not asked for.
 """
 
 import asyncio
@@ -21,7 +21,7 @@ from pipeline.config import Execution
 from pipeline.errors import ClusterLost, ConfigError, WorkersDied
 from pipeline.model.device import choose_device
 
-_ASK_AGAIN_S = 5.0  # how old the answer to "what do the workers offer" may be
+_ASK_AGAIN_S = 5.0  # for how long the resources that the workers offer are cached
 
 
 # ------------------------------------------------------------------------------------------------ executors
@@ -40,7 +40,7 @@ class Executor(Protocol):
     def submit(self, on_device: bool, function: Callable[..., Any], *args: Any) -> Future[Any]: ...
 
     def run_on_new_workers(self, function: Callable[..., Any], *args: Any) -> list[str]:
-        """Call a function once in every process that tasks may go to; who raised, and what."""
+        """Call a function once in every process that runs tasks. Returns a line for each in which it raised."""
 
 
 async def run_task(executor: Executor, on_device: bool, function: Callable[..., Any], *args: Any) -> Any:
@@ -52,7 +52,7 @@ async def run_task(executor: Executor, on_device: bool, function: Callable[..., 
         task = asyncio.current_task()
         if task is not None and task.cancelling():
             raise
-        # nobody here has cancelled it, so Dask has: it cancels what a lost scheduler held
+        # not cancelled by this process, so by Dask, which cancels the tasks of a lost scheduler
         raise ClusterLost("the Dask scheduler is gone; the same command continues what it held") from None
     except Exception as error:
         if type(error).__name__ == "KilledWorker":  # of distributed, which is not imported where it cannot come from
@@ -81,7 +81,7 @@ class Loop:
 
 
 class Threads(Loop):
-    """Threads of this process: `beside` for the processor, two that take turns on the device."""
+    """Threads of this process: `beside` for tasks of the CPU, two that take turns on the device."""
 
     def __init__(self, beside: ThreadPoolExecutor, device: ThreadPoolExecutor) -> None:
         self._beside, self._device = beside, device
@@ -125,7 +125,7 @@ class Cluster:
 
     def submit(self, on_device: bool, function: Callable[..., Any], *args: Any) -> Future[Any]:
         offers = self._offers()
-        # workers with GPUs may be late, or away: where others say that they are for the processor, they are waited for
+        # workers with GPUs may be late, or away: where others offer the resource CPU, these are waited for
         resources = {"GPU": 0.5} if on_device else {"CPU": 1}
         if not (offers["CPU"] or (on_device and offers["GPU"])):
             resources = {}
@@ -208,7 +208,7 @@ def _connect(execution: Execution) -> Iterator[Any]:
     except (OSError, ValueError) as error:
         hint = "; are its certificates of the same authority as yours?" if address.startswith("tls://") else ""
         raise ConfigError(f"no Dask scheduler answers at {address}: {error}{hint}") from error
-    # that the scheduler is gone is said in one line, by `run_task`
+    # `run_task` reports a lost scheduler in one line
     logging.getLogger("distributed.client").setLevel(logging.CRITICAL)
     with client:
         yield client
@@ -286,9 +286,9 @@ class WorkerSpec(NamedTuple):
 
 
 def worker_specs(workers: int, cores: int, gpus: list[str]) -> list[WorkerSpec]:
-    """The worker processes of a machine: one for every GPU, and others for the processor.
+    """The worker processes of a machine: one for every GPU, and others for the CPU.
 
-    workers: processes for the processor, 0: as many as the cores can use; gpus: as CUDA_VISIBLE_DEVICES names them.
+    workers: processes for the CPU, 0: as many as the cores can use; gpus: as CUDA_VISIBLE_DEVICES names them.
     A GPU is fed by at most six processes. Without one, every process computes too, one for eight cores.
     """
     if gpus:
@@ -345,7 +345,7 @@ def _start(execution: Execution, device: str) -> Iterator[Any]:
 
 
 def _cores() -> int:
-    from dask.system import CPU_COUNT  # minds affinity and control groups
+    from dask.system import CPU_COUNT  # respects affinity and control groups
 
     return int(CPU_COUNT)
 

@@ -1,21 +1,21 @@
-"""Who does which slide, where several runs share one output folder and nothing else.
+"""Which run processes which slide, where several runs share one output folder and nothing else.
 
 A lease is the folder `.lease` of a slide, with one file in it: named by a token that is never used again, about its
 owner, its mtime the owner's heartbeat. A folder `.lease` that is empty, or not there, is free. The protocol:
 
 take     make a folder of our own beside, `.lease-TOKEN`, with our file in it; unlink the files of dead owners in
          `.lease`; rename our folder to `.lease`, which a file system does, in one step, only where there is no such
-         folder or an empty one. Then look whether our file lies there: a server's answer may get lost, the file not.
+         folder or an empty one. Then check that our file is in it: a server's answer may get lost, the file does not.
 beat     touch our file.
 release  unlink our file, then the folder, which is only removed when it is empty.
 
-Why it holds: whatever removes or touches a lease names its token, so a process that slept between its judgement and
-its deed, for hours if need be, can never hit the lease that somebody else has made meanwhile; and of many that
-rename at once one finds the folder empty. Nothing hangs on caches of NFS: the server decides every step. A process
-that dies at any moment leaves a lease that expires, an empty folder, or a `.lease-TOKEN` that the next release sweeps.
+Why it holds: whatever removes or touches a lease names its token, so a process that was suspended between its check
+and its action, for however long, cannot remove the lease that another process has made meanwhile; and of many that
+rename at once one finds the folder empty. NFS caches do not matter: the server decides every step. A process that
+dies leaves a lease that expires, an empty folder, or a `.lease-TOKEN`, which the next release removes.
 
-An owner is dead, and its lease anybody's, at once if it was a process of this user on this very machine, in this boot
-and pid namespace, that is no more; and whoever it was, if its heart has not beaten for `expiry_s`. Both times are the
+An owner is dead, and its lease may be taken, at once if it was a process of this user on this machine, in this boot and
+pid namespace, that has ended; and in any case if its heartbeat is older than `expiry_s`. Both times are the
 file server's, that of our own file and of theirs, because the clocks of machines differ.
 An owner that was suspended for longer loses its lease, and may ask `ours`. What it writes meanwhile is the same bytes.
 """
@@ -37,16 +37,16 @@ import psutil
 
 from pipeline.layout import LEASE
 
-# how making a lease fails when another one has come first: its folder is not empty, or its release swept ours away
-_BEATEN = {errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT, errno.ESTALE}
+# errors where another process was faster: its folder is not empty, or its release has removed ours
+_LOST_RACE = {errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT, errno.ESTALE}
 
 
 class Owner(NamedTuple):
-    """A process, as another one may recognise it."""
+    """Identifies a process for others."""
 
     host: str
     pid: int
-    began: float  # seconds, see `_began`
+    started: float  # seconds, see `_start_time`
     pid_namespace: str  # machine, boot and namespace in which its pid means something
 
 
@@ -84,12 +84,12 @@ class Leases:
         lease, token = folder / LEASE, uuid.uuid4().hex
         staged = folder / f"{LEASE}-{token}"
         try:
-            now_ns = _stage(staged, token)  # before others are looked at: their age is, if anything, too small
+            now_ns = _stage(staged, token)  # before the others are read: their age is underestimated, if anything
             if not _clear(lease, now_ns - self._expiry_ns):
                 return False
             os.rename(staged, lease)
         except OSError as error:
-            if error.errno not in _BEATEN:
+            if error.errno not in _LOST_RACE:
                 raise
         finally:
             shutil.rmtree(staged, ignore_errors=True)
@@ -100,7 +100,7 @@ class Leases:
         return True
 
     def ours(self, folder: Path) -> bool:
-        """Whether we took this folder and nobody has taken it over since; this is a heartbeat, too."""
+        """Whether we took this folder and no other run has taken it over since; this is a heartbeat, too."""
         with self._lock:
             file = self._held.get(folder)
         return file is not None and _touch(file)
@@ -117,7 +117,9 @@ class Leases:
         if file is None or not _touch(file):
             return
         with contextlib.suppress(OSError):
-            for left in folder.glob(f"{LEASE}-*"):  # by the killed; who stages one just now is beaten, by us
+            for left in folder.glob(
+                f"{LEASE}-*"
+            ):  # of killed processes; one that is just being made fails, as the slide was ours
                 shutil.rmtree(left, ignore_errors=True)
             file.unlink()
             file.parent.rmdir()
@@ -146,9 +148,9 @@ def _stage(staged: Path, token: str) -> int:
 
 
 def _clear(lease: Path, oldest_ns: int) -> bool:
-    """Remove what the dead have left; False where a living owner is: one whose heart has beaten since `oldest_ns`."""
+    """Remove what the dead have left; False where an owner is alive: its heartbeat is not older than `oldest_ns`."""
     for file in _files(lease):
-        owner = _read(file)  # opening it makes NFS ask for its mtime anew
+        owner = _read(file)  # opening it makes NFS fetch its mtime again
         if not (owner and _is_gone(owner)) and file.stat().st_mtime_ns >= oldest_ns:
             return False
         file.unlink(missing_ok=True)
@@ -158,7 +160,7 @@ def _clear(lease: Path, oldest_ns: int) -> bool:
 
 
 def _files(lease: Path) -> list[Path]:
-    """What lies in a lease's folder: one file, or nothing."""
+    """The files in a lease's folder: one, or none."""
     try:
         return list(lease.iterdir())
     except FileNotFoundError:
@@ -178,34 +180,34 @@ def _touch(file: Path) -> bool:
 
 
 def _me() -> Owner:
-    return Owner(platform.node(), os.getpid(), _began(psutil.Process()), _pid_namespace())
+    return Owner(platform.node(), os.getpid(), _start_time(psutil.Process()), _pid_namespace())
 
 
 def _read(file: Path) -> Owner | None:
-    """Whose lease this is; None where that is not legible, or the file has just gone."""
+    """Whose lease this is; None where the file is damaged, or has just been removed."""
     try:
         owner = Owner(**json.loads(file.read_text(encoding="utf-8")))
-        return Owner(str(owner.host), int(owner.pid), float(owner.began), str(owner.pid_namespace))
+        return Owner(str(owner.host), int(owner.pid), float(owner.started), str(owner.pid_namespace))
     except (OSError, ValueError, TypeError, OverflowError):
         return None
 
 
 def _is_gone(owner: Owner) -> bool:
-    """Whether a process is known to be no more; False where that cannot be known from here."""
+    """Whether a process is known to have ended; False where that cannot be known on this machine."""
     if owner.pid_namespace != _pid_namespace():
         return False
     try:
         process = psutil.Process(owner.pid)
-        # a pid is given again, though not within two seconds; a zombie only waits for its parent
-        return process.status() == psutil.STATUS_ZOMBIE or abs(_began(process) - owner.began) > 2
+        # a pid is used again, though not within two seconds; a zombie has ended
+        return process.status() == psutil.STATUS_ZOMBIE or abs(_start_time(process) - owner.started) > 2
     except psutil.NoSuchProcess:
         return True
     except (psutil.AccessDenied, ValueError):
         return False
 
 
-def _began(process: psutil.Process) -> float:
-    """When a process began, as setting the clock does not change it: since boot on Linux, since the epoch elsewhere."""
+def _start_time(process: psutil.Process) -> float:
+    """When a process started, seconds: on Linux since boot, as the clock may be set, else since 1970."""
     return float(process.create_time()) - (psutil.boot_time() if sys.platform == "linux" else 0.0)
 
 
@@ -215,9 +217,9 @@ def _pid_namespace() -> str:
     The user belongs to it: a machine may hide the processes of others.
     """
     if sys.platform != "linux":
-        return f"{platform.system()} {uuid.getnode():x}"  # where a machine has no address it is random: nobody's
+        return f"{platform.system()} {uuid.getnode():x}"  # without a network address it is random, so unique
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')} {os.getuid()}"
-    except OSError:  # a kernel that does not say it
+    except OSError:  # a kernel that does not tell
         return uuid.uuid4().hex

@@ -1,7 +1,7 @@
 """ledger.csv, a row a slide, and failure.json of a slide that failed.
 
-A finished slide has its record in slide.json, one that failed has failure.json with the cause: whoever runs on the
-same folder, later or at the same time, knows.
+A finished slide has its record in slide.json, and one that failed the cause in failure.json, where other runs on the
+same folder, later or at the same time, read it.
 """
 
 import csv
@@ -76,7 +76,7 @@ def write_failure(folder: SlideFolder, source: Path, error: BaseException) -> Sl
         folder.path.mkdir(parents=True, exist_ok=True)
         files.write_json(folder.failure_json, {"source": printable(source), "cause": cause, "traceback": trace})
     except OSError:
-        pass  # a full disk or a folder that is gone may be the cause itself: the record says it
+        pass  # a full disk or a missing folder may itself be the cause, which is in the record
     return SlideRecord("", "failed", cause)
 
 
@@ -89,7 +89,7 @@ def read_failure(folder: SlideFolder, since_ns: int) -> SlideRecord | None:
 
 
 def terminal_lines(record: SlideRecord) -> str:
-    """A finished slide for a person at the terminal: nuclei, seconds at work by stage, and what to look at."""
+    """A finished slide for the terminal: nuclei, seconds of each stage, and warnings."""
     area, seconds = record.tissue_mm2, record.work_seconds
     stages = ", ".join(f"{stage.name} {record.work.seconds.get(stage.name, 0.0):.1f} s" for stage in STAGES)
     lines = [

@@ -1,4 +1,4 @@
-"""run.json: what the results in a folder are made with. Another configuration is refused there."""
+"""run.json: the settings and files that the results in a folder are made with. Others are refused there."""
 
 import dataclasses
 import json
@@ -34,7 +34,7 @@ VERSIONED = (
 
 
 def versions() -> dict[str, str]:
-    """Of the packages that results depend on."""
+    """Versions of the packages that results depend on."""
     return {name: metadata.version(name) for name in VERSIONED}
 
 
@@ -87,7 +87,7 @@ def check_worker(run_json: Path, theirs: Mapping[str, str]) -> None:
 def open_run(run: RunFolder, manifest: Manifest, overwrite: bool) -> tuple[str, ...]:
     """Write run.json, or make sure that the folder's is of the same settings. Returns warnings.
 
-    A folder in which no slide was finished belongs to nobody. Raises RunError for a folder that cannot be written,
+    A folder in which no slide was finished takes any settings. Raises RunError for a folder that cannot be written,
     and for one that holds results of other settings.
     """
     try:
@@ -151,7 +151,7 @@ def _read(path: Path) -> dict[str, Any]:
         cause = "it holds no JSON object" if content is None else f"it lacks one of {', '.join(needed)}"
         raise RunError(
             f"{path} is damaged ({cause}): delete it, and the same settings as before continue; finished slides of "
-            f"other settings are never overwritten unless you say --overwrite"
+            f"other settings are never overwritten unless you give --overwrite"
         )
     return content
 

@@ -1,4 +1,4 @@
-"""What slides are called in the results of a run: DIR/<name>/ is a slide's folder, and this is the rule.
+"""Names of slides in the results of a run: DIR/<name>/ is a slide's folder. The rules:
 
 1. A name is the slide's path relative to the input folder that it was found in, without its suffix. The outermost
    folder counts, and a real folder before a link to it. A slide given by itself was found in its own folder; one of a

@@ -1,4 +1,4 @@
-"""What is seen while a run goes on: a live line on a terminal, plain lines elsewhere, and a log file of them.
+"""The progress of a run: a live line on a terminal, plain lines elsewhere, and a log file of them.
 
 The log is `logs/<YYYYmmdd-HHMMSS>-<host>-<pid>.log` in the run's folder, one a process, as several runs may share it.
 """
@@ -24,21 +24,21 @@ from rich.text import Text
 
 from pipeline.text import printable
 
-_RECENT_S = 300.0  # the speed is that of so long,
-_RECENT_BLOCKS = 8  # and of so many blocks at least: on a slow machine one takes minutes
+_RECENT_S = 300.0  # the speed is averaged over this time,
+_RECENT_BLOCKS = 8  # and over at least so many blocks: on a slow machine one takes minutes
 
 # ------------------------------------------------------------------------------------------------- the estimate
 
 
 class Mark(NamedTuple):
-    """How far a run was at a moment."""
+    """How much was done at a point in time."""
 
     when_s: float
-    mm2: float  # done since the beginning
+    mm2: float  # done since the start
 
 
 class Estimate(NamedTuple):
-    """How long a run will go on."""
+    """Tissue still to be processed, and the time that it will take."""
 
     mm2_left: float
     seconds_left: float
@@ -51,19 +51,19 @@ def speed(marks: Sequence[Mark], now_s: float) -> float:
     return (marks[-1].mm2 - marks[0].mm2) / (now_s - marks[0].when_s)
 
 
-def estimate(known_mm2: float, unseen: int, mean_mm2: float, mm2_per_s: float) -> Estimate | None:
-    """What is left and how long it takes; None where no speed is known.
+def estimate(known_mm2: float, not_started: int, mean_mm2: float, mm2_per_s: float) -> Estimate | None:
+    """The rest of a run; None where no speed is known.
 
-    known_mm2: of the blocks still to do; unseen: slides not yet started; mean_mm2: a slide, of those seen so far.
+    known_mm2: of the remaining blocks of started slides; not_started: number of slides; mean_mm2: of a planned slide.
     """
     if mm2_per_s <= 0:
         return None
-    left = known_mm2 + unseen * mean_mm2
+    left = known_mm2 + not_started * mean_mm2
     return Estimate(left, left / mm2_per_s)
 
 
 def clock_time(seconds_left: float, now: datetime) -> str:
-    """When that is, with the day where it is another one: `03:10`, `Sun 03:10`, `2026-11-30 03:10`."""
+    """The time of the end, with the day where it is not today: `03:10`, `Sun 03:10`, `2026-11-30 03:10`."""
     end = now + timedelta(seconds=seconds_left)
     days = (end.date() - now.date()).days
     return end.strftime("%H:%M" if days == 0 else "%a %H:%M" if days < 7 else "%Y-%m-%d %H:%M")
@@ -73,25 +73,25 @@ def clock_time(seconds_left: float, now: datetime) -> str:
 
 
 @dataclass
-class _Counts:
-    """What is known of a run so far."""
+class _Totals:
+    """The state of a run, in numbers."""
 
     slides: int
     ended: int = 0
     failed: int = 0
     blocks: int = 0
     done_mm2: float = 0.0
-    planned_mm2: float = 0.0  # of all blocks that were to do, but for those of slides that failed
-    seen: list[float] = field(default_factory=list)  # mm2 of every slide whose plan is known
-    under_way: dict[str, float] = field(default_factory=dict)  # what a slide adds to `planned_mm2`
-    marks: deque[Mark] = field(default_factory=deque)  # of the recent past
+    planned_mm2: float = 0.0  # of all blocks of started slides, without those of failed ones
+    slides_mm2: list[float] = field(default_factory=list)  # of each planned slide
+    in_progress: dict[str, float] = field(default_factory=dict)  # the share of each in `planned_mm2`
+    marks: deque[Mark] = field(default_factory=deque)  # the recent ones
 
-    def begin(self, slide: str, blocks: int, mm2: float, now_s: float) -> None:
+    def start(self, slide: str, blocks: int, mm2: float, now_s: float) -> None:
         if not self.marks:
             self.marks.append(Mark(now_s, 0.0))
-        self.seen.append(mm2)
-        self.under_way[slide] = mm2 if blocks else 0.0
-        self.planned_mm2 += self.under_way[slide]
+        self.slides_mm2.append(mm2)
+        self.in_progress[slide] = mm2 if blocks else 0.0
+        self.planned_mm2 += self.in_progress[slide]
 
     def block(self, mm2: float, now_s: float) -> None:
         self.blocks += 1
@@ -103,18 +103,18 @@ class _Counts:
     def end(self, slide: str, failed: bool) -> None:
         self.ended += 1
         self.failed += failed
-        mm2 = self.under_way.pop(slide, 0.0)
+        mm2 = self.in_progress.pop(slide, 0.0)
         if failed:
             self.planned_mm2 -= mm2
 
     def estimate(self, now_s: float) -> Estimate | None:
-        # what a slide had done before it failed counts for the others: an error of less than one slide a failure
+        # the finished blocks of a failed slide stay in `done_mm2`: an error of less than a slide for each failure
         known = max(0.0, self.planned_mm2 - self.done_mm2)
-        unseen = self.slides - self.ended - len(self.under_way)
-        return estimate(known, unseen, fmean(self.seen or [0.0]), speed(self.marks, now_s))
+        not_started = self.slides - self.ended - len(self.in_progress)
+        return estimate(known, not_started, fmean(self.slides_mm2 or [0.0]), speed(self.marks, now_s))
 
     def line(self, now_s: float, now: datetime) -> str:
-        """What matters most comes first, as a narrow terminal cuts the line:
+        """The state in a line, the most important first, as a narrow terminal cuts the end:
 
         `12/300 slides, 1 failed, ends about 03:10; 847 blocks, 512.3 of about 9800 mm2, 0.840 mm2/s`
         """
@@ -128,11 +128,11 @@ class _Counts:
         )
 
 
-# -------------------------------------------------------------------------------------------------- what is seen
+# ------------------------------------------------------------------------------------------------------ display
 
 
 class Progress:
-    """The counts of a run, shown; to be called from any thread, and never the reason why a run stops."""
+    """Shows and logs the state of a run. Thread-safe; errors of the terminal or the log do not stop the run."""
 
     def __init__(
         self,
@@ -143,13 +143,13 @@ class Progress:
         console: Console | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """say: where lines go, instead of the terminal; console: instead of stderr; clock: seconds, never set back."""
+        """say: where lines go, instead of the terminal; console: instead of stderr; clock: seconds, monotonic."""
         self._say = say
         self._console = console or Console(stderr=True, force_terminal=sys.stderr.isatty())
         self._clock = clock
-        self._counts = _Counts(slides)
-        self._lock = threading.Lock()  # of the counts
-        self._log = _Log(logs)
+        self._totals = _Totals(slides)
+        self._lock = threading.Lock()  # of the totals
+        self._log = _LogFile(logs)
         self._live: Live | None = None
 
     def __enter__(self) -> Self:
@@ -189,31 +189,31 @@ class Progress:
     def started(self, slide: str, blocks: int, mm2: float) -> None:
         """The plan of a slide is known: so many blocks to do, with so much tissue together."""
         with self._lock:
-            self._counts.begin(slide, blocks, mm2, self._clock())
+            self._totals.start(slide, blocks, mm2, self._clock())
         self._log.write(f"{slide}: started, {blocks} blocks, {mm2:.2f} mm2")
 
     def block(self, mm2: float) -> None:
         """A block is done."""
         with self._lock:
-            self._counts.block(mm2, self._clock())
+            self._totals.block(mm2, self._clock())
 
     def ended(self, slide: str, failed: bool) -> None:
         """A slide is done or has failed, also without having started."""
         with self._lock:
-            self._counts.end(slide, failed)
+            self._totals.end(slide, failed)
         self._log.write(self.line())
 
     def line(self) -> str:
         """Where the run stands."""
         with self._lock:
-            return self._counts.line(self._clock(), datetime.now())
+            return self._totals.line(self._clock(), datetime.now())
 
     def _render(self) -> Text:
-        return Text(self.line(), style="red" if self._counts.failed else "", no_wrap=True, overflow="ellipsis")
+        return Text(self.line(), style="red" if self._totals.failed else "", no_wrap=True, overflow="ellipsis")
 
 
-class _Log:
-    """Lines with time stamps. Opened anew for each of them: a file server that comes back finds us writing."""
+class _LogFile:
+    """Lines with time stamps. Opened for each line, so that logging continues after an outage of the file server."""
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / f"{datetime.now():%Y%m%d-%H%M%S}-{platform.node()}-{os.getpid()}.log"
@@ -242,6 +242,6 @@ class _Log:
 
 
 def _writable(line: str, encoding: str | None) -> str:
-    """With what the encoding lacks as escapes: a file's name may be no text at all."""
+    """The line with characters that the encoding lacks as escapes, such as bytes of a file's name."""
     encoding = encoding or "utf-8"
     return line.encode(encoding, "backslashreplace").decode(encoding)

@@ -1,4 +1,4 @@
-"""A run over an archive: which slide is next, what is there already, what failed.
+"""A run over an archive: which slide is next, which are done already, which failed.
 
 A coroutine a slide, all in one event loop; the work itself is done where `executors.open_executor` says. Slides are
 leased, so that several runs may share one output folder.
@@ -37,8 +37,8 @@ from pipeline.segment.record import SlideRecord, WorkRecord
 from pipeline.segment.stages import STAGES, Detect, Stage, block_record, remove_work
 from slides.slide import BY_DEFAULT
 
-_POLL_S = 5.0  # between looks at a slide that another run holds, at the workers, at the ledger
-_ATTEMPTS = 3  # at a slide whose scratch is damaged while it is worked on
+_POLL_S = 5.0  # between checks of a slide that another run holds, of the workers, and of the ledger
+_ATTEMPTS = 3  # at a slide whose scratch is damaged while it is processed
 
 
 def run(
@@ -58,7 +58,7 @@ def run(
     mpp: micrometres per pixel at level 0, for slides that do not state it; force_mpp: for all, whatever they state.
     client: a `dask.distributed.Client` whose workers see the same files, instead of the cluster that `execution` asks
     for. That one starts processes: a script that calls `run` needs `if __name__ == "__main__":`, a notebook nothing.
-    say: takes the lines that would go to the terminal. detect: stands for the detector.
+    say: takes the lines that would go to the terminal. detect: replaces the detector, in tests.
     What is done is kept: a second call continues at the block. A slide that fails does not stop the others.
     Raises RunError, WeightsError, StainError or ConfigError before anything is started; ClusterLost.
     """
@@ -115,7 +115,7 @@ def _in_a_thread(work: Callable[[], Any]) -> None:
 
 
 def _publish(folder: RunFolder, records: Sequence[SlideRecord], progress: Progress) -> None:
-    """The ledger and the report. A full disk or a folder that is gone is said, and changes nothing else."""
+    """Write the ledger and the report. A full disk or a missing folder is a warning, and no error."""
     rows = [ledger.row_of(record) for record in records]
     if warning := ledger.mixed_computation(rows):
         progress.say(f"WARNING: {warning}")
@@ -128,7 +128,7 @@ def _publish(folder: RunFolder, records: Sequence[SlideRecord], progress: Progre
 
 @dataclass
 class _Device:
-    """How well the detectors were fed: from the first block that was ready for them to the last that they finished."""
+    """How busy the detectors were, from the first block that was ready for them to the last that they finished."""
 
     started: float = float("inf")
     ended: float = 0.0
@@ -156,7 +156,7 @@ class ArchiveRun:
     started: set[str] = field(default_factory=set)
 
     async def work(self) -> None:
-        """Every slide to its record."""
+        """Process every slide of the archive."""
         self.since_ns = files.now_ns(self.folder.path)
         self.slots = FairSlots(self._window())
         # enough slides are started that the next ones are planned and tiled when a detector is free; with one block in
@@ -182,7 +182,7 @@ class ArchiveRun:
         return self.execution.window or 2 + 2 * max(1, self.executor.detectors)
 
     async def _watch(self) -> None:
-        """Follow the workers that come and go, and keep the ledger up to date."""
+        """Check workers that join, follow the number of detectors, and keep the ledger up to date."""
         written, detectors = 0, 1
         while True:
             await asyncio.sleep(_POLL_S)
@@ -250,12 +250,12 @@ class ArchiveRun:
         """The record of a slide that is done, or at which another run has failed since this one was started."""
         if source.problem:
             raise RunError(source.problem)
-        self.folder.run_json.stat()  # an output folder that is gone is not made again
+        self.folder.run_json.stat()  # an output folder that was removed is not made again
         content = files.read_json(job.folder.slide_json)
         if content is None:
             return ledger.read_failure(job.folder, self.since_ns)
         if self.execution.overwrite:
-            # another run, also told to overwrite, has just done it
+            # another run with --overwrite has just finished it
             new = job.folder.slide_json.stat().st_mtime_ns > self.since_ns
             return finished.read_record(content) if new else None
         for damage in finished.damaged_results(job.folder, content, thorough=False):
@@ -277,7 +277,7 @@ class ArchiveRun:
     def _complete(self, name: str, job: Job) -> None:
         """Make the exports that a finished slide lacks, and remove what a killed run left beside it."""
         folder = job.folder
-        leftovers = [*folder.path.glob(".work-*"), *folder.path.glob(folder.lease.name)]
+        leftovers = [*folder.all_discarded_work(), *folder.path.glob(folder.lease.name)]
         untidy = leftovers or (folder.work.exists() and not self.execution.keep_work)
         stale = finished.stale_exports(folder, job.settings.export)
         if not (untidy or stale) or not self.leases.take(folder.path):
@@ -384,7 +384,7 @@ class ArchiveRun:
 
 
 def _first(error: BaseException) -> Exception:
-    """The cause itself, out of the groups that task groups make."""
+    """The first exception in the groups that task groups raise."""
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
     assert isinstance(error, Exception)
@@ -402,7 +402,7 @@ def _full_disk(error: BaseException, written: Path) -> Path | None:
 
 
 def _check_space(job: Job, window: int) -> None:
-    """Raise RunError where the disk cannot hold the blocks in flight: better now than in the middle."""
+    """Raise RunError where the disk cannot hold the blocks in flight, before the slide is started."""
     tiling = job.settings.tiling
     needed = 2 * window * (tiling.block * tiling.tile) ** 2 * 3
     free = shutil.disk_usage(job.folder.path).free

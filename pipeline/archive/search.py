@@ -1,4 +1,4 @@
-"""The search of folders for slides: each found once, however often it is reached, and none opened but DICOM files."""
+"""Searches folders for slides: each is listed once, however often it is reached, and only DICOM files are opened."""
 
 import os
 from collections import deque
@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from pipeline.archive.naming import Place
 from pipeline.text import printable
-from slides.dicom import read_instance
+from slides.dicom import read_header
 from slides.errors import SlideUnreadable
 
 SUFFIXES = frozenset(
@@ -27,17 +27,17 @@ SUFFIXES = frozenset(
         ".vms",
         ".vmu",
     ]
-)  # what OpenSlide's formats are called; other files are opened only where they are named
+)  # of OpenSlide's formats; files with others are slides only where they are given by name
 
-# folders in which systems keep copies, or what was thrown away: slides in there would be done twice
+# folders of snapshots and deleted files: slides in there would be processed twice
 _SYSTEM = frozenset(
     ["$recycle.bin", ".trash", ".trashes", ".snapshot", ".snapshots", ".appledouble", "@eadir", "#recycle", "__macosx"]
 )
-_APPLE_DOUBLE = "._"  # macOS writes ._x.svs beside x.svs where a file system has no room for its attributes
-_MIRAX_PARTS = "slidedat.ini"  # it lies in the folder of a .mrxs file, and with it nothing but parts of that slide
+_APPLE_DOUBLE = "._"  # macOS writes ._x.svs beside x.svs where a file system cannot store its attributes
+_MIRAX_PARTS = "slidedat.ini"  # marks the folder of a .mrxs file, which holds nothing but parts of that slide
 
 
-class Found(NamedTuple):
+class SlideFile(NamedTuple):
     """A slide: the file to open, and the place that its name comes from."""
 
     path: Path
@@ -46,50 +46,50 @@ class Found(NamedTuple):
 
 @dataclass
 class Search:
-    """What was found so far. Slides are known by a key: the real path, or for DICOM the real folder and the series.
+    """The slides listed so far, by a key: the real path, or for DICOM the real folder and the series.
 
     out: real path of the folder of results, which is not searched.
-    Law: what is found does not depend on the order in which folders are given.
+    Law: the slides do not depend on the order in which folders are given.
     """
 
     out: str | None = None
-    found: dict[str, Found] = field(default_factory=dict)
-    problems: dict[str, str] = field(default_factory=dict)  # key -> why the slide cannot be done
-    unread: list[str] = field(default_factory=list)  # folders and links that lead nowhere, and why
+    slides: dict[str, SlideFile] = field(default_factory=dict)
+    problems: dict[str, str] = field(default_factory=dict)  # key -> why the slide cannot be processed
+    unread: list[str] = field(default_factory=list)  # folders that cannot be read and broken links, with the cause
     _others: dict[str, str] = field(default_factory=dict)  # real paths of files that are no slides -> key
     _links: deque[Place] = field(default_factory=deque)
-    _seen: set[str] = field(default_factory=set)  # real paths of folders
+    _searched: set[str] = field(default_factory=set)  # real paths of folders
 
     @property
     def skipped(self) -> int:
-        """How many files were passed over; what belongs to a DICOM slide, or was added by name, is not counted."""
-        return sum(key not in self.found for key in self._others.values())
+        """How many files are no slides; those that belong to a DICOM slide, or are added by name, are not counted."""
+        return sum(key not in self.slides for key in self._others.values())
 
     def folders(self, given: Iterable[Path]) -> None:
-        """Search folders to any depth: outer ones before those inside them, and where links lead after all else."""
+        """Search folders to any depth: outer ones before those inside them, and the targets of links at last."""
         for real, path in sorted((os.path.realpath(p), os.path.abspath(p)) for p in given):
             self._tree(Place(Path(path), ""), real)
         while self._links:
             self._link(self._links.popleft())
 
     def add(self, path: Path, place: Place) -> str:
-        """A slide that is given by name, whatever its suffix, there or not. Returns its key."""
+        """A slide that is given by name, whatever its suffix, whether it exists or not. Returns its key."""
         key = real = os.path.realpath(path)
         if os.path.isfile(real):
-            key, _ = self._know(real)
+            key, _ = self._identify(real)
         else:
             self.problems[key] = _missing(path)
-        self.found.setdefault(key, Found(path, place))
+        self.slides.setdefault(key, SlideFile(path, place))
         return key
 
     def _tree(self, top: Place, real: str) -> None:
-        """A folder and what lies in it; links are kept for later."""
+        """Search a folder to any depth; links are kept for later."""
         waiting = [(top.relative, real)]
         while waiting:
             relative, real = waiting.pop()
-            if real in self._seen or (self.out and (real == self.out or real.startswith(self.out + os.sep))):
+            if real in self._searched or (self.out and (real == self.out or real.startswith(self.out + os.sep))):
                 continue
-            self._seen.add(real)
+            self._searched.add(real)
             inner = self._folder(top.home, relative, real)
             waiting += [(f"{relative}/{name}" if relative else name, os.path.join(real, name)) for name in inner]
 
@@ -118,7 +118,7 @@ class Search:
         return inner[::-1]
 
     def _link(self, place: Place) -> None:
-        """Where a link leads, now that all else is known. One to a slide that is not there is a slide that fails."""
+        """Follow a link, after all else. A broken link with a slide's suffix is a slide that fails."""
         path = place.path
         real = os.path.realpath(path)
         if os.path.isdir(real) and not _is_system(path.name):
@@ -133,31 +133,31 @@ class Search:
             self.unread.append(_missing(path))
 
     def _file(self, place: Place, real: str) -> None:
-        """A file in a folder: a slide by its suffix, and for DICOM by what it says."""
+        """A file in a folder: a slide by its suffix, and for DICOM by its header."""
         if not _is_slide(place.relative.rpartition("/")[2]):
             self._other(real)
             return
-        key, opens = self._know(real)
+        key, opens = self._identify(real)
         if opens:
-            self.found.setdefault(key, Found(place.path, place))
+            self.slides.setdefault(key, SlideFile(place.path, place))
         else:
             self._other(real, key)
 
     def _other(self, real: str, key: str = "") -> None:
         self._others[real] = key or real
 
-    def _know(self, real: str) -> tuple[str, bool]:
-        """The key of a file, and whether it is, or stands for, a slide: of a DICOM series a file with a level does."""
+    def _identify(self, real: str) -> tuple[str, bool]:
+        """The key of a file, and whether a slide can be opened by it: of a DICOM series, by each file of a level."""
         if not real.lower().endswith(".dcm"):
             return real, True
         try:
-            instance = read_instance(Path(real))
+            header = read_header(Path(real))
         except (OSError, SlideUnreadable) as error:
             self.problems[real] = printable(error)
             return real, True
-        if instance is None:
+        if header is None:
             return real, False
-        return f"{os.path.dirname(real)} {instance.series}", instance.is_level
+        return f"{os.path.dirname(real)} {header.series}", header.is_level
 
 
 def _is_slide(name: str) -> bool:
@@ -172,5 +172,5 @@ def _missing(path: Path) -> str:
     if path.is_dir():
         return printable(f"{path} is a folder: name the slides in it, or give the folder itself as an input")
     if path.is_symlink():
-        return printable(f"{path} is a link to {os.readlink(path)}, which is not there: bring it back")
-    return printable(f"{path} is not there: bring it back, or correct the manifest")
+        return printable(f"{path} is a link to {os.readlink(path)}, which does not exist: restore it")
+    return printable(f"{path} does not exist: restore it, or correct the manifest")

@@ -1,4 +1,4 @@
-"""An archive: which slides there are among files, folders and manifests, and what their results are called."""
+"""An archive: the slides among files, folders and manifests, and the names of their results."""
 
 import csv
 import io
@@ -24,15 +24,15 @@ class Source(NamedTuple):
     path: Path
     name: str
     scale: GivenScale
-    problem: str = ""  # why it cannot be done, where that is known without opening it
+    problem: str = ""  # why it cannot be processed, where that is known without opening it
 
 
 class Archive(NamedTuple):
-    """Slides in the order of their names, and what else was met."""
+    """Slides in the order of their names, and what else the inputs hold."""
 
     sources: tuple[Source, ...]
     skipped: int  # files in the folders that are no slides
-    unread: tuple[str, ...] = ()  # folders that could not be searched, links that lead nowhere, and why
+    unread: tuple[str, ...] = ()  # folders that cannot be read and broken links, with the cause
 
 
 class _Given(NamedTuple):
@@ -49,10 +49,10 @@ def find_slides(
 ) -> Archive:
     """Slides among files, folders (searched to any depth, `out` left out) and CSV manifests.
 
-    A folder's slides are known by their suffix, DICOM files by their header; a slide of several files is found once,
-    and so is one that is reached in several ways. A manifest has the columns path, relative to itself, and perhaps
-    mpp, which holds whatever the slide states; `mpp` is for slides that state none, `force_mpp` for all. What a
-    manifest says wrongly of one slide is that slide's `problem` and stops no other. `pipeline.archive.naming` has the
+    A folder's slides are known by their suffix, DICOM files by their header; a slide of several files, or one that
+    is reached in several ways, is listed once. A manifest has the columns path, relative to itself, and perhaps
+    mpp, which overrides what the slide states; `mpp` is for slides that state none, `force_mpp` for all. An
+    error in a row of a manifest is that slide's `problem` and stops no other. `pipeline.archive.naming` has the
     rule of names, which does not depend on the order of the inputs.
     Raises RunError for an input that does not exist, that is no manifest, or lies in `out`; for a scale that no slide
     has; and where no slide is.
@@ -76,10 +76,10 @@ def find_slides(
     for key, values in scales.items():
         if len(values) > 1:
             search.problems.setdefault(key, f"mpp is given as {' and as '.join(map(str, sorted(values)))}: need one")
-    names = name_slides([found.place for found in search.found.values()])
+    names = name_slides([file.place for file in search.slides.values()])
     sources = [
-        Source(found.path, name, _scale(scales[key], mpp, force_mpp), search.problems.get(key, ""))
-        for name, (key, found) in zip(names, search.found.items(), strict=True)
+        Source(file.path, name, _scale(scales[key], mpp, force_mpp), search.problems.get(key, ""))
+        for name, (key, file) in zip(names, search.slides.items(), strict=True)
     ]
     if not sources:
         raise RunError(

@@ -87,7 +87,7 @@ class NucleusDetector(nn.Module):
         self.architecture = architecture
         channels = architecture.channels
         self.backbone = backbone = _backbone(architecture.backbone)
-        # the pretrained maps have a deviation of about 10: without a norm layer the loss is NaN in a few steps
+        # the pretrained maps have large values: without a norm layer the loss becomes NaN in a few steps
         self.pyramid = FeaturePyramidNetwork(backbone.feature_info.channels(), channels, norm_layer=nn.BatchNorm2d)
         self.semantic = _Semantic(channels, architecture.semantic) if architecture.semantic else None
         self.rpn = _proposal_network(architecture)
@@ -315,7 +315,7 @@ def load_weights(path: Path) -> NucleusDetector:
 
 
 def fold(model: NucleusDetector) -> NucleusDetector:
-    """Fold every batch norm into the convolution that feeds it, in place: for inference only, a tenth less to do.
+    """Fold every batch norm into the convolution that feeds it, in place: for inference only, which it makes faster.
 
     Law: the folded model gives the same features, within rounding.
     """

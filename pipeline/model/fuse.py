@@ -22,9 +22,9 @@ class Fused(NamedTuple):
     """Boxes of one patch after fusion, best first; parallel (N, ...)."""
 
     boxes: Tensor  # float32 (N, 4)
-    scores: Tensor  # float32 (N,): the mean over all views, where one that did not see it counts 0
+    scores: Tensor  # float32 (N,): the mean over all views, where one that did not detect it counts 0
     class_index: Tensor  # int64 (N,)
-    votes: Tensor  # int64 (N,): how many views saw it
+    votes: Tensor  # int64 (N,): how many views detected it
 
 
 def fuse(boxes: Sequence[Tensor], scores: Sequence[Tensor], class_index: Sequence[Tensor], *, iou: float) -> Fused:
@@ -45,18 +45,18 @@ def fuse(boxes: Sequence[Tensor], scores: Sequence[Tensor], class_index: Sequenc
     every, score, class_, view = every[order], score[order], class_[order], view[order]
     leaders = nms(every, score, iou).sort().values  # canonical order is falling score
     members = _members(_best_leader(every, every[leaders]), view, len(leaders), count)  # (L, V)
-    there = members < len(every)  # the view saw the leader's nucleus
+    detected = members < len(every)  # whether the view detected the leader's nucleus
     members = members.clamp(max=max(len(every) - 1, 0))
-    weight = score[members].double() * there  # (L, V)
+    weight = score[members].double() * detected  # (L, V)
     total = weight.sum(1)
     lead = every[leaders].double()
-    away = every[members].double() - lead[:, None]  # (L, V, 4): of a box that agrees with its leader exactly 0
+    offset = every[members].double() - lead[:, None]  # (L, V, 4); exactly 0 for a box equal to its leader
     classes = F.one_hot(class_[members], int(class_.max()) + 1 if len(class_) else 1)  # (L, V, K)
     fused = Fused(
-        (lead + (away * weight[..., None]).sum(1) / total.clamp(min=1e-12)[:, None]).to(every.dtype),
+        (lead + (offset * weight[..., None]).sum(1) / total.clamp(min=1e-12)[:, None]).to(every.dtype),
         (total / count).to(score.dtype),
         (classes * weight[..., None]).sum(1).argmax(1),
-        there.sum(1),
+        detected.sum(1),
     )
     return select(fused, _canonical(fused.boxes, fused.scores, fused.class_index))
 
@@ -102,7 +102,7 @@ def infer(
 
     images: float32 (B, 3, T, T) in 0..1, square patches; `margin` px of each edge belong to its neighbours too.
     Returns the instances of each patch, best first. Their stain density is NaN: it is measured on the patch before
-    normalisation. The score is the mean over all views, so an instance that few views see must be certain in those.
+    normalisation. The score is the mean over all views, so an instance that few views detect must be certain in those.
     Runs under the caller's autocast and inference mode.
     """
     side = images.shape[-1]

@@ -32,7 +32,7 @@ def detect_patches(
         batch = patches[first : first + _batch_size(settings)]
         detected = _attempt(batch, normalisation, settings)
         if detected is None and len(batch) > 1:
-            _that_fits[settings] = len(batch) // 2
+            _batch_that_fits[settings] = len(batch) // 2
             continue
         if detected is None:
             parts = _in_quarters(batch[0], normalisation, settings)
@@ -43,10 +43,10 @@ def detect_patches(
 
 def _batch_size(settings: Settings) -> int:
     wanted = settings.detector.batch or (8 if load.detector(settings.detector).device.type == "cuda" else 1)
-    return min(wanted, _that_fits.get(settings, wanted))
+    return min(wanted, _batch_that_fits.get(settings, wanted))
 
 
-_that_fits: dict[Settings, int] = {}  # patches per inference, where more of them were too many for this process
+_batch_that_fits: dict[Settings, int] = {}  # patches per inference, where more of them were too many for this process
 
 
 def _detect(batch: NDArray[np.uint8], normalisation: Normalisation, settings: Settings) -> list[Instances[Tensor]]:
@@ -60,7 +60,7 @@ def _detect(batch: NDArray[np.uint8], normalisation: Normalisation, settings: Se
     with torch.inference_mode():
         raw = pixels.to(running.device, non_blocking=True).permute(0, 3, 1, 2).float() / 255  # (B, 3, T, T)
         images = normaliser(raw)
-        chosen = views.views(settings.detector.views)
+        chosen = views.choose_views(settings.detector.views)
         with torch.autocast(running.device.type, running.precision, enabled=running.precision != torch.float32):
             detected = fuse.infer(running.model, images, chosen, limits, settings.tiling.margin)
         measured = [i._replace(stain_density=_stain_density(image, i)) for image, i in zip(raw, detected, strict=True)]
@@ -118,7 +118,7 @@ _LEAST_PX = 256  # side of a quarter: smaller ones are mostly margin
 def _attempt(
     batch: NDArray[np.uint8], normalisation: Normalisation, settings: Settings
 ) -> list[Instances[Tensor]] | None:
-    """The instances of a batch, or None where there is no memory for it; what the attempt held is then free again.
+    """The instances of a batch, or None where there is no memory for it; the memory of the attempt is then free again.
 
     Every other error is raised.
     """
@@ -128,7 +128,7 @@ def _attempt(
         of_memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
         if not of_memory and not any(words in str(error) for words in _OF_MEMORY):
             raise
-    # only here, where the exception is gone, are the tensors gone that its frames held
+    # not in the except block: until it ends, the exception holds the tensors of its frames
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     return None
@@ -139,7 +139,7 @@ def _in_quarters(
 ) -> Instances[Tensor] | None:
     """A patch (T, T, 3) in quarters, and those in quarters again where need be; None where that fails too.
 
-    That it was needed is not remembered: the next patch may hold less, and detection in a whole patch is better.
+    The next patch is tried as a whole again: it may hold less, and detection in a whole patch is better.
     """
     step = side_step(load.detector(settings.detector).model.architecture.upscale)
     parts = quarters(len(patch), settings.tiling.margin, step)
@@ -157,6 +157,6 @@ def _in_quarters(
 
 
 def _lost(settings: Settings) -> HostInstances:
-    """No instances, of a patch that could not be looked at."""
+    """The result of a patch that could not be processed: no instances."""
     mask_size = load.detector(settings.detector).model.architecture.mask_size
     return instances.empty(mask_size)._replace(lost=True)

@@ -14,18 +14,18 @@ T = TypeVar("T", bound=tuple[Any, ...])  # Instances, or another NamedTuple of c
 class Instances(NamedTuple, Generic[A]):
     """The instances of one tile, in patch px: columns with a row per instance, then flags of the tile as a whole.
 
-    A is torch.Tensor within pipeline.model; what leaves it are numpy arrays, `HostInstances`.
+    A is torch.Tensor within pipeline.model, and a numpy array outside it: `HostInstances`.
     """
 
     boxes: A  # float32 (N, 4), x0 y0 x1 y1, half-open
     mask_probs: A  # float32 (N, M, M), 0..1: the grid spans the box
     scores: A  # float32 (N,), the mean over the views
     class_index: A  # int64 (N,), from 0
-    votes: A  # int64 (N,): how many views saw it
+    votes: A  # int64 (N,): how many views detected it
     stain_density: A  # float32 (N, 2): mean haematoxylin and eosin density, log10, where the mask exceeds a half
     saturated: bool = False  # a limit was reached even in quarters: nuclei may be missing
     split: bool = False  # the device had no memory for the whole patch: it was detected in quarters
-    lost: bool = False  # the device had no memory even for its parts: nothing is known of it
+    lost: bool = False  # the device had no memory even for its parts: it has no result
 
 
 HostInstances = Instances[NDArray[Any]]
@@ -55,7 +55,7 @@ def concat(parts: Sequence[T]) -> T:
 def _join(arrays: list[Any]) -> Any:
     if isinstance(arrays[0], np.ndarray):
         return np.concatenate(arrays)
-    import torch  # the processes that outline instances do without it
+    import torch  # not loaded in processes that only outline
 
     return torch.cat(arrays)
 

@@ -89,7 +89,7 @@ def stain_files(settings: Stain) -> dict[str, Path]:
 
 
 class _Networks(Generic[M]):
-    """Networks of one kind, each loaded once per content and device; of more than two the least recently used goes."""
+    """Networks of one kind, each loaded once per content and device; the two last used are kept."""
 
     def __init__(self, load: Callable[[Path, torch.device], M]) -> None:
         self._load = load

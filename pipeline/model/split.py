@@ -1,4 +1,4 @@
-"""A patch in quarters: for one that holds too much for the detector's limits, or for the device's memory."""
+"""Detection of a patch in quarters, where it exceeds the detector's limits or the device's memory."""
 
 from collections.abc import Sequence
 from typing import NamedTuple, TypeVar

@@ -1,15 +1,15 @@
 """Stain normalisation: a slide's stain is fitted once, and its images are moved to a template's stain.
 
-The light comes first: images are divided by what glass lets through on the slide, and multiplied by the template's.
-Then the stain. Densities are optical densities by the natural logarithm, OD = -ln I with I in 0..1 of the glass;
-the mean of a pixel's three is D. Every method changes the ratios I' / I, so that what it does not describe stays as
-it is: glass, pixels beyond the fitted range, the part of a colour outside the plane of two stains.
+First the illumination: images are divided by what glass lets through on the slide, and multiplied by the same of the
+template. Then the stain. Densities are optical densities by the natural logarithm, OD = -ln I with I in 0..1 of the
+glass; the mean of a pixel's three is D. Every method changes the ratios I' / I, so that what it does not describe stays
+as it is: glass, pixels beyond the fitted range, the part of a colour outside the plane of two stains.
 
     fitted = fit(patches, readable, method)                    once per slide, on the CPU
     normaliser = Normaliser(Normalisation(fitted, template))   once per slide and device
     images = normaliser(images)                                every batch
 
-dcgmm, the paper's method, looks at the neighbourhood of a pixel through a network, which both steps are given
+dcgmm, the paper's method, needs a network that clusters each pixel by its neighbourhood; both steps are given it
 (pipeline.model.load.stain_network).
 """
 
@@ -19,7 +19,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from pipeline.config import StainMethod
 from pipeline.errors import StainError, WeightsError
 from pipeline.model import dcgmm
 from pipeline.model.dcgmm import ClusterNet, Mixture
@@ -35,9 +36,9 @@ from pipeline.model.weights import read_notes
 
 Numbers = Mapping[str, tuple[float, ...]]
 
-METHODS = ("none", "reinhard", "macenko", "dcgmm")
+METHODS = get_args(StainMethod)
 
-TISSUE_OD = 0.15  # of D; Macenko's beta: paler pixels have no colour to speak of
+TISSUE_OD = 0.15  # of D; Macenko's beta: the colour of paler pixels is mostly noise
 _DARKEST = 1 / 255  # black is not infinitely dense: 8 bits end here
 _GLASS_OD = 0.03  # of D
 _CELL_PX = 4
@@ -63,7 +64,7 @@ class FittedStain:
 
     @classmethod
     def from_json(cls, content: Any) -> "FittedStain":
-        """The stain that `to_json` gave, also after a trip through JSON text. Raises StainError for anything else.
+        """The stain that `to_json` gave, also read back from JSON text. Raises StainError for anything else.
 
         Law: FittedStain.from_json(json.loads(json.dumps(s.to_json()))) == s.
         """

@@ -34,7 +34,7 @@ _ALL = (
 )
 
 
-def views(count: int) -> tuple[View, ...]:
+def choose_views(count: int) -> tuple[View, ...]:
     """The first `count` views: 1 (the patch as it is), 2, 4, or 8 (all flips and quarter-turns).
 
     Raises ValueError for any other number.
@@ -46,7 +46,7 @@ def views(count: int) -> tuple[View, ...]:
 
 def largest_shift(count: int) -> int:
     """How far the views of this number move a patch, in px along either axis."""
-    return max(max(view.shift) for view in views(count))
+    return max(max(view.shift) for view in choose_views(count))
 
 
 def apply(view: View, images: Tensor) -> Tensor:

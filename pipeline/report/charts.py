@@ -1,4 +1,4 @@
-"""Small pictures for the report: SVG text to stand in a page, coloured by the page's style sheet.
+"""Charts of the report: SVG to embed in the page, coloured by the page's style sheet.
 
 Numbers come in, one string comes out; whatever is not a number is escaped here.
 """
@@ -27,7 +27,7 @@ class Dot(NamedTuple):
     y: float
     title: str
     link: str
-    odd: bool
+    outlier: bool
 
 
 def histogram(counts: Sequence[int], title: str) -> str:
@@ -85,16 +85,17 @@ def ratios(points: Sequence[Ratio], marked: int, axis: str) -> str:
 
 
 def scatter(dots: Sequence[Dot], across: str, up: str) -> str:
-    """Slides by two measures, the second, above 0, on a logarithmic scale; the odd ones stand out. Each is a link."""
+    """Slides by two measures, the second, above 0, on a logarithmic scale; outliers stand out. Each is a link."""
     left, right = _spread([d.x for d in dots])
     low, high = _spread([math.log10(d.y) for d in dots])
     x, y = _scale(left, right, _LEFT, _WIDTH - _RIGHT), _scale(low, high, _HEIGHT - _BOTTOM, _TOP)
     parts = [_tick_x(x(v), f"{v:g}") for v in _ticks(left, right)]
     decades = (round(m * 10.0**p, 6) for p in range(math.floor(low), math.ceil(high) + 1) for m in (1, 2, 5))
     parts += [_tick_y(y(math.log10(v)), f"{v:,g}") for v in decades if low <= math.log10(v) <= high]
-    for d in sorted(dots, key=lambda d: d.odd):
+    for d in sorted(dots, key=lambda d: d.outlier):
+        kind = "dot outlier" if d.outlier else "dot"
         parts.append(
-            f'<a href="{html.escape(d.link)}"><circle class="{"dot odd" if d.odd else "dot"}" cx="{x(d.x):.1f}" '
+            f'<a href="{html.escape(d.link)}"><circle class="{kind}" cx="{x(d.x):.1f}" '
             f'cy="{y(math.log10(d.y)):.1f}" r="3.5"><title>{html.escape(d.title)}</title></circle></a>'
         )
     return _framed(parts, across, up)

@@ -14,7 +14,7 @@ import numpy as np
 from pipeline import files
 from pipeline.layout import RunFolder
 from pipeline.report import charts
-from pipeline.report.results import FEWEST_SLIDES, ODD_Z, SlideResult, read_results
+from pipeline.report.results import FEWEST_SLIDES, OUTLIER_Z, SlideResult, read_results
 from pipeline.report.table import linked, slide_table
 from pipeline.segment.stages import STAGES
 from pipeline.segment.summary import NEAR_PX, SEAM_EDGES_PX, seam_verdict
@@ -48,7 +48,7 @@ def write_report(folder: RunFolder, rows: Sequence[Mapping[str, Any]]) -> Path:
 
 
 def _page(title: str, body: str) -> str:
-    """The document. The policy keeps it from loading anything, whatever its text says."""
+    """The document. Its policy keeps it from loading anything, whatever the text contains."""
     style, script = (
         resources.files("pipeline.report").joinpath(f"report.{kind}").read_text("utf-8") for kind in ("css", "js")
     )
@@ -177,7 +177,7 @@ def _stages(slides: Sequence[SlideResult]) -> str:
 def _spread(slides: Sequence[SlideResult]) -> str:
     """Every slide by the density and median area of its nuclei."""
     dots = [
-        charts.Dot(s.median_area, s.density, s.name, f"#slide-{number}", s.odd)
+        charts.Dot(s.median_area, s.density, s.name, f"#slide-{number}", s.outlier)
         for number, s in enumerate(slides)
         if s.density > 0 and np.isfinite(s.median_area)
     ]
@@ -186,7 +186,7 @@ def _spread(slides: Sequence[SlideResult]) -> str:
     plot = charts.scatter(dots, "median area of a nucleus, µm²", "nuclei per mm²")
     return (
         f"<figure><h2>Slides</h2>{plot}<figcaption>Marked: outliers in density (by its logarithm) or "
-        f"area, with a robust z score (from median and MAD) beyond {ODD_Z}, among {FEWEST_SLIDES} slides or more."
+        f"area, with a robust z score (from median and MAD) beyond {OUTLIER_Z}, among {FEWEST_SLIDES} slides or more."
         f"</figcaption></figure>"
     )
 
@@ -195,7 +195,7 @@ def _spread(slides: Sequence[SlideResult]) -> str:
 
 
 def _settings(run: Mapping[str, Any]) -> str:
-    """Everything in run.json, folded away."""
+    """Everything in run.json, collapsed."""
     if not run:
         return ""
     plain = {name: value for name, value in run.items() if not isinstance(value, Mapping)}

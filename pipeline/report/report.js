@@ -12,14 +12,14 @@ function show() {
   let count = 0;
   for (const row of rows) {
     const kind = state.value === "all" || row.dataset.state === state.value ||
-      (state.value === "look" && row.dataset.look === "yes");
+      (state.value === "warned" && row.dataset.warned === "yes");
     row.hidden = !(kind && row.textContent.toLowerCase().includes(wanted));
     count += row.hidden ? 0 : 1;
   }
   shown.textContent = `${count} of ${rows.length} slides`;
 }
 
-// Numbers by size, else by the alphabet; what has no value stands last, whichever way.
+// Numbers by value, text by the alphabet; cells without a value come last in either direction.
 function order(column, sign) {
   const key = (row) => row.cells[column].dataset.v ?? "";
   return (one, other) => {

@@ -19,11 +19,8 @@ from pipeline.segment.finished import read_record
 from pipeline.segment.polygons import Floats
 from pipeline.segment.summary import VERSION
 
-# An outlier has a robust z score beyond ODD_Z, among FEWEST_SLIDES slides or more.
-ODD_Z, FEWEST_SLIDES = 3.5, 8
-
-# Share of nuclei that their tile may have cut: a few are clumps, more mean that the margin is too small.
-_TOUCHING = 0.001
+# An outlier has a robust z score beyond OUTLIER_Z, among FEWEST_SLIDES slides or more.
+OUTLIER_Z, FEWEST_SLIDES = 3.5, 8
 
 _PICTURE_PX, _QUALITY = (180, 130), 60
 
@@ -34,17 +31,19 @@ class SlideResult:
 
     row: Mapping[str, Any]
     address: str = ""
-    "Of its folder, as a URL relative to the run's; empty where there is none."
+    "Address of its folder, a URL relative to the run's folder; empty where there is none."
+    overlay: str = ""
+    "Address of its overlay; empty where there is no folder."
     summary: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    "Of `pipeline.segment.summary`; empty where there are none."
+    "Of `pipeline.segment.summary`; empty where there is none."
     finished: float | None = None
-    "When, in seconds since 1970."
+    "When it was finished, seconds since 1970."
     picture: str = ""
     "Its overlay, small, as a data URL; empty where there is none."
     remarks: tuple[str, ...] = ()
-    "Why a person should look at it."
-    odd: bool = False
-    "It is unlike the other slides."
+    "Warnings about the slide, and why it is an outlier."
+    outlier: bool = False
+    "Whether its nuclei are unlike those of the other slides."
 
     @property
     def name(self) -> str:
@@ -86,7 +85,8 @@ def _read(run: RunFolder, row: Mapping[str, Any]) -> SlideResult:
     folder, name = run.slide(str(row["slide"])), str(row["slide"])
     # quoted bytes keep names that are not UTF-8, and a colon does not become a URL's scheme
     address = quote(os.fsencode(name), safe="/") if folder.path.is_dir() else ""
-    slide = SlideResult(row, address, remarks=tuple(filter(None, [str(row.get("remarks") or "")])))
+    overlay = f"{address}/{folder.overlay.name}" if address else ""
+    slide = SlideResult(row, address, overlay, remarks=tuple(filter(None, [str(row.get("remarks") or "")])))
     if slide.state != "done":
         return slide
     content = files.read_json(folder.slide_json) or {}
@@ -148,21 +148,21 @@ def _compared(slides: Sequence[SlideResult]) -> list[SlideResult]:
     areas = np.array([s.median_area for s in slides], np.float64)
     dense = "{} nuclei than usual: {:,.0f} per mm², the run's median is {:,.0f}"
     large = "{} nuclei than usual: {:.1f} µm² at the median, the run's is {:.1f}"
-    density = _oddities(densities, np.log(densities), lambda z: "fewer" if z < 0 else "more", dense)
-    size = _oddities(areas, areas, lambda z: "smaller" if z < 0 else "larger", large)
+    density = _outlier_remarks(densities, np.log(densities), lambda z: "fewer" if z < 0 else "more", dense)
+    size = _outlier_remarks(areas, areas, lambda z: "smaller" if z < 0 else "larger", large)
     compared = []
-    for slide, *said in zip(slides, density, size, strict=True):
-        odd = [words for words in said if words]
-        compared.append(dataclasses.replace(slide, remarks=(*slide.remarks, *odd), odd=bool(odd)))
+    for slide, *outlier_remarks in zip(slides, density, size, strict=True):
+        unusual = [words for words in outlier_remarks if words]
+        compared.append(dataclasses.replace(slide, remarks=(*slide.remarks, *unusual), outlier=bool(unusual)))
     return compared
 
 
-def _oddities(values: Floats, scaled: Floats, sense: Callable[[float], str], words: str) -> list[str]:
+def _outlier_remarks(values: Floats, scaled: Floats, sense: Callable[[float], str], words: str) -> list[str]:
     """A remark for each value: empty for those that are no outliers."""
     z = robust_z(scaled)
     return [
         f"{words.format(sense(score), value, np.nanmedian(values))} (robust z {score:.1f})"
-        if abs(score) > ODD_Z
+        if abs(score) > OUTLIER_Z
         else ""
         for value, score in zip(values, z, strict=True)
     ]

@@ -1,4 +1,4 @@
-"""The report's table of slides: a row each, with what there is to know of it; report.js sorts and filters it."""
+"""The report's table of slides, a row each; report.js sorts and filters it."""
 
 import html
 from collections.abc import Sequence
@@ -35,7 +35,7 @@ def slide_table(slides: Sequence[SlideResult]) -> str:
         f'<th scope="col"{" class=number" if number else ""}><button type="button">{name}</button></th>'
         for name, number in _COLUMNS.items()
     )
-    choices = {"all": "all", "look": "with warnings", "failed": "failed", "pending": "pending", "done": "done"}
+    choices = {"all": "all", "warned": "with warnings", "failed": "failed", "pending": "pending", "done": "done"}
     options = "".join(f'<option value="{value}">{words}</option>' for value, words in choices.items())
     keys = " · ".join(f'<span class="key c{n}"></span> {stage.name}' for n, stage in enumerate(STAGES))
     return (
@@ -55,7 +55,7 @@ def _row(slide: SlideResult, number: int) -> str:
     remarks = [str(slide.row["cause"])] if slide.row.get("cause") else slide.remarks
     known = slide.number if slide.state == "done" else lambda _: np.nan
     cells = [
-        f'<td><a href="{slide.address}/overlay.jpg">{picture}</a></td>' if picture else "<td></td>",
+        f'<td><a href="{slide.overlay}">{picture}</a></td>' if picture else "<td></td>",
         f'<td class="name" data-v="{name}">{linked(slide)}</td>',
         f'<td data-v="{status}"><span class="status {slide.state}">{status}</span></td>',
         _cell(known("tissue_mm2"), ",.2f"),
@@ -67,11 +67,11 @@ def _row(slide: SlideResult, number: int) -> str:
         _cell(known("saturated_tiles"), ",.0f"),
         _ratio(slide),
         _seconds(slide),
-        f'<td class="remarks {"odd" if slide.remarks else "soft"}" data-v="{len(remarks) or ""}">'
+        f'<td class="remarks {"outlier" if slide.remarks else "soft"}" data-v="{len(remarks) or ""}">'
         f"{''.join(f'<p>{html.escape(remark)}</p>' for remark in remarks)}</td>",
     ]
-    look = "yes" if slide.remarks else "no"
-    return f'<tr id="slide-{number}" data-state="{slide.state}" data-look="{look}">{"".join(cells)}</tr>\n'
+    warned = "yes" if slide.remarks else "no"
+    return f'<tr id="slide-{number}" data-state="{slide.state}" data-warned="{warned}">{"".join(cells)}</tr>\n'
 
 
 def _cell(value: float, form: str, more: str = "") -> str:

@@ -64,7 +64,7 @@ def check_same_source(source: Path, content: Mapping[str, Any]) -> None:
             )
 
 
-# ------------------------------------------------------------------------------------------- its results
+# --------------------------------------------------------------------------------------- files of results
 
 
 def write_exports(folder: SlideFolder, export: Export) -> dict[str, Exported]:

@@ -1,4 +1,4 @@
-"""What is done, and to which slide: all that a task on any machine needs to know."""
+"""The slide and the settings of a task: all that it needs on any machine."""
 
 import functools
 import os
@@ -30,8 +30,8 @@ class Manifest:
 class Job:
     """Paths and numbers only: it is sent with every task.
 
-    scale: what the user says of it.
-    lease: the file that proves that this slide is ours; None where nobody else can have it.
+    scale: what the user states of it.
+    lease: the file of this run's lease of the slide; None where there are no other runs.
     """
 
     source: Path
@@ -53,10 +53,10 @@ class Job:
         return self.manifest.digest
 
     def check_lease(self) -> None:
-        """To be asked before anything is committed. Raises LeaseLost once another process has the slide."""
+        """Called before anything is committed. Raises LeaseLost once another process has the slide."""
         if self.lease is None:
             return
         try:
-            os.utime(self.lease)  # asks the file server, where a look could be answered from a cache
+            os.utime(self.lease)  # reaches the file server, where a read could be answered from a cache
         except FileNotFoundError:
             raise LeaseLost(f"{self.source.name}: another process has taken this slide over") from None

@@ -1,4 +1,4 @@
-"""The plan of a slide: what it is, where its tissue lies, how it is stained. Made once, before tiling; kept on disk."""
+"""The plan of a slide: its scale, tissue, grid and stain. Made once, before tiling; kept on disk."""
 
 import functools
 from collections.abc import Mapping
@@ -22,7 +22,7 @@ from slides.tissue import TissueMap
 
 
 class Plan(NamedTuple):
-    """What a slide is and where its tissue lies."""
+    """What later stages need to know of a slide."""
 
     quick_hash: str
     vendor: str
@@ -34,7 +34,7 @@ class Plan(NamedTuple):
     tissue: TissueMap
     normalisation: Normalisation
     has_icc: bool  # the pixels are taken as stored; the profile is not applied
-    notes: tuple[str, ...]  # what a person must know of the slide, such as why it is not normalised
+    notes: tuple[str, ...]  # warnings, such as why it is not normalised
 
     @property
     def tiles(self) -> tuple[Tile, ...]:
@@ -88,7 +88,7 @@ def plan_slide(slide: Slide, settings: Settings, stain_sha256: Mapping[str, str]
 def _normalisation(
     slide: Slide, tissue: TissueMap, settings: Settings, stain_sha256: Mapping[str, str]
 ) -> tuple[Normalisation, tuple[str, ...]]:
-    """How the slide is normalised; and notes on why it is not, although that was asked for."""
+    """How the slide is normalised; and a note where it cannot be, although the settings ask for it."""
     target = template_stain(settings.stain, settings.tissue, settings.tiling.mpp, stain_sha256)
     network = load.stain_network(settings.stain, recorded=stain_sha256.get("weights", ""))
     try:
@@ -152,7 +152,7 @@ def _frame(stored: list[Any]) -> Frame:
 
 
 def read_plan(folder: SlideFolder, digest: str) -> Plan:
-    """The same, read once per process. Raises ScratchLost where it is not there, whole."""
+    """The same, read once per process. Raises ScratchLost where it is missing or damaged."""
     try:
         return _read_plan(folder, digest, folder.plan.stat().st_mtime_ns)
     except FileNotFoundError:

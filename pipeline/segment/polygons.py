@@ -1,4 +1,4 @@
-"""Mask probabilities -> polygons, and operations on polygons: repair, simplification, rasterising, measuring.
+"""Mask probabilities -> polygons, and operations on polygons: repair, simplification, rasterising, measurements.
 
 All are functions over arrays: a thousand masks are outlined in one call, a million vertices measured in one pass.
 x right, y down; vertices on pixel edges, so that a pixel (row, col) covers [col, col + 1) x [row, row + 1).
@@ -20,7 +20,7 @@ _MOSAIC_CELLS = 1 << 22  # float64 cells outlined in one call: 32 MiB
 _PAINTED_PX = 1 << 22  # pixels listed at once when rasterising: 32 MiB an index
 
 
-def polygons(mask_probs: NDArray[Any], boxes: NDArray[np.floating], *, level: float) -> Polygons:
+def from_masks(mask_probs: NDArray[Any], boxes: NDArray[np.floating], *, level: float) -> Polygons:
     """Outline every mask at `level`, in the frame of `boxes`.
 
     mask_probs: float32 (N, M, M), probabilities at the centres of an M x M grid of cells stretched over each box.
@@ -46,7 +46,7 @@ def polygons(mask_probs: NDArray[Any], boxes: NDArray[np.floating], *, level: fl
 
 
 def _outline(mask_probs: NDArray[Any], boxes: Floats, level: float) -> Polygons:
-    """`polygons` for as many masks as one mosaic holds."""
+    """`from_masks` for as many masks as one mosaic holds."""
     count, side = mask_probs.shape[:2]
     # A bool mask is sampled at both edges of every cell instead of its centre, so outlines run along edges.
     samples = 2 if mask_probs.dtype == bool else 1
@@ -127,8 +127,8 @@ def simplify(polygons: Polygons, tolerance_px: float) -> Polygons:
     """
     quick = shapely.simplify(polygons, tolerance_px, preserve_topology=False)
     simplified = np.array(quick, dtype=object)
-    # Seven times as fast as keeping the topology of all, which few outlines need. A new outline that crosses itself
-    # is repaired by GEOS: one in a million then has a hole or several parts.
+    # Much faster than keeping the topology of all, which few outlines need. A new outline that crosses itself is
+    # repaired by GEOS, and may then have a hole or several parts.
     damaged = ~shapely.is_valid(simplified) | shapely.is_empty(simplified)
     damaged |= shapely.get_type_id(simplified) != shapely.get_type_id(polygons)
     damaged |= shapely.get_num_interior_rings(simplified) != shapely.get_num_interior_rings(polygons)

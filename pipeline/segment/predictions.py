@@ -1,4 +1,4 @@
-"""The instances in the patches of a block: handed on disk from the device to those who outline it."""
+"""The instances in the patches of a block, on disk between detection and outlining."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +13,7 @@ from pipeline.segment.record import WorkRecord
 
 
 class Predictions(NamedTuple):
-    """What `write_predictions` wrote."""
+    """The instances of a block's tiles, and what was done for them."""
 
     tiles: list[HostInstances]
     lost: NDArray[np.float32]  # share of each tile's core without a result: unreadable, or no memory

@@ -1,4 +1,4 @@
-"""What became of a slide: what its stages did, and what a person must be told about it, worded once.
+"""The outcome of a slide: what its stages did, and the warnings about it, worded once.
 
 The ledger, the terminal and the report all show `SlideRecord.remarks`.
 """
@@ -22,7 +22,7 @@ class Counts:
     nuclei: int = 0
     area_lost_mm2: float = 0.0  # of the cores: unreadable, or no memory
     saturated_tiles: int = 0  # that reached their cap even after they were split
-    split_tiles: int = 0  # done in quarters, as the device lacked the memory for the whole
+    split_tiles: int = 0  # detected in quarters, as the device lacked the memory for the whole
     touching_nuclei: int = 0  # that reach the edge of what their tile read, inside the slide
     seam_duplicates: int = 0  # left out at seams: duplicates, and what no other tile confirmed
     export_repaired: int = 0  # outlines that needed more than rounding to be valid, over all formats
@@ -35,9 +35,9 @@ class Counts:
 
 @dataclass(frozen=True)
 class WorkRecord:
-    """What stages did to a block or a slide: small enough to send anywhere. Records add up.
+    """What stages did for a block or a slide, in a few numbers. Records add up.
 
-    seconds: at work in each stage, by its name; waiting is not counted.
+    seconds: processing time of each stage, by its name, without waiting.
     computed_on: kinds of device and precisions that detected, such as "cpu bfloat16"; they decide the last bits.
     """
 
@@ -75,7 +75,7 @@ class SlideRecord:
     tiles: int = 0
     work: WorkRecord = WorkRecord()
     elapsed_seconds: float = 0.0  # from start to end, waiting included
-    remarks: tuple[str, ...] = ()  # why a person should look at it
+    remarks: tuple[str, ...] = ()  # warnings about the slide
 
     @property
     def done(self) -> bool:
@@ -87,7 +87,7 @@ class SlideRecord:
 
     @property
     def work_seconds(self) -> float:
-        """At work, over all stages and workers."""
+        """Processing time, over all stages and workers."""
         return sum(self.work.seconds.values(), 0.0)
 
     def to_json(self) -> dict[str, Any]:
@@ -104,9 +104,9 @@ class SlideRecord:
 
 
 def remarks(record: SlideRecord, summary: Mapping[str, Any], notes: tuple[str, ...] = ()) -> tuple[str, ...]:
-    """What a person must know of a finished slide: what was lost, skipped, guessed, overridden, or looks wrong.
+    """The warnings about a finished slide: what was lost, skipped, overridden, or looks wrong.
 
-    summary: of `pipeline.segment.summary`; notes: what planning has to say, which comes first.
+    summary: of `pipeline.segment.summary`; notes: of the plan, which come first.
     """
     counts, said = record.work.counts, list(notes)
     if not record.tissue_mm2:

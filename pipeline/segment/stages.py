@@ -44,7 +44,7 @@ THUMBNAIL_PX, OVERLAY_PX = 1200, 3000  # longest sides of thumbnail.jpg and over
 
 
 class Detect(Protocol):
-    """What stands for the detector: patches uint8 (n, T, T, 3) -> what is in each, in their order."""
+    """The detector, or its stand-in: patches uint8 (n, T, T, 3) -> the instances of each, in their order."""
 
     def __call__(
         self, patches: NDArray[np.uint8], normalisation: Normalisation, settings: Settings
@@ -59,9 +59,9 @@ def _worked(stage: str, since: float, counts: Counts = Counts(), computed_on: tu
 
 
 def make_plan(job: Job) -> WorkRecord:
-    """Open the slide, find its tissue, lay the grid, fit its stain; or take up the plan of an earlier run.
+    """Open the slide, detect its tissue, lay out the grid, fit its stain; or read the plan of an earlier run.
 
-    Writes work/plan.json, work/tissue.npy and thumbnail.jpg. What other settings left in the work folder goes.
+    Writes work/plan.json, work/tissue.npy and thumbnail.jpg. Removes what other settings left in the work folder.
     Raises slides.errors.SlideError, SlideChanged.
     """
     started, folder = time.perf_counter(), job.folder
@@ -104,8 +104,8 @@ def remove_work(job: Job) -> None:
     """Remove the work folder. A task that another worker, given up for lost, still runs in there then fails alone."""
     folder = job.folder
     if folder.work.exists():
-        folder.work.rename(folder.work.with_name(f".{folder.work.name}-{uuid4().hex[:12]}"))
-    for leftover in folder.path.glob(f".{folder.work.name}-*"):
+        folder.work.rename(folder.discarded_work(uuid4().hex[:12]))
+    for leftover in folder.all_discarded_work():
         shutil.rmtree(leftover, ignore_errors=True)
 
 
@@ -138,7 +138,7 @@ def _is_detected(job: Job, block: int) -> bool:
 
 
 def block_record(job: Job, block: int) -> WorkRecord | None:
-    """What was done for a block whose instances are there, whole; None where they are not."""
+    """What was done for a block, if its instances are complete; else None."""
     content = files.read_seal(job.folder.instances(block))
     return None if content is None else WorkRecord.from_json(content)
 
@@ -147,9 +147,9 @@ def block_record(job: Job, block: int) -> WorkRecord | None:
 
 
 def detect_block(job: Job, block: int, before: WorkRecord, detect: Detect | None = None) -> WorkRecord:
-    """Patches of one block -> what the detector finds in them, committed in one rename; then the patches go.
+    """Patches of one block -> their instances, committed in one rename; then the patches are deleted.
 
-    detect: in the detector's place. The device is asked for only once the patches are in memory: two of these in one
+    detect: replaces the detector. The device is locked only once the patches are in memory: two of these in one
     process take turns, and while one computes the other one reads.
     """
     plan = read_plan(job.folder, job.digest)
@@ -164,12 +164,12 @@ def detect_block(job: Job, block: int, before: WorkRecord, detect: Detect | None
         with device_lock():
             started = time.perf_counter()
             _check_weights(job)
-            found = list((detect or _detector())(patches, plan.normalisation, job.settings))
+            instances = list((detect or _detector())(patches, plan.normalisation, job.settings))
             device = () if detect else (computes_on(job.settings.detector),)
             before += _worked("detect", started, computed_on=device)
         _check_weights(job)  # nor was it replaced meanwhile
         job.check_lease()
-        write_predictions(job.folder.predictions(block), found, lost, before)
+        write_predictions(job.folder.predictions(block), instances, lost, before)
     store.discard(block)
     return before
 
@@ -192,7 +192,7 @@ def _detector() -> Detect:
 
 
 def outline_block(job: Job, block: int, before: WorkRecord) -> WorkRecord:
-    """What the detector found in one block -> its claimed instances as polygons, committed in one rename.
+    """The instances in one block -> those that its tiles claim, as polygons, committed in one rename.
 
     Returns all that was done for the block, by an earlier run too. Raises ScratchLost where it was not detected.
     """
@@ -219,22 +219,22 @@ def outline_block(job: Job, block: int, before: WorkRecord) -> WorkRecord:
     return record
 
 
-def outline(found: HostInstances, tile: Tile, plan: Plan, settings: Settings) -> tuple[pa.Table, int]:
+def outline(instances: HostInstances, tile: Tile, plan: Plan, settings: Settings) -> tuple[pa.Table, int]:
     """A tile's claimed instances as rows of `tables.INSTANCES`, and how many of them a read edge cuts.
 
-    Claimed is what is anchored (by its centroid) in the tile's core and in the tissue, and lies on no better one.
+    A claimed instance is anchored (by its centroid) in the tile's core and in the tissue, and no better one covers it.
     """
-    shapes = polygons.solid(polygons.polygons(found.mask_probs, found.boxes, level=0.5))
+    shapes = polygons.solid(polygons.from_masks(instances.mask_probs, instances.boxes, level=0.5))
     shapes = polygons.simplify(shapes, settings.stitching.simplify_px)
     shapes = shapely.transform(shapes, lambda xy: xy + np.array(tile.read[:2], float))
     anchors = polygons.centroids(shapes)  # NaN where nothing was outlined
     mine = stitch.claim(anchors, tile.core, tolerance=settings.stitching.tolerance_px)
-    mine &= stitch.mask_nms(shapes, found.scores, share=settings.detector.overlap)
+    mine &= stitch.mask_nms(shapes, instances.scores, share=settings.detector.overlap)
     mine[mine] = plan.tissue.contains(anchors[mine])
     bounds = shapely.bounds(shapes[mine])
     cut_off = int(stitch.touching(bounds, tile.read, plan.grid.size).sum())
     kept = np.flatnonzero(mine)
-    return tables.instance_rows(tile, shapes[kept], select(found, kept)), cut_off
+    return tables.instance_rows(tile, shapes[kept], select(instances, kept)), cut_off
 
 
 # -------------------------------------------------------------------------------------------------- stitch
@@ -305,7 +305,7 @@ def _left_out_at_seams(job: Job, plan: Plan) -> dict[int, NDArray[np.int64]]:
     if not bounds:
         return {}
     boxes, tiles, scores, places = (np.concatenate(parts) for parts in (bounds, tile, score, place))
-    stride = plan.grid.tile - 2 * plan.grid.margin
+    stride = plan.grid.stride
     corners = tiles[:, ::-1] * stride
     cores = np.concatenate([corners, corners + stride], 1)
     reach = max(0.0, float(stitch.overhang(boxes, cores).max(initial=0.0)))
@@ -326,7 +326,7 @@ def _left_out_at_seams(job: Job, plan: Plan) -> dict[int, NDArray[np.int64]]:
 
 
 def export_slide(job: Job) -> WorkRecord:
-    """The formats that are asked for, made from nuclei.parquet, and the overlay."""
+    """The files of the chosen formats, made from nuclei.parquet, and the overlay."""
     started, folder, plan = time.perf_counter(), job.folder, read_plan(job.folder, job.digest)
     job.check_lease()
     exported = write_exports(folder, job.settings.export).values()
@@ -342,9 +342,9 @@ def export_slide(job: Job) -> WorkRecord:
 
 
 class Stage(NamedTuple):
-    """A step on the way of a slide.
+    """A step in the processing of a slide.
 
-    run: of a job; of a job, a block and what was done for the block before, where it is done block by block.
+    run: a function of a job; per_block: of a job, a block and the record of what was done for the block before.
     """
 
     name: str

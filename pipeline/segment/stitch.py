@@ -5,7 +5,7 @@
    a nucleus at a seam is claimed by at least one tile although the tiles' predictions differ.
 3. `resolve`: of instances of different tiles that overlap one is kept. An instance anchored outside its tile's core is
    kept only if another tile confirms it: without that rule more uncertain detections would be kept beside seams, where
-   two tiles are asked, than elsewhere.
+   two tiles may detect them, than elsewhere.
 
 Nothing is merged, and instances of one tile are not compared again by `resolve`. All coordinates are work px.
 """
@@ -25,9 +25,9 @@ _SHORT_PX = 2.0
 
 
 def mask_nms(polygons: Polygons, score: NDArray[np.floating], *, share: float) -> Bools:
-    """Of outlines of one tile that lie on each other, keep the best: a nucleus and its half, or two and their union.
+    """Of overlapping outlines of one tile keep the best: of a nucleus and its half, or of two nuclei and their union.
 
-    Their boxes need not overlap by enough for non-maximum suppression to see it.
+    The boxes of such outlines may overlap too little for non-maximum suppression.
     polygons: object (N,), valid or empty; score: float (N,); share: 0 < share <= 1, of the smaller one's area
     Returns bool (N,), what is kept: all but those that share at least `share` with a better one that is kept. Better
         is as in `resolve`.
@@ -38,9 +38,9 @@ def mask_nms(polygons: Polygons, score: NDArray[np.floating], *, share: float) -
     first, outline = _outlines(polygons, score)
     area = shapely.area(polygons[first])
     i, j, shared = _intersecting(polygons[first])
-    on = shared >= share * np.minimum(area[i], area[j])
+    duplicate = shared >= share * np.minimum(area[i], area[j])
     kept = np.ones(len(first), dtype=bool)
-    for better, worse in zip(i[on].tolist(), j[on].tolist(), strict=True):
+    for better, worse in zip(i[duplicate].tolist(), j[duplicate].tolist(), strict=True):
         if kept[better]:
             kept[worse] = False
     # of equal outlines the first one is kept
@@ -51,7 +51,7 @@ def claim(anchors: Floats, core: Box, *, tolerance: float) -> Bools:
     """Which instances a tile claims.
 
     anchors: float64 (N, 2), x y: a point of each instance that does not depend on the tile (its centroid)
-    Returns bool (N,): in the half-open `core` grown by `tolerance` px; NaN is claimed by nobody.
+    Returns bool (N,): in the half-open `core` grown by `tolerance` px; NaN is never claimed.
     Law: if two tiles' anchors of an object differ by at most `tolerance`, at least one tile claims it; at
     tolerance 0 and no difference, exactly one.
     """

@@ -1,4 +1,4 @@
-"""Statistics of a finished slide's nuclei, 10 kB, so that a report of a thousand slides reads little.
+"""Statistics of a finished slide's nuclei: a few kB, so that the report of a thousand slides is quick to make.
 
 They include the seam check. Where two tiles meet, a nucleus may be detected twice or not at all, and then the density
 of centroids changes with the distance to the nearest seam. When stitching is right it does not.
@@ -91,7 +91,7 @@ def seam_verdict(observed: Sequence[float] | NDArray[Any], expected: Sequence[fl
     is 1 / sqrt(e). Suspicious is a ratio off by more than 4 standard errors and by more than 5 %, as less may be the
     tissue's own unevenness, where at least 25 are expected, as fewer are not normally distributed.
     A ratio above 1 can come from duplicates, or from uncertain detections: within the claim's tolerance of a seam two
-    tiles are asked, so each has two chances to be detected.
+    tiles may detect each, so it has two chances.
     """
     near = SEAM_EDGES_PX.index(NEAR_PX)
     observed_near, expected_near = float(np.sum(observed[:near])), float(np.sum(expected[:near]))

@@ -1,4 +1,4 @@
-"""Where the tissue of a slide lies, by the settings of a run."""
+"""Tissue detection on a slide, by the settings of a run."""
 
 import numpy as np
 

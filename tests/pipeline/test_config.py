@@ -31,7 +31,7 @@ def test_settings_survive_a_round_trip_through_plain_values() -> None:
 
 
 def test_toml_sets_what_it_names_and_leaves_the_rest(tmp_path: Path) -> None:
-    file = tmp_path / "night.toml"
+    file = tmp_path / "settings.toml"
     file.write_text("[tiling]\ntile = 512\n[detector]\nscore = 0.25\n[export]\nformats = ['csv']\n")
     settings = load(file)
     assert settings.tiling == Tiling(tile=512)

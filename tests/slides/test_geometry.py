@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slides.geometry import Affine, Box, Size, union
+from slides.geometry import Affine, Box, union
 
 coordinates = st.integers(-1000, 1000)
 
@@ -37,13 +37,6 @@ def test_an_intersection_holds_the_pixels_of_both(a: Box, b: Box) -> None:
 def test_shifting_there_and_back_changes_nothing(box: Box, dx: int, dy: int) -> None:
     assert box.shift(dx, dy).shift(-dx, -dy) == box
     assert box.shift(dx, dy).size == box.size
-
-
-@given(boxes(), st.integers(0, 300))
-def test_growing_and_shrinking(box: Box, by: int) -> None:
-    assert box.grow(by).grow(-by) == box
-    assert box.grow(by).size == Size(box.width + 2 * by, box.height + 2 * by)
-    assert min(box.grow(-by).size) >= 0
 
 
 @given(st.lists(boxes(), min_size=1, max_size=5))

@@ -36,7 +36,8 @@ def test_cores_partition_the_frame(grid: TileGrid) -> None:
 def test_every_read_is_one_tile_and_holds_its_core_a_margin_inside(grid: TileGrid) -> None:
     for tile in _tiles(grid):
         assert tile.read.size == Size(grid.tile, grid.tile)
-        assert tile.read.grow(-grid.margin).intersect(Box(0, 0, *grid.size)) == tile.core
+        inner = Box(tile.read.x0, tile.read.y0, tile.read.x1 - 2 * grid.margin, tile.read.y1 - 2 * grid.margin)
+        assert inner.shift(grid.margin, grid.margin).intersect(Box(0, 0, *grid.size)) == tile.core
         assert (tile.core.x0, tile.core.y0) == (tile.read.x0 + grid.margin, tile.read.y0 + grid.margin)
 
 

@@ -135,7 +135,7 @@ def test_tiles_of_another_block_are_refused(tmp_path: Path) -> None:
         store.read(0, GRID.tiles_of(1))
 
 
-# A process of its own: makes or opens the store, then writes blocks (for ever, if told so).
+# A process of its own: makes or opens the store, then writes blocks (without end, if asked to).
 WRITER = """
 import sys
 from pathlib import Path

@@ -159,7 +159,6 @@ def test_a_map_is_queried_in_work_pixels() -> None:
     assert not tissue.any_in(Box(96, 0, 200, 200))
     assert not tissue.any_in(Box(70, 40, 70, 50))
     assert not tissue.any_in(Box(-50, -50, -10, -10))
-    assert tissue.share_of(Box(64, 32, 128, 96)) == 0.25
     assert tissue.contains(np.zeros((0, 2))).shape == (0,)
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy.spatial import cKDTree
 
-from pipeline.segment.polygons import polygons, rasterise
+from pipeline.segment.polygons import from_masks, rasterise
 from training.measures import (
     COUNTS,
     MEASURES,
@@ -297,7 +297,7 @@ def test_hausdorff_is_that_of_every_pair_by_itself(truth: np.ndarray, detected: 
 
 
 def outline(mask: np.ndarray) -> np.ndarray:
-    """LabelledImage of a mask that have a neighbour outside, one by one."""
+    """Pixels of a mask that have a neighbour outside, one by one."""
     inside = {(int(r), int(c)) for r, c in zip(*np.nonzero(mask), strict=True)}
     return np.array(
         [(r, c) for r, c in sorted(inside) if not {(r - 1, c), (r + 1, c), (r, c - 1), (r, c + 1)} <= inside]
@@ -342,7 +342,7 @@ def outlines(labels: np.ndarray) -> np.ndarray:
     side = max(labels.shape)
     masks = np.zeros((len(ids), side, side), bool)
     masks[:, : labels.shape[0], : labels.shape[1]] = labels[None] == ids[:, None, None]
-    return polygons(masks, np.tile([0.0, 0.0, side, side], (len(ids), 1)), level=0.5)
+    return from_masks(masks, np.tile([0.0, 0.0, side, side], (len(ids), 1)), level=0.5)
 
 
 @given(maps, maps)

@@ -1,7 +1,7 @@
 """COCO JSON in and out: the one form of annotations that most other tools read.
 
 Masks are run lengths, column by column, background first (Lin et al. 2014; `maskApi.c` of pycocotools). Here
-they are taken apart in numpy: the C code believes what a file says of its own length.
+they are decoded in numpy: the C code does not check the lengths that a file states.
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,10 +25,10 @@ from training.data.sample import (
     LabelledImage,
     Metadata,
     class_names,
-    inside,
     labelled_image,
     read_image,
     read_json_file,
+    relative_name,
 )
 
 Ints = NDArray[np.int64]
@@ -56,18 +56,18 @@ def coco(data: Path, metadata: Metadata) -> Catalogue | None:
     """
     files = [data] if data.is_file() else sorted(p for q in ("*.json", "annotations/*.json") for p in data.glob(q))
     others = (DATASET_FILE, SPLITS_FILE)
-    found = [
+    readable = [
         (path, content)
         for path in files
         if path.suffix.lower() == ".json" and path.name not in others and _is_coco(content := read_json_file(path))
     ]
-    if not found:
+    if not readable:
         return None
-    if len(found) > 1:
+    if len(readable) > 1:
         raise AnnotationError(
-            f"{data} holds {len(found)} COCO files, {found[0][0]} and {found[1][0]}: give one of them"
+            f"{data} holds {len(readable)} COCO files, {readable[0][0]} and {readable[1][0]}: give one of them"
         )
-    ((source, content),) = found
+    ((source, content),) = readable
     try:
         return _catalogue(content, source, metadata)
     except (AttributeError, KeyError, TypeError, OverflowError) as error:
@@ -160,7 +160,7 @@ def _image_entry(entry: Mapping[str, Any], source: Path) -> _ImageEntry:
     height, width = entry["height"], entry["width"]
     if not all(type(side) is int and 0 < side <= _LARGEST_SIDE_PX for side in (height, width)):
         raise AnnotationError(f"{source}: an image of {width!r} x {height!r} px: need 1 to {_LARGEST_SIDE_PX}")
-    name = inside(entry["file_name"], source)
+    name = relative_name(entry["file_name"], source)
     places = [f / name for up in (source.parent, source.parent.parent) for f in (up, up / "images")]
     path = next((p for p in places if p.is_file()), None)
     if path is None:

@@ -45,7 +45,7 @@ class Crops(data.Dataset[Crop]):
     A dataset is drawn with a probability proportional to the square root of its number of nuclei, so that large ones
     count for more and small ones are not lost; then a group (organ, patient) with equal probabilities, then one of
     its images.
-    side, mpp: of the crops as the network sees them
+    side, mpp: of the crops as the network is given them
     Raises AnnotationError for a dataset without a nucleus.
     """
 
@@ -127,6 +127,6 @@ def regions(labels: NDArray[np.int32]) -> NDArray[np.uint8]:
     """Instance map (S, S) -> 0 background, 1 inside a nucleus, 2 within EDGE_PX of another nucleus or background."""
     width = 2 * EDGE_PX + 1
     edge = ndimage.maximum_filter(labels, width) != ndimage.minimum_filter(labels, width)
-    found: NDArray[np.uint8] = (labels > 0).astype(np.uint8)
-    found[(labels > 0) & edge] = 2
-    return found
+    classes: NDArray[np.uint8] = (labels > 0).astype(np.uint8)
+    classes[(labels > 0) & edge] = 2
+    return classes

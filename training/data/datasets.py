@@ -1,6 +1,6 @@
-"""Reads a dataset of annotated images in whatever form it comes: finds its form, scale, groups and splits.
+"""Reads a dataset of annotated images in any of several forms: recognises its form, scale, groups and splits.
 
-A dataset is a folder, or one annotation file with its images near it, in one of `FORMS`. Beside them may lie
+A dataset is a folder, or one annotation file with its images near it, in one of `FORMS`. Optional files beside them:
     splits.json    {"train": [id, ...], "test": [...]}; see `named_splits`
     dataset.json   {"mpp": 0.25 or {id: 0.25}, "classes": ["Tumour", ...], "groups": {id: "bladder"}}; all optional;
                    each overrides what the source says, and --mpp overrides all

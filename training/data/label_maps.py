@@ -1,7 +1,7 @@
 """Annotations drawn as pixels: folders of label maps, TNBC's masks, PanNuke's arrays, CoNSeP's MATLAB files.
 
 Every reader takes a folder and the content of its dataset.json, and lists the images; None: not this form.
-Where two layers claim a pixel, the later layer has it.
+A pixel that two layers mark belongs to the later one.
 """
 
 import re
@@ -25,10 +25,10 @@ from training.data.sample import (
     Entry,
     LabelledImage,
     Metadata,
-    both,
     by_stem,
     class_numbers,
     labelled_image,
+    pair_up,
     read_image,
     subfolder,
     whole_numbers,
@@ -50,7 +50,7 @@ def folder(data: Path, metadata: Metadata) -> Catalogue | None:
     images, labels, classes = (subfolder(data, name) for name in ("images", "labels", "classes"))
     if images is None or labels is None:
         return None
-    pairs = both(by_stem(images.iterdir()), by_stem(labels.iterdir(), _MAPS), data)
+    pairs = pair_up(by_stem(images.iterdir()), by_stem(labels.iterdir(), _MAPS), data)
     if classes is None:
         if len(metadata.classes) > 1:
             raise AnnotationError(
@@ -59,7 +59,7 @@ def folder(data: Path, metadata: Metadata) -> Catalogue | None:
             )
         entries = [Entry(id_, partial(_read_maps, image, map_), image) for id_, image, map_ in pairs]
         return Catalogue(tuple(entries), metadata.classes or NO_CLASSES)
-    maps = both(by_stem(images.iterdir()), by_stem(classes.iterdir(), _MAPS), classes)
+    maps = pair_up(by_stem(images.iterdir()), by_stem(classes.iterdir(), _MAPS), classes)
     largest = max((int(_read_map(path).max()) for _, _, path in maps), default=0)
     return Catalogue(
         tuple(
@@ -118,7 +118,7 @@ def tnbc(data: Path, metadata: Metadata) -> Catalogue | None:
         raise AnnotationError(f"{data} has no {'GT' if odd[0] in slides else 'Slide'}_{odd[0]}: need both")
     entries = []
     for number, slide in sorted(slides.items()):
-        pairs = both(by_stem(slide.iterdir()), by_stem(truths[number].iterdir(), _MAPS), slide)
+        pairs = pair_up(by_stem(slide.iterdir()), by_stem(truths[number].iterdir(), _MAPS), slide)
         entries += [Entry(id_, partial(_read_mask, image, mask), image) for id_, image, mask in pairs]
     return Catalogue(tuple(entries), metadata.classes or NO_CLASSES)
 
@@ -132,7 +132,7 @@ def matlab(data: Path, metadata: Metadata) -> Catalogue | None:
     images, labels = subfolder(data, "images"), subfolder(data, "labels")
     if images is None or labels is None or not any(p.suffix.lower() == ".mat" for p in labels.iterdir()):
         return None
-    pairs = both(by_stem(images.iterdir()), by_stem(labels.iterdir(), [".mat"]), data)
+    pairs = pair_up(by_stem(images.iterdir()), by_stem(labels.iterdir(), [".mat"]), data)
     if metadata.classes:
         classes = metadata.classes
     else:
@@ -196,8 +196,8 @@ def _read_mask(image: Path, mask: Path) -> LabelledImage:
 
 def _read_matlab(image: Path, path: Path, classes: int) -> LabelledImage:
     labels, class_index = _load(path)
-    found = np.bincount(labels.ravel())
-    if class_index.size and ((class_index < 1) | (class_index > classes))[found[1:] > 0].any():
+    pixels = np.bincount(labels.ravel())
+    if class_index.size and ((class_index < 1) | (class_index > classes))[pixels[1:] > 0].any():
         raise AnnotationError(f"{path} has a nucleus of class 0 or above {classes}: need 1 to {classes} for each")
     return _named(path, read_image(image), labels, class_index if class_index.size else None)
 
@@ -262,8 +262,8 @@ def _majority(labels: NDArray[np.int32], classes: Path | NDArray[np.int32]) -> N
 
 def _numbered(data: Path, name: str) -> dict[str, Path]:
     """Folders called <name>_<number>, by number."""
-    found = [(p, re.fullmatch(rf"{name}_(\d+)", p.name, re.IGNORECASE)) for p in data.glob("*") if p.is_dir()]
-    return {match[1]: path for path, match in found if match}
+    named = [(p, re.fullmatch(rf"{name}_(\d+)", p.name, re.IGNORECASE)) for p in data.glob("*") if p.is_dir()]
+    return {match[1]: path for path, match in named if match}
 
 
 def _load(path: Path) -> tuple[NDArray[np.int32], NDArray[np.int64]]:

@@ -1,7 +1,7 @@
 """Numeric arrays of MATLAB files, level 5, which are MATLAB's -v6 and -v7.
 
-After "MAT-File Format", The MathWorks, chapter 1. scipy's reader is not used, as a damaged file can bring it
-down with the whole process; here everything is checked against the bytes that are there.
+After "MAT-File Format", The MathWorks, chapter 1. scipy's reader is not used, as a damaged file can crash the whole
+process with it; here every stated size is checked against the bytes of the file.
 """
 
 import struct

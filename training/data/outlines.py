@@ -1,4 +1,4 @@
-"""Annotations drawn as outlines: what their readers share, and the reader of Aperio ImageScope's XML.
+"""Annotations drawn as outlines: the functions that their readers use, and the reader of Aperio ImageScope's XML.
 
 A reader takes a folder, or one file beside its image, and the content of dataset.json, and lists the images;
 None: not this form. Where outlines overlap, the later one in the file has the pixels.
@@ -49,10 +49,10 @@ class Outlines(NamedTuple):
 
 
 def paint(polygons: Polygons, shape: tuple[int, int], shifts: Shifts = _EDGES) -> tuple[NDArray[np.int32], int]:
-    """Label map, int32 (h, w), of polygons in px of the map, and the number of pixels that several claim.
+    """Label map, int32 (h, w), of polygons in px of the map, and the number of pixels inside several of them.
 
-    Pixel (row, col) gets i + 1 if its centre lies in polygon i (even-odd) moved by one of `shifts`; where
-    several claim it, the later one has it.
+    Pixel (row, col) gets i + 1 if its centre lies in polygon i (even-odd) moved by one of `shifts`; a pixel
+    inside several belongs to the last one.
     """
     moved = [shapely.transform(polygons, lambda xy, by=by: xy + by) for by in shifts]
     copies = np.stack(moved, axis=1).ravel()
@@ -99,9 +99,9 @@ def check_near(polygons: Polygons, size: Size, source: Path) -> None:
     x0, y0, x1, y1 = shapely.bounds(polygons).T
     astray = (x0 < -size.width) | (y0 < -size.height) | (x1 > 2 * size.width) | (y1 > 2 * size.height)
     if astray.any():
-        found = ", ".join(f"{v:g}" for v in shapely.bounds(polygons[astray][0]))
+        span = ", ".join(f"{v:g}" for v in shapely.bounds(polygons[astray][0]))
         raise AnnotationError(
-            f"{source}: an outline spans {found}, its image is {size.width} x {size.height} px: "
+            f"{source}: an outline spans {span}, its image is {size.width} x {size.height} px: "
             f"need the image that it was drawn on"
         )
 
@@ -113,12 +113,12 @@ def class_index_of(classes: Sequence[str], names: Sequence[str]) -> NDArray[np.i
 
 def images_near(data: Path, suffixes: Collection[str]) -> dict[str, list[Path]]:
     """Images near `data` by their name, with suffix and without."""
-    found: dict[str, list[Path]] = {}
+    by_name: dict[str, list[Path]] = {}
     for path in nearby(data.parent if data.is_file() else data):
         if path.suffix.lower() in suffixes and path.is_file():
             for name in (path.stem, path.name):
-                found.setdefault(name, []).append(path)
-    return found
+                by_name.setdefault(name, []).append(path)
+    return by_name
 
 
 def image_of(stem: str, source: Path, images: Mapping[str, Sequence[Path]]) -> Path:

@@ -31,14 +31,14 @@ from training.data.sample import (
     LabelledImage,
     Metadata,
     class_names,
-    frame,
+    image_size,
     labelled_image,
     nearby,
     parse_json,
     read_image,
 )
 
-# A field of 8192 px is 4 mm2 at 0.25 um and a quarter of a GB of labels: more was not drawn by hand.
+# A field of 8192 px is 4 mm2 at 0.25 um and a quarter of a GB of labels: larger ones are not annotated by hand.
 _LARGEST_FIELD_PX = 8192
 _LARGEST_UNPACKED = 2**30  # bytes of text in a compressed file: about a million nuclei
 _LARGEST_PX = 10_000_000  # of any slide; the geometry of larger numbers overflows
@@ -58,7 +58,7 @@ class Objects(NamedTuple):
 
 
 class Drawing(NamedTuple):
-    """An export, sorted by what its objects stand for."""
+    """The objects of an export by their meaning."""
 
     nuclei: Outlines
     regions: Polygons  # rectangles, each an image
@@ -75,7 +75,7 @@ def qupath(data: Path, metadata: Metadata) -> Catalogue | None:
     <image>_1 and so on, and nothing else is read; without, the whole image is one, if it is small enough for a
     person to have outlined every nucleus in it. Coordinates are px from the corner of the slide's bounds, on pixel
     edges.
-    As in QuPath, a class whose name ends in * is ignored: nobody says what is in such an area, so it is painted
+    As in QuPath, a class whose name ends in * is ignored: its content is not annotated, so it is painted
     white in the image, but for annotated nuclei, and neither training nor evaluation counts what is in it.
     Skipped and counted: cells without an outline of the nucleus, objects without an area, those of another plane
     than z = 0, t = 0, and what lies outside every region.
@@ -90,7 +90,7 @@ def qupath(data: Path, metadata: Metadata) -> Catalogue | None:
     skipped: Counter[str] = Counter()
     for path, name, drawing in drawings:
         image = image_of(name, path, images)
-        size = frame(image)
+        size = image_size(image)
         polygons = drawing.nuclei.polygons
         check_near(polygons, size, path)
         index = class_index_of(drawing.nuclei.classes, names)

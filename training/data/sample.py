@@ -1,7 +1,7 @@
-"""An annotated image in memory and on disk, and what all readers of annotations share.
+"""An annotated image in memory and on disk, and the functions that all readers of annotations use.
 
 A reader lists what a folder holds (`Catalogue`) without reading pixels; `training.data.datasets.read_dataset` adds
-scale, group and splits, and returns a `Dataset`. No file is trusted.
+scale, group and splits, and returns a `Dataset`. Every file is checked before it is used.
 """
 
 import json
@@ -139,7 +139,7 @@ def whole_numbers(labels: NDArray[Any]) -> NDArray[np.int32]:
 def read_image(path: Path, box: Box | None = None) -> NDArray[np.uint8]:
     """RGB uint8 (h, w, 3), as stored; `box`: a part of a slide, px from the corner of its bounds.
 
-    Law: the same pixels that `nightslide run` sees. Raises AnnotationError.
+    Law: the same pixels that `nightslide run` reads. Raises AnnotationError.
     """
     try:
         with open_slide(path, mpp=_AS_STORED) as slide:
@@ -149,7 +149,7 @@ def read_image(path: Path, box: Box | None = None) -> NDArray[np.uint8]:
         raise AnnotationError(str(error)) from error
 
 
-def frame(path: Path) -> Size:
+def image_size(path: Path) -> Size:
     """The size of an image, or of a slide's bounds. Raises AnnotationError."""
     try:
         with open_slide(path, mpp=_AS_STORED) as slide:
@@ -191,20 +191,20 @@ def parse_json(text: bytes, name: str) -> Any:
 
 def subfolder(data: Path, name: str) -> Path | None:
     """The folder `name` in `data`, in whatever case it is written."""
-    found = [p for p in data.iterdir() if p.name.lower() == name and p.is_dir()] if data.is_dir() else []
-    return min(found, default=None)
+    matching = [p for p in data.iterdir() if p.name.lower() == name and p.is_dir()] if data.is_dir() else []
+    return min(matching, default=None)
 
 
 def by_stem(paths: Iterable[Path], suffixes: Iterable[str] = SUFFIXES) -> dict[str, Path]:
     """Files by their name without suffix; not hidden ones. Raises AnnotationError for two of a name."""
-    found: dict[str, Path] = {}
+    files: dict[str, Path] = {}
     for path in sorted(paths):
         if path.suffix.lower() not in suffixes or path.name.startswith("."):
             continue
-        if path.stem in found:
-            raise AnnotationError(f"'{path.stem}' is both {found[path.stem]} and {path}: need one")
-        found[path.stem] = path
-    return found
+        if path.stem in files:
+            raise AnnotationError(f"'{path.stem}' is both {files[path.stem]} and {path}: need one")
+        files[path.stem] = path
+    return files
 
 
 def nearby(data: Path) -> list[Path]:
@@ -212,24 +212,24 @@ def nearby(data: Path) -> list[Path]:
     return sorted(p for pattern in ("*", "*/*") for p in data.glob(pattern) if not p.name.startswith("."))
 
 
-def both(images: Mapping[str, Path], labels: Mapping[str, Path], where: Path) -> list[tuple[str, Path, Path]]:
+def pair_up(images: Mapping[str, Path], labels: Mapping[str, Path], where: Path) -> list[tuple[str, Path, Path]]:
     """(id, image, labels), sorted. Raises AnnotationError for an id that lacks one of them."""
     for id_ in sorted(images.keys() ^ labels.keys()):
         raise AnnotationError(f"{where}: '{id_}' has no {'labels' if id_ in images else 'image'}: need both")
     return [(id_, images[id_], labels[id_]) for id_ in sorted(images)]
 
 
-def inside(name: object, source: Path) -> PurePosixPath:
-    """A file name written in the file `source`. Raises AnnotationError if it would leave the folder."""
+def relative_name(name: object, source: Path) -> PurePosixPath:
+    """A file name that stands in the file `source`. Raises AnnotationError where it leads out of the folder."""
     path = PurePosixPath(name) if isinstance(name, str) else PurePosixPath()
     if not path.name or path.is_absolute() or ".." in path.parts or set("\\:\0") & set(str(path)):
         raise AnnotationError(f"{source} names the file {name!r}: need a name within its folder, separated by '/'")
     return path
 
 
-def class_names(found: Iterable[str], metadata: Metadata, source: Path) -> tuple[str, ...]:
-    """The dataset's classes where objects are classed by name: dataset.json's, else those found, sorted."""
-    names = sorted(set(found))
+def class_names(annotated: Iterable[str], metadata: Metadata, source: Path) -> tuple[str, ...]:
+    """The dataset's classes where objects are classed by name: dataset.json's, else the annotated ones, sorted."""
+    names = sorted(set(annotated))
     if not metadata.classes:
         return tuple(names) or NO_CLASSES
     if strange := [n for n in names if n not in metadata.classes]:

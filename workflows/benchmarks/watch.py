@@ -38,12 +38,12 @@ def main() -> int:
     given = parser.parse_args()
     with given.tsv.open("w", encoding="utf-8") as tsv:
         tsv.write("seconds\twhat\tname\tbytes\n")
-        began = time.monotonic()
+        started = time.monotonic()
         child = psutil.Popen(given.command)
         for number in (signal.SIGINT, signal.SIGTERM):  # the command decides how to end
             signal.signal(number, lambda got, _: None if got == signal.SIGINT else child.send_signal(got))
         status, processes, totals = watch(child, tsv, given.folder, given.every)
-    print(f"exit status {status} after {time.monotonic() - began:.0f} s; samples in {given.tsv}")
+    print(f"exit status {status} after {time.monotonic() - started:.0f} s; samples in {given.tsv}")
     for pid, peak in processes.items():
         print(f"{pid:>8}  PSS {mb(peak.pss)}  USS {mb(peak.uss)}  CPU {peak.cpu_s:7.1f} s  {peak.command}")
     for name, size in totals.items():
@@ -57,12 +57,12 @@ def watch(
     """Sample until the command ends. Returns its exit status and the peaks: of each process, of sums and folders."""
     processes: dict[int, Usage] = {}
     totals: dict[str, int] = {}
-    began = time.monotonic()
+    started = time.monotonic()
     while True:
         now = measure(child)
         sizes = {"all processes, PSS": sum(usage.pss for usage in now.values())}
         sizes |= {pattern: folder_bytes(pattern) for pattern in folders}
-        seconds = f"{time.monotonic() - began:.1f}"
+        seconds = f"{time.monotonic() - started:.1f}"
         for pid, usage in now.items():
             before = processes.get(pid, usage)
             processes[pid] = Usage(max(before.pss, usage.pss), max(before.uss, usage.uss), usage.cpu_s, usage.command)

@@ -174,7 +174,7 @@ def test_ten_kills_in_a_row_change_nothing(
 def test_a_cluster_of_this_machine_survives_its_workers(
     archive: Path, undisturbed: dict[str, dict[str, bytes]], tmp_path: Path
 ) -> None:
-    """Law 6: two processes of this machine, one of which is killed, give the same bytes as a loop."""
+    """Law: two processes of this machine, one of which is killed, give the same bytes as a loop."""
     import psutil
 
     out = tmp_path / "out"

@@ -1,4 +1,4 @@
-"""Every executor gives the same records; machines are sized."""
+"""Every executor gives the same records; the worker processes fit the machine."""
 
 import asyncio
 import contextlib
@@ -70,9 +70,9 @@ def test_every_executor_gives_the_same(client: Any) -> None:
 
 
 def busy(_: int) -> tuple[float, float]:
-    began = time.monotonic()
+    started = time.monotonic()
     time.sleep(0.1)
-    return began, time.monotonic()
+    return started, time.monotonic()
 
 
 def test_a_gpu_has_two_tasks_at_once_and_no_more(client: Any) -> None:
@@ -84,15 +84,15 @@ def test_a_gpu_has_two_tasks_at_once_and_no_more(client: Any) -> None:
         return spans
 
     spans = asyncio.run(six())
-    assert max(sum(a <= begun < b for a, b in spans) for begun, _ in spans) == 2
+    assert max(sum(a <= started < b for a, b in spans) for started, _ in spans) == 2
 
 
 def test_when_cancelled_what_waits_is_cancelled_too() -> None:
-    begun = threading.Event()
+    started = threading.Event()
     done: list[int] = []
 
     def slow(number: int) -> None:
-        begun.set()
+        started.set()
         threading.Event().wait(0.2)
         done.append(number)
 
@@ -100,7 +100,7 @@ def test_when_cancelled_what_waits_is_cancelled_too() -> None:
         async with asyncio.TaskGroup() as group:
             for number in range(50):
                 group.create_task(run_task(where, False, slow, number))
-            await asyncio.to_thread(begun.wait)
+            await asyncio.to_thread(started.wait)
             raise KeyError
 
     with open_executor(Execution(cluster=False, workers=2)) as where, pytest.raises(ExceptionGroup):

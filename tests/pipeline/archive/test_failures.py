@@ -1,4 +1,4 @@
-"""Runs that go wrong: each trouble ends in a clear line of the ledger, costs nothing else, and can be put right."""
+"""Runs that fail: each error is a clear line of the ledger, affects nothing else, and can be corrected."""
 
 import asyncio
 import errno
@@ -83,7 +83,7 @@ def without_stitching() -> tuple[stages.Stage, ...]:
     return tuple(stage._replace(run=fail) if stage.name == "stitch" else stage for stage in stages.STAGES)
 
 
-def test_a_full_disk_is_told_and_what_was_done_stays(
+def test_a_full_disk_is_reported_and_what_was_done_stays(
     archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
@@ -160,7 +160,7 @@ def test_an_output_folder_that_vanishes_ends_the_run_without_an_error(archive: P
     assert {row.status for row in segment(archive, out).values()} == {"done"}
 
 
-def test_a_run_json_that_is_damaged_is_told(archive: Path, tmp_path: Path) -> None:
+def test_a_run_json_that_is_damaged_is_reported(archive: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     segment(archive, out)
     for content in ("", "{}", "[1]", '{"digest": "a'):

@@ -1,4 +1,4 @@
-"""Of many who take a slide one has it; what the dead leave is taken over; what lives is left alone."""
+"""Of many processes that take a slide one gets it; leases of dead processes are taken over, of living ones never."""
 
 import json
 import os
@@ -21,7 +21,7 @@ from pipeline.layout import LEASE
 
 ROOT = Path(__file__).parents[3]
 
-# Takes the folders it is told, says which are its own, and holds them until it is killed or its input ends.
+# Takes the folders that it is sent, prints which are its own, and holds them until it is killed or its input ends.
 JOB = """
 import sys
 from pathlib import Path
@@ -88,7 +88,7 @@ def age(file: Path, seconds: float) -> None:
 
 
 def elsewhere(pid: int = 1) -> str:
-    return json.dumps({"host": "node7", "pid": pid, "began": 1.0, "pid_namespace": "another machine"})
+    return json.dumps({"host": "node7", "pid": pid, "started": 1.0, "pid_namespace": "another machine"})
 
 
 def wait_for(true: Callable[[], bool]) -> None:
@@ -102,9 +102,9 @@ def wait_for(true: Callable[[], bool]) -> None:
 
 
 @settings(max_examples=50)
-@given(st.lists(st.tuples(st.integers(0, 2), st.sampled_from(["take", "release", "oversleep", "damage"]))))
+@given(st.lists(st.tuples(st.integers(0, 2), st.sampled_from(["take", "release", "expire", "damage"]))))
 def test_at_most_one_has_a_slide(tmp_path_factory: pytest.TempPathFactory, deeds: list[tuple[int, str]]) -> None:
-    """Law: whatever three runs do, one has the slide or nobody, and nothing stays when all have released it."""
+    """Law: whatever three runs do, at most one has the slide, and no file is left when all have released it."""
     folder = tmp_path_factory.mktemp("slide")
     runs = [Leases() for _ in range(3)]
     holder, expired = None, False
@@ -116,7 +116,7 @@ def test_at_most_one_has_a_slide(tmp_path_factory: pytest.TempPathFactory, deeds
         elif deed == "release":
             runs[who].release(folder)
             holder, expired = (None, False) if holder == who else (holder, expired)
-        elif holder == who and deed == "oversleep":
+        elif holder == who and deed == "expire":
             age(file_of(folder), 200)
             expired = True
         elif holder == who and deed == "damage":
@@ -166,7 +166,7 @@ def test_of_many_processes_one_takes_a_slide_and_what_the_killed_held_is_free_at
 
 
 def test_a_take_that_comes_late_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Law: between finding a lease dead and burying it, and before the rename, any time may pass."""
+    """Law: between the check of a dead lease and its removal, and before the rename, any time may pass."""
     slow, quick, theirs = Leases(), Leases(), make(tmp_path, elsewhere(), age_s=200)
     unlink, rename = Path.unlink, os.rename
     late: list[str] = []
@@ -225,7 +225,7 @@ def test_the_end_of_the_context_releases_and_sweeps(tmp_path: Path) -> None:
     assert leases.take(tmp_path / "b")
 
 
-def test_the_heart_beats_on_when_a_folder_vanishes(tmp_path: Path) -> None:
+def test_the_heartbeat_continues_when_a_folder_vanishes(tmp_path: Path) -> None:
     with Leases(beat_s=0.01) as leases:
         assert leases.take(tmp_path / "a")
         assert leases.take(tmp_path / "b")
@@ -238,18 +238,18 @@ def test_the_heart_beats_on_when_a_folder_vanishes(tmp_path: Path) -> None:
         assert not Leases().take(tmp_path / "b")
 
 
-def test_who_slept_too_long_has_lost_its_lease(tmp_path: Path) -> None:
-    """A suspended process: its pid is there, its heart stands still."""
-    sleeper, other = Leases(), Leases(expiry_s=180)
-    assert sleeper.take(tmp_path)
+def test_an_owner_that_was_suspended_too_long_has_lost_its_lease(tmp_path: Path) -> None:
+    """A suspended process: its process exists, its heartbeat has stopped."""
+    suspended, other = Leases(), Leases(expiry_s=180)
+    assert suspended.take(tmp_path)
     age(file_of(tmp_path), 150)
     assert not other.take(tmp_path)
     age(file_of(tmp_path), 50)
     assert other.take(tmp_path)
-    assert not sleeper.ours(tmp_path)
-    sleeper.release(tmp_path)
+    assert not suspended.ours(tmp_path)
+    suspended.release(tmp_path)
     assert other.ours(tmp_path)
-    assert not sleeper.take(tmp_path)
+    assert not suspended.take(tmp_path)
 
 
 # ----------------------------------------------------------------------------------------------- who is dead
@@ -281,17 +281,17 @@ def test_a_pid_that_was_given_again_is_another_process(tmp_path: Path) -> None:
     me = lease._me()
     make(tmp_path / "a", json.dumps(me._asdict()))
     assert not Leases().take(tmp_path / "a")
-    make(tmp_path / "b", json.dumps(me._replace(began=me.began - 60)._asdict()))
+    make(tmp_path / "b", json.dumps(me._replace(started=me.started - 60)._asdict()))
     assert Leases().take(tmp_path / "b")
 
 
-def test_no_world_is_known_means_no_owner_is_known_dead(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_pid_namespace_no_owner_is_known_to_be_dead(monkeypatch: pytest.MonkeyPatch) -> None:
     def unreadable(path: Path, encoding: str) -> str:
         raise PermissionError(path)
 
     monkeypatch.setattr(Path, "read_text", unreadable)
     monkeypatch.setattr(sys, "platform", "linux")
-    assert not lease._is_gone(lease._me()._replace(began=-1.0))
+    assert not lease._is_gone(lease._me()._replace(started=-1.0))
 
 
 def test_what_cannot_be_written_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""What slides are called: unique, apart from each other, safe to write, and not moved by newcomers."""
+"""Names of slides: unique, apart from each other, safe to write, and not changed by slides that are added."""
 
 import json
 import os
@@ -68,13 +68,13 @@ def plain(place: Place) -> str:
 
 
 @given(ARCHIVES, places())
-def test_a_newcomer_moves_nobody(archive: list[Place], newcomer: Place) -> None:
-    """Law: all keep their names, unless the newcomer, or a folder it lies in, has the name of one of them, or lies
+def test_a_slide_that_is_added_changes_no_other_name(archive: list[Place], added: Place) -> None:
+    """Law: all keep their names, unless the new slide, or a folder it is in, has the name of one of them, or lies
     in another input folder under the same name."""
-    assume(newcomer not in archive)
-    assume(not any(plain(p) == plain(newcomer) and p.home != newcomer.home for p in archive))
+    assume(added not in archive)
+    assume(not any(plain(p) == plain(added) and p.home != added.home for p in archive))
     before = name_slides(archive)
-    *after, new = name_slides([*archive, newcomer])
+    *after, new = name_slides([*archive, added])
     steps = same_to_a_file_system(new).split("/")
     its = {"/".join(steps[:depth]) for depth in range(1, len(steps) + 1)}
     assume(not its & set(map(same_to_a_file_system, before)))

@@ -1,4 +1,4 @@
-"""What a person is told while a run goes on, on a terminal, without one, and in the log."""
+"""The progress of a run on a terminal, without one, and in the log."""
 
 import io
 import re
@@ -18,7 +18,7 @@ STAMPED = re.compile(r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d[+-]\d\d:\d\d (.*)$")
 
 
 class Clock:
-    """Seconds that pass when they are told to."""
+    """A clock that is set by the test."""
 
     def __init__(self) -> None:
         self.now = 1000.0
@@ -56,9 +56,9 @@ def log_of(out: Path) -> list[str]:
 
 
 def test_an_estimate_of_known_numbers() -> None:
-    assert estimate(known_mm2=30, unseen=2, mean_mm2=10, mm2_per_s=0.5) == Estimate(50, 100)
-    assert estimate(known_mm2=0, unseen=0, mean_mm2=10, mm2_per_s=0.5) == Estimate(0, 0)
-    assert estimate(known_mm2=30, unseen=2, mean_mm2=10, mm2_per_s=0) is None
+    assert estimate(known_mm2=30, not_started=2, mean_mm2=10, mm2_per_s=0.5) == Estimate(50, 100)
+    assert estimate(known_mm2=0, not_started=0, mean_mm2=10, mm2_per_s=0.5) == Estimate(0, 0)
+    assert estimate(known_mm2=30, not_started=2, mean_mm2=10, mm2_per_s=0) is None
 
 
 def test_speed_is_that_since_the_first_mark() -> None:
@@ -68,16 +68,18 @@ def test_speed_is_that_since_the_first_mark() -> None:
 
 
 @given(st.floats(0.01, 100), st.floats(0, 1000), st.integers(0, 1000), st.floats(0, 100))
-def test_work_at_the_estimated_speed_ends_when_estimated(rate: float, known: float, unseen: int, mean: float) -> None:
+def test_work_at_the_estimated_speed_ends_when_estimated(
+    rate: float, known: float, not_started: int, mean: float
+) -> None:
     """Law: after half of the time half of the work is left."""
-    whole = estimate(known, unseen, mean, rate)
+    whole = estimate(known, not_started, mean, rate)
     assert whole is not None
     half = estimate(whole.mm2_left - rate * whole.seconds_left / 2, 0, mean, rate)
     assert half is not None
     assert half.seconds_left == pytest.approx(whole.seconds_left / 2, abs=1e-6)
 
 
-def test_the_end_is_told_with_its_day_if_that_is_another() -> None:
+def test_the_end_is_shown_with_its_day_if_that_is_not_today() -> None:
     evening = datetime(2026, 11, 21, 22, 30)
     assert clock_time(60 * 60, evening) == "23:30"
     assert clock_time(4 * 60 * 60 + 40 * 60, evening) == f"{datetime(2026, 11, 22):%a} 03:10"
@@ -105,7 +107,7 @@ def test_the_line_counts_slides_blocks_and_what_is_left(tmp_path: Path, plain: C
     assert line() == "2/6 slides, ends about TIME; 4 blocks, 8.0 of about 48 mm2, 0.800 mm2/s"
     progress.ended("b", failed=True)
     assert line() == "3/6 slides, 1 failed, ends about TIME; 4 blocks, 8.0 of about 28 mm2, 0.800 mm2/s"
-    progress.ended("never begun", failed=True)
+    progress.ended("never started", failed=True)
     assert line() == "4/6 slides, 2 failed, ends about TIME; 4 blocks, 8.0 of about 18 mm2, 0.800 mm2/s"
 
 
@@ -120,7 +122,7 @@ def test_the_speed_follows_the_last_minutes(tmp_path: Path, plain: Console) -> N
         assert f" mm2, {rate} mm2/s" in progress.line()
 
 
-# -------------------------------------------------------------------------------------------------- what is seen
+# ------------------------------------------------------------------------------------------------------ display
 
 
 def test_on_a_terminal_there_is_a_live_line_and_lines_above_it(tmp_path: Path, terminal: Console) -> None:
@@ -130,11 +132,11 @@ def test_on_a_terminal_there_is_a_live_line_and_lines_above_it(tmp_path: Path, t
         clock.now += 8
         progress.block(2)
         progress.say("a [bold]name[/bold]: 12 nuclei\n    in two lines")
-    seen = written(terminal)
-    assert "0/3 slides; 0 blocks, 0.0 mm2" in seen
-    assert re.search(r"0/3 slides, ends about .*:\d\d; 1 blocks, 2.0 of about 12 mm2, 0.250 mm2/s", seen)
-    assert "a [bold]name[/bold]: 12 nuclei\n    in two lines\n" in seen
-    assert "\x1b[" in seen
+    shown = written(terminal)
+    assert "0/3 slides; 0 blocks, 0.0 mm2" in shown
+    assert re.search(r"0/3 slides, ends about .*:\d\d; 1 blocks, 2.0 of about 12 mm2, 0.250 mm2/s", shown)
+    assert "a [bold]name[/bold]: 12 nuclei\n    in two lines\n" in shown
+    assert "\x1b[" in shown
 
 
 def test_without_a_terminal_there_are_plain_lines(
@@ -192,9 +194,9 @@ def test_a_log_that_cannot_be_written_is_said_once_and_stops_nothing(
         (tmp_path / "out").unlink()
         (tmp_path / "out" / "logs").mkdir(parents=True)
         progress.say("three")
-    told = capsys.readouterr()
-    assert told.out == "one\ntwo\nthree\n"
-    assert re.fullmatch(r"WARNING: the log cannot be written, the run goes on: .*\n", told.err)
+    printed = capsys.readouterr()
+    assert printed.out == "one\ntwo\nthree\n"
+    assert re.fullmatch(r"WARNING: the log cannot be written, the run goes on: .*\n", printed.err)
     assert log_of(tmp_path / "out") == ["three"]
 
 
@@ -215,7 +217,7 @@ def test_a_terminal_that_is_gone_stops_nothing(
 
 
 def test_many_threads_lose_no_count_and_no_line(tmp_path: Path, terminal: Console) -> None:
-    """Law: what is seen does not depend on who tells it when; nobody waits for the live line for ever."""
+    """Law: the counts do not depend on which thread reports when, and no thread blocks on the live line."""
     start = threading.Barrier(4)
 
     def work(number: int) -> None:

@@ -87,7 +87,7 @@ def test_links_to_nothing_are_named(tmp_path: Path) -> None:
     (tmp_path / "round").symlink_to(tmp_path / "round")
     archive = find_slides([tmp_path])
     assert [(s.name, s.problem) for s in archive.sources] == [
-        ("lost", f"{tmp_path}/lost.svs is a link to /mnt/not there/lost.svs, which is not there: bring it back"),
+        ("lost", f"{tmp_path}/lost.svs is a link to /mnt/not there/lost.svs, which does not exist: restore it"),
         ("x", ""),
     ]
     assert [cause.partition(", ")[0] for cause in archive.unread] == [
@@ -255,8 +255,8 @@ def test_a_wrong_row_is_a_slide_that_fails_and_stops_no_other(tmp_path: Path) ->
         "c": "list.csv, line 5: mpp=250: need 0.05 to 5 micrometres per pixel",
         "d": "list.csv, line 6: mpp=nan: need 0.05 to 5 micrometres per pixel",
         "folder": "folder is a folder: name the slides in it, or give the folder itself as an input",
-        "gone": "gone.svs is a link to nowhere.svs, which is not there: bring it back",
-        "s/missing": "s/missing.svs is not there: bring it back, or correct the manifest",
+        "gone": "gone.svs is a link to nowhere.svs, which does not exist: restore it",
+        "s/missing": "s/missing.svs does not exist: restore it, or correct the manifest",
     }
 
 

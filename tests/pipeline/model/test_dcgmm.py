@@ -170,7 +170,7 @@ def test_a_pixel_is_changed_by_its_neighbourhood_only(network: ClusterNet) -> No
 
 
 def test_a_tile_has_the_logits_of_the_whole(network: ClusterNet) -> None:
-    """Law: logits in a tile's core are those of the whole picture, at any tile whose corner is on the pitch."""
+    """Law: logits in a tile's core are those of the whole image, for tiles whose corners are multiples of the step."""
     density, radius, step = noise(1, 1, 1, 160, 160), network.radius_px, network.step_px
     whole = network(density)
     for y, x in ((0, 0), (3 * step, 5 * step)):

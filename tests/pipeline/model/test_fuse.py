@@ -13,7 +13,7 @@ from torchvision.ops import box_iou, nms
 from pipeline.config import Architecture, Detector
 from pipeline.model.detector import Limits, NucleusDetector, Pyramid
 from pipeline.model.fuse import _best_leader, fuse, infer
-from pipeline.model.views import views
+from pipeline.model.views import choose_views
 
 # coarse numbers, so that ties in scores and overlaps are common
 coordinates = st.integers(0, 12)
@@ -100,8 +100,8 @@ def test_inference_in_several_views_gives_instances_in_the_patch(tiny: NucleusDe
     room = limits(40, 30, score=0.01)
     with torch.inference_mode():
         images = torch.rand(2, 3, 128, 128, generator=torch.Generator().manual_seed(1))
-        detected = infer(tiny, images, views(4), room, 16)
-        swapped = infer(tiny, images.flip(0), views(4), room, 16)
+        detected = infer(tiny, images, choose_views(4), room, 16)
+        swapped = infer(tiny, images.flip(0), choose_views(4), room, 16)
     for instances, other in zip(detected, reversed(swapped), strict=True):
         assert instances.mask_probs.shape == (len(instances.boxes), 28, 28)
         assert (instances.scores >= room.score).all()
@@ -112,8 +112,8 @@ def test_a_saturated_patch_is_detected_in_quarters(tiny: NucleusDetector) -> Non
     """With room for few boxes a whole patch is full; its quarters together may hold four times as many."""
     image = torch.rand(1, 3, 256, 256, generator=torch.Generator().manual_seed(2))
     with torch.inference_mode():
-        (crowded,) = infer(tiny, image, views(1), limits(200, 10, score=0.001), 32)
-        (roomy,) = infer(tiny, image, views(1), limits(200, 10_000, score=0.001), 32)
+        (crowded,) = infer(tiny, image, choose_views(1), limits(200, 10, score=0.001), 32)
+        (roomy,) = infer(tiny, image, choose_views(1), limits(200, 10_000, score=0.001), 32)
     assert not roomy.saturated or len(roomy.boxes) > 10
     assert crowded.saturated
     assert 10 < len(crowded.boxes) <= 40
@@ -136,7 +136,7 @@ def test_quarters_fit_the_strides_of_any_enlargement(
     monkeypatch.setattr(model, "features", watched)
     image = torch.rand(1, 3, 256, 256, generator=torch.Generator().manual_seed(2))
     with torch.inference_mode():
-        (crowded,) = infer(model, image, views(1), limits(200, 10, score=0.001), 32)
+        (crowded,) = infer(model, image, choose_views(1), limits(200, 10, score=0.001), 32)
     assert crowded.saturated
     assert sides == [256, *[side] * 4]
 

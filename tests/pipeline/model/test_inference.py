@@ -85,7 +85,7 @@ def install(one: Device, monkeypatch: pytest.MonkeyPatch) -> Device:
     model: Any = SimpleNamespace(architecture=SimpleNamespace(mask_size=MASK, upscale=1.5))
     on_cpu = load.LoadedDetector(model, torch.device("cpu"), torch.float32)
     monkeypatch.setattr(load, "detector", lambda _: on_cpu)
-    monkeypatch.setattr(inference, "_that_fits", {})
+    monkeypatch.setattr(inference, "_batch_that_fits", {})
     monkeypatch.setattr(fuse, "infer", one.infer)
     return one
 

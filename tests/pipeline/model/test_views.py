@@ -11,12 +11,12 @@ from pipeline.model.views import (
     apply_boxes,
     apply_masks,
     apply_points,
+    choose_views,
     largest_shift,
     undo,
     undo_boxes,
     undo_masks,
     undo_points,
-    views,
 )
 
 shown = st.builds(View, st.booleans(), st.integers(0, 3), st.tuples(st.integers(-6, 6), st.integers(-6, 6)))
@@ -65,7 +65,7 @@ def test_a_mask_turns_as_the_image_in_its_box_does(view: View, seed: int) -> Non
 
 @pytest.mark.parametrize("count", [1, 2, 4, 8])
 def test_views_differ_and_begin_with_the_patch_itself(count: int) -> None:
-    chosen = views(count)
+    chosen = choose_views(count)
     image = torch.arange(64.0).reshape(1, 1, 8, 8)
     assert len({tuple(apply(v, image).flatten().tolist()) for v in chosen}) == count
     assert torch.equal(apply(chosen[0], image), image)
@@ -74,4 +74,4 @@ def test_views_differ_and_begin_with_the_patch_itself(count: int) -> None:
 
 def test_another_number_of_views_is_refused() -> None:
     with pytest.raises(ValueError, match="views=3: need 1, 2, 4 or 8"):
-        views(3)
+        choose_views(3)

@@ -59,7 +59,7 @@ def test_dots_are_links_at_their_place():
     ]
     svg = charts.scatter(dots, "area <µm²>", "density")
     tree = ElementTree.fromstring(svg)
-    assert [a.attrib["href"] for a in tree.iter("a")] == ["#slide-0", "#slide-2", "#slide-1"]  # the odd on top
+    assert [a.attrib["href"] for a in tree.iter("a")] == ["#slide-0", "#slide-2", "#slide-1"]  # the outlier on top
     x, y = attributes(svg, "circle", "cx"), attributes(svg, "circle", "cy")
     assert x[2] - x[0] == pytest.approx(x[1] - x[2], abs=0.2)
     assert y[0] - y[2] == pytest.approx(y[2] - y[1], abs=0.2)  # decades are equal steps upwards

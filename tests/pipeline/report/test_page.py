@@ -210,7 +210,7 @@ def test_the_seams_of_all_slides_are_judged_together(tmp_path, near, words):
     assert all((cells[-1] != "") == (near == 200) for cells in page.rows)
 
 
-def test_settings_are_told(tmp_path):
+def test_settings_are_shown(tmp_path):
     run = {
         "digest": "d1<",
         "settings": {"detector": {"weights": "/somewhere/nuclei.safetensors", "score": 0.35, "views": 4}},

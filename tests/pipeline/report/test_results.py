@@ -68,14 +68,14 @@ def test_slides_unlike_the_others_are_named_with_the_reason(tmp_path):
         size = 99.0 if i == 4 else 30.0 + 0.1 * i
         finish(tmp_path / f"s{i}", found(area_um2={"quantiles": [10, 20, size, 120, 150]}))
     slides = {s.name: s for s in read_results(RunFolder(tmp_path), rows)}
-    assert {name for name, s in slides.items() if s.odd} == {"sparse", "s4"}
+    assert {name for name, s in slides.items() if s.outlier} == {"sparse", "s4"}
     assert "fewer nuclei than usual: 200 per mm², the run's median is 3,175" in slides["sparse"].remarks[0]
     assert "larger nuclei than usual: 99.0 µm² at the median, the run's is 30.5" in slides["s4"].remarks[0]
 
 
 def test_seven_slides_are_too_few_to_be_unlike(tmp_path):
     rows = [done(f"s{i}", nuclei=6000 + 100 * i) for i in range(6)] + [done("sparse", nuclei=400)]
-    assert not any(s.odd for s in read_results(RunFolder(tmp_path), rows))
+    assert not any(s.outlier for s in read_results(RunFolder(tmp_path), rows))
 
 
 # ------------------------------------------------------------------------------------------------ a slide
@@ -97,7 +97,7 @@ def test_a_good_slide_has_no_remark(tmp_path):
 
 
 @pytest.mark.parametrize("content", [None, "", "[]", "{", '{"summary": null}', '{"summary": {"version": 99}}'])
-def test_a_slide_without_legible_summary_is_told_from_its_row(tmp_path, content):
+def test_a_slide_without_legible_summary_is_described_by_its_row(tmp_path, content):
     if content is not None:
         (tmp_path / "a").mkdir()
         (tmp_path / "a" / "slide.json").write_text(content)

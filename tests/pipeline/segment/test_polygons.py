@@ -7,7 +7,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from pipeline.segment.polygons import measure, polygons, rasterise, simplify, solid
+from pipeline.segment.polygons import from_masks, measure, rasterise, simplify, solid
 
 
 def array(*shapes: shapely.Geometry) -> np.ndarray:
@@ -32,8 +32,8 @@ def masks(most: int = 9) -> st.SearchStrategy[np.ndarray]:
 @example(np.ones((1, 1, 1), dtype=bool), np.float32, 0.5)
 @example(np.pad(~np.eye(3, dtype=bool), 1, constant_values=True)[None], np.bool_, 0.5)
 def test_rasterising_the_outline_gives_the_mask_back(mask, kind, level):
-    """DESIGN law 3, for every binary mask, as probabilities or as bool, at any level."""
-    outlines = polygons(mask.astype(kind), unit_boxes(len(mask), mask.shape[1]), level=level)
+    """Law: for every binary mask, given as probabilities or as bool, and at any level."""
+    outlines = from_masks(mask.astype(kind), unit_boxes(len(mask), mask.shape[1]), level=level)
     for outline, expected in zip(outlines, mask, strict=True):
         np.testing.assert_array_equal(rasterise(array(outline), expected.shape), expected)
 
@@ -41,15 +41,15 @@ def test_rasterising_the_outline_gives_the_mask_back(mask, kind, level):
 @given(hnp.arrays(np.float32, (4, 6, 6), elements=st.floats(0, 1, width=16)), st.integers(0, 3))
 def test_a_mask_is_outlined_alone_as_among_others(mask_probs, alone):
     boxes = np.array([[0, 0, 6, 6], [10, 0, 40, 20], [-5, 3, 1, 4], [7.5, 7, 8, 30]], dtype=np.float32)
-    together = polygons(mask_probs, boxes, level=0.5)
-    single = polygons(mask_probs[alone : alone + 1], boxes[alone : alone + 1], level=0.5)
+    together = from_masks(mask_probs, boxes, level=0.5)
+    single = from_masks(mask_probs[alone : alone + 1], boxes[alone : alone + 1], level=0.5)
     assert shapely.equals_exact(together[alone], single[0], 1e-9) or together[alone].equals(single[0])
 
 
 @given(hnp.arrays(np.float32, (3, 5, 5), elements=st.floats(0, 1, width=16)), st.sampled_from([0.5, 0.75]))
 def test_outlines_stay_in_their_boxes(mask_probs, level):
     boxes = np.array([[0, 0, 5, 5], [10, 20, 40, 30], [-7, -3, -1, 9]], dtype=np.float32)
-    outlines = polygons(mask_probs, boxes, level=level)
+    outlines = from_masks(mask_probs, boxes, level=level)
     assert list(shapely.is_empty(outlines)) == list((mask_probs <= level).all(axis=(1, 2)))
     full = ~shapely.is_empty(outlines)
     bounds = shapely.bounds(outlines[full])
@@ -60,19 +60,19 @@ def test_outlines_stay_in_their_boxes(mask_probs, level):
 def test_many_masks_are_outlined_as_few(monkeypatch):
     """However many mosaics the masks are spread over."""
     mask_probs = np.random.default_rng(1).random((40, 7, 7)).astype(np.float32)
-    once = polygons(mask_probs, unit_boxes(40, 7), level=0.5)
+    once = from_masks(mask_probs, unit_boxes(40, 7), level=0.5)
     monkeypatch.setattr("pipeline.segment.polygons._MOSAIC_CELLS", 300)
-    assert shapely.equals_exact(polygons(mask_probs, unit_boxes(40, 7), level=0.5), once, 1e-9).all()
+    assert shapely.equals_exact(from_masks(mask_probs, unit_boxes(40, 7), level=0.5), once, 1e-9).all()
 
 
 def test_a_pixel_is_a_unit_square():
-    one = polygons(np.ones((1, 1, 1), dtype=bool), np.array([[3, 4, 4, 5]], dtype=np.float32), level=0.5)
+    one = from_masks(np.ones((1, 1, 1), dtype=bool), np.array([[3, 4, 4, 5]], dtype=np.float32), level=0.5)
     assert one[0].equals(shapely.box(3, 4, 4, 5))
 
 
 def test_vertices_are_interpolated_between_cell_centres():
     mask_probs = np.array([[[0.25, 1.0], [0.25, 1.0]]], dtype=np.float32)
-    (outline,) = polygons(mask_probs, np.array([[0, 0, 20, 20]], dtype=np.float32), level=0.5)
+    (outline,) = from_masks(mask_probs, np.array([[0, 0, 20, 20]], dtype=np.float32), level=0.5)
     left = 5 + 10 * (0.5 - 0.25) / (1 - 0.25)  # centres at 5 and 15
     assert outline.bounds == pytest.approx((left, 0, 20, 20))
 
@@ -82,7 +82,7 @@ def test_parts_and_holes_are_kept():
     mask[0, :5, :5] = True
     mask[0, 1:4, 1:4] = False
     mask[0, 2, 2] = mask[0, 6, 6] = True
-    (outline,) = polygons(mask, unit_boxes(1, 7), level=0.5)
+    (outline,) = from_masks(mask, unit_boxes(1, 7), level=0.5)
     assert outline.geom_type == "MultiPolygon"
     assert outline.area == 16 + 1 + 1
     (one,) = solid(array(outline))
@@ -92,17 +92,17 @@ def test_parts_and_holes_are_kept():
 @pytest.mark.parametrize("level", [0.0, 1.0, -1.0])
 def test_a_level_out_of_range_is_refused(level):
     with pytest.raises(ValueError, match="need 0 < level < 1"):
-        polygons(np.zeros((1, 2, 2), dtype=np.float32), unit_boxes(1, 2), level=level)
+        from_masks(np.zeros((1, 2, 2), dtype=np.float32), unit_boxes(1, 2), level=level)
 
 
 def test_arrays_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match=r"masks \(2, 3, 3\), boxes \(1, 4\)"):
-        polygons(np.zeros((2, 3, 3), dtype=np.float32), unit_boxes(1, 3), level=0.5)
+        from_masks(np.zeros((2, 3, 3), dtype=np.float32), unit_boxes(1, 3), level=0.5)
 
 
 @given(masks(), st.sampled_from([np.float32, np.bool_]))
 def test_solid_is_one_valid_polygon_without_holes(mask, kind):
-    outlines = polygons(mask.astype(kind), unit_boxes(len(mask), mask.shape[1]), level=0.5)
+    outlines = from_masks(mask.astype(kind), unit_boxes(len(mask), mask.shape[1]), level=0.5)
     made = solid(outlines)
     assert (shapely.get_type_id(made) == shapely.GeometryType.POLYGON).all()
     assert shapely.is_valid(made).all()
@@ -211,7 +211,7 @@ def test_a_rectangle_measures_what_it_is():
 @given(masks(), st.booleans())
 def test_area_perimeter_and_centroid_are_shapely_s(mask, reverse):
     """On Multipolygons with holes, whichever way their rings turn."""
-    outlines = polygons(mask.astype(np.float32), unit_boxes(len(mask), mask.shape[1]), level=0.5)
+    outlines = from_masks(mask.astype(np.float32), unit_boxes(len(mask), mask.shape[1]), level=0.5)
     measured = measure(shapely.reverse(outlines) if reverse else outlines, (1, 1))
     np.testing.assert_allclose(measured.area_um2, shapely.area(outlines), rtol=1e-5)
     np.testing.assert_allclose(measured.perimeter_um, shapely.length(outlines), rtol=1e-5)

@@ -89,7 +89,7 @@ def spelt(shapes: np.ndarray) -> list[bytes]:
 @settings(max_examples=60, deadline=None)
 @given(layouts())
 def test_an_exact_oracle_s_objects_come_out_as_they_are(layout):
-    """DESIGN law 2: the set of outlines is the truth, whatever tile, margin and size."""
+    """Law: the set of outlines is the truth, whatever tile, margin and size."""
     truth, grid = layout
     claimed = Claimed(truth, grid)
     keep = resolve(claimed.shapes, claimed.tile, np.ones(len(claimed.tile)), iou=0.3)

@@ -110,7 +110,7 @@ def test_what_has_no_seam_or_no_nucleus_has_no_ratio():
 
 
 @pytest.mark.parametrize(
-    ("seen", "due", "suspicious"),
+    ("observed", "expected", "suspicious"),
     [
         (104_500, 100_000, False),  # many standard errors, and less than 5 %
         (106_000, 100_000, True),
@@ -120,10 +120,10 @@ def test_what_has_no_seam_or_no_nucleus_has_no_ratio():
         (24, 8, False),  # too few to tell
     ],
 )
-def test_a_ratio_is_suspicious_when_it_is_far_off_and_surely(seen, due, suspicious):
+def test_a_ratio_is_suspicious_when_it_is_far_off_and_surely(observed, expected, suspicious):
     rest = [0] * (len(SEAM_EDGES_PX) - 2)
-    verdict = seam_verdict([seen - 1, 1, *rest], [due, 0, *rest])
-    assert verdict[:2] == pytest.approx((seen / due, due**-0.5), abs=1e-4)
+    verdict = seam_verdict([observed - 1, 1, *rest], [expected, 0, *rest])
+    assert verdict[:2] == pytest.approx((observed / expected, expected**-0.5), abs=1e-4)
     assert verdict.suspicious == suspicious
 
 

@@ -75,7 +75,7 @@ def check_equal(found: Dataset, expected: Dataset) -> None:
 @settings(max_examples=25)
 @given(dataset=datasets())
 def test_what_is_written_reads_back_equal(dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """DESIGN law 9, for both forms that are written."""
+    """Law: a dataset that is written and read again is the same, in both forms that are written."""
     folder = tmp_path_factory.mktemp("out")
     nuclei = sum(len(a.read().class_index) for a in dataset.images)
     for written in (write_folder(dataset, folder / "maps"), write_coco(dataset, folder / "coco" / "c.json")):

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pipeline.segment import export, tables
-from pipeline.segment.polygons import polygons, rasterise
+from pipeline.segment.polygons import from_masks, rasterise
 from slides.geometry import Box
 from training.data import qupath
 from training.data.datasets import read_dataset
@@ -50,7 +50,7 @@ def feature(outline: Any, name: str | None = None, kind: str = "detection", **mo
 def outlines(labels: NDArray[np.uint8]) -> tuple[list[int], Any]:
     numbers = np.unique(labels[labels > 0])
     boxes = np.tile(np.array([0, 0, *labels.shape[::-1]], float), (len(numbers), 1))
-    return numbers.tolist(), polygons(labels == numbers[:, None, None], boxes, level=0.5)
+    return numbers.tolist(), from_masks(labels == numbers[:, None, None], boxes, level=0.5)
 
 
 @settings(max_examples=40)

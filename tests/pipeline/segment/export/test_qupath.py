@@ -26,7 +26,7 @@ def refuse(text: str) -> None:
 
 
 def check_feature(feature: dict[str, Any]) -> None:
-    """DESIGN section 3, QuPath: all that its reader asks of a feature, strictly."""
+    """Everything that QuPath's reader requires of a feature, strictly."""
     assert list(feature) == ["type", "id", "geometry", "properties"]
     assert feature["type"] == "Feature"
     assert str(uuid.UUID(feature["id"])) == feature["id"]
@@ -74,7 +74,7 @@ def check_zip(path: Path, shard: int = 50_000) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("crop", [True, False])
 def test_what_was_exported_reads_back_equal(tmp_path, crop):
-    """DESIGN law 9."""
+    """Law: outlines, classes and measurements read back from the zip are those of the table."""
     shapes = blobs(60)
     nuclei = write(tmp_path / "nuclei.parquet", shapes)
     done = qupath.write_qupath(nuclei, tmp_path / "n.zip", crop=crop)
