@@ -1,7 +1,8 @@
 """Who does which slide, where several runs share one output folder and nothing else.
 
-A lease is the folder `.lease` of a slide, with one file in it: named by a token that is never used again, about its
-owner, its mtime the owner's heartbeat. A folder `.lease` that is empty, or not there, is free. The protocol:
+A lease is the folder `.lease` of a slide, with one file in it: its name is a token that is never used again, it says
+who the owner is, and the owner sets its mtime again and again, which is the heartbeat. A folder `.lease` that is empty,
+or not there, is free. The protocol:
 
 take     make a folder of our own beside, `.lease-TOKEN`, with our file in it; unlink the files of dead owners in
          `.lease`; rename our folder to `.lease`, which a file system does, in one step, only where there is no such
@@ -9,15 +10,20 @@ take     make a folder of our own beside, `.lease-TOKEN`, with our file in it; u
 beat     touch our file.
 release  unlink our file, then the folder, which is only removed when it is empty.
 
-Why it holds: whatever removes or touches a lease names its token, so a process that slept between its judgement and
-its deed, for hours if need be, can never hit the lease that somebody else has made meanwhile; and of many that
-rename at once one finds the folder empty. Nothing hangs on caches of NFS: the server decides every step. A process
-that dies at any moment leaves a lease that expires, an empty folder, or a `.lease-TOKEN` that the next release sweeps.
+Why it holds: whatever removes or touches a lease names its token, so a process that is suspended between its decision
+and the removal, for hours if need be, can never remove the lease that somebody else has made meanwhile; and of many
+that rename at once one finds the folder empty. Nothing depends on caches of NFS: the server decides every step. A
+process that dies at any moment leaves a lease that expires, an empty folder, or a `.lease-TOKEN` that the next release
+removes.
 
-An owner is dead, and its lease anybody's, at once if it was a process of this user on this very machine, in this boot
-and pid namespace, that is no more; and whoever it was, if its heart has not beaten for `expiry_s`. Both times are the
-file server's, that of our own file and of theirs, because the clocks of machines differ.
-An owner that was suspended for longer loses its lease, and may ask `ours`. What it writes meanwhile is the same bytes.
+An owner counts as dead, and its lease is free, in any of three cases:
+- it was a process of this user on this very machine, in this boot and pid namespace, and is gone: at once;
+- the mtime of its file stayed the same for `expiry_s` while we looked at it, by our own monotonic clock;
+- its file is older than ours, just made, by `expiry_s` and two hours more: at once.
+Some file systems stamp files with the clock of the server, others with that of the machine that writes. Clocks may be
+wrong by an hour each: so a difference of mtimes of less than two hours, into the past or the future, decides nothing.
+An owner that was suspended for longer than `expiry_s` loses its lease, and may ask `ours`. What it writes meanwhile
+is the same bytes.
 """
 
 import contextlib
@@ -28,6 +34,7 @@ import platform
 import shutil
 import sys
 import threading
+import time
 import uuid
 from pathlib import Path
 from types import TracebackType
@@ -40,6 +47,8 @@ from pipeline.layout import LEASE
 # how making a lease fails when another one has come first: its folder is not empty, or its release swept ours away
 _BEATEN = {errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT, errno.ESTALE}
 
+_CLOCKS_DIFFER_NS = 2 * 3600 * 10**9  # at most, between two machines: each may be wrong by an hour
+
 
 class Owner(NamedTuple):
     """A process, as another one may recognise it."""
@@ -47,7 +56,7 @@ class Owner(NamedTuple):
     host: str
     pid: int
     began: float  # seconds, see `_began`
-    pid_namespace: str  # machine, boot and namespace in which its pid means something
+    machine: str  # host name, boot and pid namespace, in which its pid means something
 
 
 class Leases:
@@ -58,8 +67,9 @@ class Leases:
 
     def __init__(self, beat_s: float = 20.0, expiry_s: float = 180.0) -> None:
         """beat_s: between heartbeats; expiry_s: the same for all runs, and many beats, as a server may be slow."""
-        self._beat_s, self._expiry_ns = beat_s, round(expiry_s * 1e9)
+        self._beat_s, self._expiry_s = beat_s, expiry_s
         self._held: dict[Path, Path] = {}  # the folder of a slide -> our file
+        self._watched: dict[Path, tuple[int, float]] = {}  # another's file -> mtime, and since when (our clock)
         self._lock = threading.Lock()  # of `_held`; never held while the file system is asked
         self._ended = threading.Event()
         self._heart = threading.Thread(target=self._beat, name="leases", daemon=True)
@@ -85,7 +95,7 @@ class Leases:
         staged = folder / f"{LEASE}-{token}"
         try:
             now_ns = _stage(staged, token)  # before others are looked at: their age is, if anything, too small
-            if not _clear(lease, now_ns - self._expiry_ns):
+            if not self._clear(lease, now_ns):
                 return False
             os.rename(staged, lease)
         except OSError as error:
@@ -98,6 +108,29 @@ class Leases:
         with self._lock:
             self._held[folder] = lease / token
         return True
+
+    def _clear(self, lease: Path, now_ns: int) -> bool:
+        """Remove what dead owners have left; False where one may be alive. now_ns: mtime of a file just made."""
+        for file in _files(lease):
+            owner = _read(file)  # opening it makes NFS ask for its mtime anew
+            if not (owner and _is_gone(owner)) and not self._is_expired(file, now_ns):
+                return False
+            file.unlink(missing_ok=True)
+            self._watched.pop(file, None)
+        with contextlib.suppress(OSError):  # not there, or taken meanwhile
+            lease.rmdir()  # some file systems do not rename over even an empty folder
+        return True
+
+    def _is_expired(self, file: Path, now_ns: int) -> bool:
+        """Whether a file is too old whatever the clocks say, or did not change for `expiry_s` between our looks."""
+        mtime_ns, now_s = file.stat().st_mtime_ns, time.monotonic()
+        if now_ns - mtime_ns > self._expiry_s * 1e9 + _CLOCKS_DIFFER_NS:
+            return True
+        seen_ns, since_s = self._watched.get(file, (None, now_s))
+        if seen_ns != mtime_ns:
+            self._watched[file] = mtime_ns, now_s
+            return False
+        return now_s - since_s >= self._expiry_s
 
     def ours(self, folder: Path) -> bool:
         """Whether we took this folder and nobody has taken it over since; this is a heartbeat, too."""
@@ -145,18 +178,6 @@ def _stage(staged: Path, token: str) -> int:
     return (staged / token).stat().st_mtime_ns
 
 
-def _clear(lease: Path, oldest_ns: int) -> bool:
-    """Remove what the dead have left; False where a living owner is: one whose heart has beaten since `oldest_ns`."""
-    for file in _files(lease):
-        owner = _read(file)  # opening it makes NFS ask for its mtime anew
-        if not (owner and _is_gone(owner)) and file.stat().st_mtime_ns >= oldest_ns:
-            return False
-        file.unlink(missing_ok=True)
-    with contextlib.suppress(OSError):  # not there, or taken meanwhile
-        lease.rmdir()  # some file systems do not rename over even an empty folder
-    return True
-
-
 def _files(lease: Path) -> list[Path]:
     """What lies in a lease's folder: one file, or nothing."""
     try:
@@ -178,21 +199,21 @@ def _touch(file: Path) -> bool:
 
 
 def _me() -> Owner:
-    return Owner(platform.node(), os.getpid(), _began(psutil.Process()), _pid_namespace())
+    return Owner(platform.node(), os.getpid(), _began(psutil.Process()), _machine())
 
 
 def _read(file: Path) -> Owner | None:
     """Whose lease this is; None where that is not legible, or the file has just gone."""
     try:
         owner = Owner(**json.loads(file.read_text(encoding="utf-8")))
-        return Owner(str(owner.host), int(owner.pid), float(owner.began), str(owner.pid_namespace))
+        return Owner(str(owner.host), int(owner.pid), float(owner.began), str(owner.machine))
     except (OSError, ValueError, TypeError, OverflowError):
         return None
 
 
 def _is_gone(owner: Owner) -> bool:
     """Whether a process is known to be no more; False where that cannot be known from here."""
-    if owner.pid_namespace != _pid_namespace():
+    if owner.machine != _machine():
         return False
     try:
         process = psutil.Process(owner.pid)
@@ -209,15 +230,17 @@ def _began(process: psutil.Process) -> float:
     return float(process.create_time()) - (psutil.boot_time() if sys.platform == "linux" else 0.0)
 
 
-def _pid_namespace() -> str:
+def _machine() -> str:
     """Equal in two processes only if each sees the other under its pid.
 
-    The user belongs to it: a machine may hide the processes of others.
+    The host's name belongs to it, as copies of a virtual machine may share the rest; and the user, as a machine may
+    hide the processes of others.
     """
+    host = platform.node()
     if sys.platform != "linux":
-        return f"{platform.system()} {uuid.getnode():x}"  # where a machine has no address it is random: nobody's
+        return f"{host} {platform.system()} {uuid.getnode():x}"  # where it has no address it is random: nobody's
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-        return f"{boot} {os.readlink('/proc/self/ns/pid')} {os.getuid()}"
+        return f"{host} {boot} {os.readlink('/proc/self/ns/pid')} {os.getuid()}"
     except OSError:  # a kernel that does not say it
         return uuid.uuid4().hex
