@@ -251,7 +251,7 @@ class ArchiveRun:
             return ledger.read_failure(job.folder, self.since_ns)
         if self.execution.overwrite:
             # another run, also told to overwrite, has just done it
-            new = job.folder.slide_json.stat().st_mtime_ns > self.since_ns
+            new = (files.mtime_ns(job.folder.slide_json) or 0) > self.since_ns
             return finished.read_record(content) if new else None
         if content.get("digest") != job.digest:
             raise RunError(
@@ -300,20 +300,36 @@ class ArchiveRun:
             record = await self._segment(source.name, job)
             self.progress.say(ledger.terminal_lines(dataclasses.replace(record, slide=source.name)))
             return record
+        except Exception as error:
+            # whoever has taken the slide over has changed its files: an error of ours means nothing then
+            if isinstance(_first(error), ClusterLost) or not await asyncio.to_thread(self._is_taken_over, job):
+                raise
+            return None
         finally:
             await asyncio.to_thread(self.leases.release, job.folder.path)
 
+    def _is_taken_over(self, job: Job) -> bool:
+        """Whether a slide that we took is another run's now, or was done by one that we took it from."""
+        return not self.leases.ours(job.folder.path) or job.folder.slide_json.exists()
+
     async def _segment(self, name: str, job: Job) -> SlideRecord:
-        """All stages of a slide; again where scratch turns out to be damaged: what is whole is not done again."""
+        """All stages of a slide; again where scratch is damaged or disappears: what is whole is not done again.
+
+        A former owner that was suspended may remove work, and files being written, before it learns that it lost the
+        lease.
+        """
         started = time.perf_counter()
         await asyncio.to_thread(_check_space, job, self._window())
         for attempt in range(_ATTEMPTS):
             try:
                 work = await self._stages(name, job)
                 break
-            except* ScratchLost as lost:
+            except* (ScratchLost, FileNotFoundError) as lost:
+                error = _first(lost)
+                if attempt == _ATTEMPTS - 1 and isinstance(error, ScratchLost):
+                    error = RunError(f"{error}, again and again: is the disk sound?")
                 if attempt == _ATTEMPTS - 1:
-                    raise RunError(f"{_first(lost)}, again and again: is the disk sound?") from None
+                    raise error from None
         plan = await asyncio.to_thread(read_plan, job.folder, job.digest)
         record = SlideRecord(
             "",

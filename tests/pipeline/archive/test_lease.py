@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -312,7 +313,7 @@ def test_another_host_is_another_machine(monkeypatch: pytest.MonkeyPatch) -> Non
     """Copies of a virtual machine may share the id of a boot: their pids mean different processes."""
     me = lease._me()
     assert lease._is_gone(me._replace(began=-1.0))
-    monkeypatch.setattr(lease.platform, "node", lambda: "copy")
+    monkeypatch.setattr(platform, "node", lambda: "copy")
     assert not lease._is_gone(me._replace(began=-1.0))
 
 
