@@ -35,6 +35,7 @@ from pipeline.segment.job import Job, Manifest
 from pipeline.segment.plan import Plan, read_plan
 from pipeline.segment.record import SlideRecord, WorkRecord
 from pipeline.segment.stages import STAGES, Detect, Stage, block_record, remove_work
+from pipeline.text import one_line
 
 _POLL_S = 5.0  # between looks at a slide that another run holds, at the workers, at the ledger
 _ATTEMPTS = 3  # at a slide whose scratch is damaged while it is worked on
@@ -62,7 +63,7 @@ def run(
     Raises RunError, WeightsError, StainError or ConfigError before anything is started; ClusterLost.
     """
     folder = RunFolder(Path(out).absolute())
-    archive = find_slides(inputs, folder.path, mpp=mpp, force_mpp=force_mpp)
+    archive = find_slides(inputs, folder.path, mpp=mpp, force_mpp=force_mpp, follow_links=execution.follow_links)
     manifest = resolve(settings)
     if client is None and not execution.scheduler and not execution.scheduler_file:
         choose_device(settings.detector.device)  # one that is not there is refused now, not slide by slide
@@ -218,7 +219,8 @@ class ArchiveRun:
     async def _attempt(self, source: Source, folder: SlideFolder) -> SlideRecord | None:
         """The slide's record, whatever happens to it; None where another run has it."""
         try:
-            job = Job(source.path.resolve(), folder, self.manifest, source.scale)
+            # of os.path, as pathlib refuses links in a circle
+            job = Job(Path(os.path.realpath(source.path)), folder, self.manifest, source.scale)
             known = await asyncio.to_thread(self._known, source, job)
             if known is None:
                 known = await self._leased(source, job)
@@ -233,19 +235,27 @@ class ArchiveRun:
                 raise error from None
             if isinstance(error, LeaseLost):
                 return None
-            if not self.folder.run_json.exists():  # whatever it looks like
+            if not os.path.exists(self.folder.run_json):  # whatever it looks like
                 error = RunError(
                     f"{self.folder.path} is not there any more: put it back, and run the same command again"
                 )
-            record = await asyncio.to_thread(ledger.write_failure, folder, source.path, error)
+            record = await asyncio.to_thread(self._failed, source, error)
             self.progress.say(f"{source.name}: FAILED: {record.cause}")
             return record
+
+    def _failed(self, source: Source, error: Exception) -> SlideRecord:
+        """The record of a slide that failed, noted in its folder; not where a link would lead elsewhere."""
+        if any(self.folder.links(source.name)):
+            return SlideRecord("", "failed", one_line(error))
+        return ledger.write_failure(self.folder.slide(source.name), source.path, error)
 
     def _known(self, source: Source, job: Job) -> SlideRecord | None:
         """The record of a slide that is done, or at which another run has failed since this one was started."""
         if source.problem:
             raise RunError(source.problem)
         self.folder.run_json.stat()  # an output folder that is gone is not made again
+        for link in self.folder.links(source.name):
+            raise RunError(f"{link} is a symbolic link, through which nothing is written: remove it")
         content = files.read_json(job.folder.slide_json)
         if content is None:
             return ledger.read_failure(job.folder, self.since_ns)
