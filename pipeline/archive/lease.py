@@ -83,7 +83,13 @@ class Leases:
     ) -> None:
         self._ended.set()
         self._heart.join()
-        for folder in list(self._held):
+        self.release_all()
+
+    def release_all(self) -> None:
+        """Give every folder back. Tasks of this run, wherever they are, then stop: they ask for their lease."""
+        with self._lock:
+            folders = list(self._held)
+        for folder in folders:
             self.release(folder)
 
     def take(self, folder: Path) -> bool:

@@ -82,7 +82,7 @@ def run(
                 raise RunError(problem)
             work = ArchiveRun(archive, folder, manifest, execution, executor, leases, progress, detect)
             try:
-                _in_a_thread(work.work)
+                _in_a_thread(work.work, work.stop)
                 if work.device.seconds:
                     progress.say(work.device.busy(executor.detectors))
             finally:
@@ -91,8 +91,11 @@ def run(
     return records
 
 
-def _in_a_thread(work: Callable[[], Any]) -> None:
-    """Run a coroutine to its end in a loop of its own: a notebook's thread has one already. Ctrl-C cancels it."""
+def _in_a_thread(work: Callable[[], Any], stop: Callable[[], None]) -> None:
+    """Run a coroutine to its end in a loop of its own: a notebook's thread has one already.
+
+    Ctrl-C calls `stop`, for the tasks that cannot be cancelled, and cancels the coroutine. Then it is waited for.
+    """
     started: list[tuple[asyncio.AbstractEventLoop, asyncio.Task[Any]]] = []
 
     async def main() -> None:
@@ -106,6 +109,7 @@ def _in_a_thread(work: Callable[[], Any]) -> None:
         try:
             future.result()
         except KeyboardInterrupt:
+            stop()
             if not future.done() and started:
                 loop, task = started[0]
                 loop.call_soon_threadsafe(task.cancel)
@@ -152,6 +156,7 @@ class ArchiveRun:
     device: _Device = field(default_factory=_Device)
     done: dict[str, SlideRecord] = field(default_factory=dict)
     started: set[str] = field(default_factory=set)
+    stopped: bool = False
 
     async def work(self) -> None:
         """Every slide to its record."""
@@ -169,6 +174,11 @@ class ArchiveRun:
             raise _first(group) from None
         finally:
             watch.cancel()
+
+    def stop(self) -> None:
+        """From any thread: give all slides back, and start no other. Tasks stop when they ask for their lease."""
+        self.stopped = True
+        self.leases.release_all()
 
     def records(self) -> list[SlideRecord]:
         """A record for every slide of the archive, whatever became of it."""
@@ -209,6 +219,8 @@ class ArchiveRun:
                 record = await self._attempt(source, folder)
             if record is not None:
                 break
+            if self.stopped:  # a task group in which a task fails forgets that it was cancelled
+                raise asyncio.CancelledError
             if not self.execution.wait:
                 record = SlideRecord("", "elsewhere", f"locked by {self.leases.holder(folder.path)}")
                 break

@@ -182,8 +182,9 @@ def detect_block(job: Job, block: int, before: WorkRecord, detect: Detect | None
 
 
 def _while_leased(job: Job, detected: Iterator[HostInstances]) -> Iterator[HostInstances]:
-    """What is detected, patch by patch; the lease is asked every second. Raises LeaseLost."""
-    asked_s = float("-inf")
+    """What is detected, patch by patch; the lease is asked before, and every second. Raises LeaseLost."""
+    job.check_lease()
+    asked_s = time.monotonic()
     for instances in detected:
         if time.monotonic() > asked_s + 1:
             job.check_lease()
