@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.config import Export, Settings, require
+from pipeline.config import Execution, Export, Settings, require
 from pipeline.errors import RunError
 
 if TYPE_CHECKING:
@@ -26,11 +26,13 @@ def plan(
     mpp: float | None = None,
     force_mpp: float | None = None,
     seconds_per_mm2: float | None = None,
+    follow_links: bool = Execution().follow_links,
 ) -> list["SlideEstimate"]:
     """Open slides and estimate what a run would take; nothing is written.
 
     inputs, mpp, force_mpp: as for `pipeline.archive.run.run`
     seconds_per_mm2: of tissue in one view, from the ledger of a finished run; see `speed`
+    follow_links: as in `Execution`
     Returns an estimate for each slide: tissue, tiles, hours (NaN where no speed is known), disk space, or the
     `problem` with which it would fail. Raises ConfigError for inputs that cannot be searched.
     """
@@ -38,7 +40,7 @@ def plan(
     from pipeline.archive.sources import find_slides
 
     seconds = speed(settings, seconds_per_mm2)
-    archive = find_slides(inputs, mpp=mpp, force_mpp=force_mpp)
+    archive = find_slides(inputs, mpp=mpp, force_mpp=force_mpp, follow_links=follow_links)
     return [estimate_slide(source, settings, seconds) for source in archive.sources]
 
 

@@ -169,6 +169,7 @@ def plan(
     mpp: Mpp = None,
     force_mpp: Mpp = None,
     seconds_per_mm2: Annotated[float | None, Parameter(group=COMMON)] = None,
+    follow_links: Annotated[bool, Parameter(negative="", group=COMMON)] = Execution().follow_links,
     settings: AllSettings = Settings(),
 ) -> int:
     """Open every slide and estimate what a run would take, and what would fail; nothing is written.
@@ -183,6 +184,8 @@ def plan(
         Micrometres per pixel at level 0, of all slides, whatever they or a manifest state.
     seconds_per_mm2
         Seconds for 1 mm2 of tissue in one view, from a finished run's ledger; without it, as measured on two CPU cores.
+    follow_links
+        Follow symbolic links in the input folders that lead out of them, too.
     """
     from rich.console import Console
     from rich.progress import track
@@ -191,7 +194,7 @@ def plan(
     from pipeline.archive.estimate import estimate_slide
     from pipeline.archive.sources import find_slides
 
-    archive = find_slides(inputs, mpp=mpp, force_mpp=force_mpp)
+    archive = find_slides(inputs, mpp=mpp, force_mpp=force_mpp, follow_links=follow_links)
     seconds = speed(settings, seconds_per_mm2)
     terminal = Console(stderr=True)
     sources = track(

@@ -263,6 +263,8 @@ class Execution:
     "Keep the patches and instances of finished slides."
     overwrite: Annotated[bool, NO_NEGATIVE] = False
     "Process slides again that have results, and replace these."
+    follow_links: Annotated[bool, NO_NEGATIVE] = False
+    "Follow symbolic links in the input folders that lead out of them, too."
 
     def __post_init__(self) -> None:
         require(0 <= self.workers <= 1024, f"workers={self.workers}: need 0 (automatic) to 1024")

@@ -57,6 +57,14 @@ def now_ns(folder: Path) -> int:
         stamp.unlink()
 
 
+def mtime_ns(path: Path) -> int | None:
+    """When a file was written, by the clock of its file system; None where there is none (any more)."""
+    try:
+        return path.stat().st_mtime_ns
+    except FileNotFoundError:
+        return None
+
+
 def write_json(path: Path, content: Any) -> None:
     """Commit `content` (what JSON holds; tuples become lists) to `path`, in UTF-8, indented."""
     with committed(path) as partial:

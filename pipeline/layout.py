@@ -1,5 +1,7 @@
 """The paths of a run and of its slides: the only place in which a file of theirs is named."""
 
+import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -116,6 +118,15 @@ class RunFolder:
     def slide(self, name: str) -> SlideFolder:
         """The folder of the slide of this name; names may hold "/"."""
         return SlideFolder(self.path / name)
+
+    def links(self, name: str) -> Iterator[Path]:
+        """Symbolic links among all that a run writes of a slide, from its folder (below the run's own) to its work."""
+        folder = self.slide(name)
+        way = [path for path in (*reversed(folder.path.parents), folder.path) if self.path in path.parents]
+        own = (folder.path / file for file in (LEASE, _SLIDE, _FAILURE, _WORK, *RESULTS))
+        yield from filter(os.path.islink, (*way, *own))
+        for inside, folders, files in os.walk(folder.work):
+            yield from filter(os.path.islink, (Path(inside, file) for file in (*folders, *files)))
 
     def finished(self) -> list[SlideFolder]:
         """The folders of finished slides, sorted."""

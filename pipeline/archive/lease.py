@@ -1,7 +1,8 @@
 """Which run processes which slide, where several runs share one output folder and nothing else.
 
-A lease is the folder `.lease` of a slide, with one file in it: named by a token that is never used again, about its
-owner, its mtime the owner's heartbeat. A folder `.lease` that is empty, or not there, is free. The protocol:
+A lease is the folder `.lease` of a slide, with one file in it: its name is a token that is never used again, it says
+who the owner is, and the owner sets its mtime again and again, which is the heartbeat. A folder `.lease` that is empty,
+or not there, is free. The protocol:
 
 take     make a folder of our own beside, `.lease-TOKEN`, with our file in it; unlink the files of dead owners in
          `.lease`; rename our folder to `.lease`, which a file system does, in one step, only where there is no such
@@ -14,10 +15,14 @@ and its action, for however long, cannot remove the lease that another process h
 rename at once one finds the folder empty. NFS caches do not matter: the server decides every step. A process that
 dies leaves a lease that expires, an empty folder, or a `.lease-TOKEN`, which the next release removes.
 
-An owner is dead, and its lease may be taken, at once if it was a process of this user on this machine, in this boot and
-pid namespace, that has ended; and in any case if its heartbeat is older than `expiry_s`. Both times are the
-file server's, that of our own file and of theirs, because the clocks of machines differ.
-An owner that was suspended for longer loses its lease, and may ask `ours`. What it writes meanwhile is the same bytes.
+An owner counts as dead, and its lease may be taken, in any of three cases:
+- it was a process of this user on this machine, in this boot and pid namespace, and has ended: at once;
+- the mtime of its file stayed the same for `expiry_s` between our checks, by our own monotonic clock;
+- its file is older than ours, just made, by `expiry_s` and two hours more: at once.
+Some file systems stamp files with the clock of the server, others with that of the machine that writes. Clocks may be
+wrong by an hour each: so a difference of mtimes of less than two hours, into the past or the future, decides nothing.
+An owner that was suspended for longer than `expiry_s` loses its lease, and may ask `ours`. What it writes meanwhile
+is the same bytes.
 """
 
 import contextlib
@@ -28,6 +33,7 @@ import platform
 import shutil
 import sys
 import threading
+import time
 import uuid
 from pathlib import Path
 from types import TracebackType
@@ -40,6 +46,8 @@ from pipeline.layout import LEASE
 # errors where another process was faster: its folder is not empty, or its release has removed ours
 _LOST_RACE = {errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT, errno.ESTALE}
 
+_CLOCKS_DIFFER_NS = 2 * 3600 * 10**9  # at most, between two machines: each may be wrong by an hour
+
 
 class Owner(NamedTuple):
     """Identifies a process for others."""
@@ -47,7 +55,7 @@ class Owner(NamedTuple):
     host: str
     pid: int
     started: float  # seconds, see `_start_time`
-    pid_namespace: str  # machine, boot and namespace in which its pid means something
+    machine: str  # host name, boot and pid namespace, in which its pid means something
 
 
 class Leases:
@@ -58,8 +66,9 @@ class Leases:
 
     def __init__(self, beat_s: float = 20.0, expiry_s: float = 180.0) -> None:
         """beat_s: between heartbeats; expiry_s: the same for all runs, and many beats, as a server may be slow."""
-        self._beat_s, self._expiry_ns = beat_s, round(expiry_s * 1e9)
+        self._beat_s, self._expiry_s = beat_s, expiry_s
         self._held: dict[Path, Path] = {}  # the folder of a slide -> our file
+        self._watched: dict[Path, tuple[int, float]] = {}  # another's file -> mtime, and since when (our clock)
         self._lock = threading.Lock()  # of `_held`; never held while the file system is asked
         self._ended = threading.Event()
         self._heart = threading.Thread(target=self._beat, name="leases", daemon=True)
@@ -73,7 +82,13 @@ class Leases:
     ) -> None:
         self._ended.set()
         self._heart.join()
-        for folder in list(self._held):
+        self.release_all()
+
+    def release_all(self) -> None:
+        """Give every folder back. Tasks of this run, wherever they are, then stop: they ask for their lease."""
+        with self._lock:
+            folders = list(self._held)
+        for folder in folders:
             self.release(folder)
 
     def take(self, folder: Path) -> bool:
@@ -85,7 +100,7 @@ class Leases:
         staged = folder / f"{LEASE}-{token}"
         try:
             now_ns = _stage(staged, token)  # before the others are read: their age is underestimated, if anything
-            if not _clear(lease, now_ns - self._expiry_ns):
+            if not self._clear(lease, now_ns):
                 return False
             os.rename(staged, lease)
         except OSError as error:
@@ -98,6 +113,29 @@ class Leases:
         with self._lock:
             self._held[folder] = lease / token
         return True
+
+    def _clear(self, lease: Path, now_ns: int) -> bool:
+        """Remove what dead owners have left; False where one may be alive. now_ns: mtime of a file just made."""
+        for file in _files(lease):
+            owner = _read(file)  # opening it makes NFS fetch its mtime again
+            if not (owner and _is_gone(owner)) and not self._is_expired(file, now_ns):
+                return False
+            file.unlink(missing_ok=True)
+            self._watched.pop(file, None)
+        with contextlib.suppress(OSError):  # not there, or taken meanwhile
+            lease.rmdir()  # some file systems do not rename over even an empty folder
+        return True
+
+    def _is_expired(self, file: Path, now_ns: int) -> bool:
+        """Whether a file is too old whatever the clocks say, or did not change for `expiry_s` between our looks."""
+        mtime_ns, now_s = file.stat().st_mtime_ns, time.monotonic()
+        if now_ns - mtime_ns > self._expiry_s * 1e9 + _CLOCKS_DIFFER_NS:
+            return True
+        seen_ns, since_s = self._watched.get(file, (None, now_s))
+        if seen_ns != mtime_ns:
+            self._watched[file] = mtime_ns, now_s
+            return False
+        return now_s - since_s >= self._expiry_s
 
     def ours(self, folder: Path) -> bool:
         """Whether we took this folder and no other run has taken it over since; this is a heartbeat, too."""
@@ -147,18 +185,6 @@ def _stage(staged: Path, token: str) -> int:
     return (staged / token).stat().st_mtime_ns
 
 
-def _clear(lease: Path, oldest_ns: int) -> bool:
-    """Remove what the dead have left; False where an owner is alive: its heartbeat is not older than `oldest_ns`."""
-    for file in _files(lease):
-        owner = _read(file)  # opening it makes NFS fetch its mtime again
-        if not (owner and _is_gone(owner)) and file.stat().st_mtime_ns >= oldest_ns:
-            return False
-        file.unlink(missing_ok=True)
-    with contextlib.suppress(OSError):  # not there, or taken meanwhile
-        lease.rmdir()  # some file systems do not rename over even an empty folder
-    return True
-
-
 def _files(lease: Path) -> list[Path]:
     """The files in a lease's folder: one, or none."""
     try:
@@ -180,21 +206,21 @@ def _touch(file: Path) -> bool:
 
 
 def _me() -> Owner:
-    return Owner(platform.node(), os.getpid(), _start_time(psutil.Process()), _pid_namespace())
+    return Owner(platform.node(), os.getpid(), _start_time(psutil.Process()), _machine())
 
 
 def _read(file: Path) -> Owner | None:
     """Whose lease this is; None where the file is damaged, or has just been removed."""
     try:
         owner = Owner(**json.loads(file.read_text(encoding="utf-8")))
-        return Owner(str(owner.host), int(owner.pid), float(owner.started), str(owner.pid_namespace))
+        return Owner(str(owner.host), int(owner.pid), float(owner.started), str(owner.machine))
     except (OSError, ValueError, TypeError, OverflowError):
         return None
 
 
 def _is_gone(owner: Owner) -> bool:
     """Whether a process is known to have ended; False where that cannot be known on this machine."""
-    if owner.pid_namespace != _pid_namespace():
+    if owner.machine != _machine():
         return False
     try:
         process = psutil.Process(owner.pid)
@@ -211,15 +237,17 @@ def _start_time(process: psutil.Process) -> float:
     return float(process.create_time()) - (psutil.boot_time() if sys.platform == "linux" else 0.0)
 
 
-def _pid_namespace() -> str:
+def _machine() -> str:
     """Equal in two processes only if each sees the other under its pid.
 
-    The user belongs to it: a machine may hide the processes of others.
+    The host's name belongs to it, as copies of a virtual machine may share the rest; and the user, as a machine may
+    hide the processes of others.
     """
+    host = platform.node()
     if sys.platform != "linux":
-        return f"{platform.system()} {uuid.getnode():x}"  # without a network address it is random, so unique
+        return f"{host} {platform.system()} {uuid.getnode():x}"  # without a network address it is random, so unique
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-        return f"{boot} {os.readlink('/proc/self/ns/pid')} {os.getuid()}"
+        return f"{host} {boot} {os.readlink('/proc/self/ns/pid')} {os.getuid()}"
     except OSError:  # a kernel that does not tell
         return uuid.uuid4().hex

@@ -83,7 +83,7 @@ def write_failure(folder: SlideFolder, source: Path, error: BaseException) -> Sl
 def read_failure(folder: SlideFolder, since_ns: int) -> SlideRecord | None:
     """The failure of this slide, without its name, if another run has noted one since (mtime, ns)."""
     content = files.read_json(folder.failure_json)
-    if content is None or folder.failure_json.stat().st_mtime_ns <= since_ns:
+    if content is None or (files.mtime_ns(folder.failure_json) or 0) <= since_ns:
         return None
     return SlideRecord("", "failed", str(content.get("cause", "")))
 

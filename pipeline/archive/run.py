@@ -35,6 +35,7 @@ from pipeline.segment.job import Job, Manifest
 from pipeline.segment.plan import Plan, read_plan
 from pipeline.segment.record import SlideRecord, WorkRecord
 from pipeline.segment.stages import STAGES, Detect, Stage, block_record, remove_work
+from pipeline.text import one_line
 from slides.slide import BY_DEFAULT
 
 _POLL_S = 5.0  # between checks of a slide that another run holds, of the workers, and of the ledger
@@ -63,7 +64,7 @@ def run(
     Raises RunError, WeightsError, StainError or ConfigError before anything is started; ClusterLost.
     """
     folder = RunFolder(Path(out).absolute())
-    archive = find_slides(inputs, folder.path, mpp=mpp, force_mpp=force_mpp)
+    archive = find_slides(inputs, folder.path, mpp=mpp, force_mpp=force_mpp, follow_links=execution.follow_links)
     manifest = resolve(settings)
     if client is None:
         check_execution(execution, settings.detector.device)
@@ -84,7 +85,7 @@ def run(
                 raise RunError(problem)
             work = ArchiveRun(archive, folder, manifest, execution, executor, leases, progress, detect)
             try:
-                _in_a_thread(work.work)
+                _in_a_thread(work.work, work.stop)
                 if work.device.seconds:
                     progress.say(work.device.busy(executor.detectors))
             finally:
@@ -93,8 +94,11 @@ def run(
     return records
 
 
-def _in_a_thread(work: Callable[[], Any]) -> None:
-    """Run a coroutine to its end in a loop of its own: a notebook's thread has one already. Ctrl-C cancels it."""
+def _in_a_thread(work: Callable[[], Any], stop: Callable[[], None]) -> None:
+    """Run a coroutine to its end in a loop of its own: a notebook's thread has one already.
+
+    Ctrl-C calls `stop`, for the tasks that cannot be cancelled, and cancels the coroutine. Then it is waited for.
+    """
     started: list[tuple[asyncio.AbstractEventLoop, asyncio.Task[Any]]] = []
 
     async def main() -> None:
@@ -108,6 +112,7 @@ def _in_a_thread(work: Callable[[], Any]) -> None:
         try:
             future.result()
         except KeyboardInterrupt:
+            stop()
             if not future.done() and started:
                 loop, task = started[0]
                 loop.call_soon_threadsafe(task.cancel)
@@ -154,6 +159,7 @@ class ArchiveRun:
     device: _Device = field(default_factory=_Device)
     done: dict[str, SlideRecord] = field(default_factory=dict)
     started: set[str] = field(default_factory=set)
+    stopped: bool = False
 
     async def work(self) -> None:
         """Process every slide of the archive."""
@@ -171,6 +177,11 @@ class ArchiveRun:
             raise _first(group) from None
         finally:
             watch.cancel()
+
+    def stop(self) -> None:
+        """From any thread: give all slides back, and start no other. Tasks stop when they ask for their lease."""
+        self.stopped = True
+        self.leases.release_all()
 
     def records(self) -> list[SlideRecord]:
         """A record for every slide of the archive, whatever became of it."""
@@ -211,6 +222,8 @@ class ArchiveRun:
                 record = await self._attempt(source, folder)
             if record is not None:
                 break
+            if self.stopped:  # a task group in which a task fails forgets that it was cancelled
+                raise asyncio.CancelledError
             if not self.execution.wait:
                 record = SlideRecord("", "elsewhere", f"locked by {self.leases.holder(folder.path)}")
                 break
@@ -221,7 +234,8 @@ class ArchiveRun:
     async def _attempt(self, source: Source, folder: SlideFolder) -> SlideRecord | None:
         """The slide's record, whatever happens to it; None where another run has it."""
         try:
-            job = Job(source.path.resolve(), folder, self.manifest, source.scale)
+            # of os.path, as pathlib refuses links in a circle
+            job = Job(Path(os.path.realpath(source.path)), folder, self.manifest, source.scale)
             known = await asyncio.to_thread(self._known, source, job)
             if known is None:
                 known = await self._leased(source, job)
@@ -236,27 +250,35 @@ class ArchiveRun:
                 raise error from None
             if isinstance(error, LeaseLost):
                 return None
-            if not self.folder.run_json.exists():  # whatever it looks like
+            if not os.path.exists(self.folder.run_json):  # whatever it looks like
                 error = RunError(
                     f"{self.folder.path} is not there any more: put it back, and run the same command again"
                 )
             elif (full := _full_disk(error, folder.path)) is not None:
                 error = RunError(f"no space left in {full}: free some space, and run the same command again")
-            record = await asyncio.to_thread(ledger.write_failure, folder, source.path, error)
+            record = await asyncio.to_thread(self._failed, source, error)
             self.progress.say(f"{source.name}: FAILED: {record.cause}")
             return record
+
+    def _failed(self, source: Source, error: Exception) -> SlideRecord:
+        """The record of a slide that failed, noted in its folder; not where a link would lead elsewhere."""
+        if any(self.folder.links(source.name)):
+            return SlideRecord("", "failed", one_line(error))
+        return ledger.write_failure(self.folder.slide(source.name), source.path, error)
 
     def _known(self, source: Source, job: Job) -> SlideRecord | None:
         """The record of a slide that is done, or at which another run has failed since this one was started."""
         if source.problem:
             raise RunError(source.problem)
         self.folder.run_json.stat()  # an output folder that was removed is not made again
+        for link in self.folder.links(source.name):
+            raise RunError(f"{link} is a symbolic link, through which nothing is written: remove it")
         content = files.read_json(job.folder.slide_json)
         if content is None:
             return ledger.read_failure(job.folder, self.since_ns)
         if self.execution.overwrite:
             # another run with --overwrite has just finished it
-            new = job.folder.slide_json.stat().st_mtime_ns > self.since_ns
+            new = (files.mtime_ns(job.folder.slide_json) or 0) > self.since_ns
             return finished.read_record(content) if new else None
         for damage in finished.damaged_results(job.folder, content, thorough=False):
             raise RunError(damage)
@@ -305,20 +327,36 @@ class ArchiveRun:
             record = await self._segment(source.name, job)
             self.progress.say(ledger.terminal_lines(dataclasses.replace(record, slide=source.name)))
             return record
+        except Exception as error:
+            # whoever has taken the slide over has changed its files: an error of ours means nothing then
+            if isinstance(_first(error), ClusterLost) or not await asyncio.to_thread(self._is_taken_over, job):
+                raise
+            return None
         finally:
             await asyncio.to_thread(self.leases.release, job.folder.path)
 
+    def _is_taken_over(self, job: Job) -> bool:
+        """Whether a slide that we took is another run's now, or was done by one that we took it from."""
+        return not self.leases.ours(job.folder.path) or job.folder.slide_json.exists()
+
     async def _segment(self, name: str, job: Job) -> SlideRecord:
-        """All stages of a slide; again where scratch turns out to be damaged: what is whole is not done again."""
+        """All stages of a slide; again where scratch is damaged or disappears: what is whole is not done again.
+
+        A former owner that was suspended may remove work, and files being written, before it learns that it lost the
+        lease.
+        """
         started = time.perf_counter()
         await asyncio.to_thread(_check_space, job, self._window())
         for attempt in range(_ATTEMPTS):
             try:
                 work = await self._stages(name, job)
                 break
-            except* ScratchLost as lost:
+            except* (ScratchLost, FileNotFoundError) as lost:
+                error = _first(lost)
+                if attempt == _ATTEMPTS - 1 and isinstance(error, ScratchLost):
+                    error = RunError(f"{error}, again and again: is the disk sound?")
                 if attempt == _ATTEMPTS - 1:
-                    raise RunError(f"{_first(lost)}, again and again: is the disk sound?") from None
+                    raise error from None
         plan = await asyncio.to_thread(read_plan, job.folder, job.digest)
         record = SlideRecord(
             "",

@@ -1,7 +1,7 @@
 """Searches folders for slides: each is listed once, however often it is reached, and only DICOM files are opened."""
 
 import os
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -49,16 +49,19 @@ class Search:
     """The slides listed so far, by a key: the real path, or for DICOM the real folder and the series.
 
     out: real path of the folder of results, which is not searched.
+    follow_links: links that lead out of the input folder that they lie in are followed; others always are.
     Law: the slides do not depend on the order in which folders are given.
     """
 
     out: str | None = None
+    follow_links: bool = False
     slides: dict[str, SlideFile] = field(default_factory=dict)
     problems: dict[str, str] = field(default_factory=dict)  # key -> why the slide cannot be processed
-    unread: list[str] = field(default_factory=list)  # folders that cannot be read and broken links, with the cause
+    unread: list[str] = field(default_factory=list)  # folders, and links that were not followed, and why
     _others: dict[str, str] = field(default_factory=dict)  # real paths of files that are no slides -> key
     _links: deque[Place] = field(default_factory=deque)
     _searched: set[str] = field(default_factory=set)  # real paths of folders
+    _outward: Counter[Path] = field(default_factory=Counter)  # input folder -> links that lead out of it
 
     @property
     def skipped(self) -> int:
@@ -71,6 +74,9 @@ class Search:
             self._tree(Place(Path(path), ""), real)
         while self._links:
             self._link(self._links.popleft())
+        for home, count in sorted(self._outward.items()):
+            links = "1 link leads" if count == 1 else f"{count} links lead"
+            self.unread.append(printable(f"{links} out of {home}: not followed, give --follow-links"))
 
     def add(self, path: Path, place: Place) -> str:
         """A slide that is given by name, whatever its suffix, whether it exists or not. Returns its key."""
@@ -107,21 +113,33 @@ class Search:
         inner = []
         for entry in entries:
             place = Place(home, f"{relative}/{entry.name}" if relative else entry.name)
-            if entry.is_symlink():
-                self._links.append(place)
-            elif entry.is_file(follow_symlinks=False):
-                self._file(place, os.path.join(real, entry.name))
-            elif entry.is_dir(follow_symlinks=False) and not _is_system(entry.name):
-                inner.append(entry.name)
-            else:
-                self._other(os.path.join(real, entry.name))
+            try:
+                if self._entry(entry, place, os.path.join(real, entry.name)):
+                    inner.append(entry.name)
+            except OSError as error:
+                self.unread.append(printable(f"{place.path}: {error.strerror}"))
         return inner[::-1]
+
+    def _entry(self, entry: os.DirEntry[str], place: Place, real: str) -> bool:
+        """Note what lies in a folder; whether it is a folder to search. Raises OSError."""
+        if entry.is_symlink():
+            self._links.append(place)
+        elif entry.is_file(follow_symlinks=False):
+            self._file(place, real)
+        elif entry.is_dir(follow_symlinks=False) and not _is_system(entry.name):
+            return True
+        else:
+            self._other(real)
+        return False
 
     def _link(self, place: Place) -> None:
         """Follow a link, after all else. A broken link with a slide's suffix is a slide that fails."""
         path = place.path
         real = os.path.realpath(path)
-        if os.path.isdir(real) and not _is_system(path.name):
+        wanted = not _is_system(path.name) if os.path.isdir(real) else os.path.isfile(real) and _is_slide(path.name)
+        if wanted and not self.follow_links and not Path(real).is_relative_to(os.path.realpath(place.home)):
+            self._outward[place.home] += 1
+        elif os.path.isdir(real) and not _is_system(path.name):
             self._tree(place, real)
         elif os.path.isfile(real):
             self._file(place, real)
@@ -169,8 +187,16 @@ def _is_system(name: str) -> bool:
 
 
 def _missing(path: Path) -> str:
-    if path.is_dir():
+    # of os.path, which answers where pathlib raises: names too long, folders that may not be entered
+    if os.path.isdir(path):
         return printable(f"{path} is a folder: name the slides in it, or give the folder itself as an input")
-    if path.is_symlink():
-        return printable(f"{path} is a link to {os.readlink(path)}, which does not exist: restore it")
+    if os.path.islink(path):
+        return printable(f"{path} is a link to {_target(path)}, which does not exist: restore it")
     return printable(f"{path} does not exist: restore it, or correct the manifest")
+
+
+def _target(link: Path) -> str:
+    try:
+        return os.readlink(link)
+    except OSError:  # it was just removed
+        return "somewhere"

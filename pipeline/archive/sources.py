@@ -32,7 +32,7 @@ class Archive(NamedTuple):
 
     sources: tuple[Source, ...]
     skipped: int  # files in the folders that are no slides
-    unread: tuple[str, ...] = ()  # folders that cannot be read and broken links, with the cause
+    unread: tuple[str, ...] = ()  # folders that could not be searched, links that were not followed, and why
 
 
 class _Given(NamedTuple):
@@ -45,15 +45,21 @@ class _Given(NamedTuple):
 
 
 def find_slides(
-    inputs: Inputs, out: Path | None = None, *, mpp: float | None = None, force_mpp: float | None = None
+    inputs: Inputs,
+    out: Path | None = None,
+    *,
+    mpp: float | None = None,
+    force_mpp: float | None = None,
+    follow_links: bool = False,
 ) -> Archive:
     """Slides among files, folders (searched to any depth, `out` left out) and CSV manifests.
 
     A folder's slides are known by their suffix, DICOM files by their header; a slide of several files, or one that
-    is reached in several ways, is listed once. A manifest has the columns path, relative to itself, and perhaps
-    mpp, which overrides what the slide states; `mpp` is for slides that state none, `force_mpp` for all. An
-    error in a row of a manifest is that slide's `problem` and stops no other. `pipeline.archive.naming` has the
-    rule of names, which does not depend on the order of the inputs.
+    is reached in several ways, is listed once. Links that lead out of an input folder are followed only with
+    `follow_links`; those within it, and those that are named, always. A manifest has the columns path, relative to
+    itself, and perhaps mpp, which overrides what the slide states; `mpp` is for slides that state none, `force_mpp`
+    for all. An error in a row of a manifest is that slide's `problem` and stops no other. `pipeline.archive.naming` has
+    the rule of names, which does not depend on the order of the inputs.
     Raises RunError for an input that does not exist, that is no manifest, or lies in `out`; for a scale that no slide
     has; and where no slide is.
     """
@@ -64,7 +70,7 @@ def find_slides(
     paths = [Path(inputs)] if isinstance(inputs, str | os.PathLike) else [Path(path) for path in inputs]
     # the outermost folder names a slide, as it does in the search
     named = sorted(_named(paths), key=lambda given: (len(given.place.home.parts), given.place, given.path))
-    search = Search(None if out is None else os.path.realpath(out))
+    search = Search(None if out is None else os.path.realpath(out), follow_links)
     search.folders(_folders(paths, search.out))
     scales: dict[str, set[float]] = defaultdict(set)
     for given in named:

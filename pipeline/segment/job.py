@@ -1,5 +1,6 @@
 """The slide and the settings of a task: all that it needs on any machine."""
 
+import errno
 import functools
 import os
 from collections.abc import Mapping
@@ -53,10 +54,12 @@ class Job:
         return self.manifest.digest
 
     def check_lease(self) -> None:
-        """Called before anything is committed. Raises LeaseLost once another process has the slide."""
+        """Called before anything is committed. Raises LeaseLost once the slide was given back or taken over."""
         if self.lease is None:
             return
         try:
             os.utime(self.lease)  # reaches the file server, where a read could be answered from a cache
-        except FileNotFoundError:
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ESTALE):  # the second: NFS, for a file that it has just known
+                raise
             raise LeaseLost(f"{self.source.name}: another process has taken this slide over") from None

@@ -44,7 +44,11 @@ def read_predictions(path: Path) -> Predictions | None:
     work = files.read_seal(path)
     if work is None:
         return None
-    with np.load(path, allow_pickle=False) as stored:
+    try:
+        stored = np.load(path, allow_pickle=False)
+    except FileNotFoundError:  # another worker that was given the same block has just outlined it
+        return None
+    with stored:
         ends = np.cumsum(stored["counts"])[:-1]
         parts = zip(*(np.split(stored[name], ends) for name in columns(Instances)), strict=True)
         tiles = [

@@ -9,6 +9,7 @@ commits its result in one rename, and may run twice, even at the same time: what
 and equal work gives equal bytes. Scratch that is damaged counts as missing.
 """
 
+import contextlib
 import functools
 import shutil
 import time
@@ -68,14 +69,15 @@ def make_plan(job: Job) -> WorkRecord:
     with job.open() as slide:
         plan = load_plan(folder, job.digest)
         if plan is None:
-            job.check_lease()
             remove_work(job)
             plan = plan_slide(slide, job.settings, job.manifest.stain_sha256)
+            job.check_lease()
             folder.work.mkdir(parents=True, exist_ok=True)
             frame = picture_frame(slide, plan, THUMBNAIL_PX)
             pictures.draw_plan(slide.thumbnail(frame), frame, plan.tissue, plan.tiles, folder.thumbnail)
             write_plan(plan, folder, job.digest)
         _check_same_slide(plan, slide, job)
+    job.check_lease()
     PatchStore.create(folder.patches, plan.grid, job.digest)
     stores = (folder.predictions(0).parent, folder.instances(0).parent)
     for store in stores:
@@ -101,9 +103,13 @@ def _check_same_slide(plan: Plan, slide: Slide, job: Job) -> None:
 
 
 def remove_work(job: Job) -> None:
-    """Remove the work folder. A task that another worker, given up for lost, still runs in there then fails alone."""
+    """Remove the work folder. A task that another worker, given up for lost, still runs in there then fails alone.
+
+    Raises LeaseLost.
+    """
+    job.check_lease()
     folder = job.folder
-    if folder.work.exists():
+    with contextlib.suppress(FileNotFoundError):  # there is none, or a former owner, suspended until now, was faster
         folder.work.rename(folder.discarded_work(uuid4().hex[:12]))
     for leftover in folder.all_discarded_work():
         shutil.rmtree(leftover, ignore_errors=True)
@@ -151,6 +157,7 @@ def detect_block(job: Job, block: int, before: WorkRecord, detect: Detect | None
 
     detect: replaces the detector. The device is locked only once the patches are in memory: two of these in one
     process take turns, and while one computes the other one reads.
+    Raises LeaseLost between two patches once the slide is not ours any more, as when the run is interrupted.
     """
     plan = read_plan(job.folder, job.digest)
     store = PatchStore.create(job.folder.patches, plan.grid, job.digest)
@@ -164,7 +171,7 @@ def detect_block(job: Job, block: int, before: WorkRecord, detect: Detect | None
         with device_lock():
             started = time.perf_counter()
             _check_weights(job)
-            instances = list((detect or _detector())(patches, plan.normalisation, job.settings))
+            instances = list(_while_leased(job, (detect or _detector())(patches, plan.normalisation, job.settings)))
             device = () if detect else (computes_on(job.settings.detector),)
             before += _worked("detect", started, computed_on=device)
         _check_weights(job)  # nor was it replaced meanwhile
@@ -172,6 +179,17 @@ def detect_block(job: Job, block: int, before: WorkRecord, detect: Detect | None
         write_predictions(job.folder.predictions(block), instances, lost, before)
     store.discard(block)
     return before
+
+
+def _while_leased(job: Job, detected: Iterator[HostInstances]) -> Iterator[HostInstances]:
+    """What is detected, patch by patch; the lease is asked before, and every second. Raises LeaseLost."""
+    job.check_lease()
+    asked_s = time.monotonic()
+    for instances in detected:
+        if time.monotonic() > asked_s + 1:
+            job.check_lease()
+            asked_s = time.monotonic()
+        yield instances
 
 
 def _check_weights(job: Job) -> None:

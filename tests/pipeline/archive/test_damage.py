@@ -229,6 +229,66 @@ def test_a_lost_lease_stops_the_slide_and_is_no_failure(
     assert files(out / "discs") == whole
 
 
+@pytest.mark.parametrize("lost", ["the work", "the lease and the work"])
+def test_what_a_former_owner_removes_is_made_again(
+    lost: str, slide: Path, whole: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was suspended between asking for its lease and removing the work, or has just finished the slide."""
+    monkeypatch.setattr(archive_run, "_POLL_S", 0.05)
+    out, calls = tmp_path / "out", []
+
+    def detect(patches: Any, normalisation: Any, settings: Settings) -> Any:
+        calls.append(1)
+        if len(calls) == 2:
+            shutil.rmtree(out / "discs" / "work")
+            if "lease" in lost:
+                shutil.rmtree(out / "discs" / ".lease")
+        yield from oracle.detect(patches, normalisation, settings)
+
+    said: list[str] = []
+    (record,) = archive_run.run([slide], out, chosen(), ONE, mpp=0.25, say=said.append, detect=detect)
+    assert record.status == "done"
+    assert not any("FAILED" in line for line in said)
+    assert files(out / "discs") == whole
+    assert not (out / "discs" / "failure.json").exists()
+
+
+def test_the_work_of_another_owner_is_not_removed(slide: Path, tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path).slide("discs")
+    with Leases() as leases:
+        leases.take(folder.path)
+        job = dataclasses.replace(job_of(slide, tmp_path), lease=leases.file(folder.path))
+        stages.make_plan(job)
+        shutil.rmtree(folder.lease)
+        for removal in (stages.remove_work, stages.make_plan):
+            with pytest.raises(LeaseLost):
+                removal(job)
+    assert read_plan(folder, job.digest)
+
+
+def test_a_lease_that_is_lost_stops_a_block_between_two_patches(slide: Path, tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path).slide("discs")
+    seen: list[int] = []
+
+    def detect(patches: Any, normalisation: Any, settings: Settings) -> Any:
+        for number, found in enumerate(oracle.detect(patches, normalisation, settings)):
+            seen.append(number)
+            if not number:
+                shutil.rmtree(folder.lease)
+            yield found
+
+    with Leases() as leases:
+        leases.take(folder.path)
+        job = dataclasses.replace(job_of(slide, tmp_path), lease=leases.file(folder.path))
+        stages.make_plan(job)
+        block = read_plan(folder, job.digest).blocks[0]
+        before = stages.tile_block(job, block, WorkRecord())
+        with pytest.raises(LeaseLost):
+            stages.detect_block(job, block, before, detect)
+    assert seen == [0]
+    assert not folder.predictions(block).exists()
+
+
 def test_nothing_is_committed_without_the_lease(slide: Path, tmp_path: Path) -> None:
     folder = RunFolder(tmp_path).slide("discs")
     with Leases() as leases:

@@ -251,6 +251,75 @@ def test_a_missing_slide_of_a_manifest_is_a_line_of_the_ledger(archive: Path, tm
     assert json.loads((tmp_path / "out" / "nowhere" / "failure.json").read_text())["cause"] == rows["nowhere"].cause
 
 
+def test_names_that_cannot_be_resolved_are_slides_that_fail(archive: Path, tmp_path: Path) -> None:
+    """Law: one slide cannot end a run. Links in a circle, names that no file system takes, a file as a folder."""
+    (archive / "loop.svs").symlink_to("loop.svs")
+    (archive / "there.svs").symlink_to("back.svs")
+    (archive / "back.svs").symlink_to("there.svs")
+    too_long = ("x" * 300 + ".svs", "/".join(["y" * 200] * 25) + "/y.svs")
+    listed = ["a.png", "loop.svs", *too_long, "a.png/b.svs", "b.png"]
+    (archive / "list.csv").write_text("\n".join(["path", *listed]))
+    out = tmp_path / "out"
+    rows = run([archive, archive / "list.csv"], out, chosen(), ONE, mpp=0.25, say=lambda _: None, detect=oracle.detect)
+    assert {row.slide for row in rows if row.status == "done"} == {"a", "b"}
+    failed = {row.slide: row.cause for row in rows if row.status == "failed"}
+    assert len(failed) == 6
+    assert "is a link to loop.svs, which is not there" in failed["loop"]
+    assert all("which is not there" in failed[name] for name in ("there", "back"))
+    assert all("is not there: bring it back" in cause for name, cause in failed.items() if name[0] in "xy")
+    assert (out / "ledger.csv").exists()
+    assert (out / "report.html").exists()
+
+
+# ------------------------------------------------------------------------------------ links among the results
+
+LINKS = ["a", "a/work", "a/work/instances", "a/nuclei.geojson.zip", "a/nuclei.parquet", "a/.lease", "a/failure.json"]
+
+
+@pytest.mark.parametrize("link", LINKS)
+def test_nothing_is_written_through_a_link_among_the_results(link: str, archive: Path, tmp_path: Path) -> None:
+    """Law: who can plant a link in the output folder cannot have the run write, or remove, elsewhere."""
+    out, elsewhere = tmp_path / "out", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "precious").write_text("precious")
+    (out / link).parent.mkdir(parents=True)
+    (out / link).symlink_to(elsewhere / "precious" if "." in link[1:] and "lease" not in link else elsewhere)
+    for execution in (ONE, Execution(cluster=False, workers=1, overwrite=True)):
+        rows = segment(archive, out, execution)
+        assert (rows["a"].status, rows["b"].status) == ("failed", "done")
+        assert f"{link} is a symbolic link, through which nothing is written: remove it" in rows["a"].cause
+        assert [path.name for path in elsewhere.iterdir()] == ["precious"]
+        assert (elsewhere / "precious").read_text() == "precious"
+    (out / link).unlink()
+    assert segment(archive, out)["a"].status == "done"
+
+
+def test_a_link_above_a_slides_folder_is_refused_and_the_out_folder_may_be_one(archive: Path, tmp_path: Path) -> None:
+    (archive / "site").mkdir()
+    paint(archive / "site" / "c.png", 0)
+    (archive / "list.csv").write_text("path\na.png\nsite/c.png\n")
+    out, real, elsewhere = tmp_path / "out", tmp_path / "real", tmp_path / "elsewhere"
+    for folder in (real, elsewhere):
+        folder.mkdir()
+    out.symlink_to(real)
+    (out / "site").symlink_to(elsewhere)
+    rows = segment(archive, out)
+    assert (rows["a"].status, rows["site/c"].status) == ("done", "failed")
+    assert "out/site is a symbolic link" in rows["site/c"].cause
+    assert not list(elsewhere.iterdir())
+
+
+def test_links_that_lead_out_of_the_input_are_said_in_the_first_lines(archive: Path, tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    (archive / "a.png").rename(archive / "a.tif")
+    (archive / "link").symlink_to(tmp_path / "other")
+    said: list[str] = []
+    run([archive], tmp_path / "out", chosen(), ONE, mpp=0.25, say=said.append, detect=oracle.detect)
+    (place,) = (number for number, line in enumerate(said) if "out of" in line)
+    assert f"WARNING: 1 link leads out of {archive}: not followed, give --follow-links" in said[place]
+    assert place < 4
+
+
 def test_it_runs_where_an_event_loop_runs_already(archive: Path, tmp_path: Path) -> None:
     """A notebook's cell is called from a running loop."""
 

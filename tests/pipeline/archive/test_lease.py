@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -88,7 +89,10 @@ def age(file: Path, seconds: float) -> None:
 
 
 def elsewhere(pid: int = 1) -> str:
-    return json.dumps({"host": "node7", "pid": pid, "started": 1.0, "pid_namespace": "another machine"})
+    return json.dumps({"host": "node7", "pid": pid, "started": 1.0, "machine": "another one"})
+
+
+LONG_DEAD_S = 180 + 2 * 3600 + 20  # too old even where the clocks of two machines differ by two hours
 
 
 def wait_for(true: Callable[[], bool]) -> None:
@@ -117,7 +121,7 @@ def test_at_most_one_has_a_slide(tmp_path_factory: pytest.TempPathFactory, deeds
             runs[who].release(folder)
             holder, expired = (None, False) if holder == who else (holder, expired)
         elif holder == who and deed == "expire":
-            age(file_of(folder), 200)
+            age(file_of(folder), LONG_DEAD_S)
             expired = True
         elif holder == who and deed == "damage":
             file_of(folder).write_text("")
@@ -137,7 +141,7 @@ def test_of_many_threads_one_takes_a_slide(tmp_path: Path, left: str) -> None:
         if left == "an empty folder":
             (folder / LEASE).mkdir(parents=True)
         elif left == "a dead lease":
-            make(folder, elsewhere(), age_s=200)
+            make(folder, elsewhere(), age_s=LONG_DEAD_S)
     runs = [Leases() for _ in range(4)]
     with ThreadPoolExecutor(4) as pool:
         for folder in folders:
@@ -167,7 +171,7 @@ def test_of_many_processes_one_takes_a_slide_and_what_the_killed_held_is_free_at
 
 def test_a_take_that_comes_late_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Law: between the check of a dead lease and its removal, and before the rename, any time may pass."""
-    slow, quick, theirs = Leases(), Leases(), make(tmp_path, elsewhere(), age_s=200)
+    slow, quick, theirs = Leases(), Leases(), make(tmp_path, elsewhere(), age_s=LONG_DEAD_S)
     unlink, rename = Path.unlink, os.rename
     late: list[str] = []
 
@@ -242,14 +246,75 @@ def test_an_owner_that_was_suspended_too_long_has_lost_its_lease(tmp_path: Path)
     """A suspended process: its process exists, its heartbeat has stopped."""
     suspended, other = Leases(), Leases(expiry_s=180)
     assert suspended.take(tmp_path)
-    age(file_of(tmp_path), 150)
+    age(file_of(tmp_path), LONG_DEAD_S - 30)
     assert not other.take(tmp_path)
-    age(file_of(tmp_path), 50)
+    age(file_of(tmp_path), 30)
     assert other.take(tmp_path)
     assert not suspended.ours(tmp_path)
     suspended.release(tmp_path)
     assert other.ours(tmp_path)
     assert not suspended.take(tmp_path)
+
+
+# ------------------------------------------------------------------------------------------- clocks that differ
+
+
+class Clock:
+    """Our monotonic clock, as a test sets it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now_s = 1000.0
+        monkeypatch.setattr(time, "monotonic", lambda: self.now_s)
+
+
+OFFSETS_S = [-3600.0, -600.0, 0.0, 600.0, 3600.0]
+
+
+@pytest.mark.parametrize("offset_s", OFFSETS_S)
+def test_an_owner_whose_heartbeat_goes_on_keeps_its_lease_whatever_its_clock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, offset_s: float
+) -> None:
+    """Law: a file system that stamps with the clock of the machine that writes takes nothing from the living."""
+    clock, other, file = Clock(monkeypatch), Leases(), make(tmp_path, elsewhere(), age_s=-offset_s)
+    for _ in range(60):
+        assert not other.take(tmp_path)
+        clock.now_s += 20
+        age(file, -20)  # a beat
+    assert not other.take(tmp_path)
+
+
+@pytest.mark.parametrize("offset_s", OFFSETS_S)
+def test_an_owner_without_heartbeat_is_dead_whatever_its_clock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, offset_s: float
+) -> None:
+    """Law: nobody waits for ever for a dead owner, even if its last heartbeat lies in the future."""
+    clock, other = Clock(monkeypatch), Leases()
+    make(tmp_path, elsewhere(), age_s=-offset_s)
+    assert not other.take(tmp_path)
+    clock.now_s += 170
+    assert not other.take(tmp_path)
+    clock.now_s += 20
+    assert other.take(tmp_path)
+
+
+def test_a_lease_is_watched_from_its_last_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, other, file = Clock(monkeypatch), Leases(), make(tmp_path, elsewhere())
+    assert not other.take(tmp_path)
+    clock.now_s += 170
+    age(file, -1)
+    assert not other.take(tmp_path)
+    clock.now_s += 170
+    assert not other.take(tmp_path)
+    clock.now_s += 20
+    assert other.take(tmp_path)
+
+
+def test_another_host_is_another_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copies of a virtual machine may share the id of a boot: their pids mean different processes."""
+    me = lease._me()
+    assert lease._is_gone(me._replace(started=-1.0))
+    monkeypatch.setattr(platform, "node", lambda: "copy")
+    assert not lease._is_gone(me._replace(started=-1.0))
 
 
 # ----------------------------------------------------------------------------------------------- who is dead
@@ -263,9 +328,9 @@ def test_an_owner_that_cannot_be_asked_lives_until_it_expires(tmp_path: Path, co
     leases, file = Leases(), make(tmp_path, content)
     assert not leases.take(tmp_path)
     assert leases.holder(tmp_path)
-    age(file, 170)
+    age(file, LONG_DEAD_S - 30)
     assert not leases.take(tmp_path)
-    age(file, 20)
+    age(file, 30)
     assert leases.take(tmp_path)
 
 

@@ -10,6 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dicom_files
+from pipeline.archive.naming import Place
+from pipeline.archive.search import Search
 from pipeline.archive.sources import Archive, Source, find_slides
 from pipeline.errors import RunError
 from slides.slide import GivenScale
@@ -77,7 +79,44 @@ def test_a_real_folder_names_a_slide_before_a_link_does(tmp_path: Path) -> None:
     (archive / "loop").symlink_to(archive)
     (archive / "z.svs").symlink_to(tmp_path / "elsewhere" / "y.svs")
     (archive / "linked").symlink_to(tmp_path / "elsewhere")
-    assert names(find_slides([archive])) == ["b/x", "linked/y"]
+    assert names(find_slides([archive], follow_links=True)) == ["b/x", "linked/y"]
+
+
+def test_links_out_of_the_input_folder_are_counted_and_followed_only_if_wanted(tmp_path: Path) -> None:
+    """Law: a link within the folder is followed; one that leads out of it is said, however deep it lies."""
+    tree(tmp_path, "elsewhere/y.svs", "elsewhere/z.svs", "elsewhere/notes.txt", "archive2/w.svs")
+    archive = tree(tmp_path / "archive", "b/x.svs", "v.svs")
+    (archive / "out.svs").symlink_to(tmp_path / "elsewhere" / "y.svs")
+    (archive / "b" / "up").symlink_to(tmp_path / "elsewhere")
+    (archive / "neighbour").symlink_to(tmp_path / "archive2")  # its name begins as the folder's does
+    (archive / "notes").symlink_to(tmp_path / "elsewhere" / "notes.txt")
+    (archive / "inside").symlink_to(archive / "b")
+    (archive / "inside.svs").symlink_to(archive / "v.svs")
+    (tmp_path / "alias").symlink_to(archive)
+    said = "links lead out of {}: not followed, give --follow-links"
+    for folder in (archive, tmp_path / "alias"):  # an input that is a link itself is what the user named
+        found = find_slides([folder])
+        assert (names(found), found.unread) == (["b/x", "v"], ("3 " + said.format(folder),))
+    followed = find_slides([archive], follow_links=True)
+    assert (names(followed), followed.unread) == (["b/up/z", "b/x", "neighbour/w", "out", "v"], ())
+    both = find_slides([archive, tmp_path / "elsewhere"])
+    assert names(both) == ["b/x", "v", "y", "z"], "each by its own folder"
+    assert names(find_slides([archive / "out.svs"])) == ["out"], "it is named"
+
+
+def test_an_entry_that_cannot_be_looked_at_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tree(tmp_path, "x.svs", "y.svs")
+    looked = Search._file
+
+    def refusing(search: Search, place: Place, real: str) -> None:
+        if real.endswith("y.svs"):
+            raise OSError(5, "Input/output error", real)
+        looked(search, place, real)
+
+    monkeypatch.setattr(Search, "_file", refusing)
+    archive = find_slides([tmp_path])
+    assert names(archive) == ["x"]
+    assert archive.unread == (f"{tmp_path / 'y.svs'}: Input/output error",)
 
 
 def test_links_to_nothing_are_named(tmp_path: Path) -> None:
