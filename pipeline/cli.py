@@ -158,8 +158,8 @@ def run(
     print(f"{len(done)} of {len(rows)} slides done, {nuclei:,} nuclei; ledger: {RunFolder(out).ledger}")
     for row in failed:
         print(f"  failed: {row.slide}: {row.cause}", file=sys.stderr)
-    elsewhere = [r for r in rows if r.status == "elsewhere"]
-    return 0 if len(done) + len(elsewhere) == len(rows) else 1
+    locked = [r for r in rows if r.status == "locked"]
+    return 0 if len(done) + len(locked) == len(rows) else 1
 
 
 @app.command

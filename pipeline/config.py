@@ -12,11 +12,10 @@ import re
 import tomllib
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
-from types import MappingProxyType
 from typing import Annotated, Any, Literal, TypeVar
 
 from cyclopts import Group, Parameter, Token
@@ -114,6 +113,10 @@ class Stain:
     "Network of the method dcgmm: name of shipped weights, or a .safetensors file."
     template: Annotated[str, Parameter(name="--stain.template")] = ""
     "Slide or image whose stain is the target; without it, a typical image of the training sets."
+    weights_sha256: Annotated[str, Parameter(name="--stain.weights-sha256")] = ""
+    "SHA-256 that the network's file must have; a run sets it for its workers."
+    template_sha256: Annotated[str, Parameter(name="--stain.template-sha256")] = ""
+    "SHA-256 that the template's file must have; a run sets it for its workers."
 
     def __post_init__(self) -> None:
         require(self.patches >= 1, f"patches={self.patches}: need 1 or more")
@@ -152,6 +155,8 @@ class Detector:
     "Where the detector runs: cpu, cuda, cuda:N, or auto, the GPU if there is one."
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     "Floating-point format of the network; auto: bfloat16 where the device computes in it, else float32."
+    weights_sha256: str = ""
+    "SHA-256 that the file of the weights must have; a run sets it for its workers."
 
     def __post_init__(self) -> None:
         require(0 <= self.score < 1, f"score={self.score}: need 0 <= score < 1")
@@ -216,20 +221,19 @@ class Settings:
     stitching: Annotated[Stitching, Parameter(group=STITCHING)] = field(default_factory=Stitching)
     export: Annotated[Export, Parameter(group=EXPORT)] = field(default_factory=Export)
 
-    def digest(self, weights_sha256: str, stain_sha256: Mapping[str, str] = MappingProxyType({})) -> str:
-        """Name of everything that nuclei.parquet depends on: settings but for device, batch and exports, and files' contents.
+    @property
+    def digest(self) -> str:
+        """Names everything that nuclei.parquet depends on: no device, batch, export, and of files the content only.
 
-        stain_sha256: of the files that the stain normalisation reads, `weights` and `template`, where it does.
+        The checksums of the files are part of the settings once `pipeline.archive.manifest.resolve` has set them.
         """
         content = dataclasses.asdict(self)
         del content["export"]  # made from the table, again and again
-        for scheduling in ("device", "batch", "weights"):
-            del content["detector"][scheduling]
-        for file in ("weights", "template"):
-            del content["stain"][file]
-        content["stain"].update(stain_sha256)
+        for name in ("device", "batch", "weights"):
+            del content["detector"][name]
+        for name in ("weights", "template"):
+            del content["stain"][name]
         content["format"] = WORK_FORMAT
-        content["weights"] = weights_sha256
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 

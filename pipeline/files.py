@@ -83,13 +83,13 @@ def read_json(path: Path) -> dict[str, Any] | None:
 # ----------------------------------------------------------------------------------- files with a checksum
 
 
-def write_sealed_json(path: Path, content: dict[str, Any]) -> None:
-    """Commit `content` with a checksum of its own; see `read_sealed_json`."""
+def write_checked_json(path: Path, content: dict[str, Any]) -> None:
+    """Commit `content` with a checksum of its own; see `read_checked_json`."""
     write_json(path, {"sha256": _digest(content), "content": content})
 
 
-def read_sealed_json(path: Path) -> dict[str, Any] | None:
-    """What `write_sealed_json` wrote; None where the file is missing or damaged in any way."""
+def read_checked_json(path: Path) -> dict[str, Any] | None:
+    """What `write_checked_json` wrote; None where the file is missing or damaged in any way."""
     stored = read_json(path) or {}
     content = stored.get("content")
     return content if isinstance(content, dict) and stored.get("sha256") == _digest(content) else None
@@ -100,34 +100,34 @@ def _digest(content: dict[str, Any]) -> str:
 
 
 @contextlib.contextmanager
-def sealed(path: Path, about: dict[str, Any]) -> Iterator[Path]:
-    """As `committed`, with a seal: a second file beside it, with its checksum and `about` (what JSON holds).
+def checked(path: Path, about: dict[str, Any]) -> Iterator[Path]:
+    """As `committed`, with a second file beside it that holds its checksum and `about` (what JSON holds).
 
-    Two writers of equal bytes do not disturb each other: either seal fits either file.
+    Two writers of equal bytes do not disturb each other: the checksum of one fits the file of the other.
     """
     with committed(path) as partial:
         yield partial
         checksum = file_sha256(partial)
-    write_sealed_json(_seal(path), {"file": checksum, "about": about})
+    write_checked_json(_checksum_file(path), {"file": checksum, "about": about})
 
 
-def read_seal(path: Path) -> dict[str, Any] | None:
-    """`about` of a sealed file; None where the file or its seal is missing or damaged."""
-    seal = read_sealed_json(_seal(path))
+def read_checked(path: Path) -> dict[str, Any] | None:
+    """`about` of a file that `checked` wrote; None where it or its checksum is missing or damaged."""
+    stored = read_checked_json(_checksum_file(path))
     try:
-        return seal["about"] if seal is not None and seal["file"] == file_sha256(path) else None
+        return stored["about"] if stored is not None and stored["file"] == file_sha256(path) else None
     except OSError:
         return None
 
 
-def remove_sealed(path: Path) -> None:
-    """Remove a sealed file, its seal first: a file without a seal counts as missing."""
-    _seal(path).unlink(missing_ok=True)
+def remove_checked(path: Path) -> None:
+    """Remove a file and its checksum, that one first: a file without it counts as missing."""
+    _checksum_file(path).unlink(missing_ok=True)
     path.unlink(missing_ok=True)
 
 
-def _seal(path: Path) -> Path:
-    return path.with_name(f"{path.name}.seal")
+def _checksum_file(path: Path) -> Path:
+    return path.with_name(f"{path.name}.checksum")
 
 
 def file_sha256(path: Path) -> str:

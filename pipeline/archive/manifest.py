@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import files
-from pipeline.config import STRIDES, Architecture, Settings, Tiling, side_step
+from pipeline.config import STRIDES, Architecture, Settings, Stain, Tiling, side_step
 from pipeline.errors import RunError
 from pipeline.layout import LEASE, RunFolder
 from pipeline.model.load import stain_files
-from pipeline.model.weights import content_sha256, detector_architecture, find_weights, read_notes
-from pipeline.segment.job import Manifest
+from pipeline.model.weights import check_content, detector_architecture, find_weights, read_notes
 from pipeline.segment.slide_stain import template_stain
 
 VERSIONED = (
@@ -38,24 +37,34 @@ def versions() -> dict[str, str]:
     return {name: metadata.version(name) for name in VERSIONED}
 
 
-def resolve(settings: Settings) -> Manifest:
-    """The manifest of settings. Raises WeightsError, RunError, StainError where they cannot work."""
+def resolve(settings: Settings) -> Settings:
+    """The same settings, with the path and the checksum of every file that they name.
+
+    Raises WeightsError, RunError, StainError where they cannot work together, and WeightsError for a file whose
+    checksum is not the one that the settings state already.
+    """
     weights = find_weights(settings.detector.weights)
     _check_fit(settings.tiling, detector_architecture(weights), weights.name)
-    stain = stain_files(settings.stain)
-    settings = dataclasses.replace(
-        settings,
-        detector=dataclasses.replace(settings.detector, weights=str(weights)),
-        stain=dataclasses.replace(
-            settings.stain,
-            weights=str(stain.get("weights", settings.stain.weights)),
-            template=str(stain.get("template", "")),
-        ),
+    detector, stain = settings.detector, settings.stain
+    detector = dataclasses.replace(
+        detector, weights=str(weights), weights_sha256=check_content(weights, detector.weights_sha256)
     )
+    stain = _resolved(stain)
     # a template that shows no stain is refused before anything is started
-    template_stain(settings.stain, settings.tissue, settings.tiling.mpp)
-    sha256 = {name: content_sha256(path) for name, path in stain.items()}
-    return Manifest(settings, content_sha256(weights), sha256)
+    template_stain(stain, settings.tissue, settings.tiling.mpp)
+    return dataclasses.replace(settings, detector=detector, stain=stain)
+
+
+def _resolved(stain: Stain) -> Stain:
+    """The stain normalisation with the paths and checksums of the files that it reads."""
+    files = stain_files(stain)
+    if "weights" in files:
+        sha256 = check_content(files["weights"], stain.weights_sha256)
+        stain = dataclasses.replace(stain, weights=str(files["weights"]), weights_sha256=sha256)
+    if "template" in files:
+        sha256 = check_content(files["template"], stain.template_sha256)
+        stain = dataclasses.replace(stain, template=str(files["template"]), template_sha256=sha256)
+    return stain
 
 
 def _check_fit(tiling: Tiling, architecture: Architecture, weights: str) -> None:
@@ -84,7 +93,7 @@ def check_worker(run_json: Path, theirs: Mapping[str, str]) -> None:
 # ------------------------------------------------------------------------------------------------ run.json
 
 
-def open_run(run: RunFolder, manifest: Manifest, overwrite: bool) -> tuple[str, ...]:
+def open_run(run: RunFolder, settings: Settings, overwrite: bool) -> tuple[str, ...]:
     """Write run.json, or make sure that the folder's is of the same settings. Returns warnings.
 
     A folder in which no slide was finished takes any settings. Raises RunError for a folder that cannot be written,
@@ -93,20 +102,20 @@ def open_run(run: RunFolder, manifest: Manifest, overwrite: bool) -> tuple[str, 
     try:
         run.path.mkdir(parents=True, exist_ok=True)
         if overwrite or not run.run_json.exists():
-            _write(run.run_json, manifest, keep_first=not overwrite)
+            _write(run.run_json, settings, keep_first=not overwrite)
         before = _read(run.run_json)
-        if before["digest"] != manifest.digest and not _has_results(run):
-            _write(run.run_json, manifest, keep_first=False)
+        if before["digest"] != settings.digest and not _has_results(run):
+            _write(run.run_json, settings, keep_first=False)
             before = _read(run.run_json)
     except OSError as error:
         raise RunError(
             f"--out {run.path} cannot be written ({error.strerror or error}): need a folder that can, "
             f"with room for the results"
         ) from error
-    if before["digest"] != manifest.digest:
+    if before["digest"] != settings.digest:
         raise RunError(
-            f"{run.path} holds results of other settings ({before['digest']}, these are {manifest.digest}): "
-            f"{_differences(before, manifest)}. Choose another --out, or give --overwrite"
+            f"{run.path} holds results of other settings ({before['digest']}, these are {settings.digest}): "
+            f"{_differences(before, settings)}. Choose another --out, or give --overwrite"
         )
     then, now = before.get("versions", {}), versions()
     changed = [f"{name} {then[name]} -> {now[name]}" for name in now if then.get(name, now[name]) != now[name]]
@@ -115,14 +124,13 @@ def open_run(run: RunFolder, manifest: Manifest, overwrite: bool) -> tuple[str, 
     return ()
 
 
-def _write(path: Path, manifest: Manifest, *, keep_first: bool) -> None:
+def _write(path: Path, settings: Settings, *, keep_first: bool) -> None:
     """Commit run.json. keep_first: of two runs that start in one folder at once, the first one's stays."""
-    weights = Path(manifest.settings.detector.weights)
+    weights = Path(settings.detector.weights)
     content = {
-        "digest": manifest.digest,
-        "settings": asdict(manifest.settings),
-        "weights_sha256": manifest.weights_sha256,
-        "stain_sha256": manifest.stain_sha256,
+        "digest": settings.digest,
+        "settings": asdict(settings),
+        "weights_sha256": settings.detector.weights_sha256,
         "weights_notes": {k: v for k, v in read_notes(weights).items() if k != "architecture"},
         "host": platform.node(),
         "python": platform.python_version(),
@@ -146,7 +154,7 @@ def _has_results(run: RunFolder) -> bool:
 
 def _read(path: Path) -> dict[str, Any]:
     content = files.read_json(path)
-    needed = ("digest", "settings", "weights_sha256")
+    needed = ("digest", "settings")
     if content is None or not set(needed) <= content.keys():
         cause = "it holds no JSON object" if content is None else f"it lacks one of {', '.join(needed)}"
         raise RunError(
@@ -156,17 +164,15 @@ def _read(path: Path) -> dict[str, Any]:
     return content
 
 
-def _differences(before: Mapping[str, Any], manifest: Manifest) -> str:
-    now, then = asdict(manifest.settings), before["settings"]
-    changed = [
-        f"{table}.{key} was {then.get(table, {}).get(key)!r}, is {value!r}"
-        for table, values in now.items()
-        for key, value in values.items()
-        if json.loads(json.dumps(value)) != then.get(table, {}).get(key)
-    ]
-    if before["weights_sha256"] != manifest.weights_sha256:
-        changed.append("the weights file has other content")
-    for name, sha256 in manifest.stain_sha256.items():
-        if before.get("stain_sha256", {}).get(name) not in (None, sha256):
-            changed.append(f"the file of stain.{name} has other content")
+def _differences(before: Mapping[str, Any], settings: Settings) -> str:
+    now, then = asdict(settings), before["settings"]
+    changed = []
+    for table, values in now.items():
+        for key, value in values.items():
+            before_value = then.get(table, {}).get(key)
+            if json.loads(json.dumps(value)) == before_value:
+                continue
+            file = key.removesuffix("_sha256")
+            same = f"the file of {table}.{file} has other content"
+            changed.append(same if file != key else f"{table}.{key} was {before_value!r}, is {value!r}")
     return "; ".join(changed) or "the version of the work format changed"

@@ -31,9 +31,9 @@ from pipeline.layout import RESULTS, RunFolder, SlideFolder
 from pipeline.model.weights import licence
 from pipeline.report.page import write_report
 from pipeline.segment import finished
-from pipeline.segment.job import Job, Manifest
+from pipeline.segment.job import Job
 from pipeline.segment.plan import Plan, read_plan
-from pipeline.segment.record import SlideRecord, WorkRecord
+from pipeline.segment.record import SlideRecord, StageRecord
 from pipeline.segment.stages import STAGES, Detect, Stage, block_record, remove_work
 from pipeline.text import one_line
 from slides.slide import BY_DEFAULT
@@ -65,11 +65,11 @@ def run(
     """
     folder = RunFolder(Path(out).absolute())
     archive = find_slides(inputs, folder.path, mpp=mpp, force_mpp=force_mpp, follow_links=execution.follow_links)
-    manifest = resolve(settings)
+    settings = resolve(settings)
     if client is None:
         check_execution(execution, settings.detector.device)
-    warnings = open_run(folder, manifest, execution.overwrite)
-    weights = Path(manifest.settings.detector.weights)
+    warnings = open_run(folder, settings, execution.overwrite)
+    weights = Path(settings.detector.weights)
     with Progress(folder.logs, len(archive.sources), say) as progress:
         progress.say(f"{len(archive.sources)} slides, {archive.skipped} other files skipped; results in {out}")
         if terms := licence(weights):
@@ -83,9 +83,9 @@ def run(
                 progress.say(f"WARNING: {executor.warning}")
             for problem in executor.run_on_new_workers(check_worker, folder.run_json, versions()):
                 raise RunError(problem)
-            work = ArchiveRun(archive, folder, manifest, execution, executor, leases, progress, detect)
+            work = ArchiveRun(archive, folder, settings, execution, executor, leases, progress, detect)
             try:
-                _in_a_thread(work.work, work.stop)
+                _in_a_thread(work.process, work.stop)
                 if work.device.seconds:
                     progress.say(work.device.busy(executor.detectors))
             finally:
@@ -150,7 +150,7 @@ class ArchiveRun:
 
     archive: Archive
     folder: RunFolder
-    manifest: Manifest
+    settings: Settings
     execution: Execution
     executor: Executor
     leases: Leases
@@ -161,7 +161,7 @@ class ArchiveRun:
     started: set[str] = field(default_factory=set)
     stopped: bool = False
 
-    async def work(self) -> None:
+    async def process(self) -> None:
         """Process every slide of the archive."""
         self.since_ns = files.now_ns(self.folder.path)
         self.slots = FairSlots(self._window())
@@ -225,7 +225,7 @@ class ArchiveRun:
             if self.stopped:  # a task group in which a task fails forgets that it was cancelled
                 raise asyncio.CancelledError
             if not self.execution.wait:
-                record = SlideRecord("", "elsewhere", f"locked by {self.leases.holder(folder.path)}")
+                record = SlideRecord("", "locked", f"by {self.leases.holder(folder.path)}")
                 break
             await asyncio.sleep(_POLL_S)
         self.done[source.name] = dataclasses.replace(record, slide=source.name)
@@ -235,7 +235,7 @@ class ArchiveRun:
         """The slide's record, whatever happens to it; None where another run has it."""
         try:
             # of os.path, as pathlib refuses links in a circle
-            job = Job(Path(os.path.realpath(source.path)), folder, self.manifest, source.scale)
+            job = Job(Path(os.path.realpath(source.path)), folder, self.settings, source.scale)
             known = await asyncio.to_thread(self._known, source, job)
             if known is None:
                 known = await self._leased(source, job)
@@ -359,7 +359,7 @@ class ArchiveRun:
                     raise error from None
         plan = await asyncio.to_thread(read_plan, job.folder, job.digest)
         record = SlideRecord(
-            "",
+            name,
             "done",
             mpp=round((plan.scale.x + plan.scale.y) / 2, 6),
             mpp_source=plan.scale.source,
@@ -374,9 +374,9 @@ class ArchiveRun:
             await asyncio.to_thread(remove_work, job)
         return complete
 
-    async def _stages(self, name: str, job: Job) -> WorkRecord:
+    async def _stages(self, name: str, job: Job) -> StageRecord:
         """The stages in their order; those that are done block by block follow each other for every block."""
-        work = WorkRecord()
+        work = StageRecord()
         for per_block, group in itertools.groupby(STAGES, key=lambda stage: stage.per_block):
             if per_block:
                 plan = await asyncio.to_thread(read_plan, job.folder, job.digest)
@@ -386,7 +386,7 @@ class ArchiveRun:
                     work += await run_task(self.executor, stage.on_device, stage.run, job)
         return work
 
-    async def _blocks(self, name: str, job: Job, stages: Sequence[Stage], plan: Plan) -> WorkRecord:
+    async def _blocks(self, name: str, job: Job, stages: Sequence[Stage], plan: Plan) -> StageRecord:
         """All blocks of a slide, each when it gets a slot."""
         blocks = plan.blocks
         known = await asyncio.to_thread(lambda: {block: block_record(job, block) for block in blocks})
@@ -394,8 +394,8 @@ class ArchiveRun:
         mm2 = plan.tissue.area_mm2 / max(1, len(blocks))  # of a block, on average
         self.progress.started(name, left, mm2 * left)
 
-        async def one(block: int) -> WorkRecord:
-            record = known[block] or WorkRecord()
+        async def one(block: int) -> StageRecord:
+            record = known[block] or StageRecord()
             if known[block] is None:
                 for stage in stages:
                     record = await self._block_stage(stage, job, block, record)
@@ -409,13 +409,13 @@ class ArchiveRun:
                 await self.slots.take(len(blocks) - number)
                 tasks.append(group.create_task(one(block)))
                 tasks[-1].add_done_callback(lambda _: self.slots.give_back())
-        return sum((task.result() for task in tasks), WorkRecord())
+        return sum((task.result() for task in tasks), StageRecord())
 
-    async def _block_stage(self, stage: Stage, job: Job, block: int, before: WorkRecord) -> WorkRecord:
+    async def _block_stage(self, stage: Stage, job: Job, block: int, before: StageRecord) -> StageRecord:
         detect = (self.detect,) if stage.on_device and self.detect is not None else ()
         if stage.on_device:
             self.device.started = min(self.device.started, time.monotonic())
-        record: WorkRecord = await run_task(self.executor, stage.on_device, stage.run, job, block, before, *detect)
+        record: StageRecord = await run_task(self.executor, stage.on_device, stage.run, job, block, before, *detect)
         if stage.on_device:
             self.device.ended = time.monotonic()
         return record

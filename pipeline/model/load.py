@@ -1,7 +1,7 @@
 """Networks, each loaded once per process, content of its file and device, and prepared for inference there.
 
-A file's content counts, not its path: a file that is replaced is another network. A run records the SHA-256 of every
-file that its results depend on; handed in here as `recorded`, it is what is loaded, or nothing is.
+A file's content counts, not its path: a file that is replaced is another network. A run puts the
+SHA-256 of every file that its results depend on into the settings: a file of other content is refused.
 """
 
 import functools
@@ -38,35 +38,33 @@ class LoadedDetector(NamedTuple):
     precision: torch.dtype
 
 
-def detector(settings: Detector, recorded: str = "") -> LoadedDetector:
+def detector(settings: Detector) -> LoadedDetector:
     """The detector of these settings on their device.
 
-    recorded: SHA-256 that the file must have; empty: any.
     Raises WeightsError where the file is missing, damaged, or has other content; ConfigError where the device is.
     """
     device = choose_device(settings.device)
-    model = _detectors.get(find_weights(settings.weights), device, recorded)
+    model = _detectors.get(find_weights(settings.weights), device, settings.weights_sha256)
     return LoadedDetector(model, device, choose_precision(settings.precision, device))
 
 
-def stain_network(settings: Stain, device: torch.device = CPU, recorded: str = "") -> ClusterNet | None:
+def stain_network(settings: Stain, device: torch.device = CPU) -> ClusterNet | None:
     """The network of dcgmm on a device; None for the other methods. Fitting takes it on the CPU, the default.
 
-    recorded: SHA-256 that the file must have; empty: any.
     Raises WeightsError where the file is missing, damaged, or has other content.
     """
     if settings.method != "dcgmm":
         return None
-    return _stain_networks.get(find_weights(settings.weights), device, recorded)
+    return _stain_networks.get(find_weights(settings.weights), device, settings.weights_sha256)
 
 
-def normaliser(normalisation: Normalisation, settings: Stain, device: torch.device, recorded: str = "") -> Normaliser:
+def normaliser(normalisation: Normalisation, settings: Stain, device: torch.device) -> Normaliser:
     """The normaliser of a slide on a device, made once for all of the slide's batches; see `stain_network`.
 
     A slide whose stain could not be fitted is not normalised, whatever the method of the settings.
     """
     fitted = normalisation.source.method == settings.method
-    return _normaliser(normalisation, stain_network(settings, device, recorded) if fitted else None, device)
+    return _normaliser(normalisation, stain_network(settings, device) if fitted else None, device)
 
 
 @functools.lru_cache(maxsize=4)  # several slides of a run share a device

@@ -1,9 +1,7 @@
 """The slide and the settings of a task: all that it needs on any machine."""
 
 import errno
-import functools
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,20 +9,6 @@ from pipeline.config import Settings
 from pipeline.errors import LeaseLost
 from pipeline.layout import SlideFolder
 from slides.slide import GivenScale, Slide, open_slide
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """A run's settings, with the paths of every file that they name, and those files' checksums."""
-
-    settings: Settings
-    weights_sha256: str
-    stain_sha256: Mapping[str, str]  # of `weights` and `template`, where the stain normalisation reads them
-
-    @functools.cached_property
-    def digest(self) -> str:
-        """Names everything that nuclei.parquet depends on."""
-        return self.settings.digest(self.weights_sha256, self.stain_sha256)
 
 
 @dataclass(frozen=True)
@@ -37,7 +21,7 @@ class Job:
 
     source: Path
     folder: SlideFolder
-    manifest: Manifest
+    settings: Settings  # resolved: with the checksums of every file that they name
     scale: GivenScale
     lease: Path | None = None
 
@@ -46,12 +30,8 @@ class Job:
         return open_slide(self.source, **self.scale._asdict())
 
     @property
-    def settings(self) -> Settings:
-        return self.manifest.settings
-
-    @property
     def digest(self) -> str:
-        return self.manifest.digest
+        return self.settings.digest
 
     def check_lease(self) -> None:
         """Called before anything is committed. Raises LeaseLost once the slide was given back or taken over."""

@@ -1,7 +1,6 @@
 """The plan of a slide: its scale, tissue, grid and stain. Made once, before tiling; kept on disk."""
 
 import functools
-from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any, NamedTuple
 
@@ -13,7 +12,7 @@ from pipeline.errors import ScratchLost, StainError
 from pipeline.layout import SlideFolder
 from pipeline.model import load, stain, views
 from pipeline.model.stain import Normalisation
-from pipeline.segment.slide_stain import ANY_CONTENT, fit_slide, template_stain
+from pipeline.segment.slide_stain import fit_slide, template_stain
 from pipeline.segment.tissue_map import find_tissue
 from slides.geometry import Affine, Box, Frame, Size
 from slides.grid import Tile, TileGrid, check_margin
@@ -50,12 +49,11 @@ class Plan(NamedTuple):
         return tuple(b for b in range(self.grid.blocks) if self.of_block(b))
 
 
-def plan_slide(slide: Slide, settings: Settings, stain_sha256: Mapping[str, str] = ANY_CONTENT) -> Plan:
+def plan_slide(slide: Slide, settings: Settings) -> Plan:
     """The plan of a slide. Reads a thumbnail and, to fit its stain, a few regions.
 
-    stain_sha256: of the files that stain normalisation reads, as the run recorded them (`Settings.digest`)
     Raises GridError where the margin is too small for the largest nucleus and the views' shifts, WeightsError where a
-    file of the stain normalisation has other content than recorded.
+    file of the stain normalisation has other content than the settings say.
     """
     tiling = settings.tiling
     frame = slide.frame(tiling.mpp)
@@ -67,7 +65,7 @@ def plan_slide(slide: Slide, settings: Settings, stain_sha256: Mapping[str, str]
         views.largest_shift(settings.detector.views),
     )
     tissue = find_tissue(slide, settings.tissue, tiling.mpp)
-    normalisation, notes = _normalisation(slide, tissue, settings, stain_sha256)
+    normalisation, notes = _normalisation(slide, tissue, settings)
     if slide.scale.source == FORCED:
         notes = (f"its scale is {slide.scale.x:g} µm/px by --force-mpp, whatever it states", *notes)
     return Plan(
@@ -85,12 +83,10 @@ def plan_slide(slide: Slide, settings: Settings, stain_sha256: Mapping[str, str]
     )
 
 
-def _normalisation(
-    slide: Slide, tissue: TissueMap, settings: Settings, stain_sha256: Mapping[str, str]
-) -> tuple[Normalisation, tuple[str, ...]]:
+def _normalisation(slide: Slide, tissue: TissueMap, settings: Settings) -> tuple[Normalisation, tuple[str, ...]]:
     """How the slide is normalised; and a note where it cannot be, although the settings ask for it."""
-    target = template_stain(settings.stain, settings.tissue, settings.tiling.mpp, stain_sha256)
-    network = load.stain_network(settings.stain, recorded=stain_sha256.get("weights", ""))
+    target = template_stain(settings.stain, settings.tissue, settings.tiling.mpp)
+    network = load.stain_network(settings.stain)
     try:
         fitted = fit_slide(slide, tissue, settings.stain, network)
     except StainError as error:
@@ -105,7 +101,7 @@ def picture_frame(slide: Slide, plan: Plan, longest_px: int) -> Frame:
 
 def write_plan(plan: Plan, folder: SlideFolder, digest: str) -> None:
     """Commit work/plan.json and, before it, work/tissue.npy; digest: of the settings that it was made with."""
-    with files.sealed(folder.tissue, {}) as path, path.open("wb") as file:
+    with files.checked(folder.tissue, {}) as path, path.open("wb") as file:
         np.save(file, plan.tissue.mask, allow_pickle=False)
     content = {
         "digest": digest,
@@ -121,13 +117,13 @@ def write_plan(plan: Plan, folder: SlideFolder, digest: str) -> None:
         "has_icc": plan.has_icc,
         "notes": plan.notes,
     }
-    files.write_sealed_json(folder.plan, content)
+    files.write_checked_json(folder.plan, content)
 
 
 def load_plan(folder: SlideFolder, digest: str) -> Plan | None:
     """The plan that `write_plan` wrote; None where it is missing, damaged, or made with other settings."""
-    content = files.read_sealed_json(folder.plan)
-    if content is None or content["digest"] != digest or files.read_seal(folder.tissue) is None:
+    content = files.read_checked_json(folder.plan)
+    if content is None or content["digest"] != digest or files.read_checked(folder.tissue) is None:
         return None
     grid, frame = content["grid"], _frame(content["frame"])
     mask = np.load(folder.tissue, allow_pickle=False)

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from pipeline import files
 from pipeline.model.instances import HostInstances, Instances, columns, concat
-from pipeline.segment.record import WorkRecord
+from pipeline.segment.record import StageRecord
 
 
 class Predictions(NamedTuple):
@@ -17,17 +17,17 @@ class Predictions(NamedTuple):
 
     tiles: list[HostInstances]
     lost: NDArray[np.float32]  # share of each tile's core without a result: unreadable, or no memory
-    work: WorkRecord
+    work: StageRecord
 
 
-def write_predictions(path: Path, tiles: Sequence[HostInstances], lost: NDArray[np.float32], work: WorkRecord) -> None:
+def write_predictions(path: Path, tiles: Sequence[HostInstances], lost: NDArray[np.float32], work: StageRecord) -> None:
     """Commit the instances of a block's tiles, with what was done for them so far.
 
     lost: float32 (tiles,), the share of each core that could not be read
     """
     whole = concat(tiles)
     arrays: dict[str, Any] = {name: getattr(whole, name) for name in columns(Instances)}
-    with files.sealed(path, work.to_json()) as partial:
+    with files.checked(path, work.to_json()) as partial:
         np.savez(
             partial,
             allow_pickle=False,
@@ -41,7 +41,7 @@ def write_predictions(path: Path, tiles: Sequence[HostInstances], lost: NDArray[
 
 def read_predictions(path: Path) -> Predictions | None:
     """The predictions of a block; None where the file is missing or damaged."""
-    work = files.read_seal(path)
+    work = files.read_checked(path)
     if work is None:
         return None
     try:
@@ -55,4 +55,4 @@ def read_predictions(path: Path) -> Predictions | None:
             Instances(**dict(zip(columns(Instances), tile, strict=True)), saturated=bool(saturated), split=bool(split))
             for tile, saturated, split in zip(parts, stored["saturated"], stored["split"], strict=True)
         ]
-        return Predictions(tiles, stored["lost"], WorkRecord.from_json(work))
+        return Predictions(tiles, stored["lost"], StageRecord.from_json(work))

@@ -34,7 +34,7 @@ class Counts:
 
 
 @dataclass(frozen=True)
-class WorkRecord:
+class StageRecord:
     """What stages did for a block or a slide, in a few numbers. Records add up.
 
     seconds: processing time of each stage, by its name, without waiting.
@@ -45,11 +45,11 @@ class WorkRecord:
     counts: Counts = Counts()
     computed_on: tuple[str, ...] = ()
 
-    def __add__(self, other: "WorkRecord") -> "WorkRecord":
+    def __add__(self, other: "StageRecord") -> "StageRecord":
         names = dict.fromkeys((*self.seconds, *other.seconds))
         seconds = {name: self.seconds.get(name, 0.0) + other.seconds.get(name, 0.0) for name in names}
         computed_on = tuple(sorted({*self.computed_on, *other.computed_on}))
-        return WorkRecord(seconds, self.counts + other.counts, computed_on)
+        return StageRecord(seconds, self.counts + other.counts, computed_on)
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -67,13 +67,13 @@ class SlideRecord:
     """A slide's row in the ledger."""
 
     slide: str
-    status: str  # done, done before, failed, interrupted, elsewhere (another run has it), waiting
+    status: str  # done, done before, failed, interrupted, locked (another run has it), waiting
     cause: str = ""
     mpp: float = 0.0
     mpp_source: str = ""
     tissue_mm2: float = 0.0
     tiles: int = 0
-    work: WorkRecord = WorkRecord()
+    work: StageRecord = StageRecord()
     elapsed_seconds: float = 0.0  # from start to end, waiting included
     remarks: tuple[str, ...] = ()  # warnings about the slide
 
@@ -98,7 +98,7 @@ class SlideRecord:
         """What `to_json` gave, also of another version: what is not known is left out."""
         known = {f.name for f in dataclasses.fields(cls)}
         values = {name: value for name, value in content.items() if name in known}
-        values["work"] = WorkRecord.from_json(content.get("work", {}))
+        values["work"] = StageRecord.from_json(content.get("work", {}))
         values["remarks"] = tuple(content.get("remarks", ()))
         return cls(**values)
 

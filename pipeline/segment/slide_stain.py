@@ -4,9 +4,7 @@ Everything here is computed on the CPU, whatever the detector's device: a worker
 """
 
 import functools
-from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType
 
 import numpy as np
 
@@ -23,8 +21,6 @@ from slides.slide import Slide, open_slide
 from slides.tissue import TissueMap
 
 REGION_PX = 256  # side of the regions that a fit pools, work px
-
-ANY_CONTENT: Mapping[str, str] = MappingProxyType({})
 
 
 def fit_slide(slide: Slide, tissue: TissueMap, settings: Stain, network: ClusterNet | None) -> FittedStain:
@@ -75,20 +71,17 @@ def fit_template(
             raise StainError(f"{path}: {error}") from error
 
 
-def template_stain(
-    settings: Stain, tissue_settings: Tissue, mpp: float, stain_sha256: Mapping[str, str] = ANY_CONTENT
-) -> FittedStain:
+def template_stain(settings: Stain, tissue_settings: Tissue, mpp: float) -> FittedStain:
     """What slides are normalised to: the stain of --stain.template, or the one that comes with the method.
 
     Fitted once per process and content of the files.
-    mpp: the working scale; stain_sha256: of the files, as the run recorded them, by their names in `load.stain_files`.
+    mpp: the working scale.
     Raises what `load.stain_files`, `fit_template` and `stain.read_template` raise, and WeightsError for a file of
-    other content than recorded.
+    other content than the settings say.
     """
     files = load.stain_files(settings)
     for name, path in files.items():
-        if name in stain_sha256:
-            check_content(path, stain_sha256[name])
+        check_content(path, {"weights": settings.weights_sha256, "template": settings.template_sha256}[name])
     return _template_stain(settings, tissue_settings, mpp, tuple(stamp(path) for path in files.values()))
 
 

@@ -29,17 +29,19 @@ from pipeline.errors import ScratchLost, SlideChanged
 from pipeline.model.device import computes_on, device_lock
 from pipeline.model.instances import HostInstances, select
 from pipeline.model.stain import Normalisation
-from pipeline.model.weights import check_content, detector_architecture, find_weights
+from pipeline.model.weights import detector_architecture, find_weights
 from pipeline.segment import pictures, polygons, stitch, tables
 from pipeline.segment.finished import write_exports
 from pipeline.segment.job import Job
 from pipeline.segment.plan import Plan, load_plan, picture_frame, plan_slide, read_plan, write_plan
 from pipeline.segment.predictions import read_predictions, write_predictions
-from pipeline.segment.record import Counts, WorkRecord
+from pipeline.segment.record import Counts, StageRecord
 from slides.geometry import Size
 from slides.grid import Tile
 from slides.patches import PatchStore, cut
 from slides.slide import GivenScale, Slide, open_slide
+
+LEASE_CHECK_S = 1.0  # between two checks while patches are detected: each asks the file server
 
 THUMBNAIL_PX, OVERLAY_PX = 1200, 3000  # longest sides of thumbnail.jpg and overlay.jpg
 
@@ -52,14 +54,14 @@ class Detect(Protocol):
     ) -> Iterator[HostInstances]: ...
 
 
-def _worked(stage: str, since: float, counts: Counts = Counts(), computed_on: tuple[str, ...] = ()) -> WorkRecord:
-    return WorkRecord({stage: round(time.perf_counter() - since, 3)}, counts, computed_on)
+def _worked(stage: str, since: float, counts: Counts = Counts(), computed_on: tuple[str, ...] = ()) -> StageRecord:
+    return StageRecord({stage: round(time.perf_counter() - since, 3)}, counts, computed_on)
 
 
 # ---------------------------------------------------------------------------------------------------- plan
 
 
-def make_plan(job: Job) -> WorkRecord:
+def make_plan(job: Job) -> StageRecord:
     """Open the slide, detect its tissue, lay out the grid, fit its stain; or read the plan of an earlier run.
 
     Writes work/plan.json, work/tissue.npy and thumbnail.jpg. Removes what other settings left in the work folder.
@@ -70,7 +72,7 @@ def make_plan(job: Job) -> WorkRecord:
         plan = load_plan(folder, job.digest)
         if plan is None:
             remove_work(job)
-            plan = plan_slide(slide, job.settings, job.manifest.stain_sha256)
+            plan = plan_slide(slide, job.settings)
             job.check_lease()
             folder.work.mkdir(parents=True, exist_ok=True)
             frame = picture_frame(slide, plan, THUMBNAIL_PX)
@@ -118,7 +120,7 @@ def remove_work(job: Job) -> None:
 # ---------------------------------------------------------------------------------------------------- tile
 
 
-def tile_block(job: Job, block: int, before: WorkRecord) -> WorkRecord:
+def tile_block(job: Job, block: int, before: StageRecord) -> StageRecord:
     """Cut a block's patches from the slide into the Zarr store."""
     started = time.perf_counter()
     if _is_detected(job, block):
@@ -140,19 +142,19 @@ def _slide(source: Path, scale: GivenScale) -> Slide:
 
 
 def _is_detected(job: Job, block: int) -> bool:
-    return block_record(job, block) is not None or files.read_seal(job.folder.predictions(block)) is not None
+    return block_record(job, block) is not None or files.read_checked(job.folder.predictions(block)) is not None
 
 
-def block_record(job: Job, block: int) -> WorkRecord | None:
+def block_record(job: Job, block: int) -> StageRecord | None:
     """What was done for a block, if its instances are complete; else None."""
-    content = files.read_seal(job.folder.instances(block))
-    return None if content is None else WorkRecord.from_json(content)
+    content = files.read_checked(job.folder.instances(block))
+    return None if content is None else StageRecord.from_json(content)
 
 
 # -------------------------------------------------------------------------------------------------- detect
 
 
-def detect_block(job: Job, block: int, before: WorkRecord, detect: Detect | None = None) -> WorkRecord:
+def detect_block(job: Job, block: int, before: StageRecord, detect: Detect | None = None) -> StageRecord:
     """Patches of one block -> their instances, committed in one rename; then the patches are deleted.
 
     detect: replaces the detector. The device is locked only once the patches are in memory: two of these in one
@@ -170,34 +172,25 @@ def detect_block(job: Job, block: int, before: WorkRecord, detect: Detect | None
         patches, lost = stored
         with device_lock():
             started = time.perf_counter()
-            _check_weights(job)
             instances = list(_while_leased(job, (detect or _detector())(patches, plan.normalisation, job.settings)))
             device = () if detect else (computes_on(job.settings.detector),)
             before += _worked("detect", started, computed_on=device)
-        _check_weights(job)  # nor was it replaced meanwhile
         job.check_lease()
         write_predictions(job.folder.predictions(block), instances, lost, before)
+        break
     store.discard(block)
     return before
 
 
 def _while_leased(job: Job, detected: Iterator[HostInstances]) -> Iterator[HostInstances]:
-    """What is detected, patch by patch; the lease is asked before, and every second. Raises LeaseLost."""
+    """What is detected, patch by patch; the lease is checked every LEASE_CHECK_S. Raises LeaseLost."""
     job.check_lease()
     asked_s = time.monotonic()
     for instances in detected:
-        if time.monotonic() > asked_s + 1:
+        if time.monotonic() >= asked_s + LEASE_CHECK_S:
             job.check_lease()
             asked_s = time.monotonic()
         yield instances
-
-
-def _check_weights(job: Job) -> None:
-    """Raise WeightsError where the files of the networks have other content than when the run was started."""
-    settings, manifest = job.settings, job.manifest
-    check_content(find_weights(settings.detector.weights), manifest.weights_sha256)
-    if "weights" in manifest.stain_sha256:
-        check_content(find_weights(settings.stain.weights), manifest.stain_sha256["weights"])
 
 
 def _detector() -> Detect:
@@ -209,7 +202,7 @@ def _detector() -> Detect:
 # ------------------------------------------------------------------------------------------------- outline
 
 
-def outline_block(job: Job, block: int, before: WorkRecord) -> WorkRecord:
+def outline_block(job: Job, block: int, before: StageRecord) -> StageRecord:
     """The instances in one block -> those that its tiles claim, as polygons, committed in one rename.
 
     Returns all that was done for the block, by an earlier run too. Raises ScratchLost where it was not detected.
@@ -233,7 +226,7 @@ def outline_block(job: Job, block: int, before: WorkRecord) -> WorkRecord:
         record = predictions.work + _worked("outline", started, counts)
         job.check_lease()
         tables.write_instances(target, pa.concat_tables([table for table, _ in done]), record.to_json())
-    files.remove_sealed(job.folder.predictions(block))
+    files.remove_checked(job.folder.predictions(block))
     return record
 
 
@@ -269,7 +262,7 @@ COLOURS = (
 )
 
 
-def stitch_slide(job: Job) -> WorkRecord:
+def stitch_slide(job: Job) -> StageRecord:
     """Instances of all blocks -> nuclei.parquet, in slide px.
 
     Two passes keep memory small: first the boxes of everything, and the polygons only of what could have a
@@ -343,7 +336,7 @@ def _left_out_at_seams(job: Job, plan: Plan) -> dict[int, NDArray[np.int64]]:
 # -------------------------------------------------------------------------------------------------- export
 
 
-def export_slide(job: Job) -> WorkRecord:
+def export_slide(job: Job) -> StageRecord:
     """The files of the chosen formats, made from nuclei.parquet, and the overlay."""
     started, folder, plan = time.perf_counter(), job.folder, read_plan(job.folder, job.digest)
     job.check_lease()
@@ -366,7 +359,7 @@ class Stage(NamedTuple):
     """
 
     name: str
-    run: Callable[..., WorkRecord]
+    run: Callable[..., StageRecord]
     per_block: bool = False
     on_device: bool = False  # it computes where the detector does
 

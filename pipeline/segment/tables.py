@@ -84,8 +84,8 @@ def instance_rows(tile: Tile, outlines: Polygons, instances: HostInstances) -> p
 
 
 def write_instances(path: Path, rows: pa.Table, record: dict[str, Any]) -> None:
-    """Commit a block's instances, sealed with its record: anything that JSON holds, such as counts."""
-    with files.sealed(path, record) as partial:
+    """Commit a block's instances, with a checksum and its record: anything that JSON holds, such as counts."""
+    with files.checked(path, record) as partial:
         rows = rows.cast(INSTANCES).combine_chunks().replace_schema_metadata()
         pq.write_table(rows, partial, compression="zstd")
 

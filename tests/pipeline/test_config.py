@@ -65,10 +65,11 @@ def test_bad_settings_are_named(tmp_path: Path, text: str, said: str) -> None:
 def test_the_digest_names_what_results_depend_on_and_nothing_else() -> None:
     settings = Settings()
     same = dataclasses.replace(settings, detector=dataclasses.replace(settings.detector, device="cpu", batch=3))
+    exported = dataclasses.replace(settings, export=config.Export(formats=("csv",), crop=False))
     other = dataclasses.replace(settings, detector=dataclasses.replace(settings.detector, score=0.51))
-    assert settings.digest("a") == same.digest("a")
-    assert settings.digest("a") != other.digest("a")
-    assert settings.digest("a") != settings.digest("b")
+    file = dataclasses.replace(settings, detector=dataclasses.replace(settings.detector, weights_sha256="b"))
+    assert settings.digest == same.digest == exported.digest
+    assert len({settings.digest, other.digest, file.digest}) == 3
 
 
 def test_every_field_has_a_sane_type_and_settings_are_frozen() -> None:
@@ -80,9 +81,9 @@ def test_every_field_has_a_sane_type_and_settings_are_frozen() -> None:
 
 def test_work_of_another_format_is_another_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """What an older version left half done is refused, not continued."""
-    before = Settings().digest("a")
+    before = Settings().digest
     monkeypatch.setattr(config, "WORK_FORMAT", config.WORK_FORMAT + 1)
-    assert Settings().digest("a") != before
+    assert Settings().digest != before
 
 
 @pytest.mark.parametrize(

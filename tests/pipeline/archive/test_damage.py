@@ -23,7 +23,7 @@ from pipeline.layout import RunFolder, SlideFolder
 from pipeline.segment import stages
 from pipeline.segment.job import Job
 from pipeline.segment.plan import read_plan
-from pipeline.segment.record import SlideRecord, WorkRecord
+from pipeline.segment.record import SlideRecord, StageRecord
 from slides.patches import PatchStore
 from slides.slide import GivenScale
 
@@ -58,7 +58,7 @@ def unfinished(slide: Path, out: Path) -> SlideFolder:
     stages.make_plan(job)
     blocks = read_plan(job.folder, job.digest).blocks
     for number, block in enumerate(blocks):
-        record = stages.tile_block(job, block, WorkRecord())
+        record = stages.tile_block(job, block, StageRecord())
         if number < len(blocks) - 1:
             record = stages.detect_block(job, block, record, oracle.detect)
         if number < len(blocks) // 2:
@@ -94,7 +94,7 @@ def test_damaged_scratch_is_made_again(kind: str, slide: Path, whole: dict[str, 
     """Law: whatever happens to any file of the work folder between two runs, the same bytes come out."""
     prepared = unfinished(slide, tmp_path / "prepared").path.parent
     scratch = sorted(p.relative_to(prepared) for p in (prepared / "discs" / "work").rglob("*") if p.is_file())
-    assert {p.suffix for p in scratch} >= {".json", ".npy", ".npz", ".parquet", ".seal"}
+    assert {p.suffix for p in scratch} >= {".json", ".npy", ".npz", ".parquet", ".checksum"}
     rng = random.Random(kind)
     for number, path in enumerate(scratch):
         out = tmp_path / str(number)
@@ -131,12 +131,12 @@ def test_outlining_twice_at_once_changes_nothing(slide: Path, tmp_path: Path) ->
     job = job_of(slide, tmp_path)
     stages.make_plan(job)
     for block in read_plan(job.folder, job.digest).blocks:
-        record = stages.detect_block(job, block, stages.tile_block(job, block, WorkRecord()), oracle.detect)
+        record = stages.detect_block(job, block, stages.tile_block(job, block, StageRecord()), oracle.detect)
         with ThreadPoolExecutor(4) as pool:
             records = list(pool.map(stages.outline_block, [job] * 4, [block] * 4, [record] * 4))
         assert len({r.counts for r in records}) == 1
     with pytest.raises(ScratchLost, match="missing or damaged"):
-        stages.outline_block(dataclasses.replace(job, folder=SlideFolder(tmp_path / "other")), 0, WorkRecord())
+        stages.outline_block(dataclasses.replace(job, folder=SlideFolder(tmp_path / "other")), 0, StageRecord())
 
 
 # ------------------------------------------------------------------------------------------------- results
@@ -266,7 +266,10 @@ def test_the_work_of_another_owner_is_not_removed(slide: Path, tmp_path: Path) -
     assert read_plan(folder, job.digest)
 
 
-def test_a_lease_that_is_lost_stops_a_block_between_two_patches(slide: Path, tmp_path: Path) -> None:
+def test_a_lease_that_is_lost_stops_a_block_between_two_patches(
+    slide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stages, "LEASE_CHECK_S", 0.0)
     folder = RunFolder(tmp_path).slide("discs")
     seen: list[int] = []
 
@@ -282,7 +285,7 @@ def test_a_lease_that_is_lost_stops_a_block_between_two_patches(slide: Path, tmp
         job = dataclasses.replace(job_of(slide, tmp_path), lease=leases.file(folder.path))
         stages.make_plan(job)
         block = read_plan(folder, job.digest).blocks[0]
-        before = stages.tile_block(job, block, WorkRecord())
+        before = stages.tile_block(job, block, StageRecord())
         with pytest.raises(LeaseLost):
             stages.detect_block(job, block, before, detect)
     assert seen == [0]
@@ -298,7 +301,7 @@ def test_nothing_is_committed_without_the_lease(slide: Path, tmp_path: Path) -> 
         block = read_plan(job.folder, job.digest).blocks[0]
         shutil.rmtree(folder.lease)
         with pytest.raises(LeaseLost, match="taken this slide over"):
-            stages.tile_block(job, block, WorkRecord())
+            stages.tile_block(job, block, StageRecord())
     assert PatchStore.create(folder.patches, read_plan(job.folder, job.digest).grid, job.digest)
     assert not any((folder.patches / "patches").rglob("c/*"))
 
@@ -309,7 +312,7 @@ def test_nothing_is_committed_without_the_lease(slide: Path, tmp_path: Path) -> 
 def test_a_mixture_of_machines_is_said() -> None:
     """Law: nothing is silent."""
     kinds = (("cpu bfloat16",), ("cpu float32",), ())
-    rows = [row_of(SlideRecord(str(n), "done", work=WorkRecord(computed_on=k))) for n, k in enumerate(kinds)]
+    rows = [row_of(SlideRecord(str(n), "done", work=StageRecord(computed_on=k))) for n, k in enumerate(kinds)]
     assert mixed_computation(rows[::2]) == ""
     assert "cpu bfloat16, and others on cpu float32" in mixed_computation(rows)
 

@@ -23,7 +23,7 @@ from pipeline.errors import RunError
 from pipeline.model.instances import HostInstances, concat
 from pipeline.model.stain import Normalisation
 from pipeline.segment import predictions, stages
-from pipeline.segment.record import SlideRecord, WorkRecord
+from pipeline.segment.record import SlideRecord, StageRecord
 
 ONE = Execution(cluster=False, workers=1)
 
@@ -77,7 +77,7 @@ def test_a_slide_that_changes_while_its_work_is_half_done_is_refused(archive: Pa
 def without_stitching() -> tuple[stages.Stage, ...]:
     """The stages, of which stitching fails."""
 
-    def fail(*_: Any) -> WorkRecord:
+    def fail(*_: Any) -> StageRecord:
         raise RuntimeError("stitching failed")
 
     return tuple(stage._replace(run=fail) if stage.name == "stitch" else stage for stage in stages.STAGES)
@@ -129,7 +129,7 @@ def test_a_full_disk_is_told_whatever_stage_meets_it(
 ) -> None:
     """Law: value, rule, remedy. Without a file's name it is the slide's folder; hidden causes count."""
 
-    def fail(*_: Any) -> WorkRecord:
+    def fail(*_: Any) -> StageRecord:
         try:
             raise OSError(number, os.strerror(number))
         except OSError as error:
@@ -196,7 +196,7 @@ def test_a_slide_that_another_run_has_is_left_to_it(archive: Path, tmp_path: Pat
     with Leases() as other:
         other.take(out.resolve() / "a")
         rows = segment(archive, out, Execution(cluster=False, workers=1, wait=False))
-        assert (rows["a"].status, rows["b"].status) == ("elsewhere", "done")
+        assert (rows["a"].status, rows["b"].status) == ("locked", "done")
         assert str(os.getpid()) in rows["a"].cause
     assert segment(archive, out)["a"].status == "done"
 
@@ -279,7 +279,7 @@ LINKS = ["a", "a/work", "a/work/instances", "a/nuclei.geojson.zip", "a/nuclei.pa
 @pytest.mark.parametrize("link", LINKS)
 def test_nothing_is_written_through_a_link_among_the_results(link: str, archive: Path, tmp_path: Path) -> None:
     """Law: who can plant a link in the output folder cannot have the run write, or remove, elsewhere."""
-    out, elsewhere = tmp_path / "out", tmp_path / "elsewhere"
+    out, elsewhere = tmp_path / "out", tmp_path / "locked"
     elsewhere.mkdir()
     (elsewhere / "precious").write_text("precious")
     (out / link).parent.mkdir(parents=True)
@@ -298,7 +298,7 @@ def test_a_link_above_a_slides_folder_is_refused_and_the_out_folder_may_be_one(a
     (archive / "site").mkdir()
     paint(archive / "site" / "c.png", 0)
     (archive / "list.csv").write_text("path\na.png\nsite/c.png\n")
-    out, real, elsewhere = tmp_path / "out", tmp_path / "real", tmp_path / "elsewhere"
+    out, real, elsewhere = tmp_path / "out", tmp_path / "real", tmp_path / "locked"
     for folder in (real, elsewhere):
         folder.mkdir()
     out.symlink_to(real)

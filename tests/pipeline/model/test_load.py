@@ -37,11 +37,11 @@ def save_detector(path: Path, seed: int) -> None:
 
 
 def load_stain_network(path: Path, recorded: str = "") -> Any:
-    return load.stain_network(Stain(method="dcgmm", weights=str(path)), CPU, recorded)
+    return load.stain_network(Stain(method="dcgmm", weights=str(path), weights_sha256=recorded), CPU)
 
 
 def load_detector(path: Path, recorded: str = "") -> Any:
-    return load.detector(Detector(weights=str(path), device="cpu"), recorded).model
+    return load.detector(Detector(weights=str(path), device="cpu", weights_sha256=recorded)).model
 
 
 KINDS = pytest.mark.parametrize(

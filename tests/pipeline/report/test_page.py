@@ -164,14 +164,14 @@ def test_slides_without_summary_pictures_and_folders(tmp_path):
     rows = [
         row("gone"),
         row("b", "interrupted"),
-        row("c", "elsewhere", cause="locked by gpu07, process 12"),
+        row("c", "locked", cause="locked by gpu07, process 12"),
         {"slide": "d", "status": "x"},
     ]
     page = read(tmp_path, rows)
     assert {cells[1]: cells[2] for cells in page.rows} == {
         "gone": "done",
         "b": "interrupted",
-        "c": "elsewhere",
+        "c": "locked",
         "d": "x",
     }
     assert not page.attributes("img", "src")

@@ -108,7 +108,7 @@ def test_a_slide_without_legible_summary_is_described_by_its_row(tmp_path, conte
 
 @pytest.mark.parametrize(
     ("status", "state"),
-    [("done before", "done"), ("failed", "failed"), ("interrupted", "pending"), ("elsewhere", "pending")],
+    [("done before", "done"), ("failed", "failed"), ("interrupted", "pending"), ("locked", "pending")],
 )
 def test_states(tmp_path, status, state):
     (slide,) = read_results(RunFolder(tmp_path), [done(status=status)])

@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.segment.record import NO_TISSUE, Counts, SlideRecord, WorkRecord, remarks
+from pipeline.segment.record import NO_TISSUE, Counts, SlideRecord, StageRecord, remarks
 
 COUNTS = st.builds(Counts, *(st.integers(0, 99) for _ in dataclasses.fields(Counts)))
 WORK = st.builds(
-    WorkRecord,
+    StageRecord,
     st.dictionaries(st.sampled_from(["plan", "tile", "detect"]), st.integers(0, 9).map(float)),
     COUNTS,
     st.lists(st.sampled_from(["cpu float32", "cuda bfloat16"]), unique=True).map(lambda kinds: tuple(sorted(kinds))),
@@ -19,16 +19,16 @@ WORK = st.builds(
 
 
 @given(WORK, WORK, WORK)
-def test_records_of_parts_add_up_in_any_order(a: WorkRecord, b: WorkRecord, c: WorkRecord) -> None:
+def test_records_of_parts_add_up_in_any_order(a: StageRecord, b: StageRecord, c: StageRecord) -> None:
     """Law: addition of records is associative and commutative, and the empty record adds nothing."""
     assert (a + b) + c == a + (b + c)
     assert a + b == b + a
-    assert a + WorkRecord() == a
+    assert a + StageRecord() == a
     assert (a + b).counts.nuclei == a.counts.nuclei + b.counts.nuclei
 
 
 @given(WORK)
-def test_records_come_back_from_json(work: WorkRecord) -> None:
+def test_records_come_back_from_json(work: StageRecord) -> None:
     record = SlideRecord("a/b", "done", mpp=0.5, work=work, remarks=("one; two",))
     assert SlideRecord.from_json(json.loads(json.dumps(record.to_json()))) == record
     newer = {**record.to_json(), "unknown": 1}
@@ -37,7 +37,7 @@ def test_records_come_back_from_json(work: WorkRecord) -> None:
 
 
 def done(tissue_mm2: float = 2.0, nuclei: int = 6000, **counts: float) -> SlideRecord:
-    work = WorkRecord(counts=Counts(nuclei=nuclei, **counts))  # type: ignore[arg-type]
+    work = StageRecord(counts=Counts(nuclei=nuclei, **counts))  # type: ignore[arg-type]
     return SlideRecord("a", "done", mpp=0.5, mpp_source="metadata", tissue_mm2=tissue_mm2, work=work)
 
 
@@ -75,5 +75,5 @@ def test_notes_of_the_plan_come_first() -> None:
 
 
 def test_a_mixture_of_devices_is_a_remark() -> None:
-    mixed = dataclasses.replace(done(), work=WorkRecord({}, Counts(nuclei=1), ("cpu bfloat16", "cuda bfloat16")))
+    mixed = dataclasses.replace(done(), work=StageRecord({}, Counts(nuclei=1), ("cpu bfloat16", "cuda bfloat16")))
     assert "computed on cpu bfloat16 and cuda bfloat16" in remarks(mixed, summary())[0]

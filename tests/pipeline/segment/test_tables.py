@@ -141,7 +141,7 @@ def test_instances_read_back_as_they_were(tmp_path):
     back = tables.read_instances(path)
     assert back.schema.remove_metadata() == tables.INSTANCES
     assert back.equals(rows)
-    assert files.read_seal(path) == record
+    assert files.read_checked(path) == record
     expected = np.concatenate([squares(5, 23), squares(2, 33)])
     assert (tables.geometry(back) == expected).all()
     assert back["tile_row"].to_pylist() == [2] * 5 + [3] * 2
@@ -158,7 +158,7 @@ def test_bounds_are_read_without_polygons(tmp_path):
 def test_a_block_without_instances_has_its_record(tmp_path):
     path = tmp_path / "a.parquet"
     tables.write_instances(path, rows_of(0, 0, 0), {"nuclei": 0})
-    assert files.read_seal(path) == {"nuclei": 0}
+    assert files.read_checked(path) == {"nuclei": 0}
     assert tables.geometry(tables.read_instances(path)).shape == (0,)
     assert tables.bounds(tables.read_instances(path)).shape == (0, 4)
 
