@@ -18,6 +18,7 @@ from pipeline.config import Execution
 from pipeline.errors import ClusterLost, ConfigError, WorkersDied
 
 _ASK_AGAIN_S = 5.0  # how old the answer to "what do the workers offer" may be
+_SILENT_S = 11  # after which a scheduler whose machine acknowledges nothing is lost: the least that Dask takes
 
 
 # ------------------------------------------------------------------------------------------------ executors
@@ -167,6 +168,7 @@ def _threads(count: int) -> Iterator[ThreadPoolExecutor]:
 
 @contextmanager
 def _connect(execution: Execution) -> Iterator[Any]:
+    import dask
     from distributed import Client
 
     where = execution.scheduler or execution.scheduler_file
@@ -174,7 +176,8 @@ def _connect(execution: Execution) -> Iterator[Any]:
     if execution.scheduler_file and not os.path.exists(execution.scheduler_file):
         raise ConfigError(f"scheduler-file={where} does not exist: need the file of `dask scheduler --scheduler-file`")
     try:
-        client = Client(**known, set_as_default=False)
+        with dask.config.set({"distributed.comm.timeouts.tcp": f"{_SILENT_S}s"}):
+            client = Client(**known, set_as_default=False)
     except (OSError, ValueError) as error:
         raise ConfigError(f"no Dask scheduler answers at {where}: {error}") from error
     # that the scheduler is gone is said in one line, by `run_task`
