@@ -22,6 +22,7 @@ from pipeline.errors import ClusterLost, ConfigError, WorkersDied
 from pipeline.model.device import choose_device
 
 _ASK_AGAIN_S = 5.0  # for how long the resources that the workers offer are cached
+_SILENT_S = 11  # after which a scheduler whose machine acknowledges nothing is lost: the shortest that Dask permits
 
 
 # ------------------------------------------------------------------------------------------------ executors
@@ -199,12 +200,14 @@ def _threads(count: int) -> Iterator[ThreadPoolExecutor]:
 
 @contextmanager
 def _connect(execution: Execution) -> Iterator[Any]:
+    import dask
     from distributed import Client
 
     address = _address(execution)
     security = _security(execution, address)
     try:
-        client = Client(address, security=security, set_as_default=False)
+        with dask.config.set({"distributed.comm.timeouts.tcp": f"{_SILENT_S}s"}):
+            client = Client(address, security=security, set_as_default=False)
     except (OSError, ValueError) as error:
         hint = "; are its certificates of the same authority as yours?" if address.startswith("tls://") else ""
         raise ConfigError(f"no Dask scheduler answers at {address}: {error}{hint}") from error

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -16,7 +17,9 @@ import pytest
 
 import oracle
 from oracle import chosen, files, paint
+from pipeline.archive import executors
 from pipeline.archive.certificates import Certificates, write_certificates
+from pipeline.archive.executors import open_executor
 from pipeline.archive.run import run
 from pipeline.config import Execution
 
@@ -169,6 +172,35 @@ def test_ten_kills_in_a_row_change_nothing(
     assert not list(out.glob("*/work")), "the work of finished slides stays"
     assert not list(out.glob("*/.lease*"))
     assert json.loads((out / "0" / "slide.json").read_text())["record"]["status"] == "done"
+
+
+def test_a_scheduler_that_is_gone_is_noticed_soon(archive: Path, cluster: Cluster, tmp_path: Path) -> None:
+    """A process that died; for a machine that was switched off, see the next test."""
+    out = tmp_path / "out"
+    client = nightslide(archive, out, "--scheduler-file", str(cluster.file))
+    try:
+        while not blocks_done(out):
+            assert client.poll() is None, finish(client)
+            time.sleep(0.02)
+        cluster.kill("scheduler")
+        said, _ = client.communicate(timeout=25)
+    finally:
+        client.kill()
+        client.communicate()
+    assert (client.returncode, "the Dask scheduler is gone" in said) == (1, True), said
+    assert not list(out.glob("*/failure.json"))
+    assert not list(out.glob("*/.lease*"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the option has another name")
+def test_a_scheduler_whose_machine_is_silent_is_given_up_soon(cluster: Cluster) -> None:
+    """It closes no connection itself: the kernel closes the connection after so many ms without an acknowledgement."""
+    while not cluster.file.exists():
+        time.sleep(0.05)
+    with open_executor(Execution(scheduler_file=str(cluster.file))) as where:
+        assert isinstance(where, executors.Cluster)
+        connection = where._client.scheduler_comm.comm.stream.socket
+        assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 11_000
 
 
 def test_a_cluster_of_this_machine_survives_its_workers(
