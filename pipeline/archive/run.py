@@ -314,7 +314,7 @@ class ArchiveRun:
 
     async def _leased(self, source: Source, job: Job) -> SlideRecord | None:
         """Take the slide and do it; None where another run has it."""
-        if not await asyncio.to_thread(self.leases.take, job.folder.path):
+        if self.stopped or not await asyncio.to_thread(self.leases.take, job.folder.path):
             return None
         try:
             known = await asyncio.to_thread(self._known, source, job)  # it may have ended before we took it

@@ -5,6 +5,7 @@ import functools
 import json
 import random
 import shutil
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -278,6 +279,7 @@ def test_a_lease_that_is_lost_stops_a_block_between_two_patches(
             seen.append(number)
             if not number:
                 shutil.rmtree(folder.lease)
+                time.sleep(1.1)  # it is asked every second
             yield found
 
     with Leases() as leases:
