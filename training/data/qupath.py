@@ -173,8 +173,9 @@ def _regions(objects: Objects, path: Path) -> tuple[NDArray[np.bool_], NDArray[n
         raise AnnotationError(f"{path}: a region is no rectangle: draw it with QuPath's rectangle tool")
     centres = shapely.get_coordinates(shapely.centroid(polygons))
     unclassified = np.flatnonzero(annotation & rectangle & (classes == ""))
+    ignored = np.char.endswith(classes, "*")  # an ignored area makes no region of the nucleus around it
     for i in unclassified[np.argsort(-shapely.area(polygons[unclassified]), kind="stable")]:  # outer ones first
-        around = (centres > bounds[i, :2]).all(1) & (centres < bounds[i, 2:]).all(1)
+        around = ~ignored & (centres > bounds[i, :2]).all(1) & (centres < bounds[i, 2:]).all(1)
         if around.sum() > 1:  # its own centre is one
             inside = (bounds[region, :2] <= bounds[i, :2]).all(1) & (bounds[region, 2:] >= bounds[i, 2:]).all(1)
             surplus[i] = inside.any()

@@ -13,7 +13,7 @@ import numpy as np
 import openslide
 import pytest
 import shapely
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
@@ -54,6 +54,7 @@ def outlines(labels: NDArray[np.uint8]) -> tuple[list[int], Any]:
 
 
 @settings(max_examples=40)
+@example(labels=np.ones((12, 12), np.uint8), kind="annotation", form="collection")  # a nucleus that is a rectangle
 @given(
     labels=MAPS,
     kind=st.sampled_from(["detection", "annotation", "cell"]),
