@@ -265,8 +265,8 @@ def test_names_that_cannot_be_resolved_are_slides_that_fail(archive: Path, tmp_p
     failed = {row.slide: row.cause for row in rows if row.status == "failed"}
     assert len(failed) == 6
     assert "is a link to loop.svs, which does not exist" in failed["loop"]
-    assert all("which is not there" in failed[name] for name in ("there", "back"))
-    assert all("is not there: bring it back" in cause for name, cause in failed.items() if name[0] in "xy")
+    assert all("which does not exist" in failed[name] for name in ("there", "back"))
+    assert all("does not exist: restore it" in cause for name, cause in failed.items() if name[0] in "xy")
     assert (out / "ledger.csv").exists()
     assert (out / "report.html").exists()
 
