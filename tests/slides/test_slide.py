@@ -216,7 +216,7 @@ def test_oblong_pixels_are_refused_with_the_remedy(pyramid: Writer, aspect: floa
 
 def test_nearly_square_pixels_are_taken_as_stated(pyramid: Writer) -> None:
     scale = open_slide(pyramid("nearly.tif", 0.5, aspect=1.015)).scale
-    assert list(scale[:2]) == pytest.approx([0.5, 0.5075])
+    assert list(scale[:2]) == pytest.approx([0.5, 0.5075], rel=1e-5)  # a fraction in the file, rounded by its writer
 
 
 # Plain images
