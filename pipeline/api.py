@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from pipeline.archive.sources import Inputs
     from pipeline.segment.export import Exported
 
-CPU_SECONDS_PER_MM2 = 42.0
-"Of tissue, in one view: measured on two cores of an AMD EPYC in bfloat16 (workflows/benchmarks/stages.sh)."
+CPU_SECONDS_PER_MM2 = 32.0
+"Of tissue, all stages, in one view: measured on two cores of an AMD EPYC in bfloat16 (workflows/benchmarks/stages.sh)."
 
 
 def plan(

@@ -11,6 +11,7 @@ import pytest
 
 import pipeline
 import slides
+from pipeline.api import CPU_SECONDS_PER_MM2
 from pipeline.config import Detector
 from pipeline.errors import ConfigError, RunError
 from slides import phantom
@@ -53,7 +54,7 @@ def test_a_plan_is_an_estimate_for_each_slide(place: Path) -> None:
     (estimate,) = pipeline.plan(place / "slides", cpu)
     assert (estimate.slide, estimate.problem) == ("case7", "")
     assert estimate.mpp == pytest.approx(0.25, abs=1e-3)
-    assert estimate.hours == pytest.approx(estimate.tissue_mm2 * 42 * 4 / 3600)
+    assert estimate.hours == pytest.approx(estimate.tissue_mm2 * CPU_SECONDS_PER_MM2 * 4 / 3600)
     (faster,) = pipeline.plan(place / "slides", cpu, seconds_per_mm2=4.2)
     assert faster.hours == pytest.approx(estimate.hours / 10)
 
