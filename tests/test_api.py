@@ -55,7 +55,7 @@ def test_a_plan_is_an_estimate_for_each_slide(place: Path) -> None:
     assert (estimate.slide, estimate.problem) == ("case7", "")
     assert estimate.mpp == pytest.approx(0.25, abs=1e-3)
     assert estimate.hours == pytest.approx(estimate.tissue_mm2 * CPU_SECONDS_PER_MM2 * 4 / 3600)
-    (faster,) = pipeline.plan(place / "slides", cpu, seconds_per_mm2=4.2)
+    (faster,) = pipeline.plan(place / "slides", cpu, seconds_per_mm2=CPU_SECONDS_PER_MM2 / 10)
     assert faster.hours == pytest.approx(estimate.hours / 10)
 
 
