@@ -25,6 +25,10 @@ _RED_INK_DENSITY, _RED_INK_BLUE_TO_GREEN, _RED_INK_RED_TO_GREEN = 0.6, 0.8, 0.3
 # Black ink, and what some scanners write outside their bounds: dense in all colours, and grey.
 _BLACK_DENSITY, _BLACK_SPREAD = 1.0, 0.25
 
+# A slide whose colours never differ by more grey levels is in grey: its tissue is where the density varies by this much
+# (standard deviation) within so many um. Glass does not, however grey or uneven.
+_GREY, _GREY_VARIATION, _GREY_UM = 8.0, 0.04, 40.0
+
 # Ink comes in strokes. What is smaller is pigment or a fold, or blood if it is red, and part of the tissue.
 _STROKE_UM2, _RED_STROKE_UM2 = 6_000.0, 40_000.0
 
@@ -50,13 +54,18 @@ class TissueMap(NamedTuple):
 
     def contains(self, work_xy: ArrayLike) -> NDArray[np.bool_]:
         """work_xy: (N, 2) work px. Returns bool (N,): on tissue. Outside the mask is no tissue."""
+        place, inside = self.locate(work_xy)
+        on_tissue = np.zeros(len(inside), np.bool_)
+        on_tissue[inside] = self.mask[place]
+        return on_tissue
+
+    def locate(self, work_xy: ArrayLike) -> tuple[tuple[NDArray[np.int64], NDArray[np.int64]], NDArray[np.bool_]]:
+        """work_xy: (N, 2) work px. Returns rows and columns in the mask of those inside it, and bool (N,): inside."""
         points = np.asarray(work_xy, np.float64).reshape(-1, 2)
         x, y = np.floor(points * self.per_work_px).astype(np.int64).T
         height, width = self.mask.shape
         inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
-        on_tissue = np.zeros(len(points), np.bool_)
-        on_tissue[inside] = self.mask[y[inside], x[inside]]
-        return on_tissue
+        return (y[inside], x[inside]), inside
 
     def any_in(self, box: Box) -> bool:
         """Whether any tissue touches `box` (work px). An empty box holds none."""
@@ -89,33 +98,61 @@ def tissue_mask(
     or open to the edge of the picture.
 
     Stain is recognised by its colour, not by its darkness: so uneven glass, grey glass and black borders are left
-    out, and pale tissue is kept. Strokes of blue, green, red or black ink are left out. The rules are explained
-    at the constants of this module.
+    out, and pale tissue is kept. Strokes of blue, green, red or black ink are left out. On a slide in grey tissue is
+    recognised by its texture. The rules are explained at the constants of this module.
     """
     if not thumbnail.size:
         return np.zeros(thumbnail.shape[:2], np.bool_)
-    density = _densities(thumbnail)
+    density = densities(thumbnail)
     red, green, blue = density
-    ink = _ink(density, mpp)
-    tissue = (green - np.minimum(red, blue) > _STAINED) & ~ink
+    if is_grey(thumbnail):
+        strokes, tissue = np.zeros(red.shape, np.bool_), _varied(green, mpp)
+    else:
+        strokes = ink(density, mpp)
+        tissue = (green - np.minimum(red, blue) > _STAINED) & ~strokes
     # Pieces nearer to each other than the margin count as one.
-    tissue = _shrunk(_grown(tissue, margin_um / mpp), margin_um / mpp) & ~ink
-    tissue = _filled(tissue, _HOLE_UM2 / mpp**2) & ~ink
-    tissue = _without_small(tissue, min_area_um2 / mpp**2)
-    return _grown(tissue, margin_um / mpp)
+    tissue = shrunk(grown(tissue, margin_um / mpp), margin_um / mpp) & ~strokes
+    tissue = filled(tissue, _HOLE_UM2 / mpp**2) & ~strokes
+    tissue = without_small(tissue, min_area_um2 / mpp**2)
+    return grown(tissue, margin_um / mpp)
 
 
-def _densities(thumbnail: NDArray[np.uint8]) -> NDArray[np.float32]:
+def is_grey(thumbnail: NDArray[np.uint8]) -> bool:
+    """Whether a thumbnail, uint8 (h, w, 3), is without colour."""
+    return bool(np.ptp(_smoothed(thumbnail), axis=2).max() <= _GREY)
+
+
+def _varied(density: NDArray[np.float32], mpp: float) -> NDArray[np.bool_]:
+    """Where the density, float32 (h, w), varies as that of tissue does: bool (h, w)."""
+    side = 2 * round(_GREY_UM / mpp / 2) + 1
+    mean, of_squares = (ndimage.uniform_filter(values, side, mode="nearest") for values in (density, density**2))
+    varied: NDArray[np.bool_] = of_squares - mean**2 > _GREY_VARIATION**2
+    return varied
+
+
+def densities(thumbnail: NDArray[np.uint8]) -> NDArray[np.float32]:
     """Optical densities, -ln(I / glass), of a slightly smoothed thumbnail. float32 (3, h, w)."""
-    # Compression leaves blocks of false colour around edges; one pixel of blur takes them out.
-    smooth = ndimage.gaussian_filter(thumbnail.astype(np.float32), (1.0, 1.0, 0.0), mode="nearest")
+    smooth = _smoothed(thumbnail)
     intensity = np.maximum(smooth, _DARKEST)
     density: NDArray[np.float32] = -np.log(intensity / _glass(smooth)).transpose(2, 0, 1)
     return density
 
 
+def glass(thumbnail: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """The colour of clean glass on a thumbnail, float32 (3,)."""
+    return _glass(_smoothed(thumbnail))
+
+
+def _smoothed(thumbnail: NDArray[np.uint8]) -> NDArray[np.float32]:
+    # Compression leaves blocks of false colour around edges; one pixel of blur takes them out.
+    smooth: NDArray[np.float32] = ndimage.gaussian_filter(
+        thumbnail.astype(np.float32), (1.0, 1.0, 0.0), mode="nearest"
+    )
+    return smooth
+
+
 def _glass(smooth: NDArray[np.float32]) -> NDArray[np.float32]:
-    """The colour of clean glass, float32 (3,), from the brightest twentieth of the picture.
+    """The colour of glass from the brightest twentieth of a smoothed picture.
 
     Where that is no bright, nearly neutral colour, there is no glass in the picture: then it is white.
     """
@@ -130,19 +167,19 @@ def _glass(smooth: NDArray[np.float32]) -> NDArray[np.float32]:
     return colour
 
 
-def _ink(density: NDArray[np.float32], mpp: float) -> NDArray[np.bool_]:
+def ink(density: NDArray[np.float32], mpp: float) -> NDArray[np.bool_]:
     """Pen strokes and black borders, with their blurred edges: bool (h, w). density: float32 (3, h, w)."""
     red, green, blue = density
     blue_or_green = (red > _INK_RED_TO_GREEN * green) & (red > _STAINED)
     red_ink = (blue > _RED_INK_BLUE_TO_GREEN * green) & (red < _RED_INK_RED_TO_GREEN * green)
     spread = density.max(axis=0) - density.min(axis=0)
     black = (density.min(axis=0) > _BLACK_DENSITY) & (spread < _BLACK_SPREAD * density.max(axis=0))
-    strokes = _without_small(blue_or_green | black, _STROKE_UM2 / mpp**2)
-    red_strokes = _without_small(red_ink & (green > _RED_INK_DENSITY), _RED_STROKE_UM2 / mpp**2)
-    return _grown(strokes | red_strokes, _RIM_UM / mpp)
+    strokes = without_small(blue_or_green | black, _STROKE_UM2 / mpp**2)
+    red_strokes = without_small(red_ink & (green > _RED_INK_DENSITY), _RED_STROKE_UM2 / mpp**2)
+    return grown(strokes | red_strokes, _RIM_UM / mpp)
 
 
-def _grown(mask: NDArray[np.bool_], by_px: float) -> NDArray[np.bool_]:
+def grown(mask: NDArray[np.bool_], by_px: float) -> NDArray[np.bool_]:
     """All pixels within `by_px` of the mask."""
     if not mask.any():
         return mask
@@ -150,12 +187,12 @@ def _grown(mask: NDArray[np.bool_], by_px: float) -> NDArray[np.bool_]:
     return grown
 
 
-def _shrunk(mask: NDArray[np.bool_], by_px: float) -> NDArray[np.bool_]:
+def shrunk(mask: NDArray[np.bool_], by_px: float) -> NDArray[np.bool_]:
     """All pixels further than `by_px` from what is not the mask. The picture's edge takes nothing away."""
-    return ~_grown(~mask, by_px)
+    return ~grown(~mask, by_px)
 
 
-def _filled(mask: NDArray[np.bool_], area_px: float) -> NDArray[np.bool_]:
+def filled(mask: NDArray[np.bool_], area_px: float) -> NDArray[np.bool_]:
     """The mask without its holes under `area_px` pixels. What is open to the picture's edge is no hole."""
     labels, _ = ndimage.label(np.pad(~mask, 1, constant_values=True))
     small = np.bincount(labels.ravel()) < area_px
@@ -164,7 +201,7 @@ def _filled(mask: NDArray[np.bool_], area_px: float) -> NDArray[np.bool_]:
     return filled
 
 
-def _without_small(mask: NDArray[np.bool_], area_px: float) -> NDArray[np.bool_]:
+def without_small(mask: NDArray[np.bool_], area_px: float) -> NDArray[np.bool_]:
     """The mask's pieces of at least `area_px` pixels; pieces touch by sides or corners."""
     labels, _ = ndimage.label(mask, structure=np.ones((3, 3)))
     large = np.bincount(labels.ravel()) >= area_px

@@ -1,0 +1,275 @@
+"""Pen, folds, bubbles and coverslip edges on a slide, from its thumbnail and the texture below it.
+
+Everything is judged in cells, the pixels of the tissue's thumbnail (8 um), by measures of HistoQC's kind (Janowczyk et
+al., JCO Clin Cancer Inform 3, 2019): the share of each colour in the optical density, darkness, and low variance, which
+is read at a quarter of the cell (2 um per pixel). What is dark and what is smooth is judged by the slide's own tissue.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy import ndimage
+
+from slides.geometry import Box, Frame
+from slides.slide import Slide
+from slides.tissue import TissueMap, densities, glass, grown, ink, is_grey, without_small
+
+KINDS = ("pen", "fold", "bubble", "coverslip edge", "blur")
+"Names of the kinds; in an `ArtefactMap` kind i is the number i + 1."
+PEN, FOLD, BUBBLE, COVERSLIP, BLUR = range(1, len(KINDS) + 1)
+
+Floats = NDArray[np.float32]
+Mask = NDArray[np.bool_]
+
+# Pixels along a side of a cell at which texture is measured: 2 um in a cell of 8 um.
+_PARTS = 4
+
+# Side of what is read in one go, cells: 512 x 512 px.
+_READ = 128
+
+# Cells paler than this, in every colour, are glass, and their texture is not read.
+_GLASS_DENSITY = 0.06
+
+# Of the tissue, only cells denser than this in green say what is usual: it has a margin and gaps.
+_LEAST_STAIN = 0.1
+
+# Blue and green ink absorb red more than green. Haematoxylin does not, but how near it comes differs between slides: ink
+# is what exceeds the slide's own tissue by 15 %.
+_COLD_RANGE, _COLD_OF_TISSUE, _COLD_DENSITY = (0.9, 1.2), 1.15, 0.3
+
+# Blue and purple ink absorb less blue than haematoxylin, whose shares of red, green and blue in the density are .33 .43
+# .24, and than the slide's own tissue. Where they cover tissue they are denser than it, and dark or smoother.
+_VIOLET_RED, _VIOLET_BLUE, _VIOLET_OF_TISSUE, _VIOLET_DENSITY = 0.18, 0.215, 0.02, 0.5
+_COVERED, _SMOOTHER = 1.3, 0.5
+
+# Eosin has shares of .13 .53 .34, red pens of .06 .53 .41; blood may have either, in smaller pools.
+_WARM_RED, _WARM_BLUE, _WARM_DENSITY, _WARM_UM2 = 0.12, 0.37, 0.3, 40_000.0
+
+# DAB and melanin absorb blue most, too: shares .17 .35 .48. Yellow ink hardly absorbs anything else.
+_YELLOW_RED, _YELLOW_BLUE, _YELLOW_DENSITY = 0.2, 0.55, 0.3
+
+# Purple ink has the colour of haematoxylin, and no texture: nuclei give tissue a relative deviation of .1 and more within
+# a cell. Muscle, colloid and mucin may be as smooth, but are pink (a red share under .2) or pale.
+_SMOOTH, _SMOOTH_OF_TISSUE, _PURPLE_RED, _PURPLE_GREEN, _PURPLE_DENSITY = 0.05, 0.3, 0.2, 0.62, 0.35
+
+# On a slide in grey, ink is what is smooth and as dense as this.
+_GREY_INK_DENSITY = 0.5
+
+# The pale parts of a stroke have this share of the density that is needed where it is recognised.
+_PALE = 0.4
+
+# A cell and its neighbours have a palest spot. In clean tissue that is hardly ever as dark as the mean of the tissue
+# around (up to 1.4 times the slide's median, lest wide strokes hide themselves); where two layers of tissue, or tissue
+# and ink, lie above each other, it is. They continue a little where it is less dark.
+_DARK, _CONTINUED, _SURROUNDINGS_UM, _DENSEST = 1.3, 1.05, 600.0, 1.4
+
+# Lines in the colour of a shadow: the edge of the coverslip, the outline of a bubble.
+_SHADOW_DENSITY, _SHADOW_GREEN, _SHADOW_SPREAD = 0.12, 0.38, 0.12
+
+# The smallest of each kind: pigment, dust and specks of stain are smaller.
+_PEN_UM2, _FOLD_UM2, _BUBBLE_UM2 = 10_000.0, 1_200.0, 20_000.0
+_LINE_UM, _LINE_WIDTH = 400.0, 0.15  # length; width, in lengths
+
+# Strokes and edges are wider than what is recognised of them.
+_RIM_UM = 24.0
+
+
+class ArtefactMap(NamedTuple):
+    """Where a slide has artefacts, queried in work px.
+
+    kinds: uint8 (h, w), 0 or the number of a kind in each pixel of the tissue's frame; tissue: as detected
+    """
+
+    kinds: NDArray[np.uint8]
+    tissue: TissueMap
+
+    def at(self, work_xy: ArrayLike) -> NDArray[np.uint8]:
+        """work_xy: (N, 2) work px. Returns uint8 (N,), the number of a kind, or 0."""
+        at, inside = self.tissue.locate(work_xy)
+        kinds = np.zeros(len(inside), np.uint8)
+        kinds[inside] = self.kinds[at]
+        return kinds
+
+    def tissue_mm2(self) -> dict[str, float]:
+        """The tissue's area that each kind covers."""
+        counts = np.bincount(self.kinds[self.tissue.mask], minlength=len(KINDS) + 1)[1:]
+        return {kind: float(n) * self.tissue.frame.mpp**2 / 1e6 for kind, n in zip(KINDS, counts, strict=True)}
+
+    def clean_tissue(self) -> TissueMap:
+        """The tissue that no artefact covers."""
+        return self.tissue._replace(mask=self.tissue.mask & (self.kinds == 0))
+
+
+class Texture(NamedTuple):
+    """What a thumbnail does not show of its pixels, from the optical density in green of their parts.
+
+    deviation: float32 (h, w), the standard deviation within a pixel; palest: float32 (h, w), the density of the palest
+    part. Both are 0 where they were not read.
+    """
+
+    deviation: Floats
+    palest: Floats
+
+
+def read_texture(slide: Slide, frame: Frame, thumbnail: NDArray[np.uint8]) -> Texture:
+    """The texture below the pixels of a thumbnail, uint8 (h, w, 3), of `frame`; glass is not read.
+
+    Memory beside the result holds one piece of 512 x 512 px. Law: it does not depend on how the slide is cut into pieces.
+    """
+    shape = thumbnail.shape[:2]
+    texture = Texture(np.zeros(shape, np.float32), np.zeros(shape, np.float32))
+    parts = min(_PARTS, int(frame.mpp / max(slide.scale[:2])))
+    if parts < 2:  # the slide has no more pixels than the thumbnail: nothing counts as smooth
+        texture.deviation[:] = 1
+        return texture
+    fine = slide.frame(frame.mpp / parts)
+    busy = densities(thumbnail).max(axis=0) > _GLASS_DENSITY
+    density = -np.log(np.maximum(np.arange(256, dtype=np.float32), 1) / glass(thumbnail)[1])
+    for top in range(0, shape[0], _READ):
+        for left in range(0, shape[1], _READ):
+            place = slice(top, min(top + _READ, shape[0])), slice(left, min(left + _READ, shape[1]))
+            if not busy[place].any():
+                continue
+            rows, columns = busy[place].shape
+            box = Box(left * parts, top * parts, (left + columns) * parts, (top + rows) * parts)
+            green = slide.read_decodable(box, fine)[0][..., 1]
+            cells = density[green].reshape(rows, parts, columns, parts)
+            texture.deviation[place] = cells.std(axis=(1, 3))
+            texture.palest[place] = cells.min(axis=(1, 3))
+    return texture
+
+
+def find_artefacts(thumbnail: NDArray[np.uint8], texture: Texture, tissue: Mask, mpp: float) -> NDArray[np.uint8]:
+    """The kind of artefact in each pixel of a thumbnail, uint8 (h, w): 0 or the number of a kind.
+
+    thumbnail: uint8 (h, w, 3) at `mpp` um per pixel; tissue: bool (h, w), of `tissue_mask`, which calibrates the rest
+    """
+    kinds = np.zeros(thumbnail.shape[:2], np.uint8)
+    if not thumbnail.size:
+        return kinds
+    density = densities(thumbnail)
+    own = _own(density, texture, tissue)
+    dark = _darkness(density[1], texture, own, tissue, mpp)
+    shadow = _shadows(density, mpp)
+    kinds[_folds(dark, mpp)] = FOLD
+    kinds[shadow.lines] = COVERSLIP
+    kinds[shadow.bubbles] = BUBBLE
+    if is_grey(thumbnail):
+        kinds[grown(without_small(own.smooth & (density[1] > _GREY_INK_DENSITY), _PEN_UM2 / mpp**2), _RIM_UM / mpp)] = PEN
+    else:
+        kinds[_pen(density, dark, own, mpp)] = PEN
+    return kinds
+
+
+class _Own(NamedTuple):
+    """What is usual in the slide's own tissue, and which cells are much smoother."""
+
+    green: float  # median density
+    red_to_green: float  # the highest usual ratio of densities
+    blue_share: float  # the lowest usual share of the density
+    smooth: Mask  # (h, w)
+    smoother: Mask  # (h, w), less strictly
+
+
+def _own(density: NDArray[np.float32], texture: Texture, tissue: Mask) -> _Own:
+    red, green, blue = density
+    variance = ndimage.uniform_filter(np.square(texture.deviation), 5, mode="nearest")
+    mean = np.maximum(ndimage.uniform_filter(green, 5, mode="nearest"), 0.05)
+    relative = np.sqrt(np.maximum(variance, 0)) / mean
+    stained = tissue & (green > _LEAST_STAIN)
+    if not stained.any():
+        return _Own(np.inf, np.inf, 0.0, relative < _SMOOTH, relative < _SMOOTH)
+    median = float(np.median(relative[stained]))
+    textured = stained & (relative >= median / 2)
+    return _Own(
+        float(np.median(green[textured])),
+        _extreme(red[textured] / green[textured], 90),
+        _extreme(blue[textured] / density[:, textured].sum(axis=0), 10),
+        relative < min(_SMOOTH, _SMOOTH_OF_TISSUE * median),
+        relative < _SMOOTHER * median,
+    )
+
+
+def _extreme(values: Floats, percentile: float) -> float:
+    """Twice as far from the median as this percentile: ink on a tenth of the tissue does not move it."""
+    middle, outer = np.percentile(values, (50, percentile))
+    return float(2 * outer - middle)
+
+
+def _darkness(green: Floats, texture: Texture, own: _Own, tissue: Mask, mpp: float) -> Floats:
+    """How dark the palest spot around a cell is, float32 (h, w), relative to the tissue."""
+    side = max(3, round(_SURROUNDINGS_UM / mpp))
+    stained = tissue & (green > _LEAST_STAIN)
+    share = ndimage.uniform_filter(stained.astype(np.float32), side, mode="nearest")
+    around = ndimage.uniform_filter(np.where(stained, green, 0), side, mode="nearest") / np.maximum(share, 1e-3)
+    usual = np.clip(around, own.green, _DENSEST * own.green)
+    darkness: Floats = ndimage.minimum_filter(texture.palest, 3, mode="nearest") / usual
+    return darkness
+
+
+def _pen(density: NDArray[np.float32], dark: Floats, own: _Own, mpp: float) -> Mask:
+    """Ink of every colour, with the blurred edges of its strokes."""
+    red, green, blue = density
+    whole = red + green + blue
+    covering = (blue < (own.blue_share - _VIOLET_OF_TISSUE) * whole) & (red > _VIOLET_RED * whole)
+    covering &= (green > _COVERED * own.green) & (own.smoother | (dark > _DARK))
+    cool, warm = _ink_colours(density, own)
+    strokes = without_small(cool | covering, _PEN_UM2 / mpp**2) | without_small(warm, _WARM_UM2 / mpp**2)
+    pale = np.logical_or(*_ink_colours(density / _PALE, own))
+    pen = ndimage.binary_propagation(strokes, mask=strokes | pale | (dark > _CONTINUED), structure=np.ones((3, 3)))
+    return ink(density, mpp) | grown(pen, _RIM_UM / mpp)
+
+
+def _ink_colours(density: NDArray[np.float32], own: _Own) -> tuple[Mask, Mask]:
+    """Where the colour is that of ink: of red ink, which blood resembles, in the second mask, of all other in the first."""
+    red, green, blue = density
+    whole = red + green + blue
+    excess = np.clip(_COLD_OF_TISSUE * own.red_to_green, *_COLD_RANGE)
+    cold = (red > excess * green) & (red > _COLD_DENSITY)
+    violet = blue < min(_VIOLET_BLUE, own.blue_share - _VIOLET_OF_TISSUE) * whole
+    violet &= (red > _VIOLET_RED * whole) & (green > _VIOLET_DENSITY)
+    yellow = (red < _YELLOW_RED * whole) & (blue > _YELLOW_BLUE * whole) & (blue > _YELLOW_DENSITY)
+    purple = (red > _PURPLE_RED * whole) & (green > _SHADOW_GREEN * whole) | (green > _PURPLE_GREEN * whole)
+    purple &= own.smooth & (green > _PURPLE_DENSITY)
+    warm = (red < _WARM_RED * whole) & (blue > _WARM_BLUE * whole) & (green > _WARM_DENSITY)
+    return cold | violet | yellow | purple, warm
+
+
+def _folds(dark: Floats, mpp: float) -> Mask:
+    seeds = without_small(dark > _DARK, _FOLD_UM2 / mpp**2)
+    folds: Mask = ndimage.binary_dilation(seeds, np.ones((3, 3)), round(_RIM_UM / mpp), mask=seeds | (dark > _CONTINUED))
+    return folds
+
+
+class _Shadows(NamedTuple):
+    lines: Mask
+    bubbles: Mask
+
+
+def _shadows(density: NDArray[np.float32], mpp: float) -> _Shadows:
+    """Edges of coverslips, which are long and straight, and bubbles, whose outlines are closed and are filled here."""
+    whole = density.sum(axis=0)
+    grey = (density[1] < _SHADOW_GREEN * whole) & (np.ptp(density, axis=0) < _SHADOW_SPREAD * whole)
+    labels, _ = ndimage.label(grey & (whole > 3 * _SHADOW_DENSITY), structure=np.ones((3, 3)))
+    lines, bubbles = np.zeros(labels.shape, np.bool_), np.zeros(labels.shape, np.bool_)
+    for number, place in enumerate(ndimage.find_objects(labels), 1):
+        if max(s.stop - s.start for s in place) * mpp**2 < min(_LINE_UM, _BUBBLE_UM2**0.5) * mpp:
+            continue
+        piece = labels[place] == number
+        filled = ndimage.binary_fill_holes(piece)
+        hole_um2 = (filled.sum() - piece.sum()) * mpp**2
+        if hole_um2 > max(_BUBBLE_UM2, piece.sum() * mpp**2):
+            bubbles[place] |= filled
+        elif _is_line(piece, mpp):
+            lines[place] |= piece
+    return _Shadows(lines, bubbles)
+
+
+def _is_line(piece: Mask, mpp: float) -> bool:
+    """Whether a piece is long and straight: by the axes of an ellipse of equal moments."""
+    points = np.argwhere(piece).astype(np.float64)
+    if len(points) < 3:
+        return False
+    short, long = np.sqrt(np.maximum(np.linalg.eigvalsh(np.cov(points.T)), 0)) * mpp
+    return bool(4 * long > _LINE_UM and short < _LINE_WIDTH * long)
