@@ -56,6 +56,9 @@ def check_device_name(name: str) -> None:
     require(re.fullmatch(r"auto|cpu|cuda(:\d+)?", name) is not None, f"device={name!r}: need cpu, cuda, cuda:N or auto")
 
 
+Artefacts = Literal["flag", "skip", "off"]
+
+
 @dataclass(frozen=True)
 class Tissue:
     """Tissue detection. Only nuclei inside the tissue mask are reported."""
@@ -68,6 +71,8 @@ class Tissue:
     "How far the tissue mask is extended, um, to include nuclei at the edge of the tissue."
     everywhere: Annotated[bool, NO_NEGATIVE] = False
     "Take the whole slide as tissue (fields of view, regions cut out by hand)."
+    artefacts: Annotated[Artefacts, Parameter(name=["--tissue.artefacts", "--artefacts"], group=COMMON)] = "flag"
+    "Pen, folds, bubbles, edges of coverslips, blur: flag the nuclei in them, skip what they cover, or off: do not look for them."
 
     def __post_init__(self) -> None:
         require(1 <= self.thumbnail_mpp <= 100, f"thumbnail-mpp={self.thumbnail_mpp}: need 1 to 100 um")
@@ -208,7 +213,7 @@ class Export:
     "Coordinates relative to the slide's bounds, to which QuPath's OpenSlide reader crops; else to the corner of the whole slide."
 
 
-WORK_FORMAT = 4
+WORK_FORMAT = 5
 "Version of the files in a slide's work folder: raised with every change after which older ones must not be continued."
 
 

@@ -12,10 +12,11 @@ LEASE = ".lease"  # hidden, as a slide's folder may hold the folders of other sl
 
 _SLIDE, _FAILURE = "slide.json", "failure.json"
 _PICTURES = ("thumbnail.jpg", "overlay.jpg")
+_ANNOTATIONS = ("tissue.geojson", "artefacts.geojson")
 _NUCLEI, _WORK = "nuclei.parquet", "work"
 _RUN, _LEDGER, _REPORT, _LOGS = "run.json", "ledger.csv", "report.html", "logs"
 
-RESULTS = (*_PICTURES, _NUCLEI, *EXPORTS.values())
+RESULTS = (*_PICTURES, *_ANNOTATIONS, _NUCLEI, *EXPORTS.values())
 "What a finished slide's folder holds beside slide.json."
 
 RESERVED = frozenset([_RUN, _LEDGER, _REPORT, _LOGS, _SLIDE, _FAILURE, _WORK, *RESULTS])
@@ -44,6 +45,15 @@ class SlideFolder:
     @property
     def overlay(self) -> Path:
         return self.path / _PICTURES[1]
+
+    @property
+    def tissue_annotation(self) -> Path:
+        return self.path / _ANNOTATIONS[0]
+
+    @property
+    def artefact_annotations(self) -> Path:
+        """Not there where a run did not look for artefacts."""
+        return self.path / _ANNOTATIONS[1]
 
     @property
     def nuclei(self) -> Path:
@@ -77,7 +87,13 @@ class SlideFolder:
 
     @property
     def tissue(self) -> Path:
-        return self.work / "tissue.npy"
+        """The masks of the plan: the tissue, and the artefacts that a thumbnail shows."""
+        return self.work / "tissue.npz"
+
+    @property
+    def artefacts(self) -> Path:
+        """All artefacts, once every block is done."""
+        return self.work / "artefacts.npy"
 
     @property
     def patches(self) -> Path:

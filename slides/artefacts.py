@@ -34,8 +34,8 @@ _GLASS_DENSITY = 0.06
 # Of the tissue, only cells denser than this in green say what is usual: it has a margin and gaps.
 _LEAST_STAIN = 0.1
 
-# Blue and green ink absorb red more than green. Haematoxylin does not, but how near it comes differs between slides: ink
-# is what exceeds the slide's own tissue by 15 %.
+# Blue and green ink absorb red more than green. Haematoxylin does not, but how near it comes differs between slides:
+# ink is what exceeds the slide's own tissue by 15 %.
 _COLD_RANGE, _COLD_OF_TISSUE, _COLD_DENSITY = (0.9, 1.2), 1.15, 0.3
 
 # Blue and purple ink absorb less blue than haematoxylin, whose shares of red, green and blue in the density are .33 .43
@@ -49,8 +49,8 @@ _WARM_RED, _WARM_BLUE, _WARM_DENSITY, _WARM_UM2 = 0.12, 0.37, 0.3, 40_000.0
 # DAB and melanin absorb blue most, too: shares .17 .35 .48. Yellow ink hardly absorbs anything else.
 _YELLOW_RED, _YELLOW_BLUE, _YELLOW_DENSITY = 0.2, 0.55, 0.3
 
-# Purple ink has the colour of haematoxylin, and no texture: nuclei give tissue a relative deviation of .1 and more within
-# a cell. Muscle, colloid and mucin may be as smooth, but are pink (a red share under .2) or pale.
+# Purple ink has the colour of haematoxylin, and no texture: nuclei give tissue a relative deviation of .1 and more
+# within a cell. Muscle, colloid and mucin may be as smooth, but are pink (a red share under .2) or pale.
 _SMOOTH, _SMOOTH_OF_TISSUE, _PURPLE_RED, _PURPLE_GREEN, _PURPLE_DENSITY = 0.05, 0.3, 0.2, 0.62, 0.35
 
 # On a slide in grey, ink is what is smooth and as dense as this.
@@ -69,7 +69,10 @@ _SHADOW_DENSITY, _SHADOW_GREEN, _SHADOW_SPREAD = 0.12, 0.38, 0.12
 
 # The smallest of each kind: pigment, dust and specks of stain are smaller.
 _PEN_UM2, _FOLD_UM2, _BUBBLE_UM2 = 10_000.0, 1_200.0, 20_000.0
-_LINE_UM, _LINE_WIDTH = 400.0, 0.15  # length; width, in lengths
+
+# An edge of a coverslip is at least so long, and narrower than a stroke of a black pen; its ellipse is so much longer
+# than wide. Pieces of shadow below the last are not looked at.
+_EDGE_UM, _EDGE_WIDTH_UM, _STRAIGHT, _SHADOW_UM = 400.0, 150.0, 0.15, 150.0
 
 # Strokes and edges are wider than what is recognised of them.
 _RIM_UM = 24.0
@@ -96,6 +99,22 @@ class ArtefactMap(NamedTuple):
         counts = np.bincount(self.kinds[self.tissue.mask], minlength=len(KINDS) + 1)[1:]
         return {kind: float(n) * self.tissue.frame.mpp**2 / 1e6 for kind, n in zip(KINDS, counts, strict=True)}
 
+    def with_blur(self, blurred: Mask, corner: tuple[int, int], cell_px: int) -> "ArtefactMap":
+        """The map with blur in cells of `cell_px` work px, the first of which is `corner`; other kinds stay.
+
+        blurred: bool (h, w), of `focus.blurred`
+        """
+        kinds, size = self.kinds.copy(), cell_px * self.tissue.per_work_px
+        places = []
+        for extent, first, cells in zip(kinds.shape, corner[::-1], blurred.shape, strict=True):
+            cell = ((np.arange(extent) + 0.5) / size).astype(int) - first
+            places.append((np.flatnonzero((cell >= 0) & (cell < cells)), cell[(cell >= 0) & (cell < cells)]))
+        (rows, in_rows), (columns, in_columns) = places
+        part = kinds[np.ix_(rows, columns)]
+        blurry = blurred[np.ix_(in_rows, in_columns)] & self.tissue.mask[np.ix_(rows, columns)]
+        kinds[np.ix_(rows, columns)] = np.where(blurry & (part == 0), BLUR, part)
+        return self._replace(kinds=kinds)
+
     def clean_tissue(self) -> TissueMap:
         """The tissue that no artefact covers."""
         return self.tissue._replace(mask=self.tissue.mask & (self.kinds == 0))
@@ -115,7 +134,7 @@ class Texture(NamedTuple):
 def read_texture(slide: Slide, frame: Frame, thumbnail: NDArray[np.uint8]) -> Texture:
     """The texture below the pixels of a thumbnail, uint8 (h, w, 3), of `frame`; glass is not read.
 
-    Memory beside the result holds one piece of 512 x 512 px. Law: it does not depend on how the slide is cut into pieces.
+    Memory beside the result holds one piece of 512 x 512 px. Law: the pieces do not show in the result.
     """
     shape = thumbnail.shape[:2]
     texture = Texture(np.zeros(shape, np.float32), np.zeros(shape, np.float32))
@@ -140,26 +159,30 @@ def read_texture(slide: Slide, frame: Frame, thumbnail: NDArray[np.uint8]) -> Te
     return texture
 
 
-def find_artefacts(thumbnail: NDArray[np.uint8], texture: Texture, tissue: Mask, mpp: float) -> NDArray[np.uint8]:
-    """The kind of artefact in each pixel of a thumbnail, uint8 (h, w): 0 or the number of a kind.
+class Artefacts(NamedTuple):
+    """kinds: uint8 (h, w), 0 or the number of a kind; bare_ink: bool (h, w), ink without the texture of tissue."""
+
+    kinds: NDArray[np.uint8]
+    bare_ink: Mask
+
+
+def find_artefacts(thumbnail: NDArray[np.uint8], texture: Texture, tissue: Mask, mpp: float) -> Artefacts:
+    """The artefacts in the pixels of a thumbnail.
 
     thumbnail: uint8 (h, w, 3) at `mpp` um per pixel; tissue: bool (h, w), of `tissue_mask`, which calibrates the rest
     """
     kinds = np.zeros(thumbnail.shape[:2], np.uint8)
     if not thumbnail.size:
-        return kinds
+        return Artefacts(kinds, kinds > 0)
     density = densities(thumbnail)
     own = _own(density, texture, tissue)
     dark = _darkness(density[1], texture, own, tissue, mpp)
     shadow = _shadows(density, mpp)
-    kinds[_folds(dark, mpp)] = FOLD
-    kinds[shadow.lines] = COVERSLIP
+    kinds[_folds(dark, mpp) & tissue] = FOLD
+    kinds[_grey_pen(density, own, mpp) if is_grey(thumbnail) else _pen(density, dark, own, mpp)] = PEN
     kinds[shadow.bubbles] = BUBBLE
-    if is_grey(thumbnail):
-        kinds[grown(without_small(own.smooth & (density[1] > _GREY_INK_DENSITY), _PEN_UM2 / mpp**2), _RIM_UM / mpp)] = PEN
-    else:
-        kinds[_pen(density, dark, own, mpp)] = PEN
-    return kinds
+    kinds[grown(shadow.edges, _RIM_UM / mpp)] = COVERSLIP
+    return Artefacts(kinds, (kinds == PEN) & own.smooth)
 
 
 class _Own(NamedTuple):
@@ -221,8 +244,13 @@ def _pen(density: NDArray[np.float32], dark: Floats, own: _Own, mpp: float) -> M
     return ink(density, mpp) | grown(pen, _RIM_UM / mpp)
 
 
+def _grey_pen(density: NDArray[np.float32], own: _Own, mpp: float) -> Mask:
+    """Ink on a slide in grey."""
+    return grown(without_small(own.smooth & (density[1] > _GREY_INK_DENSITY), _PEN_UM2 / mpp**2), _RIM_UM / mpp)
+
+
 def _ink_colours(density: NDArray[np.float32], own: _Own) -> tuple[Mask, Mask]:
-    """Where the colour is that of ink: of red ink, which blood resembles, in the second mask, of all other in the first."""
+    """Where the colour is that of ink: in the second mask of red ink, which blood resembles, in the first of other."""
     red, green, blue = density
     whole = red + green + blue
     excess = np.clip(_COLD_OF_TISSUE * own.red_to_green, *_COLD_RANGE)
@@ -238,38 +266,40 @@ def _ink_colours(density: NDArray[np.float32], own: _Own) -> tuple[Mask, Mask]:
 
 def _folds(dark: Floats, mpp: float) -> Mask:
     seeds = without_small(dark > _DARK, _FOLD_UM2 / mpp**2)
-    folds: Mask = ndimage.binary_dilation(seeds, np.ones((3, 3)), round(_RIM_UM / mpp), mask=seeds | (dark > _CONTINUED))
+    folds: Mask = ndimage.binary_dilation(
+        seeds, np.ones((3, 3)), round(_RIM_UM / mpp), mask=seeds | (dark > _CONTINUED)
+    )
     return folds
 
 
 class _Shadows(NamedTuple):
-    lines: Mask
+    edges: Mask
     bubbles: Mask
 
 
 def _shadows(density: NDArray[np.float32], mpp: float) -> _Shadows:
-    """Edges of coverslips, which are long and straight, and bubbles, whose outlines are closed and are filled here."""
+    """Edges of coverslips, which are long and narrow, and bubbles, whose outlines are closed and are filled here."""
     whole = density.sum(axis=0)
     grey = (density[1] < _SHADOW_GREEN * whole) & (np.ptp(density, axis=0) < _SHADOW_SPREAD * whole)
     labels, _ = ndimage.label(grey & (whole > 3 * _SHADOW_DENSITY), structure=np.ones((3, 3)))
-    lines, bubbles = np.zeros(labels.shape, np.bool_), np.zeros(labels.shape, np.bool_)
+    edges, bubbles = np.zeros(labels.shape, np.bool_), np.zeros(labels.shape, np.bool_)
     for number, place in enumerate(ndimage.find_objects(labels), 1):
-        if max(s.stop - s.start for s in place) * mpp**2 < min(_LINE_UM, _BUBBLE_UM2**0.5) * mpp:
+        if max(side.stop - side.start for side in place) * mpp < _SHADOW_UM:
             continue
         piece = labels[place] == number
         filled = ndimage.binary_fill_holes(piece)
-        hole_um2 = (filled.sum() - piece.sum()) * mpp**2
-        if hole_um2 > max(_BUBBLE_UM2, piece.sum() * mpp**2):
+        if (filled.sum() - piece.sum()) * mpp**2 > max(_BUBBLE_UM2, piece.sum() * mpp**2):
             bubbles[place] |= filled
-        elif _is_line(piece, mpp):
-            lines[place] |= piece
-    return _Shadows(lines, bubbles)
+        elif _is_edge(piece, mpp):
+            edges[place] |= piece
+    return _Shadows(edges, bubbles)
 
 
-def _is_line(piece: Mask, mpp: float) -> bool:
-    """Whether a piece is long and straight: by the axes of an ellipse of equal moments."""
-    points = np.argwhere(piece).astype(np.float64)
+def _is_edge(piece: Mask, mpp: float) -> bool:
+    """Whether a piece is long, straight and narrow: by the axes of an ellipse of equal moments."""
+    points = np.argwhere(piece)
     if len(points) < 3:
         return False
-    short, long = np.sqrt(np.maximum(np.linalg.eigvalsh(np.cov(points.T)), 0)) * mpp
-    return bool(4 * long > _LINE_UM and short < _LINE_WIDTH * long)
+    short, long = 4 * np.sqrt(np.maximum(np.linalg.eigvalsh(np.cov(points.T)), 0)) * mpp
+    width = 2 * ndimage.distance_transform_edt(np.pad(piece, 1)).max() * mpp
+    return bool(long > _EDGE_UM and short < _STRAIGHT * long and width < _EDGE_WIDTH_UM)

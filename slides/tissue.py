@@ -145,9 +145,7 @@ def glass(thumbnail: NDArray[np.uint8]) -> NDArray[np.float32]:
 
 def _smoothed(thumbnail: NDArray[np.uint8]) -> NDArray[np.float32]:
     # Compression leaves blocks of false colour around edges; one pixel of blur takes them out.
-    smooth: NDArray[np.float32] = ndimage.gaussian_filter(
-        thumbnail.astype(np.float32), (1.0, 1.0, 0.0), mode="nearest"
-    )
+    smooth: NDArray[np.float32] = ndimage.gaussian_filter(thumbnail.astype(np.float32), (1.0, 1.0, 0.0), mode="nearest")
     return smooth
 
 

@@ -16,6 +16,7 @@ from pipeline.layout import RunFolder
 from pipeline.report import charts
 from pipeline.report.results import FEWEST_SLIDES, OUTLIER_Z, SlideResult, read_results
 from pipeline.report.table import linked, slide_table
+from pipeline.segment.record import ARTEFACT_AREAS
 from pipeline.segment.stages import STAGES
 from pipeline.segment.summary import NEAR_PX, SEAM_EDGES_PX, seam_verdict
 
@@ -84,6 +85,7 @@ def _numbers(slides: Sequence[SlideResult]) -> str:
     area, seconds = sum(s.number("tissue_mm2") for s in done), _busy_seconds(done)
     lost = sum(s.number("area_lost_mm2") for s in done)
     nuclei = sum(s.number("nuclei") for s in done)
+    artefacts = sum(s.number(name) for s in done for name in ARTEFACT_AREAS.values())
     figures = [
         (f"{len(done):,}", "slides done", ""),
         (f"{failed:,}", "failed", "bad" if failed else ""),
@@ -95,6 +97,7 @@ def _numbers(slides: Sequence[SlideResult]) -> str:
         (f"{seconds / 3600:,.2f}", "hours of processing", ""),
         (f"{area / seconds:,.3f}" if seconds else "?", "mm² per second", ""),
         (f"{3600 * area / seconds:,.0f}" if seconds else "?", "mm² per hour", ""),
+        *([(f"{artefacts:,.2f}", "mm² of it under artefacts", "")] if artefacts else []),
         *([(f"{lost:,.3f}", "mm² lost", "bad")] if lost else []),
     ]
     items = (f'<li><b class="{kind}">{value}</b><span>{words}</span></li>' for value, words, kind in figures)

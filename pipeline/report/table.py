@@ -7,6 +7,7 @@ import numpy as np
 
 from pipeline.report import charts
 from pipeline.report.results import SlideResult
+from pipeline.segment.record import ARTEFACT_AREAS
 from pipeline.segment.stages import STAGES
 from pipeline.segment.summary import AREA_EDGES_UM2
 
@@ -21,6 +22,7 @@ _COLUMNS = {
     "per mm²": True,
     "median µm²": True,
     "sizes": False,
+    "mm² artefacts": True,
     "mm² lost": True,
     "saturated tiles": True,
     "seam ratio": True,
@@ -63,6 +65,7 @@ def _row(slide: SlideResult, number: int) -> str:
         _cell(slide.density, ",.0f"),
         _cell(slide.median_area, ".1f"),
         _sizes(slide),
+        _artefacts(slide),
         _cell(known("area_lost_mm2"), ",.3g"),
         _cell(known("saturated_tiles"), ",.0f"),
         _ratio(slide),
@@ -79,6 +82,15 @@ def _cell(value: float, form: str, more: str = "") -> str:
     if not np.isfinite(value):
         return '<td class="number" data-v=""></td>'
     return f'<td class="number" data-v="{value:.12g}">{value:{form}}{more}</td>'
+
+
+def _artefacts(slide: SlideResult) -> str:
+    """The tissue that artefacts cover, and each kind of them; an empty cell where none are known."""
+    areas = {kind: slide.number(name) for kind, name in ARTEFACT_AREAS.items()}
+    if slide.state != "done" or not sum(areas.values()):
+        return _cell(np.nan, "")
+    kinds = ", ".join(f"{kind} {area:.2g}" for kind, area in areas.items() if area)
+    return _cell(sum(areas.values()), ",.3g", f'<br><span class="soft">{kinds}</span>')
 
 
 def _sizes(slide: SlideResult) -> str:

@@ -11,7 +11,7 @@ from pipeline.errors import SlideChanged
 from pipeline.layout import EXPORTS, RESULTS, SlideFolder
 from pipeline.segment.export import FORMATS, Exported
 from pipeline.segment.job import Job
-from pipeline.segment.plan import read_plan
+from pipeline.segment.plan import read_artefacts, read_plan, reported_tissue
 from pipeline.segment.record import SlideRecord, remarks
 from pipeline.segment.summary import summarise
 from slides.slide import open_slide
@@ -20,7 +20,9 @@ from slides.slide import open_slide
 def finish_slide(job: Job, record: SlideRecord) -> SlideRecord:
     """Write slide.json: provenance, record and summary. Returns the record with its remarks."""
     plan = read_plan(job.folder, job.digest)
-    summary = summarise(job.folder.nuclei, plan)
+    tissue = reported_tissue(plan, read_artefacts(job.folder, plan), job.settings)
+    summary = summarise(job.folder.nuclei, plan._replace(tissue=tissue))
+    record = dataclasses.replace(record, tissue_mm2=round(tissue.area_mm2, 4))
     record = dataclasses.replace(record, remarks=remarks(record, summary, plan.notes))
     file = job.source.stat()
     content = {

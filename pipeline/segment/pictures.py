@@ -10,17 +10,26 @@ from PIL import Image, ImageDraw
 
 from pipeline import files
 from pipeline.segment import tables
+from pipeline.segment.annotations import KIND_COLOURS, TISSUE_COLOUR
+from slides.artefacts import KINDS, ArtefactMap
 from slides.geometry import Frame
 from slides.grid import Tile
 from slides.tissue import TissueMap
 
-_TISSUE, _TILE = (0, 130, 60), (60, 60, 160)
+_TILE = (60, 60, 160)
 
 
-def draw_plan(picture: NDArray[np.uint8], frame: Frame, tissue: TissueMap, tiles: Iterable[Tile], path: Path) -> None:
-    """thumbnail.jpg: the tissue's outline, and the cores of the tiles that are processed.
+def draw_plan(
+    picture: NDArray[np.uint8],
+    frame: Frame,
+    artefacts: ArtefactMap,
+    tissue: TissueMap,
+    tiles: Iterable[Tile],
+    path: Path,
+) -> None:
+    """thumbnail.jpg: the tissue's outline, artefacts in their colours, and the cores of the tiles that are processed.
 
-    picture: uint8 (h, w, 3), all of `frame`
+    picture: uint8 (h, w, 3), all of `frame`; tissue: in which nuclei are reported
     """
     height, width = picture.shape[:2]
     rows, columns = (
@@ -30,9 +39,12 @@ def draw_plan(picture: NDArray[np.uint8], frame: Frame, tissue: TissueMap, tiles
     inside = tissue.mask[rows[:, None], columns]  # (h, w)
     shown = picture.copy()
     shown[~inside] = 255 - (255 - shown[~inside]) // 2  # outside the tissue paler
+    kinds = artefacts.kinds[rows[:, None], columns]
+    for number, kind in enumerate(KINDS, 1):
+        shown[kinds == number] = (shown[kinds == number] + np.array(KIND_COLOURS[kind])) // 2
     edge = inside.copy()
     edge[1:-1, 1:-1] &= ~(inside[:-2, 1:-1] & inside[2:, 1:-1] & inside[1:-1, :-2] & inside[1:-1, 2:])
-    shown[edge] = _TISSUE
+    shown[edge] = TISSUE_COLOUR
     image = Image.fromarray(shown)
     draw = ImageDraw.Draw(image)
     for tile in tiles:

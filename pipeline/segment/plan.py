@@ -1,4 +1,4 @@
-"""The plan of a slide: its scale, tissue, grid and stain. Made once, before tiling; kept on disk."""
+"""The plan of a slide: its scale, tissue, artefacts, grid and stain. Made once, before tiling; kept on disk."""
 
 import functools
 from dataclasses import asdict
@@ -13,7 +13,8 @@ from pipeline.layout import SlideFolder
 from pipeline.model import load, stain, views
 from pipeline.model.stain import Normalisation
 from pipeline.segment.slide_stain import fit_slide, template_stain
-from pipeline.segment.tissue_map import find_tissue
+from pipeline.segment.tissue_map import find_tissue_and_artefacts
+from slides.artefacts import ArtefactMap
 from slides.geometry import Affine, Box, Frame, Size
 from slides.grid import Tile, TileGrid, check_margin
 from slides.slide import FORCED, Scale, Slide
@@ -30,7 +31,9 @@ class Plan(NamedTuple):
     bounds: Box  # slide px
     frame: Frame  # work px
     grid: TileGrid
-    tissue: TissueMap
+    tissue: TissueMap  # in which nuclei are reported
+    artefacts: ArtefactMap  # that a thumbnail shows: blur is known when all patches were read
+    glass: float  # grey level of clean glass in green
     normalisation: Normalisation
     has_icc: bool  # the pixels are taken as stored; the profile is not applied
     notes: tuple[str, ...]  # warnings, such as why it is not normalised
@@ -48,6 +51,12 @@ class Plan(NamedTuple):
         """Blocks that hold tissue."""
         return tuple(b for b in range(self.grid.blocks) if self.of_block(b))
 
+    @property
+    def skipped_tiles(self) -> int:
+        """Tiles that artefacts cover wholly, where these are skipped."""
+        every = (t for b in range(self.grid.blocks) for t in self.grid.tiles_of(b))
+        return sum(self.artefacts.tissue.any_in(t.core) and not self.tissue.any_in(t.core) for t in every)
+
 
 def plan_slide(slide: Slide, settings: Settings) -> Plan:
     """The plan of a slide. Reads a thumbnail and, to fit its stain, a few regions.
@@ -64,8 +73,10 @@ def plan_slide(slide: Slide, settings: Settings) -> Plan:
         settings.stitching.tolerance_px,
         views.largest_shift(settings.detector.views),
     )
-    tissue = find_tissue(slide, settings.tissue, tiling.mpp)
-    normalisation, notes = _normalisation(slide, tissue, settings)
+    artefacts, glass, seen = find_tissue_and_artefacts(slide, settings.tissue, tiling.mpp)
+    tissue = artefacts.clean_tissue() if settings.tissue.artefacts == "skip" else artefacts.tissue
+    normalisation, notes = _normalisation(slide, artefacts, settings)
+    notes = (*seen, *notes)
     if slide.scale.source == FORCED:
         notes = (f"its scale is {slide.scale.x:g} µm/px by --force-mpp, whatever it states", *notes)
     return Plan(
@@ -77,16 +88,20 @@ def plan_slide(slide: Slide, settings: Settings) -> Plan:
         frame,
         grid,
         tissue,
+        artefacts,
+        glass,
         normalisation,
         slide.has_icc,
         notes,
     )
 
 
-def _normalisation(slide: Slide, tissue: TissueMap, settings: Settings) -> tuple[Normalisation, tuple[str, ...]]:
+def _normalisation(slide: Slide, artefacts: ArtefactMap, settings: Settings) -> tuple[Normalisation, tuple[str, ...]]:
     """How the slide is normalised; and a note where it cannot be, although the settings ask for it."""
     target = template_stain(settings.stain, settings.tissue, settings.tiling.mpp)
     network = load.stain_network(settings.stain)
+    clean = artefacts.clean_tissue()
+    tissue = clean if clean.mask.any() else artefacts.tissue
     try:
         fitted = fit_slide(slide, tissue, settings.stain, network)
     except StainError as error:
@@ -100,9 +115,15 @@ def picture_frame(slide: Slide, plan: Plan, longest_px: int) -> Frame:
 
 
 def write_plan(plan: Plan, folder: SlideFolder, digest: str) -> None:
-    """Commit work/plan.json and, before it, work/tissue.npy; digest: of the settings that it was made with."""
+    """Commit work/plan.json and, before it, work/tissue.npz; digest: of the settings that it was made with."""
     with files.checked(folder.tissue, {}) as path, path.open("wb") as file:
-        np.save(file, plan.tissue.mask, allow_pickle=False)
+        np.savez_compressed(
+            file,
+            allow_pickle=False,
+            tissue=plan.tissue.mask,
+            detected=plan.artefacts.tissue.mask,
+            artefacts=plan.artefacts.kinds,
+        )
     content = {
         "digest": digest,
         "quick_hash": plan.quick_hash,
@@ -113,6 +134,7 @@ def write_plan(plan: Plan, folder: SlideFolder, digest: str) -> None:
         "frame": plan.frame,
         "grid": asdict(plan.grid),
         "tissue_frame": plan.tissue.frame,
+        "glass": plan.glass,
         "normalisation": plan.normalisation.to_json(),
         "has_icc": plan.has_icc,
         "notes": plan.notes,
@@ -126,7 +148,10 @@ def load_plan(folder: SlideFolder, digest: str) -> Plan | None:
     if content is None or content["digest"] != digest or files.read_checked(folder.tissue) is None:
         return None
     grid, frame = content["grid"], _frame(content["frame"])
-    mask = np.load(folder.tissue, allow_pickle=False)
+    tissue_frame = _frame(content["tissue_frame"])
+    with np.load(folder.tissue, allow_pickle=False) as masks:
+        tissue, detected = (TissueMap(masks[name], tissue_frame, frame) for name in ("tissue", "detected"))
+        artefacts = ArtefactMap(masks["artefacts"], detected)
     return Plan(
         content["quick_hash"],
         content["vendor"],
@@ -135,7 +160,9 @@ def load_plan(folder: SlideFolder, digest: str) -> Plan | None:
         Box(*content["bounds"]),
         frame,
         TileGrid(Size(*grid["size"]), grid["tile"], grid["margin"], grid["block"]),
-        TissueMap(mask, _frame(content["tissue_frame"]), frame),
+        tissue,
+        artefacts,
+        content["glass"],
         Normalisation.from_json(content["normalisation"]),
         content["has_icc"],
         tuple(content["notes"]),
@@ -153,6 +180,18 @@ def read_plan(folder: SlideFolder, digest: str) -> Plan:
         return _read_plan(folder, digest, folder.plan.stat().st_mtime_ns)
     except FileNotFoundError:
         raise ScratchLost(f"{folder.plan} is missing") from None
+
+
+def read_artefacts(folder: SlideFolder, plan: Plan) -> ArtefactMap:
+    """All artefacts, as stitching left them. Raises ScratchLost where the file is missing or damaged."""
+    if files.read_checked(folder.artefacts) is None:
+        raise ScratchLost(f"{folder.artefacts} is missing or damaged")
+    return plan.artefacts._replace(kinds=np.load(folder.artefacts, allow_pickle=False))
+
+
+def reported_tissue(plan: Plan, artefacts: ArtefactMap, settings: Settings) -> TissueMap:
+    """The tissue in which nuclei are reported; without the blurred part where artefacts are skipped."""
+    return artefacts.clean_tissue() if settings.tissue.artefacts == "skip" else plan.tissue
 
 
 @functools.lru_cache(maxsize=32)

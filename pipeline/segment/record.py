@@ -8,9 +8,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
 
+from slides.artefacts import KINDS
+
 PLAUSIBLE_AREA_UM2 = (8.0, 150.0)  # of a slide's median nucleus; outside, the scale is probably wrong
 
 NO_TISSUE = "no tissue was found: --tissue.everywhere takes the whole slide, of whatever colour"
+
+ARTEFACT_AREAS = {kind: f"{kind.replace(' ', '_')}_mm2" for kind in KINDS}
+"Which of `Counts` holds the area of a kind of artefact."
+
+_ARTEFACT_SHARE = 0.05  # of the tissue: less is usual
 
 _TOUCHING_SHARE = 0.001  # of the nuclei: a few at the edges are clumps, more are a margin that is too small
 
@@ -25,8 +32,22 @@ class Counts:
     split_tiles: int = 0  # detected in quarters, as the device lacked the memory for the whole
     touching_nuclei: int = 0  # that reach the edge of what their tile read, inside the slide
     seam_duplicates: int = 0  # left out at seams: duplicates, and what no other tile confirmed
+    flagged_nuclei: int = 0  # whose centroid lies in an artefact
+    pen_mm2: float = 0.0  # of the tissue, skipped or not, that each kind of artefact covers
+    fold_mm2: float = 0.0
+    bubble_mm2: float = 0.0
+    coverslip_edge_mm2: float = 0.0
+    blur_mm2: float = 0.0
+    skipped_mm2: float = 0.0  # of the tissue, left out for artefacts
+    skipped_tiles: int = 0  # not processed, as artefacts cover all of their tissue
     export_repaired: int = 0  # outlines that needed more than rounding to be valid, over all formats
     export_dropped: int = 0  # outlines of which nothing was left at the precision of the export
+
+    @property
+    def artefact_mm2(self) -> dict[str, float]:
+        """The tissue that artefacts cover, by their kind; only kinds that are there."""
+        areas = {kind: getattr(self, name) for kind, name in ARTEFACT_AREAS.items()}
+        return {kind: area for kind, area in areas.items() if area}
 
     def __add__(self, other: "Counts") -> "Counts":
         pairs = zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
@@ -115,6 +136,8 @@ def remarks(record: SlideRecord, summary: Mapping[str, Any], notes: tuple[str, .
         said.append("no nuclei were found: look at overlay.jpg; is it stained with H&E, and is the scale right?")
     if counts.area_lost_mm2:
         said.append(f"{counts.area_lost_mm2:.3g} mm² have no result: unreadable, or the device had no memory")
+    if artefacts := _artefacts(record):
+        said.append(artefacts)
     if counts.saturated_tiles:
         said.append(f"{counts.saturated_tiles} tiles hold more nuclei than allowed: raise --detector.instances-per-mm2")
     if counts.split_tiles:
@@ -143,3 +166,19 @@ def remarks(record: SlideRecord, summary: Mapping[str, Any], notes: tuple[str, .
     if len(record.work.computed_on) > 1:
         said.append(f"computed on {' and '.join(record.work.computed_on)}: single nuclei may differ between them")
     return tuple(said)
+
+
+def _artefacts(record: SlideRecord) -> str:
+    """The remark on artefacts that were skipped, or that cover much of the tissue; else empty."""
+    counts = record.work.counts
+    covered = sum(counts.artefact_mm2.values())
+    kinds = ", ".join(f"{kind} {area:.2g}" for kind, area in counts.artefact_mm2.items())
+    if counts.skipped_mm2:
+        return f"{counts.skipped_mm2:.2g} mm² of tissue, {counts.skipped_tiles} tiles, were skipped: {kinds} mm²"
+    if covered > _ARTEFACT_SHARE * record.tissue_mm2:
+        share = covered / record.tissue_mm2
+        return (
+            f"artefacts cover {share:.0%} of the tissue ({kinds} mm²); the {counts.flagged_nuclei:,} nuclei there have "
+            f"their kind in the column artefact: --artefacts skip leaves them out"
+        )
+    return ""

@@ -10,6 +10,7 @@ and equal work gives equal bytes. Scratch that is damaged counts as missing.
 """
 
 import contextlib
+import dataclasses
 import functools
 import shutil
 import time
@@ -30,12 +31,23 @@ from pipeline.model.device import computes_on, device_lock
 from pipeline.model.instances import HostInstances, select
 from pipeline.model.stain import Normalisation
 from pipeline.model.weights import detector_architecture, find_weights
-from pipeline.segment import pictures, polygons, stitch, tables
+from pipeline.segment import annotations, pictures, polygons, stitch, tables
 from pipeline.segment.finished import write_exports
 from pipeline.segment.job import Job
-from pipeline.segment.plan import Plan, load_plan, picture_frame, plan_slide, read_plan, write_plan
+from pipeline.segment.plan import (
+    Plan,
+    load_plan,
+    picture_frame,
+    plan_slide,
+    read_artefacts,
+    read_plan,
+    reported_tissue,
+    write_plan,
+)
 from pipeline.segment.predictions import read_predictions, write_predictions
-from pipeline.segment.record import Counts, StageRecord
+from pipeline.segment.record import ARTEFACT_AREAS, Counts, StageRecord
+from slides import focus
+from slides.artefacts import KINDS, ArtefactMap
 from slides.geometry import Size
 from slides.grid import Tile
 from slides.patches import PatchStore, cut
@@ -64,7 +76,7 @@ def _worked(stage: str, since: float, counts: Counts = Counts(), computed_on: tu
 def make_plan(job: Job) -> StageRecord:
     """Open the slide, detect its tissue, lay out the grid, fit its stain; or read the plan of an earlier run.
 
-    Writes work/plan.json, work/tissue.npy and thumbnail.jpg. Removes what other settings left in the work folder.
+    Writes work/plan.json and work/tissue.npz. Removes what other settings left in the work folder.
     Raises slides.errors.SlideError, SlideChanged.
     """
     started, folder = time.perf_counter(), job.folder
@@ -75,8 +87,6 @@ def make_plan(job: Job) -> StageRecord:
             plan = plan_slide(slide, job.settings)
             job.check_lease()
             folder.work.mkdir(parents=True, exist_ok=True)
-            frame = picture_frame(slide, plan, THUMBNAIL_PX)
-            pictures.draw_plan(slide.thumbnail(frame), frame, plan.tissue, plan.tiles, folder.thumbnail)
             write_plan(plan, folder, job.digest)
         _check_same_slide(plan, slide, job)
     job.check_lease()
@@ -86,7 +96,7 @@ def make_plan(job: Job) -> StageRecord:
         store.mkdir(exist_ok=True)
     for place in (folder.path, folder.work, *stores):
         files.sweep(place)  # what a killed process left half-written
-    return _worked("plan", started)
+    return _worked("plan", started, Counts(skipped_tiles=plan.skipped_tiles))
 
 
 def _check_same_slide(plan: Plan, slide: Slide, job: Job) -> None:
@@ -170,13 +180,14 @@ def detect_block(job: Job, block: int, before: StageRecord, detect: Detect | Non
             before = tile_block(job, block, before)
             continue
         patches, lost = stored
+        sharpness = focus.measure(patches, tiles, plan.grid.size, plan.frame.mpp)
         with device_lock():
             started = time.perf_counter()
             instances = list(_while_leased(job, (detect or _detector())(patches, plan.normalisation, job.settings)))
             device = () if detect else (computes_on(job.settings.detector),)
             before += _worked("detect", started, computed_on=device)
         job.check_lease()
-        write_predictions(job.folder.predictions(block), instances, lost, before)
+        write_predictions(job.folder.predictions(block), instances, lost, sharpness, before)
         break
     store.discard(block)
     return before
@@ -225,7 +236,8 @@ def outline_block(job: Job, block: int, before: StageRecord) -> StageRecord:
         )
         record = predictions.work + _worked("outline", started, counts)
         job.check_lease()
-        tables.write_instances(target, pa.concat_tables([table for table, _ in done]), record.to_json())
+        about = {**record.to_json(), "focus": focus.to_json(predictions.focus)}
+        tables.write_instances(target, pa.concat_tables([table for table, _ in done]), about)
     files.remove_checked(job.folder.predictions(block))
     return record
 
@@ -271,32 +283,61 @@ def stitch_slide(job: Job) -> StageRecord:
     """
     started = time.perf_counter()
     plan, settings = read_plan(job.folder, job.digest), job.settings
-    for block in plan.blocks:
-        if block_record(job, block) is None:
-            raise ScratchLost(f"{job.folder.instances(block)} is missing or damaged")
+    artefacts = _with_blur(job, plan)
     classes = class_names(settings)
     left_out = _left_out_at_seams(job, plan)
     colours = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(classes)}
     um_per_px = (plan.scale.x, plan.scale.y)
     provenance = tables.Provenance(plan.quick_hash, um_per_px, plan.size, plan.bounds, job.digest, colours)
-    nuclei = 0
+    kinds = np.array(("", *KINDS))
+    nuclei = flagged = 0
     with tables.NucleiWriter(job.folder.nuclei, provenance) as writer:
         for block in plan.blocks:
             rows = tables.read_instances(job.folder.instances(block))
             keep = np.ones(rows.num_rows, bool)
             keep[left_out.get(block, [])] = False
             rows = rows.filter(pa.array(keep))
-            outlines = shapely.transform(tables.geometry(rows), plan.frame.to_slide.apply)
+            shapes = tables.geometry(rows)
+            kind = artefacts.at(polygons.centroids(shapes))
+            if settings.tissue.artefacts == "skip":
+                rows, shapes, kind = rows.filter(pa.array(kind == 0)), shapes[kind == 0], kind[kind == 0]
+            outlines = shapely.transform(shapes, plan.frame.to_slide.apply)
             writer.write(
                 outlines,
                 class_name=[classes[i] for i in rows["class_index"].to_numpy()],
                 score=rows["score"].to_numpy(),
                 votes=rows["votes"].to_numpy(),
                 stains=np.stack([rows["haematoxylin"].to_numpy(), rows["eosin"].to_numpy()], 1),
+                artefact=kinds[kind].tolist(),
             )
-            nuclei += rows.num_rows
+            nuclei, flagged = nuclei + rows.num_rows, flagged + int(np.count_nonzero(kind))
         job.check_lease()
-    return _worked("stitch", started, Counts(nuclei=nuclei, seam_duplicates=sum(map(len, left_out.values()))))
+    counts = Counts(nuclei=nuclei, seam_duplicates=sum(map(len, left_out.values())), flagged_nuclei=flagged)
+    return _worked("stitch", started, counts + _areas(artefacts, skipped=settings.tissue.artefacts == "skip"))
+
+
+def _with_blur(job: Job, plan: Plan) -> ArtefactMap:
+    """All artefacts of a slide, committed as work/artefacts.npy. Raises ScratchLost where a block is missing."""
+    parts = []
+    for block in plan.blocks:
+        about = files.read_checked(job.folder.instances(block))
+        if about is None:
+            raise ScratchLost(f"{job.folder.instances(block)} is missing or damaged")
+        parts.append(focus.from_json(about["focus"]))
+    artefacts = plan.artefacts
+    if job.settings.tissue.artefacts != "off":
+        whole = focus.add(parts)
+        blurred = focus.blurred(whole.sums, plan.glass, plan.frame.mpp)
+        artefacts = artefacts.with_blur(blurred, whole.corner, focus.cell_px(plan.frame.mpp))
+    with files.checked(job.folder.artefacts, {}) as path, path.open("wb") as file:
+        np.save(file, artefacts.kinds, allow_pickle=False)
+    return artefacts
+
+
+def _areas(artefacts: ArtefactMap, *, skipped: bool) -> Counts:
+    areas = artefacts.tissue_mm2()
+    counts = Counts(skipped_mm2=sum(areas.values()) if skipped else 0.0)
+    return dataclasses.replace(counts, **{ARTEFACT_AREAS[kind]: area for kind, area in areas.items()})
 
 
 def class_names(settings: Settings) -> tuple[str, ...]:
@@ -338,11 +379,21 @@ def _left_out_at_seams(job: Job, plan: Plan) -> dict[int, NDArray[np.int64]]:
 
 
 def export_slide(job: Job) -> StageRecord:
-    """The files of the chosen formats, made from nuclei.parquet, and the overlay."""
+    """The files of the chosen formats, made from nuclei.parquet, the annotations, and the pictures.
+
+    Raises ScratchLost where the artefacts are missing or damaged.
+    """
     started, folder, plan = time.perf_counter(), job.folder, read_plan(job.folder, job.digest)
     job.check_lease()
     exported = write_exports(folder, job.settings.export).values()
+    artefacts, crop = read_artefacts(folder, plan), job.settings.export.crop
+    tissue = reported_tissue(plan, artefacts, job.settings)
+    annotations.write_tissue(folder.tissue_annotation, plan.quick_hash, tissue, plan.bounds, crop)
+    if job.settings.tissue.artefacts != "off":
+        annotations.write_artefacts(folder.artefact_annotations, plan.quick_hash, artefacts, plan.bounds, crop)
     with job.open() as slide:
+        small = picture_frame(slide, plan, THUMBNAIL_PX)
+        pictures.draw_plan(slide.thumbnail(small), small, artefacts, tissue, plan.tiles, folder.thumbnail)
         frame = picture_frame(slide, plan, OVERLAY_PX)
         picture = slide.thumbnail(frame)
     pictures.draw_overlay(picture, frame, folder.nuclei, folder.overlay)

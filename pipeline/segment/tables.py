@@ -49,6 +49,7 @@ NUCLEI = pa.schema(
         ("id", pa.string()),  # dashed UUID
         ("geometry", pa.binary()),  # WKB Polygon, slide px
         ("class", pa.string()),
+        ("artefact", pa.string()),  # in which its centroid lies: one of slides.artefacts.KINDS; else empty
         ("score", pa.float32()),
         ("votes", pa.uint8()),
         ("area_um2", pa.float32()),
@@ -152,7 +153,7 @@ class NucleiWriter:
         with contextlib.ExitStack() as opening:
             partial = opening.enter_context(committed(self._path))
             self._file = opening.enter_context(
-                pq.ParquetWriter(partial, NUCLEI, compression="zstd", use_dictionary=["class"])
+                pq.ParquetWriter(partial, NUCLEI, compression="zstd", use_dictionary=["class", "artefact"])
             )
             opening.push(self._finish)
             self._closing = opening.pop_all()
@@ -171,16 +172,18 @@ class NucleiWriter:
         score: NDArray[np.floating],
         votes: NDArray[np.integer],
         stains: NDArray[np.floating],
+        artefact: Sequence[str] = (),
     ) -> None:
         """Append nuclei; the shape of each is measured here.
 
         polygons: object (N,), slide px, each a valid, non-empty Polygon without holes (`polygons.solid`)
-        class_name: (N,) names; stains: float (N, 2), haematoxylin and eosin densities; score, votes: (N,)
+        class_name: (N,) names; artefact: (N,) kinds, each empty where there is none, or () where there is none at all
+        stains: float (N, 2), haematoxylin and eosin densities; score, votes: (N,)
         Raises ValueError for any other geometry, and for a class that has no colour.
         """
         self._check(polygons, class_name)
         shapes, encoded = measure(polygons, self._provenance.um_per_px), _wkb(polygons)
-        first = [self._ids(encoded), encoded, list(class_name), score, votes]
+        first = [self._ids(encoded), encoded, list(class_name), list(artefact) or [""] * len(polygons), score, votes]
         values = [*first, *shapes[:5], *stains.T, *shapes.centroid.T]
         rows = pa.table([pa.array(v, f.type) for v, f in zip(values, NUCLEI, strict=True)], schema=NUCLEI)
         extent = shapely.bounds(polygons).reshape(-1, 4)

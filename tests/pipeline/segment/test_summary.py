@@ -12,6 +12,7 @@ from pipeline.model import stain
 from pipeline.segment import tables
 from pipeline.segment.plan import Plan
 from pipeline.segment.summary import AREA_EDGES_UM2, SEAM_EDGES_PX, seam_counts, seam_verdict, summarise
+from slides.artefacts import ArtefactMap
 from slides.geometry import Affine, Box, Frame, Size
 from slides.grid import TileGrid
 from slides.slide import Scale
@@ -144,6 +145,8 @@ def plan() -> Plan:
         WORK._replace(size=Size(1000, 1000)),
         TileGrid(Size(1000, 1000), 628, 64, 4),
         tissue_map(mask, 7.8125),
+        ArtefactMap(np.zeros(mask.shape, np.uint8), tissue_map(mask, 7.8125)),
+        240.0,
         stain.Normalisation(none, none),
         False,
         (),

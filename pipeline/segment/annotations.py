@@ -1,0 +1,89 @@
+"""The tissue and the artefacts of a slide as annotations for QuPath: tissue.geojson and artefacts.geojson."""
+
+import json
+import uuid
+from pathlib import Path
+from typing import Any
+
+import contourpy
+import numpy as np
+import shapely
+from numpy.typing import NDArray
+
+from pipeline import files
+from slides.artefacts import KINDS, ArtefactMap
+from slides.geometry import Box, Frame
+from slides.tissue import TissueMap
+
+TISSUE_COLOUR = (0, 130, 60)
+KIND_COLOURS = dict(
+    zip(KINDS, ((30, 60, 220), (150, 60, 170), (0, 170, 200), (240, 140, 0), (120, 120, 120)), strict=True)
+)
+
+_NAMESPACE = uuid.uuid5(uuid.NAMESPACE_DNS, "nightslide.annotations")
+
+
+def write_tissue(path: Path, slide: str, tissue: TissueMap, bounds: Box, crop: bool) -> None:
+    """Commit the tissue as one locked annotation of class "Tissue", or as none where there is no tissue.
+
+    slide: its quick hash; bounds: slide px; crop: as `Export.crop`, coordinates from the corner of the bounds
+    """
+    shape = outline(tissue.mask, tissue.frame, bounds, crop)
+    _write(path, [_feature(slide, "Tissue", TISSUE_COLOUR, shape, locked=True)])
+
+
+def write_artefacts(path: Path, slide: str, artefacts: ArtefactMap, bounds: Box, crop: bool) -> None:
+    """Commit an annotation for each kind of artefact that is there, of the class "Artefact: KIND"; else as above."""
+    features = []
+    for number, kind in enumerate(KINDS, 1):
+        shape = outline(artefacts.kinds == number, artefacts.tissue.frame, bounds, crop)
+        features.append(_feature(slide, f"Artefact: {kind}", KIND_COLOURS[kind], shape, locked=False))
+    _write(path, features)
+
+
+def outline(mask: NDArray[np.bool_], frame: Frame, bounds: Box, crop: bool) -> shapely.Geometry:
+    """A mask on a frame as a valid Polygon or MultiPolygon, slide px, with holes; empty where nothing is left.
+
+    mask: bool (h, w), a pixel of `frame` each. It is clipped to `bounds` (slide px) and, if `crop`, counted from there.
+    Law: the centre of a pixel lies inside exactly where the mask holds.
+    """
+    if not mask.any():
+        return shapely.Polygon()
+    generator = contourpy.contour_generator(
+        z=np.pad(mask, 1).astype(np.float64), fill_type=contourpy.FillType.ChunkCombinedOffsetOffset
+    )
+    filled: Any = generator.filled(0.5, np.inf)
+    points, rings, parts = (chunk[0] for chunk in filled)
+    # the padding shifts by a pixel, and pixels have their centres at halves
+    slide_xy = frame.to_slide.apply(points - 0.5)
+    polygons = shapely.from_ragged_array(shapely.GeometryType.POLYGON, slide_xy, (rings, parts))
+    clipped = shapely.intersection(shapely.multipolygons(polygons), shapely.box(*bounds))
+    corner = np.array((bounds.x0, bounds.y0) if crop else (0, 0), float)
+    placed = shapely.make_valid(shapely.transform(clipped, lambda xy: np.round(xy - corner, 2)))
+    # what touches the edge of the bounds in a line or a point has no area
+    areal = [part for part in shapely.get_parts(shapely.get_parts(placed)) if part.geom_type == "Polygon"]
+    return areal[0] if len(areal) == 1 else shapely.multipolygons(areal)
+
+
+def _feature(
+    slide: str, name: str, colour: tuple[int, int, int], shape: shapely.Geometry, *, locked: bool
+) -> dict[str, Any] | None:
+    """A feature as QuPath reads it; None of an empty shape. The same slide gives the same identifier."""
+    if shape.is_empty:
+        return None
+    return {
+        "type": "Feature",
+        "id": str(uuid.uuid5(_NAMESPACE, f"{slide} {name}")),
+        "geometry": json.loads(shapely.to_geojson(shape)),
+        "properties": {
+            "objectType": "annotation",
+            "isLocked": locked,
+            "classification": {"name": name, "color": list(colour)},
+        },
+    }
+
+
+def _write(path: Path, features: list[dict[str, Any] | None]) -> None:
+    lines = ",\n".join(json.dumps(feature) for feature in features if feature is not None)
+    with files.committed(path) as part:
+        part.write_text(f'{{"type":"FeatureCollection","features":[\n{lines}\n]}}\n', encoding="utf-8")
