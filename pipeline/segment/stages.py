@@ -10,13 +10,12 @@ and equal work gives equal bytes. Scratch that is damaged counts as missing.
 """
 
 import contextlib
-import dataclasses
 import functools
 import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 from uuid import uuid4
 
 import numpy as np
@@ -336,8 +335,8 @@ def _with_blur(job: Job, plan: Plan) -> ArtefactMap:
 
 def _areas(artefacts: ArtefactMap, *, skipped: bool) -> Counts:
     areas = artefacts.tissue_mm2()
-    counts = Counts(skipped_mm2=sum(areas.values()) if skipped else 0.0)
-    return dataclasses.replace(counts, **{ARTEFACT_AREAS[kind]: area for kind, area in areas.items()})
+    fields: dict[str, Any] = {ARTEFACT_AREAS[kind]: area for kind, area in areas.items()}
+    return Counts(**fields, skipped_mm2=sum(areas.values()) if skipped else 0.0)
 
 
 def class_names(settings: Settings) -> tuple[str, ...]:

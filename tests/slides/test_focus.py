@@ -1,0 +1,84 @@
+"""Blur is found on slides of several scanners, and how sharp a slide is does not depend on the tiling."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from scipy import ndimage
+
+from drawn_artefacts import SLIDES, compressed, picture
+from slides import focus
+from slides.geometry import Box, Size
+from slides.grid import TileGrid
+
+SIZE = Size(611, 457)
+NOISE = np.random.default_rng(0).integers(0, 256, (SIZE.height, SIZE.width, 3)).astype(np.uint8)
+
+
+def measured(image: np.ndarray, grid: TileGrid) -> focus.Focus:
+    """The sums over all blocks of a grid, as a run adds them up: through JSON, block by block."""
+    parts, whole = [], Box(0, 0, *grid.size)
+    for block in range(grid.blocks):
+        tiles = grid.tiles_of(block)
+        patches = np.full((len(tiles), grid.tile, grid.tile, 3), 255, np.uint8)
+        for patch, tile in zip(patches, tiles, strict=True):
+            inside = tile.read.intersect(whole)
+            patch[inside.within((tile.read.x0, tile.read.y0))] = image[inside.within((0, 0))]
+        part = focus.measure(patches, tiles, grid.size, 0.25)
+        parts.append(focus.from_json(focus.to_json(part)))
+    return focus.add(parts)
+
+
+WHOLE = measured(NOISE, TileGrid(SIZE, 736, 32, 1))
+
+
+@given(st.sampled_from([64, 96, 128, 256, 320]), st.integers(8, 30), st.integers(1, 4))
+@settings(max_examples=15)
+def test_sums_do_not_depend_on_the_tiling(tile: int, margin: int, block: int) -> None:
+    """Law: whatever the tile, margin and block, the sums are the same to the last bit."""
+    again = measured(NOISE, TileGrid(SIZE, tile, margin, block))
+    assert again.corner == WHOLE.corner
+    assert (again.sums == WHOLE.sums).all()
+
+
+def test_every_pixel_pair_counts_once() -> None:
+    assert WHOLE.sums[..., 0].sum() == (SIZE.width // 2) * (SIZE.height // 2)
+    even = NOISE[: SIZE.height // 2 * 2, : SIZE.width // 2 * 2, 1]
+    assert WHOLE.sums[..., 1].sum() == even.sum(dtype=np.int64)
+
+
+def test_no_tiles_have_no_sums() -> None:
+    nothing = focus.measure(np.zeros((0, 64, 64, 3), np.uint8), (), SIZE, 0.25)
+    assert focus.add([nothing]).sums.size == 0
+    assert not focus.blurred(nothing.sums, 243.0, 0.25).any()
+
+
+@pytest.mark.parametrize("name", ["CMU-1-Small-Region.svs", "TCGA-CR-7395-01A-01-TS1.svs", "philips.tiff"])
+def test_blur_of_three_widths_is_found_on_three_scanners_slides(shared: Path, name: str) -> None:
+    """Half of a region is blurred, by Gaussians as a defocused lens and with the noise of a camera.
+
+    Of its cells that hold tissue 95 % and more were found in trials with 2 and 4 um; of sharp ones none.
+    """
+    image = picture(shared / "slides", name, 0.5)[1024:2560, 256:1792]
+    noise = np.random.default_rng(1).normal(0, 1.5, image.shape)
+    for sigma_um, share in ((1.0, 0.5), (2.0, 0.8), (4.0, 0.8)):
+        blurry = ndimage.gaussian_filter(image.astype(float), (sigma_um / 0.5, sigma_um / 0.5, 0)) + noise
+        half = image.copy()
+        half[:768] = np.clip(blurry, 0, 255).astype(np.uint8)[:768]
+        large = np.asarray(Image.fromarray(compressed(half, 85)).resize((3072, 3072), Image.Resampling.BICUBIC))
+        sums = measured(large, TileGrid(Size(3072, 3072), 1024, 128, 2)).sums
+        found = focus.blurred(sums, 243.0, 0.25)
+        dark = 243 - sums[..., 1] / sums[..., 0] / 4 > 40
+        print(name, sigma_um, found[:6][dark[:6]].mean(), found[6:][dark[6:]].mean())
+        assert found[:6][dark[:6]].mean() > share
+        assert found[6:][dark[6:]].mean() < 0.02
+
+
+def test_sharp_slides_are_sharp() -> None:
+    assert set(SLIDES)  # measured with the blurred ones above; a slide without structure is no slide
+    flat = np.full((SIZE.height, SIZE.width, 3), 128, np.uint8)
+    assert focus.blurred(measured(flat, TileGrid(SIZE, 256, 32, 1)).sums, 243.0, 0.25).any()
+    assert not focus.blurred(WHOLE.sums, 243.0, 0.25).any()
