@@ -13,7 +13,7 @@ from scipy import ndimage
 
 from slides.geometry import Box, Frame
 from slides.slide import Slide
-from slides.tissue import TissueMap, densities, glass, grown, ink, is_grey, without_small
+from slides.tissue import TissueMap, densities, glass, grown, ink_colours, is_grey, without_small
 
 KINDS = ("pen", "fold", "bubble", "coverslip edge", "blur")
 "Names of the kinds; in an `ArtefactMap` kind i is the number i + 1."
@@ -43,8 +43,8 @@ _COLD_RANGE, _COLD_OF_TISSUE, _COLD_DENSITY = (0.9, 1.2), 1.15, 0.3
 _VIOLET_RED, _VIOLET_BLUE, _VIOLET_OF_TISSUE, _VIOLET_DENSITY = 0.18, 0.215, 0.02, 0.5
 _COVERED, _SMOOTHER = 1.3, 0.5
 
-# Eosin has shares of .13 .53 .34, red pens of .06 .53 .41; blood may have either, in smaller pools.
-_WARM_RED, _WARM_BLUE, _WARM_DENSITY, _WARM_UM2 = 0.12, 0.37, 0.3, 40_000.0
+# Eosin has shares of .13 .53 .34, red pens of .06 .53 .41; blood may have either, but is nowhere smooth.
+_WARM_RED, _WARM_BLUE, _WARM_DENSITY, _WARM_UM2, _WARM_SMOOTH = 0.12, 0.37, 0.3, 40_000.0, 0.04
 
 # DAB and melanin absorb blue most, too: shares .17 .35 .48. Yellow ink hardly absorbs anything else.
 _YELLOW_RED, _YELLOW_BLUE, _YELLOW_DENSITY = 0.2, 0.55, 0.3
@@ -68,7 +68,7 @@ _DARK, _CONTINUED, _SURROUNDINGS_UM, _DENSEST = 1.3, 1.05, 600.0, 1.4
 _SHADOW_DENSITY, _SHADOW_GREEN, _SHADOW_SPREAD = 0.12, 0.38, 0.12
 
 # The smallest of each kind: pigment, dust and specks of stain are smaller.
-_PEN_UM2, _FOLD_UM2, _BUBBLE_UM2 = 10_000.0, 1_200.0, 20_000.0
+_PEN_UM2, _FOLD_UM2, _BUBBLE_UM2 = 6_000.0, 1_200.0, 20_000.0
 
 # An edge of a coverslip is at least so long, and narrower than a stroke of a black pen; its ellipse is so much longer
 # than wide. Pieces of shadow below the last are not looked at.
@@ -177,11 +177,17 @@ def find_artefacts(thumbnail: NDArray[np.uint8], texture: Texture, tissue: Mask,
     density = densities(thumbnail)
     own = _own(density, texture, tissue)
     dark = _darkness(density[1], texture, own, tissue, mpp)
-    shadow = _shadows(density, mpp)
-    kinds[_folds(dark, mpp) & tissue] = FOLD
-    kinds[_grey_pen(density, own, mpp) if is_grey(thumbnail) else _pen(density, dark, own, mpp)] = PEN
-    kinds[shadow.bubbles] = BUBBLE
-    kinds[grown(shadow.edges, _RIM_UM / mpp)] = COVERSLIP
+    if is_grey(thumbnail):
+        pen = coloured = _grey_pen(density, own, mpp)
+    else:
+        coloured = _coloured_pen(density, dark, own, mpp)
+        cool_or_black = without_small(ink_colours(density)[0], _PEN_UM2 / mpp**2)
+        pen = coloured | grown(cool_or_black, _RIM_UM / mpp)
+    shadows = _shadows(density, coloured, mpp)
+    kinds[_folds(density, dark, own, mpp) & tissue] = FOLD
+    kinds[shadows.bubbles] = BUBBLE
+    kinds[pen] = PEN
+    kinds[grown(shadows.edges, _RIM_UM / mpp)] = COVERSLIP
     return Artefacts(kinds, (kinds == PEN) & own.smooth)
 
 
@@ -190,7 +196,8 @@ class _Own(NamedTuple):
 
     green: float  # median density
     red_to_green: float  # the highest usual ratio of densities
-    blue_share: float  # the lowest usual share of the density
+    blue_shares: tuple[float, float]  # the lowest and the highest usual share of the density
+    texture_known: bool
     smooth: Mask  # (h, w)
     smoother: Mask  # (h, w), less strictly
 
@@ -200,15 +207,18 @@ def _own(density: NDArray[np.float32], texture: Texture, tissue: Mask) -> _Own:
     variance = ndimage.uniform_filter(np.square(texture.deviation), 5, mode="nearest")
     mean = np.maximum(ndimage.uniform_filter(green, 5, mode="nearest"), 0.05)
     relative = np.sqrt(np.maximum(variance, 0)) / mean
+    known = bool(texture.palest.any())
     stained = tissue & (green > _LEAST_STAIN)
     if not stained.any():
-        return _Own(np.inf, np.inf, 0.0, relative < _SMOOTH, relative < _SMOOTH)
+        return _Own(np.inf, np.inf, (0.0, 0.0), known, relative < _SMOOTH, relative < _SMOOTH)
     median = float(np.median(relative[stained]))
     textured = stained & (relative >= median / 2)
+    blue_share = blue[textured] / density[:, textured].sum(axis=0)
     return _Own(
         float(np.median(green[textured])),
         _extreme(red[textured] / green[textured], 90),
-        _extreme(blue[textured] / density[:, textured].sum(axis=0), 10),
+        (_extreme(blue_share, 10), _extreme(blue_share, 90)),
+        known,
         relative < min(_SMOOTH, _SMOOTH_OF_TISSUE * median),
         relative < _SMOOTHER * median,
     )
@@ -231,22 +241,35 @@ def _darkness(green: Floats, texture: Texture, own: _Own, tissue: Mask, mpp: flo
     return darkness
 
 
-def _pen(density: NDArray[np.float32], dark: Floats, own: _Own, mpp: float) -> Mask:
-    """Ink of every colour, with the blurred edges of its strokes."""
+def _coloured_pen(density: NDArray[np.float32], dark: Floats, own: _Own, mpp: float) -> Mask:
+    """Ink of every colour but black, with the blurred edges of its strokes."""
     red, green, blue = density
     whole = red + green + blue
-    covering = (blue < (own.blue_share - _VIOLET_OF_TISSUE) * whole) & (red > _VIOLET_RED * whole)
+    covering = (blue < (own.blue_shares[0] - _VIOLET_OF_TISSUE) * whole) & (red > _VIOLET_RED * whole)
     covering &= (green > _COVERED * own.green) & (own.smoother | (dark > _DARK))
     cool, warm = _ink_colours(density, own)
-    strokes = without_small(cool | covering, _PEN_UM2 / mpp**2) | without_small(warm, _WARM_UM2 / mpp**2)
+    strokes = without_small(cool | covering, _PEN_UM2 / mpp**2) | _partly_smooth(
+        without_small(warm, _WARM_UM2 / mpp**2), own
+    )
     pale = np.logical_or(*_ink_colours(density / _PALE, own))
     pen = ndimage.binary_propagation(strokes, mask=strokes | pale | (dark > _CONTINUED), structure=np.ones((3, 3)))
-    return ink(density, mpp) | grown(pen, _RIM_UM / mpp)
+    return grown(pen, _RIM_UM / mpp)
 
 
 def _grey_pen(density: NDArray[np.float32], own: _Own, mpp: float) -> Mask:
     """Ink on a slide in grey."""
     return grown(without_small(own.smooth & (density[1] > _GREY_INK_DENSITY), _PEN_UM2 / mpp**2), _RIM_UM / mpp)
+
+
+def _partly_smooth(strokes: Mask, own: _Own) -> Mask:
+    """The strokes that are smooth in a part of their area; all of them where no texture is known."""
+    if not own.texture_known:
+        return strokes
+    labels, count = ndimage.label(strokes, structure=np.ones((3, 3)))
+    smooth = ndimage.mean(own.smooth, labels, np.arange(count + 1)) >= _WARM_SMOOTH
+    smooth[0] = False
+    kept: Mask = smooth[labels]
+    return kept
 
 
 def _ink_colours(density: NDArray[np.float32], own: _Own) -> tuple[Mask, Mask]:
@@ -255,7 +278,7 @@ def _ink_colours(density: NDArray[np.float32], own: _Own) -> tuple[Mask, Mask]:
     whole = red + green + blue
     excess = np.clip(_COLD_OF_TISSUE * own.red_to_green, *_COLD_RANGE)
     cold = (red > excess * green) & (red > _COLD_DENSITY)
-    violet = blue < min(_VIOLET_BLUE, own.blue_share - _VIOLET_OF_TISSUE) * whole
+    violet = blue < min(_VIOLET_BLUE, own.blue_shares[0] - _VIOLET_OF_TISSUE) * whole
     violet &= (red > _VIOLET_RED * whole) & (green > _VIOLET_DENSITY)
     yellow = (red < _YELLOW_RED * whole) & (blue > _YELLOW_BLUE * whole) & (blue > _YELLOW_DENSITY)
     purple = (red > _PURPLE_RED * whole) & (green > _SHADOW_GREEN * whole) | (green > _PURPLE_GREEN * whole)
@@ -264,11 +287,12 @@ def _ink_colours(density: NDArray[np.float32], own: _Own) -> tuple[Mask, Mask]:
     return cold | violet | yellow | purple, warm
 
 
-def _folds(dark: Floats, mpp: float) -> Mask:
-    seeds = without_small(dark > _DARK, _FOLD_UM2 / mpp**2)
-    folds: Mask = ndimage.binary_dilation(
-        seeds, np.ones((3, 3)), round(_RIM_UM / mpp), mask=seeds | (dark > _CONTINUED)
-    )
+def _folds(density: NDArray[np.float32], dark: Floats, own: _Own, mpp: float) -> Mask:
+    """Tissue that lies double: in its own colours, which blood absorbs more blue than."""
+    alike = density[2] < (own.blue_shares[1] + _VIOLET_OF_TISSUE) * density.sum(axis=0)
+    seeds = without_small(alike & (dark > _DARK), _FOLD_UM2 / mpp**2)
+    rest = seeds | (alike & (dark > _CONTINUED))
+    folds: Mask = ndimage.binary_dilation(seeds, np.ones((3, 3)), round(_RIM_UM / mpp), mask=rest)
     return folds
 
 
@@ -277,8 +301,11 @@ class _Shadows(NamedTuple):
     bubbles: Mask
 
 
-def _shadows(density: NDArray[np.float32], mpp: float) -> _Shadows:
-    """Edges of coverslips, which are long and narrow, and bubbles, whose outlines are closed and are filled here."""
+def _shadows(density: NDArray[np.float32], coloured_pen: Mask, mpp: float) -> _Shadows:
+    """Edges of coverslips, which are long and narrow, and bubbles, whose outlines are closed and are filled here.
+
+    The edges of coloured strokes over tissue may be grey, too.
+    """
     whole = density.sum(axis=0)
     grey = (density[1] < _SHADOW_GREEN * whole) & (np.ptp(density, axis=0) < _SHADOW_SPREAD * whole)
     labels, _ = ndimage.label(grey & (whole > 3 * _SHADOW_DENSITY), structure=np.ones((3, 3)))
@@ -287,6 +314,8 @@ def _shadows(density: NDArray[np.float32], mpp: float) -> _Shadows:
         if max(side.stop - side.start for side in place) * mpp < _SHADOW_UM:
             continue
         piece = labels[place] == number
+        if coloured_pen[place][piece].mean() > 0.5:
+            continue
         filled = ndimage.binary_fill_holes(piece)
         if (filled.sum() - piece.sum()) * mpp**2 > max(_BUBBLE_UM2, piece.sum() * mpp**2):
             bubbles[place] |= filled

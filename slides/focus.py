@@ -23,10 +23,10 @@ _REACH = 3
 
 # Sharpness is the root of the mean squared coarser Laplacian, in units of the mean darkness: the finer one is mostly
 # noise where a slide is blurred. The slide's own is the 75th percentile of its cells, at least 1: of the sharp slides
-# that were measured it was 1.4 to 3. One cell in 200 had less than .22 of it; after a Gaussian blur of 2 um half of them
-# had less than .11, of 1 um .31 and a ratio of .3 between the scales, where sharp cells had .42 and more.
+# that were measured it was 1.4 to 3. One cell in 200 had less than .22 of it; after a Gaussian blur of 2 um half of
+# them had less than .11, of 1 um .31 and a ratio of .3 between the scales, where sharp cells had .42 and more.
 _QUANTILE, _LEAST_OWN = 75, 1.0
-_BLURRED, _DOUBTFUL, _FINE_TO_COARSE = 0.15, 0.35, 0.38
+_BLURRED, _DOUBTFUL, _FINE_TO_COARSE = 0.15, 0.35, 0.41
 
 # Cells less dark than this, in grey levels below glass, are judged no more than those that are half outside the cores.
 _DARKNESS = 15.0
@@ -72,7 +72,9 @@ def measure(patches: NDArray[np.uint8], tiles: tuple[Tile, ...], size: Size, mpp
         core = Box(*tile.core[:2], min(tile.core.x1, size.width // 2 * 2), min(tile.core.y1, size.height // 2 * 2))
         if core.area:
             x, y = core.x0 // side, core.y0 // side
-            part = _by_cell(_measures(patch, core, tile.read), core, side)
+            measures = _measures(patch, core, tile.read)
+            _clear_edges(measures[1:], core, size)
+            part = _by_cell(measures, core, side)
             sums[y - top : y - top + part.shape[0], x - left : x - left + part.shape[1]] += part
     return Focus((left, top), sums)
 
@@ -95,6 +97,14 @@ def _measures(patch: NDArray[np.uint8], core: Box, read: Box) -> NDArray[np.int3
     inner = grey[_REACH:-_REACH, _REACH:-_REACH]
     finer = _laplacian(grey[_REACH - 1 : 1 - _REACH, _REACH - 1 : 1 - _REACH], 1)
     return np.stack([inner, finer**2, _laplacian(smooth, 2) ** 2])
+
+
+def _clear_edges(laplacians: NDArray[np.int32], core: Box, size: Size) -> None:
+    """Set to 0 what reaches over the edge of the slide, beyond which all is white."""
+    for axis, low, high, extent in ((1, core.y0, core.y1, size.height), (2, core.x0, core.x1, size.width)):
+        at = np.arange(low // 2, high // 2)
+        outside = np.flatnonzero((at < _REACH) | (at >= extent // 2 - _REACH))
+        laplacians[(slice(None), outside) if axis == 1 else (slice(None), slice(None), outside)] = 0
 
 
 def _laplacian(grey: NDArray[np.int32], step: int) -> NDArray[np.int32]:

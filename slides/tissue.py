@@ -167,14 +167,19 @@ def _glass(smooth: NDArray[np.float32]) -> NDArray[np.float32]:
 
 def ink(density: NDArray[np.float32], mpp: float) -> NDArray[np.bool_]:
     """Pen strokes and black borders, with their blurred edges: bool (h, w). density: float32 (3, h, w)."""
+    cool, red_ink = ink_colours(density)
+    strokes = without_small(cool, _STROKE_UM2 / mpp**2) | without_small(red_ink, _RED_STROKE_UM2 / mpp**2)
+    return grown(strokes, _RIM_UM / mpp)
+
+
+def ink_colours(density: NDArray[np.float32]) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """Where the colour is that of blue, green or black ink, and where that of red ink: bool (h, w) each."""
     red, green, blue = density
     blue_or_green = (red > _INK_RED_TO_GREEN * green) & (red > _STAINED)
     red_ink = (blue > _RED_INK_BLUE_TO_GREEN * green) & (red < _RED_INK_RED_TO_GREEN * green)
     spread = density.max(axis=0) - density.min(axis=0)
     black = (density.min(axis=0) > _BLACK_DENSITY) & (spread < _BLACK_SPREAD * density.max(axis=0))
-    strokes = without_small(blue_or_green | black, _STROKE_UM2 / mpp**2)
-    red_strokes = without_small(red_ink & (green > _RED_INK_DENSITY), _RED_STROKE_UM2 / mpp**2)
-    return grown(strokes | red_strokes, _RIM_UM / mpp)
+    return blue_or_green | black, red_ink & (green > _RED_INK_DENSITY)
 
 
 def grown(mask: NDArray[np.bool_], by_px: float) -> NDArray[np.bool_]:

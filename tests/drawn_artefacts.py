@@ -73,8 +73,9 @@ def stroke(shape: tuple[int, int], width_px: float, seed: int) -> np.ndarray:
     streaks = ndimage.zoom(
         ndimage.gaussian_filter(rng.standard_normal((height // 8 + 2, width // 8 + 2)), 3), 8, order=1
     )
-    soft = ndimage.gaussian_filter(np.asarray(image, float) / 255, 4)
-    return soft * np.clip(1 + 0.1 * streaks[:height, :width] / streaks.std(), 0.6, 1.3)
+    soft = ndimage.gaussian_filter(np.asarray(image, float) / 255, 2)
+    amount: np.ndarray = soft * np.clip(1 + 0.1 * streaks[:height, :width] / streaks.std(), 0.6, 1.3)
+    return amount
 
 
 def inked(image: np.ndarray, ink: str, amount: np.ndarray, *, translucent: bool) -> np.ndarray:
