@@ -21,19 +21,20 @@ from pipeline.segment.record import SlideRecord
 
 SIDE = 1600  # 0.4 mm
 STROMA, INK, RED = np.array((215, 140, 180)), np.array((95, 35, 130)), (230, 40, 60)
+FAINT = (230, 140, 180)  # dots in this colour do not show in green, in which sharpness is measured
 
 
 @pytest.fixture(scope="module")
 def slide(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Stroma, a stroke of purple ink over its middle, its lower quarter out of focus, and a lattice of red dots."""
+    """Stroma, a stroke of purple ink over its middle, its lower quarter out of focus, and a lattice of dots."""
     rng = np.random.default_rng(0)
     grains = rng.normal(0, 22, (SIDE // 16, SIDE // 16)).repeat(16, axis=0).repeat(16, axis=1)
     image = np.clip(grains[..., None] + STROMA, 0, 255)
     image[1200:] = STROMA
-    image[500:900] = 0.3 * image[500:900] + 0.7 * INK
+    image[500:640] = 0.3 * image[500:640] + 0.7 * INK
     for y in range(40, SIDE, 80):
         for x in range(40, SIDE, 80):
-            image[y - 8 : y + 8, x - 8 : x + 8] = RED
+            image[y - 8 : y + 8, x - 8 : x + 8] = FAINT if y > 1200 else RED
     path = tmp_path_factory.mktemp("slide") / "field.png"
     Image.fromarray(image.astype(np.uint8)).save(path, compress_level=1)
     return path
@@ -42,7 +43,7 @@ def slide(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def red_squares(patches: np.ndarray, normalisation: Normalisation, settings: Settings) -> Iterator[HostInstances]:
     """Stands for the detector: the dots."""
     for patch in patches:
-        red = (patch == RED).all(axis=2)
+        red = (patch == RED).all(axis=2) | (patch == FAINT).all(axis=2)
         inner = red & np.roll(red, 15, 0) & np.roll(red, 15, 1)
         y, x = np.nonzero(inner & np.roll(np.roll(red, 15, 0), 15, 1))
         boxes = np.stack([x - 15, y - 15, x + 1, y + 1], 1).astype(np.float32)
@@ -72,12 +73,12 @@ def test_nuclei_are_flagged_skipped_or_left_alone(slide: Path, tmp_path: Path) -
     rows = tables.read_nuclei(folder.nuclei)
     kinds, y = np.array(rows["artefact"].to_pylist()), rows["centroid_y"].to_numpy()
     assert len(kinds) == flagged.nuclei == 400
-    assert (kinds[(y > 520) & (y < 880)] == "pen").all()
+    assert (kinds[(y > 510) & (y < 630)] == "pen").all()
     assert (kinds[(y > 1300) & (y < 1530)] == "blur").all()
-    assert not (kinds[(y < 350) | ((y > 1050) & (y < 1150))] != "").any()
+    assert not (kinds[(y < 350) | ((y > 850) & (y < 1150))] != "").any()
     counts = flagged.work.counts
     assert counts.flagged_nuclei == (kinds != "").sum()
-    assert counts.pen_mm2 == pytest.approx(0.4 * 0.1, rel=0.4)
+    assert 0.4 * 0.035 < counts.pen_mm2 < 0.4 * 0.1  # with the rim of the stroke
     assert counts.blur_mm2 == pytest.approx(0.4 * 0.1, rel=0.4)
     assert any("of the tissue (pen" in remark for remark in flagged.remarks)
     skipped, without = segment(slide, tmp_path / "skip", "skip")
