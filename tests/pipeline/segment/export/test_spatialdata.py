@@ -2,11 +2,14 @@
 
 spatialdata is no package of the development group: on Python 3.11 it would replace Dask by an older one. Its test:
 
-    uv run --isolated --python 3.12 --with spatialdata pytest tests/pipeline/segment/export/test_spatialdata.py
+    uv run --isolated --python 3.12 --with spatialdata --with squidpy pytest \\
+        tests/pipeline/segment/export/test_spatialdata.py
 """
 
 import dataclasses
 import json
+import re
+from pathlib import Path
 
 import anndata
 import geopandas
@@ -22,6 +25,8 @@ from pipeline.segment import tables
 from pipeline.segment.export.anndata_table import write_h5ad
 from pipeline.segment.export.exported import Exported
 from pipeline.segment.export.spatialdata import write_spatialdata
+
+README = Path(__file__).parents[4] / "README.md"
 
 
 @pytest.fixture
@@ -148,3 +153,17 @@ def test_spatialdata_reads_a_slide_without_nuclei(empty):
     data = spatialdata.read_zarr(empty)
     assert data["nuclei_table"].n_obs == 0
     assert not data.shapes
+
+
+@pytest.mark.filterwarnings("default")
+def test_the_readme_s_example_runs(tmp_path, monkeypatch):
+    pytest.importorskip("squidpy", reason="squidpy is not installed: see the head of this file")
+    folder = tmp_path / "results" / "case7"
+    folder.mkdir(parents=True)
+    nuclei = write(folder / "nuclei.parquet", blobs(200))
+    write_spatialdata(nuclei, folder / "nuclei.spatialdata.zarr", Export())
+    write_h5ad(nuclei, folder / "nuclei.h5ad", Export())
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    (example,) = re.findall(r"```py\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.S)
+    exec(compile(example, "README.md", "exec"), {})
