@@ -64,7 +64,7 @@ def _shapes(um_per_px: tuple[float, float]) -> dict[str, Any]:
 def _write_outlines(nuclei: Path, out: Path) -> None:
     """The outlines as GeoParquet 1.1, with the metadata by which pandas makes `instance_id` the index."""
     geo = json.loads(pq.read_metadata(nuclei).metadata[b"geo"])
-    del geo["columns"]["geometry"]["covering"]
+    geo["columns"]["geometry"].pop("covering", None)
     index = {"name": "instance_id", "pandas_type": "int64", "numpy_type": "int64"}
     outline = {"name": "geometry", "pandas_type": "bytes", "numpy_type": "object"}
     columns = [{**column, "field_name": column["name"], "metadata": None} for column in (outline, index)]
