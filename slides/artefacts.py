@@ -216,18 +216,18 @@ def _own(density: NDArray[np.float32], texture: Texture, tissue: Mask) -> _Own:
     blue_share = blue[textured] / density[:, textured].sum(axis=0)
     return _Own(
         float(np.median(green[textured])),
-        _extreme(red[textured] / green[textured], 90),
-        (_extreme(blue_share, 10), _extreme(blue_share, 90)),
+        _usual(red[textured] / green[textured])[1],
+        _usual(blue_share),
         known,
         relative < min(_SMOOTH, _SMOOTH_OF_TISSUE * median),
         relative < _SMOOTHER * median,
     )
 
 
-def _extreme(values: Floats, percentile: float) -> float:
-    """Twice as far from the median as this percentile: ink on a tenth of the tissue does not move it."""
-    middle, outer = np.percentile(values, (50, percentile))
-    return float(2 * outer - middle)
+def _usual(values: Floats) -> tuple[float, float]:
+    """Two standard deviations either way by the quartiles, which ink on a quarter of the tissue does not move."""
+    low, middle, high = np.percentile(values, (25, 50, 75))
+    return float(middle - 3 * (middle - low)), float(middle + 3 * (high - middle))
 
 
 def _darkness(green: Floats, texture: Texture, own: _Own, tissue: Mask, mpp: float) -> Floats:
