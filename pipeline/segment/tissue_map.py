@@ -8,10 +8,13 @@ from pipeline.config import Tissue
 from slides.artefacts import ArtefactMap, find_artefacts, read_texture
 from slides.geometry import Frame
 from slides.slide import Pixels, Slide
-from slides.tissue import TissueMap, glass, tissue_mask
+from slides.tissue import TissueMap, densities, glass, tissue_mask
 
 # A field of view up to this area was chosen by somebody: where no tissue is recognised, it is pale, or fat.
 _FIELD_UM2 = 2_000_000.0
+
+# The least range of density, in green, of a field of view that holds anything: noise of glass has half of it.
+_STRUCTURE = 0.04
 
 # Tissue that the edges of a field of view cut is smaller than a piece of tissue, but not by more than this.
 _PIECE_OF_FIELD = 0.1
@@ -57,6 +60,6 @@ def _tissue(
         return whole, ()
     smallest = min(settings.min_area_um2, _PIECE_OF_FIELD * area_um2)
     mask = tissue_mask(thumbnail, frame.mpp, min_area_um2=smallest, margin_um=settings.margin_um)
-    if mask.any() or area_um2 > _FIELD_UM2:
+    if mask.any() or area_um2 > _FIELD_UM2 or np.ptp(densities(thumbnail)[1]) < _STRUCTURE:
         return whole._replace(mask=mask), ()
     return whole, (f"no tissue was recognised in a field of view of {area_um2 / 1e6:.2g} mm²: all of it was taken",)

@@ -112,8 +112,9 @@ def test_artefacts_do_not_depend_on_the_tiling(slide: Path, tmp_path: Path) -> N
 
 def test_a_pale_field_of_view_is_taken_whole_and_said(tmp_path: Path) -> None:
     """Fat or pale stroma, 0.2 mm wide, in which no tissue is recognised: it does not end as nothing."""
-    image = np.full((800, 800, 3), 226, np.uint8)
+    image = np.full((800, 800, 3), (226, 222, 226), np.uint8)
     image[200:216, 200:216] = RED
+    image[400:440] = (170, 164, 170)
     Image.fromarray(image).save(tmp_path / "field.png")
     record, _ = segment(tmp_path / "field.png", tmp_path / "out", "flag")
     assert record.nuclei == 1
