@@ -205,7 +205,7 @@ class Export:
     "Coordinates relative to the slide's bounds, to which QuPath's OpenSlide reader crops; else to the corner of the whole slide."
 
 
-WORK_FORMAT = 4
+WORK_FORMAT = 5
 "Version of the files in a slide's work folder: raised with every change after which older ones must not be continued."
 
 

@@ -319,7 +319,11 @@ def test_what_we_export_can_be_corrected_in_qupath_and_read(tmp_path: Path) -> N
     provenance = tables.Provenance("s", (0.25, 0.25), Size(12, 12), Box(0, 0, 12, 12), "d", {"Nucleus": (200, 30, 30)})
     with tables.NucleiWriter(tmp_path / "n.parquet", provenance) as writer:
         writer.write(
-            drawn, class_name=["Nucleus"] * 3, score=np.ones(3), votes=np.ones(3, int), stains=np.zeros((3, 2))
+            drawn,
+            class_name=["Nucleus"] * 3,
+            score=np.ones(3),
+            votes=np.ones(3, int),
+            stains=np.zeros((3, len(tables.STAINS))),
         )
     export.write_qupath(tmp_path / "n.parquet", tmp_path / "x.geojson.zip", Export())
     picture(tmp_path / "x.png")
