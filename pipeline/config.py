@@ -203,6 +203,11 @@ class Export:
     "Files to write beside nuclei.parquet: qupath (nuclei.geojson.zip), csv (nuclei.csv); repeat the flag for several."
     crop: bool = True
     "Coordinates relative to the slide's bounds, to which QuPath's OpenSlide reader crops; else to the corner of the whole slide."
+    cells: float = 0.0
+    "qupath: grow every nucleus by so many um into a cell, never into another; 0: the nuclei themselves."
+
+    def __post_init__(self) -> None:
+        require(0 <= self.cells <= 50, f"cells={self.cells}: need 0 to 50 um")
 
 
 WORK_FORMAT = 5

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from pipeline import files
 from pipeline.files import committed
 from pipeline.model.instances import STATISTICS, HostInstances
-from pipeline.segment.polygons import Floats, Polygons, measure
+from pipeline.segment.polygons import Floats, Ints, Polygons, measure
 from slides.geometry import Box, Size
 from slides.grid import Tile
 
@@ -258,6 +258,22 @@ def iter_nuclei(path: Path, columns: Sequence[str] | None = None) -> Iterator[pa
     with pq.ParquetFile(path) as file:
         for group in range(file.num_row_groups):
             yield file.read_row_group(group, columns)
+
+
+def take_nuclei(path: Path, rows: Ints, columns: Sequence[str] | None = None) -> pa.Table:
+    """Some of the nuclei, in their order in the table; only row groups that hold one are read.
+
+    rows: int64 (N,), numbers of rows from 0, ascending
+    """
+    with pq.ParquetFile(path) as file:
+        taken, first = [file.schema_arrow.empty_table().select(columns or NUCLEI.names)], 0
+        for group in range(file.num_row_groups):
+            stop = first + file.metadata.row_group(group).num_rows
+            here = rows[np.searchsorted(rows, first) : np.searchsorted(rows, stop)] - first
+            if len(here):
+                taken.append(file.read_row_group(group, columns).take(pa.array(here)))
+            first = stop
+    return pa.concat_tables(taken)
 
 
 def read_provenance(path: Path) -> Provenance:

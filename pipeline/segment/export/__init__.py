@@ -13,7 +13,7 @@ from pipeline.segment.export.qupath import write_qupath
 __all__ = ["FORMATS", "Exported", "write_csv", "write_qupath"]
 
 FORMATS: Mapping[ExportFormat, Format] = {
-    "qupath": Format(write_qupath, options=("crop",)),
+    "qupath": Format(write_qupath, options=("crop", "cells")),
     "csv": Format(write_csv, options=("crop",)),
 }
 "By name; `pipeline.layout.EXPORTS` names the file or folder of each."
