@@ -53,7 +53,7 @@ def _without_neighbours(nuclei: Polygons, grown: Polygons, tree: shapely.STRtree
 def _share(nuclei: Polygons, grown: Polygons, own: Ints, other: Ints) -> Polygons:
     """What of its neighbour's growth a nucleus may not have: object (P,), for pairs of indices own, other (P,)."""
     half = _half_plane(nuclei, grown, own, other)
-    share = shapely.intersection(grown[other], half)
+    share: Polygons = shapely.intersection(grown[other], half)
     # An outline that is not convex may cross the line: what lies beyond stays with its own nucleus.
     crossing = np.flatnonzero(~shapely.covers(half, nuclei[other]))
     share[crossing] = shapely.union(share[crossing], nuclei[other[crossing]])

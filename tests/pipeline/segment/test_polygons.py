@@ -235,7 +235,7 @@ def test_the_least_width_is_that_over_all_directions(seed, count):
     across = np.stack([np.cos(angle), np.sin(angle)])
     expected = [np.ptp(shapely.get_coordinates(shape) @ across, axis=0).min() for shape in shapes]
     measured = measure(shapes, (1, 1)).min_diameter_um
-    assert (measured <= np.float32(expected) * (1 + 1e-6)).all()
+    assert (measured <= np.array(expected) * (1 + 1e-6)).all()
     np.testing.assert_allclose(measured, expected, rtol=0.02, atol=0.02)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(polygons, "_PAIRS", 10)
