@@ -1,9 +1,9 @@
 // A QuPath project of all finished slides of a run, with their nuclei, tissue, artefacts and stains.
 //
-//     QuPath script project.groovy --args RESULTS --args SLIDES --args PROJECT
+//     QuPath script project.groovy --args RESULTS --args SLIDES --args PROJECT.qpproj
 //
 // RESULTS is the --out folder of the run. SLIDES, if given, is searched for slides that are no longer where they were.
-// PROJECT is the .qpproj file, RESULTS/qupath/project.qpproj if none is given: it is made, or extended by what it lacks.
+// Without PROJECT.qpproj it is RESULTS/qupath/project.qpproj. A project is made, or extended by what it lacks.
 // A second run changes nothing. import.groovy must lie beside this file.
 import groovy.io.FileType
 import java.awt.image.BufferedImage
@@ -12,12 +12,12 @@ import qupath.lib.images.servers.ImageServers
 import qupath.lib.projects.ProjectIO
 import qupath.lib.projects.Projects
 
-def arguments = binding.variables['args'] as List
-if (!arguments)
+def (projects, folders) = (binding.variables['args'] as List ?: []).split { it.endsWith('.qpproj') }
+if (!folders)
     throw new IllegalArgumentException('no results are given: add --args RESULTS, the --out folder of nightslide run')
-def results = new File(arguments[0] as String)
-def moved = arguments.size() > 1 ? new File(arguments[1] as String) : null
-def file = arguments.size() > 2 ? new File(arguments[2] as String) : new File(results, 'qupath/project.qpproj')
+def results = new File(folders[0] as String)
+def moved = folders.size() > 1 ? new File(folders[1] as String) : null
+def file = projects ? new File(projects[0] as String) : new File(results, 'qupath/project.qpproj')
 def importer = new GroovyShell(getClass().classLoader).parse(
     new File(new File(getProperty('qupath.script.file') as String).parentFile, 'import.groovy'))
 
