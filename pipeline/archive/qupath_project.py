@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 from pipeline import files
 from pipeline.errors import RunError
@@ -37,8 +37,9 @@ def write_project(run: RunFolder) -> Written:
     colours: dict[str, tuple[int, int, int]] = {}
     for slide in slides:
         content = files.read_json(slide.slide_json) or {}
-        source = Path(content.get("source_path", ""))
-        colours |= tables.read_provenance(slide.nuclei).colours
+        source = Path(str(content.get("source_path", "")))
+        if slide.nuclei.is_file():
+            colours |= tables.read_provenance(slide.nuclei).colours
         if source.is_absolute() and str(source) not in present:
             project["lastID"] += 1
             project["images"].append(_entry(source, project["lastID"]))
@@ -81,14 +82,16 @@ def _uris(content: Any) -> Iterator[str]:
 
 
 def _path(uri: str) -> str:
-    return unquote(urlsplit(uri).path)
+    """Of a file: QuPath writes file:/..., others file:///..."""
+    return unquote(uri.removeprefix("file:").removeprefix("//"))
 
 
 def _add_classes(file: Path, colours: dict[str, tuple[int, int, int]]) -> None:
     """The project's classes, with ours that it lacks."""
     content = files.read_json(file) or {}
-    known = list(content.get("pathClasses", []))
-    names = {one.get("name") for one in known}
+    known = content.get("pathClasses")
+    known = known if isinstance(known, list) else []
+    names = {one.get("name") for one in known if isinstance(one, dict)}
     ours = [{"name": name, "color": _packed(rgb)} for name, rgb in sorted(colours.items()) if name not in names]
     if ours:
         files.write_json(file, {**content, "pathClasses": known + ours})

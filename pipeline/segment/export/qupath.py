@@ -19,7 +19,7 @@ from pipeline.config import Export
 from pipeline.files import committed
 from pipeline.model.instances import STATISTICS
 from pipeline.segment.cells import cells_of, read_bounds
-from pipeline.segment.export.exported import Exported, finite, origin
+from pipeline.segment.export.exported import Exported, finite
 from pipeline.segment.polygons import Polygons, measure, solid
 from pipeline.segment.tables import NUCLEI, STAINS, Provenance, geometry, iter_nuclei, read_provenance
 from slides.geometry import Box
@@ -61,13 +61,12 @@ def write_qupath(nuclei: Path, out: Path, options: Export) -> Exported:
     """
     provenance = read_provenance(nuclei)
     image = provenance.bounds if options.crop else Box(0, 0, *provenance.size)
-    corner = origin(provenance, options.crop)
     total = np.zeros(3, dtype=np.int64)
     with committed(out) as partial, zipfile.ZipFile(partial, "w") as archive:
         for number, (rows, cells) in enumerate(_shards(nuclei, options.cells)):
-            outlines, changed = _printable(geometry(rows), corner, image)
+            outlines, changed = _printable(geometry(rows), image)
             left = ~shapely.is_empty(outlines)
-            around = None if cells is None else _printable_cells(cells, outlines, corner, image)[left]
+            around = None if cells is None else _printable_cells(cells, outlines, image)[left]
             features = _features(rows.filter(left), outlines[left], around, provenance)
             _add(archive, f"nuclei-{number:05d}.geojson", features)
             total += left.sum(), (changed & left).sum(), (~left).sum()
@@ -88,29 +87,27 @@ def _shards(nuclei: Path, cells_um: float) -> Iterator[_Shard]:
         yield _Shard(NUCLEI.empty_table(), None)
 
 
-def _printable(polygons: Polygons, corner: tuple[float, float], image: Box) -> tuple[Polygons, NDArray[np.bool_]]:
-    """Outlines as they are written: in hundredths of a pixel, whole numbers, valid, within the image.
+def _printable(polygons: Polygons, image: Box) -> tuple[Polygons, NDArray[np.bool_]]:
+    """Outlines as they are written: in hundredths of a pixel from the image's corner, whole numbers, valid, within it.
 
-    polygons: object (N,), slide px; corner: the origin of the export, slide px (x, y); image: slide px
+    polygons: object (N,), slide px; image: slide px
     Returns object (N,), some of them empty, and bool (N,), which were repaired: rounding can make an outline touch or
     cross itself. Such a one is made valid on the grid of hundredths, and its largest part is kept.
     """
-    hundredths = shapely.transform(polygons, lambda xy: np.rint((xy - corner) * 100))
+    hundredths = shapely.transform(polygons, lambda xy: np.rint((xy - image[:2]) * 100))
     broken = ~shapely.is_valid(hundredths)
     repaired = shapely.set_precision(shapely.make_valid(hundredths[broken]), 1.0)
     hundredths[broken] = solid(repaired)
-    frame = np.array(image, float).reshape(2, 2) - corner
-    low, high = frame * 100
-    extent = shapely.bounds(hundredths).reshape(-1, 4)
-    beyond = (extent[:, :2] < low).any(1) | (extent[:, 2:] > high).any(1)
-    within = shapely.intersection(hundredths[beyond], shapely.box(*low, *high))
+    extent, end = shapely.bounds(hundredths).reshape(-1, 4), 100.0 * np.array(image.size)
+    beyond = (extent[:, :2] < 0).any(1) | (extent[:, 2:] > end).any(1)
+    within = shapely.intersection(hundredths[beyond], shapely.box(0, 0, *end))
     hundredths[beyond] = solid(shapely.set_precision(within, 1.0))
     return hundredths, broken
 
 
-def _printable_cells(cells: Polygons, nuclei: Polygons, corner: tuple[float, float], image: Box) -> Polygons:
+def _printable_cells(cells: Polygons, nuclei: Polygons, image: Box) -> Polygons:
     """Cells as they are written; the nucleus where rounding leaves nothing of a cell. object (N,)"""
-    rounded, _ = _printable(cells, corner, image)
+    rounded, _ = _printable(cells, image)
     return np.where(shapely.is_empty(rounded), nuclei, rounded)
 
 
