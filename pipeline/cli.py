@@ -270,6 +270,24 @@ def export(folder: Path, *, settings: Annotated[Export, Parameter(name="*", grou
 
 
 @app.command
+def qupath(folder: Path) -> int:
+    """Write a QuPath project of all finished slides of a run, or add to it those that it lacks.
+
+    Parameters
+    ----------
+    folder
+        The --out folder of a run; the project is qupath/project.qpproj in it.
+    """
+    from pipeline.archive.qupath_project import write_project
+    from pipeline.layout import RunFolder
+
+    written = write_project(RunFolder(folder))
+    print(f"{written.file}: {written.images} images, {written.added} of them new")
+    print(f"their nuclei: QuPath script workflows/qupath/import.groovy -p {written.file} -s")
+    return 0
+
+
+@app.command
 def report(folder: Path) -> int:
     """Write report.html of a run again, after the run or while it is going on.
 

@@ -215,9 +215,14 @@ class Export:
     h5ad (nuclei.h5ad, for AnnData)."""
     crop: bool = True
     "Coordinates relative to the slide's bounds, to which QuPath's OpenSlide reader crops; else to the corner of the whole slide."
+    cells: float = 0.0
+    "qupath: grow every nucleus by so many um into a cell, never into another; 0: the nuclei themselves."
+
+    def __post_init__(self) -> None:
+        require(0 <= self.cells <= 50, f"cells={self.cells}: need 0 to 50 um")
 
 
-WORK_FORMAT = 4
+WORK_FORMAT = 5
 "Version of the files in a slide's work folder: raised with every change after which older ones must not be continued."
 
 

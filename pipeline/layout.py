@@ -19,11 +19,12 @@ _SLIDE, _FAILURE = "slide.json", "failure.json"
 _PICTURES = ("thumbnail.jpg", "overlay.jpg")
 _NUCLEI, _WORK = "nuclei.parquet", "work"
 _RUN, _LEDGER, _REPORT, _LOGS = "run.json", "ledger.csv", "report.html", "logs"
+_QUPATH = "qupath"
 
 RESULTS = (*_PICTURES, _NUCLEI, *EXPORTS.values())
 "What a finished slide's folder holds beside slide.json."
 
-RESERVED = frozenset([_RUN, _LEDGER, _REPORT, _LOGS, _SLIDE, _FAILURE, _WORK, *RESULTS])
+RESERVED = frozenset([_RUN, _LEDGER, _REPORT, _LOGS, _QUPATH, _SLIDE, _FAILURE, _WORK, *RESULTS])
 "What a run and its slides write, hidden files left out: no slide's folder has such a name."
 
 
@@ -119,6 +120,15 @@ class RunFolder:
     @property
     def logs(self) -> Path:
         return self.path / _LOGS
+
+    @property
+    def qupath_project(self) -> Path:
+        return self.path / _QUPATH / "project.qpproj"
+
+    @property
+    def qupath_classes(self) -> Path:
+        """The classes of QuPath's project; QuPath fixes the name."""
+        return self.path / _QUPATH / "classifiers" / "classes.json"
 
     def slide(self, name: str) -> SlideFolder:
         """The folder of the slide of this name; names may hold "/"."""

@@ -292,7 +292,7 @@ def stitch_slide(job: Job) -> StageRecord:
                 class_name=[classes[i] for i in rows["class_index"].to_numpy()],
                 score=rows["score"].to_numpy(),
                 votes=rows["votes"].to_numpy(),
-                stains=np.stack([rows["haematoxylin"].to_numpy(), rows["eosin"].to_numpy()], 1),
+                stains=np.stack([rows[name].to_numpy() for name in tables.STAINS], 1),
             )
             nuclei += rows.num_rows
         job.check_lease()

@@ -40,7 +40,7 @@ from training.data.sample import (
 
 # A field of 8192 px is 4 mm2 at 0.25 um and a quarter of a GB of labels: larger ones are not annotated by hand.
 _LARGEST_FIELD_PX = 8192
-_LARGEST_UNPACKED = 2**30  # bytes of text in a compressed file: about a million nuclei
+_LARGEST_UNPACKED = 2**30  # bytes of text in a compressed file: about a million nuclei, at 1.1 kB each
 _LARGEST_PX = 10_000_000  # of any slide; the geometry of larger numbers overflows
 
 _PLAIN, _GZIP, _ZIP = ".geojson", ".geojson.gz", ".zip"
@@ -77,8 +77,8 @@ def qupath(data: Path, metadata: Metadata) -> Catalogue | None:
     edges.
     As in QuPath, a class whose name ends in * is ignored: its content is not annotated, so it is painted
     white in the image, but for annotated nuclei, and neither training nor evaluation counts what is in it.
-    Skipped and counted: cells without an outline of the nucleus, objects without an area, those of another plane
-    than z = 0, t = 0, and what lies outside every region.
+    Skipped and counted: annotations around other nuclei, which are areas; cells without an outline of the nucleus,
+    objects without an area, those of another plane than z = 0, t = 0, and what lies outside every region.
     """
     files = [data] if data.is_file() else nearby(data)
     drawings = [(p, name, _drawing(p)) for p in files if (name := _image_name(p, given=p == data))]
@@ -157,8 +157,25 @@ def _drawing(path: Path) -> Drawing:
     skipped["unclassified rectangle inside a region"] += int(surplus.sum())
     skipped["of an ignored class, whose name ends in *: the area is painted white"] += int(ignored.sum())
     nuclei = ~region & ~surplus & ~ignored
+    areas = _areas(objects[0], nuclei)
+    skipped["an area: Tissue, Artefact, or an annotation around two or more nuclei"] += int(areas.sum())
+    nuclei &= ~areas
     named = tuple(c or NO_CLASSES[0] for c in classes[nuclei].tolist())
     return Drawing(Outlines(polygons[nuclei], named), polygons[region], polygons[ignored], skipped)
+
+
+def _areas(objects: Objects, nuclei: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Annotations that are areas, such as tissue or a tumour: bool (N,). nuclei: bool (N,), what may be a nucleus."""
+    types, classes, polygons = objects
+    annotations = np.flatnonzero(nuclei & (types == "annotation"))
+    others = np.flatnonzero(nuclei)
+    around, inside = shapely.STRtree(polygons[others]).query(polygons[annotations], predicate="contains")
+    around = around[annotations[around] != others[inside]]
+    areas = np.zeros(len(polygons), bool)
+    areas[annotations] = np.bincount(around, minlength=len(annotations)) > 1
+    ours = (classes == "Tissue") | np.char.startswith(classes, "Artefact")  # of workflows/qupath/import.groovy
+    areas |= ours & nuclei & (types == "annotation")
+    return areas
 
 
 def _regions(objects: Objects, path: Path) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:

@@ -16,7 +16,7 @@ from pipeline.segment.export.spatialdata import write_spatialdata
 __all__ = ["FORMATS", "Exported", "check_formats", "write_csv", "write_qupath"]
 
 FORMATS: Mapping[ExportFormat, Format] = {
-    "qupath": Format(write_qupath, options=("crop",)),
+    "qupath": Format(write_qupath, options=("crop", "cells")),
     "csv": Format(write_csv, options=("crop",)),
     "spatialdata": Format(write_spatialdata, options=()),
     "h5ad": Format(write_h5ad, options=(), package="h5py", extra="anndata"),
