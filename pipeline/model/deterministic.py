@@ -67,7 +67,7 @@ def _enlarge(images: Tensor, dim: int, ratio: Fraction) -> Tensor:
     """
     many, few = ratio.numerator, ratio.denominator
     length = images.shape[dim]
-    others: list[slice[Any, Any, Any]] = [slice(None)] * (-dim - 1)
+    others: Any = [slice(None)] * (-dim - 1)
     groups = -(-length // few)
     span = (groups - 1) * few + 1
     edges = images.narrow(dim, 0, 1), images.narrow(dim, length - 1, 1)
