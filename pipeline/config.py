@@ -24,9 +24,11 @@ from pipeline.errors import ConfigError
 
 # The headings of --help, in their order.
 COMMON = Group("Common options", sort_key=1)
-TISSUE, TILING, STAIN, DETECTOR, STITCHING, EXPORT, EXECUTION = (
+TISSUE, REGIONS, TILING, STAIN, DETECTOR, STITCHING, EXPORT, EXECUTION = (
     Group(name, sort_key=number)
-    for number, name in enumerate(("Tissue", "Tiling", "Stain", "Detector", "Stitching", "Export", "Execution"), 2)
+    for number, name in enumerate(
+        ("Tissue", "Regions", "Tiling", "Stain", "Detector", "Stitching", "Export", "Execution"), 2
+    )
 )
 NO_NEGATIVE = Parameter(negative="")  # a flag or a list without its --no-... or --empty-...
 
@@ -70,6 +72,16 @@ class Tissue:
         require(1 <= self.thumbnail_mpp <= 100, f"thumbnail-mpp={self.thumbnail_mpp}: need 1 to 100 um")
         require(self.min_area_um2 >= 0, f"min-area-um2={self.min_area_um2}: need 0 or more")
         require(self.margin_um >= 0, f"margin-um={self.margin_um}: need 0 or more")
+
+
+@dataclass(frozen=True)
+class Regions:
+    """Annotations of QuPath's, in which nuclei are measured, or to which a run is restricted."""
+
+    folder: Annotated[str, Parameter(name=["--regions.folder", "--regions"], group=COMMON)] = ""
+    "Folder of regions drawn in QuPath: GeoJSON files named after the slides, such as case7.svs.geojson. A run is restricted to them."
+    crop: Annotated[bool, Parameter(name="--regions.crop", negative="--regions.no-crop")] = True
+    "Coordinates of the regions are relative to the slide's bounds, to which QuPath's OpenSlide reader crops; else to the corner of the whole slide."
 
 
 @dataclass(frozen=True)
@@ -190,7 +202,7 @@ class Stitching:
         require(self.simplify_px >= 0, f"simplify-px={self.simplify_px}: need 0 or more")
 
 
-ExportFormat = Literal["qupath", "csv"]
+ExportFormat = Literal["qupath", "csv", "density"]
 
 
 @dataclass(frozen=True)
@@ -200,9 +212,14 @@ class Export:
     formats: Annotated[
         tuple[ExportFormat, ...], Parameter(negative="", show_default=lambda names: ", ".join(names))
     ] = ("qupath",)
-    "Files to write beside nuclei.parquet: qupath (nuclei.geojson.zip), csv (nuclei.csv); repeat the flag for several."
+    "Files to write beside nuclei.parquet: qupath (nuclei.geojson.zip), csv (nuclei.csv), density (density/); repeat the flag for several."
     crop: bool = True
     "Coordinates relative to the slide's bounds, to which QuPath's OpenSlide reader crops; else to the corner of the whole slide."
+    density_um: float = 100.0
+    "Side of the cells of the format density, um."
+
+    def __post_init__(self) -> None:
+        require(10 <= self.density_um <= 10_000, f"density-um={self.density_um}: need 10 to 10000 um")
 
 
 WORK_FORMAT = 4
@@ -214,6 +231,8 @@ class Settings:
     """What is done to a slide. Equal settings and weights give equal results, whatever the scheduling."""
 
     tissue: Annotated[Tissue, Parameter(group=TISSUE)] = field(default_factory=Tissue)
+    # "*": else --regions would stand for the table
+    regions: Annotated[Regions, Parameter(name="*", group=REGIONS)] = field(default_factory=Regions)
     tiling: Annotated[Tiling, Parameter(group=TILING)] = field(default_factory=Tiling)
     # "*": else --stain would stand for the table, and could not be given with --stain.patches and the like
     stain: Annotated[Stain, Parameter(name="*", group=STAIN)] = field(default_factory=Stain)
@@ -225,10 +244,11 @@ class Settings:
     def digest(self) -> str:
         """Names everything that nuclei.parquet depends on: no device, batch, export, and of files the content only.
 
-        The checksums of the files are part of the settings once `pipeline.archive.manifest.resolve` has set them.
+        Regions are part of the digest of each slide (`pipeline.segment.job`). The checksums of the files are part of the settings once `pipeline.archive.manifest.resolve` has set them.
         """
         content = dataclasses.asdict(self)
         del content["export"]  # made from the table, again and again
+        del content["regions"]
         for name in ("device", "batch", "weights"):
             del content["detector"][name]
         for name in ("weights", "template"):

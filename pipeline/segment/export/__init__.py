@@ -7,13 +7,15 @@ from collections.abc import Mapping
 
 from pipeline.config import ExportFormat
 from pipeline.segment.export.csv_table import write_csv
+from pipeline.segment.export.density import write_density
 from pipeline.segment.export.exported import Exported, Format
 from pipeline.segment.export.qupath import write_qupath
 
-__all__ = ["FORMATS", "Exported", "write_csv", "write_qupath"]
+__all__ = ["FORMATS", "Exported", "write_csv", "write_density", "write_qupath"]
 
 FORMATS: Mapping[ExportFormat, Format] = {
     "qupath": Format(write_qupath, options=("crop",)),
     "csv": Format(write_csv, options=("crop",)),
+    "density": Format(write_density, options=("crop", "density_um")),
 }
 "By name; `pipeline.layout.EXPORTS` names the file or folder of each."
