@@ -46,8 +46,7 @@ def measure_regions(slide: SlideFolder, file: RegionFile) -> RegionTable:
     provenance = tables.read_provenance(slide.nuclei)
     regions = read_regions(file, provenance.bounds)
     inside, kept = _members(slide.nuclei, regions.polygons)
-    tissue = _tissue(slide, (provenance.bounds.x0, provenance.bounds.y0))
-    tissue_px = np.full(len(inside), np.nan) if tissue is None else _shared_area(regions.polygons, tissue)
+    tissue_px = _tissue_px(slide, regions.polygons, (provenance.bounds.x0, provenance.bounds.y0))
     unknown = f"mm2 of tissue are not known, as {slide.tissue_outline.name} is missing: run the slide again"
     mm2 = math.prod(provenance.um_per_px) / 1e6  # of a px
     counts = np.array([len(rows) for rows in kept])
@@ -63,7 +62,7 @@ def measure_regions(slide: SlideFolder, file: RegionFile) -> RegionTable:
         **_statistics(slide.nuclei, kept),
     }
     rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-    return RegionTable(regions, rows, (unknown,) if tissue is None else ())
+    return RegionTable(regions, rows, () if slide.tissue_outline.exists() else (unknown,))
 
 
 # ------------------------------------------------------------------------------------------------- nuclei
@@ -126,25 +125,34 @@ def _describe(values: NDArray[Any]) -> list[float]:
 # ------------------------------------------------------------------------------------------------- tissue
 
 
-def _tissue(slide: SlideFolder, corner: tuple[int, int]) -> Polygons | None:
-    """The tissue without its artefacts, object (N,) of Polygons that do not overlap, slide px; None if not known."""
+def _tissue_px(slide: SlideFolder, regions: Polygons, corner: tuple[int, int]) -> Floats:
+    """The area of tissue without artefacts in each region, float64 (N,), px; NaN where no outline of it is there.
+
+    regions: object (N,), slide px; corner: of the slide's bounds, where the outlines start
+    """
     if not slide.tissue_outline.exists():
-        return None
-    tissue = _union(slide.tissue_outline)
-    if slide.artefacts.exists():
-        tissue = shapely.difference(tissue, _union(slide.artefacts))
-    parts = shapely.get_parts(shapely.transform(tissue, lambda xy: xy + corner))
-    return np.asarray(parts[shapely.area(parts) > 0])
+        return np.full(len(regions), np.nan)
+    tissue = _outlines(slide.tissue_outline, corner)
+    shared = _shared_px(regions, tissue)
+    if not slide.artefacts.exists():
+        return shared
+    # kinds of artefacts may overlap each other, pieces of tissue do not
+    artefacts = shapely.get_parts(shapely.union_all(_outlines(slide.artefacts, corner)))
+    artefact, piece = shapely.STRtree(tissue).query(artefacts)
+    return shared - _shared_px(regions, shapely.intersection(artefacts[artefact], tissue[piece]))
 
 
-def _union(path: Path) -> shapely.Geometry:
-    """All areas in a file of ours, px from the corner of the slide's bounds."""
-    objects, _ = read_objects(path)
-    return shapely.union_all(shapely.make_valid(objects.polygons))
+def _outlines(path: Path, corner: tuple[int, int]) -> Polygons:
+    """The areas in a file of ours, object (N,), slide px."""
+    polygons = read_objects(path)[0].polygons
+    broken = ~shapely.is_valid(polygons)
+    polygons[broken] = shapely.make_valid(polygons[broken])
+    moved: Polygons = shapely.transform(polygons, lambda xy: xy + corner)
+    return moved
 
 
-def _shared_area(regions: Polygons, tissue: Polygons) -> Floats:
-    """The area that each region shares with the tissue, float64 (N,), px."""
-    region, part = shapely.STRtree(tissue).query(regions)
-    shared = shapely.area(shapely.intersection(regions[region], tissue[part]))
+def _shared_px(regions: Polygons, pieces: Polygons) -> Floats:
+    """The area that each region shares with pieces that do not overlap: float64 (N,), px."""
+    region, piece = shapely.STRtree(pieces).query(regions)
+    shared = shapely.area(shapely.intersection(regions[region], pieces[piece]))
     return np.bincount(region, shared, len(regions)).astype(np.float64)  # int where nothing is shared
