@@ -1,5 +1,6 @@
 """Nuclei in annotated regions, over all finished slides of a run: `regions.csv` of each slide, and of the run."""
 
+import contextlib
 import csv
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -8,9 +9,11 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 
 from pipeline import config, files
+from pipeline.archive.ledger import read_ledger
 from pipeline.archive.region_files import match_regions
 from pipeline.errors import RunError
 from pipeline.layout import RunFolder, SlideFolder
+from pipeline.report.page import write_report
 from pipeline.segment.region_table import measure_regions
 from pipeline.segment.regions import RegionFile
 from pipeline.text import csv_cell, one_line, printable
@@ -30,7 +33,7 @@ def measure_slides(folder: Path, regions: config.Regions) -> Iterator[Measured]:
     """Measure the nuclei of every finished slide in its regions, and write the tables; a slide at a time.
 
     folder: of a run, or of one slide of it. A slide without regions, or with regions that cannot be read, stops
-    no other, and keeps no regions.csv of an earlier call. The run's own regions.csv is written last.
+    no other, and keeps no regions.csv of an earlier call. The run's own regions.csv and report are written last.
     `pipeline.segment.region_table` says what the columns are.
     Raises RunError for a folder without finished slides, and what `match_regions` raises.
     """
@@ -58,6 +61,8 @@ def measure_slides(folder: Path, regions: config.Regions) -> Iterator[Measured]:
         yield measured
     if [slide.path for slide in finished] != [run.path]:
         _write(run.regions, rows)
+        with contextlib.suppress(RunError):  # slides of which there is no ledger
+            write_report(run, read_ledger(run))
 
 
 def _name(slide: SlideFolder, run: RunFolder) -> str:

@@ -1,6 +1,7 @@
 """Regions: which points lie in them, what is mended, and what of a slide they select."""
 
 import gzip
+import itertools
 import json
 import zipfile
 from pathlib import Path
@@ -57,7 +58,7 @@ def test_every_point_of_a_partition_lies_in_exactly_one_region(
     corners: list[tuple[int, int]], points: list[tuple[int, int]], flip: list[bool]
 ) -> None:
     """Law, also for points on borders and corners, whatever the direction and the slope of the borders."""
-    middles = [((ax + bx) / 2, (ay + by) / 2) for (ax, ay), (bx, by) in zip(corners, corners[1:], strict=False)]
+    middles = [((ax + bx) / 2, (ay + by) / 2) for (ax, ay), (bx, by) in itertools.pairwise(corners)]
     xy = np.array([*points, *corners, *middles], float)
     times = np.zeros(len(xy), int)
     for part in triangles(corners, flip):
