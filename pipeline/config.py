@@ -24,10 +24,10 @@ from pipeline.errors import ConfigError
 
 # The headings of --help, in their order.
 COMMON = Group("Common options", sort_key=1)
-TISSUE, REGIONS, TILING, STAIN, DETECTOR, STITCHING, EXPORT, EXECUTION = (
+TISSUE, TILING, STAIN, DETECTOR, STITCHING, REGIONS, EXPORT, EXECUTION = (
     Group(name, sort_key=number)
     for number, name in enumerate(
-        ("Tissue", "Regions", "Tiling", "Stain", "Detector", "Stitching", "Export", "Execution"), 2
+        ("Tissue", "Tiling", "Stain", "Detector", "Stitching", "Regions", "Export", "Execution"), 2
     )
 )
 NO_NEGATIVE = Parameter(negative="")  # a flag or a list without its --no-... or --empty-...
@@ -72,16 +72,6 @@ class Tissue:
         require(1 <= self.thumbnail_mpp <= 100, f"thumbnail-mpp={self.thumbnail_mpp}: need 1 to 100 um")
         require(self.min_area_um2 >= 0, f"min-area-um2={self.min_area_um2}: need 0 or more")
         require(self.margin_um >= 0, f"margin-um={self.margin_um}: need 0 or more")
-
-
-@dataclass(frozen=True)
-class Regions:
-    """Annotations of QuPath's, in which nuclei are measured, or to which a run is restricted."""
-
-    folder: Annotated[str, Parameter(name=["--regions.folder", "--regions"], group=COMMON)] = ""
-    "Folder of regions drawn in QuPath: GeoJSON files named after the slides, such as case7.svs.geojson. A run is restricted to them."
-    crop: Annotated[bool, Parameter(name="--regions.crop", negative="--regions.no-crop")] = True
-    "Coordinates of the regions are relative to the slide's bounds, to which QuPath's OpenSlide reader crops; else to the corner of the whole slide."
 
 
 @dataclass(frozen=True)
@@ -202,6 +192,16 @@ class Stitching:
         require(self.simplify_px >= 0, f"simplify-px={self.simplify_px}: need 0 or more")
 
 
+@dataclass(frozen=True)
+class Regions:
+    """Annotations of QuPath's, in which nuclei are measured, or to which a run is restricted."""
+
+    folder: Annotated[str, Parameter(name=["--regions.folder", "--regions"], group=COMMON)] = ""
+    "Folder of regions drawn in QuPath: GeoJSON files named after the slides, such as case7.svs.geojson. A run is restricted to them."
+    crop: Annotated[bool, Parameter(name="--regions.crop", negative="--regions.no-crop")] = True
+    "Coordinates of the regions are relative to the slide's bounds, to which QuPath's OpenSlide reader crops; else to the corner of the whole slide."
+
+
 ExportFormat = Literal["qupath", "csv", "density"]
 
 
@@ -231,13 +231,13 @@ class Settings:
     """What is done to a slide. Equal settings and weights give equal results, whatever the scheduling."""
 
     tissue: Annotated[Tissue, Parameter(group=TISSUE)] = field(default_factory=Tissue)
-    # "*": else --regions would stand for the table
-    regions: Annotated[Regions, Parameter(name="*", group=REGIONS)] = field(default_factory=Regions)
     tiling: Annotated[Tiling, Parameter(group=TILING)] = field(default_factory=Tiling)
     # "*": else --stain would stand for the table, and could not be given with --stain.patches and the like
     stain: Annotated[Stain, Parameter(name="*", group=STAIN)] = field(default_factory=Stain)
     detector: Annotated[Detector, Parameter(group=DETECTOR)] = field(default_factory=Detector)
     stitching: Annotated[Stitching, Parameter(group=STITCHING)] = field(default_factory=Stitching)
+    # "*": else --regions would stand for the table
+    regions: Annotated[Regions, Parameter(name="*", group=REGIONS)] = field(default_factory=Regions)
     export: Annotated[Export, Parameter(group=EXPORT)] = field(default_factory=Export)
 
     @property
