@@ -32,17 +32,25 @@ def region_table(slides: Sequence[SlideResult], address: str) -> str:
     heads = "".join(
         f'<th scope="col"{" class=number" if number else ""}>{words}</th>' for words, number in _COLUMNS.values()
     )
-    left_out = f"{len(rows) - _SHOWN:,} more regions, and " if len(rows) > _SHOWN else ""
+    left_out = f"{len(rows) - _SHOWN:,} more regions, and all" if len(rows) > _SHOWN else "All"
     return (
         f"<section><h2>Regions</h2><table><thead><tr><th>slide</th>{heads}</tr></thead>"
         f"<tbody>{''.join(_row(slide, row) for slide, row in rows[:_SHOWN])}</tbody></table>"
-        f'<p class="soft">{left_out}all measurements: <a href="{address}">{address}</a></p></section>'
+        f'<p class="soft">{left_out} measurements: <a href="{address}">{address}</a></p></section>'
     )
 
 
 def _row(slide: SlideResult, row: Mapping[str, str]) -> str:
-    cells = (
-        f"<td{' class=number' if number else ''}>{html.escape(row.get(name) or '')}</td>"
-        for name, (_, number) in _COLUMNS.items()
-    )
+    cells = (_cell(row.get(name, ""), number) for name, (_, number) in _COLUMNS.items())
     return f"<tr><td>{linked(slide)}</td>{''.join(cells)}</tr>\n"
+
+
+def _cell(text: str, number: bool) -> str:
+    """A value of regions.csv; a number with four digits, if it is one."""
+    if not number:
+        return f"<td>{html.escape(text)}</td>"
+    try:
+        text = f"{int(text):,}" if text.isdigit() else f"{float(text):,.4g}"
+    except ValueError:
+        pass
+    return f'<td class="number">{html.escape(text)}</td>'

@@ -24,9 +24,12 @@ def shown(*rows: dict[str, str]) -> str:
 
 
 def test_rows_are_shown_and_escaped() -> None:
-    page = shown({"region": "<b>bold</b>", "class": "Tumor", "nuclei": "12"})
+    page = shown(
+        {"region": "<b>bold</b>", "class": "Tumor", "nuclei": "1200", "per_mm2": "0.123456", "tissue_mm2": "<i>"}
+    )
     assert "&lt;b&gt;bold&lt;/b&gt;" in page
     assert "<b>" not in page
+    assert [f'<td class="number">{text}</td>' in page for text in ("1,200", "0.1235", "&lt;i&gt;")] == [True] * 3
     assert '<a href="regions.csv">' in page
     assert shown() == ""
 

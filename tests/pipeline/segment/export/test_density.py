@@ -1,7 +1,9 @@
 """density/: counted by hand, summed to the whole, and read by tifffile and as GeoJSON."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
@@ -20,7 +22,7 @@ from pipeline.segment.export import write_density
 from slides.geometry import Box, Size
 
 
-def table(path: Path, centres: list[tuple[float, float]], half: list[float], names: list[str]) -> Path:
+def table(path: Path, centres: Sequence[tuple[float, float]], half: list[float], names: list[str]) -> Path:
     """A slide of 90 x 50 px from (10, 20), of 1 um, with squares as nuclei."""
     provenance = tables.Provenance(
         "s", (1.0, 1.0), Size(200, 100), Box(10, 20, 100, 70), "d", {"A": (1, 2, 3), "B": (4, 5, 6)}
@@ -43,8 +45,9 @@ def picture(folder: Path) -> tuple[np.ndarray, dict[str, str], list[str]]:
         return np.asarray(file.asarray()), pixels.attrib, names
 
 
-def tiles(folder: Path) -> list[dict]:
-    return json.loads((folder / "density.geojson").read_text(encoding="utf-8"))["features"]
+def tiles(folder: Path) -> list[dict[str, Any]]:
+    content = json.loads((folder / "density.geojson").read_text(encoding="utf-8"))
+    return list(content["features"])
 
 
 def test_cells_counted_by_hand(tmp_path: Path) -> None:
