@@ -1,5 +1,6 @@
 """The report's table of regions: those that `nightslide measure` has measured."""
 
+import contextlib
 import html
 from collections.abc import Mapping, Sequence
 
@@ -49,8 +50,6 @@ def _cell(text: str, number: bool) -> str:
     """A value of regions.csv; a number with four digits, if it is one."""
     if not number:
         return f"<td>{html.escape(text)}</td>"
-    try:
+    with contextlib.suppress(ValueError):
         text = f"{int(text):,}" if text.isdigit() else f"{float(text):,.4g}"
-    except ValueError:
-        pass
     return f'<td class="number">{html.escape(text)}</td>'
