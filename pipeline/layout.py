@@ -15,12 +15,12 @@ LEASE = ".lease"  # hidden, as a slide's folder may hold the folders of other sl
 
 _SLIDE, _FAILURE = "slide.json", "failure.json"
 _PICTURES = ("thumbnail.jpg", "overlay.jpg")
+_ANNOTATIONS = ("tissue.geojson", "artefacts.geojson")
 _NUCLEI, _WORK = "nuclei.parquet", "work"
-_OUTLINES = ("tissue.geojson", "artefacts.geojson")
 _RUN, _LEDGER, _REPORT, _LOGS = "run.json", "ledger.csv", "report.html", "logs"
 _REGIONS = "regions.csv"  # of a slide and of the run; made by `nightslide measure`
 
-RESULTS = (*_PICTURES, _NUCLEI, *EXPORTS.values())
+RESULTS = (*_PICTURES, *_ANNOTATIONS, _NUCLEI, *EXPORTS.values())
 "What a finished slide's folder holds beside slide.json."
 
 RESERVED = frozenset([_RUN, _LEDGER, _REPORT, _LOGS, _REGIONS, _SLIDE, _FAILURE, _WORK, *RESULTS])
@@ -51,6 +51,15 @@ class SlideFolder:
         return self.path / _PICTURES[1]
 
     @property
+    def tissue_annotation(self) -> Path:
+        return self.path / _ANNOTATIONS[0]
+
+    @property
+    def artefact_annotations(self) -> Path:
+        """Not there where a run did not look for artefacts."""
+        return self.path / _ANNOTATIONS[1]
+
+    @property
     def nuclei(self) -> Path:
         """The table that every other result is made from."""
         return self.path / _NUCLEI
@@ -58,16 +67,6 @@ class SlideFolder:
     def export(self, name: str) -> Path:
         """The file of an export format, one of `EXPORTS`."""
         return self.path / EXPORTS[name]
-
-    @property
-    def tissue_outline(self) -> Path:
-        """Outlines of the tissue, for QuPath."""
-        return self.path / _OUTLINES[0]
-
-    @property
-    def artefacts(self) -> Path:
-        """Outlines of pen, folds, blur and the like, for QuPath."""
-        return self.path / _OUTLINES[1]
 
     @property
     def regions(self) -> Path:

@@ -47,7 +47,7 @@ def measure_regions(slide: SlideFolder, file: RegionFile) -> RegionTable:
     regions = read_regions(file, provenance.bounds)
     inside, kept = _members(slide.nuclei, regions.polygons)
     tissue_px = _tissue_px(slide, regions.polygons, (provenance.bounds.x0, provenance.bounds.y0))
-    unknown = f"mm2 of tissue are not known, as {slide.tissue_outline.name} is missing: run the slide again"
+    unknown = f"mm2 of tissue are not known, as {slide.tissue_annotation.name} is missing: run the slide again"
     mm2 = math.prod(provenance.um_per_px) / 1e6  # of a px
     counts = np.array([len(rows) for rows in kept])
     columns: dict[str, Iterable[Any]] = {
@@ -62,7 +62,7 @@ def measure_regions(slide: SlideFolder, file: RegionFile) -> RegionTable:
         **_statistics(slide.nuclei, kept),
     }
     rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-    return RegionTable(regions, rows, () if slide.tissue_outline.exists() else (unknown,))
+    return RegionTable(regions, rows, () if slide.tissue_annotation.exists() else (unknown,))
 
 
 # ------------------------------------------------------------------------------------------------- nuclei
@@ -130,25 +130,25 @@ def _tissue_px(slide: SlideFolder, regions: Polygons, corner: tuple[int, int]) -
 
     regions: object (N,), slide px; corner: of the slide's bounds, where the outlines start
     """
-    if not slide.tissue_outline.exists():
+    if not slide.tissue_annotation.exists():
         return np.full(len(regions), np.nan)
-    tissue = _outlines(slide.tissue_outline, corner)
+    tissue = _outlines(slide.tissue_annotation, corner)
     shared = _shared_px(regions, tissue)
-    if not slide.artefacts.exists():
+    if not slide.artefact_annotations.exists():
         return shared
     # kinds of artefacts may overlap each other, pieces of tissue do not
-    artefacts = shapely.get_parts(shapely.union_all(_outlines(slide.artefacts, corner)))
+    artefacts = shapely.get_parts(shapely.union_all(_outlines(slide.artefact_annotations, corner)))
     artefact, piece = shapely.STRtree(tissue).query(artefacts)
     return shared - _shared_px(regions, shapely.intersection(artefacts[artefact], tissue[piece]))
 
 
 def _outlines(path: Path, corner: tuple[int, int]) -> Polygons:
-    """The areas in a file of ours, object (N,), slide px."""
+    """The areas in a file of ours, piece by piece: object (N,), slide px."""
     polygons = read_objects(path)[0].polygons
     broken = ~shapely.is_valid(polygons)
     polygons[broken] = shapely.make_valid(polygons[broken])
-    moved: Polygons = shapely.transform(polygons, lambda xy: xy + corner)
-    return moved
+    pieces: Polygons = shapely.get_parts(shapely.transform(polygons, lambda xy: xy + corner))
+    return pieces
 
 
 def _shared_px(regions: Polygons, pieces: Polygons) -> Floats:

@@ -23,9 +23,9 @@ Flags = NDArray[np.bool_]
 
 _AREAL = (shapely.GeometryType.POLYGON, shapely.GeometryType.MULTIPOLYGON)
 
-# A pixel that a region touches has its centre within half a diagonal, .707 px, of it. Slightly more, as the arcs of a
-# buffer are polygons.
-_REACH_PX = 0.75
+# A pixel that a region touches has its centre within half a diagonal, .707 px, of it. The rest is for tiles whose core
+# ends there: they may claim nuclei in the region, too.
+_REACH_PX = 1.0
 
 
 class RegionFile(NamedTuple):

@@ -40,7 +40,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         slide = SlideFolder(Path(place))
         write_nuclei(slide.nuclei, given.nuclei, rng)
-        write_geojson(slide.tissue_outline, tissue(rng))
+        write_geojson(slide.tissue_annotation, tissue(rng))
         write_geojson(slide.path / "regions.geojson", freehand(given.regions, rng))
         before = peak_mb()
         with timed(f"{given.nuclei:,} nuclei x {given.regions} regions"):

@@ -64,7 +64,7 @@ def draw(path: Path, *outlines: Any, names: tuple[str, ...] = (), class_: str = 
 def test_counts_worked_out_by_hand(tmp_path: Path) -> None:
     """A region of 40 x 20 px holds two nuclei of class A, 1 and 4 um2; one of 60 x 50 px these and two of class B."""
     folder = slide(tmp_path)
-    draw(folder.tissue_outline, shapely.box(0, 0, 30, 100))
+    draw(folder.tissue_annotation, shapely.box(0, 0, 30, 100))
     file = draw(tmp_path / "r.geojson", shapely.box(0, 0, 40, 20), shapely.box(0, 0, 60, 50), names=("strip", "field"))
     strip, field = measure_regions(folder, file).rows
     assert (strip["region"], strip["class"], field["region"]) == ("strip", "Tumor", "field")
@@ -83,8 +83,8 @@ def test_counts_worked_out_by_hand(tmp_path: Path) -> None:
 
 def test_artefacts_are_left_out_of_the_tissue_and_of_all_but_the_count(tmp_path: Path) -> None:
     folder = slide(tmp_path, artefacts=["", "Artefact: pen", "", "", ""])
-    draw(folder.tissue_outline, shapely.box(0, 0, 50, 100))
-    draw(folder.artefacts, shapely.box(20, 0, 30, 20), shapely.box(25, 0, 90, 10))  # they overlap each other
+    draw(folder.tissue_annotation, shapely.box(0, 0, 50, 100))
+    draw(folder.artefact_annotations, shapely.box(20, 0, 30, 20), shapely.box(25, 0, 90, 10))  # they overlap each other
     file = draw(tmp_path / "r.geojson", shapely.box(0, 0, 40, 20))
     (row,) = measure_regions(folder, file).rows
     assert (row["nuclei"], row["nuclei_in_artefacts"], row["area_um2_mean"]) == (2, 1, 1)
@@ -105,7 +105,7 @@ def test_without_an_outline_of_the_tissue_its_area_is_not_known(tmp_path: Path) 
 @pytest.mark.parametrize("nuclei", [NUCLEI, []])
 def test_a_region_without_nuclei_or_tissue(tmp_path: Path, nuclei: list[Any]) -> None:
     folder = slide(tmp_path, nuclei)
-    draw(folder.tissue_outline, shapely.box(0, 0, 5, 5))
+    draw(folder.tissue_annotation, shapely.box(0, 0, 5, 5))
     (row,) = measure_regions(folder, draw(tmp_path / "r.geojson", shapely.box(80, 0, 99, 20))).rows
     assert (row["nuclei"], row["tissue_mm2"]) == (0, 0)
     assert all(math.isnan(row[name]) for name in ("per_mm2", "fraction_A", "area_um2_median"))
@@ -120,8 +120,8 @@ def test_a_partition_of_the_slide_sums_to_the_whole(
 ) -> None:
     """Law: nuclei, tissue and classes of the parts are those of the slide, wherever its nuclei lie."""
     folder = slide(tmp_path_factory.mktemp("slide"), [(c, 1, "AB"[k % 2]) for k, c in enumerate(centres)])
-    draw(folder.tissue_outline, shapely.Point(50, 50).buffer(40))
-    draw(folder.artefacts, shapely.Point(40, 60).buffer(20))
+    draw(folder.tissue_annotation, shapely.Point(50, 50).buffer(40))
+    draw(folder.artefact_annotations, shapely.Point(40, 60).buffer(20))
     whole, *parts = measure_regions(
         folder,
         draw(

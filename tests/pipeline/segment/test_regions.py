@@ -194,7 +194,7 @@ def test_the_restricted_mask_holds_every_point_that_is_selected(
     xy = np.stack([x.ravel(), y.ravel()], 1)
     selected = drawn.select(xy)
     assert restricted.contains(xy[selected]).all()
-    near = shapely.union_all(shapely.buffer(drawn.polygons[~drawn.ignored], 12.5)) if not drawn.ignored.all() else None
+    near = shapely.union_all(shapely.buffer(drawn.polygons[~drawn.ignored], 14.0)) if not drawn.ignored.all() else None
     if near is not None:
         assert not restricted.contains(xy[~shapely.intersects_xy(near, *xy.T)]).any()
 
