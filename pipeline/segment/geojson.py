@@ -34,7 +34,7 @@ class Objects(NamedTuple):
 
     types: NDArray[np.str_]  # one of TYPES
     classes: NDArray[np.str_]  # "" for none
-    names: NDArray[np.str_]  # "" for none
+    names: NDArray[np.object_]  # str, "" for none
     polygons: Polygons  # as drawn, valid or not; px from the corner of the slide's bounds
 
 
@@ -76,8 +76,9 @@ def read_objects(path: Path, wanted: Collection[str] = TYPES) -> tuple[Objects, 
         )
     real = ~shapely.is_empty(polygons)
     skipped["an outline without an area"] += int((~real).sum())
-    type_column, class_column, name_column = (np.array(texts, np.str_)[real] for texts in (types, classes, names))
-    return Objects(type_column, class_column, name_column, polygons[real]), skipped
+    return Objects(
+        np.array(types, np.str_)[real], np.array(classes, np.str_)[real], np.array(names, object)[real], polygons[real]
+    ), skipped
 
 
 def image_name(path: Path, given: bool) -> str:

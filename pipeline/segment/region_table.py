@@ -139,7 +139,9 @@ def _tissue_px(slide: SlideFolder, regions: Polygons, corner: tuple[int, int]) -
     # kinds of artefacts may overlap each other, pieces of tissue do not
     artefacts = shapely.get_parts(shapely.union_all(_outlines(slide.artefact_annotations, corner)))
     artefact, piece = shapely.STRtree(tissue).query(artefacts)
-    return shared - _shared_px(regions, shapely.intersection(artefacts[artefact], tissue[piece]))
+    # in parts: two that share a line and an area give a geometry of both, on which older versions of GEOS raise
+    without = shapely.get_parts(shapely.intersection(artefacts[artefact], tissue[piece]))
+    return np.maximum(shared - _shared_px(regions, without), 0.0)
 
 
 def _outlines(path: Path, corner: tuple[int, int]) -> Polygons:

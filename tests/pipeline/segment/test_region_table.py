@@ -93,6 +93,15 @@ def test_artefacts_are_left_out_of_the_tissue_and_of_all_but_the_count(tmp_path:
     assert row["per_mm2"] == pytest.approx(1 / row["tissue_mm2"])
 
 
+def test_an_artefact_that_touches_the_tissue_in_a_line_and_overlaps_it_elsewhere(tmp_path: Path) -> None:
+    """The two share a line and an area; older versions of GEOS raise on a geometry of both."""
+    folder = slide(tmp_path)
+    draw(folder.tissue_annotation, shapely.Polygon([(0, 0), (60, 0), (60, 60), (40, 60), (40, 20), (0, 20)]))
+    draw(folder.artefact_annotations, shapely.box(10, 20, 50, 40))
+    (row,) = measure_regions(folder, draw(tmp_path / "r.geojson", shapely.box(0, 0, 100, 100))).rows
+    assert row["tissue_mm2"] == pytest.approx((60 * 20 + 20 * 40 - 10 * 20) * 0.25e-6)
+
+
 def test_without_an_outline_of_the_tissue_its_area_is_not_known(tmp_path: Path) -> None:
     folder = slide(tmp_path)
     table = measure_regions(folder, draw(tmp_path / "r.geojson", shapely.box(0, 0, 40, 20)))
