@@ -247,7 +247,8 @@ class Settings:
     def digest(self) -> str:
         """Names everything that nuclei.parquet depends on: no device, batch, export, and of files the content only.
 
-        Regions are part of the digest of each slide (`pipeline.segment.job`). The checksums of the files are part of the settings once `pipeline.archive.manifest.resolve` has set them.
+        The checksums of the files are part of the settings once `pipeline.archive.manifest.resolve` has set them.
+        Regions are part of the digest of each slide, `pipeline.segment.job.Job.digest`.
         """
         content = dataclasses.asdict(self)
         del content["export"]  # made from the table, again and again

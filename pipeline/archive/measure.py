@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow as pa
+import shapely
 
 from pipeline import config, files
 from pipeline.archive.ledger import read_ledger
@@ -78,7 +79,7 @@ def _source(slide: SlideFolder) -> Path:
 def _measure(name: str, slide: SlideFolder, path: Path, crop: bool) -> Measured:
     try:
         table = measure_regions(slide, RegionFile.of(path, crop))
-    except (NightslideError, OSError, KeyError, pa.ArrowException) as error:
+    except (NightslideError, OSError, KeyError, pa.ArrowException, shapely.errors.ShapelyError) as error:
         return Measured(name, words=one_line(error), failed=True)
     notes = "".join(f"; {note}" for note in table.notes)
     rows = [{"slide": name, **row} for row in table.rows]
