@@ -109,7 +109,9 @@ def measure(
 
 
 def read_nuclei(path: str | os.PathLike[str], columns: Sequence[str] | None = None) -> "pa.Table":
-    """The nuclei of a slide, all columns of nuclei.parquet or some; `geopandas.read_parquet` decodes the outlines.
+    """The nuclei of a slide, all columns of nuclei.parquet but `bbox`, or some.
+
+    `geopandas.read_parquet` decodes the outlines.
 
     path: nuclei.parquet, or the slide's folder in the results
     Raises RunError where there is no such table.

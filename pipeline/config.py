@@ -205,7 +205,13 @@ class Regions:
     "Coordinates of the regions are relative to the slide's bounds, to which QuPath's OpenSlide reader crops; else to the corner of the whole slide."
 
 
-ExportFormat = Literal["qupath", "csv", "density"]
+ExportFormat = Literal[
+    "qupath",
+    "csv",
+    "spatialdata",
+    "h5ad",
+    "density",
+]
 
 
 @dataclass(frozen=True)
@@ -215,7 +221,12 @@ class Export:
     formats: Annotated[
         tuple[ExportFormat, ...], Parameter(negative="", show_default=lambda names: ", ".join(names))
     ] = ("qupath",)
-    "Files to write beside nuclei.parquet: qupath (nuclei.geojson.zip), csv (nuclei.csv), density (density/); repeat the flag for several."
+    """Files to write beside nuclei.parquet; repeat the flag for several:
+    qupath (nuclei.geojson.zip),
+    csv (nuclei.csv),
+    spatialdata (nuclei.spatialdata.zarr),
+    h5ad (nuclei.h5ad, for AnnData),
+    density (density/)."""
     crop: bool = True
     "Coordinates relative to the slide's bounds, to which QuPath's OpenSlide reader crops; else to the corner of the whole slide."
     density_um: float = 100.0

@@ -5,7 +5,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-EXPORTS = {"qupath": "nuclei.geojson.zip", "csv": "nuclei.csv", "density": "density"}
+EXPORTS = {
+    "qupath": "nuclei.geojson.zip",
+    "csv": "nuclei.csv",
+    "spatialdata": "nuclei.spatialdata.zarr",
+    "h5ad": "nuclei.h5ad",
+    "density": "density",
+}
 "Files and folders made from nuclei.parquet, by the name of their format."
 
 DENSITY = ("density.ome.tif", "density.geojson")

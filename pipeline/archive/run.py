@@ -32,6 +32,7 @@ from pipeline.layout import RESULTS, RunFolder, SlideFolder
 from pipeline.model.weights import licence
 from pipeline.report.page import write_report
 from pipeline.segment import finished
+from pipeline.segment.export import check_formats
 from pipeline.segment.job import Job
 from pipeline.segment.plan import Plan, read_plan
 from pipeline.segment.record import SlideRecord, StageRecord
@@ -68,6 +69,7 @@ def run(
     archive = find_slides(inputs, folder.path, mpp=mpp, force_mpp=force_mpp, follow_links=execution.follow_links)
     archive = with_regions(archive, settings.regions)
     settings = resolve(settings)
+    check_formats(settings.export.formats)
     seams = check_seams(settings) if detect is None else ()
     if client is None:
         check_execution(execution, settings.detector.device)
