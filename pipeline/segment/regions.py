@@ -58,24 +58,33 @@ class SlideRegions(NamedTuple):
         """Which are of a class that QuPath ignores: its name ends in *, and it is not Region*."""
         return np.array([name.endswith("*") and name.lower() != "region*" for name in self.classes], bool)
 
+    @property
+    def chosen(self) -> Flags:
+        """Which are those that a restricted run processes: not ignored ones, nor tissue and artefacts beside others.
+
+        These two are annotations of ours, which an export of a whole image from QuPath holds, too.
+        """
+        ours = np.array([name == "Tissue" or name.startswith("Artefact") for name in self.classes], bool)
+        drawn = ~self.ignored & ~ours
+        return drawn if drawn.any() else ~self.ignored
+
     def select(self, slide_xy: Floats) -> Flags:
         """Which points a run that is restricted to these regions processes: bool (N,).
 
         slide_xy: float64 (N, 2), slide px
-        They lie in a region, and in none of an ignored class; with ignored ones only, outside of those.
+        They lie in a chosen region, and in none of an ignored class; with ignored ones only, outside of those.
         """
-        ignored = self.ignored
-        inside = in_any(self.polygons[~ignored], slide_xy) if not ignored.all() else np.ones(len(slide_xy), bool)
-        return inside & ~in_any(self.polygons[ignored], slide_xy)
+        chosen = self.chosen
+        inside = in_any(self.polygons[chosen], slide_xy) if chosen.any() else np.ones(len(slide_xy), bool)
+        return inside & ~in_any(self.polygons[self.ignored], slide_xy)
 
     def restrict(self, tissue: TissueMap) -> TissueMap:
-        """The tissue in pixels that hold a point which `select` takes, and perhaps a few beside them."""
-        ignored = self.ignored
+        """The tissue in pixels that hold a point which `select` takes, and in a few beside them."""
         in_mask_px = shapely.transform(self.polygons, tissue.frame.to_slide.invert)
         kept = np.ones(tissue.mask.shape, bool)
-        if not ignored.all():
-            kept = rasterise(shapely.buffer(in_mask_px[~ignored], _REACH_PX), tissue.mask.shape) > 0
-        kept &= rasterise(shapely.buffer(in_mask_px[ignored], -_REACH_PX), tissue.mask.shape) == 0
+        if self.chosen.any():
+            kept = rasterise(shapely.buffer(in_mask_px[self.chosen], _REACH_PX), tissue.mask.shape) > 0
+        kept &= rasterise(shapely.buffer(in_mask_px[self.ignored], -_REACH_PX), tissue.mask.shape) == 0
         return tissue._replace(mask=tissue.mask & kept)
 
     def describe(self, path: Path) -> str:

@@ -172,6 +172,9 @@ PROBES = np.array([(15, 15), (25, 25), (11, 11), (6, 6), (50, 50)], float)
         (regions(OUTER, LEFT_OUT, classes=("Tumor", "Ignore*")), [True, True, False, False, False]),
         (regions(LEFT_OUT, classes=("Necrosis*",)), [True, True, False, False, True]),
         (regions(INNER, classes=("Region*",)), [True, False, True, False, False]),
+        (regions(INNER, OUTER, classes=("Tumor", "Tissue")), [True, False, True, False, False]),
+        (regions(LEFT_OUT, OUTER, classes=("Artefact: pen", "")), [True, True, True, True, False]),
+        (regions(INNER, classes=("Tissue",)), [True, False, True, False, False]),
     ],
 )
 def test_a_run_is_restricted_to_regions_without_ignored_areas(drawn: SlideRegions, expected: list[bool]) -> None:
