@@ -1,6 +1,7 @@
 """`run --regions`: the nuclei in the regions are those of the whole slide, and other regions are never passed over."""
 
 import dataclasses
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,33 @@ def test_a_slide_without_regions_is_skipped_and_said(place: Path) -> None:
     assert "WARNING: 1 slides are skipped, as no file of regions has their name" in (place / "said.txt").read_text()
     assert [row["status"] for row in read_ledger(RunFolder(place / "out"))] == ["done", "skipped"]
     assert "skipped" in (place / "out" / "report.html").read_text()
+
+
+def test_the_command_succeeds_without_skipped_slides_and_refuses_a_folder_without_regions(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(archive_run, "run", functools.partial(archive_run.run, detect=oracle.detect))
+    flags = (
+        "--mpp 0.25 --no-cluster --tissue.everywhere --tiling.tile 128 --tiling.margin 20 --stitching.max-diameter-um 4"
+    )
+    for folder, status, words in (
+        ("drawn", 0, "1 of 2 slides done"),
+        ("slides", 2, "no file there belongs to a slide"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            main(
+                [
+                    "run",
+                    str(place / "slides"),
+                    "--out",
+                    str(place / "o"),
+                    "--regions",
+                    str(place / folder),
+                    *flags.split(),
+                ]
+            )
+        assert ended.value.code == status
+        assert words in "".join(capsys.readouterr())
 
 
 def test_a_bad_file_of_regions_fails_its_slide_only(place: Path) -> None:
