@@ -16,7 +16,7 @@ from pipeline.layout import SlideFolder
 from pipeline.segment import tables
 from pipeline.segment.geojson import read_objects
 from pipeline.segment.polygons import Floats, Ints, Polygons
-from pipeline.segment.regions import Flags, RegionFile, SlideRegions, contained, read_regions
+from pipeline.segment.regions import RegionFile, SlideRegions, contained, read_regions
 
 _STATISTICS, _QUARTILES = ("mean", "q25", "median", "q75"), (0.25, 0.5, 0.75)
 
@@ -45,7 +45,8 @@ def measure_regions(slide: SlideFolder, file: RegionFile) -> RegionTable:
     """
     provenance = tables.read_provenance(slide.nuclei)
     regions = read_regions(file, provenance.bounds)
-    inside, kept = _members(slide.nuclei, regions.polygons)
+    inside = _members(slide.nuclei, regions.polygons)
+    kept = _outside_artefacts(slide.nuclei, inside)
     tissue_px = _tissue_px(slide, regions.polygons, (provenance.bounds.x0, provenance.bounds.y0))
     unknown = f"mm2 of tissue are not known, as {slide.tissue_annotation.name} is missing: run the slide again"
     mm2 = math.prod(provenance.um_per_px) / 1e6  # of a px
@@ -68,29 +69,25 @@ def measure_regions(slide: SlideFolder, file: RegionFile) -> RegionTable:
 # ------------------------------------------------------------------------------------------------- nuclei
 
 
-def _members(nuclei: Path, polygons: Polygons) -> tuple[list[Ints], list[Ints]]:
-    """Rows of the nuclei in each region: all of them, and those outside of artefacts. Ascending."""
-    inside: list[list[NDArray[np.int32]]] = [[] for _ in polygons]
-    kept: list[list[NDArray[np.int32]]] = [[] for _ in polygons]
-    columns = [*_PLACE, *({_ARTEFACT} & set(pq.read_schema(nuclei).names))]
+def _members(nuclei: Path, polygons: Polygons) -> list[Ints]:
+    """Rows of the nuclei in each region, ascending."""
+    members: list[list[NDArray[np.int32]]] = [[np.zeros(0, np.int32)] for _ in polygons]
     first = 0
-    for rows in tables.iter_nuclei(nuclei, columns):
+    for rows in tables.iter_nuclei(nuclei, _PLACE):
         xy = np.stack([rows[name].to_numpy() for name in _PLACE], 1)
-        clean = _clean(rows)
-        for polygon, all_rows, kept_rows in zip(polygons, inside, kept, strict=True):
-            members = contained(polygon, xy)
-            all_rows.append((first + members).astype(np.int32))
-            kept_rows.append((first + members[clean[members]]).astype(np.int32))
+        for polygon, parts in zip(polygons, members, strict=True):
+            parts.append((first + contained(polygon, xy)).astype(np.int32))
         first += rows.num_rows
-    empty = np.zeros(0, np.int32)
-    return [np.concatenate([empty, *parts]) for parts in inside], [np.concatenate([empty, *parts]) for parts in kept]
+    return [np.concatenate(parts) for parts in members]
 
 
-def _clean(rows: pa.Table) -> Flags:
-    """Which nuclei lie in no artefact; all in tables of versions that detected none."""
-    if _ARTEFACT not in rows.column_names:
-        return np.ones(rows.num_rows, bool)
-    return np.asarray(pc.equal(pc.fill_null(rows[_ARTEFACT], ""), "").to_numpy(zero_copy_only=False))
+def _outside_artefacts(nuclei: Path, members: list[Ints]) -> list[Ints]:
+    """Of these rows those that lie in no artefact: all, in tables of versions that detected none."""
+    if _ARTEFACT not in pq.read_schema(nuclei).names:
+        return members
+    kind = tables.read_nuclei(nuclei, [_ARTEFACT])[_ARTEFACT]
+    clean = pc.equal(pc.fill_null(kind, ""), "").to_numpy()
+    return [rows[clean[rows]] for rows in members]
 
 
 def _fractions(nuclei: Path, members: Sequence[Ints], classes: Sequence[str]) -> dict[str, Floats]:
