@@ -230,7 +230,7 @@ class Export:
     crop: bool = True
     "Coordinates relative to the slide's bounds, to which QuPath's OpenSlide reader crops; else to the corner of the whole slide."
     density_um: float = 100.0
-    "Side of the cells of the format density, um."
+    "density: side of the squares into which the slide is divided, um."
 
     def __post_init__(self) -> None:
         require(10 <= self.density_um <= 10_000, f"density-um={self.density_um}: need 10 to 10000 um")

@@ -4,6 +4,7 @@ A point belongs to a region by a half-open rule, as a pixel does in `polygons.ra
 is in, on a right or lower one out. So regions that share a border share no point of it and leave none.
 """
 
+import itertools
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -114,7 +115,7 @@ def read_regions(file: RegionFile, bounds: Box) -> SlideRegions:
         raise AnnotationError(f"{file.path} holds no region: need annotations with an area, exported from QuPath")
     names = [name or str(number) for number, name in enumerate(objects.names.tolist(), 1)]
     return SlideRegions(
-        tuple(np.array(names)[real].tolist()),
+        tuple(itertools.compress(names, real)),
         tuple(objects.classes[real].tolist()),
         polygons[real],
         int((broken & real).sum()),

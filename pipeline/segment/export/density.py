@@ -1,6 +1,6 @@
-"""nuclei.parquet -> density/: the slide in square cells, with the density, size and classes of the nuclei in each.
+"""nuclei.parquet -> density/: the slide in squares, with the density, size and classes of the nuclei in each.
 
-density.ome.tif is a picture with a channel for each quantity and a pixel for each cell, density.geojson the same as
+density.ome.tif is a picture with a channel for each quantity and a pixel for each square, density.geojson the same as
 tiles for QuPath.
 """
 
@@ -28,8 +28,8 @@ _NAMESPACE = uuid.uuid5(uuid.NAMESPACE_DNS, "nightslide.density")
 _PER_MM2, _AREA = "Nuclei per mm^2", "Mean area \u00b5m^2"
 
 
-class _Cells(NamedTuple):
-    """The cells of a slide: `corner` is the first one's, slide px; the last ones are cut off at the slide's border."""
+class _Squares(NamedTuple):
+    """The squares of a slide: `corner` is the first one's, slide px; the last ones end at the slide's border."""
 
     corner: tuple[float, float]
     side: tuple[float, float]  # slide px, x and y
@@ -38,7 +38,7 @@ class _Cells(NamedTuple):
     edges_y: Floats
 
     def of(self, x: Floats, y: Floats) -> NDArray[np.int64]:
-        """The number of the cell that holds each point, row by row; a point beyond the border is of the last cell."""
+        """The number of the square of each point, row by row; a point beyond the border is of the last square."""
         column, row = (
             np.clip(np.floor((at - corner) / side), 0, count - 1).astype(np.int64)
             for at, corner, side, count in zip((x, y), self.corner, self.side, self.shape[::-1], strict=True)
@@ -49,34 +49,34 @@ class _Cells(NamedTuple):
 def write_density(nuclei: Path, out: Path, options: Export) -> Exported:
     """nuclei.parquet -> the folder `out` with density.ome.tif and density.geojson.
 
-    Cells are squares of `options.density_um` from the corner of the slide's bounds if `options.crop`, else of the whole
-    slide. A nucleus counts in the cell of its centroid. Channels, float32: nuclei per mm2 of the cell, their mean area
-    in um2, and the fraction of each class; NaN in a cell without nuclei, where the first is 0.
-    Tiles are the cells with nuclei, in slide px from the same corner.
-    Law: the sum of density times area over all cells is the number of nuclei.
+    Squares have sides of `options.density_um`, from the corner of the slide's bounds if `options.crop`, else of the
+    whole slide. A nucleus counts in the square of its centroid. Channels, float32: nuclei per mm2 of the square, their
+    mean area in um2, and the fraction of each class; NaN in a square without nuclei, where the first is 0.
+    Tiles are the squares with nuclei, in slide px from the same corner.
+    Law: the sum of density times area over all squares is the number of nuclei.
     """
     provenance = read_provenance(nuclei)
-    cells = _cells(provenance, options)
+    squares = _squares(provenance, options)
     classes = sorted(provenance.colours)
-    counts, area_um2 = np.zeros((len(classes), math.prod(cells.shape)), np.int64), np.zeros(math.prod(cells.shape))
+    counts, area_um2 = np.zeros((len(classes), math.prod(squares.shape)), np.int64), np.zeros(math.prod(squares.shape))
     for rows in iter_nuclei(nuclei, ["class", "area_um2", "centroid_x", "centroid_y"]):
-        cell = cells.of(rows["centroid_x"].to_numpy(), rows["centroid_y"].to_numpy())
+        square = squares.of(rows["centroid_x"].to_numpy(), rows["centroid_y"].to_numpy())
         class_index = pc.index_in(rows["class"], pa.array(classes, pa.string())).to_numpy()
-        np.add.at(counts, (class_index, cell), 1)
-        area_um2 += np.bincount(cell, rows["area_um2"].to_numpy(), len(area_um2))
-    mm2 = np.outer(np.diff(cells.edges_y), np.diff(cells.edges_x)).ravel() * math.prod(provenance.um_per_px) / 1e6
+        np.add.at(counts, (class_index, square), 1)
+        area_um2 += np.bincount(square, rows["area_um2"].to_numpy(), len(area_um2))
+    mm2 = np.outer(np.diff(squares.edges_y), np.diff(squares.edges_x)).ravel() * math.prod(provenance.um_per_px) / 1e6
     total = counts.sum(0)
     some = np.where(total > 0, total, np.nan)
     channels = {_PER_MM2: total / mm2, _AREA: area_um2 / some}
     channels |= {f"{name} fraction": count / some for name, count in zip(classes, counts, strict=True)}
     with committed(out) as partial:
         partial.mkdir()
-        _write_picture(partial / DENSITY[0], channels, cells, options.density_um, provenance)
-        _write_tiles(partial / DENSITY[1], {"Nuclei": total, **channels}, cells, provenance)
+        _write_picture(partial / DENSITY[0], channels, squares, options.density_um, provenance)
+        _write_tiles(partial / DENSITY[1], {"Nuclei": total, **channels}, squares, provenance)
     return Exported(int(total.sum()))
 
 
-def _cells(provenance: Provenance, options: Export) -> _Cells:
+def _squares(provenance: Provenance, options: Export) -> _Squares:
     area = provenance.bounds if options.crop else Box(0, 0, *provenance.size)
     side = options.density_um / provenance.um_per_px[0], options.density_um / provenance.um_per_px[1]
     columns, rows = (max(1, math.ceil(extent / step)) for extent, step in zip(area.size, side, strict=True))
@@ -84,11 +84,11 @@ def _cells(provenance: Provenance, options: Export) -> _Cells:
         np.minimum(np.arange(count + 1) * step, extent)
         for count, step, extent in zip((columns, rows), side, area.size, strict=True)
     )
-    return _Cells(origin(provenance, options.crop), side, (rows, columns), edges_x, edges_y)
+    return _Squares(origin(provenance, options.crop), side, (rows, columns), edges_x, edges_y)
 
 
 def _write_picture(
-    path: Path, channels: Mapping[str, Floats], cells: _Cells, side_um: float, provenance: Provenance
+    path: Path, channels: Mapping[str, Floats], squares: _Squares, side_um: float, provenance: Provenance
 ) -> None:
     """OME-TIFF, float32 (channels, rows, columns). Equal content gives equal bytes."""
     import tifffile  # only this format needs it
@@ -100,7 +100,7 @@ def _write_picture(
         **{f"PhysicalSize{axis}": side_um for axis in "XY"},
         **{f"PhysicalSize{axis}Unit": "\u00b5m" for axis in "XY"},
     }
-    planes = np.stack(list(channels.values())).reshape(len(channels), *cells.shape).astype(np.float32)
+    planes = np.stack(list(channels.values())).reshape(len(channels), *squares.shape).astype(np.float32)
     tifffile.imwrite(
         path,
         planes,
@@ -113,19 +113,19 @@ def _write_picture(
     )
 
 
-def _write_tiles(path: Path, values: Mapping[str, Floats], cells: _Cells, provenance: Provenance) -> None:
-    """A FeatureCollection of QuPath's tiles, one a line, a row of cells at a time."""
+def _write_tiles(path: Path, values: Mapping[str, Floats], squares: _Squares, provenance: Provenance) -> None:
+    """A FeatureCollection of QuPath's tiles, one a line: the squares that hold nuclei."""
     with path.open("w", encoding="utf-8", newline="\n") as file:
         file.write('{"type":"FeatureCollection","features":[')
         separator = "\n"
-        for cell in np.flatnonzero(values["Nuclei"]).tolist():
-            row, column = divmod(cell, cells.shape[1])
-            (x0, x1), (y0, y1) = cells.edges_x[column : column + 2], cells.edges_y[row : row + 2]
+        for square in np.flatnonzero(values["Nuclei"]).tolist():
+            row, column = divmod(square, squares.shape[1])
+            (x0, x1), (y0, y1) = squares.edges_x[column : column + 2], squares.edges_y[row : row + 2]
             ring = [[round(x, 2), round(y, 2)] for x, y in ((x0, y0), (x1, y0), (x1, y1), (x0, y1), (x0, y0))]
-            measurements = {name: float(f"{column_values[cell]:.6g}") for name, column_values in values.items()}
+            measurements = {name: float(f"{column_values[square]:.6g}") for name, column_values in values.items()}
             tile = {
                 "type": "Feature",
-                "id": str(_id(provenance, f"{cells.side} {cells.corner} {cell}")),
+                "id": str(_id(provenance, f"{squares.side} {squares.corner} {square}")),
                 "geometry": {"type": "Polygon", "coordinates": [ring]},
                 "properties": {"objectType": "tile", "measurements": measurements},
             }

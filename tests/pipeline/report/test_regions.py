@@ -54,9 +54,9 @@ def test_the_density_of_a_slide_is_drawn(tmp_path) -> None:
     picture = Image.open(io.BytesIO(base64.b64decode(result.density_map.partition(",")[2])))
     pixels = np.asarray(picture.convert("RGB")).reshape(-1, 3)
     assert max(picture.size) > 100
-    assert pixels.min(0).tolist() == [45, 17, 86]  # the densest cell
-    assert pixels.max(0).tolist() == [255, 255, 255]  # cells without nuclei
-    assert result.densest >= 100  # a nucleus in a cell of 100 um
+    assert pixels.min(0).tolist() == [45, 17, 86]  # the densest square
+    assert pixels.max(0).tolist() == [255, 255, 255]  # squares without nuclei
+    assert result.densest >= 100  # a nucleus in a square of 100 um
     assert result.density_map in write_report(folder, [ROW]).read_text()
     (slide.export("density") / "density.ome.tif").write_bytes(b"nothing")
     assert read_results(folder, [ROW])[0].density_map == ""

@@ -50,8 +50,8 @@ def tiles(folder: Path) -> list[dict[str, Any]]:
     return list(content["features"])
 
 
-def test_cells_counted_by_hand(tmp_path: Path) -> None:
-    """3 x 2 cells of 40 um, those at the right 10 um wide, those below 10 um high; one on a border, one beyond it."""
+def test_squares_counted_by_hand(tmp_path: Path) -> None:
+    """3 x 2 squares of 40 um, those at the right 10 um wide, those below 10 um high; one on a border, one beyond it."""
     centres = [(5, 5), (39.5, 5), (40, 5), (85, 45), (95, 45)]
     nuclei = table(tmp_path / "n.parquet", centres, [1, 2, 1, 1, 1], ["A", "B", "B", "A", "A"])
     assert write_density(nuclei, tmp_path / "density", Export(density_um=40.0)).written == 5
@@ -64,8 +64,8 @@ def test_cells_counted_by_hand(tmp_path: Path) -> None:
         "SizeC": "4",
     }
     nan = np.nan
-    per_cell = 1e6 / 1600  # of one nucleus in a whole cell
-    np.testing.assert_allclose(channels[0], [[2 * per_cell, per_cell, 0], [0, 0, 2e6 / 100]])
+    per_square = 1e6 / 1600  # of one nucleus in a whole square
+    np.testing.assert_allclose(channels[0], [[2 * per_square, per_square, 0], [0, 0, 2e6 / 100]])
     np.testing.assert_allclose(channels[1], [[(4 + 16) / 2, 4, nan], [nan, nan, 4]])
     np.testing.assert_allclose(channels[2], [[0.5, 0, nan], [nan, nan, 1]])
     np.testing.assert_allclose(channels[3], [[0.5, 1, nan], [nan, nan, 0]])
@@ -88,7 +88,7 @@ def test_cells_counted_by_hand(tmp_path: Path) -> None:
     assert len({t["id"] for t in (first, second, third)}) == 3
 
 
-def test_uncropped_cells_start_at_the_corner_of_the_whole_slide(tmp_path: Path) -> None:
+def test_uncropped_squares_start_at_the_corner_of_the_whole_slide(tmp_path: Path) -> None:
     nuclei = table(tmp_path / "n.parquet", [(5, 5)], [1], ["A"])
     write_density(nuclei, tmp_path / "density", Export(density_um=100.0, crop=False))
     assert picture(tmp_path / "density")[0].shape == (4, 1, 2)
@@ -100,7 +100,7 @@ def test_uncropped_cells_start_at_the_corner_of_the_whole_slide(tmp_path: Path) 
 def test_density_times_area_is_the_number_of_nuclei(
     side_um: float, crop: bool, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """Law, whatever the size of the cells; and tiles and picture say the same."""
+    """Law, whatever the size of the squares; and tiles and picture say the same."""
     folder = tmp_path_factory.mktemp("density")
     nuclei = write(folder / "n.parquet", blobs(60))
     write_density(nuclei, folder / "density", Export(density_um=side_um, crop=crop))
@@ -123,7 +123,7 @@ def test_a_slide_without_nuclei_has_a_picture_and_no_tiles(tmp_path: Path) -> No
     assert tiles(tmp_path / "density") == []
 
 
-def test_other_cells_are_another_export(tmp_path: Path) -> None:
+def test_other_squares_are_another_export(tmp_path: Path) -> None:
     nuclei = write(tmp_path / "n.parquet", blobs(20))
     sums = set()
     for side in (50.0, 100.0, 50.0):
