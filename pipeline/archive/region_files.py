@@ -13,7 +13,6 @@ from pipeline.segment.geojson import image_name
 from pipeline.segment.regions import RegionFile
 from pipeline.text import printable
 
-NO_FILE = "no file of regions has their name"
 _SHOWN = 10  # slides in a message
 
 
@@ -37,11 +36,12 @@ def match_regions(folder: str, slides: Mapping[str, Path]) -> Matches:
     if not root.is_dir():
         raise RunError(f"regions={folder} is no folder: need one with QuPath's GeoJSON files, named after the slides")
     exports = _exports(root)
-    found = {name: next((k for k in _keys(name, path, root) if k in exports), None) for name, path in slides.items()}
     fitting: dict[str, list[str]] = defaultdict(list)
-    for name, key in found.items():
-        if key is not None:
-            fitting[key].append(name)
+    for name, path in slides.items():
+        for key in _keys(name, path, root):
+            if key in exports:
+                fitting[key].append(name)
+                break
     if not fitting:
         example = min(slides.values()).name
         raise RunError(
@@ -50,10 +50,11 @@ def match_regions(folder: str, slides: Mapping[str, Path]) -> Matches:
         )
     matches = Matches({}, {})
     for key, names in fitting.items():
-        files, rivals = exports[key], [slides[name].name for name in names]
-        for name in names:
+        files = exports[key]
+        rivals = [(Path(name).parent / slides[name].name).as_posix() for name in names]
+        for name, slide in zip(names, rivals, strict=True):
             if len(names) > 1:
-                rule = f"{files[0]} fits {' and '.join(rivals)}: need one for each, such as {slides[name].name}.geojson"
+                rule = f"{files[0]} fits {' and '.join(rivals)}: need one for each, such as {slide}.geojson"
                 matches.problems[name] = printable(rule)
             elif len(files) > 1:
                 matches.problems[name] = printable(f"regions are in {' and in '.join(map(str, files))}: need one file")
@@ -95,13 +96,14 @@ def with_regions(archive: Archive, regions: config.Regions) -> Archive:
     files, problems = match_regions(regions.folder, slides)
     sources = []
     for source in archive.sources:
-        skip = "" if source.name in files or source.name in problems else f"no file of regions in {regions.folder}"
-        problem = source.problem or problems.get(source.name, "")
-        sources.append(source._replace(regions=files.get(source.name), problem=problem, skip=skip))
+        file, problem = files.get(source.name), source.problem or problems.get(source.name, "")
+        skip = "" if file or problem else f"no file of regions in {regions.folder}"
+        sources.append(source._replace(regions=file, problem=problem, skip=skip))
     skipped = [source.name for source in sources if source.skip]
     shown = ", ".join(skipped[:_SHOWN]) + (", ..." if len(skipped) > _SHOWN else "")
-    lines = (f"{len(skipped)} slides are skipped, as {NO_FILE} in {regions.folder}: {shown}",) if skipped else ()
-    return archive._replace(sources=tuple(sources), unread=(*archive.unread, *lines))
+    are, them = ("slide is", "it") if len(skipped) == 1 else ("slides are", "them")
+    line = f"{len(skipped)} {are} skipped, as {regions.folder} has no regions of {them}: {shown}"
+    return archive._replace(sources=tuple(sources), unread=(*archive.unread, *([line] if skipped else [])))
 
 
 def region_file(source: Source, regions: config.Regions) -> RegionFile | None:

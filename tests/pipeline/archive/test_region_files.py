@@ -66,6 +66,15 @@ def test_a_file_that_fits_two_slides_is_given_to_neither(tmp_path: Path) -> None
     assert matched(tmp_path, slides) == Matches({"x": tmp_path / "x.geojson", "x.tif": tmp_path / "x.tif.geojson"}, {})
 
 
+def test_slides_of_one_name_in_two_folders_need_files_in_these(tmp_path: Path) -> None:
+    made(tmp_path, "x.geojson")
+    slides = {"a/x": Path("/scans/a/x.svs"), "b/x": Path("/scans/b/x.svs")}
+    words = f"{tmp_path}/x.geojson fits a/x.svs and b/x.svs: need one for each, such as b/x.svs.geojson"
+    assert matched(tmp_path, slides).problems["b/x"] == words
+    made(tmp_path, "b/x.svs.geojson")
+    assert matched(tmp_path, slides).files == {"a/x": tmp_path / "x.geojson", "b/x": tmp_path / "b/x.svs.geojson"}
+
+
 def test_two_files_of_a_slide_are_a_problem(tmp_path: Path) -> None:
     made(tmp_path, "z.geojson", "z.zip", "x.geojson")
     files, problems = matched(tmp_path)
@@ -99,6 +108,8 @@ def test_slides_of_a_run_without_regions_are_skipped_and_named(tmp_path: Path) -
     assert "need one file" in z.problem
     assert archive.unread == (
         "one folder",
-        f"1 slides are skipped, as no file of regions has their name in {tmp_path}: b/y",
+        f"1 slide is skipped, as {tmp_path} has no regions of it: b/y",
     )
+    bad = Source(Path("/scans/b/y.tif"), "b/y", GivenScale(), "its row is wrong")
+    assert with_regions(Archive((x, bad), 0), config.Regions(str(tmp_path))).sources[1] == bad  # it fails all the same
     assert with_regions(Archive(sources, 0), config.Regions()) == Archive(sources, 0)

@@ -89,7 +89,7 @@ def test_a_slide_without_regions_is_skipped_and_said(place: Path) -> None:
     rows = segment(place)
     assert (rows["y"].status, rows["y"].cause) == ("skipped", f"no file of regions in {place}/drawn")
     assert not (place / "out" / "y").exists()
-    assert "WARNING: 1 slides are skipped, as no file of regions has their name" in (place / "said.txt").read_text()
+    assert f"WARNING: 1 slide is skipped, as {place}/drawn has no regions of it: y" in (place / "said.txt").read_text()
     assert [row["status"] for row in read_ledger(RunFolder(place / "out"))] == ["done", "skipped"]
     assert "skipped" in (place / "out" / "report.html").read_text()
 
@@ -184,7 +184,7 @@ def test_plan_counts_the_tissue_in_regions(place: Path, capsys: pytest.CaptureFi
     assert "NOTE: restricted to 2 regions of x.geojson" in "\n".join(drawn)
     assert sum(line.startswith(("x ", "y ")) for line in whole) == 2
     assert sum(line.startswith(("x ", "y ")) for line in drawn) == 1
-    assert any("1 slides are skipped" in line for line in drawn)
+    assert any("1 slide is skipped" in line for line in drawn)
 
 
 def test_run_and_measure_count_the_same(place: Path) -> None:
