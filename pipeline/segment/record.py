@@ -67,7 +67,7 @@ class SlideRecord:
     """A slide's row in the ledger."""
 
     slide: str
-    status: str  # done, done before, failed, interrupted, locked (another run has it), waiting
+    status: str  # done, done before, skipped, failed, interrupted, locked (another run has it), waiting
     cause: str = ""
     mpp: float = 0.0
     mpp_source: str = ""

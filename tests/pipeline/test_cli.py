@@ -67,6 +67,7 @@ def test_the_settings_stand_in_groups_with_the_common_ones_first(
         "Stain",
         "Detector",
         "Stitching",
+        "Regions",
         "Export",
         "Execution",
     )
@@ -81,6 +82,7 @@ def test_no_flag_has_a_negative_that_reads_badly(capsys: pytest.CaptureFixture[s
     out = "".join(said(capsys, command, "--help")[1] for command in OWN_COMMANDS)
     assert set(re.findall(r"--\S*\b(?:no|empty)-[\w-]+", out)) == {
         "--export.no-crop",
+        "--regions.no-crop",
         "--no-crop",
         "--no-cluster",
         "--no-wait",

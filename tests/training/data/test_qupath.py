@@ -20,12 +20,12 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pipeline.config import Export
-from pipeline.segment import export, tables
+from pipeline.errors import AnnotationError
+from pipeline.segment import export, geojson, tables
 from pipeline.segment.polygons import from_masks, rasterise
 from slides.geometry import Box, Size
-from training.data import qupath
 from training.data.datasets import read_dataset
-from training.data.sample import AnnotationError, Dataset, LabelledImage
+from training.data.sample import Dataset, LabelledImage
 
 RGB = np.random.default_rng(0).integers(0, 256, (12, 12, 3), dtype=np.uint8)
 MAPS = arrays(np.uint8, (12, 12), elements=st.sampled_from([0, 0, 1, 2, 3]))
@@ -201,10 +201,10 @@ def test_a_file_that_unpacks_without_end_is_refused(
     picture(tmp_path / "x.png")
     save(tmp_path / "x", " " * 100_000 + "[]")
     assert max(p.stat().st_size for p in tmp_path.iterdir()) < 2000
-    monkeypatch.setattr(qupath, "_LARGEST_UNPACKED", 50_000)
+    monkeypatch.setattr(geojson, "_LARGEST_UNPACKED", 50_000)
     with pytest.raises(AnnotationError, match="unpacks to more than 50000 bytes: need at most that"):
         read_dataset(tmp_path, mpp=0.25)
-    monkeypatch.setattr(qupath, "_LARGEST_UNPACKED", 100_002)
+    monkeypatch.setattr(geojson, "_LARGEST_UNPACKED", 100_002)
     assert read_dataset(tmp_path, mpp=0.25).images[0].read().labels.max() == 0
 
 
