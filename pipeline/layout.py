@@ -5,8 +5,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-EXPORTS = {"qupath": "nuclei.geojson.zip", "csv": "nuclei.csv"}
-"Files made from nuclei.parquet, by the name of their format."
+EXPORTS = {
+    "qupath": "nuclei.geojson.zip",
+    "csv": "nuclei.csv",
+    "ngff": "nuclei.ome.zarr",
+    "dsa": "nuclei.dsa",
+    "dicom": "nuclei.dicom",
+}
+"Files and folders made from nuclei.parquet, by the name of their format."
 
 LEASE = ".lease"  # hidden, as a slide's folder may hold the folders of other slides, whatever their names
 

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import files
-from pipeline.config import STRIDES, Architecture, Settings, Stain, Tiling, side_step
+from pipeline.config import STRIDES, Architecture, Export, Settings, Stain, Tiling, side_step
 from pipeline.errors import RunError
 from pipeline.layout import LEASE, RunFolder
 from pipeline.model.load import stain_files
 from pipeline.model.weights import check_content, detector_architecture, find_weights, read_notes
+from pipeline.segment.export import check_installed
 from pipeline.segment.slide_stain import template_stain
 
 VERSIONED = (
@@ -52,7 +53,7 @@ def resolve(settings: Settings) -> Settings:
     stain = _resolved(stain)
     # a template that shows no stain is refused before anything is started
     template_stain(stain, settings.tissue, settings.tiling.mpp)
-    return dataclasses.replace(settings, detector=detector, stain=stain)
+    return dataclasses.replace(settings, detector=detector, stain=stain, export=_resolved_export(settings.export))
 
 
 def _resolved(stain: Stain) -> Stain:
@@ -65,6 +66,14 @@ def _resolved(stain: Stain) -> Stain:
         sha256 = check_content(files["template"], stain.template_sha256)
         stain = dataclasses.replace(stain, template=str(files["template"]), template_sha256=sha256)
     return stain
+
+
+def _resolved_export(export: Export) -> Export:
+    """The exports, with a path that means the same to every worker. Raises ConfigError where a package is missing."""
+    check_installed(export)
+    if not export.dicom_reference:
+        return export
+    return dataclasses.replace(export, dicom_reference=os.path.abspath(export.dicom_reference))
 
 
 def _check_fit(tiling: Tiling, architecture: Architecture, weights: str) -> None:
