@@ -190,7 +190,13 @@ class Stitching:
         require(self.simplify_px >= 0, f"simplify-px={self.simplify_px}: need 0 or more")
 
 
-ExportFormat = Literal["qupath", "csv", "ngff", "dsa", "dicom"]
+ExportFormat = Literal[
+    "qupath",
+    "csv",
+    "ngff",
+    "dsa",
+    "dicom",
+]
 
 
 @dataclass(frozen=True)
@@ -200,7 +206,12 @@ class Export:
     formats: Annotated[
         tuple[ExportFormat, ...], Parameter(negative="", show_default=lambda names: ", ".join(names))
     ] = ("qupath",)
-    "Files to write beside nuclei.parquet: qupath (nuclei.geojson.zip), csv (nuclei.csv), ngff (nuclei.ome.zarr), dsa (nuclei.dsa), dicom (nuclei.dicom); repeat the flag for several."
+    """Files to write beside nuclei.parquet; repeat the flag for several:
+    qupath (nuclei.geojson.zip),
+    csv (nuclei.csv),
+    ngff (nuclei.ome.zarr, for napari),
+    dsa (nuclei.dsa, for the Digital Slide Archive),
+    dicom (nuclei.dicom)."""
     crop: bool = True
     "Coordinates relative to the slide's bounds, to which QuPath's OpenSlide reader crops; else to the corner of the whole slide."
     dicom_reference: str = ""

@@ -107,7 +107,7 @@ def complete(path: Path, size: Size) -> Path:
     image.PatientBirthDate, image.PatientSex = "19500102", "F"
     image.StudyDate, image.StudyTime, image.StudyID, image.AccessionNumber = "20240506", "070809", "S1", "A1"
     image.ContentDate, image.ContentTime = "20240507", "101112"
-    image.FrameOfReferenceUID, image.Modality = "1.2.9", "SM"
+    image.FrameOfReferenceUID, image.Modality, image.Manufacturer = "1.2.9", "SM", "Scanners"
     image.ContainerIdentifier, image.IssuerOfTheContainerIdentifierSequence = "C1", []
     container, specimen = pydicom.Dataset(), pydicom.Dataset()
     container.CodeValue, container.CodingSchemeDesignator, container.CodeMeaning = "258661006", "SCT", "Slide"

@@ -17,7 +17,7 @@ from pipeline.errors import RunError
 from pipeline.layout import LEASE, RunFolder
 from pipeline.model.load import stain_files
 from pipeline.model.weights import check_content, detector_architecture, find_weights, read_notes
-from pipeline.segment.export import check_installed
+from pipeline.segment.export import check_formats
 from pipeline.segment.slide_stain import template_stain
 
 VERSIONED = (
@@ -70,7 +70,7 @@ def _resolved(stain: Stain) -> Stain:
 
 def _resolved_export(export: Export) -> Export:
     """The exports, with a path that means the same to every worker. Raises ConfigError where a package is missing."""
-    check_installed(export)
+    check_formats(export.formats)
     if not export.dicom_reference:
         return export
     return dataclasses.replace(export, dicom_reference=os.path.abspath(export.dicom_reference))

@@ -9,7 +9,7 @@ from pipeline import files
 from pipeline.config import Export, ExportFormat
 from pipeline.errors import SlideChanged
 from pipeline.layout import EXPORTS, RESULTS, SlideFolder
-from pipeline.segment.export import FORMATS, Exported, check_installed
+from pipeline.segment.export import FORMATS, Exported, check_formats
 from pipeline.segment.job import Job
 from pipeline.segment.plan import Plan, read_plan
 from pipeline.segment.record import SlideRecord, remarks
@@ -69,7 +69,7 @@ def check_same_source(source: Path, content: Mapping[str, Any]) -> None:
 
 def check_exports(source: Path, name: str, plan: Plan, export: Export) -> None:
     """Raise, before inference, where a wanted format cannot be written. name: of the slide's folder."""
-    check_installed(export)
+    check_formats(export.formats)
     export = _with_source(export, source)
     for check in filter(None, (FORMATS[wanted].check for wanted in export.formats)):
         check(name, plan.size, plan.bounds, export)
@@ -80,7 +80,7 @@ def write_exports(folder: SlideFolder, export: Export, source: Path | None) -> d
 
     source: the slide, where it is known.
     """
-    check_installed(export)
+    check_formats(export.formats)
     export = _with_source(export, source)
     return {name: FORMATS[name].write(folder.nuclei, folder.export(name), export) for name in export.formats}
 

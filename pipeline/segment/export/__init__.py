@@ -4,9 +4,9 @@ Tables are read row group by row group, so memory does not grow with the slide; 
 """
 
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
-from pipeline.config import Export, ExportFormat, require
+from pipeline.config import ExportFormat, require
 from pipeline.segment.export.csv_table import write_csv
 from pipeline.segment.export.dicom import find_reference, write_dicom
 from pipeline.segment.export.dsa import write_dsa
@@ -14,23 +14,23 @@ from pipeline.segment.export.exported import Exported, Format
 from pipeline.segment.export.ngff import write_ngff
 from pipeline.segment.export.qupath import write_qupath
 
-__all__ = ["FORMATS", "Exported", "check_installed", "write_csv", "write_qupath"]
+__all__ = ["FORMATS", "Exported", "check_formats", "write_csv", "write_qupath"]
 
 FORMATS: Mapping[ExportFormat, Format] = {
     "qupath": Format(write_qupath, options=("crop",)),
     "csv": Format(write_csv, options=("crop",)),
     "ngff": Format(write_ngff, options=("crop",)),
     "dsa": Format(write_dsa, options=("crop",)),
-    "dicom": Format(write_dicom, ("dicom_reference",), check=find_reference, package="highdicom", extra="dicom"),
+    "dicom": Format(write_dicom, ("dicom_reference",), "highdicom", "dicom", find_reference),
 }
 "By name; `pipeline.layout.EXPORTS` names the file or folder of each."
 
 
-def check_installed(export: Export) -> None:
-    """Raise ConfigError where a format needs a package that is not installed."""
-    for name in export.formats:
-        _, _, _, package, extra = FORMATS[name]
+def check_formats(names: Iterable[ExportFormat]) -> None:
+    """Raise ConfigError for a format whose package is not installed."""
+    for name in names:
+        package, extra = FORMATS[name].package, FORMATS[name].extra
         require(
             not package or importlib.util.find_spec(package) is not None,
-            f'--formats {name} needs the package {package}, which is not installed: pip install "nightslide[{extra}]"',
+            f'format {name} needs the package {package}, which is not installed: pip install "nightslide[{extra}]"',
         )

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from highdicom.ann import AnnotationGroup, Measurements, MicroscopyBulkSimpleAnnotations
     from pydicom import Dataset
 
-_SHARD = 5  # row groups in a file, of 50,000 nuclei at most
+_SHARD = 2  # row groups in a file, of 50,000 nuclei at most; readers take up to 250,000, and so many need 1.4 GB here
 
 _NAMESPACE = uuid.uuid5(uuid.NAMESPACE_DNS, "nightslide.dicom")
 
@@ -68,7 +68,7 @@ class Reference(NamedTuple):
 
 
 def write_dicom(nuclei: Path, out: Path, options: Export) -> Exported:
-    """nuclei.parquet -> a folder of DICOM files of at most 250,000 annotations each; none for a slide without nuclei.
+    """nuclei.parquet -> a folder of DICOM files of at most 100,000 annotations each; none for a slide without nuclei.
 
     A file has a group of polygons for each class, in float32 pixels of the reference image, with the measurements of
     the table. Patient, study and specimen are copied from that image. Its identifiers follow from the table and
@@ -195,7 +195,9 @@ def _annotations(
         content_time=TM(time or "000000"),
         specific_character_set="ISO_IR 192",
     )
-    del annotations.InstanceCreationDate, annotations.InstanceCreationTime  # now, which is no part of the table
+    # the time of writing, which highdicom adds, would make every file another
+    del annotations.InstanceCreationDate, annotations.InstanceCreationTime
+    del annotations.ContributingEquipmentSequence[-1].ContributionDateTime  # of highdicom itself
     return annotations
 
 

@@ -16,14 +16,14 @@ from pipeline.files import committed
 from pipeline.segment.export.exported import Exported, Rings, finite, open_rings, origin
 from pipeline.segment.tables import NUCLEI, Provenance, geometry, iter_nuclei, read_provenance
 
-_USER = ("id", *(name for name in NUCLEI.names if name not in ("id", "geometry", "class")))
+_MEASUREMENTS = tuple(f.name for f in NUCLEI if pa.types.is_primitive(f.type) and not f.name.startswith("centroid"))
 
 
 def write_dsa(nuclei: Path, out: Path, options: Export) -> Exported:
     """nuclei.parquet -> a folder of annotations of at most 50,000 elements each, to be uploaded to the slide's item.
 
-    An element is a closed polyline with its class as group and label, the colour of the class, and the columns of the
-    table as `user`, numbers that are not finite left out. Coordinates are slide px with two decimals, from the
+    An element is a closed polyline with its class as group and label, the colour of the class, and the nucleus' id and
+    measurements as `user`, numbers that are not finite left out. Coordinates are slide px with two decimals, from the
     corner of the slide's bounds if `options.crop`, as large_image crops to them.
     """
     provenance = read_provenance(nuclei)
@@ -73,6 +73,6 @@ def _points(rings: Rings) -> pa.Array:
 def _user(rows: pa.Table) -> pa.ChunkedArray:
     """ "name": value, ... of every row; a number that is not finite is left out. string (N,)"""
     items = [pc.binary_join_element_wise('"id": "', rows["id"], '"', "")]
-    for name in _USER[1:]:
+    for name in _MEASUREMENTS:
         items.append(pc.binary_join_element_wise(f'"{name}": ', pc.cast(finite(rows[name]), pa.string()), ""))
     return pc.binary_join_element_wise(*items, ", ", null_handling="skip")

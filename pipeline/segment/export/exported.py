@@ -48,9 +48,11 @@ class Format(NamedTuple):
 
     write: Writer
     options: tuple[str, ...]
+    package: str = ""
+    "A package that it needs beside those of the default installation."
+    extra: str = ""
+    "The extra of this project that installs it."
     check: Check | None = None
-    package: str = ""  # that it needs beside the default installation, by the name that it is imported by
-    extra: str = ""  # that installs this package
 
 
 class Rings(NamedTuple):

@@ -6,7 +6,6 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -18,12 +17,13 @@ from nuclei_tables import PROVENANCE, blobs, write
 from pipeline.archive import run as archive_run
 from pipeline.archive.estimate import estimate_slide
 from pipeline.archive.sources import Source
-from pipeline.config import Execution, Export
+from pipeline.config import Execution, Export, Settings
 from pipeline.errors import ConfigError, RunError
 from pipeline.layout import SlideFolder
 from pipeline.model.instances import HostInstances
+from pipeline.model.stain import Normalisation
 from pipeline.segment import tables
-from pipeline.segment.export import FORMATS, check_installed, dicom
+from pipeline.segment.export import FORMATS, check_formats, dicom
 from pipeline.segment.export.dicom import Reference, find_reference, write_dicom
 from pipeline.segment.export.exported import Exported
 from slides.geometry import Box, Size
@@ -78,11 +78,11 @@ def test_the_annotations_read_back_equal(tmp_path: Path, image: Path) -> None:
 
 def test_a_file_holds_so_many_and_no_more(tmp_path: Path, image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tables, "_ROW_GROUP", 10)
-    nuclei = write(tmp_path / "nuclei.parquet", blobs(65))
-    assert write_dicom(nuclei, tmp_path / "ann", Export(dicom_reference=str(image))) == Exported(65)
+    nuclei = write(tmp_path / "nuclei.parquet", blobs(35))
+    assert write_dicom(nuclei, tmp_path / "ann", Export(dicom_reference=str(image))) == Exported(35)
     read = annotations(tmp_path / "ann")
     counts = [sum(group.NumberOfAnnotations for group in file.AnnotationGroupSequence) for file in read]
-    assert counts == [50, 15]
+    assert counts == [20, 15]
     assert [file.InstanceNumber for file in read] == [1, 2]
     assert len({file.SeriesInstanceUID for file in read}) == 1
     assert len({file.SOPInstanceUID for file in read}) == 2
@@ -189,13 +189,13 @@ def test_a_missing_reference_is_named_with_the_remedy(tmp_path: Path, image: Pat
 
 
 def test_a_missing_package_is_named_with_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(FORMATS, "dicom", FORMATS["dicom"]._replace(package="no_such_package"))  # type: ignore[misc]
-    check_installed(Export(formats=("qupath",)))
+    monkeypatch.setitem(FORMATS, "dicom", FORMATS["dicom"]._replace(package="no_such_package"))
+    check_formats(["qupath"])
     with pytest.raises(ConfigError, match=re.escape('pip install "nightslide[dicom]"')):
-        check_installed(Export(formats=("qupath", "dicom")))
+        check_formats(["qupath", "dicom"])
 
 
-def squares(patches: np.ndarray, *_: Any) -> Iterator[HostInstances]:
+def squares(patches: np.ndarray, normalisation: Normalisation, settings: Settings) -> Iterator[HostInstances]:
     """A detector that sees one nucleus in each patch, of 10 x 10 px."""
     box, mask = np.array([[50, 50, 60, 60]], np.float32), np.ones((1, 10, 10), bool)
     one = np.ones(1, np.int64)

@@ -3,7 +3,8 @@
 import dataclasses
 import typing
 
-from nuclei_tables import blobs, write
+import dicom_files
+from nuclei_tables import PROVENANCE, blobs, write
 from pipeline import files
 from pipeline.config import Export
 from pipeline.layout import EXPORTS, SlideFolder
@@ -18,11 +19,12 @@ def test_every_format_that_can_be_chosen_is_there():
 
 def test_the_same_table_gives_the_same_bytes(tmp_path):
     nuclei = write(tmp_path / "nuclei.parquet", blobs(20))
+    image = dicom_files.complete(dicom_files.write(tmp_path / "slide.dcm", "1.2.3"), PROVENANCE.size)
     for name, made in FORMATS.items():
         twice = []
         for attempt in ("first", "second"):
             (tmp_path / attempt).mkdir(exist_ok=True)
-            made.write(nuclei, tmp_path / attempt / EXPORTS[name], Export())
+            made.write(nuclei, tmp_path / attempt / EXPORTS[name], Export(dicom_reference=str(image)))
             twice.append(files.sha256(tmp_path / attempt / EXPORTS[name]))
         assert twice[0] == twice[1], name
 
@@ -34,7 +36,7 @@ def test_the_options_of_a_format_are_settings():
 
 def test_the_chosen_formats_are_written_beside_the_table(tmp_path):
     write(tmp_path / "nuclei.parquet", blobs(20))
-    written = write_exports(SlideFolder(tmp_path), Export(formats=("csv", "qupath")))
+    written = write_exports(SlideFolder(tmp_path), Export(formats=("csv", "qupath")), None)
     assert written == {"csv": Exported(20), "qupath": Exported(20)}
     assert {path.name for path in tmp_path.iterdir()} == {"nuclei.parquet", "nuclei.csv", "nuclei.geojson.zip"}
 
