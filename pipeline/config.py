@@ -214,7 +214,7 @@ class Export:
     dicom (nuclei.dicom)."""
     crop: bool = True
     "Coordinates relative to the slide's bounds, to which QuPath's OpenSlide reader crops; else to the corner of the whole slide."
-    dicom_reference: str = ""
+    dicom_reference: Annotated[str, Parameter(name=["--export.dicom-reference", "--dicom-reference"])] = ""
     "For dicom: folder with a DICOM copy of every slide that is not DICOM itself, as SLIDE.dcm or in a folder SLIDE; without it, the slides must be DICOM."
 
 

@@ -26,6 +26,7 @@ from pipeline.segment import tables
 from pipeline.segment.export import FORMATS, check_formats, dicom
 from pipeline.segment.export.dicom import Reference, find_reference, write_dicom
 from pipeline.segment.export.exported import Exported
+from pipeline.segment.finished import rewrite_exports
 from slides.geometry import Box, Size
 from slides.slide import GivenScale
 
@@ -225,5 +226,9 @@ def test_a_run_refuses_a_slide_without_reference_before_inference(tmp_path: Path
     assert not SlideFolder(tmp_path / "out" / "case7").nuclei.exists()
     (read,) = annotations(SlideFolder(tmp_path / "out" / "a").export("dicom"))
     assert read.ReferencedImageSequence[0].ReferencedSOPInstanceUID.startswith("1.2.3.0.")
+    (file,) = SlideFolder(tmp_path / "out" / "a").export("dicom").iterdir()
+    before = file.read_bytes()
+    rewrite_exports(SlideFolder(tmp_path / "out" / "a"), settings.export)  # finds the slide by slide.json
+    assert file.read_bytes() == before
     source = Source(tmp_path / "slides" / "case7.png", "case7", GivenScale(default_mpp=0.25))
     assert "case7.png is none" in estimate_slide(source, settings, 42.0).problem
