@@ -8,6 +8,8 @@ from pathlib import Path
 EXPORTS = {
     "qupath": "nuclei.geojson.zip",
     "csv": "nuclei.csv",
+    "spatialdata": "nuclei.spatialdata.zarr",
+    "h5ad": "nuclei.h5ad",
     "ngff": "nuclei.ome.zarr",
     "dsa": "nuclei.dsa",
     "dicom": "nuclei.dicom",

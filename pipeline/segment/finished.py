@@ -75,7 +75,7 @@ def check_exports(source: Path, name: str, plan: Plan, export: Export) -> None:
         check(name, plan.size, plan.bounds, export)
 
 
-def write_exports(folder: SlideFolder, export: Export, source: Path | None) -> dict[str, Exported]:
+def write_exports(folder: SlideFolder, export: Export, source: Path | None = None) -> dict[str, Exported]:
     """The files for other tools, from the folder's nuclei.parquet, by the names of their formats.
 
     source: the slide, where it is known.

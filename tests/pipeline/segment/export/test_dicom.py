@@ -1,7 +1,6 @@
 """DICOM annotations, read back by highdicom and checked by dciodvfy where it is installed."""
 
 import dataclasses
-import re
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -18,12 +17,12 @@ from pipeline.archive import run as archive_run
 from pipeline.archive.estimate import estimate_slide
 from pipeline.archive.sources import Source
 from pipeline.config import Execution, Export, Settings
-from pipeline.errors import ConfigError, RunError
+from pipeline.errors import RunError
 from pipeline.layout import SlideFolder
 from pipeline.model.instances import HostInstances
 from pipeline.model.stain import Normalisation
 from pipeline.segment import tables
-from pipeline.segment.export import FORMATS, check_formats, dicom
+from pipeline.segment.export import dicom
 from pipeline.segment.export.dicom import Reference, find_reference, write_dicom
 from pipeline.segment.export.exported import Exported
 from pipeline.segment.finished import rewrite_exports
@@ -187,13 +186,6 @@ def test_a_missing_reference_is_named_with_the_remedy(tmp_path: Path, image: Pat
     shutil.copy(image, image.with_name("copy.dcm"))
     with pytest.raises(RunError, match="case7 has 2 DICOM images of its size"):
         where(image)
-
-
-def test_a_missing_package_is_named_with_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(FORMATS, "dicom", FORMATS["dicom"]._replace(package="no_such_package"))
-    check_formats(["qupath"])
-    with pytest.raises(ConfigError, match=re.escape('pip install "nightslide[dicom]"')):
-        check_formats(["qupath", "dicom"])
 
 
 def squares(patches: np.ndarray, normalisation: Normalisation, settings: Settings) -> Iterator[HostInstances]:

@@ -1,4 +1,11 @@
-"""The label images, read by Zarr, ome-zarr-models, and ome-zarr-py and napari's reader where they are installed."""
+"""The label images, read by Zarr, ome-zarr-models, and ome-zarr-py and napari's reader where they are installed.
+
+These two are no packages of the development group: the one replaces python-dateutil by an older one, the other brings
+seventy packages. Their tests:
+
+    PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 uv run --isolated --with ome-zarr --with napari-ome-zarr pytest \\
+        tests/pipeline/segment/export/test_ngff.py
+"""
 
 import dataclasses
 from pathlib import Path
@@ -155,7 +162,7 @@ def test_ome_zarr_models_validates_both_images(labels: Path) -> None:
 
 
 def test_ome_zarr_py_opens_both_images(labels: Path) -> None:
-    pytest.importorskip("ome_zarr", reason="ome-zarr is not installed: it needs an older python-dateutil than others")
+    pytest.importorskip("ome_zarr", reason="ome-zarr is not installed")
     from ome_zarr.io import parse_url
     from ome_zarr.reader import Label, Multiscales, Reader
 
@@ -169,7 +176,7 @@ def test_ome_zarr_py_opens_both_images(labels: Path) -> None:
 
 @pytest.mark.filterwarnings("default")  # of the packages that napari imports
 def test_napari_opens_both_images_as_labels(labels: Path) -> None:
-    pytest.importorskip("napari_ome_zarr", reason="napari-ome-zarr is not installed: it needs seventy other packages")
+    pytest.importorskip("napari_ome_zarr", reason="napari-ome-zarr is not installed")
     from napari_ome_zarr import napari_get_reader
 
     layers = napari_get_reader(str(labels))(str(labels))
