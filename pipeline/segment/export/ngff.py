@@ -54,13 +54,11 @@ def write_ngff(nuclei: Path, out: Path, options: Export) -> Exported:
     with committed(out) as partial:
         levels = _create(partial, provenance, box.size)
         scratch = partial / "outlines.arrow"
-        outlines = _sort(nuclei, box, scratch, sorted(provenance.colours))
+        outlines = _sort_by_shard(nuclei, box, scratch, sorted(provenance.colours))
         with pa.OSFile(str(scratch)) as file:
-            pyramid = _Pyramid(levels, outlines, _reader(file, box))
-            pyramid.write()
+            written = _Pyramid(levels, outlines, _rasteriser(file, box)).write()
         scratch.unlink()
-    written = int(pyramid.drawn[1:].sum())
-    return Exported(written, dropped=len(pyramid.drawn) - 1 - written)
+    return Exported(written, dropped=len(outlines.class_of) - 1 - written)
 
 
 # ------------------------------------------------------------------------------------------------ metadata
@@ -136,7 +134,7 @@ class _Sorted(NamedTuple):
     class_of: NDArray[np.uint8]  # (nuclei + 1,), 0 for label 0
 
 
-def _sort(nuclei: Path, box: Box, scratch: Path, classes: list[str]) -> _Sorted:
+def _sort_by_shard(nuclei: Path, box: Box, scratch: Path, classes: list[str]) -> _Sorted:
     """Write the outlines to `scratch`, a batch for each shard that those of a row group reach into.
 
     The table is read once, whatever the order of its rows; a shard has its outlines in that order.
@@ -180,7 +178,7 @@ def _places(bounds: Floats, box: Box) -> tuple[NDArray[np.int64], NDArray[np.int
 Rasterise = Callable[[Place, list[int]], Labels]
 
 
-def _reader(file: pa.NativeFile, box: Box) -> Rasterise:
+def _rasteriser(file: pa.NativeFile, box: Box) -> Rasterise:
     """A function of a shard and of its batches in the scratch file, which gives the labels in this shard."""
     batches = pa.ipc.open_file(file)
 
@@ -208,15 +206,18 @@ class _Pyramid:
     outlines: _Sorted
     labels_in: Rasterise
 
-    def write(self) -> None:
-        """Write what is not empty."""
-        self.drawn = np.zeros(len(self.outlines.class_of), np.bool_)  # by label: whether it has a pixel of level 0
+    def __post_init__(self) -> None:
+        self._drawn = np.zeros(len(self.outlines.class_of), np.bool_)  # by label: whether a pixel of level 0 has it
         self._occupied = [
             {(row >> level, column >> level) for row, column in self.outlines.batches}
             for level in range(len(self.levels))
         ]
+
+    def write(self) -> int:
+        """Write what is not empty. Returns the number of nuclei that have a pixel of level 0."""
         for place in sorted(self._occupied[-1]):
             self._shard(len(self.levels) - 1, place)
+        return int(self._drawn[1:].sum())
 
     def _shard(self, level: int, place: Place) -> Labels | None:
         """Write a shard and what lies below it in finer levels; None where nothing does.
@@ -227,9 +228,6 @@ class _Pyramid:
             return None
         if level == 0:
             firsts = taken = self.labels_in(place, self.outlines.batches[place])
-            height, width = self.levels[0].nuclei.shape
-            inside = taken[: height - place[0] * _SHARD, : width - place[1] * _SHARD]
-            self.drawn[inside] = True
         else:
             firsts, taken = self._from_finer(level, place)
         self._store(level, place, taken)
@@ -250,6 +248,8 @@ class _Pyramid:
         nuclei, classes = self.levels[level]
         top, left = place[0] * _SHARD, place[1] * _SHARD
         inside = labels[: nuclei.shape[0] - top, : nuclei.shape[1] - left]
+        if level == 0:
+            self._drawn[inside] = True
         if inside.any():
             where = np.s_[top : top + inside.shape[0], left : left + inside.shape[1]]
             nuclei[where], classes[where] = inside, self.outlines.class_of[inside]
