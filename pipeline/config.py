@@ -210,6 +210,9 @@ ExportFormat = Literal[
     "csv",
     "spatialdata",
     "h5ad",
+    "ngff",
+    "dsa",
+    "dicom",
     "density",
 ]
 
@@ -226,11 +229,16 @@ class Export:
     csv (nuclei.csv),
     spatialdata (nuclei.spatialdata.zarr),
     h5ad (nuclei.h5ad, for AnnData),
+    ngff (nuclei.ome.zarr, for napari),
+    dsa (nuclei.dsa, for the Digital Slide Archive),
+    dicom (nuclei.dicom),
     density (density/)."""
     crop: bool = True
     "Coordinates relative to the slide's bounds, to which QuPath's OpenSlide reader crops; else to the corner of the whole slide."
     cells: float = 0.0
     "qupath: grow every nucleus by so many um into a cell, never into another; 0: the nuclei themselves."
+    dicom_reference: Annotated[str, Parameter(name=["--export.dicom-reference", "--dicom-reference"])] = ""
+    "dicom: folder with a DICOM copy of every slide that is not DICOM itself, as SLIDE.dcm or in a folder SLIDE; without it, the slides must be DICOM."
     density_um: float = 100.0
     "density: side of the squares into which the slide is divided, um."
 

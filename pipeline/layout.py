@@ -10,6 +10,9 @@ EXPORTS = {
     "csv": "nuclei.csv",
     "spatialdata": "nuclei.spatialdata.zarr",
     "h5ad": "nuclei.h5ad",
+    "ngff": "nuclei.ome.zarr",
+    "dsa": "nuclei.dsa",
+    "dicom": "nuclei.dicom",
     "density": "density",
 }
 "Files and folders made from nuclei.parquet, by the name of their format."

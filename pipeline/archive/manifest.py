@@ -52,7 +52,10 @@ def resolve(settings: Settings) -> Settings:
     stain = _resolved(stain)
     # a template that shows no stain is refused before anything is started
     template_stain(stain, settings.tissue, settings.tiling.mpp)
-    return dataclasses.replace(settings, detector=detector, stain=stain)
+    export = settings.export
+    if export.dicom_reference:  # so that it is the same folder to every worker
+        export = dataclasses.replace(export, dicom_reference=os.path.abspath(export.dicom_reference))
+    return dataclasses.replace(settings, detector=detector, stain=stain, export=export)
 
 
 def _resolved(stain: Stain) -> Stain:

@@ -11,7 +11,7 @@ from pipeline.errors import SlideChanged
 from pipeline.layout import EXPORTS, RESULTS, SlideFolder
 from pipeline.segment.export import FORMATS, Exported, check_formats
 from pipeline.segment.job import Job
-from pipeline.segment.plan import read_plan
+from pipeline.segment.plan import Plan, read_plan
 from pipeline.segment.record import SlideRecord, remarks
 from pipeline.segment.summary import summarise
 from slides.slide import open_slide
@@ -82,10 +82,29 @@ def _regions(job: Job) -> dict[str, Any] | None:
 # --------------------------------------------------------------------------------------- files of results
 
 
-def write_exports(folder: SlideFolder, export: Export) -> dict[str, Exported]:
-    """The files for other tools, from the folder's nuclei.parquet, by the names of their formats."""
+def check_exports(source: Path, name: str, plan: Plan, export: Export) -> None:
+    """Raise, before inference, where a wanted format cannot be written. name: of the slide's folder."""
     check_formats(export.formats)
+    export = _with_source(export, source)
+    for check in filter(None, (FORMATS[wanted].check for wanted in export.formats)):
+        check(name, plan.size, plan.bounds, export)
+
+
+def write_exports(folder: SlideFolder, export: Export, source: Path | None = None) -> dict[str, Exported]:
+    """The files for other tools, from the folder's nuclei.parquet, by the names of their formats.
+
+    source: the slide, where it is known.
+    """
+    check_formats(export.formats)
+    export = _with_source(export, source)
     return {name: FORMATS[name].write(folder.nuclei, folder.export(name), export) for name in export.formats}
+
+
+def _with_source(export: Export, source: Path | None) -> Export:
+    """The settings with the slide as the image that DICOM annotations refer to, unless they name others."""
+    if export.dicom_reference or source is None:
+        return export
+    return dataclasses.replace(export, dicom_reference=str(source))
 
 
 def stale_exports(folder: SlideFolder, export: Export) -> tuple[ExportFormat, ...]:
@@ -109,8 +128,8 @@ def refresh_exports(folder: SlideFolder, export: Export) -> tuple[ExportFormat, 
 
 def rewrite_exports(folder: SlideFolder, export: Export) -> dict[str, Exported]:
     """Make exports of a finished slide, there or not, and note them in slide.json."""
-    exported = write_exports(folder, export)
     content = files.read_json(folder.slide_json)
+    exported = write_exports(folder, export, Path(content["source_path"]) if content is not None else None)
     if content is not None:
         made = _describe(folder, export, tuple(EXPORTS[name] for name in export.formats))
         files.write_json(folder.slide_json, {**content, "files": {**content.get("files", {}), **made}})

@@ -31,7 +31,7 @@ from pipeline.model.instances import HostInstances, select
 from pipeline.model.stain import Normalisation
 from pipeline.model.weights import detector_architecture, find_weights
 from pipeline.segment import pictures, polygons, stitch, tables
-from pipeline.segment.finished import write_exports
+from pipeline.segment.finished import check_exports, write_exports
 from pipeline.segment.job import Job
 from pipeline.segment.plan import Plan, load_plan, picture_frame, plan_slide, read_plan, write_plan
 from pipeline.segment.predictions import read_predictions, write_predictions
@@ -65,7 +65,7 @@ def make_plan(job: Job) -> StageRecord:
     """Open the slide, detect its tissue, lay out the grid, fit its stain; or read the plan of an earlier run.
 
     Writes work/plan.json, work/tissue.npy and thumbnail.jpg. Removes what other settings left in the work folder.
-    Raises slides.errors.SlideError, SlideChanged.
+    Raises slides.errors.SlideError, SlideChanged; RunError where an export that is asked for cannot be written.
     """
     started, folder = time.perf_counter(), job.folder
     with job.open() as slide:
@@ -79,6 +79,7 @@ def make_plan(job: Job) -> StageRecord:
             pictures.draw_plan(slide.thumbnail(frame), frame, plan.tissue, plan.tiles, folder.thumbnail)
             write_plan(plan, folder, job.digest)
         _check_same_slide(plan, slide, job)
+        check_exports(job.source, folder.path.name, plan, job.settings.export)
     job.check_lease()
     PatchStore.create(folder.patches, plan.grid, job.digest)
     stores = (folder.predictions(0).parent, folder.instances(0).parent)
@@ -346,7 +347,7 @@ def export_slide(job: Job) -> StageRecord:
     """The files of the chosen formats, made from nuclei.parquet, and the overlay."""
     started, folder, plan = time.perf_counter(), job.folder, read_plan(job.folder, job.digest)
     job.check_lease()
-    exported = write_exports(folder, job.settings.export).values()
+    exported = write_exports(folder, job.settings.export, job.source).values()
     with job.open() as slide:
         frame = picture_frame(slide, plan, OVERLAY_PX)
         picture = slide.thumbnail(frame)

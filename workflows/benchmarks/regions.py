@@ -79,7 +79,7 @@ def write_nuclei(path: Path, count: int, rng: np.random.Generator) -> None:
                 class_name=rng.choice(["Nucleus", "Other"], size).tolist(),
                 score=rng.random(size),
                 votes=np.ones(size, int),
-                stains=rng.random((size, 2)),
+                stains=rng.random((size, len(tables.STAINS))),
             )
 
 

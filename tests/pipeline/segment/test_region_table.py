@@ -38,7 +38,7 @@ def slide(path: Path, nuclei: list[Any] = NUCLEI, artefacts: list[str] | None = 
             class_name=[name for *_, name in nuclei],
             score=np.linspace(0.5, 0.9, len(nuclei)),
             votes=np.ones(len(nuclei), int),
-            stains=np.zeros((len(nuclei), 2)),
+            stains=np.zeros((len(nuclei), len(tables.STAINS))),
         )
     if artefacts is not None:
         about = pq.read_metadata(folder.nuclei).metadata

@@ -31,7 +31,11 @@ def table(path: Path, centres: Sequence[tuple[float, float]], half: list[float],
     shapes = np.asarray(shapely.box(x - half, y - half, x + half, y + half), dtype=object)
     with tables.NucleiWriter(path, provenance) as writer:
         writer.write(
-            shapes, class_name=names, score=np.ones(len(x)), votes=np.ones(len(x), int), stains=np.zeros((len(x), 2))
+            shapes,
+            class_name=names,
+            score=np.ones(len(x)),
+            votes=np.ones(len(x), int),
+            stains=np.zeros((len(x), len(tables.STAINS))),
         )
     return path
 

@@ -18,7 +18,6 @@ import pyarrow.parquet as pq
 import pytest
 import zarr
 
-import nuclei_tables
 from nuclei_tables import PROVENANCE, blobs, write
 from pipeline.config import Export
 from pipeline.segment import tables
@@ -32,9 +31,9 @@ README = Path(__file__).parents[4] / "README.md"
 @pytest.fixture
 def store(tmp_path, monkeypatch):
     """A store of 45 nuclei of a slide with pixels of 0.25 x 0.5 um, beside its nuclei.parquet of three row groups."""
-    monkeypatch.setattr(nuclei_tables, "PROVENANCE", dataclasses.replace(PROVENANCE, um_per_px=(0.25, 0.5)))
     monkeypatch.setattr(tables, "_ROW_GROUP", 20)
-    nuclei = write(tmp_path / "nuclei.parquet", blobs(45))
+    slide = dataclasses.replace(PROVENANCE, um_per_px=(0.25, 0.5))
+    nuclei = write(tmp_path / "nuclei.parquet", blobs(45), provenance=slide)
     assert write_spatialdata(nuclei, tmp_path / "n.zarr", Export(crop=True)) == Exported(45)
     write_h5ad(nuclei, tmp_path / "n.h5ad", Export())
     return tmp_path / "n.zarr"
