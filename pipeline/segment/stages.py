@@ -41,8 +41,6 @@ from slides.grid import Tile
 from slides.patches import PatchStore, cut
 from slides.slide import GivenScale, Slide, open_slide
 
-LEASE_CHECK_S = 1.0  # between two checks while patches are detected: each asks the file server
-
 THUMBNAIL_PX, OVERLAY_PX = 1200, 3000  # longest sides of thumbnail.jpg and overlay.jpg
 
 
@@ -172,7 +170,7 @@ def detect_block(job: Job, block: int, before: StageRecord, detect: Detect | Non
         patches, lost = stored
         with device_lock():
             started = time.perf_counter()
-            instances = list(_while_leased(job, (detect or _detector())(patches, plan.normalisation, job.settings)))
+            instances = list(job.while_leased((detect or _detector())(patches, plan.normalisation, job.settings)))
             device = () if detect else (computes_on(job.settings.detector),)
             before += _worked("detect", started, computed_on=device)
         job.check_lease()
@@ -180,17 +178,6 @@ def detect_block(job: Job, block: int, before: StageRecord, detect: Detect | Non
         break
     store.discard(block)
     return before
-
-
-def _while_leased(job: Job, detected: Iterator[HostInstances]) -> Iterator[HostInstances]:
-    """What is detected, patch by patch; the lease is checked every LEASE_CHECK_S. Raises LeaseLost."""
-    job.check_lease()
-    asked_s = time.monotonic()
-    for instances in detected:
-        if time.monotonic() >= asked_s + LEASE_CHECK_S:
-            job.check_lease()
-            asked_s = time.monotonic()
-        yield instances
 
 
 def _detector() -> Detect:

@@ -21,6 +21,7 @@ from pipeline.archive.ledger import mixed_computation, row_of
 from pipeline.config import Execution, Export, Settings
 from pipeline.errors import LeaseLost, RunError, ScratchLost
 from pipeline.layout import RunFolder, SlideFolder
+from pipeline.segment import job as job_module
 from pipeline.segment import stages
 from pipeline.segment.job import Job
 from pipeline.segment.plan import read_plan
@@ -270,7 +271,7 @@ def test_the_work_of_another_owner_is_not_removed(slide: Path, tmp_path: Path) -
 def test_a_lease_that_is_lost_stops_a_block_between_two_patches(
     slide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stages, "LEASE_CHECK_S", 0.0)
+    monkeypatch.setattr(job_module, "LEASE_CHECK_S", 0.0)
     folder = RunFolder(tmp_path).slide("discs")
     seen: list[int] = []
 
