@@ -283,6 +283,8 @@ class ArchiveRun:
                 )
             elif (full := _full_disk(error, folder.path)) is not None:
                 error = RunError(f"no space left in {full}: free some space, and run the same command again")
+            if self.staging is not None:
+                error = self.staging.of_original(error, source.place)
             record = await asyncio.to_thread(self._failed, source, error)
             self.progress.say(f"{source.name}: FAILED: {record.cause}")
             return record
@@ -348,17 +350,26 @@ class ArchiveRun:
             return None
         try:
             known = await asyncio.to_thread(self._known, source, job)  # it may have ended before we took it
-            if known is not None:
-                return known
             job = dataclasses.replace(job, lease=self.leases.file(job.folder.path))
-            if self.staging and room:
-                since = time.perf_counter()
-                job = await self.staging.copy(source.files, room, job)
-                took = f"{room.bytes / 1e9:.2f} GB in {time.perf_counter() - since:.1f} s"
-                self.progress.say(f"{source.name}: copied, {took}")
+            if known is None and room is not None:
+                job = await self._copied(source, job, room)
                 known = await asyncio.to_thread(self._known, source, job)
-                if known is not None:
-                    return known
+            return known or await self._done(source, job)
+        finally:
+            await asyncio.to_thread(self.leases.release, job.folder.path)
+
+    async def _copied(self, source: Source, job: Job, room: Room) -> Job:
+        """The job on a copy of its slide."""
+        assert self.staging is not None
+        since = time.perf_counter()
+        job = await self.staging.copy(source.files, room, job)
+        took = time.perf_counter() - since
+        self.progress.say(f"{source.name}: copied, {room.bytes / 1e9:.2f} GB in {took:.1f} s")
+        return job
+
+    async def _done(self, source: Source, job: Job) -> SlideRecord | None:
+        """The record of a slide, which is ours, after all stages; None where another run has taken it over."""
+        try:
             if self.execution.overwrite:
                 await asyncio.to_thread(_remove_results, job)
             self.started.add(source.name)
@@ -370,8 +381,6 @@ class ArchiveRun:
             if isinstance(_first(error), ClusterLost) or not await asyncio.to_thread(self._is_taken_over, job):
                 raise
             return None
-        finally:
-            await asyncio.to_thread(self.leases.release, job.folder.path)
 
     def _is_taken_over(self, job: Job) -> bool:
         """Whether a slide that we took is another run's now, or was done by one that we took it from."""

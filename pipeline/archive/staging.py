@@ -30,6 +30,7 @@ from slides.partial import partial_path
 from slides.parts import LocalDirectory, parts
 
 _OWN = re.compile(r"\.nightslide-stage-[0-9a-f]{32}")
+_COPY = "slide"
 _COPIES = 2  # at a time: one hides the other's pauses, and more would delay the slide that is needed first
 _PIECE = 8 * 2**20  # bytes
 
@@ -101,7 +102,7 @@ class Room(NamedTuple):
     @property
     def file(self) -> Path:
         """The copy that is to be opened, once it is complete."""
-        return self.folder / "slide" / self.parts[0].name
+        return self.folder / _COPY / self.parts[0].name
 
     @property
     def bytes(self) -> int:
@@ -169,6 +170,16 @@ class Staging:
         finally:
             await asyncio.to_thread(_remove, room.folder)
             self._space.give_back(size)
+
+    def of_original(self, error: Exception, place: str) -> Exception:
+        """An error that names the slide's own place, where it names that of its copy."""
+        folder = re.compile(re.escape(f"{self.folder}{os.sep}") + f"[0-9a-f]{{32}}{os.sep}{_COPY}")
+        text = folder.sub(lambda _: os.path.dirname(place), str(error))
+        if text == str(error):
+            return error
+        renamed = RunError(text)
+        renamed.__cause__ = error
+        return renamed
 
     async def copy(self, slide: SlideFiles, room: Room, job: Job) -> Job:
         """Copy a slide into its room. Returns the job on the copy.
