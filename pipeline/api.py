@@ -3,9 +3,9 @@
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from pipeline.config import Execution, Export, Settings, require
+from pipeline.config import Execution, Export, Settings, build, require
 from pipeline.errors import RunError
 
 if TYPE_CHECKING:
@@ -59,35 +59,31 @@ def speed(settings: Settings, seconds_per_mm2: float | None = None) -> float:
 
 
 def export(
-    folder: str | os.PathLike[str], formats: Sequence[str] = Export().formats, *, crop: bool = Export().crop
+    folder: str | os.PathLike[str], formats: Sequence[str] = Export().formats, **options: Any
 ) -> dict[Path, "Exported"]:
     """Write the files for other programs again, from the tables of a finished run; nothing is segmented.
 
     folder: of a run, or of one slide of it
-    formats, crop: as in `Export`
+    formats, options: the fields of `Export`, such as crop=False
     Returns the number of nuclei by file. Raises ConfigError for a folder without tables, a format that does not
     exist and a table that is damaged.
     """
-    return dict(export_files(folder, formats, crop=crop))
+    return dict(export_files(folder, build(Export, {"formats": list(formats), **options}, where="export")))
 
 
-def export_files(
-    folder: str | os.PathLike[str], formats: Sequence[str], *, crop: bool
-) -> Iterator[tuple[Path, "Exported"]]:
+def export_files(folder: str | os.PathLike[str], settings: Export) -> Iterator[tuple[Path, "Exported"]]:
     """`export`, a slide at a time: each file with its count, when the slide's files are written."""
     import pyarrow as pa
 
-    from pipeline.config import build
     from pipeline.layout import RunFolder
     from pipeline.segment.finished import rewrite_exports
 
-    chosen = build(Export, {"formats": list(formats), "crop": crop}, where="export")
     slides = RunFolder(Path(folder)).with_nuclei()
     if not slides:
         raise RunError(f"{folder} holds no nuclei.parquet: need the --out folder of a run")
     for slide in slides:
         try:
-            written = rewrite_exports(slide, chosen)
+            written = rewrite_exports(slide, settings)
         except (OSError, KeyError, pa.ArrowException) as error:
             raise RunError(f"{slide.nuclei} could not be exported: {type(error).__name__}: {error}") from error
         for name, exported in written.items():

@@ -264,7 +264,7 @@ def export(folder: Path, *, settings: Annotated[Export, Parameter(name="*", grou
     """
     from pipeline.api import export_files
 
-    for path, exported in export_files(folder, settings.formats, crop=settings.crop):
+    for path, exported in export_files(folder, settings):
         print(f"{path}: {exported}")
     return 0
 

@@ -6,11 +6,12 @@ import numpy as np
 import shapely
 
 from pipeline.segment import tables
-from slides.geometry import Box
+from slides.geometry import Box, Size
 
 PROVENANCE = tables.Provenance(
     slide="4f0c",
     um_per_px=(0.25, 0.25),
+    size=Size(6000, 7000),
     bounds=Box(100, 250, 5000, 6000),
     digest="d1",
     colours={"Nucleus": (200, 30, 30), 'odd "name" µ\\': (0, 128, 255)},

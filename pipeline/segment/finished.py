@@ -71,16 +71,17 @@ def check_same_source(source: Path, content: Mapping[str, Any]) -> None:
 
 def write_exports(folder: SlideFolder, export: Export) -> dict[str, Exported]:
     """The files for other tools, from the folder's nuclei.parquet, by the names of their formats."""
-    return {name: FORMATS[name](folder.nuclei, folder.export(name), crop=export.crop) for name in export.formats}
+    return {name: FORMATS[name].write(folder.nuclei, folder.export(name), export) for name in export.formats}
 
 
 def stale_exports(folder: SlideFolder, export: Export) -> tuple[ExportFormat, ...]:
     """Names of the wanted formats whose files are missing, of another size than was written, or of other options."""
-    known, options = (files.read_json(folder.slide_json) or {}).get("files", {}), _options(export)
+    known = (files.read_json(folder.slide_json) or {}).get("files", {})
     return tuple(
         name
         for name in export.formats
-        if known.get(EXPORTS[name], {}).get("options") != options or not _has_size(folder, EXPORTS[name], known)
+        if known.get(EXPORTS[name], {}).get("options") != _options(name, export)
+        or _damage(folder.export(name), known[EXPORTS[name]], thorough=False)
     )
 
 
@@ -131,12 +132,11 @@ def _is_complete(content: Mapping[str, Any]) -> bool:
 def _damage(file: Path, known: Mapping[str, Any], *, thorough: bool) -> str:
     """How a file differs from what is known of it; empty where it does not."""
     try:
-        size = file.stat().st_size if file.exists() else None
-        if size is None:
+        if not file.exists():
             return "is missing"
-        if size != known["bytes"]:
+        if (size := files.size_bytes(file)) != known["bytes"]:
             return f"has {size:,} bytes, was written with {known['bytes']:,}"
-        if thorough and files.file_sha256(file) != known["sha256"]:
+        if thorough and files.sha256(file) != known["sha256"]:
             return "has other content than was written"
     except OSError as error:
         return f"cannot be read ({error.strerror or error})"
@@ -149,23 +149,19 @@ def _remedy(name: str) -> str:
     return "put the file back, or give --overwrite"
 
 
-def _has_size(folder: SlideFolder, name: str, known: Mapping[str, Any]) -> bool:
-    path = folder.path / name
-    return name in known and path.is_file() and path.stat().st_size == known[name]["bytes"]
-
-
 def _describe(folder: SlideFolder, export: Export, names: tuple[str, ...] = RESULTS) -> dict[str, Any]:
     """Size and checksum of every result that is there, and the options of those that are exports."""
     about: dict[str, Any] = {}
+    made = {EXPORTS[name]: name for name in export.formats}
     for name in names:
         path = folder.path / name
-        if path.is_file() and (name not in EXPORTS.values() or name in map(EXPORTS.__getitem__, export.formats)):
-            about[name] = {"bytes": path.stat().st_size, "sha256": files.file_sha256(path)}
-            if name in EXPORTS.values():
-                about[name]["options"] = _options(export)
+        if path.exists() and (name not in EXPORTS.values() or name in made):
+            about[name] = {"bytes": files.size_bytes(path), "sha256": files.sha256(path)}
+            if name in made:
+                about[name]["options"] = _options(made[name], export)
     return about
 
 
-def _options(export: Export) -> dict[str, Any]:
+def _options(name: ExportFormat, export: Export) -> dict[str, Any]:
     """What of the settings decides the content of an export."""
-    return {name: value for name, value in dataclasses.asdict(export).items() if name != "formats"}
+    return {option: getattr(export, option) for option in FORMATS[name].options}

@@ -264,7 +264,8 @@ def stitch_slide(job: Job) -> StageRecord:
     classes = class_names(settings)
     left_out = _left_out_at_seams(job, plan)
     colours = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(classes)}
-    provenance = tables.Provenance(plan.quick_hash, (plan.scale.x, plan.scale.y), plan.bounds, job.digest, colours)
+    um_per_px = (plan.scale.x, plan.scale.y)
+    provenance = tables.Provenance(plan.quick_hash, um_per_px, plan.size, plan.bounds, job.digest, colours)
     nuclei = 0
     with tables.NucleiWriter(job.folder.nuclei, provenance) as writer:
         for block in plan.blocks:

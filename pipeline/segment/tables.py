@@ -24,7 +24,7 @@ from pipeline import files
 from pipeline.files import committed
 from pipeline.model.instances import HostInstances
 from pipeline.segment.polygons import Floats, Polygons, measure
-from slides.geometry import Box
+from slides.geometry import Box, Size
 from slides.grid import Tile
 
 INSTANCES = pa.schema(
@@ -123,8 +123,10 @@ class Provenance:
     "The slide's quick hash."
     um_per_px: tuple[float, float]
     "Micrometres per slide px, x and y."
+    size: Size
+    "Of the slide, in slide px."
     bounds: Box
-    "Of the slide, in slide px; QuPath's OpenSlide reader crops to it."
+    "Of the slide's scanned part, in slide px; QuPath's OpenSlide reader crops to it."
     digest: str
     "Of the settings and weights."
     colours: dict[str, tuple[int, int, int]]
@@ -244,6 +246,7 @@ def read_provenance(path: Path) -> Provenance:
     return Provenance(
         slide=content["slide"],
         um_per_px=(content["um_per_px"][0], content["um_per_px"][1]),
+        size=Size(*content["size"]),
         bounds=Box(*content["bounds"]),
         digest=content["digest"],
         colours={name: (r, g, b) for name, (r, g, b) in content["colours"].items()},

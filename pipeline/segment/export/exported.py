@@ -6,6 +6,7 @@ from typing import NamedTuple, Protocol
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipeline.config import Export
 from pipeline.segment.tables import Provenance
 
 
@@ -21,9 +22,16 @@ class Exported(NamedTuple):
 
 
 class Writer(Protocol):
-    """nuclei.parquet -> the file `out`, committed when it is complete (`pipeline.files.committed`)."""
+    """nuclei.parquet -> the file or folder `out`, committed when it is complete (`pipeline.files.committed`)."""
 
-    def __call__(self, nuclei: Path, out: Path, *, crop: bool) -> Exported: ...
+    def __call__(self, nuclei: Path, out: Path, options: Export) -> Exported: ...
+
+
+class Format(NamedTuple):
+    """A format: what writes it, and the fields of `Export` that its content depends on."""
+
+    write: Writer
+    options: tuple[str, ...]
 
 
 def origin(provenance: Provenance, crop: bool) -> tuple[float, float]:

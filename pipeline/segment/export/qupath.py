@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 import shapely
 from numpy.typing import NDArray
 
+from pipeline.config import Export
 from pipeline.files import committed
 from pipeline.segment.export.exported import Exported, finite, origin
 from pipeline.segment.polygons import Polygons, solid
@@ -37,10 +38,10 @@ _MEASUREMENTS = {
 }
 
 
-def write_qupath(nuclei: Path, out: Path, *, crop: bool) -> Exported:
+def write_qupath(nuclei: Path, out: Path, options: Export) -> Exported:
     """nuclei.parquet -> a zip of GeoJSON files of at most 50,000 detections each.
 
-    Coordinates are slide px with two decimals; from the corner of the slide's bounds if `crop`, as that is
+    Coordinates are slide px with two decimals; from the corner of the slide's bounds if `options.crop`, as that is
     where QuPath's OpenSlide reader puts the origin. Every feature has a dashed UUID, one closed valid
     Polygon, a class with a colour, and finite measurements (others are left out): QuPath refuses a whole file
     for less.
@@ -49,7 +50,7 @@ def write_qupath(nuclei: Path, out: Path, *, crop: bool) -> Exported:
     total = np.zeros(3, dtype=np.int64)
     with committed(out) as partial, zipfile.ZipFile(partial, "w") as archive:
         for number, rows in enumerate(_shards(nuclei)):
-            outlines, changed = _printable(geometry(rows), origin(provenance, crop))
+            outlines, changed = _printable(geometry(rows), origin(provenance, options.crop))
             left = ~shapely.is_empty(outlines)
             features = _features(rows.filter(left), outlines[left], provenance)
             _add(archive, f"nuclei-{number:05d}.geojson", features)

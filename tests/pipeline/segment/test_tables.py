@@ -2,9 +2,6 @@
 
 import json
 import os
-import signal
-import subprocess
-import sys
 import uuid
 from typing import Any
 
@@ -21,12 +18,13 @@ from pipeline import files
 from pipeline.model import instances
 from pipeline.segment import tables
 from pipeline.segment.polygons import measure
-from slides.geometry import Box
+from slides.geometry import Box, Size
 from slides.grid import Tile
 
 PROVENANCE = tables.Provenance(
     slide="4f0c",
     um_per_px=(0.25, 0.5),
+    size=Size(6000, 7000),
     bounds=Box(100, 200, 5000, 6000),
     digest="d1",
     colours={"Nucleus": (200, 30, 30), "Lymphocyte": (0, 128, 255)},
@@ -53,69 +51,6 @@ def write(path, shapes, columns, cuts=()) -> None:
         for part in np.split(np.arange(len(shapes)), cuts):
             columns_of_part: dict[str, Any] = {name: np.asarray(values)[part] for name, values in columns.items()}
             writer.write(shapes[part], **columns_of_part)
-
-
-# -------------------------------------------------------------------------------------------- committed
-
-
-def test_a_committed_file_appears_when_it_is_complete(tmp_path):
-    target = tmp_path / "a.json"
-    with files.committed(target) as partial:
-        partial.write_text("whole")
-        assert not target.exists()
-        assert partial.parent == tmp_path
-        assert partial.suffix == ".json"
-    assert target.read_text() == "whole"
-    assert os.listdir(tmp_path) == ["a.json"]
-
-
-def test_an_error_leaves_the_old_file_and_no_other(tmp_path):
-    target = tmp_path / "a.json"
-    target.write_text("old")
-
-    def fail() -> None:
-        with files.committed(target) as partial:
-            partial.write_text("half")
-            raise RuntimeError("midway")
-
-    with pytest.raises(RuntimeError, match="midway"):
-        fail()
-    assert target.read_text() == "old"
-    assert os.listdir(tmp_path) == ["a.json"]
-
-
-def test_writers_of_one_path_do_not_disturb_each_other(tmp_path):
-    target = tmp_path / "a"
-    with files.committed(target) as first:
-        first.write_text("first")
-        with files.committed(target) as second:
-            second.write_text("second")
-        assert target.read_text() == "second"
-    assert target.read_text() == "first"
-
-
-@pytest.mark.skipif(os.name != "posix", reason="needs SIGKILL")
-def test_a_killed_writer_leaves_nothing_that_looks_complete(tmp_path):
-    code = (
-        "import os, signal, sys\n"
-        "from pathlib import Path\n"
-        "from pipeline.files import committed\n"
-        "with committed(Path(sys.argv[1]) / 'a.json') as partial:\n"
-        "    partial.write_text('half')\n"
-        "    os.kill(os.getpid(), signal.SIGKILL)\n"
-    )
-    killed = subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False)
-    assert killed.returncode == -signal.SIGKILL
-    assert not (tmp_path / "a.json").exists()
-    assert len(os.listdir(tmp_path)) == 1
-    assert files.sweep(tmp_path) == 1
-    assert os.listdir(tmp_path) == []
-
-
-def test_sweeping_spares_complete_files(tmp_path):
-    (tmp_path / "nuclei.parquet").write_text("whole")
-    assert files.sweep(tmp_path) == 0
-    assert os.listdir(tmp_path) == ["nuclei.parquet"]
 
 
 # -------------------------------------------------------------------------------------------- instances
@@ -249,7 +184,7 @@ def test_ids_are_uuids_of_slide_and_polygon(tmp_path):
 def test_other_slides_have_other_ids(tmp_path):
     ids = []
     for slide in ("one", "two"):
-        provenance = tables.Provenance(slide, (1, 1), Box(0, 0, 9, 9), "", PROVENANCE.colours)
+        provenance = tables.Provenance(slide, (1, 1), Size(9, 9), Box(0, 0, 9, 9), "", PROVENANCE.colours)
         with tables.NucleiWriter(tmp_path / slide, provenance) as writer:
             writer.write(squares(3), **rest(3))
         ids += tables.read_nuclei(tmp_path / slide, ["id"])["id"].to_pylist()

@@ -19,9 +19,10 @@ from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
 from PIL import Image
 
+from pipeline.config import Export
 from pipeline.segment import export, tables
 from pipeline.segment.polygons import from_masks, rasterise
-from slides.geometry import Box
+from slides.geometry import Box, Size
 from training.data import qupath
 from training.data.datasets import read_dataset
 from training.data.sample import AnnotationError, Dataset, LabelledImage
@@ -315,12 +316,12 @@ def test_a_slide_needs_regions(tmp_path: Path) -> None:
 def test_what_we_export_can_be_corrected_in_qupath_and_read(tmp_path: Path) -> None:
     """nuclei.geojson.zip, named after its image, is read as it was written."""
     _, drawn = outlines(np.kron(np.array([[1, 0], [2, 3]], np.uint8), np.ones((6, 6), np.uint8)).astype(np.uint8))
-    provenance = tables.Provenance("s", (0.25, 0.25), Box(0, 0, 12, 12), "d", {"Nucleus": (200, 30, 30)})
+    provenance = tables.Provenance("s", (0.25, 0.25), Size(12, 12), Box(0, 0, 12, 12), "d", {"Nucleus": (200, 30, 30)})
     with tables.NucleiWriter(tmp_path / "n.parquet", provenance) as writer:
         writer.write(
             drawn, class_name=["Nucleus"] * 3, score=np.ones(3), votes=np.ones(3, int), stains=np.zeros((3, 2))
         )
-    export.write_qupath(tmp_path / "n.parquet", tmp_path / "x.geojson.zip", crop=True)
+    export.write_qupath(tmp_path / "n.parquet", tmp_path / "x.geojson.zip", Export())
     picture(tmp_path / "x.png")
     expected = rasterise(shapely.from_wkb(tables.read_nuclei(tmp_path / "n.parquet")["geometry"].to_pylist()), (12, 12))
     np.testing.assert_array_equal(only(read_dataset(tmp_path, mpp=0.25)).labels, expected)

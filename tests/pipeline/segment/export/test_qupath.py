@@ -15,6 +15,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from nuclei_tables import PROVENANCE, blobs, write
+from pipeline.config import Export
 from pipeline.segment import tables
 from pipeline.segment.export import qupath
 from pipeline.segment.export.exported import Exported
@@ -77,7 +78,7 @@ def test_what_was_exported_reads_back_equal(tmp_path, crop):
     """Law: outlines, classes and measurements read back from the zip are those of the table."""
     shapes = blobs(60)
     nuclei = write(tmp_path / "nuclei.parquet", shapes)
-    done = qupath.write_qupath(nuclei, tmp_path / "n.zip", crop=crop)
+    done = qupath.write_qupath(nuclei, tmp_path / "n.zip", Export(crop=crop))
     assert done == Exported(60, 0, 0)
     features, rows = check_zip(tmp_path / "n.zip"), tables.read_nuclei(nuclei)
     assert [f["id"] for f in features] == rows["id"].to_pylist()
@@ -105,7 +106,7 @@ def test_what_was_exported_reads_back_equal(tmp_path, crop):
 
 def test_geopandas_opens_a_shard(tmp_path):
     shapes = blobs(5)
-    qupath.write_qupath(write(tmp_path / "nuclei.parquet", shapes), tmp_path / "n.zip", crop=False)
+    qupath.write_qupath(write(tmp_path / "nuclei.parquet", shapes), tmp_path / "n.zip", Export(crop=False))
     with zipfile.ZipFile(tmp_path / "n.zip") as archive:
         archive.extract("nuclei-00000.geojson", tmp_path)
     frame = geopandas.GeoDataFrame.from_features(json.loads((tmp_path / "nuclei-00000.geojson").read_text()))
@@ -139,7 +140,7 @@ def check_nasty(folder: Path, shapes: list[shapely.Geometry], crop: bool) -> Exp
     _, first = np.unique(shapely.to_wkb(made), return_index=True)  # equal polygons have equal ids
     made = made[np.sort(first)]
     nuclei = write(folder / "nuclei.parquet", made)
-    done = qupath.write_qupath(nuclei, folder / "n.zip", crop=crop)
+    done = qupath.write_qupath(nuclei, folder / "n.zip", Export(crop=crop))
     features = check_zip(folder / "n.zip")
     assert len(features) == done.written
     assert done.written + done.dropped == len(made)
@@ -178,7 +179,7 @@ def test_what_rounding_breaks_keeps_its_largest_part(tmp_path):
     shape = shapely.union_all([shapely.box(0, 0, 4, 4), bridge, shapely.box(7, 0, 10, 3)])
     assert shape.geom_type == "Polygon"
     nuclei = write(tmp_path / "nuclei.parquet", np.array([shape]))
-    done = qupath.write_qupath(nuclei, tmp_path / "n.zip", crop=False)
+    done = qupath.write_qupath(nuclei, tmp_path / "n.zip", Export(crop=False))
     assert done == Exported(1, 1, 0)
     (feature,) = check_zip(tmp_path / "n.zip")
     assert shapely.geometry.shape(feature["geometry"]).equals(shapely.box(0, 0, 4, 4))
@@ -186,9 +187,9 @@ def test_what_rounding_breaks_keeps_its_largest_part(tmp_path):
 
 def test_shards_are_bounded_and_hold_everything(tmp_path, monkeypatch):
     nuclei = write(tmp_path / "nuclei.parquet", blobs(23))
-    qupath.write_qupath(nuclei, tmp_path / "one.zip", crop=True)
+    qupath.write_qupath(nuclei, tmp_path / "one.zip", Export())
     monkeypatch.setattr(qupath, "_SHARD", 10)
-    qupath.write_qupath(nuclei, tmp_path / "three.zip", crop=True)
+    qupath.write_qupath(nuclei, tmp_path / "three.zip", Export())
     with zipfile.ZipFile(tmp_path / "three.zip") as archive:
         assert archive.namelist() == [f"nuclei-0000{i}.geojson" for i in range(3)]
     assert check_zip(tmp_path / "three.zip", shard=10) == check_zip(tmp_path / "one.zip")
@@ -196,7 +197,7 @@ def test_shards_are_bounded_and_hold_everything(tmp_path, monkeypatch):
 
 def test_a_slide_without_nuclei_exports(tmp_path):
     nuclei = write(tmp_path / "nuclei.parquet", blobs(0))
-    assert qupath.write_qupath(nuclei, tmp_path / "n.zip", crop=True) == Exported(0)
+    assert qupath.write_qupath(nuclei, tmp_path / "n.zip", Export()) == Exported(0)
     assert check_zip(tmp_path / "n.zip") == []
 
 
@@ -209,7 +210,7 @@ def test_numbers_that_are_not_finite_are_left_out(tmp_path):
             votes=np.ones(3, dtype=int),
             stains=np.array([[0.1, np.nan], [np.nan, 0.3], [0.5, -np.inf]]),
         )
-    qupath.write_qupath(tmp_path / "nuclei.parquet", tmp_path / "n.zip", crop=True)
+    qupath.write_qupath(tmp_path / "nuclei.parquet", tmp_path / "n.zip", Export())
     measured = [f["properties"]["measurements"] for f in check_zip(tmp_path / "n.zip")]
     assert ["Eosin OD mean" in m for m in measured] == [False, True, False]
     assert ["Detection probability" in m for m in measured] == [True, False, True]
