@@ -220,7 +220,7 @@ class ArchiveRun:
 
     async def _watch(self) -> None:
         """Check workers that join, follow the number of detectors, and keep the ledger up to date."""
-        written, detectors = 0, 1
+        written, detectors, silent = 0, 1, False
         while True:
             await asyncio.sleep(_POLL_S)
             self.slots.size = self._window()
@@ -229,6 +229,10 @@ class ArchiveRun:
                     "WARNING: no worker offers the GPU resource: start one with --resources GPU=1; waiting"
                 )
             detectors = self.executor.detectors
+            if self.executor.silent != silent:
+                silent = self.executor.silent
+                said = "does not answer (suspended?): waiting for it" if silent else "answers again"
+                self.progress.say(f"WARNING: the Dask scheduler {said}")
             for problem in await asyncio.to_thread(self.check_workers):
                 self.progress.say(f"WARNING: {problem}")
             if len(self.done) > written:

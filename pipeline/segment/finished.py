@@ -14,13 +14,15 @@ from pipeline.segment.job import Job, Origin
 from pipeline.segment.plan import read_plan
 from pipeline.segment.record import SlideRecord, remarks
 from pipeline.segment.summary import summarise
+from pipeline.segment.tables import checked_between_groups
 from slides.slide import open_slide
 
 
 def finish_slide(job: Job, record: SlideRecord) -> SlideRecord:
     """Write slide.json: provenance, record and summary. Returns the record with its remarks."""
     plan = read_plan(job.folder, job.digest)
-    summary = summarise(job.folder.nuclei, plan)
+    with checked_between_groups(job.check_lease):
+        summary = summarise(job.folder.nuclei, plan)
     record = dataclasses.replace(record, remarks=remarks(record, summary, plan.notes))
     original = job.original or Origin.of(job.source)
     content = {

@@ -254,11 +254,11 @@ def stitch_slide(job: Job) -> StageRecord:
 
     Two passes keep memory small: first the boxes of everything, and the polygons only of what could have a
     duplicate across a seam; then block by block into the table, without what is left out.
-    Raises ScratchLost where the instances of a block are missing or damaged.
+    Raises ScratchLost where the instances of a block are missing or damaged; LeaseLost between two blocks.
     """
     started = time.perf_counter()
     plan, settings = read_plan(job.folder, job.digest), job.settings
-    for block in plan.blocks:
+    for block in job.while_leased(iter(plan.blocks)):
         if block_record(job, block) is None:
             raise ScratchLost(f"{job.folder.instances(block)} is missing or damaged")
     classes = class_names(settings)
@@ -268,7 +268,7 @@ def stitch_slide(job: Job) -> StageRecord:
     provenance = tables.Provenance(plan.quick_hash, um_per_px, plan.size, plan.bounds, job.digest, colours)
     nuclei = 0
     with tables.NucleiWriter(job.folder.nuclei, provenance) as writer:
-        for block in plan.blocks:
+        for block in job.while_leased(iter(plan.blocks)):
             rows = tables.read_instances(job.folder.instances(block))
             keep = np.ones(rows.num_rows, bool)
             keep[left_out.get(block, [])] = False
@@ -294,7 +294,7 @@ def class_names(settings: Settings) -> tuple[str, ...]:
 def _left_out_at_seams(job: Job, plan: Plan) -> dict[int, NDArray[np.int64]]:
     """Rows of each block to leave out: duplicates, and what is anchored outside its core and unconfirmed."""
     bounds, tile, score, place = [], [], [], []
-    for block in plan.blocks:
+    for block in job.while_leased(iter(plan.blocks)):
         path = job.folder.instances(block)
         rows = tables.read_instances(path, ["tile_row", "tile_col", "x0", "y0", "x1", "y1", "score"])
         bounds.append(tables.bounds(rows))
@@ -310,7 +310,7 @@ def _left_out_at_seams(job: Job, plan: Plan) -> dict[int, NDArray[np.int64]]:
     reach = max(0.0, float(stitch.overhang(boxes, cores).max(initial=0.0)))
     near = np.flatnonzero(stitch.seam_candidates(boxes, cores, reach))
     shapes = np.full(len(near), None, dtype=object)
-    for block in np.unique(places[near, 0]):
+    for block in job.while_leased(iter(np.unique(places[near, 0]))):
         here = places[near, 0] == block
         encoded = tables.read_instances(job.folder.instances(int(block)), ["geometry"])
         shapes[here] = tables.geometry(encoded.take(pa.array(places[near[here], 1])))
@@ -325,14 +325,14 @@ def _left_out_at_seams(job: Job, plan: Plan) -> dict[int, NDArray[np.int64]]:
 
 
 def export_slide(job: Job) -> StageRecord:
-    """The files of the chosen formats, made from nuclei.parquet, and the overlay."""
+    """The files of the chosen formats, made from nuclei.parquet, and the overlay. Raises LeaseLost."""
     started, folder, plan = time.perf_counter(), job.folder, read_plan(job.folder, job.digest)
-    job.check_lease()
-    exported = write_exports(folder, job.settings.export).values()
-    with job.open() as slide:
-        frame = picture_frame(slide, plan, OVERLAY_PX)
-        picture = slide.thumbnail(frame)
-    pictures.draw_overlay(picture, frame, folder.nuclei, folder.overlay)
+    with tables.checked_between_groups(job.check_lease):
+        exported = write_exports(folder, job.settings.export).values()
+        with job.open() as slide:
+            frame = picture_frame(slide, plan, OVERLAY_PX)
+            picture = slide.thumbnail(frame)
+        pictures.draw_overlay(picture, frame, folder.nuclei, folder.overlay)
     counts = Counts(export_repaired=sum(e.changed for e in exported), export_dropped=sum(e.dropped for e in exported))
     return _worked("export", started, counts)
 
