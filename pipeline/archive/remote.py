@@ -11,7 +11,7 @@ import io
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, Self
 from urllib.parse import unquote, urlsplit
 
 from pipeline.archive.staging import Part
@@ -39,6 +39,21 @@ def without_secrets(url: str) -> str:
     place = re.split(r"[?#]", rest, maxsplit=1)[0]
     host, slash, path = place.partition("/")
     return f"{scheme}://{host.rpartition('@')[2]}{slash}{path}"
+
+
+class Entry(NamedTuple):
+    """A file of a store: its key, its size and date, and a tag that changes with its content, if the store has one."""
+
+    key: str
+    bytes: int
+    mtime_ns: int
+    etag: str
+
+    @classmethod
+    def of(cls, meta: Any) -> Self:
+        """From what obstore says of a file."""
+        mtime_ns = int(meta["last_modified"].timestamp() * 10**9)
+        return cls(meta["path"], meta["size"], mtime_ns, meta["e_tag"] or "")
 
 
 def locate(url: str) -> "RemoteFolder | RemoteSlide":
@@ -103,20 +118,6 @@ def _asked(url: str, refused: type[NightslideError] = SlideUnreadable) -> Iterat
         ) from None
 
 
-def _entry(meta: Any) -> "Entry":
-    mtime_ns = int(meta["last_modified"].timestamp() * 10**9)
-    return Entry(meta["path"], meta["size"], mtime_ns, meta["e_tag"] or "")
-
-
-class Entry(NamedTuple):
-    """A file of a store: its key, its size and date, and a tag that changes with its content, if the store has one."""
-
-    key: str
-    bytes: int
-    mtime_ns: int
-    etag: str
-
-
 @dataclass(frozen=True)
 class RemoteFolder:
     """All that lies below a key of a store, as a `Directory`; key: "" or a path that ends with "/"."""
@@ -148,7 +149,7 @@ class RemoteFolder:
     def entry(self, name: str) -> Entry:
         """Raises SlideNotFound; SlideUnreadable where the store refuses it or does not answer."""
         with _asked(self.url(name)):
-            return _entry(self._obstore().head(self.store, self.key + name))
+            return Entry.of(self._obstore().head(self.store, self.key + name))
 
     def read(self, entry: Entry, start: int, end: int) -> bytes:
         """Bytes [start, end) of a file. Raises SlideChanged where it is not the one that was listed any more."""
@@ -157,7 +158,7 @@ class RemoteFolder:
         url = self.place + entry.key
         with _asked(url):
             answer = self._obstore().get(self.store, entry.key, options={"range": (start, end)})
-            if _entry(answer.meta)[1:] != entry[1:]:
+            if Entry.of(answer.meta)[1:] != entry[1:]:
                 raise SlideChanged(f"{url} changed while it was copied: run the same command again")
             return bytes(answer.bytes())
 

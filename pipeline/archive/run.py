@@ -359,7 +359,7 @@ class ArchiveRun:
             if known is None and room is not None:
                 job = await self._copied(source, job, room)
                 known = await asyncio.to_thread(self._known, source, job)
-            return known or await self._done(source, job)
+            return known or await self._owned(source, job)
         finally:
             await asyncio.to_thread(self.leases.release, job.folder.path)
 
@@ -372,7 +372,7 @@ class ArchiveRun:
         self.progress.say(f"{source.name}: copied, {room.bytes / 1e9:.2f} GB in {took:.1f} s")
         return job
 
-    async def _done(self, source: Source, job: Job) -> SlideRecord | None:
+    async def _owned(self, source: Source, job: Job) -> SlideRecord | None:
         """The record of a slide, which is ours, after all stages; None where another run has taken it over."""
         try:
             if self.execution.overwrite:

@@ -12,6 +12,7 @@ Law: the files of one run take at most `--stage-space` on the disk, at any time.
 import asyncio
 import contextlib
 import dataclasses
+import errno
 import os
 import re
 import shutil
@@ -186,8 +187,13 @@ class Staging:
 
         Raises SlideChanged; LeaseLost between two pieces; what reading the slide raises.
         """
-        async with self._copying:
-            await asyncio.to_thread(_copy, slide, room, job)
+        try:
+            async with self._copying:
+                await asyncio.to_thread(_copy, slide, room, job)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                error.filename = str(self.folder)  # so that the right disk is named: writing does not tell the file
+            raise
         own = room.parts[0]
         return dataclasses.replace(job, source=room.file, original=Origin(slide.place, own.bytes, own.mtime_ns))
 

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import dataclasses
+import errno
 import functools
 import json
 import os
@@ -274,6 +275,17 @@ def test_room_frees_the_space_of_files_that_a_worker_has_open(tmp_path: Path) ->
                 os.close(handle)
 
     assert asyncio.run(main()) == 0
+
+
+def test_a_full_disk_is_named(archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> Iterator[bytes]:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(LocalSlide, "pieces", full)
+    stage = tmp_path / "stage"
+    execution = dataclasses.replace(THREADS, stage=str(stage))
+    (row,) = run([archive / "0.png"], tmp_path / "out", chosen(), execution, say=print)
+    assert row.cause == f"no space left in {stage}: free some space, and run the same command again"
 
 
 def test_room_refuses_a_slide_that_never_fits(tmp_path: Path) -> None:
