@@ -35,7 +35,7 @@ def _exactly(hint: Any, tokens: Sequence[Token]) -> Any:
     return convert(hint, tokens)
 
 
-Inputs = Annotated[list[Path], Parameter(negative="", consume_multiple=True)]
+Inputs = Annotated[list[str], Parameter(negative="", consume_multiple=True)]
 Out = Annotated[Path, Parameter(group=COMMON)]
 Mpp = Annotated[float | None, Parameter(group=COMMON)]
 AllSettings = Annotated[Settings, Parameter(name="*")]
@@ -140,7 +140,7 @@ def run(
     Parameters
     ----------
     inputs
-        Slides, folders (searched), or CSV manifests with the columns path and, if given, mpp.
+        Slides, folders (searched), or CSV manifests with the columns path and, if given, mpp; with --stage also URLs.
     out
         Folder of the results.
     mpp

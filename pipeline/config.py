@@ -305,6 +305,10 @@ class Execution:
     "For a scheduler at tls://: certificate of this command, such as cert.pem."
     tls_key: str = ""
     "For a scheduler at tls://: private key of that certificate, such as key.pem."
+    stage: str = ""
+    "Folder on a local disk into which each slide is copied before it is read, and removed after; needed for URLs."
+    stage_space: str = "100GB"
+    "Space that these copies may take, such as 500GB or 2TB; slides wait until there is room, and larger ones fail."
     window: int = 0
     "Blocks in flight over all slides, which bounds memory and scratch space; 0: two, plus two for each detector."
     wait: bool = True
@@ -339,6 +343,14 @@ class Execution:
             self.memory_limit == "auto" or _bytes(self.memory_limit) >= 1e9,
             f"memory-limit={self.memory_limit!r}: need auto, or 1GB or more, such as 8GB",
         )
+
+        require(
+            self.stage_space_bytes > 0, f"stage-space={self.stage_space!r}: need a size such as 100GB, 500GiB or 2TB"
+        )
+
+    @property
+    def stage_space_bytes(self) -> float:
+        return _bytes(self.stage_space)
 
     @property
     def tls(self) -> dict[str, str]:

@@ -103,10 +103,18 @@ def check_seams(settings: Settings) -> tuple[str, ...]:
     )
 
 
-def check_worker(run_json: Path, theirs: Mapping[str, str]) -> None:
-    """To be run in a worker. Raises RunError unless it sees the run's folder and has the same versions."""
+def check_worker(theirs: Mapping[str, str], run_json: Path, stage: Path | None) -> None:
+    """To be run in a worker. Raises RunError unless it sees the run's folders and has the same versions.
+
+    stage: the folder of staged slides, if there is one.
+    """
     if not run_json.exists():
         raise RunError(f"does not see {run_json}: workers need the same file system, at the same place")
+    if stage is not None and not stage.exists():
+        raise RunError(
+            f"does not see {stage}: need a --stage folder that all workers share; on machines that share none, start "
+            f"the same command on each, without --scheduler"
+        )
     differing = [f"{name} {here}, not {theirs[name]}" for name, here in versions().items() if here != theirs[name]]
     if differing:
         raise RunError(f"has {', '.join(differing)}: need the same everywhere, or the results differ")

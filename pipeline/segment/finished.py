@@ -10,26 +10,28 @@ from pipeline.config import Export, ExportFormat
 from pipeline.errors import SlideChanged
 from pipeline.layout import EXPORTS, RESULTS, SlideFolder
 from pipeline.segment.export import FORMATS, Exported, check_formats
-from pipeline.segment.job import Job
+from pipeline.segment.job import Job, Origin
 from pipeline.segment.plan import Plan, read_plan
 from pipeline.segment.record import SlideRecord, remarks
 from pipeline.segment.summary import summarise
+from pipeline.segment.tables import checked_between_groups
 from slides.slide import open_slide
 
 
 def finish_slide(job: Job, record: SlideRecord) -> SlideRecord:
     """Write slide.json: provenance, record and summary. Returns the record with its remarks."""
     plan = read_plan(job.folder, job.digest)
-    summary = summarise(job.folder.nuclei, plan)
+    with checked_between_groups(job.check_lease):
+        summary = summarise(job.folder.nuclei, plan)
     record = dataclasses.replace(record, remarks=remarks(record, summary, plan.notes))
-    file = job.source.stat()
+    original = job.original or Origin.of(job.source)
     content = {
         "digest": job.digest,
         "regions": _regions(job),
         "source": job.source.name,
-        "source_path": str(job.source),
-        "source_bytes": file.st_size,
-        "source_mtime_ns": file.st_mtime_ns,
+        "source_path": original.place,
+        "source_bytes": original.bytes,
+        "source_mtime_ns": original.mtime_ns,
         "quick_hash": plan.quick_hash,
         "vendor": plan.vendor,
         "size": plan.size,
@@ -52,11 +54,13 @@ def read_record(content: Mapping[str, Any]) -> SlideRecord:
     return SlideRecord.from_json(content["record"])
 
 
+def is_unchanged(origin: Origin, content: Mapping[str, Any]) -> bool:
+    """Whether a slide has the size and date that a slide.json records."""
+    return (origin.bytes, origin.mtime_ns) == (content.get("source_bytes"), content.get("source_mtime_ns"))
+
+
 def check_same_source(source: Path, content: Mapping[str, Any]) -> None:
-    """Raise SlideChanged where the slide is another than the one in a slide.json; it is opened only if need be."""
-    file = source.stat()
-    if (file.st_size, file.st_mtime_ns) == (content.get("source_bytes"), content.get("source_mtime_ns")):
-        return
+    """Raise SlideChanged where a slide, which is opened, is another than the one in a slide.json."""
     with open_slide(source, mpp=1.0) as slide:
         if slide.quick_hash != content["quick_hash"]:
             raise SlideChanged(

@@ -20,6 +20,8 @@ from slides.grid import Tile, TileGrid, check_margin
 from slides.slide import FORCED, Scale, Slide
 from slides.tissue import TissueMap
 
+_LARGER_THAN_GLASS = "the slide is larger than any glass, so its scale may be wrong"
+
 
 class Plan(NamedTuple):
     """What later stages need to know of a slide."""
@@ -76,6 +78,8 @@ def plan_slide(slide: Slide, settings: Settings, regions: RegionFile | None = No
         notes = (f"restricted to {drawn.describe(regions.path)}", *notes)
     if slide.scale.source == FORCED:
         notes = (f"its scale is {slide.scale.x:g} µm/px by --force-mpp, whatever it states", *notes)
+    if tissue.frame.mpp > (wanted := max(settings.tissue.thumbnail_mpp, tiling.mpp)):
+        notes = (f"{_LARGER_THAN_GLASS}: tissue was detected at {tissue.frame.mpp:g} µm/px, not {wanted:g}", *notes)
     return Plan(
         slide.quick_hash,
         slide.vendor,

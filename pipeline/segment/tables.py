@@ -8,7 +8,8 @@ import dataclasses
 import hashlib
 import json
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -260,10 +261,27 @@ def read_nuclei(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
         return file.read(NUCLEI.names if columns is None else columns)
 
 
+_check: ContextVar[Callable[[], None]] = ContextVar("check", default=lambda: None)
+
+
+@contextlib.contextmanager
+def checked_between_groups(check: Callable[[], None]) -> Iterator[None]:
+    """While this lasts, `iter_nuclei` in this thread calls `check` before each row group.
+
+    What `check` raises ends a long export, of any format, whose slide is not ours any more.
+    """
+    token = _check.set(check)
+    try:
+        yield
+    finally:
+        _check.reset(token)
+
+
 def iter_nuclei(path: Path, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
-    """The same, a row group (at most 50,000 rows) at a time."""
+    """The same, a row group (at most 50,000 rows) at a time. Raises what the check of `checked_between_groups` does."""
     with pq.ParquetFile(path) as file:
         for group in range(file.num_row_groups):
+            _check.get()()
             yield file.read_row_group(group, NUCLEI.names if columns is None else columns)
 
 

@@ -19,7 +19,7 @@ from pipeline.errors import RunError
 from pipeline.files import committed
 from pipeline.segment.export.exported import Exported, Rings, open_rings, shards
 from pipeline.segment.tables import Provenance, geometry, read_provenance
-from slides.dicom import read_header
+from slides.dicom import Header, read_header
 from slides.geometry import Box, Size
 
 if TYPE_CHECKING:
@@ -135,15 +135,20 @@ def _levels(name: str, given: Path) -> Iterator[tuple[Path, Size]]:
         series, candidates = None, sorted(path for path in (given / name).rglob("*") if path.is_file())
     else:
         file = given / f"{name}.dcm" if given.is_dir() else given
-        header = read_header(file) if file.is_file() else None
+        header = _header(file) if file.is_file() else None
         if header is None:
             return
         series, candidates = header.series, sorted(path for path in file.parent.iterdir() if path.is_file())
     for path in candidates:
-        header = read_header(path)
+        header = _header(path)
         if header is not None and header.is_level and series in (None, header.series):
             image = _image(path)
             yield path, Size(int(image.TotalPixelMatrixColumns), int(image.TotalPixelMatrixRows))
+
+
+def _header(path: Path) -> Header | None:
+    with path.open("rb") as file:
+        return read_header(file, path)
 
 
 def _image(path: Path) -> "Dataset":
