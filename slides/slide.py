@@ -43,8 +43,8 @@ _LARGEST_ASPECT = 1.02
 # Pixels of a stored tile, which OpenSlide decodes whole, at four bytes each.
 _LARGEST_TILE_PX = 2**26
 
-# Pixels of a thumbnail: 65 x 65 mm at 8 um, more than any glass. Finding tissue takes some 60 bytes for each.
-_LARGEST_THUMBNAIL_PX = 2**26
+# Pixels of a thumbnail: 46 x 46 mm at 8 um, or a glass of 26 x 76 mm. Finding tissue takes 32 bytes for each: 1 GB.
+_LARGEST_THUMBNAIL_PX = 2**25
 
 # Level px along a side of one pixel that is read; with the filter's reach this is 200 MB.
 _COARSEST = 1024
@@ -157,6 +157,13 @@ class Slide:
         )
         return Frame(size, mpp, Affine(ratio_x, ratio_y, float(self.bounds.x0), float(self.bounds.y0)))
 
+    def thumbnail_frame(self, mpp: float) -> Frame:
+        """The frame at `mpp`, or else the finest coarser one, by doubling, of which there is a thumbnail."""
+        frame = self.frame(mpp)
+        while frame.box.area > _LARGEST_THUMBNAIL_PX:
+            frame = self.frame(2 * frame.mpp)
+        return frame
+
     def read(self, box: Box, frame: Frame) -> Pixels:
         """The pixels of `box` (px of `frame`). Returns uint8 (h, w, 3), RGB.
 
@@ -176,13 +183,15 @@ class Slide:
         return self._pixels(box, frame, strict=False)
 
     def thumbnail(self, frame: Frame) -> Pixels:
-        """All of a coarse frame. uint8 (h, w, 3); what cannot be decoded is white. Raises SlideTooLarge."""
+        """All of a coarse frame. uint8 (h, w, 3); what cannot be decoded is white.
+
+        Raises SlideTooLarge for a frame that is larger than `thumbnail_frame` gives.
+        """
         width, height = frame.size
         if frame.box.area > _LARGEST_THUMBNAIL_PX:
             raise SlideTooLarge(
                 f"{self.path} is {width:,} x {height:,} px at {frame.mpp:g} um/px: need at most "
-                f"{_LARGEST_THUMBNAIL_PX:,} px in a thumbnail; is its scale of {self.scale.x:g} um/px "
-                f"({self.scale.source}) right? else raise --tissue.thumbnail-mpp, or cut the slide into parts"
+                f"{_LARGEST_THUMBNAIL_PX:,} px in a thumbnail; choose a coarser frame"
             )
         return self.read_decodable(frame.box, frame)[0]
 

@@ -8,7 +8,6 @@ import csv
 import dataclasses
 import traceback
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 from pipeline import files
@@ -68,7 +67,7 @@ def read_ledger(run: RunFolder) -> list[dict[str, Any]]:
         raise RunError(f"{run.ledger} is not a run's ledger ({error}): need the --out folder of a run") from error
 
 
-def write_failure(folder: SlideFolder, source: Path, error: BaseException) -> SlideRecord:
+def write_failure(folder: SlideFolder, source: str, error: BaseException) -> SlideRecord:
     """Note in the slide's folder, where it can be written, why it failed. Returns its record, without its name."""
     cause = one_line(error)
     trace = [printable(line) for line in traceback.format_exception(error)]

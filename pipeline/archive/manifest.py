@@ -52,7 +52,10 @@ def resolve(settings: Settings) -> Settings:
     stain = _resolved(stain)
     # a template that shows no stain is refused before anything is started
     template_stain(stain, settings.tissue, settings.tiling.mpp)
-    return dataclasses.replace(settings, detector=detector, stain=stain)
+    export = settings.export
+    if export.dicom_reference:  # so that it is the same folder to every worker
+        export = dataclasses.replace(export, dicom_reference=os.path.abspath(export.dicom_reference))
+    return dataclasses.replace(settings, detector=detector, stain=stain, export=export)
 
 
 def _resolved(stain: Stain) -> Stain:
@@ -100,10 +103,18 @@ def check_seams(settings: Settings) -> tuple[str, ...]:
     )
 
 
-def check_worker(run_json: Path, theirs: Mapping[str, str]) -> None:
-    """To be run in a worker. Raises RunError unless it sees the run's folder and has the same versions."""
+def check_worker(theirs: Mapping[str, str], run_json: Path, stage: Path | None) -> None:
+    """To be run in a worker. Raises RunError unless it sees the run's folders and has the same versions.
+
+    stage: the folder of staged slides, if there is one.
+    """
     if not run_json.exists():
         raise RunError(f"does not see {run_json}: workers need the same file system, at the same place")
+    if stage is not None and not stage.exists():
+        raise RunError(
+            f"does not see {stage}: need a --stage folder that all workers share; on machines that share none, start "
+            f"the same command on each, without --scheduler"
+        )
     differing = [f"{name} {here}, not {theirs[name]}" for name, here in versions().items() if here != theirs[name]]
     if differing:
         raise RunError(f"has {', '.join(differing)}: need the same everywhere, or the results differ")

@@ -45,7 +45,8 @@ def find_tissue(slide: Slide, settings: Tissue, work_mpp: float) -> TissueMap:
 
 
 def _thumbnail(slide: Slide, settings: Tissue, work_mpp: float) -> tuple[Pixels, Frame]:
-    frame = slide.frame(max(settings.thumbnail_mpp, work_mpp))
+    """That of a slide that is larger than any glass is coarser than the settings say, which bounds the memory."""
+    frame = slide.thumbnail_frame(max(settings.thumbnail_mpp, work_mpp))
     return slide.thumbnail(frame), frame
 
 

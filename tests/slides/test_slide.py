@@ -395,8 +395,15 @@ def test_a_thumbnail_that_fills_the_memory_is_refused(tmp_path: Path) -> None:
     with open_slide(path) as slide:
         with pytest.raises(SlideTooLarge, match=r"huge\.tif is 62,500 x 62,500 px at 8 um/px.*thumbnail"):
             slide.thumbnail(slide.frame(8))
+        assert slide.thumbnail_frame(8) == slide.frame(128)
         box = Box(1000, 1000, 1100, 1100)
         assert (slide.read(box, slide.frame(0.25)) == 255).all()
+
+
+def test_the_thumbnail_of_any_glass_is_as_fine_as_it_is_asked_for(tmp_path: Path) -> None:
+    """26 x 76 mm at 0.25 um per px."""
+    with open_slide(_huge(tmp_path / "glass.tif", 104_000, 304_000, 4096)) as slide:
+        assert slide.thumbnail_frame(8) == slide.frame(8)
 
 
 def test_a_strip_without_coarse_levels_is_refused_where_its_thumbnail_is_too_coarse(tmp_path: Path) -> None:

@@ -45,6 +45,7 @@ def main() -> None:
     parser.add_argument("formats", nargs="+", choices=list(FORMATS))
     parser.add_argument("--nuclei", type=int, default=1_000_000, help="(%(default)s)")
     parser.add_argument("--folder", type=Path, help="keep the table and the exports here")
+    parser.add_argument("--dicom-reference", default="", help="for dicom: a DICOM image of the table's size in pixels")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = SlideFolder(given.folder or Path(temporary))
@@ -52,7 +53,9 @@ def main() -> None:
         if not folder.nuclei.exists():
             report(folder.nuclei, alone(make_table, folder, given.nuclei))
         for name in given.formats:
-            report(folder.export(name), alone(write_export, folder, name))
+            report(
+                folder.export(name), alone(write_export, folder, name, Export(dicom_reference=given.dicom_reference))
+            )
 
 
 def report(made: Path, cost: Cost) -> None:
@@ -72,8 +75,8 @@ def measure(work: Any, *arguments: Any) -> Cost:
     return Cost(time.perf_counter() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 
 
-def write_export(folder: SlideFolder, name: Any) -> None:
-    FORMATS[name].write(folder.nuclei, folder.export(name), Export())
+def write_export(folder: SlideFolder, name: Any, options: Export) -> None:
+    FORMATS[name].write(folder.nuclei, folder.export(name), options)
 
 
 def make_table(folder: SlideFolder, nuclei: int) -> None:
@@ -94,7 +97,7 @@ def make_table(folder: SlideFolder, nuclei: int) -> None:
                 class_name=rng.choice(list(COLOURS), count).tolist(),
                 score=rng.uniform(0.5, 1, count),
                 votes=rng.integers(1, 9, count),
-                stains=rng.random((count, 2)),
+                stains=rng.random((count, len(tables.STAINS))),
             )
 
 

@@ -6,7 +6,8 @@ import typing
 
 import pytest
 
-from nuclei_tables import blobs, write
+import dicom_files
+from nuclei_tables import PROVENANCE, blobs, write
 from pipeline import files
 from pipeline.config import Export
 from pipeline.errors import ConfigError
@@ -22,11 +23,12 @@ def test_every_format_that_can_be_chosen_is_there():
 
 def test_the_same_table_gives_the_same_bytes(tmp_path):
     nuclei = write(tmp_path / "nuclei.parquet", blobs(20))
+    image = dicom_files.complete(dicom_files.write(tmp_path / "slide.dcm", "1.2.3"), PROVENANCE.size)
     for name, made in FORMATS.items():
         twice = []
         for attempt in ("first", "second"):
             (tmp_path / attempt).mkdir(exist_ok=True)
-            made.write(nuclei, tmp_path / attempt / EXPORTS[name], Export())
+            made.write(nuclei, tmp_path / attempt / EXPORTS[name], Export(dicom_reference=str(image)))
             twice.append(files.sha256(tmp_path / attempt / EXPORTS[name]))
         assert twice[0] == twice[1], name
 

@@ -18,7 +18,6 @@ import pyarrow.parquet as pq
 import pytest
 import zarr
 
-import nuclei_tables
 from nuclei_tables import PROVENANCE, blobs, write
 from pipeline.config import Export
 from pipeline.segment import tables
@@ -32,9 +31,9 @@ README = Path(__file__).parents[4] / "README.md"
 @pytest.fixture
 def store(tmp_path, monkeypatch):
     """A store of 45 nuclei of a slide with pixels of 0.25 x 0.5 um, beside its nuclei.parquet of three row groups."""
-    monkeypatch.setattr(nuclei_tables, "PROVENANCE", dataclasses.replace(PROVENANCE, um_per_px=(0.25, 0.5)))
     monkeypatch.setattr(tables, "_ROW_GROUP", 20)
-    nuclei = write(tmp_path / "nuclei.parquet", blobs(45))
+    slide = dataclasses.replace(PROVENANCE, um_per_px=(0.25, 0.5))
+    nuclei = write(tmp_path / "nuclei.parquet", blobs(45), provenance=slide)
     assert write_spatialdata(nuclei, tmp_path / "n.zarr", Export(crop=True)) == Exported(45)
     write_h5ad(nuclei, tmp_path / "n.h5ad", Export())
     return tmp_path / "n.zarr"
@@ -118,7 +117,7 @@ def test_a_slide_without_nuclei_has_an_empty_table_that_annotates_nothing(empty)
     assert [path.name for path in (empty / "shapes").iterdir()] == ["zarr.json"]
     assert "region" not in attributes(empty / "tables" / "nuclei_table")
     table = anndata.read_zarr(empty / "tables" / "nuclei_table")
-    assert table.shape == (0, 7)
+    assert table.shape == (0, 18)
     assert "spatialdata_attrs" not in table.uns
 
 
