@@ -55,7 +55,7 @@ def red_squares(patches: np.ndarray, normalisation: Normalisation, settings: Set
             np.full(count, 0.9, np.float32),
             np.zeros(count, np.int64),
             np.ones(count, np.int64),
-            np.zeros((count, 2), np.float32),
+            np.zeros((count, 10), np.float32),
             False,
         )
 

@@ -42,7 +42,9 @@ def slide(path: Path, nuclei: list[Any] = NUCLEI, artefacts: list[str] | None = 
         )
     if artefacts is not None:
         about = pq.read_metadata(folder.nuclei).metadata
-        table = pq.read_table(folder.nuclei).append_column("artefact", pa.array(artefacts, pa.string()))
+        table = pq.read_table(folder.nuclei)
+        place = table.schema.get_field_index("artefact")
+        table = table.set_column(place, "artefact", pa.array(artefacts, pa.string()))
         pq.write_table(table.replace_schema_metadata(about), folder.nuclei, row_group_size=2)
     return folder
 

@@ -40,7 +40,7 @@ def test_the_elements_are_the_nuclei(tmp_path: Path, crop: bool) -> None:
         np.testing.assert_allclose(points[:, :2], expected, atol=0.00501)
         assert element["user"]["id"] == row["id"]
         assert element["user"]["area_um2"] == pytest.approx(row["area_um2"])
-        assert set(element["user"]) == set(row) - {"geometry", "class", "centroid_x", "centroid_y"}
+        assert set(element["user"]) == set(row) - {"geometry", "class", "artefact", "centroid_x", "centroid_y"}
 
 
 def test_a_file_holds_so_many_and_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
