@@ -8,6 +8,9 @@ from pathlib import Path
 EXPORTS = {"qupath": "nuclei.geojson.zip", "csv": "nuclei.csv"}
 "Files made from nuclei.parquet, by the name of their format."
 
+OUTLINES = {"tissue": "tissue.geojson", "artefacts": "artefacts.geojson"}
+"QuPath's annotations, by what they outline; slide px from the corner of the slide's bounds."
+
 LEASE = ".lease"  # hidden, as a slide's folder may hold the folders of other slides, whatever their names
 
 _SLIDE, _FAILURE = "slide.json", "failure.json"
@@ -53,6 +56,10 @@ class SlideFolder:
     def export(self, name: str) -> Path:
         """The file of an export format, one of `EXPORTS`."""
         return self.path / EXPORTS[name]
+
+    def outlines(self, name: str) -> Path:
+        """The annotations of one of `OUTLINES`, where there are any."""
+        return self.path / OUTLINES[name]
 
     @property
     def lease(self) -> Path:

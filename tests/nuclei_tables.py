@@ -18,14 +18,14 @@ PROVENANCE = tables.Provenance(
 )
 
 
-def write(path: Path, shapes: np.ndarray, seed: int = 0) -> Path:
+def write(path: Path, shapes: np.ndarray, seed: int = 0, provenance: tables.Provenance = PROVENANCE) -> Path:
     rng = np.random.default_rng(seed)
     count = len(shapes)
-    names = list(PROVENANCE.colours)
-    with tables.NucleiWriter(path, PROVENANCE) as writer:
+    names = list(provenance.colours)
+    with tables.NucleiWriter(path, provenance) as writer:
         writer.write(
             shapes,
-            class_name=[names[k] for k in rng.integers(0, 2, count)],
+            class_name=[names[k] for k in rng.integers(0, len(names), count)],
             score=rng.random(count),
             votes=rng.integers(1, 9, count),
             stains=rng.random((count, 2)),
