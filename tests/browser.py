@@ -101,9 +101,9 @@ def browser() -> Iterator[Browser]:
 def _first_page(port: Path) -> str:
     """The address at which Chromium takes commands for its first page. port: the file in which it says its port."""
     until = time.monotonic() + _SECONDS
-    while True:
-        with contextlib.suppress(OSError, IndexError, StopIteration):  # until it listens
-            with urllib.request.urlopen(f"http://127.0.0.1:{port.read_text().split()[0]}/json/list") as answer:
-                return str(next(target for target in json.load(answer) if target["type"] == "page")["webSocketDebuggerUrl"])
+    while not port.is_file() or not port.read_text():
         assert time.monotonic() < until, "Chromium did not start"
         time.sleep(0.05)
+    with urllib.request.urlopen(f"http://127.0.0.1:{port.read_text().split()[0]}/json/list") as answer:
+        targets = json.load(answer)
+    return str(next(target["webSocketDebuggerUrl"] for target in targets if target["type"] == "page"))

@@ -23,7 +23,14 @@ from slides.errors import NightslideError
 
 _STATIC = Path(__file__).parent / "static"
 _TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
-_FILES = ("slides.js", "slide.js", "nuclei.js", "view.css", "icon.svg", "openseadragon.min.js")  # loaded by the two pages
+_FILES = (
+    "slides.js",
+    "slide.js",
+    "nuclei.js",
+    "view.css",
+    "icon.svg",
+    "openseadragon.min.js",
+)  # loaded by the two pages
 
 _STYLE_OF_OPENSEADRAGON = "'sha256-9xTiqzfwFaL2SGb1rmr8gysEwVVjIvqWAgmZgqFqpEE='"  # its only style sheet: a rule
 _POLICY = (

@@ -104,7 +104,7 @@ class NucleusTiles:
 
     def class_counts(self) -> list[int]:
         """Nuclei of each class."""
-        return np.bincount(self._class_numbers, minlength=len(self.classes)).tolist()
+        return [int(count) for count in np.bincount(self._class_numbers, minlength=len(self.classes))]
 
     def lowest_score(self) -> float:
         """Of all nuclei; 0 where there are none."""

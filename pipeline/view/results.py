@@ -36,7 +36,9 @@ class Results:
 
     def __init__(self, run: RunFolder, slides: Path | None = None) -> None:
         self.run = run
-        require(slides is None or slides.is_dir(), f"--slides {slides} is no folder: need the one that holds the slides")
+        require(
+            slides is None or slides.is_dir(), f"--slides {slides} is no folder: need the one that holds the slides"
+        )
         self._slides = slides
         self._numbers: dict[str, int] = {}  # of the slides, by their names in the ledger
         self._numbering = threading.Lock()
@@ -86,7 +88,8 @@ class Results:
         if content is None:
             raise RunError(f"{self.name(number)} is not done, or its slide.json is damaged: run it again")
         try:
-            source, quick_hash, mpp = Path(content["source_path"]), content["quick_hash"], float(content["um_per_px"][0])
+            source, quick_hash = Path(content["source_path"]), content["quick_hash"]
+            mpp = float(content["um_per_px"][0])
         except (KeyError, IndexError, TypeError, ValueError) as error:
             raise RunError(f"the slide.json of {self.name(number)} is damaged ({error!r}): run it again") from error
         problems: list[SlideError] = []

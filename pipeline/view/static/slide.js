@@ -274,7 +274,7 @@ async function showNuclei() {
   about = known;
   if (!viewer) {
     const [width, height] = known.size; // the slide is not there: the nuclei on white
-    openViewer({ width, height, tileExists: () => false });
+    openViewer({ width, height, tileSize: 512, tileExists: () => false });
   }
   await countChosen();
   el("most").textContent = `${count(Math.round(density.most * density.perMm2))} per mm²`;

@@ -1,7 +1,5 @@
 """Fixtures for the tests of the viewer."""
 
-from pathlib import Path
-
 import pytest
 
 from finished_run import Finished, finish

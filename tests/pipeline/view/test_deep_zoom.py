@@ -13,9 +13,9 @@ from slides.slide import open_slide
 
 def whole(picture: DeepZoom, level: int) -> np.ndarray:
     """All tiles of a level, side by side."""
-    rows = []
+    rows: list[np.ndarray] = []
     while True:
-        tiles = []
+        tiles: list[np.ndarray] = []
         while (content := picture.tile(level, len(tiles), len(rows))) is not None:
             tiles.append(np.asarray(Image.open(BytesIO(content))))
         if not tiles:

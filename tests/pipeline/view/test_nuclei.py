@@ -11,8 +11,8 @@ import pytest
 import shapely
 from hypothesis import example, given
 from hypothesis import strategies as st
-from nuclei_tables import PROVENANCE, blobs, write
 
+from nuclei_tables import PROVENANCE, blobs, write
 from pipeline.errors import RunError
 from pipeline.segment import tables
 from pipeline.view.nuclei import TILE_PX, NucleusTiles
@@ -97,10 +97,15 @@ def test_every_nucleus_is_in_the_tile_of_its_centroid_and_in_no_other(shapes: np
             xy = np.array([table["centroid_x"][number].as_py(), table["centroid_y"][number].as_py()]) - CORNER
             where = np.clip(xy // TILE_PX, 0, (COLS - 1, ROWS - 1))
             assert (col, row) == tuple(where.astype(int))
-            drawn, truth = tile.outlines[i], shapely.get_coordinates(shapely.from_wkb(table["geometry"][number].as_py()))
+            drawn, truth = (
+                tile.outlines[i],
+                shapely.get_coordinates(shapely.from_wkb(table["geometry"][number].as_py())),
+            )
             assert drawn.shape == truth[:-1].shape
             # the table of vertices is in sixteenths, and a tile that is coarser rounds them once more
-            assert np.abs(drawn - truth[:-1]).max() <= tile.quantum / 2 + (1 / 32 if tile.quantum > 1 / 16 else 0) + 1e-6
+            assert (
+                np.abs(drawn - truth[:-1]).max() <= tile.quantum / 2 + (1 / 32 if tile.quantum > 1 / 16 else 0) + 1e-6
+            )
             corner = np.array([col, row]) * TILE_PX + CORNER
             reach = nuclei.overhang_px + 1e-6
             assert (truth >= corner - reach).all()

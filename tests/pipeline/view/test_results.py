@@ -15,6 +15,7 @@ from pipeline.layout import RunFolder
 from pipeline.segment.record import SlideRecord
 from pipeline.view.results import Results
 from slides.errors import SlideNotFound
+from slides.slide import Slide
 
 
 def moved(finished: Finished, folder: Path) -> Finished:
@@ -55,9 +56,9 @@ def test_a_slide_with_its_nuclei(finished: Finished) -> None:
 
 
 def test_a_slide_is_opened_once_for_many_threads(finished: Finished, monkeypatch: pytest.MonkeyPatch) -> None:
-    opened = []
+    opened: list[Slide] = []
     results = Results(RunFolder(finished.run))
-    monkeypatch.setattr("pipeline.view.results.DeepZoom", lambda slide: opened.append(slide) or len(opened))
+    monkeypatch.setattr("pipeline.view.results.DeepZoom", opened.append)
     threads = [threading.Thread(target=results.picture, args=(0,)) for _ in range(8)]
     for thread in threads:
         thread.start()
