@@ -32,6 +32,9 @@ NO_NEGATIVE = Parameter(negative="")  # a flag or a list without its --no-... or
 
 STRIDES = (4, 8, 16, 32)  # of the feature maps, in enlarged px
 
+# How far what lies around a nucleus changes its detection, in enlarged px: measured by workflows/benchmarks/tilings.py
+CONTEXT_PX = 192
+
 
 def side_step(upscale: float = 1.0) -> int:
     """The px that an image's side must be a multiple of, so that enlarged it is one of the coarsest stride.
@@ -80,8 +83,8 @@ class Tiling:
     "Working scale, micrometres per pixel: every slide is resampled to it. It must be the weights' own."
     tile: int = 1024
     "Side of a tile with its border, px at the working scale."
-    margin: int = 64
-    "Border read around each tile's core, px: half the largest nucleus, the tolerance of stitching and the largest shift of a view together."
+    margin: int = 128
+    "Border read around each tile's core, px: what the detector needs to see around a nucleus (128 px), and the largest nucleus."
     block: int = 4
     "Blocks of this many by this many tiles are stored, scheduled and resumed together."
 

@@ -21,7 +21,7 @@ from pipeline import files
 from pipeline.archive import ledger
 from pipeline.archive.executors import Executor, check_execution, open_executor, run_task
 from pipeline.archive.lease import Leases
-from pipeline.archive.manifest import check_worker, open_run, resolve, versions
+from pipeline.archive.manifest import check_seams, check_worker, open_run, resolve, versions
 from pipeline.archive.progress import Progress
 from pipeline.archive.slots import FairSlots
 from pipeline.archive.sources import Archive, Inputs, Source, find_slides
@@ -66,6 +66,7 @@ def run(
     folder = RunFolder(Path(out).absolute())
     archive = find_slides(inputs, folder.path, mpp=mpp, force_mpp=force_mpp, follow_links=execution.follow_links)
     settings = resolve(settings)
+    seams = check_seams(settings) if detect is None else ()
     if client is None:
         check_execution(execution, settings.detector.device)
     warnings = open_run(folder, settings, execution.overwrite)
@@ -74,7 +75,7 @@ def run(
         progress.say(f"{len(archive.sources)} slides, {archive.skipped} other files skipped; results in {out}")
         if terms := licence(weights):
             progress.say(f"weights {weights.stem}: {terms}")
-        for warning in (*warnings, *archive.unread):
+        for warning in (*seams, *warnings, *archive.unread):
             progress.say(f"WARNING: {warning}")
         with open_executor(execution, settings.detector.device, client) as executor, Leases() as leases:
             if executor.dashboard:
