@@ -8,17 +8,15 @@ from pathlib import Path
 EXPORTS = {"qupath": "nuclei.geojson.zip", "csv": "nuclei.csv"}
 "Files made from nuclei.parquet, by the name of their format."
 
-OUTLINES = {"tissue": "tissue.geojson", "artefacts": "artefacts.geojson"}
-"QuPath's annotations, by what they outline; slide px from the corner of the slide's bounds."
-
 LEASE = ".lease"  # hidden, as a slide's folder may hold the folders of other slides, whatever their names
 
 _SLIDE, _FAILURE = "slide.json", "failure.json"
 _PICTURES = ("thumbnail.jpg", "overlay.jpg")
+_ANNOTATIONS = ("tissue.geojson", "artefacts.geojson")
 _NUCLEI, _WORK = "nuclei.parquet", "work"
 _RUN, _LEDGER, _REPORT, _LOGS = "run.json", "ledger.csv", "report.html", "logs"
 
-RESULTS = (*_PICTURES, _NUCLEI, *EXPORTS.values())
+RESULTS = (*_PICTURES, *_ANNOTATIONS, _NUCLEI, *EXPORTS.values())
 "What a finished slide's folder holds beside slide.json."
 
 RESERVED = frozenset([_RUN, _LEDGER, _REPORT, _LOGS, _SLIDE, _FAILURE, _WORK, *RESULTS])
@@ -49,6 +47,15 @@ class SlideFolder:
         return self.path / _PICTURES[1]
 
     @property
+    def tissue_annotation(self) -> Path:
+        return self.path / _ANNOTATIONS[0]
+
+    @property
+    def artefact_annotations(self) -> Path:
+        """Not there where a run did not look for artefacts."""
+        return self.path / _ANNOTATIONS[1]
+
+    @property
     def nuclei(self) -> Path:
         """The table that every other result is made from."""
         return self.path / _NUCLEI
@@ -56,10 +63,6 @@ class SlideFolder:
     def export(self, name: str) -> Path:
         """The file of an export format, one of `EXPORTS`."""
         return self.path / EXPORTS[name]
-
-    def outlines(self, name: str) -> Path:
-        """The annotations of one of `OUTLINES`, where there are any."""
-        return self.path / OUTLINES[name]
 
     @property
     def lease(self) -> Path:

@@ -16,7 +16,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Mount, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from pipeline.layout import OUTLINES
+from pipeline.layout import SlideFolder
 from pipeline.view import deep_zoom, nuclei
 from pipeline.view.results import Results
 from slides.errors import NightslideError
@@ -67,7 +67,7 @@ def application(results: Results, token: str, port: int) -> ASGIApp:
         "/slides/{slide:int}/nuclei/{row:int}.json": _nucleus,
         "/slides/{slide:int}/density.bin": _density,
         "/slides/{slide:int}/about.json": _about,
-        "/slides/{slide:int}/{name}.geojson": _outlines,
+        "/slides/{slide:int}/{name}.geojson": _annotation,
         "/static/{name}": _static,
     }
     pool = ThreadPoolExecutor(_THREADS, "view")
@@ -216,14 +216,19 @@ def _density(results: Results, request: Request) -> Response:
 
 
 def _about(results: Results, request: Request) -> Response:
-    """The slide's row of the ledger, and which outlines there are beside its nuclei."""
+    """The slide's row of the ledger, and which annotations there are beside its nuclei."""
     number = request.path_params["slide"]
-    folder = results.folder(number)
-    row = next((row for row in results.ledger() if row["number"] == number), {"name": results.name(number)})
-    return JSONResponse({**row, "outlines": [name for name in OUTLINES if folder.outlines(name).is_file()]})
+    row = next((row for row in results.ledger() if row["number"] == number), {"slide": results.name(number)})
+    return JSONResponse({**row, "annotations": list(_annotations(results.folder(number)))})
 
 
-def _outlines(results: Results, request: Request) -> Response:
-    name = request.path_params["name"]
-    path = results.folder(request.path_params["slide"]).outlines(name) if name in OUTLINES else None
-    return _binary(path.read_bytes() if path is not None and path.is_file() else None, "application/geo+json")
+def _annotation(results: Results, request: Request) -> Response:
+    """GeoJSON as the run wrote it."""
+    path = _annotations(results.folder(request.path_params["slide"])).get(request.path_params["name"])
+    return _binary(path.read_bytes() if path is not None else None, "application/geo+json")
+
+
+def _annotations(folder: SlideFolder) -> dict[str, Path]:
+    """The files of annotations that there are, by what they outline."""
+    files = {"tissue": folder.tissue_annotation, "artefacts": folder.artefact_annotations}
+    return {name: path for name, path in files.items() if path.is_file()}

@@ -35,7 +35,7 @@ class DeepZoom:
         if not box.area:
             return None
         file = BytesIO()
-        Image.fromarray(self.slide.read_decodable(box, frame)[0]).save(file, "JPEG", quality=_QUALITY)
+        Image.fromarray(self.slide.read_for_display(box, frame)).save(file, "JPEG", quality=_QUALITY)
         return file.getvalue()
 
     def _frame(self, level: int) -> Frame:

@@ -78,8 +78,8 @@ class NucleusTiles:
         self._vertices = np.concatenate([np.zeros((0, 2), np.int32), *vertices])  # sixteenths of a slide px
         self._starts = np.cumsum(np.concatenate(counts))  # (n + 1,), of the vertices of each nucleus
         self._scores = self._table["score"].to_numpy().astype(np.float32)
-        names = self._table["class"].to_pylist()
-        self.classes = {name: provenance.colours.get(name, _NO_COLOUR) for name in sorted(set(names))}
+        names = sorted(pc.unique(self._table["class"]).to_pylist())
+        self.classes = {name: provenance.colours.get(name, _NO_COLOUR) for name in names}
         numbers = pc.index_in(self._table["class"], pa.array(list(self.classes), pa.string()))
         self._class_numbers = numbers.to_numpy().astype(np.uint16)
         self._place(_centroids(self._table, corner), np.concatenate(bounds))
@@ -149,12 +149,15 @@ class NucleusTiles:
 
 def _vertices(shapes: Polygons, corner: NDArray[np.float64]) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
     """The vertices of outlines, each once: int32 (v, 2), sixteenths of a px from `corner`; and how many each has."""
-    xy, owner = shapely.get_coordinates(shapely.get_exterior_ring(shapes), return_index=True)
-    repeated = np.diff(owner, append=-1) != 0  # the last vertex of a ring is its first one
-    xy, owner = xy[~repeated] - corner, owner[~repeated]
-    if not (np.abs(xy) < _FARTHEST_PX).all():
+    if shapely.get_num_interior_rings(shapes).any():
+        raise ValueError("an outline has a hole")
+    xy, owner = shapely.get_coordinates(shapes, return_index=True)
+    xy -= corner
+    if not (len(xy) == 0 or (-_FARTHEST_PX < xy.min() and xy.max() < _FARTHEST_PX)):
         raise ValueError(f"an outline is not within {_FARTHEST_PX} px of the slide")
-    return np.rint(xy * _SUBPIXELS).astype(np.int32), np.bincount(owner, minlength=len(shapes))
+    xy *= _SUBPIXELS
+    once = np.diff(owner, append=-1) == 0  # all but the last vertex of a ring, which is its first one
+    return np.rint(xy, out=xy).astype(np.int32)[once], np.bincount(owner[once], minlength=len(shapes))
 
 
 def _centroids(rows: pa.Table, corner: NDArray[np.float64]) -> NDArray[np.float64]:

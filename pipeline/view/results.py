@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pipeline import files
-from pipeline.archive.ledger import read_ledger
+from pipeline.archive.ledger import read_columns
 from pipeline.config import require
 from pipeline.errors import RunError, SlideChanged
 from pipeline.layout import RunFolder, SlideFolder
@@ -21,7 +21,8 @@ from slides.slide import Slide, open_slide
 _OPEN_SLIDES = 4
 _TABLES_IN_MEMORY = 2
 
-_SHOWN = ("status", "cause", "nuclei", "tissue_mm2", "mpp", "remarks")  # columns of the ledger
+# Columns of the ledger that are shown.
+_COLUMNS = {"slide": str, "status": str, "cause": str, "nuclei": int, "tissue_mm2": float, "mpp": float, "remarks": str}
 
 T = TypeVar("T")
 
@@ -47,13 +48,13 @@ class Results:
         self.ledger()
 
     def ledger(self) -> list[dict[str, Any]]:
-        """The slides in the order of the ledger, as it is now: number, name and some columns of each."""
-        rows = read_ledger(self.run)
+        """The slides in the order of the ledger, as it is now: the number and some columns of each."""
+        rows = read_columns(self.run, _COLUMNS)
         with self._numbering:
             numbers = [self._numbers.setdefault(row["slide"], len(self._numbers)) for row in rows]
         return [
-            {"number": number, "name": printable(row["slide"])}
-            | {name: printable(row[name]) if isinstance(row[name], str) else row[name] for name in _SHOWN}
+            {"number": number}
+            | {name: printable(value) if isinstance(value, str) else value for name, value in row.items()}
             for number, row in zip(numbers, rows, strict=True)
         ]
 

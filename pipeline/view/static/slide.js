@@ -301,9 +301,9 @@ async function showAreas(name) {
 
 async function main() {
   const row = await json("about.json");
-  el("name").textContent = row.name;
-  document.title = `${row.name}: Nightslide`;
-  for (const name of row.outlines) showAreas(name).catch(report);
+  el("name").textContent = row.slide;
+  document.title = `${row.slide}: Nightslide`;
+  for (const name of row.annotations) showAreas(name).catch(report);
   await json("picture.json").then(openViewer).catch(report);
   await showNuclei();
 }

@@ -31,7 +31,7 @@ function show(slide) {
   const row = document.getElementById("slides").insertRow();
   const done = slide.status.startsWith("done");
   cell(row, done ? thumbnail(slide) : "", "picture");
-  cell(row, done ? link(slide, slide.name) : slide.name, "name");
+  cell(row, done ? link(slide, slide.slide) : slide.slide, "name");
   cell(row, slide.status, `status ${done ? "done" : slide.status}`);
   cell(row, done ? number(slide.nuclei, 0) : "", "number");
   cell(row, done ? number(slide.tissue_mm2, 2) : "", "number");

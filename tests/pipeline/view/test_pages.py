@@ -147,14 +147,15 @@ def test_outlines_of_tissue_and_artefacts(page: Browser, finished: Finished, tmp
     """QuPath's annotations, with their holes, are layers that can be hidden; the canvas shows their colour."""
     run = RunFolder(finished.copy(tmp_path).run)
     rings = [[[low, low], [high, low], [high, high], [low, high], [low, low]] for low, high in ((50, 200), (90, 160))]
-    for name, colour, kind, coordinates in (
-        ("tissue", [0, 128, 0], "Polygon", rings),
-        ("artefacts", [255, 0, 0], "MultiPolygon", [rings]),
+    folder = run.slide(FIRST)
+    for path, colour, kind, coordinates in (
+        (folder.tissue_annotation, [0, 128, 0], "Polygon", rings),
+        (folder.artefact_annotations, [255, 0, 0], "MultiPolygon", [rings]),
     ):
         geometry = {"type": kind, "coordinates": coordinates}
-        properties = {"classification": {"name": name, "color": colour}}
+        properties = {"classification": {"name": path.stem, "color": colour}}
         feature = {"type": "Feature", "geometry": geometry, "properties": properties}
-        files.write_json(run.slide(FIRST).outlines(name), {"type": "FeatureCollection", "features": [feature]})
+        files.write_json(path, {"type": "FeatureCollection", "features": [feature]})
     page.messages.clear()
     with served(run.path) as address:
         page.open(f"{address}slides/0/")

@@ -31,7 +31,7 @@ def moved(finished: Finished, folder: Path) -> Finished:
 
 def test_the_ledger_with_numbers(finished: Finished) -> None:
     rows = Results(RunFolder(finished.run)).ledger()
-    assert [(row["number"], row["name"], row["status"]) for row in rows] == [
+    assert [(row["number"], row["slide"], row["status"]) for row in rows] == [
         (0, FIRST, "done"),
         (1, SECOND, "done"),
         (2, FAILED, "failed"),
@@ -44,7 +44,7 @@ def test_a_slide_keeps_its_number_when_the_ledger_changes(finished: Finished, tm
     run = RunFolder(finished.copy(tmp_path).run)
     results = Results(run)
     write_ledger(run, [SlideRecord(name, "done") for name in ("a new one", SECOND, FIRST)])
-    assert [(row["number"], row["name"]) for row in results.ledger()] == [(3, "a new one"), (1, SECOND), (0, FIRST)]
+    assert [(row["number"], row["slide"]) for row in results.ledger()] == [(3, "a new one"), (1, SECOND), (0, FIRST)]
     assert results.folder(1).path.name == SECOND
 
 

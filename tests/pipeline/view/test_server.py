@@ -150,7 +150,7 @@ def test_paths_on_the_disk_stay_there(client: TestClient, finished: Finished) ->
 
 def test_the_slide_and_its_nuclei(client: TestClient, finished: Finished) -> None:
     about = client.get(f"/{TOKEN}/slides/0/about.json").json()
-    assert (about["name"], about["outlines"]) == (FIRST, [])
+    assert (about["slide"], about["annotations"]) == (FIRST, [])
     nuclei = client.get(f"/{TOKEN}/slides/0/nuclei.json").json()
     assert nuclei["count"] == finished.nuclei
     assert [(c["name"], c["count"]) for c in nuclei["classes"]] == [("Nucleus", finished.nuclei)]
@@ -164,9 +164,9 @@ def test_the_slide_and_its_nuclei(client: TestClient, finished: Finished) -> Non
 
 def test_outlines_of_tissue_and_artefacts_where_they_are(finished: Finished, tmp_path: Path) -> None:
     run = finished.copy(tmp_path).run
-    RunFolder(run).slide(FIRST).outlines("artefacts").write_text('{"type": "FeatureCollection", "features": []}')
+    RunFolder(run).slide(FIRST).artefact_annotations.write_text('{"type": "FeatureCollection", "features": []}')
     client = client_of(run)
-    assert client.get(f"/{TOKEN}/slides/0/about.json").json()["outlines"] == ["artefacts"]
+    assert client.get(f"/{TOKEN}/slides/0/about.json").json()["annotations"] == ["artefacts"]
     assert client.get(f"/{TOKEN}/slides/0/artefacts.geojson").json()["features"] == []
     assert client.get(f"/{TOKEN}/slides/0/tissue.geojson").status_code == 404
 
