@@ -91,7 +91,9 @@ def export_files(folder: str | os.PathLike[str], settings: Export) -> Iterator[t
 
 
 def read_nuclei(path: str | os.PathLike[str], columns: Sequence[str] | None = None) -> "pa.Table":
-    """The nuclei of a slide, all columns of nuclei.parquet or some; `geopandas.read_parquet` decodes the outlines.
+    """The nuclei of a slide, all columns of nuclei.parquet but `bbox`, or some.
+
+    `geopandas.read_parquet` decodes the outlines.
 
     path: nuclei.parquet, or the slide's folder in the results
     Raises RunError where there is no such table.

@@ -193,7 +193,12 @@ class Stitching:
         require(self.simplify_px >= 0, f"simplify-px={self.simplify_px}: need 0 or more")
 
 
-ExportFormat = Literal["qupath", "csv"]
+ExportFormat = Literal[
+    "qupath",
+    "csv",
+    "spatialdata",
+    "h5ad",
+]
 
 
 @dataclass(frozen=True)
@@ -203,7 +208,11 @@ class Export:
     formats: Annotated[
         tuple[ExportFormat, ...], Parameter(negative="", show_default=lambda names: ", ".join(names))
     ] = ("qupath",)
-    "Files to write beside nuclei.parquet: qupath (nuclei.geojson.zip), csv (nuclei.csv); repeat the flag for several."
+    """Files to write beside nuclei.parquet; repeat the flag for several:
+    qupath (nuclei.geojson.zip),
+    csv (nuclei.csv),
+    spatialdata (nuclei.spatialdata.zarr),
+    h5ad (nuclei.h5ad, for AnnData)."""
     crop: bool = True
     "Coordinates relative to the slide's bounds, to which QuPath's OpenSlide reader crops; else to the corner of the whole slide."
 

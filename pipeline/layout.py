@@ -5,8 +5,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-EXPORTS = {"qupath": "nuclei.geojson.zip", "csv": "nuclei.csv"}
-"Files made from nuclei.parquet, by the name of their format."
+EXPORTS = {
+    "qupath": "nuclei.geojson.zip",
+    "csv": "nuclei.csv",
+    "spatialdata": "nuclei.spatialdata.zarr",
+    "h5ad": "nuclei.h5ad",
+}
+"Files and folders made from nuclei.parquet, by the name of their format."
 
 LEASE = ".lease"  # hidden, as a slide's folder may hold the folders of other slides, whatever their names
 

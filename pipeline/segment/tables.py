@@ -63,6 +63,11 @@ NUCLEI = pa.schema(
     ]
 )
 
+_BBOX = pa.struct([(name, pa.float64()) for name in ("xmin", "ymin", "xmax", "ymax")])
+_STORED = NUCLEI.append(pa.field("bbox", _BBOX))
+"""What nuclei.parquet holds: `NUCLEI`, and the bounds of each outline, slide px, which GeoParquet calls its covering:
+other programs read the nuclei of a region by them, and no others (`geopandas.read_parquet(path, bbox=...)`)."""
+
 _KEY = b"nightslide"  # names our JSON in a file's metadata
 _ROW_GROUP = 50_000
 _NAMESPACE = uuid.uuid5(uuid.NAMESPACE_DNS, "nightslide.nuclei")
@@ -145,14 +150,14 @@ class NucleiWriter:
         self._path = path
         self._provenance = provenance
         self._slide = uuid.uuid5(_NAMESPACE, provenance.slide).bytes
-        self._pending = NUCLEI.empty_table()
+        self._pending = _STORED.empty_table()
         self._extent = np.array([np.inf, np.inf, -np.inf, -np.inf])
 
     def __enter__(self) -> Self:
         with contextlib.ExitStack() as opening:
             partial = opening.enter_context(committed(self._path))
             self._file = opening.enter_context(
-                pq.ParquetWriter(partial, NUCLEI, compression="zstd", use_dictionary=["class"])
+                pq.ParquetWriter(partial, _STORED, compression="zstd", use_dictionary=["class"])
             )
             opening.push(self._finish)
             self._closing = opening.pop_all()
@@ -181,9 +186,10 @@ class NucleiWriter:
         self._check(polygons, class_name)
         shapes, encoded = measure(polygons, self._provenance.um_per_px), _wkb(polygons)
         first = [self._ids(encoded), encoded, list(class_name), score, votes]
-        values = [*first, *shapes[:5], *stains.T, *shapes.centroid.T]
-        rows = pa.table([pa.array(v, f.type) for v, f in zip(values, NUCLEI, strict=True)], schema=NUCLEI)
         extent = shapely.bounds(polygons).reshape(-1, 4)
+        bbox = pa.StructArray.from_arrays([pa.array(side) for side in extent.T], fields=list(_BBOX))
+        values = [*first, *shapes[:5], *stains.T, *shapes.centroid.T, bbox]
+        rows = pa.table([pa.array(v, f.type) for v, f in zip(values, _STORED, strict=True)], schema=_STORED)
         np.minimum(self._extent[:2], extent[:, :2].min(axis=0, initial=np.inf), out=self._extent[:2])
         np.maximum(self._extent[2:], extent[:, 2:].max(axis=0, initial=-np.inf), out=self._extent[2:])
         self._pending = pa.concat_tables([self._pending, rows])
@@ -221,6 +227,7 @@ class NucleiWriter:
         if self._pending.num_rows:
             self._flush()
         column: dict[str, Any] = {"encoding": "WKB", "geometry_types": ["Polygon"], "crs": None}
+        column["covering"] = {"bbox": {side.name: ["bbox", side.name] for side in _BBOX}}
         if np.isfinite(self._extent).all():
             column["bbox"] = self._extent.tolist()
         geo = {"version": "1.1.0", "primary_column": "geometry", "columns": {"geometry": column}}
@@ -230,14 +237,14 @@ class NucleiWriter:
 def read_nuclei(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
     """All nuclei of a slide, all columns of `NUCLEI` or some; `geometry` decodes the outlines."""
     with pq.ParquetFile(path) as file:
-        return file.read(columns)
+        return file.read(NUCLEI.names if columns is None else columns)
 
 
 def iter_nuclei(path: Path, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
     """The same, a row group (at most 50,000 rows) at a time."""
     with pq.ParquetFile(path) as file:
         for group in range(file.num_row_groups):
-            yield file.read_row_group(group, columns)
+            yield file.read_row_group(group, NUCLEI.names if columns is None else columns)
 
 
 def read_provenance(path: Path) -> Provenance:

@@ -32,6 +32,10 @@ class Format(NamedTuple):
 
     write: Writer
     options: tuple[str, ...]
+    package: str = ""
+    "A package that it needs beside those of the default installation."
+    extra: str = ""
+    "The extra of this project that installs it."
 
 
 def origin(provenance: Provenance, crop: bool) -> tuple[float, float]:

@@ -8,11 +8,13 @@ from typing import Any
 import geopandas
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 import shapely
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pyarrow import dataset
 
 from pipeline import files
 from pipeline.model import instances
@@ -150,6 +152,24 @@ def test_geopandas_opens_it(tmp_path):
     np.testing.assert_allclose(frame.total_bounds, shapely.total_bounds(shapes))
 
 
+def test_geopandas_reads_the_nuclei_of_a_region(tmp_path, monkeypatch):
+    """And nothing of the row groups that do not reach into it."""
+    monkeypatch.setattr(tables, "_ROW_GROUP", 16)
+    path, shapes = tmp_path / "nuclei.parquet", squares(90)
+    shapes = shapes[np.argsort(shapely.bounds(shapes)[:, 1])]
+    write(path, shapes, rest(90))
+    region = shapely.box(500, 1000, 2500, 1500)
+    inside = shapely.intersects(shapes, region)
+    assert 0 < inside.sum() < 30
+    frame = geopandas.read_parquet(path, bbox=region.bounds)
+    assert list(frame.columns) == tables.NUCLEI.names
+    assert frame.geometry.tolist() == shapes[inside].tolist()
+    (file,) = dataset.dataset(path).get_fragments()
+    x, y = pc.field("bbox", "xmin") <= 2500, pc.field("bbox", "ymin") <= 1500
+    touched = x & y & (pc.field("bbox", "xmax") >= 500) & (pc.field("bbox", "ymax") >= 1000)
+    assert 1 <= len(file.split_by_row_group(touched)) <= 3 < file.metadata.num_row_groups
+
+
 def test_its_metadata_is_geoparquet_1_1(tmp_path):
     path, shapes = tmp_path / "nuclei.parquet", squares(12)
     write(path, shapes, rest(12), [5])
@@ -161,6 +181,9 @@ def test_its_metadata_is_geoparquet_1_1(tmp_path):
     assert column["geometry_types"] == ["Polygon"]
     assert column["crs"] is None
     np.testing.assert_array_equal(column["bbox"], shapely.total_bounds(shapes))
+    assert column["covering"] == {"bbox": {side: ["bbox", side] for side in ("xmin", "ymin", "xmax", "ymax")}}
+    stored = pq.read_table(path, columns=["bbox"])["bbox"].combine_chunks().flatten()
+    np.testing.assert_array_equal(np.stack(stored, axis=1), shapely.bounds(shapes))
 
 
 def test_a_slide_without_nuclei_has_a_table(tmp_path):
@@ -168,6 +191,7 @@ def test_a_slide_without_nuclei_has_a_table(tmp_path):
     write(path, squares(0), rest(0))
     assert tables.read_nuclei(path).num_rows == 0
     assert len(geopandas.read_parquet(path)) == 0
+    assert len(geopandas.read_parquet(path, bbox=(0, 0, 9, 9))) == 0
     assert tables.read_provenance(path) == PROVENANCE
 
 

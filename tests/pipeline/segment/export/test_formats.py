@@ -1,11 +1,15 @@
 """Every format: equal tables give equal bytes, and its counts read as a sentence."""
 
 import dataclasses
+import re
 import typing
+
+import pytest
 
 from nuclei_tables import blobs, write
 from pipeline import files
 from pipeline.config import Export
+from pipeline.errors import ConfigError
 from pipeline.layout import EXPORTS, SlideFolder
 from pipeline.segment.export import FORMATS, Exported
 from pipeline.segment.finished import write_exports
@@ -37,6 +41,15 @@ def test_the_chosen_formats_are_written_beside_the_table(tmp_path):
     written = write_exports(SlideFolder(tmp_path), Export(formats=("csv", "qupath")))
     assert written == {"csv": Exported(20), "qupath": Exported(20)}
     assert {path.name for path in tmp_path.iterdir()} == {"nuclei.parquet", "nuclei.csv", "nuclei.geojson.zip"}
+
+
+def test_a_format_whose_package_is_missing_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setitem(FORMATS, "h5ad", FORMATS["h5ad"]._replace(package="no_such_package"))
+    write(tmp_path / "nuclei.parquet", blobs(1))
+    message = 'format h5ad needs the package no_such_package, which is not installed: pip install "nightslide[anndata]"'
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        write_exports(SlideFolder(tmp_path), Export(formats=("csv", "h5ad")))
+    assert [path.name for path in tmp_path.iterdir()] == ["nuclei.parquet"]
 
 
 def test_the_counts_read_as_a_sentence():
