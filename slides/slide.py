@@ -629,7 +629,7 @@ def _nearest(window: Window, size: Size) -> tuple[NDArray[np.intp], ...]:
 
 
 def _padded(array: NDArray[T], stored: Box, wanted: Box) -> NDArray[T]:
-    """An array of the pixels of `stored`, (h, w) or (h, w, 3), grown to `wanted`, which holds it, by its edge pixels."""
+    """An array of the pixels of `stored`, (h, w) or (h, w, 3), grown to the larger box `wanted` by its edge pixels."""
     rows = stored.y0 - wanted.y0, wanted.y1 - stored.y1
     columns = stored.x0 - wanted.x0, wanted.x1 - stored.x1
     if not any(rows + columns):

@@ -14,7 +14,7 @@ from typing import Any
 from pipeline import files
 from pipeline.errors import RunError
 from pipeline.layout import RunFolder, SlideFolder
-from pipeline.segment.record import Counts, SlideRecord
+from pipeline.segment.record import SlideRecord
 from pipeline.text import csv_cell, from_csv_cell, one_line, printable
 
 

@@ -153,7 +153,7 @@ def _vertices(shapes: Polygons, corner: NDArray[np.float64]) -> tuple[NDArray[np
         raise ValueError("an outline has a hole")
     xy, owner = shapely.get_coordinates(shapes, return_index=True)
     xy -= corner
-    if not (len(xy) == 0 or (-_FARTHEST_PX < xy.min() and xy.max() < _FARTHEST_PX)):
+    if not (xy.min(initial=0) > -_FARTHEST_PX and xy.max(initial=0) < _FARTHEST_PX):
         raise ValueError(f"an outline is not within {_FARTHEST_PX} px of the slide")
     xy *= _SUBPIXELS
     once = np.diff(owner, append=-1) == 0  # all but the last vertex of a ring, which is its first one

@@ -26,6 +26,7 @@ COMMANDS = (
     "convert",
     "export",
     "report",
+    "view",
     "certificates",
     "doctor",
 )
@@ -39,7 +40,7 @@ def said(capsys: pytest.CaptureFixture[str], *tokens: str) -> tuple[int, str, st
     return int(ended.value.code or 0), captured.out, captured.err
 
 
-OWN_COMMANDS = ("run", "plan", "export", "report", "verify", "certificates", "demo", "doctor")
+OWN_COMMANDS = ("run", "plan", "export", "report", "verify", "view", "certificates", "demo", "doctor")
 
 
 @pytest.mark.parametrize("command", OWN_COMMANDS)

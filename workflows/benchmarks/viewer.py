@@ -2,9 +2,9 @@
 
     python workflows/benchmarks/viewer.py giant.tif WORK --nuclei 1000000
 
-Writes results of the slide (of `replicate.py`, or any other) with that many random outlines of the usual size and number
+Writes results of the slide (of `replicate.py`, or another) with that many random outlines of the usual size and number
 of vertices, in WORK, which is reused. Then the command is started, and asked as a page asks it: first for what a page
-shows at first, then for random tiles by four threads at once.
+shows at first, then for random tiles by two threads at once.
 """
 
 import argparse
@@ -13,7 +13,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from urllib.request import urlopen
@@ -34,7 +34,8 @@ VERTICES = 18  # the mean of CMU-1-Small-Region's
 RADIUS_UM = (1.5, 5.0)
 BATCH = 50_000
 COLOURS = {"Nucleus": (40, 220, 90), "Lymphocyte": (90, 110, 255), "Tumour": (230, 60, 60)}
-THREADS, TILES = 4, 400  # that ask at once, as a browser does; of each kind
+THREADS, TILES = 2, 200  # that ask at once; of each kind
+VIEW_PX = (1400, 900)  # of the screen
 
 
 def main() -> None:
@@ -125,24 +126,29 @@ def measure(slide: str) -> None:
 
     rng = np.random.default_rng(1)
 
-    def picture_tile() -> str:
+    def picture_tiles() -> list[str]:
+        """Those of a view at a random place and level."""
         level = int(rng.integers(picture["minLevel"], picture["maxLevel"] + 1))
-        px = picture["tileSize"] * 2 ** (picture["maxLevel"] - level)
-        col, row = (int(rng.integers(-(-picture[side] // px))) for side in ("width", "height"))
-        return f"picture/{level}/{col}_{row}.jpg"
+        ranges = []
+        for side, length in zip(("width", "height"), VIEW_PX, strict=True):
+            whole = picture[side] / 2 ** (picture["maxLevel"] - level)  # px of the level
+            first = rng.uniform(0, max(0, whole - length))
+            tile = picture["tileSize"]
+            ranges.append(range(int(first // tile), int((min(whole, first + length) - 1) // tile) + 1))
+        return [f"picture/{level}/{col}_{row}.jpg" for row in ranges[1] for col in ranges[0]]
 
     def nucleus_tile() -> str:
         return "nuclei/{}_{}.bin".format(*(int(rng.integers(count)) for count in nuclei["tiles"]))
 
-    kinds: dict[str, Callable[[], str]] = {
-        "tiles of the picture": picture_tile,
-        "tiles of outlines": nucleus_tile,
-        "measurements of a nucleus": lambda: f"nuclei/{int(rng.integers(nuclei['count']))}.json",
-        "density at a score": lambda: density.replace("0.5", f"{rng.uniform(0.5, 1):.2f}"),
+    kinds = {
+        "tiles of the picture": [path for _ in range(TILES // 8) for path in picture_tiles()],
+        "tiles of outlines": [nucleus_tile() for _ in range(TILES)],
+        "measurements of a nucleus": [f"nuclei/{int(rng.integers(nuclei['count']))}.json" for _ in range(TILES)],
+        "density at a score": [density.replace("0.5", f"{rng.uniform(0.5, 1):.2f}") for _ in range(TILES)],
     }
-    for words, address in kinds.items():
+    for words, paths in kinds.items():
         with ThreadPoolExecutor(THREADS) as pool:
-            report(words, list(pool.map(get, [address() for _ in range(TILES)])))
+            report(words, list(pool.map(get, paths)))
 
 
 def report(words: str, answers: Sequence[tuple[bytes, float]]) -> None:
