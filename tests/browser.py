@@ -58,9 +58,9 @@ class Browser:
         return said["result"].get("value")
 
     def wait_for(self, condition: str) -> Any:
-        """The value of JavaScript on the page as soon as it is true."""
+        """The value of JavaScript on the page as soon as it is true; an error, as of a page half read, is not."""
         until = time.monotonic() + _SECONDS
-        while not (value := self.evaluate(condition)):
+        while not (value := self.evaluate(f"(() => {{ try {{ return {condition}; }} catch {{ return null; }} }})()")):
             assert time.monotonic() < until, f"not so: {condition}; the console has {self.messages}"
             time.sleep(0.03)
         return value

@@ -159,6 +159,7 @@ def _picture(results: Results, request: Request) -> Response:
     levels = picture.levels
     return JSONResponse(
         {
+            "um_per_px": picture.slide.scale[:2],
             "width": picture.size.width,
             "height": picture.size.height,
             "tileSize": deep_zoom.TILE_PX,

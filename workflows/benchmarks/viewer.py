@@ -19,6 +19,7 @@ from pathlib import Path
 from urllib.request import urlopen
 
 import numpy as np
+import psutil
 import shapely
 from numpy.typing import NDArray
 
@@ -54,7 +55,7 @@ def main() -> None:
         assert process.stdout is not None
         address = re.findall(r"http\S+", process.stdout.readline())[0]
         print(f"{given.nuclei:,} nuclei, {run.slide(NAME).nuclei.stat().st_size / 1e6:,.0f} MB")
-        measure(f"{address}slides/0/")
+        measure(f"{address}slides/0/", process.pid)
         print(f"peak memory: {peak_gb(process.pid):.2f} GB")
     finally:
         process.terminate()
@@ -104,8 +105,8 @@ def outlines(rng: np.random.Generator, centres: NDArray[np.float64], mpp: float)
     return polygons
 
 
-def measure(slide: str) -> None:
-    """Ask for what a page asks for, and print how long it took. slide: address of its page."""
+def measure(slide: str, pid: int) -> None:
+    """Ask for what a page asks for, and print how long it took. slide: address of its page; pid: of the server."""
 
     def get(path: str) -> tuple[bytes, float]:
         started = time.perf_counter()
@@ -113,7 +114,7 @@ def measure(slide: str) -> None:
             content: bytes = answer.read()
         return content, time.perf_counter() - started
 
-    started = time.perf_counter()
+    started, used = time.perf_counter(), cpu_s(pid)
     for name in ("", "about.json"):
         get(name)
     picture = json.loads(get("picture.json")[0])
@@ -122,7 +123,7 @@ def measure(slide: str) -> None:
     nuclei = json.loads(get("nuclei.json")[0])
     density = "density.bin?score=0.5&" + "&".join(f"class={number}" for number in range(len(nuclei["classes"])))
     get(density)
-    print(f"first view with all nuclei: {time.perf_counter() - started:.1f} s")
+    print(f"first view with all nuclei: {time.perf_counter() - started:.1f} s, of CPU {cpu_s(pid) - used:.1f} s")
 
     rng = np.random.default_rng(1)
 
@@ -147,15 +148,23 @@ def measure(slide: str) -> None:
         "density at a score": [density.replace("0.5", f"{rng.uniform(0.5, 1):.2f}") for _ in range(TILES)],
     }
     for words, paths in kinds.items():
+        used = cpu_s(pid)
         with ThreadPoolExecutor(THREADS) as pool:
-            report(words, list(pool.map(get, paths)))
+            report(words, list(pool.map(get, paths)), cpu_s(pid) - used)
 
 
-def report(words: str, answers: Sequence[tuple[bytes, float]]) -> None:
+def report(words: str, answers: Sequence[tuple[bytes, float]], used_s: float) -> None:
     ms = [1000 * seconds for _, seconds in answers]
     kb = sum(len(content) for content, _ in answers) / len(answers) / 1000
     median, most = np.percentile(ms, (50, 95))
-    print(f"{words}: median {median:.0f} ms, p95 {most:.0f} ms, {kb:.0f} kB each")
+    mean = 1000 * used_s / len(answers)
+    print(f"{words}: median {median:.0f} ms, p95 {most:.0f} ms, of CPU {mean:.0f} ms, {kb:.0f} kB each")
+
+
+def cpu_s(pid: int) -> float:
+    """Seconds that a process has computed: what does not depend on what else the machine does."""
+    used = psutil.Process(pid).cpu_times()
+    return float(used.user + used.system)
 
 
 def peak_gb(pid: int) -> float:

@@ -26,6 +26,7 @@ function report(error) {
 // ---------------------------------------------------------------------------------------- what is known of the slide
 
 let viewer = null;
+let umPerPx = 0; // along x, of slide px
 let about = null; // nuclei.json
 let outlines = null;
 let density = null;
@@ -35,11 +36,12 @@ const areas = []; // outlines of tissue and artefacts: {shown, paths: [{path, co
 
 // ---------------------------------------------------------------------------------------- the picture
 
-/** picture: what OpenSeadragon needs to know of the tiles, as picture.json has it. */
-function openViewer(picture) {
+/** tiles: what OpenSeadragon needs to know of them, as picture.json has it. */
+function openViewer({ um_per_px, ...tiles }) {
+  umPerPx = um_per_px[0];
   viewer = OpenSeadragon({
     element: el("picture"),
-    tileSources: { tileOverlap: 0, getTileUrl: (level, x, y) => `picture/${level}/${x}_${y}.jpg`, ...picture },
+    tileSources: { tileOverlap: 0, getTileUrl: (level, x, y) => `picture/${level}/${x}_${y}.jpg`, ...tiles },
     drawer: "canvas",
     showNavigationControl: false,
     showNavigator: true,
@@ -121,7 +123,7 @@ function draw() {
   drawAreas(context, view);
   drawScale(screen.scale);
   if (!about) return;
-  const close = about.um_per_px[0] / screen.scale <= FARTHEST_UM && density.within(box) <= MOST_OUTLINES;
+  const close = umPerPx / screen.scale <= FARTHEST_UM && density.within(box) <= MOST_OUTLINES;
   const outlined = close && el("outlines").checked;
   const heat = !outlined && el("density").checked;
   canvas.dataset.drawn = outlined ? outlines.draw(context, view, box) : 0;
@@ -147,11 +149,10 @@ function drawAreas(context, { x, y, scale }) {
 
 /** A bar of 1, 2 or 5 times a power of ten micrometres, at most 160 screen px long. */
 function drawScale(scale) {
-  if (!about) return;
-  const most = (160 * about.um_per_px[0]) / scale;
+  const most = (160 * umPerPx) / scale;
   const power = 10 ** Math.floor(Math.log10(most));
   const um = [5, 2, 1].find((times) => times * power <= most) * power;
-  el("bar").style.width = `${(um * scale) / about.um_per_px[0]}px`;
+  el("bar").style.width = `${(um * scale) / umPerPx}px`;
   el("length").textContent = um >= 1000 ? `${um / 1000} mm` : `${um} µm`;
 }
 
@@ -242,6 +243,7 @@ let waiting = 0;
 function choose() {
   setScore(Number(el("score").value));
   outlines.choose();
+  point(null);
   requestDraw();
   clearTimeout(waiting);
   waiting = setTimeout(() => countChosen().catch(report), 150);
@@ -273,8 +275,8 @@ async function showNuclei() {
   for (const id of ["outlines", "density"]) el(id).addEventListener("change", requestDraw);
   about = known;
   if (!viewer) {
-    const [width, height] = known.size; // the slide is not there: the nuclei on white
-    openViewer({ width, height, tileSize: 512, tileExists: () => false });
+    const { size: [width, height], um_per_px } = known; // the slide is not there: the nuclei alone
+    openViewer({ um_per_px, width, height, tileSize: 512, tileExists: () => false });
   }
   await countChosen();
   el("most").textContent = `${count(Math.round(density.most * density.perMm2))} per mm²`;
