@@ -1,17 +1,18 @@
-"""`plan`, `export` and `read_nuclei` for scripts and notebooks; `run` is in `pipeline.archive.run`."""
+"""`plan`, `export`, `measure` and `read_nuclei` for scripts and notebooks; `run` is in `pipeline.archive.run`."""
 
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.config import Execution, Export, Settings, build, require
+from pipeline.config import Execution, Export, Regions, Settings, build, require
 from pipeline.errors import RunError
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
     from pipeline.archive.estimate import SlideEstimate
+    from pipeline.archive.measure import Measured
     from pipeline.archive.sources import Inputs
     from pipeline.segment.export import Exported
 
@@ -33,15 +34,18 @@ def plan(
     inputs, mpp, force_mpp: as for `pipeline.archive.run.run`
     seconds_per_mm2: of tissue in one view, from the ledger of a finished run; see `speed`
     follow_links: as in `Execution`
-    Returns an estimate for each slide: tissue, tiles, hours (NaN where no speed is known), disk space, or the
-    `problem` with which it would fail. Raises ConfigError for inputs that cannot be searched.
+    Returns an estimate for each slide that is not skipped for want of regions: tissue, tiles, hours (NaN where no speed
+    is known), disk space, or the `problem` with which it would fail. Raises ConfigError for inputs that cannot be
+    searched.
     """
     from pipeline.archive.estimate import estimate_slide
+    from pipeline.archive.region_files import with_regions
     from pipeline.archive.sources import find_slides
 
     seconds = speed(settings, seconds_per_mm2)
     archive = find_slides(inputs, mpp=mpp, force_mpp=force_mpp, follow_links=follow_links)
-    return [estimate_slide(source, settings, seconds) for source in archive.sources]
+    sources = with_regions(archive, settings.regions).sources
+    return [estimate_slide(source, settings, seconds) for source in sources if not source.skip]
 
 
 def speed(settings: Settings, seconds_per_mm2: float | None = None) -> float:
@@ -88,6 +92,20 @@ def export_files(folder: str | os.PathLike[str], settings: Export) -> Iterator[t
             raise RunError(f"{slide.nuclei} could not be exported: {type(error).__name__}: {error}") from error
         for name, exported in written.items():
             yield slide.export(name), exported
+
+
+def measure(
+    folder: str | os.PathLike[str], regions: str | os.PathLike[str], *, crop: bool = Regions().crop
+) -> list["Measured"]:
+    """Measure the nuclei of finished slides in regions drawn in QuPath, and write regions.csv; nothing is segmented.
+
+    folder: of a run, or of one slide of it
+    regions: folder of QuPath's GeoJSON files, named after the slides; crop: as in `Regions`
+    Returns what became of each slide; `pipeline.archive.measure.measure_slides` says more, and what is raised.
+    """
+    from pipeline.archive.measure import measure_slides
+
+    return list(measure_slides(Path(folder), Regions(os.fspath(regions), crop)))
 
 
 def read_nuclei(path: str | os.PathLike[str], columns: Sequence[str] | None = None) -> "pa.Table":

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from cyclopts import App, CycloptsError, Group, Parameter, Token, convert
 from cyclopts.config import Toml
 
-from pipeline.config import COMMON, EXECUTION, EXPORT, Execution, Export, Settings, load, require
+from pipeline.config import COMMON, EXECUTION, EXPORT, REGIONS, Execution, Export, Regions, Settings, load, require
 from slides.errors import NightslideError
 
 if TYPE_CHECKING:
@@ -158,8 +158,8 @@ def run(
     print(f"{len(done)} of {len(rows)} slides done, {nuclei:,} nuclei; ledger: {RunFolder(out).ledger}")
     for row in failed:
         print(f"  failed: {row.slide}: {row.cause}", file=sys.stderr)
-    locked = [r for r in rows if r.status == "locked"]
-    return 0 if len(done) + len(locked) == len(rows) else 1
+    left_out = [r for r in rows if r.status in ("locked", "skipped")]
+    return 0 if len(done) + len(left_out) == len(rows) else 1
 
 
 @app.command
@@ -192,13 +192,19 @@ def plan(
 
     from pipeline.api import speed
     from pipeline.archive.estimate import estimate_slide
+    from pipeline.archive.region_files import with_regions
     from pipeline.archive.sources import find_slides
 
     archive = find_slides(inputs, mpp=mpp, force_mpp=force_mpp, follow_links=follow_links)
+    archive = with_regions(archive, settings.regions)
     seconds = speed(settings, seconds_per_mm2)
     terminal = Console(stderr=True)
     sources = track(
-        archive.sources, "opening slides", console=terminal, transient=True, disable=not terminal.is_terminal
+        [source for source in archive.sources if not source.skip],
+        "opening slides",
+        console=terminal,
+        transient=True,
+        disable=not terminal.is_terminal,
     )
     rows = [estimate_slide(source, settings, seconds) for source in sources]
     print("\n".join(_table(rows)))
@@ -267,6 +273,43 @@ def export(folder: Path, *, settings: Annotated[Export, Parameter(name="*", grou
     for path, exported in export_files(folder, settings):
         print(f"{path}: {exported}")
     return 0
+
+
+@app.command
+def qupath(folder: Path) -> int:
+    """Write a QuPath project of all finished slides of a run, or add to it those that it lacks.
+
+    Parameters
+    ----------
+    folder
+        The --out folder of a run; the project is qupath/project.qpproj in it.
+    """
+    from pipeline.archive.qupath_project import write_project
+    from pipeline.layout import RunFolder
+
+    written = write_project(RunFolder(folder))
+    print(f"{written.file}: {written.images} images, {written.added} of them new")
+    print(f"their nuclei: QuPath script workflows/qupath/import.groovy -p {written.file} -s")
+    return 0
+
+
+@app.command
+def measure(folder: Path, *, regions: Annotated[Regions, Parameter(name="*", group=REGIONS)] = Regions()) -> int:
+    """Measure the nuclei of finished slides in regions drawn in QuPath, and write regions.csv; nothing is segmented.
+
+    Parameters
+    ----------
+    folder
+        The --out folder of a run, or the folder of one slide in it.
+    """
+    from pipeline.archive.measure import measure_slides
+
+    failed = 0
+    for measured in measure_slides(folder, regions):
+        failed += measured.failed
+        line = f"{measured.slide}: {'FAILED: ' if measured.failed else ''}{measured.words}"
+        print(line, file=sys.stderr if measured.failed else sys.stdout)
+    return 1 if failed else 0
 
 
 @app.command

@@ -24,9 +24,11 @@ from pipeline.errors import ConfigError
 
 # The headings of --help, in their order.
 COMMON = Group("Common options", sort_key=1)
-TISSUE, TILING, STAIN, DETECTOR, STITCHING, EXPORT, EXECUTION = (
+TISSUE, TILING, STAIN, DETECTOR, STITCHING, REGIONS, EXPORT, EXECUTION = (
     Group(name, sort_key=number)
-    for number, name in enumerate(("Tissue", "Tiling", "Stain", "Detector", "Stitching", "Export", "Execution"), 2)
+    for number, name in enumerate(
+        ("Tissue", "Tiling", "Stain", "Detector", "Stitching", "Regions", "Export", "Execution"), 2
+    )
 )
 NO_NEGATIVE = Parameter(negative="")  # a flag or a list without its --no-... or --empty-...
 
@@ -193,11 +195,22 @@ class Stitching:
         require(self.simplify_px >= 0, f"simplify-px={self.simplify_px}: need 0 or more")
 
 
+@dataclass(frozen=True)
+class Regions:
+    """Annotations of QuPath's, in which nuclei are measured, or to which a run is restricted."""
+
+    folder: Annotated[str, Parameter(name=["--regions.folder", "--regions"], group=COMMON)] = ""
+    "Folder of regions drawn in QuPath: GeoJSON files named after the slides, such as case7.svs.geojson. A run is restricted to them."
+    crop: Annotated[bool, Parameter(name="--regions.crop", negative="--regions.no-crop")] = True
+    "Coordinates of the regions are relative to the slide's bounds, to which QuPath's OpenSlide reader crops; else to the corner of the whole slide."
+
+
 ExportFormat = Literal[
     "qupath",
     "csv",
     "spatialdata",
     "h5ad",
+    "density",
 ]
 
 
@@ -212,12 +225,21 @@ class Export:
     qupath (nuclei.geojson.zip),
     csv (nuclei.csv),
     spatialdata (nuclei.spatialdata.zarr),
-    h5ad (nuclei.h5ad, for AnnData)."""
+    h5ad (nuclei.h5ad, for AnnData),
+    density (density/)."""
     crop: bool = True
     "Coordinates relative to the slide's bounds, to which QuPath's OpenSlide reader crops; else to the corner of the whole slide."
+    cells: float = 0.0
+    "qupath: grow every nucleus by so many um into a cell, never into another; 0: the nuclei themselves."
+    density_um: float = 100.0
+    "density: side of the squares into which the slide is divided, um."
+
+    def __post_init__(self) -> None:
+        require(0 <= self.cells <= 50, f"cells={self.cells}: need 0 to 50 um")
+        require(10 <= self.density_um <= 10_000, f"density-um={self.density_um}: need 10 to 10000 um")
 
 
-WORK_FORMAT = 4
+WORK_FORMAT = 5
 "Version of the files in a slide's work folder: raised with every change after which older ones must not be continued."
 
 
@@ -231,6 +253,8 @@ class Settings:
     stain: Annotated[Stain, Parameter(name="*", group=STAIN)] = field(default_factory=Stain)
     detector: Annotated[Detector, Parameter(group=DETECTOR)] = field(default_factory=Detector)
     stitching: Annotated[Stitching, Parameter(group=STITCHING)] = field(default_factory=Stitching)
+    # "*": else --regions would stand for the table
+    regions: Annotated[Regions, Parameter(name="*", group=REGIONS)] = field(default_factory=Regions)
     export: Annotated[Export, Parameter(group=EXPORT)] = field(default_factory=Export)
 
     @property
@@ -238,9 +262,11 @@ class Settings:
         """Names everything that nuclei.parquet depends on: no device, batch, export, and of files the content only.
 
         The checksums of the files are part of the settings once `pipeline.archive.manifest.resolve` has set them.
+        Regions are part of the digest of each slide, `pipeline.segment.job.Job.digest`.
         """
         content = dataclasses.asdict(self)
         del content["export"]  # made from the table, again and again
+        del content["regions"]
         for name in ("device", "batch", "weights"):
             del content["detector"][name]
         for name in ("weights", "template"):

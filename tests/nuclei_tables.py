@@ -28,7 +28,7 @@ def write(path: Path, shapes: np.ndarray, seed: int = 0, provenance: tables.Prov
             class_name=[names[k] for k in rng.integers(0, len(names), count)],
             score=rng.random(count),
             votes=rng.integers(1, 9, count),
-            stains=rng.random((count, 2)),
+            stains=rng.random((count, len(tables.STAINS))),
         )
     return path
 

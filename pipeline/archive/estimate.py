@@ -3,6 +3,7 @@
 import dataclasses
 from typing import NamedTuple
 
+from pipeline.archive.region_files import region_file
 from pipeline.archive.sources import Source
 from pipeline.config import Settings, Stain
 from pipeline.errors import RunError
@@ -33,7 +34,7 @@ def estimate_slide(source: Source, settings: Settings, seconds_per_mm2: float) -
         if source.problem:
             raise RunError(source.problem)
         with open_slide(source.path, **source.scale._asdict()) as slide:
-            plan = plan_slide(slide, unnormalised)
+            plan = plan_slide(slide, unnormalised, region_file(source, settings.regions))
     except Exception as error:
         return SlideEstimate(source.name, one_line(error), 0, "", 0, 0, 0, 0)
     area = plan.tissue.area_mm2

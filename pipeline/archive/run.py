@@ -23,6 +23,7 @@ from pipeline.archive.executors import Executor, check_execution, open_executor,
 from pipeline.archive.lease import Leases
 from pipeline.archive.manifest import check_seams, check_worker, open_run, resolve, versions
 from pipeline.archive.progress import Progress
+from pipeline.archive.region_files import region_file, with_regions
 from pipeline.archive.slots import FairSlots
 from pipeline.archive.sources import Archive, Inputs, Source, find_slides
 from pipeline.config import Execution, Settings
@@ -66,6 +67,7 @@ def run(
     """
     folder = RunFolder(Path(out).absolute())
     archive = find_slides(inputs, folder.path, mpp=mpp, force_mpp=force_mpp, follow_links=execution.follow_links)
+    archive = with_regions(archive, settings.regions)
     settings = resolve(settings)
     check_formats(settings.export.formats)
     seams = check_seams(settings) if detect is None else ()
@@ -237,8 +239,11 @@ class ArchiveRun:
     async def _attempt(self, source: Source, folder: SlideFolder) -> SlideRecord | None:
         """The slide's record, whatever happens to it; None where another run has it."""
         try:
+            if source.skip:
+                return SlideRecord("", "skipped", source.skip)
             # of os.path, as pathlib refuses links in a circle
-            job = Job(Path(os.path.realpath(source.path)), folder, self.settings, source.scale)
+            regions = await asyncio.to_thread(region_file, source, self.settings.regions)
+            job = Job(Path(os.path.realpath(source.path)), folder, self.settings, source.scale, regions)
             known = await asyncio.to_thread(self._known, source, job)
             if known is None:
                 known = await self._leased(source, job)
@@ -287,7 +292,7 @@ class ArchiveRun:
             raise RunError(damage)
         if content["digest"] != job.digest:
             raise RunError(
-                f"{job.folder.path} holds results of other settings ({content['digest']}, these are {job.digest}): "
+                f"{job.folder.path} holds results of other {finished.difference(job, content)}: "
                 f"choose another --out, or give --overwrite"
             )
         record = finished.read_record(content)
@@ -325,6 +330,7 @@ class ArchiveRun:
                 return known
             job = dataclasses.replace(job, lease=self.leases.file(job.folder.path))
             if self.execution.overwrite:
+                self.folder.regions.unlink(missing_ok=True)  # it has rows of this slide
                 await asyncio.to_thread(_remove_results, job)
             self.started.add(source.name)
             record = await self._segment(source.name, job)
@@ -457,6 +463,6 @@ def _check_space(job: Job, window: int) -> None:
 def _remove_results(job: Job) -> None:
     """Whatever an earlier run made of the slide, with other settings perhaps; its lease is ours."""
     job.folder.slide_json.unlink(missing_ok=True)  # first: without it, nothing else counts as a result
-    for name in RESULTS:
-        files.remove(job.folder.path / name)
+    for path in (job.folder.regions, *(job.folder.path / name for name in RESULTS)):
+        files.remove(path)
     remove_work(job)

@@ -25,6 +25,8 @@ class Source(NamedTuple):
     name: str
     scale: GivenScale
     problem: str = ""  # why it cannot be processed, where that is known without opening it
+    regions: Path | None = None  # the file of the regions that it is restricted to
+    skip: str = ""  # why it is left out, as the user asked
 
 
 class Archive(NamedTuple):
@@ -32,7 +34,7 @@ class Archive(NamedTuple):
 
     sources: tuple[Source, ...]
     skipped: int  # files in the folders that are no slides
-    unread: tuple[str, ...] = ()  # folders that could not be searched, links that were not followed, and why
+    unread: tuple[str, ...] = ()  # what is left out, and why: folders, links that were not followed, slides to skip
 
 
 class _Given(NamedTuple):

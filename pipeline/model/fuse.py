@@ -11,7 +11,7 @@ from torchvision.ops import box_iou, nms
 
 from pipeline.config import side_step
 from pipeline.model.detector import Candidates, Limits, NucleusDetector, Pyramid
-from pipeline.model.instances import Instances, select
+from pipeline.model.instances import STATISTICS, Instances, select
 from pipeline.model.split import Quarter, join, quarters
 from pipeline.model.views import View, apply, apply_boxes, undo_boxes, undo_masks
 
@@ -126,7 +126,7 @@ def infer(
             scores=f.scores,
             class_index=f.class_index,
             votes=f.votes,
-            stain_density=torch.full_like(f.boxes[:, :2], torch.nan),
+            stain_density=f.boxes.new_full((len(f.boxes), 2, len(STATISTICS)), torch.nan),
             saturated=any(c.saturated for c in patch),
         )
         for f, mask_probs, patch in zip(fused, masks, per_patch, strict=True)

@@ -15,6 +15,7 @@ import numpy as np
 from pipeline import files
 from pipeline.layout import RunFolder
 from pipeline.report import charts
+from pipeline.report.regions import region_table
 from pipeline.report.results import FEWEST_SLIDES, OUTLIER_Z, SlideResult, read_results
 from pipeline.report.table import linked, slide_table
 from pipeline.segment.stages import STAGES
@@ -40,6 +41,7 @@ def write_report(folder: RunFolder, rows: Sequence[Mapping[str, Any]]) -> Path:
         _failures(slides),
         f'<section class="plots">{_seams(slides)}{_stages(slides)}{_spread(slides)}</section>',
         slide_table(slides),
+        region_table(slides, folder.regions.name),
         _settings(run),
     ]
     path = folder.report
@@ -88,7 +90,7 @@ def _viewer(folder: RunFolder) -> str:
 def _numbers(slides: Sequence[SlideResult]) -> str:
     """The run in numbers."""
     done = [s for s in slides if s.state == "done"]
-    failed = sum(s.state == "failed" for s in slides)
+    failed, skipped = (sum(s.state == state for s in slides) for state in ("failed", "skipped"))
     area, seconds = sum(s.number("tissue_mm2") for s in done), _busy_seconds(done)
     lost = sum(s.number("area_lost_mm2") for s in done)
     nuclei = sum(s.number("nuclei") for s in done)
@@ -96,6 +98,7 @@ def _numbers(slides: Sequence[SlideResult]) -> str:
         (f"{len(done):,}", "slides done", ""),
         (f"{failed:,}", "failed", "bad" if failed else ""),
         (f"{sum(s.state == 'pending' for s in slides):,}", "pending", ""),
+        *([(f"{skipped:,}", "skipped", "")] if skipped else []),
         (f"{sum(bool(s.remarks) for s in slides):,}", "with warnings", ""),
         (f"{nuclei:,.0f}", "nuclei", ""),
         (f"{area:,.1f}", "mm² of tissue", ""),

@@ -25,6 +25,7 @@ def finish_slide(job: Job, record: SlideRecord) -> SlideRecord:
     file = job.source.stat()
     content = {
         "digest": job.digest,
+        "regions": _regions(job),
         "source": job.source.name,
         "source_path": str(job.source),
         "source_bytes": file.st_size,
@@ -62,6 +63,20 @@ def check_same_source(source: Path, content: Mapping[str, Any]) -> None:
                 f"{source.name} is not the file that these results are of ({slide.quick_hash[:12]}, was "
                 f"{content['quick_hash'][:12]}): put it back, or give --overwrite"
             )
+
+
+def difference(job: Job, content: Mapping[str, Any]) -> str:
+    """Why the digest in a slide.json is not that of the job: other regions, or else other settings, in words."""
+    then, now = content.get("regions"), _regions(job)
+    if (then and (then["sha256"], then["crop"])) == (now and (now["sha256"], now["crop"])):
+        return f"settings ({content['digest']}, these are {job.digest})"
+    was, is_ = (regions["path"] if regions else "none" for regions in (then, now))
+    return f"regions ({was if was != is_ else f'other content of {was}'}, now {is_})"
+
+
+def _regions(job: Job) -> dict[str, Any] | None:
+    """The file of the slide's regions as it stands in slide.json."""
+    return job.regions and {**job.regions._asdict(), "path": str(job.regions.path)}
 
 
 # --------------------------------------------------------------------------------------- files of results

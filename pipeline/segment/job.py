@@ -1,6 +1,7 @@
 """The slide and the settings of a task: all that it needs on any machine."""
 
 import errno
+import hashlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +9,8 @@ from pathlib import Path
 from pipeline.config import Settings
 from pipeline.errors import LeaseLost
 from pipeline.layout import SlideFolder
+from pipeline.segment.regions import RegionFile, SlideRegions, read_regions
+from slides.geometry import Box
 from slides.slide import GivenScale, Slide, open_slide
 
 
@@ -16,6 +19,7 @@ class Job:
     """Paths and numbers only: it is sent with every task.
 
     scale: what the user states of it.
+    regions: to which the slide is restricted; None: all of it is processed.
     lease: the file of this run's lease of the slide; None where there are no other runs.
     """
 
@@ -23,6 +27,7 @@ class Job:
     folder: SlideFolder
     settings: Settings  # resolved: with the checksums of every file that they name
     scale: GivenScale
+    regions: RegionFile | None = None
     lease: Path | None = None
 
     def open(self) -> Slide:
@@ -31,7 +36,15 @@ class Job:
 
     @property
     def digest(self) -> str:
-        return self.settings.digest
+        """Names everything that the slide's nuclei.parquet depends on: the settings, and what its regions are."""
+        if self.regions is None:
+            return self.settings.digest
+        content = f"{self.settings.digest} {self.regions.sha256} {self.regions.crop}"
+        return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+    def read_regions(self, bounds: Box) -> SlideRegions | None:
+        """The regions to which the slide, of these bounds (slide px), is restricted. Raises as `read_regions`."""
+        return None if self.regions is None else read_regions(self.regions, bounds)
 
     def check_lease(self) -> None:
         """Called before anything is committed. Raises LeaseLost once the slide was given back or taken over."""

@@ -72,7 +72,7 @@ def make_plan(job: Job) -> StageRecord:
         plan = load_plan(folder, job.digest)
         if plan is None:
             remove_work(job)
-            plan = plan_slide(slide, job.settings)
+            plan = plan_slide(slide, job.settings, job.regions)
             job.check_lease()
             folder.work.mkdir(parents=True, exist_ok=True)
             frame = picture_frame(slide, plan, THUMBNAIL_PX)
@@ -266,7 +266,8 @@ def stitch_slide(job: Job) -> StageRecord:
     """Instances of all blocks -> nuclei.parquet, in slide px.
 
     Two passes keep memory small: first the boxes of everything, and the polygons only of what could have a
-    duplicate across a seam; then block by block into the table, without what is left out.
+    duplicate across a seam; then block by block into the table, without what is left out. Regions are looked at last,
+    so the nuclei in them do not depend on them.
     Raises ScratchLost where the instances of a block are missing or damaged.
     """
     started = time.perf_counter()
@@ -279,6 +280,7 @@ def stitch_slide(job: Job) -> StageRecord:
     colours = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(classes)}
     um_per_px = (plan.scale.x, plan.scale.y)
     provenance = tables.Provenance(plan.quick_hash, um_per_px, plan.size, plan.bounds, job.digest, colours)
+    regions = job.read_regions(plan.bounds)
     nuclei = 0
     with tables.NucleiWriter(job.folder.nuclei, provenance) as writer:
         for block in plan.blocks:
@@ -287,12 +289,15 @@ def stitch_slide(job: Job) -> StageRecord:
             keep[left_out.get(block, [])] = False
             rows = rows.filter(pa.array(keep))
             outlines = shapely.transform(tables.geometry(rows), plan.frame.to_slide.apply)
+            if regions is not None:  # exactly: the plan's tissue has pixels of some micrometres
+                selected = regions.select(polygons.measure(outlines, um_per_px).centroid)
+                rows, outlines = rows.filter(pa.array(selected)), outlines[selected]
             writer.write(
                 outlines,
                 class_name=[classes[i] for i in rows["class_index"].to_numpy()],
                 score=rows["score"].to_numpy(),
                 votes=rows["votes"].to_numpy(),
-                stains=np.stack([rows["haematoxylin"].to_numpy(), rows["eosin"].to_numpy()], 1),
+                stains=np.stack([rows[name].to_numpy() for name in tables.STAINS], 1),
             )
             nuclei += rows.num_rows
         job.check_lease()

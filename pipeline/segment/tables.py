@@ -22,10 +22,17 @@ from numpy.typing import NDArray
 
 from pipeline import files
 from pipeline.files import committed
-from pipeline.model.instances import HostInstances
-from pipeline.segment.polygons import Floats, Polygons, measure
+from pipeline.model.instances import STATISTICS, HostInstances
+from pipeline.segment.polygons import Floats, Ints, Polygons, measure
 from slides.geometry import Box, Size
 from slides.grid import Tile
+
+STAINS = tuple(
+    stain if statistic == "mean" else f"{stain}_{statistic}"
+    for stain in ("haematoxylin", "eosin")
+    for statistic in STATISTICS
+)
+"Columns of the stains' densities, log10, of a nucleus; the mean has the name of its stain."
 
 INSTANCES = pa.schema(
     [
@@ -39,8 +46,7 @@ INSTANCES = pa.schema(
         ("score", pa.float32()),
         ("votes", pa.uint8()),
         ("class_index", pa.uint8()),  # index of the class
-        ("haematoxylin", pa.float32()),  # mean optical density
-        ("eosin", pa.float32()),
+        *((name, pa.float32()) for name in STAINS),
     ]
 )
 
@@ -60,6 +66,10 @@ NUCLEI = pa.schema(
         ("eosin", pa.float32()),
         ("centroid_x", pa.float64()),  # slide px
         ("centroid_y", pa.float64()),
+        ("solidity", pa.float32()),
+        ("max_diameter_um", pa.float32()),
+        ("min_diameter_um", pa.float32()),
+        *((name, pa.float32()) for name in STAINS if "_" in name),
     ]
 )
 
@@ -83,7 +93,8 @@ def instance_rows(tile: Tile, outlines: Polygons, instances: HostInstances) -> p
     """
     rows, columns = np.full(len(outlines), tile.row), np.full(len(outlines), tile.col)
     bounds = shapely.bounds(outlines).reshape(-1, 4)
-    measured = (instances.scores, instances.votes, instances.class_index, *instances.stain_density.T)
+    stains = instances.stain_density.reshape(len(outlines), len(STAINS))
+    measured = (instances.scores, instances.votes, instances.class_index, *stains.T)
     values = [rows, columns, _wkb(outlines), *bounds.T, *measured]
     return pa.table([pa.array(v, f.type) for v, f in zip(values, INSTANCES, strict=True)], schema=INSTANCES)
 
@@ -180,16 +191,25 @@ class NucleiWriter:
         """Append nuclei; the shape of each is measured here.
 
         polygons: object (N,), slide px, each a valid, non-empty Polygon without holes (`polygons.solid`)
-        class_name: (N,) names; stains: float (N, 2), haematoxylin and eosin densities; score, votes: (N,)
+        class_name: (N,) names; stains: float (N, 10), in the order of `STAINS`; score, votes: (N,)
         Raises ValueError for any other geometry, and for a class that has no colour.
         """
         self._check(polygons, class_name)
         shapes, encoded = measure(polygons, self._provenance.um_per_px), _wkb(polygons)
-        first = [self._ids(encoded), encoded, list(class_name), score, votes]
         extent = shapely.bounds(polygons).reshape(-1, 4)
-        bbox = pa.StructArray.from_arrays([pa.array(side) for side in extent.T], fields=list(_BBOX))
-        values = [*first, *shapes[:5], *stains.T, *shapes.centroid.T, bbox]
-        rows = pa.table([pa.array(v, f.type) for v, f in zip(values, _STORED, strict=True)], schema=_STORED)
+        columns = {
+            "id": self._ids(encoded),
+            "geometry": encoded,
+            "class": list(class_name),
+            "score": score,
+            "votes": votes,
+            **shapes._asdict(),
+            "centroid_x": shapes.centroid[:, 0],
+            "centroid_y": shapes.centroid[:, 1],
+            **dict(zip(STAINS, stains.T, strict=True)),
+            "bbox": pa.StructArray.from_arrays([pa.array(side) for side in extent.T], fields=list(_BBOX)),
+        }
+        rows = pa.table([pa.array(columns[f.name], f.type) for f in _STORED], schema=_STORED)
         np.minimum(self._extent[:2], extent[:, :2].min(axis=0, initial=np.inf), out=self._extent[:2])
         np.maximum(self._extent[2:], extent[:, 2:].max(axis=0, initial=-np.inf), out=self._extent[2:])
         self._pending = pa.concat_tables([self._pending, rows])
@@ -245,6 +265,22 @@ def iter_nuclei(path: Path, columns: Sequence[str] | None = None) -> Iterator[pa
     with pq.ParquetFile(path) as file:
         for group in range(file.num_row_groups):
             yield file.read_row_group(group, NUCLEI.names if columns is None else columns)
+
+
+def take_nuclei(path: Path, rows: Ints, columns: Sequence[str] | None = None) -> pa.Table:
+    """Some of the nuclei, in their order in the table; only row groups that hold one are read.
+
+    rows: int64 (N,), numbers of rows from 0, ascending
+    """
+    with pq.ParquetFile(path) as file:
+        taken, first = [file.schema_arrow.empty_table().select(columns or NUCLEI.names)], 0
+        for group in range(file.num_row_groups):
+            stop = first + file.metadata.row_group(group).num_rows
+            here = rows[np.searchsorted(rows, first) : np.searchsorted(rows, stop)] - first
+            if len(here):
+                taken.append(file.read_row_group(group, columns or NUCLEI.names).take(pa.array(here)))
+            first = stop
+    return pa.concat_tables(taken)
 
 
 def read_provenance(path: Path) -> Provenance:

@@ -14,6 +14,7 @@ from PIL import Image
 
 from pipeline.archive.sources import find_slides
 from pipeline.config import Architecture, Detector, Execution, Settings, Stitching, Tiling, Tissue
+from pipeline.errors import AnnotationError
 from pipeline.model import inference
 from pipeline.model.detector import NucleusDetector, save_weights
 from pipeline.model.instances import HostInstances
@@ -21,7 +22,7 @@ from pipeline.model.stain import Normalisation
 from pipeline.model.weights import content_sha256
 from pipeline.segment.record import SlideRecord
 from training import evaluate as evaluating
-from training.data.sample import AnnotationError, LabelledImage, Sample
+from training.data.sample import LabelledImage, Sample
 from training.evaluate import (
     COLUMNS,
     EvaluationImage,

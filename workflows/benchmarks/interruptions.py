@@ -104,8 +104,10 @@ def damage(out: Path, rng: random.Random) -> str:
     if kind == "flipped":
         bit = rng.randrange(8 * len(content))
         content[bit // 8] ^= 1 << bit % 8
+    elif kind == "zeroed":
+        content = bytearray(len(content))
     else:
-        content = {"cut": content[: rng.randrange(len(content))], "emptied": b"", "zeroed": bytes(len(content))}[kind]
+        del content[rng.randrange(len(content)) if kind == "cut" else 0 :]
     file.write_bytes(content)
     return f"{file.relative_to(out)} {kind}"
 

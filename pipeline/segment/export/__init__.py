@@ -9,17 +9,19 @@ from collections.abc import Iterable, Mapping
 from pipeline.config import ExportFormat, require
 from pipeline.segment.export.anndata_table import write_h5ad
 from pipeline.segment.export.csv_table import write_csv
+from pipeline.segment.export.density import write_density
 from pipeline.segment.export.exported import Exported, Format
 from pipeline.segment.export.qupath import write_qupath
 from pipeline.segment.export.spatialdata import write_spatialdata
 
-__all__ = ["FORMATS", "Exported", "check_formats", "write_csv", "write_qupath"]
+__all__ = ["FORMATS", "Exported", "check_formats", "write_csv", "write_density", "write_qupath"]
 
 FORMATS: Mapping[ExportFormat, Format] = {
-    "qupath": Format(write_qupath, options=("crop",)),
+    "qupath": Format(write_qupath, options=("crop", "cells")),
     "csv": Format(write_csv, options=("crop",)),
     "spatialdata": Format(write_spatialdata, options=()),
     "h5ad": Format(write_h5ad, options=(), package="h5py", extra="anndata"),
+    "density": Format(write_density, options=("crop", "density_um")),
 }
 "By name; `pipeline.layout.EXPORTS` names the file or folder of each."
 

@@ -164,7 +164,7 @@ def write(path, sides_um, class_name, at):
             class_name=class_name,
             score=np.linspace(0.5, 1.0, len(shapes)),
             votes=np.ones(len(shapes), int),
-            stains=np.zeros((len(shapes), 2)),
+            stains=np.zeros((len(shapes), len(tables.STAINS))),
         )
 
 

@@ -44,7 +44,7 @@ def rest(count: int, seed: int = 0) -> dict[str, Any]:
         "class_name": [("Nucleus", "Lymphocyte")[k] for k in rng.integers(0, 2, count)],
         "score": rng.random(count),
         "votes": rng.integers(1, 9, count),
-        "stains": rng.random((count, 2)),
+        "stains": rng.random((count, len(tables.STAINS))),
     }
 
 
@@ -64,7 +64,7 @@ def rows_of(row: int, col: int, count: int) -> pa.Table:
         scores=rng.random(count, dtype=np.float32),
         votes=rng.integers(1, 9, count),
         class_index=rng.integers(0, 3, count),
-        stain_density=rng.random((count, 2), dtype=np.float32),
+        stain_density=rng.random((count, 2, len(instances.STATISTICS)), dtype=np.float32),
     )
     tile = Tile(row, col, Box(0, 0, 10, 10), Box(-1, -1, 11, 11))
     return tables.instance_rows(tile, squares(count, row * 10 + col), found)
@@ -120,10 +120,12 @@ def test_nuclei_read_back_as_they_were(tmp_path):
     assert back["class"].to_pylist() == columns["class_name"]
     np.testing.assert_array_equal(back["score"], columns["score"].astype(np.float32))
     np.testing.assert_array_equal(back["votes"], columns["votes"])
-    np.testing.assert_array_equal(back["eosin"], columns["stains"][:, 1].astype(np.float32))
+    for name, values in zip(tables.STAINS, columns["stains"].T, strict=True):
+        np.testing.assert_array_equal(back[name], values.astype(np.float32))
     shape = measure(shapes, PROVENANCE.um_per_px)
     np.testing.assert_array_equal(back["area_um2"], shape.area_um2)
-    np.testing.assert_array_equal(back["minor_axis_um"], shape.minor_axis_um)
+    for name in ("minor_axis_um", "solidity", "max_diameter_um", "min_diameter_um"):
+        np.testing.assert_array_equal(back[name], getattr(shape, name))
     np.testing.assert_array_equal(back["centroid_y"], shape.centroid[:, 1])
     assert tables.read_provenance(path) == PROVENANCE
     assert tables.read_nuclei(path, ["id", "score"]).column_names == ["id", "score"]

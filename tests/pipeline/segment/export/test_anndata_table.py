@@ -20,6 +20,10 @@ MEASUREMENTS = [
     "minor_axis_um",
     "haematoxylin",
     "eosin",
+    "solidity",
+    "max_diameter_um",
+    "min_diameter_um",
+    *(f"{stain}_{value}" for stain in ("haematoxylin", "eosin") for value in ("median", "min", "max", "sd")),
 ]
 
 

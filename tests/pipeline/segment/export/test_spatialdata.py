@@ -118,7 +118,7 @@ def test_a_slide_without_nuclei_has_an_empty_table_that_annotates_nothing(empty)
     assert [path.name for path in (empty / "shapes").iterdir()] == ["zarr.json"]
     assert "region" not in attributes(empty / "tables" / "nuclei_table")
     table = anndata.read_zarr(empty / "tables" / "nuclei_table")
-    assert table.shape == (0, 7)
+    assert table.shape == (0, 18)
     assert "spatialdata_attrs" not in table.uns
 
 
