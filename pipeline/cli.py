@@ -331,6 +331,30 @@ def report(folder: Path) -> int:
 
 
 @app.command
+def view(
+    folder: Path,
+    *,
+    slides: Annotated[Path | None, Parameter(group=COMMON)] = None,
+    port: Annotated[int, Parameter(group=COMMON)] = 0,
+) -> int:
+    """Look at the slides of a run with their nuclei, in a browser on this machine.
+
+    Parameters
+    ----------
+    folder
+        The --out folder of a run.
+    slides
+        Folder that is searched for slides that have moved since the run.
+    port
+        Port of the loopback interface; 0: one that is free.
+    """
+    from pipeline.view.server import serve
+
+    serve(folder, slides, port)
+    return 0
+
+
+@app.command
 def verify(folder: Path) -> int:
     """Compare every result of a run with the size and checksum in its slide.json, and say what differs.
 

@@ -25,7 +25,7 @@ def write(path: Path, shapes: np.ndarray, seed: int = 0, provenance: tables.Prov
     with tables.NucleiWriter(path, provenance) as writer:
         writer.write(
             shapes,
-            class_name=[names[k] for k in rng.integers(0, 2, count)],
+            class_name=[names[k] for k in rng.integers(0, len(names), count)],
             score=rng.random(count),
             votes=rng.integers(1, 9, count),
             stains=rng.random((count, len(tables.STAINS))),

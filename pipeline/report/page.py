@@ -2,6 +2,7 @@
 
 import html
 import re
+import shlex
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
@@ -36,6 +37,7 @@ def write_report(folder: RunFolder, rows: Sequence[Mapping[str, Any]]) -> Path:
     parts = [
         f"<h1>{name}</h1>",
         f'<p class="soft">Nightslide, written {datetime.now().astimezone():%Y-%m-%d %H:%M}{_main_settings(run)}</p>',
+        _viewer(folder),
         _numbers(slides),
         _failures(slides),
         f'<section class="plots">{_seams(slides)}{_stages(slides)}{_spread(slides)}</section>',
@@ -78,6 +80,12 @@ def _main_settings(run: Mapping[str, Any]) -> str:
         "digest": run.get("digest"),
     }
     return "".join(f" · {name} {html.escape(str(value))}" for name, value in chosen.items() if value)
+
+
+def _viewer(folder: RunFolder) -> str:
+    """How to look at the slides with their nuclei: the address changes with every start, so the command is given."""
+    command = html.escape(f"nightslide view {shlex.quote(str(folder.path.resolve()))}")
+    return f'<p class="soft">The slides with their nuclei, in a browser: <code>{command}</code></p>'
 
 
 def _numbers(slides: Sequence[SlideResult]) -> str:

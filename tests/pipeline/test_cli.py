@@ -27,6 +27,7 @@ COMMANDS = (
     "export",
     "qupath",
     "report",
+    "view",
     "certificates",
     "doctor",
 )
@@ -40,7 +41,7 @@ def said(capsys: pytest.CaptureFixture[str], *tokens: str) -> tuple[int, str, st
     return int(ended.value.code or 0), captured.out, captured.err
 
 
-OWN_COMMANDS = ("run", "plan", "export", "qupath", "report", "verify", "certificates", "demo", "doctor")
+OWN_COMMANDS = ("run", "plan", "export", "qupath", "report", "verify", "view", "certificates", "demo", "doctor")
 
 
 @pytest.mark.parametrize("command", OWN_COMMANDS)
