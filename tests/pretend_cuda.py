@@ -10,6 +10,7 @@
 What CUDA allows is allowed: tensors of no dimension, which travel as arguments of a kernel, and copies between devices.
 Launches are counted as operators that compute something. On a device some are several kernels (a sort, NMS), and
 torch's optimisers join many into one: the number compares two versions of one function, and is no time.
+`Tensor.backward` is not covered: torch asks the driver before it starts.
 """
 
 import functools
@@ -141,6 +142,7 @@ class PretendedCuda(TorchDispatchMode):
                 made = functools.partial(self._from_python, name, getattr(owner, name))
                 stack.enter_context(mock.patch.object(owner, name, _method(made) if owner is torch.Tensor else made))
             stack.enter_context(mock.patch.object(torch.Tensor, "pin_memory", _pin))
+            stack.enter_context(torch.backends.cudnn.flags(enabled=False))  # operators that no CPU has
             future = torch.__future__
             stack.callback(
                 future.set_overwrite_module_params_on_conversion, future.get_overwrite_module_params_on_conversion()

@@ -1,13 +1,16 @@
 """Detection and training on a GPU, proven without one: no tensor meets one of another device, nothing waits but what
 the data decides, and the results are the CPU's."""
 
+import copy
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
-from pretend_cuda import BLOCKING, COSTS, DOWNLOAD, LAUNCH, UPLOAD, WAIT, OnDevice, PretendedCuda
+from torchvision.ops import box_iou
 
 from pipeline.config import Architecture, Detector, Settings, Stain, Tiling
 from pipeline.model import inference, load, stain
@@ -16,9 +19,9 @@ from pipeline.model.inference import detect_patches
 from pipeline.model.instances import HostInstances
 from pipeline.model.stain import FittedStain, Normalisation
 from pipeline.model.weights import find_weights
+from pretend_cuda import BLOCKING, COSTS, DOWNLOAD, LAUNCH, UPLOAD, WAIT, PretendedCuda
 from slides.geometry import Size
 from slides.phantom import draw
-from training.config import Training
 from training.data.crops import Crop, regions, targets
 from training.fit import _optimise, _parameter_groups
 
@@ -28,7 +31,6 @@ COARSE = 1 / 255  # masks leave the device in 256 levels
 
 # What a batch costs beyond computation, by function. A number may become smaller, and is then lowered here.
 DETECTION = {
-    "blocking upload": 0,
     "download: pipeline/model/inference.py _download": 1,
     "download: pipeline/model/suppress.py counts": 2,
     "upload: pipeline/model/inference.py _detect": 1,
@@ -41,7 +43,14 @@ FUSION = {
     "wait: pipeline/model/fuse.py fuse": 1,
     "wait: pipeline/model/suppress.py suppress": 1,
 }
-TRAINING: dict[str, int] = {}
+TRAINING = {
+    "blocking upload: pipeline/model/detector.py NucleusDetector.forward": 10,
+    "blocking upload: pipeline/model/roi_align.py _levels_of": 1,
+    "blocking upload: training/fit.py _losses": 1,
+    "blocking upload: training/fit.py _losses.<locals>.<listcomp>.<dictcomp>": 8,
+    "wait: pipeline/model/detector.py NucleusDetector.forward": 23,
+    "wait: training/fit.py _optimise": 1,
+}
 
 
 @pytest.fixture(scope="module")
@@ -100,16 +109,15 @@ def costs(views: int) -> dict[str, int]:
     return {k: per_batch.get(k, 0) + fusion.get(k, 0) for k in per_batch.keys() | fusion.keys()}
 
 
-def test_the_cost_of_a_batch(patches: np.ndarray, capsys: pytest.CaptureFixture[str]) -> None:
-    """Of eight patches in one view, in the precision of a GPU; the table by source line is printed."""
+def test_the_cost_of_a_batch(patches: np.ndarray) -> None:
+    """Of eight patches in one view, in the precision of a GPU; `pytest -s` shows the table by source line."""
     settings = chosen("cuda", batch=8, precision="bfloat16")
     with PretendedCuda() as cuda:
         detect(patches, settings)
         cuda.costs.clear()
         cuda.uploads.clear()
         detected = detect(patches, settings)
-    with capsys.disabled():
-        print(f"\n{cuda.table(*COSTS)}\n{cuda.total(LAUNCH)} launches")
+    print(f"\n{cuda.table(*COSTS)}\n{cuda.total(LAUNCH)} launches")
     assert sum(len(patch.boxes) for patch in detected) > 10
     assert_no_more(cuda.by_function(*COSTS), costs(1))
     assert cuda.uploads == [patches.shape]
@@ -121,3 +129,117 @@ def test_the_cost_of_a_batch(patches: np.ndarray, capsys: pytest.CaptureFixture[
 def assert_no_more(counted: Mapping[str, int], expected: Mapping[str, int]) -> None:
     more = {k: (v, expected.get(k, 0)) for k, v in counted.items() if v > expected.get(k, 0)}
     assert not more, f"more than expected (counted, expected): {more}"
+
+
+# ------------------------------------------------------------------------------------- classes, limits, memory
+
+TINY = Architecture(
+    channels=16, box_hidden=16, mask_channels=8, mask_layers=1, backbone="test_efficientnet", classes=("a", "b", "c")
+)
+
+
+@pytest.fixture
+def untrained(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Random weights of three classes, on the device of the settings."""
+    torch.manual_seed(2)
+    model = fold(NucleusDetector(TINY).eval())
+    model.roi_heads.box_predictor.score.weight.data *= 100  # else all scores are nearly the same
+    places = {"cpu": model}
+
+    def detector(settings: Detector) -> load.LoadedDetector:
+        if settings.device not in places:
+            places[settings.device] = copy.deepcopy(model).to(settings.device)
+        return load.LoadedDetector(places[settings.device], torch.device(settings.device), torch.float32)
+
+    monkeypatch.setattr(load, "detector", detector)
+    monkeypatch.setattr(inference, "_batch_that_fits", {})
+
+
+def noise(count: int, side: int) -> np.ndarray:
+    return np.random.default_rng(1).integers(60, 255, (count, side, side, 3)).astype(np.uint8)
+
+
+@pytest.mark.usefixtures("untrained")
+@pytest.mark.parametrize("views", [1, 4])
+def test_classes_and_limits_are_those_of_a_cpu(views: int) -> None:
+    """Random weights detect nuclei everywhere: patches reach their limit, and are detected in quarters."""
+    limit = {"score": 0.05, "views": views, "nms": 0.9, "instances_per_mm2": 1}
+    patches = noise(2, 256)
+    expected = detect(patches, chosen("cpu", **limit))
+    assert all(patch.saturated for patch in expected)
+    assert any(patch.class_index.any() for patch in expected)
+    with PretendedCuda():
+        assert_alike(detect(patches, chosen("cuda", batch=2, **limit)), expected)
+
+
+def assert_alike(there: list[HostInstances], here: list[HostInstances]) -> None:
+    """Of untrained networks, whose scores are close together, rounding decides a few boxes: 19 of 20 are the same."""
+    for a, b in zip(there, here, strict=True):
+        assert a[6:] == b[6:]  # flags
+        same = box_iou(torch.from_numpy(a.boxes), torch.from_numpy(b.boxes)) > 0.9
+        same &= torch.from_numpy(a.class_index[:, None] == b.class_index)
+        assert min(same.any(1).float().mean(), same.any(0).float().mean()) > 0.95
+
+
+@pytest.mark.usefixtures("untrained")
+def test_a_device_without_memory_detects_less_at_once() -> None:
+    """A batch that does not fit is halved; a patch that does not fit is detected in quarters, and lost at the worst."""
+    patches, largest_map = noise(2, 512), 96 * 385**2 * 4  # bytes, of a patch
+    whole = detect(patches, chosen("cpu", score=0.05))
+    for share, split, lost in ((1.1, False, False), (0.5, True, False), (0.1, False, True)):
+        inference._batch_that_fits.clear()
+        with PretendedCuda(largest=share * largest_map) as cuda:
+            there = detect(patches, chosen("cuda", batch=2, score=0.05))
+        assert [(patch.split, patch.lost) for patch in there] == [(split, lost)] * 2
+        tried = [shape[:2] for shape in cuda.uploads if len(shape) == 4 and shape[1] > 200]  # batch and side
+        assert tried[:2] == [(2, 512), (1, 512)]
+        if not split and not lost:
+            assert_alike(there, whole)
+
+
+# -------------------------------------------------------------------------------------------------- training
+
+
+def crop(seed: int) -> Crop:
+    """A crop of a phantom slide, at half the scale, with its nuclei."""
+    phantom = draw(Size(512, 512), seed)
+    labels = np.ascontiguousarray(phantom.labels[192:320, 192:320])
+    image = torch.from_numpy(phantom.image[192:320, 192:320].copy()).permute(2, 0, 1).float() / 255
+    boxes, names, masks = targets(labels, np.ones(labels.max() + 1, np.int64))
+    return Crop(image, boxes, names, masks, torch.from_numpy(regions(labels)))
+
+
+def test_a_training_step_is_a_cpus() -> None:
+    """The same losses and weights after it, and no more waits than before. The gradients are the CPU's."""
+    torch.manual_seed(0)
+    architecture = dataclasses.replace(TINY, upscale=1.0, semantic=8, classes=("nucleus",))
+    here = NucleusDetector(architecture).train()
+    there, batch = copy.deepcopy(here), [crop(1), crop(2)]
+    assert len(batch[0].boxes) > 3
+    expected = step(here, batch, torch.device("cpu"))
+    gradients = [p.grad for p in here.parameters()]
+    with PretendedCuda() as cuda:
+        there.to("cuda")
+        uploaded = [None if g is None else g.clone().to("cuda") for g in gradients]
+
+        def backward(_loss: torch.Tensor) -> None:
+            for parameter, gradient in zip(there.parameters(), uploaded, strict=True):
+                parameter.grad = gradient
+
+        cuda.costs.clear()
+        with mock.patch.object(torch.Tensor, "backward", backward):
+            losses = step(there, batch, torch.device("cuda"))
+        counted = cuda.by_function(*COSTS)
+        print(f"\n{cuda.table(*COSTS)}")
+        for name, loss in losses.items():
+            torch.testing.assert_close(loss.cpu(), expected[name], rtol=1e-3, atol=1e-4)
+        for a, b in zip(there.parameters(), here.parameters(), strict=True):
+            torch.testing.assert_close(a.detach().cpu(), b.detach(), rtol=1e-3, atol=1e-4)
+    assert_no_more(counted, TRAINING)
+
+
+def step(model: NucleusDetector, batch: list[Crop], device: torch.device) -> dict[str, torch.Tensor]:
+    optimiser = torch.optim.AdamW(_parameter_groups(model, 0.01), lr=1e-3)
+    torch.manual_seed(1)  # torchvision draws its samples
+    with mock.patch("training.fit.choose_precision", return_value=torch.float32):
+        return _optimise(model, optimiser, batch, device)[0]
