@@ -39,8 +39,6 @@ def columns(kind: type[tuple[Any, ...]]) -> tuple[str, ...]:
 def select(rows: T, chosen: Any) -> T:
     """Some of the rows. chosen: bool (N,), or indices in the order wanted; an array of the same kind."""
     table: Any = rows
-    if not isinstance(chosen, np.ndarray) and "bool" in str(chosen.dtype):
-        (chosen,) = chosen.nonzero(as_tuple=True)  # once: on a GPU, every selection by bools is a wait
     selected: T = table._replace(**{name: getattr(table, name)[chosen] for name in columns(type(rows))})
     return selected
 

@@ -18,4 +18,4 @@ fi
 nightslide train --data "$data/nuinsseg" --mpp 0.16 --data "$data/tnbc" --mpp 0.25 --data "$data/consep_train" --mpp 0.25 \
     --data "$data/dsb2018_tissue" --mpp 0.25 --hold-out 2 --out "$out" --minutes "${MINUTES:-8.5}" \
     --steps "${STEPS:-20000}" --batch "${BATCH:-16}" --loaders "${LOADERS:-$(($(nproc) - 1))}" --save-every 500 "$@"
-tail -n 1 "$out/losses.csv" "$out/scores.csv"
+tail -n 1 "$out"/*.csv
