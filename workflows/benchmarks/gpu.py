@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import shapely
@@ -61,8 +62,8 @@ def cut(given: argparse.Namespace, count: int) -> NDArray[np.uint8]:
     return np.stack([every[i % min(count, len(every))] for i in range(count)])
 
 
-def settings(given: argparse.Namespace, **detection: object) -> Settings:
-    detector = Detector(**{"device": given.device, **detection})  # type: ignore[arg-type]
+def settings(given: argparse.Namespace, **detection: Any) -> Settings:
+    detector = Detector(**{"device": given.device, **detection})
     return Settings(tiling=Tiling(tile=given.tile), detector=detector)
 
 

@@ -17,7 +17,7 @@ from pipeline.model import detector as model_detector
 from pipeline.model import inference, load, stain
 from pipeline.model.detector import NucleusDetector, fold
 from pipeline.model.inference import detect_patches
-from pipeline.model.instances import HostInstances
+from pipeline.model.instances import HostInstances, Instances, columns
 from pipeline.model.stain import FittedStain, Normalisation
 from pipeline.model.weights import detector_architecture, find_weights
 from pretend_cuda import BLOCKING, COSTS, DOWNLOAD, LAUNCH, UPLOAD, WAIT, PretendedCuda
@@ -27,6 +27,8 @@ from training.data.crops import Crop, regions, targets
 from training.fit import _optimise, _parameter_groups, initial_model
 
 SIDE = 128
+IMAGE = draw(Size(1024, 1024), 3).image
+LARGER = np.stack([IMAGE[256:512, 256:512], IMAGE[640:896, 256:512]])
 METHODS: tuple[Any, ...] = ("none", "reinhard", "macenko", "dcgmm")
 COARSE = 1 / 255  # masks leave the device in 256 levels
 
@@ -66,9 +68,8 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def patches() -> np.ndarray:
     """uint8 (8, SIDE, SIDE, 3), parts of a phantom slide; the last one shows glass."""
-    image = draw(Size(1024, 1024), 3).image
     corners = [(y, x) for y in (256, 448, 640) for x in (256, 448, 640)][1:8]
-    cut = [image[y : y + SIDE, x : x + SIDE] for y, x in corners]
+    cut = [IMAGE[y : y + SIDE, x : x + SIDE] for y, x in corners]
     return np.stack([*cut, np.full_like(cut[0], 243)])
 
 
@@ -92,8 +93,8 @@ def assert_same(there: list[HostInstances], here: list[HostInstances]) -> None:
     assert len(there) == len(here)
     for a, b in zip(there, here, strict=True):
         assert a[6:] == b[6:]  # flags
-        for name, x, y in zip(HostInstances._fields[:6], a, b, strict=False):
-            assert isinstance(x, np.ndarray)
+        for name in columns(Instances):
+            x, y = getattr(a, name), getattr(b, name)
             assert (x.dtype, x.shape) == (y.dtype, y.shape), name
             np.testing.assert_allclose(x, y, rtol=1e-3, atol=COARSE if name == "mask_probs" else 2e-3, err_msg=name)
 
@@ -143,8 +144,6 @@ def assert_no_more(counted: Mapping[str, int], expected: Mapping[str, int]) -> N
 
 # ------------------------------------------------------------------------------------- classes, limits, memory
 
-TINY = Architecture(channels=16, box_hidden=16, mask_channels=8, mask_layers=1, backbone="test_efficientnet")
-
 
 def install(model: NucleusDetector, monkeypatch: pytest.MonkeyPatch) -> None:
     """Have this network detect, on the device of the settings."""
@@ -166,17 +165,15 @@ def test_classes_and_limits_are_those_of_a_cpu(views: int, monkeypatch: pytest.M
     model.roi_heads.box_predictor.score.bias.data[3] += 1
     install(model, monkeypatch)
     monkeypatch.setattr(model_detector, "_LEAST_INSTANCES", 12)
-    image = draw(Size(1024, 1024), 3).image
-    patches = np.stack([image[256:512, 256:512], image[640:896, 256:512]])
     limit = {"views": views, "instances_per_mm2": 1}
-    expected = detect(patches, chosen("cpu", **limit))
+    expected = detect(LARGER, chosen("cpu", **limit))
     assert any(len(patch.boxes) > 12 for patch in expected)
     assert all((patch.class_index == 2).all() for patch in expected)
     with PretendedCuda():
-        assert_same(detect(patches, chosen("cuda", batch=2, **limit)), expected)
+        assert_same(detect(LARGER, chosen("cuda", batch=2, **limit)), expected)
 
 
-@pytest.mark.parametrize(("share", "split", "lost"), [(1.1, False, False), (0.5, True, False), (0.1, False, True)])
+@pytest.mark.parametrize(("share", "split", "lost"), [(1.1, False, False), (0.7, True, False), (0.1, False, True)])
 def test_a_device_without_memory_detects_less_at_once(
     share: float, split: bool, lost: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -184,18 +181,22 @@ def test_a_device_without_memory_detects_less_at_once(
 
     share: of the memory that the largest map of a patch takes.
     """
-    torch.manual_seed(0)
-    install(fold(NucleusDetector(TINY).eval()), monkeypatch)
-    patches = np.random.default_rng(1).integers(60, 255, (2, 512, 512, 3)).astype(np.uint8)
-    with PretendedCuda(largest=share * 96 * 385**2 * 4) as cuda:
-        there = detect(patches, chosen("cuda", batch=2, score=0.05))
+    monkeypatch.setattr(inference, "_batch_that_fits", {})
+    monkeypatch.setattr(inference, "_LEAST_PX", 128)
+    with PretendedCuda(largest=share * 96 * 193**2 * 4) as cuda:
+        there = detect(LARGER, chosen("cuda", batch=2))
     assert [(patch.split, patch.lost) for patch in there] == [(split, lost)] * 2
     assert lost or all(len(patch.boxes) for patch in there)
-    tried = [shape[:2] for shape in cuda.uploads if len(shape) == 4 and shape[1] > 200]  # batch and side
-    assert tried[:2] == [(2, 512), (1, 512)]
+    tried = [shape[:2] for shape in cuda.uploads if len(shape) == 4 and shape[1] == shape[2] > 100]  # batch and side
+    assert tried[:2] == [(2, 256), (1, 256)]
 
 
 # -------------------------------------------------------------------------------------------------- training
+
+
+TINY = Architecture(
+    channels=16, upscale=1.0, semantic=8, box_hidden=16, mask_channels=8, mask_layers=1, backbone="test_efficientnet"
+)
 
 
 def crop(seed: int) -> Crop:
@@ -210,8 +211,7 @@ def crop(seed: int) -> Crop:
 def test_a_training_step_is_a_cpus() -> None:
     """The same losses and weights after it, and no more waits than before. The gradients are the CPU's."""
     torch.manual_seed(0)
-    architecture = dataclasses.replace(TINY, upscale=1.0, semantic=8, classes=("nucleus",))
-    here = NucleusDetector(architecture).train()
+    here = NucleusDetector(TINY).train()
     there, batch = copy.deepcopy(here), [crop(1), crop(2)]
     assert len(batch[0].boxes) > 3
     expected = step(here, batch, torch.device("cpu"))
