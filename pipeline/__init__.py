@@ -11,16 +11,17 @@ Each name is imported when it is first used, so that `import pipeline` loads not
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pipeline.api import export, plan, read_nuclei
+    from pipeline.api import export, measure, plan, read_nuclei
     from pipeline.archive.run import run
     from pipeline.config import Execution, Settings
 
-__all__ = ["Execution", "Settings", "export", "plan", "read_nuclei", "run"]
+__all__ = ["Execution", "Settings", "export", "measure", "plan", "read_nuclei", "run"]
 
 _HOMES = {
     "Execution": "pipeline.config",
     "Settings": "pipeline.config",
     "export": "pipeline.api",
+    "measure": "pipeline.api",
     "plan": "pipeline.api",
     "read_nuclei": "pipeline.api",
     "run": "pipeline.archive.run",

@@ -1,17 +1,18 @@
-"""`plan`, `export` and `read_nuclei` for scripts and notebooks; `run` is in `pipeline.archive.run`."""
+"""`plan`, `export`, `measure` and `read_nuclei` for scripts and notebooks; `run` is in `pipeline.archive.run`."""
 
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from pipeline.config import Execution, Export, Settings, require
+from pipeline.config import Execution, Export, Regions, Settings, build, require
 from pipeline.errors import RunError
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
     from pipeline.archive.estimate import SlideEstimate
+    from pipeline.archive.measure import Measured
     from pipeline.archive.sources import Inputs
     from pipeline.segment.export import Exported
 
@@ -33,15 +34,18 @@ def plan(
     inputs, mpp, force_mpp: as for `pipeline.archive.run.run`
     seconds_per_mm2: of tissue in one view, from the ledger of a finished run; see `speed`
     follow_links: as in `Execution`
-    Returns an estimate for each slide: tissue, tiles, hours (NaN where no speed is known), disk space, or the
-    `problem` with which it would fail. Raises ConfigError for inputs that cannot be searched.
+    Returns an estimate for each slide that is not skipped for want of regions: tissue, tiles, hours (NaN where no speed
+    is known), disk space, or the `problem` with which it would fail. Raises ConfigError for inputs that cannot be
+    searched.
     """
     from pipeline.archive.estimate import estimate_slide
+    from pipeline.archive.region_files import with_regions
     from pipeline.archive.sources import find_slides
 
     seconds = speed(settings, seconds_per_mm2)
     archive = find_slides(inputs, mpp=mpp, force_mpp=force_mpp, follow_links=follow_links)
-    return [estimate_slide(source, settings, seconds) for source in archive.sources]
+    sources = with_regions(archive, settings.regions).sources
+    return [estimate_slide(source, settings, seconds) for source in sources if not source.skip]
 
 
 def speed(settings: Settings, seconds_per_mm2: float | None = None) -> float:
@@ -59,43 +63,55 @@ def speed(settings: Settings, seconds_per_mm2: float | None = None) -> float:
 
 
 def export(
-    folder: str | os.PathLike[str], formats: Sequence[str] = Export().formats, *, crop: bool = Export().crop
+    folder: str | os.PathLike[str], formats: Sequence[str] = Export().formats, **options: Any
 ) -> dict[Path, "Exported"]:
     """Write the files for other programs again, from the tables of a finished run; nothing is segmented.
 
     folder: of a run, or of one slide of it
-    formats, crop: as in `Export`
+    formats, options: the fields of `Export`, such as crop=False
     Returns the number of nuclei by file. Raises ConfigError for a folder without tables, a format that does not
     exist and a table that is damaged.
     """
-    return dict(export_files(folder, formats, crop=crop))
+    return dict(export_files(folder, build(Export, {"formats": list(formats), **options}, where="export")))
 
 
-def export_files(
-    folder: str | os.PathLike[str], formats: Sequence[str], *, crop: bool
-) -> Iterator[tuple[Path, "Exported"]]:
+def export_files(folder: str | os.PathLike[str], settings: Export) -> Iterator[tuple[Path, "Exported"]]:
     """`export`, a slide at a time: each file with its count, when the slide's files are written."""
     import pyarrow as pa
 
-    from pipeline.config import build
     from pipeline.layout import RunFolder
     from pipeline.segment.finished import rewrite_exports
 
-    chosen = build(Export, {"formats": list(formats), "crop": crop}, where="export")
     slides = RunFolder(Path(folder)).with_nuclei()
     if not slides:
         raise RunError(f"{folder} holds no nuclei.parquet: need the --out folder of a run")
     for slide in slides:
         try:
-            written = rewrite_exports(slide, chosen)
+            written = rewrite_exports(slide, settings)
         except (OSError, KeyError, pa.ArrowException) as error:
             raise RunError(f"{slide.nuclei} could not be exported: {type(error).__name__}: {error}") from error
         for name, exported in written.items():
             yield slide.export(name), exported
 
 
+def measure(
+    folder: str | os.PathLike[str], regions: str | os.PathLike[str], *, crop: bool = Regions().crop
+) -> list["Measured"]:
+    """Measure the nuclei of finished slides in regions drawn in QuPath, and write regions.csv; nothing is segmented.
+
+    folder: of a run, or of one slide of it
+    regions: folder of QuPath's GeoJSON files, named after the slides; crop: as in `Regions`
+    Returns what became of each slide; `pipeline.archive.measure.measure_slides` says more, and what is raised.
+    """
+    from pipeline.archive.measure import measure_slides
+
+    return list(measure_slides(Path(folder), Regions(os.fspath(regions), crop)))
+
+
 def read_nuclei(path: str | os.PathLike[str], columns: Sequence[str] | None = None) -> "pa.Table":
-    """The nuclei of a slide, all columns of nuclei.parquet or some; `geopandas.read_parquet` decodes the outlines.
+    """The nuclei of a slide, all columns of nuclei.parquet but `bbox`, or some.
+
+    `geopandas.read_parquet` decodes the outlines.
 
     path: nuclei.parquet, or the slide's folder in the results
     Raises RunError where there is no such table.

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from cyclopts import App, CycloptsError, Group, Parameter, Token, convert
 from cyclopts.config import Toml
 
-from pipeline.config import COMMON, EXECUTION, EXPORT, Execution, Export, Settings, load, require
+from pipeline.config import COMMON, EXECUTION, EXPORT, REGIONS, Execution, Export, Regions, Settings, load, require
 from slides.errors import NightslideError
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def _exactly(hint: Any, tokens: Sequence[Token]) -> Any:
     return convert(hint, tokens)
 
 
-Inputs = Annotated[list[Path], Parameter(negative="", consume_multiple=True)]
+Inputs = Annotated[list[str], Parameter(negative="", consume_multiple=True)]
 Out = Annotated[Path, Parameter(group=COMMON)]
 Mpp = Annotated[float | None, Parameter(group=COMMON)]
 AllSettings = Annotated[Settings, Parameter(name="*")]
@@ -140,7 +140,7 @@ def run(
     Parameters
     ----------
     inputs
-        Slides, folders (searched), or CSV manifests with the columns path and, if given, mpp.
+        Slides, folders (searched), or CSV manifests with the columns path and, if given, mpp; with --stage also URLs.
     out
         Folder of the results.
     mpp
@@ -158,8 +158,8 @@ def run(
     print(f"{len(done)} of {len(rows)} slides done, {nuclei:,} nuclei; ledger: {RunFolder(out).ledger}")
     for row in failed:
         print(f"  failed: {row.slide}: {row.cause}", file=sys.stderr)
-    locked = [r for r in rows if r.status == "locked"]
-    return 0 if len(done) + len(locked) == len(rows) else 1
+    left_out = [r for r in rows if r.status in ("locked", "skipped")]
+    return 0 if len(done) + len(left_out) == len(rows) else 1
 
 
 @app.command
@@ -192,13 +192,19 @@ def plan(
 
     from pipeline.api import speed
     from pipeline.archive.estimate import estimate_slide
+    from pipeline.archive.region_files import with_regions
     from pipeline.archive.sources import find_slides
 
     archive = find_slides(inputs, mpp=mpp, force_mpp=force_mpp, follow_links=follow_links)
+    archive = with_regions(archive, settings.regions)
     seconds = speed(settings, seconds_per_mm2)
     terminal = Console(stderr=True)
     sources = track(
-        archive.sources, "opening slides", console=terminal, transient=True, disable=not terminal.is_terminal
+        [source for source in archive.sources if not source.skip],
+        "opening slides",
+        console=terminal,
+        transient=True,
+        disable=not terminal.is_terminal,
     )
     rows = [estimate_slide(source, settings, seconds) for source in sources]
     print("\n".join(_table(rows)))
@@ -264,9 +270,46 @@ def export(folder: Path, *, settings: Annotated[Export, Parameter(name="*", grou
     """
     from pipeline.api import export_files
 
-    for path, exported in export_files(folder, settings.formats, crop=settings.crop):
+    for path, exported in export_files(folder, settings):
         print(f"{path}: {exported}")
     return 0
+
+
+@app.command
+def qupath(folder: Path) -> int:
+    """Write a QuPath project of all finished slides of a run, or add to it those that it lacks.
+
+    Parameters
+    ----------
+    folder
+        The --out folder of a run; the project is qupath/project.qpproj in it.
+    """
+    from pipeline.archive.qupath_project import write_project
+    from pipeline.layout import RunFolder
+
+    written = write_project(RunFolder(folder))
+    print(f"{written.file}: {written.images} images, {written.added} of them new")
+    print(f"their nuclei: QuPath script workflows/qupath/import.groovy -p {written.file} -s")
+    return 0
+
+
+@app.command
+def measure(folder: Path, *, regions: Annotated[Regions, Parameter(name="*", group=REGIONS)] = Regions()) -> int:
+    """Measure the nuclei of finished slides in regions drawn in QuPath, and write regions.csv; nothing is segmented.
+
+    Parameters
+    ----------
+    folder
+        The --out folder of a run, or the folder of one slide in it.
+    """
+    from pipeline.archive.measure import measure_slides
+
+    failed = 0
+    for measured in measure_slides(folder, regions):
+        failed += measured.failed
+        line = f"{measured.slide}: {'FAILED: ' if measured.failed else ''}{measured.words}"
+        print(line, file=sys.stderr if measured.failed else sys.stdout)
+    return 1 if failed else 0
 
 
 @app.command
@@ -284,6 +327,30 @@ def report(folder: Path) -> int:
 
     run = RunFolder(folder)
     print(write_report(run, read_ledger(run)))
+    return 0
+
+
+@app.command
+def view(
+    folder: Path,
+    *,
+    slides: Annotated[Path | None, Parameter(group=COMMON)] = None,
+    port: Annotated[int, Parameter(group=COMMON)] = 0,
+) -> int:
+    """Look at the slides of a run with their nuclei, in a browser on this machine.
+
+    Parameters
+    ----------
+    folder
+        The --out folder of a run.
+    slides
+        Folder that is searched for slides that have moved since the run.
+    port
+        Port of the loopback interface; 0: one that is free.
+    """
+    from pipeline.view.server import serve
+
+    serve(folder, slides, port)
     return 0
 
 

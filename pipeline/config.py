@@ -24,13 +24,18 @@ from pipeline.errors import ConfigError
 
 # The headings of --help, in their order.
 COMMON = Group("Common options", sort_key=1)
-TISSUE, TILING, STAIN, DETECTOR, STITCHING, EXPORT, EXECUTION = (
+TISSUE, TILING, STAIN, DETECTOR, STITCHING, REGIONS, EXPORT, EXECUTION = (
     Group(name, sort_key=number)
-    for number, name in enumerate(("Tissue", "Tiling", "Stain", "Detector", "Stitching", "Export", "Execution"), 2)
+    for number, name in enumerate(
+        ("Tissue", "Tiling", "Stain", "Detector", "Stitching", "Regions", "Export", "Execution"), 2
+    )
 )
 NO_NEGATIVE = Parameter(negative="")  # a flag or a list without its --no-... or --empty-...
 
 STRIDES = (4, 8, 16, 32)  # of the feature maps, in enlarged px
+
+# How far what lies around a nucleus changes its detection, in enlarged px: measured by workflows/benchmarks/tilings.py
+CONTEXT_PX = 192
 
 
 def side_step(upscale: float = 1.0) -> int:
@@ -80,8 +85,8 @@ class Tiling:
     "Working scale, micrometres per pixel: every slide is resampled to it. It must be the weights' own."
     tile: int = 1024
     "Side of a tile with its border, px at the working scale."
-    margin: int = 64
-    "Border read around each tile's core, px: half the largest nucleus, the tolerance of stitching and the largest shift of a view together."
+    margin: int = 128
+    "Border read around each tile's core, px: what the detector needs to see around a nucleus (128 px), and the largest nucleus."
     block: int = 4
     "Blocks of this many by this many tiles are stored, scheduled and resumed together."
 
@@ -190,7 +195,26 @@ class Stitching:
         require(self.simplify_px >= 0, f"simplify-px={self.simplify_px}: need 0 or more")
 
 
-ExportFormat = Literal["qupath", "csv"]
+@dataclass(frozen=True)
+class Regions:
+    """Annotations of QuPath's, in which nuclei are measured, or to which a run is restricted."""
+
+    folder: Annotated[str, Parameter(name=["--regions.folder", "--regions"], group=COMMON)] = ""
+    "Folder of regions drawn in QuPath: GeoJSON files named after the slides, such as case7.svs.geojson. A run is restricted to them."
+    crop: Annotated[bool, Parameter(name="--regions.crop", negative="--regions.no-crop")] = True
+    "Coordinates of the regions are relative to the slide's bounds, to which QuPath's OpenSlide reader crops; else to the corner of the whole slide."
+
+
+ExportFormat = Literal[
+    "qupath",
+    "csv",
+    "spatialdata",
+    "h5ad",
+    "ngff",
+    "dsa",
+    "dicom",
+    "density",
+]
 
 
 @dataclass(frozen=True)
@@ -200,12 +224,30 @@ class Export:
     formats: Annotated[
         tuple[ExportFormat, ...], Parameter(negative="", show_default=lambda names: ", ".join(names))
     ] = ("qupath",)
-    "Files to write beside nuclei.parquet: qupath (nuclei.geojson.zip), csv (nuclei.csv); repeat the flag for several."
+    """Files to write beside nuclei.parquet; repeat the flag for several:
+    qupath (nuclei.geojson.zip),
+    csv (nuclei.csv),
+    spatialdata (nuclei.spatialdata.zarr),
+    h5ad (nuclei.h5ad, for AnnData),
+    ngff (nuclei.ome.zarr, for napari),
+    dsa (nuclei.dsa, for the Digital Slide Archive),
+    dicom (nuclei.dicom),
+    density (density/)."""
     crop: bool = True
     "Coordinates relative to the slide's bounds, to which QuPath's OpenSlide reader crops; else to the corner of the whole slide."
+    cells: float = 0.0
+    "qupath: grow every nucleus by so many um into a cell, never into another; 0: the nuclei themselves."
+    dicom_reference: Annotated[str, Parameter(name=["--export.dicom-reference", "--dicom-reference"])] = ""
+    "dicom: folder with a DICOM copy of every slide that is not DICOM itself, as SLIDE.dcm or in a folder SLIDE; without it, the slides must be DICOM."
+    density_um: float = 100.0
+    "density: side of the squares into which the slide is divided, um."
+
+    def __post_init__(self) -> None:
+        require(0 <= self.cells <= 50, f"cells={self.cells}: need 0 to 50 um")
+        require(10 <= self.density_um <= 10_000, f"density-um={self.density_um}: need 10 to 10000 um")
 
 
-WORK_FORMAT = 4
+WORK_FORMAT = 5
 "Version of the files in a slide's work folder: raised with every change after which older ones must not be continued."
 
 
@@ -219,6 +261,8 @@ class Settings:
     stain: Annotated[Stain, Parameter(name="*", group=STAIN)] = field(default_factory=Stain)
     detector: Annotated[Detector, Parameter(group=DETECTOR)] = field(default_factory=Detector)
     stitching: Annotated[Stitching, Parameter(group=STITCHING)] = field(default_factory=Stitching)
+    # "*": else --regions would stand for the table
+    regions: Annotated[Regions, Parameter(name="*", group=REGIONS)] = field(default_factory=Regions)
     export: Annotated[Export, Parameter(group=EXPORT)] = field(default_factory=Export)
 
     @property
@@ -226,9 +270,11 @@ class Settings:
         """Names everything that nuclei.parquet depends on: no device, batch, export, and of files the content only.
 
         The checksums of the files are part of the settings once `pipeline.archive.manifest.resolve` has set them.
+        Regions are part of the digest of each slide, `pipeline.segment.job.Job.digest`.
         """
         content = dataclasses.asdict(self)
         del content["export"]  # made from the table, again and again
+        del content["regions"]
         for name in ("device", "batch", "weights"):
             del content["detector"][name]
         for name in ("weights", "template"):
@@ -259,6 +305,10 @@ class Execution:
     "For a scheduler at tls://: certificate of this command, such as cert.pem."
     tls_key: str = ""
     "For a scheduler at tls://: private key of that certificate, such as key.pem."
+    stage: str = ""
+    "Folder on a local disk into which each slide is copied before it is read, and removed after; needed for URLs."
+    stage_space: str = "100GB"
+    "Space that these copies may take, such as 500GB or 2TB; slides wait until there is room, and larger ones fail."
     window: int = 0
     "Blocks in flight over all slides, which bounds memory and scratch space; 0: two, plus two for each detector."
     wait: bool = True
@@ -293,6 +343,14 @@ class Execution:
             self.memory_limit == "auto" or _bytes(self.memory_limit) >= 1e9,
             f"memory-limit={self.memory_limit!r}: need auto, or 1GB or more, such as 8GB",
         )
+
+        require(
+            self.stage_space_bytes > 0, f"stage-space={self.stage_space!r}: need a size such as 100GB, 500GiB or 2TB"
+        )
+
+    @property
+    def stage_space_bytes(self) -> float:
+        return _bytes(self.stage_space)
 
     @property
     def tls(self) -> dict[str, str]:

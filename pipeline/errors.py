@@ -6,7 +6,7 @@
     ├── ConfigError          (ValueError)            a setting that is misspelt, of a wrong type, out of range
     │   ├── RunError                                 inputs or an output folder that a run cannot start with
     │   ├── WeightsError                             a weights file: missing, damaged, of another architecture
-    │   └── training's AnnotationError               a dataset that cannot be read
+    │   └── AnnotationError                          annotations or a dataset that cannot be read
     ├── StainError           (ValueError)            pixels that show no stain, stains that do not fit together
     ├── LeaseLost                                    another process has taken the slide over
     ├── ScratchLost                                  scratch of a block is missing or damaged: it is made again
@@ -33,6 +33,10 @@ class RunError(ConfigError):
 
 class WeightsError(ConfigError):
     """A weights file that is missing, damaged, not of Nightslide, or of another architecture."""
+
+
+class AnnotationError(ConfigError):
+    """Annotations or a dataset that are incomplete or contradict themselves; the message names file and rule."""
 
 
 class StainError(NightslideError, ValueError):

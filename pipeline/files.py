@@ -1,9 +1,10 @@
-"""Files that are complete or absent: written beside, synced, renamed. And JSON."""
+"""Files and folders that are complete or absent: written beside, synced, renamed. And JSON."""
 
 import contextlib
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,26 +14,61 @@ from slides.partial import PREFIX, partial_path
 
 @contextlib.contextmanager
 def committed(path: Path) -> Iterator[Path]:
-    """A path beside `path` to write to (same suffix), which becomes `path` when the block ends well.
+    """A path beside `path` for a new file or folder (same suffix), which becomes `path` when the block ends well.
 
     Synced, then renamed over what was there, then the folder is synced: a reader, or a machine that lost
-    power, has all of the file or nothing. On an error the partial file is removed; a killed process leaves
-    it to `sweep`. Writers of the same path do not disturb each other; the last one stays.
+    power, has all of it or nothing. On an error the partial file is removed; a killed process leaves
+    it to `sweep`. Writers of the same file do not disturb each other; the last one stays.
     """
     partial = partial_path(path)
     try:
         yield partial
         _sync(partial)
-        os.replace(partial, path)
-        if os.name == "posix":  # elsewhere a folder cannot be opened
-            _sync(path.parent)
+        _replace(partial, path)
+        _sync_names(path.parent)
     finally:
-        partial.unlink(missing_ok=True)
+        remove(partial)
+
+
+def _replace(partial: Path, path: Path) -> None:
+    """Rename over what is there. A folder that is there is moved away first: nothing can be renamed over it."""
+    while True:
+        try:
+            return os.replace(partial, path)
+        except OSError:
+            if not (partial.is_dir() or path.is_dir()) or not path.exists():
+                raise
+            former = partial_path(path)
+            with contextlib.suppress(FileNotFoundError):  # another writer was faster
+                os.replace(path, former)
+                remove(former)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder, there or not; of a link, the link."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _sync(path: Path) -> None:
-    # Windows syncs only what is open for writing; a folder opens only for reading.
-    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    """Sync a file, or a folder with all that is in it."""
+    if path.is_dir():
+        for inside in path.iterdir():
+            _sync(inside)
+        _sync_names(path)
+    else:
+        _sync_handle(path, os.O_RDWR)  # Windows syncs only what is open for writing
+
+
+def _sync_names(folder: Path) -> None:
+    if os.name == "posix":  # elsewhere a folder cannot be opened
+        _sync_handle(folder, os.O_RDONLY)
+
+
+def _sync_handle(path: Path, flags: int) -> None:
+    handle = os.open(path, flags)
     try:
         os.fsync(handle)
     finally:
@@ -40,10 +76,10 @@ def _sync(path: Path) -> None:
 
 
 def sweep(folder: Path) -> int:
-    """Remove what killed writers left in `folder`, while nobody writes there. Returns how many files."""
+    """Remove what killed writers left in `folder`, while nobody writes there. Returns how many files and folders."""
     leftovers = list(folder.glob(f"{PREFIX}*"))
     for leftover in leftovers:
-        leftover.unlink(missing_ok=True)
+        remove(leftover)
     return len(leftovers)
 
 
@@ -134,3 +170,23 @@ def file_sha256(path: Path) -> str:
     """Hexadecimal SHA-256 of a file's content."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# ------------------------------------------------------------------------------------- a file or a folder
+
+
+def size_bytes(path: Path) -> int:
+    """Of a file, or of all files in a folder. Raises OSError where there is neither."""
+    return sum(file.stat().st_size for file in _contents(path))
+
+
+def sha256(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file's content, or of the names and checksums of all files in a folder."""
+    if not path.is_dir():
+        return file_sha256(path)
+    lines = (f"{file_sha256(file)}  {file.relative_to(path).as_posix()}\n" for file in _contents(path))
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def _contents(path: Path) -> list[Path]:
+    return sorted(file for file in path.rglob("*") if not file.is_dir()) if path.is_dir() else [path]

@@ -5,20 +5,35 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-EXPORTS = {"qupath": "nuclei.geojson.zip", "csv": "nuclei.csv"}
-"Files made from nuclei.parquet, by the name of their format."
+EXPORTS = {
+    "qupath": "nuclei.geojson.zip",
+    "csv": "nuclei.csv",
+    "spatialdata": "nuclei.spatialdata.zarr",
+    "h5ad": "nuclei.h5ad",
+    "ngff": "nuclei.ome.zarr",
+    "dsa": "nuclei.dsa",
+    "dicom": "nuclei.dicom",
+    "density": "density",
+}
+"Files and folders made from nuclei.parquet, by the name of their format."
+
+DENSITY = ("density.ome.tif", "density.geojson")
+"In the folder of the format density."
 
 LEASE = ".lease"  # hidden, as a slide's folder may hold the folders of other slides, whatever their names
 
 _SLIDE, _FAILURE = "slide.json", "failure.json"
 _PICTURES = ("thumbnail.jpg", "overlay.jpg")
+_ANNOTATIONS = ("tissue.geojson", "artefacts.geojson")
 _NUCLEI, _WORK = "nuclei.parquet", "work"
 _RUN, _LEDGER, _REPORT, _LOGS = "run.json", "ledger.csv", "report.html", "logs"
+_QUPATH = "qupath"
+_REGIONS = "regions.csv"  # of a slide and of the run; made by `nightslide measure`
 
-RESULTS = (*_PICTURES, _NUCLEI, *EXPORTS.values())
+RESULTS = (*_PICTURES, *_ANNOTATIONS, _NUCLEI, *EXPORTS.values())
 "What a finished slide's folder holds beside slide.json."
 
-RESERVED = frozenset([_RUN, _LEDGER, _REPORT, _LOGS, _SLIDE, _FAILURE, _WORK, *RESULTS])
+RESERVED = frozenset([_RUN, _LEDGER, _REPORT, _LOGS, _QUPATH, _REGIONS, _SLIDE, _FAILURE, _WORK, *RESULTS])
 "What a run and its slides write, hidden files left out: no slide's folder has such a name."
 
 
@@ -46,6 +61,15 @@ class SlideFolder:
         return self.path / _PICTURES[1]
 
     @property
+    def tissue_annotation(self) -> Path:
+        return self.path / _ANNOTATIONS[0]
+
+    @property
+    def artefact_annotations(self) -> Path:
+        """Not there where a run did not look for artefacts."""
+        return self.path / _ANNOTATIONS[1]
+
+    @property
     def nuclei(self) -> Path:
         """The table that every other result is made from."""
         return self.path / _NUCLEI
@@ -53,6 +77,11 @@ class SlideFolder:
     def export(self, name: str) -> Path:
         """The file of an export format, one of `EXPORTS`."""
         return self.path / EXPORTS[name]
+
+    @property
+    def regions(self) -> Path:
+        """Measurements of regions, made by `nightslide measure` from a finished slide."""
+        return self.path / _REGIONS
 
     @property
     def lease(self) -> Path:
@@ -108,12 +137,26 @@ class RunFolder:
         return self.path / _LEDGER
 
     @property
+    def regions(self) -> Path:
+        """The measured regions of all slides."""
+        return self.path / _REGIONS
+
+    @property
     def report(self) -> Path:
         return self.path / _REPORT
 
     @property
     def logs(self) -> Path:
         return self.path / _LOGS
+
+    @property
+    def qupath_project(self) -> Path:
+        return self.path / _QUPATH / "project.qpproj"
+
+    @property
+    def qupath_classes(self) -> Path:
+        """The classes of QuPath's project; QuPath fixes the name."""
+        return self.path / _QUPATH / "classifiers" / "classes.json"
 
     def slide(self, name: str) -> SlideFolder:
         """The folder of the slide of this name; names may hold "/"."""
@@ -123,7 +166,7 @@ class RunFolder:
         """Symbolic links among all that a run writes of a slide, from its folder (below the run's own) to its work."""
         folder = self.slide(name)
         way = [path for path in (*reversed(folder.path.parents), folder.path) if self.path in path.parents]
-        own = (folder.path / file for file in (LEASE, _SLIDE, _FAILURE, _WORK, *RESULTS))
+        own = (folder.path / file for file in (LEASE, _SLIDE, _FAILURE, _WORK, _REGIONS, *RESULTS))
         yield from filter(os.path.islink, (*way, *own))
         for inside, folders, files in os.walk(folder.work):
             yield from filter(os.path.islink, (Path(inside, file) for file in (*folders, *files)))

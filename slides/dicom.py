@@ -8,7 +8,6 @@ Source: DICOM PS3.10, 7.1 (preamble and meta information) and PS3.5, 7.1 and 7.5
 """
 
 import struct
-from pathlib import Path
 from typing import IO, NamedTuple
 
 from slides.errors import SlideUnreadable
@@ -39,24 +38,23 @@ class _Element(NamedTuple):
     explicit: bool  # whether what it holds has explicit value representations
 
 
-def read_header(path: Path) -> Header | None:
-    """The series of a DICOM file of a slide; None for any other file.
+def read_header(file: IO[bytes], name: object) -> Header | None:
+    """The series of a DICOM file of a slide, read from its start; None for any other file. name: for messages.
 
     Raises OSError; SlideUnreadable where the header names a slide's class and then is truncated or malformed.
     """
-    with path.open("rb") as file:
-        if file.read(132)[128:] != b"DICM":
+    if file.read(132)[128:] != b"DICM":
+        return None
+    try:
+        meta = _texts(file, explicit=True, wanted=(_SOP_CLASS, _SYNTAX))
+        if meta.get(_SOP_CLASS) != WHOLE_SLIDE:
             return None
-        try:
-            meta = _texts(file, explicit=True, wanted=(_SOP_CLASS, _SYNTAX))
-            if meta.get(_SOP_CLASS) != WHOLE_SLIDE:
-                return None
-            _skip_meta(file)
-            stated = _texts(file, explicit=meta.get(_SYNTAX) != _IMPLICIT_VR, wanted=(_IMAGE_TYPE, _SERIES))
-            kind = stated[_IMAGE_TYPE].split("\\")
-            return Header(stated[_SERIES], is_level=kind[2:3] == ["VOLUME"])
-        except (EOFError, KeyError, ValueError, RecursionError) as error:
-            raise SlideUnreadable(f"{path} is a DICOM file with a damaged header: copy it again") from error
+        _skip_meta(file)
+        stated = _texts(file, explicit=meta.get(_SYNTAX) != _IMPLICIT_VR, wanted=(_IMAGE_TYPE, _SERIES))
+        kind = stated[_IMAGE_TYPE].split("\\")
+        return Header(stated[_SERIES], is_level=kind[2:3] == ["VOLUME"])
+    except (EOFError, KeyError, ValueError, RecursionError) as error:
+        raise SlideUnreadable(f"{name} is a DICOM file with a damaged header: copy it again") from error
 
 
 def _texts(file: IO[bytes], *, explicit: bool, wanted: tuple[int, int]) -> dict[int, str]:

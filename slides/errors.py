@@ -5,7 +5,7 @@
         ├── SlideNotFound        (FileNotFoundError)  no such file
         ├── SlideUnreadable                           does not open: empty, truncated, not a slide, parts missing
         ├── SlideUnsupported                          in a format or compression that is not read
-        ├── SlideTooLarge                             a tile or the thumbnail would take gigabytes of memory
+        ├── SlideTooLarge                             a tile or a picture would take gigabytes of memory
         ├── ScaleUnknown                              opens, but states no believable micrometres per pixel
         ├── RegionUnreadable                          opens, but this region cannot be decoded
         ├── GridError            (ValueError)         tile, margin and block do not make a grid
@@ -36,7 +36,7 @@ class SlideUnsupported(SlideError):
 
 
 class SlideTooLarge(SlideError):
-    """A stored tile or a thumbnail of the slide would take gigabytes of memory."""
+    """A stored tile or a picture of the slide would take gigabytes of memory, or its copy more space than allowed."""
 
 
 class ScaleUnknown(SlideError):

@@ -1,6 +1,7 @@
 """Tissue detection on a thumbnail, and queries on the resulting mask."""
 
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -33,6 +34,9 @@ _RIM_UM = 24.0
 
 # Vessels, ducts and fat belong to the tissue around them; larger holes are glass.
 _HOLE_UM2 = 100_000.0
+
+# Pixels that are processed at a time where that needs many bytes for each.
+_STRIP_PX = 2**22
 
 # Clean glass is nearly neutral: a tint up to this many grey levels is that of the illumination, and is removed.
 _TINT = 14.0
@@ -108,10 +112,13 @@ def tissue_mask(
 def _densities(thumbnail: NDArray[np.uint8]) -> NDArray[np.float32]:
     """Optical densities, -ln(I / glass), of a slightly smoothed thumbnail. float32 (3, h, w)."""
     # Compression leaves blocks of false colour around edges; one pixel of blur takes them out.
-    smooth = ndimage.gaussian_filter(thumbnail.astype(np.float32), (1.0, 1.0, 0.0), mode="nearest")
-    intensity = np.maximum(smooth, _DARKEST)
-    density: NDArray[np.float32] = -np.log(intensity / _glass(smooth)).transpose(2, 0, 1)
-    return density
+    smooth = thumbnail.astype(np.float32)
+    ndimage.gaussian_filter(smooth, (1.0, 1.0, 0.0), mode="nearest", output=smooth)
+    glass = _glass(smooth)
+    density = np.maximum(smooth, _DARKEST, out=smooth)  # in place, as are the next: a copy takes 12 bytes a pixel
+    density /= glass
+    np.negative(np.log(density, out=density), out=density)
+    return density.transpose(2, 0, 1)
 
 
 def _glass(smooth: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -123,7 +130,7 @@ def _glass(smooth: NDArray[np.float32]) -> NDArray[np.float32]:
     lit = darkest_channel[darkest_channel > _DARKEST]
     if not lit.size:
         return np.full(3, 255, np.float32)
-    brightest = smooth[darkest_channel >= np.percentile(lit, 95)]
+    brightest = smooth[darkest_channel >= np.percentile(lit, 95, overwrite_input=True)]
     colour: NDArray[np.float32] = np.median(brightest, axis=0).astype(np.float32)
     if colour.min() < 150 or np.ptp(colour) > _TINT:
         return np.full(3, 255, np.float32)
@@ -146,7 +153,13 @@ def _grown(mask: NDArray[np.bool_], by_px: float) -> NDArray[np.bool_]:
     """All pixels within `by_px` of the mask."""
     if not mask.any():
         return mask
-    grown: NDArray[np.bool_] = ndimage.distance_transform_edt(~mask) <= by_px
+    grown = np.empty_like(mask)
+    reach = math.ceil(by_px) + 1  # rows; what is further away is not within `by_px` in any case
+    for first, last in _strips(mask.shape, least=reach):
+        top = max(0, first - reach)
+        strip = mask[top : last + reach]
+        near = ndimage.distance_transform_edt(~strip) <= by_px if strip.any() else strip
+        grown[first:last] = near[first - top : last - top]
     return grown
 
 
@@ -158,7 +171,7 @@ def _shrunk(mask: NDArray[np.bool_], by_px: float) -> NDArray[np.bool_]:
 def _filled(mask: NDArray[np.bool_], area_px: float) -> NDArray[np.bool_]:
     """The mask without its holes under `area_px` pixels. What is open to the picture's edge is no hole."""
     labels, _ = ndimage.label(np.pad(~mask, 1, constant_values=True))
-    small = np.bincount(labels.ravel()) < area_px
+    small = _sizes(labels) < area_px
     small[[0, labels[0, 0]]] = False
     filled: NDArray[np.bool_] = mask | small[labels][1:-1, 1:-1]
     return filled
@@ -167,7 +180,24 @@ def _filled(mask: NDArray[np.bool_], area_px: float) -> NDArray[np.bool_]:
 def _without_small(mask: NDArray[np.bool_], area_px: float) -> NDArray[np.bool_]:
     """The mask's pieces of at least `area_px` pixels; pieces touch by sides or corners."""
     labels, _ = ndimage.label(mask, structure=np.ones((3, 3)))
-    large = np.bincount(labels.ravel()) >= area_px
+    large = _sizes(labels) >= area_px
     large[0] = False
     kept: NDArray[np.bool_] = large[labels]
     return kept
+
+
+def _sizes(labels: NDArray[np.int32]) -> NDArray[np.int64]:
+    """Pixels of each label, in strips, as `np.bincount` copies its input to integers of 8 bytes."""
+    count = int(labels.max(initial=0)) + 1
+    sizes = np.zeros(count, np.int64)
+    for first, last in _strips(labels.shape):
+        sizes += np.bincount(labels[first:last].ravel(), minlength=count)
+    return sizes
+
+
+def _strips(shape: tuple[int, ...], least: int = 1) -> Iterator[tuple[int, int]]:
+    """First and last row (exclusive) of strips of at least so many rows, of about _STRIP_PX pixels."""
+    height, width = shape
+    rows = max(least, _STRIP_PX // max(1, width))
+    for first in range(0, height, rows):
+        yield first, min(first + rows, height)

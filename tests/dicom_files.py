@@ -4,6 +4,7 @@ import struct
 from pathlib import Path
 
 from slides.dicom import WHOLE_SLIDE
+from slides.geometry import Size
 
 SIDE, GREY = 64, 128
 _UNDEFINED = 0xFFFFFFFF
@@ -89,6 +90,32 @@ def write(
     ]
     length = struct.pack("<I", len(meta))
     path.write_bytes(bytes(128) + b"DICM" + element(0x00020000, b"UL", length) + meta + b"".join(content))
+    return path
+
+
+def complete(path: Path, size: Size) -> Path:
+    """Add to an instance of a slide the patient, study and specimen that PS3.3 requires; and give it another size.
+
+    With that, which is not the size of its pixels, OpenSlide does not open it.
+    """
+    import pydicom
+
+    image = pydicom.dcmread(path)
+    image.TotalPixelMatrixColumns, image.TotalPixelMatrixRows = size
+    image.SpecificCharacterSet = "ISO_IR 100"
+    image.PatientName, image.PatientID = "Gr\u00fcn^Eva", "P1"
+    image.PatientBirthDate, image.PatientSex = "19500102", "F"
+    image.StudyDate, image.StudyTime, image.StudyID, image.AccessionNumber = "20240506", "070809", "S1", "A1"
+    image.ContentDate, image.ContentTime = "20240507", "101112"
+    image.FrameOfReferenceUID, image.Modality, image.Manufacturer = "1.2.9", "SM", "Scanners"
+    image.ContainerIdentifier, image.IssuerOfTheContainerIdentifierSequence = "C1", []
+    container, specimen = pydicom.Dataset(), pydicom.Dataset()
+    container.CodeValue, container.CodingSchemeDesignator, container.CodeMeaning = "258661006", "SCT", "Slide"
+    image.ContainerTypeCodeSequence = [container]
+    specimen.SpecimenIdentifier, specimen.SpecimenUID = "C1.1", "1.2.10"
+    specimen.IssuerOfTheSpecimenIdentifierSequence, specimen.SpecimenPreparationSequence = [], []
+    image.SpecimenDescriptionSequence = [specimen]
+    image.save_as(path)
     return path
 
 

@@ -6,28 +6,29 @@ import numpy as np
 import shapely
 
 from pipeline.segment import tables
-from slides.geometry import Box
+from slides.geometry import Box, Size
 
 PROVENANCE = tables.Provenance(
     slide="4f0c",
     um_per_px=(0.25, 0.25),
+    size=Size(6000, 7000),
     bounds=Box(100, 250, 5000, 6000),
     digest="d1",
     colours={"Nucleus": (200, 30, 30), 'odd "name" µ\\': (0, 128, 255)},
 )
 
 
-def write(path: Path, shapes: np.ndarray, seed: int = 0) -> Path:
+def write(path: Path, shapes: np.ndarray, seed: int = 0, provenance: tables.Provenance = PROVENANCE) -> Path:
     rng = np.random.default_rng(seed)
     count = len(shapes)
-    names = list(PROVENANCE.colours)
-    with tables.NucleiWriter(path, PROVENANCE) as writer:
+    names = list(provenance.colours)
+    with tables.NucleiWriter(path, provenance) as writer:
         writer.write(
             shapes,
-            class_name=[names[k] for k in rng.integers(0, 2, count)],
+            class_name=[names[k] for k in rng.integers(0, len(names), count)],
             score=rng.random(count),
             votes=rng.integers(1, 9, count),
-            stains=rng.random((count, 2)),
+            stains=rng.random((count, len(tables.STAINS))),
         )
     return path
 

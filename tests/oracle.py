@@ -42,7 +42,7 @@ def detect(patches: np.ndarray, normalisation: Normalisation, settings: Settings
             (0.5 + ids % 97 / 200).astype(np.float32),
             np.zeros(len(ids), np.int64),
             np.ones(len(ids), np.int64),
-            np.zeros((len(ids), 2), np.float32),
+            np.zeros((len(ids), 2, 5), np.float32),
             False,
         )
 

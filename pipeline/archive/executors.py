@@ -22,6 +22,7 @@ from pipeline.errors import ClusterLost, ConfigError, WorkersDied
 from pipeline.model.device import choose_device
 
 _ASK_AGAIN_S = 5.0  # for how long the resources that the workers offer are cached
+_ANSWER_S = 5.0  # for how long an answer of the scheduler is waited for
 _SILENT_S = 11  # after which a scheduler whose machine acknowledges nothing is lost: the shortest that Dask permits
 
 
@@ -29,10 +30,14 @@ _SILENT_S = 11  # after which a scheduler whose machine acknowledges nothing is 
 
 
 class Executor(Protocol):
-    """Where tasks run. `dashboard`: address of its web page, `warning`: what is unsafe about it; each may be empty."""
+    """Where tasks run. `dashboard`: address of its web page, `warning`: what is unsafe about it; each may be empty.
+
+    silent: its scheduler did not answer when it was last asked, though its machine may: suspended, perhaps.
+    """
 
     dashboard: str
     warning: str
+    silent: bool
 
     @property
     def detectors(self) -> int:
@@ -67,7 +72,7 @@ async def run_task(executor: Executor, on_device: bool, function: Callable[..., 
 class Loop:
     """Tasks one after the other, in the caller's thread."""
 
-    dashboard, warning, detectors = "", "", 1
+    dashboard, warning, detectors, silent = "", "", 1, False
 
     def run_on_new_workers(self, function: Callable[..., Any], *args: Any) -> list[str]:
         return []
@@ -97,6 +102,7 @@ class Cluster:
     def __init__(self, client: Any) -> None:
         self._client = client
         self._asked, self._offered = float("-inf"), {"GPU": 0.0, "CPU": 0.0, "workers": 0.0}
+        self.silent = False
         self._known: set[str] = set()  # workers on which `run_on_new_workers` has run
         scheduler = client.scheduler_info(n_workers=0)
         self.dashboard: str = client.dashboard_link if "dashboard" in scheduler.get("services", {}) else ""
@@ -104,13 +110,25 @@ class Cluster:
 
     def _offers(self) -> dict[str, float]:
         if time.monotonic() - self._asked > _ASK_AGAIN_S:
-            workers = self._workers().values()
-            offered = {name: sum(w.get("resources", {}).get(name, 0) for w in workers) for name in ("GPU", "CPU")}
-            self._asked, self._offered = time.monotonic(), {**offered, "workers": len(workers)}
+            workers = self._workers()
+            self._asked = time.monotonic()
+            if workers is None:
+                return self._offered
+            resources = [worker.get("resources", {}) for worker in workers.values()]
+            offered = {name: sum(each.get(name, 0) for each in resources) for name in ("GPU", "CPU")}
+            self._offered = {**offered, "workers": len(workers)}
         return self._offered
 
-    def _workers(self) -> dict[str, Any]:
-        workers: dict[str, Any] = self._client.scheduler_info(n_workers=-1).get("workers", {})
+    def _workers(self) -> dict[str, Any] | None:
+        """The workers by their addresses; None where the scheduler does not answer in time."""
+        ask = self._client.scheduler.identity
+        try:
+            answer = self._client.sync(ask, n_workers=-1, callback_timeout=_ANSWER_S)
+        except TimeoutError:
+            self.silent = True
+            return None
+        self.silent = False
+        workers: dict[str, Any] = answer.get("workers", {})
         return workers
 
     @property
@@ -119,7 +137,7 @@ class Cluster:
         return int(offers["GPU"] if offers["CPU"] else offers["GPU"] or offers["workers"])
 
     def run_on_new_workers(self, function: Callable[..., Any], *args: Any) -> list[str]:
-        new = [address for address in self._workers() if address not in self._known]
+        new = [address for address in self._workers() or () if address not in self._known]
         self._known.update(new)
         answers = self._client.run(function, *args, workers=new, on_error="return") if new else {}
         return [f"the worker at {address} {answer}" for address, answer in answers.items() if answer is not None]

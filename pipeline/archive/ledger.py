@@ -8,28 +8,20 @@ import csv
 import dataclasses
 import traceback
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 from pipeline import files
 from pipeline.errors import RunError
 from pipeline.layout import RunFolder, SlideFolder
-from pipeline.segment.record import Counts, SlideRecord
-from pipeline.segment.stages import STAGES
+from pipeline.segment.record import SlideRecord
 from pipeline.text import csv_cell, from_csv_cell, one_line, printable
-
-_SECONDS = tuple(f"seconds_{stage.name}" for stage in STAGES)
-_COUNTS = tuple(field.name for field in dataclasses.fields(Counts))
-
-COLUMNS = (
-    *("slide", "status", "cause", "mpp", "mpp_source", "tissue_mm2", "tiles", *_COUNTS),
-    *(*_SECONDS, "seconds_work", "seconds_elapsed", "computed_on", "remarks"),
-)
-"Of ledger.csv; seconds_work is the sum over the stages, without waiting; seconds_elapsed runs from start to end."
 
 
 def row_of(record: SlideRecord) -> dict[str, Any]:
-    """A record as a row: plain values by the names of `COLUMNS`."""
+    """A record as a row of ledger.csv: plain values by column.
+
+    seconds_work is the sum over the stages, without waiting; seconds_elapsed runs from start to end.
+    """
     work = record.work
     return {
         "slide": record.slide,
@@ -40,7 +32,7 @@ def row_of(record: SlideRecord) -> dict[str, Any]:
         "tissue_mm2": record.tissue_mm2,
         "tiles": record.tiles,
         **{name: round(value, 6) for name, value in dataclasses.asdict(work.counts).items()},
-        **{f"seconds_{stage.name}": round(work.seconds.get(stage.name, 0.0), 3) for stage in STAGES},
+        **{f"seconds_{name}": round(work.seconds.get(name, 0.0), 3) for name in _stage_names()},
         "seconds_work": round(record.work_seconds, 3),
         "seconds_elapsed": record.elapsed_seconds,
         "computed_on": " + ".join(work.computed_on),
@@ -48,10 +40,16 @@ def row_of(record: SlideRecord) -> dict[str, Any]:
     }
 
 
+def _stage_names() -> list[str]:
+    from pipeline.segment.stages import STAGES  # loads torch, without which other columns are read
+
+    return [stage.name for stage in STAGES]
+
+
 def write_ledger(run: RunFolder, records: Iterable[SlideRecord]) -> None:
     """Commit all rows as ledger.csv."""
     with files.committed(run.ledger) as path, path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS)
+        writer = csv.DictWriter(file, list(row_of(SlideRecord("", ""))))
         writer.writeheader()
         for record in records:
             writer.writerow({name: csv_cell(value) for name, value in row_of(record).items()})
@@ -59,16 +57,20 @@ def write_ledger(run: RunFolder, records: Iterable[SlideRecord]) -> None:
 
 def read_ledger(run: RunFolder) -> list[dict[str, Any]]:
     """The rows of ledger.csv, numbers as numbers. Raises RunError where there is none."""
-    empty = row_of(SlideRecord("", ""))
+    return read_columns(run, {name: type(value) for name, value in row_of(SlideRecord("", "")).items()})
+
+
+def read_columns(run: RunFolder, kinds: Mapping[str, type]) -> list[dict[str, Any]]:
+    """Some columns of ledger.csv, each as a type: str, int or float. Raises RunError where there are none."""
     try:
         with run.ledger.open(newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
-        return [{name: type(value)(from_csv_cell(row[name])) for name, value in empty.items()} for row in rows]
+        return [{name: kind(from_csv_cell(row[name])) for name, kind in kinds.items()} for row in rows]
     except (OSError, KeyError, ValueError) as error:
         raise RunError(f"{run.ledger} is not a run's ledger ({error}): need the --out folder of a run") from error
 
 
-def write_failure(folder: SlideFolder, source: Path, error: BaseException) -> SlideRecord:
+def write_failure(folder: SlideFolder, source: str, error: BaseException) -> SlideRecord:
     """Note in the slide's folder, where it can be written, why it failed. Returns its record, without its name."""
     cause = one_line(error)
     trace = [printable(line) for line in traceback.format_exception(error)]
@@ -91,7 +93,7 @@ def read_failure(folder: SlideFolder, since_ns: int) -> SlideRecord | None:
 def terminal_lines(record: SlideRecord) -> str:
     """A finished slide for the terminal: nuclei, seconds of each stage, and warnings."""
     area, seconds = record.tissue_mm2, record.work_seconds
-    stages = ", ".join(f"{stage.name} {record.work.seconds.get(stage.name, 0.0):.1f} s" for stage in STAGES)
+    stages = ", ".join(f"{name} {record.work.seconds.get(name, 0.0):.1f} s" for name in _stage_names())
     lines = [
         f"{record.slide}: {record.nuclei:,} nuclei in {area:.2f} mm2, {seconds:.1f} s of work "
         f"({seconds / area if area else 0:.1f} s/mm2)",

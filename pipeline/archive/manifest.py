@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import files
-from pipeline.config import STRIDES, Architecture, Settings, Stain, Tiling, side_step
+from pipeline.config import CONTEXT_PX, STRIDES, Architecture, Settings, Stain, Tiling, side_step
 from pipeline.errors import RunError
 from pipeline.layout import LEASE, RunFolder
 from pipeline.model.load import stain_files
@@ -52,7 +52,10 @@ def resolve(settings: Settings) -> Settings:
     stain = _resolved(stain)
     # a template that shows no stain is refused before anything is started
     template_stain(stain, settings.tissue, settings.tiling.mpp)
-    return dataclasses.replace(settings, detector=detector, stain=stain)
+    export = settings.export
+    if export.dicom_reference:  # so that it is the same folder to every worker
+        export = dataclasses.replace(export, dicom_reference=os.path.abspath(export.dicom_reference))
+    return dataclasses.replace(settings, detector=detector, stain=stain, export=export)
 
 
 def _resolved(stain: Stain) -> Stain:
@@ -73,18 +76,45 @@ def _check_fit(tiling: Tiling, architecture: Architecture, weights: str) -> None
             f"tiling.mpp={tiling.mpp}, but {weights} was trained at {architecture.mpp} um per pixel: "
             f"need the same within a tenth; leave --tiling.mpp out, or choose other --weights"
         )
-    step = math.lcm(side_step(), side_step(architecture.upscale))
-    if tiling.tile % step:
-        raise RunError(
-            f"tiling.tile={tiling.tile} enlarged by {architecture.upscale:g} for {weights} is no multiple of "
-            f"{STRIDES[-1]} px: need a multiple of {step}, such as {max(1, round(tiling.tile / step)) * step}"
-        )
 
 
-def check_worker(run_json: Path, theirs: Mapping[str, str]) -> None:
-    """To be run in a worker. Raises RunError unless it sees the run's folder and has the same versions."""
+def check_seams(settings: Settings) -> tuple[str, ...]:
+    """What the detector needs so that the same nuclei are detected on both sides of a seam. Returns warnings.
+
+    Where tiles begin at whole steps of its coarsest feature map, a nucleus lies alike on the maps of every tile: the
+    tile and the margin are multiples of `side_step`, else RunError. Within `CONTEXT_PX` of the edge of what a tile
+    reads, the result depends on the edge; a smaller margin is the user's choice, for speed.
+    """
+    tiling, weights = settings.tiling, find_weights(settings.detector.weights)
+    upscale = detector_architecture(weights).upscale
+    step = math.lcm(side_step(), side_step(upscale))
+    for name, px in (("tile", tiling.tile), ("margin", tiling.margin)):
+        if px % step:
+            raise RunError(
+                f"tiling.{name}={px} enlarged by {upscale:g} for {weights.name} is no multiple of {STRIDES[-1]} px: "
+                f"need a multiple of {step}, such as {max(1, round(px / step)) * step}"
+            )
+    needed = math.ceil(CONTEXT_PX / upscale)
+    if tiling.margin >= needed:
+        return ()
+    return (
+        f"tiling.margin={tiling.margin}: with less than {needed} px, nuclei near seams depend on the tiling where "
+        f"{weights.name} detects them",
+    )
+
+
+def check_worker(theirs: Mapping[str, str], run_json: Path, stage: Path | None) -> None:
+    """To be run in a worker. Raises RunError unless it sees the run's folders and has the same versions.
+
+    stage: the folder of staged slides, if there is one.
+    """
     if not run_json.exists():
         raise RunError(f"does not see {run_json}: workers need the same file system, at the same place")
+    if stage is not None and not stage.exists():
+        raise RunError(
+            f"does not see {stage}: need a --stage folder that all workers share; on machines that share none, start "
+            f"the same command on each, without --scheduler"
+        )
     differing = [f"{name} {here}, not {theirs[name]}" for name, here in versions().items() if here != theirs[name]]
     if differing:
         raise RunError(f"has {', '.join(differing)}: need the same everywhere, or the results differ")

@@ -5,6 +5,7 @@ leased, so that several runs may share one output folder.
 """
 
 import asyncio
+import contextlib
 import dataclasses
 import errno
 import itertools
@@ -21,16 +22,19 @@ from pipeline import files
 from pipeline.archive import ledger
 from pipeline.archive.executors import Executor, check_execution, open_executor, run_task
 from pipeline.archive.lease import Leases
-from pipeline.archive.manifest import check_worker, open_run, resolve, versions
+from pipeline.archive.manifest import check_seams, check_worker, open_run, resolve, versions
 from pipeline.archive.progress import Progress
+from pipeline.archive.region_files import region_file, with_regions
 from pipeline.archive.slots import FairSlots
 from pipeline.archive.sources import Archive, Inputs, Source, find_slides
+from pipeline.archive.staging import Room, Staging
 from pipeline.config import Execution, Settings
 from pipeline.errors import ClusterLost, LeaseLost, RunError, ScratchLost
 from pipeline.layout import RESULTS, RunFolder, SlideFolder
 from pipeline.model.weights import licence
 from pipeline.report.page import write_report
 from pipeline.segment import finished
+from pipeline.segment.export import check_formats
 from pipeline.segment.job import Job
 from pipeline.segment.plan import Plan, read_plan
 from pipeline.segment.record import SlideRecord, StageRecord
@@ -64,8 +68,18 @@ def run(
     Raises RunError, WeightsError, StainError or ConfigError before anything is started; ClusterLost.
     """
     folder = RunFolder(Path(out).absolute())
-    archive = find_slides(inputs, folder.path, mpp=mpp, force_mpp=force_mpp, follow_links=execution.follow_links)
+    archive = find_slides(
+        inputs,
+        folder.path,
+        mpp=mpp,
+        force_mpp=force_mpp,
+        follow_links=execution.follow_links,
+        urls=bool(execution.stage),
+    )
+    archive = with_regions(archive, settings.regions)
     settings = resolve(settings)
+    check_formats(settings.export.formats)
+    seams = check_seams(settings) if detect is None else ()
     if client is None:
         check_execution(execution, settings.detector.device)
     warnings = open_run(folder, settings, execution.overwrite)
@@ -74,16 +88,20 @@ def run(
         progress.say(f"{len(archive.sources)} slides, {archive.skipped} other files skipped; results in {out}")
         if terms := licence(weights):
             progress.say(f"weights {weights.stem}: {terms}")
-        for warning in (*warnings, *archive.unread):
+        for warning in (*seams, *warnings, *archive.unread):
             progress.say(f"WARNING: {warning}")
-        with open_executor(execution, settings.detector.device, client) as executor, Leases() as leases:
+        with (
+            open_executor(execution, settings.detector.device, client) as executor,
+            Leases() as leases,
+            _staging(execution, leases) as staging,
+        ):
             if executor.dashboard:
                 progress.say(f"dashboard: {executor.dashboard}")
             if executor.warning:
                 progress.say(f"WARNING: {executor.warning}")
-            for problem in executor.run_on_new_workers(check_worker, folder.run_json, versions()):
+            work = ArchiveRun(archive, folder, settings, execution, executor, leases, progress, detect, staging)
+            for problem in work.check_workers():
                 raise RunError(problem)
-            work = ArchiveRun(archive, folder, settings, execution, executor, leases, progress, detect)
             try:
                 _in_a_thread(work.process, work.stop)
                 if work.device.seconds:
@@ -92,6 +110,12 @@ def run(
                 records = work.records()
                 _publish(folder, records, progress)
     return records
+
+
+def _staging(execution: Execution, leases: Leases) -> contextlib.AbstractContextManager[Staging | None]:
+    if not execution.stage:
+        return contextlib.nullcontext()
+    return Staging(Path(execution.stage).absolute(), execution.stage_space_bytes, leases)
 
 
 def _in_a_thread(work: Callable[[], Any], stop: Callable[[], None]) -> None:
@@ -156,6 +180,7 @@ class ArchiveRun:
     leases: Leases
     progress: Progress
     detect: Detect | None = None
+    staging: Staging | None = None
     device: _Device = field(default_factory=_Device)
     done: dict[str, SlideRecord] = field(default_factory=dict)
     started: set[str] = field(default_factory=set)
@@ -183,6 +208,11 @@ class ArchiveRun:
         self.stopped = True
         self.leases.release_all()
 
+    def check_workers(self) -> list[str]:
+        """What is wrong with workers that are new, a line each."""
+        stage = self.staging.folder if self.staging else None
+        return self.executor.run_on_new_workers(check_worker, versions(), self.folder.run_json, stage)
+
     def records(self) -> list[SlideRecord]:
         """A record for every slide of the archive, whatever became of it."""
         left = {True: "interrupted", False: "waiting"}
@@ -194,7 +224,7 @@ class ArchiveRun:
 
     async def _watch(self) -> None:
         """Check workers that join, follow the number of detectors, and keep the ledger up to date."""
-        written, detectors = 0, 1
+        written, detectors, silent = 0, 1, False
         while True:
             await asyncio.sleep(_POLL_S)
             self.slots.size = self._window()
@@ -203,8 +233,11 @@ class ArchiveRun:
                     "WARNING: no worker offers the GPU resource: start one with --resources GPU=1; waiting"
                 )
             detectors = self.executor.detectors
-            ask = (check_worker, self.folder.run_json, versions())
-            for problem in await asyncio.to_thread(self.executor.run_on_new_workers, *ask):
+            if self.executor.silent != silent:
+                silent = self.executor.silent
+                said = "does not answer (suspended?): waiting for it" if silent else "answers again"
+                self.progress.say(f"WARNING: the Dask scheduler {said}")
+            for problem in await asyncio.to_thread(self.check_workers):
                 self.progress.say(f"WARNING: {problem}")
             if len(self.done) > written:
                 written = len(self.done)
@@ -234,12 +267,18 @@ class ArchiveRun:
     async def _attempt(self, source: Source, folder: SlideFolder) -> SlideRecord | None:
         """The slide's record, whatever happens to it; None where another run has it."""
         try:
+            if source.skip:
+                return SlideRecord("", "skipped", source.skip)
             # of os.path, as pathlib refuses links in a circle
-            job = Job(Path(os.path.realpath(source.path)), folder, self.settings, source.scale)
+            regions = await asyncio.to_thread(region_file, source, self.settings.regions)
+            job = Job(Path(os.path.realpath(source.path)), folder, self.settings, source.scale, regions)
             known = await asyncio.to_thread(self._known, source, job)
-            if known is None:
-                known = await self._leased(source, job)
-            return known
+            if known is not None:
+                return known
+            if self.staging is None:
+                return await self._leased(source, job)
+            async with self.staging.room(source.files) as room:
+                return await self._leased(source, job, room)
         except LeaseLost:
             return None
         except ClusterLost:
@@ -256,6 +295,8 @@ class ArchiveRun:
                 )
             elif (full := _full_disk(error, folder.path)) is not None:
                 error = RunError(f"no space left in {full}: free some space, and run the same command again")
+            if self.staging is not None:
+                error = self.staging.of_original(error, source.place)
             record = await asyncio.to_thread(self._failed, source, error)
             self.progress.say(f"{source.name}: FAILED: {record.cause}")
             return record
@@ -264,7 +305,7 @@ class ArchiveRun:
         """The record of a slide that failed, noted in its folder; not where a link would lead elsewhere."""
         if any(self.folder.links(source.name)):
             return SlideRecord("", "failed", one_line(error))
-        return ledger.write_failure(self.folder.slide(source.name), source.path, error)
+        return ledger.write_failure(self.folder.slide(source.name), source.place, error)
 
     def _known(self, source: Source, job: Job) -> SlideRecord | None:
         """The record of a slide that is done, or at which another run has failed since this one was started."""
@@ -284,14 +325,17 @@ class ArchiveRun:
             raise RunError(damage)
         if content["digest"] != job.digest:
             raise RunError(
-                f"{job.folder.path} holds results of other settings ({content['digest']}, these are {job.digest}): "
+                f"{job.folder.path} holds results of other {finished.difference(job, content)}: "
                 f"choose another --out, or give --overwrite"
             )
         record = finished.read_record(content)
         now = job.scale.default_mpp if record.mpp_source == BY_DEFAULT else job.scale.mpp
         if now is not None and record.mpp != round(now, 6):
             raise RunError(f"it was done at mpp={record.mpp}, now mpp={now}: choose another --out, or --overwrite")
-        finished.check_same_source(job.source, content)
+        if not finished.is_unchanged(job.original or source.files.origin(), content):
+            if source.remote and job.original is None:
+                return None  # only its content tells, so it is copied
+            finished.check_same_source(job.source, content)
         self._complete(source.name, job)
         self.progress.say(f"{source.name}: done before, {record.nuclei:,} nuclei")
         return dataclasses.replace(record, status="done before")
@@ -312,16 +356,34 @@ class ArchiveRun:
         finally:
             self.leases.release(folder.path)
 
-    async def _leased(self, source: Source, job: Job) -> SlideRecord | None:
-        """Take the slide and do it; None where another run has it."""
+    async def _leased(self, source: Source, job: Job, room: Room | None = None) -> SlideRecord | None:
+        """Take the slide and do it, in its room if it is to be copied first; None where another run has it."""
         if self.stopped or not await asyncio.to_thread(self.leases.take, job.folder.path):
             return None
         try:
             known = await asyncio.to_thread(self._known, source, job)  # it may have ended before we took it
-            if known is not None:
-                return known
             job = dataclasses.replace(job, lease=self.leases.file(job.folder.path))
+            if known is None and room is not None:
+                job = await self._copied(source, job, room)
+                known = await asyncio.to_thread(self._known, source, job)
+            return known or await self._owned(source, job)
+        finally:
+            await asyncio.to_thread(self.leases.release, job.folder.path)
+
+    async def _copied(self, source: Source, job: Job, room: Room) -> Job:
+        """The job on a copy of its slide."""
+        assert self.staging is not None
+        since = time.perf_counter()
+        job = await self.staging.copy(source.files, room, job)
+        took = time.perf_counter() - since
+        self.progress.say(f"{source.name}: copied, {room.bytes / 1e9:.2f} GB in {took:.1f} s")
+        return job
+
+    async def _owned(self, source: Source, job: Job) -> SlideRecord | None:
+        """The record of a slide, which is ours, after all stages; None where another run has taken it over."""
+        try:
             if self.execution.overwrite:
+                self.folder.regions.unlink(missing_ok=True)  # it has rows of this slide
                 await asyncio.to_thread(_remove_results, job)
             self.started.add(source.name)
             record = await self._segment(source.name, job)
@@ -332,8 +394,6 @@ class ArchiveRun:
             if isinstance(_first(error), ClusterLost) or not await asyncio.to_thread(self._is_taken_over, job):
                 raise
             return None
-        finally:
-            await asyncio.to_thread(self.leases.release, job.folder.path)
 
     def _is_taken_over(self, job: Job) -> bool:
         """Whether a slide that we took is another run's now, or was done by one that we took it from."""
@@ -454,6 +514,6 @@ def _check_space(job: Job, window: int) -> None:
 def _remove_results(job: Job) -> None:
     """Whatever an earlier run made of the slide, with other settings perhaps; its lease is ours."""
     job.folder.slide_json.unlink(missing_ok=True)  # first: without it, nothing else counts as a result
-    for name in RESULTS:
-        (job.folder.path / name).unlink(missing_ok=True)
+    for path in (job.folder.regions, *(job.folder.path / name for name in RESULTS)):
+        files.remove(path)
     remove_work(job)

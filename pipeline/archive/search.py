@@ -1,5 +1,6 @@
 """Searches folders for slides: each is listed once, however often it is reached, and only DICOM files are opened."""
 
+import itertools
 import os
 from collections import Counter, deque
 from collections.abc import Iterable
@@ -8,9 +9,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pipeline.archive.naming import Place
+from pipeline.archive.remote import RemoteSlide, locate
+from pipeline.errors import RunError
 from pipeline.text import printable
 from slides.dicom import read_header
-from slides.errors import SlideUnreadable
+from slides.errors import SlideError
+from slides.parts import Directory, LocalDirectory
 
 SUFFIXES = frozenset(
     [
@@ -38,10 +42,11 @@ _MIRAX_PARTS = "slidedat.ini"  # marks the folder of a .mrxs file, which holds n
 
 
 class SlideFile(NamedTuple):
-    """A slide: the file to open, and the place that its name comes from."""
+    """A slide: the file to open, and the place that its name comes from; remote: where it is if not on a disk."""
 
     path: Path
     place: Place
+    remote: RemoteSlide | None = None
 
 
 @dataclass
@@ -82,10 +87,45 @@ class Search:
         """A slide that is given by name, whatever its suffix, whether it exists or not. Returns its key."""
         key = real = os.path.realpath(path)
         if os.path.isfile(real):
-            key, _ = self._identify(real)
+            key, _ = self._identify(real, LocalDirectory(Path(real).parent))
         else:
             self.problems[key] = _missing(path)
         self.slides.setdefault(key, SlideFile(path, place))
+        return key
+
+    def url(self, url: str) -> None:
+        """The slide at a URL, or all slides below it. Raises as `pipeline.archive.remote.locate`."""
+        found = locate(url)
+        if isinstance(found, RemoteSlide):
+            self._add_remote(found)
+            return
+        names = found.everything()
+        slide_folders = {n.rpartition("/")[0] for n in names if n.rpartition("/")[2].casefold() == _MIRAX_PARTS}
+        for name in names:
+            folder, _, file = name.rpartition("/")
+            around = set(itertools.accumulate(folder.split("/"), "{}/{}".format))
+            if not around & slide_folders and not any(map(_is_system, folder.split("/"))):
+                place = Place(Path(found.url("")), name)
+                self._file(place, found.url(name), RemoteSlide(found.inner(folder), file))
+
+    def add_url(self, url: str, path: Path, place: Place) -> str:
+        """A slide that a manifest names by its URL, there or not; path, place: of the URL. Returns its key."""
+        try:
+            found = locate(url)
+        except RunError as error:
+            problem = str(error)
+        else:
+            if isinstance(found, RemoteSlide):
+                return self._add_remote(found)
+            problem = f"{found.url('')} is no file: need one, or give the folder itself as an input"
+        self.slides[str(path)] = SlideFile(path, place)
+        self.problems[str(path)] = printable(problem)
+        return str(path)
+
+    def _add_remote(self, slide: RemoteSlide) -> str:
+        place = Place(Path(slide.folder.url("")), slide.name)
+        key, _ = self._identify(slide.place, slide.folder)
+        self.slides.setdefault(key, SlideFile(place.path, place, slide))
         return key
 
     def _tree(self, top: Place, real: str) -> None:
@@ -150,27 +190,28 @@ class Search:
         else:
             self.unread.append(_missing(path))
 
-    def _file(self, place: Place, real: str) -> None:
-        """A file in a folder: a slide by its suffix, and for DICOM by its header."""
+    def _file(self, place: Place, real: str, remote: RemoteSlide | None = None) -> None:
+        """A file in a folder: a slide by its suffix, and for DICOM by its header; real: its path or URL."""
         if not _is_slide(place.relative.rpartition("/")[2]):
             self._other(real)
             return
-        key, opens = self._identify(real)
+        key, opens = self._identify(real, remote.folder if remote else LocalDirectory(Path(real).parent))
         if opens:
-            self.slides.setdefault(key, SlideFile(place.path, place))
+            self.slides.setdefault(key, SlideFile(place.path, place, remote))
         else:
             self._other(real, key)
 
     def _other(self, real: str, key: str = "") -> None:
         self._others[real] = key or real
 
-    def _identify(self, real: str) -> tuple[str, bool]:
+    def _identify(self, real: str, folder: Directory) -> tuple[str, bool]:
         """The key of a file, and whether a slide can be opened by it: of a DICOM series, by each file of a level."""
         if not real.lower().endswith(".dcm"):
             return real, True
         try:
-            header = read_header(Path(real))
-        except (OSError, SlideUnreadable) as error:
+            with folder.open(os.path.basename(real)) as file:
+                header = read_header(file, real)
+        except (OSError, SlideError) as error:
             self.problems[real] = printable(error)
             return real, True
         if header is None:

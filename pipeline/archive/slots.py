@@ -1,7 +1,8 @@
-"""Blocks in flight: a bounded number over all slides, the slide with the least left to do first."""
+"""What slides share and wait for: a bounded number of blocks in flight, and of bytes on a disk."""
 
 import asyncio
 import heapq
+from collections import deque
 
 
 class FairSlots:
@@ -38,3 +39,43 @@ class FairSlots:
             if not slot.done():  # else cancelled
                 self._taken += 1
                 slot.set_result(None)
+
+
+class Space:
+    """At most `size` bytes taken together, in the order in which they were asked for. Used by one event loop.
+
+    So a large slide is not overtaken for ever by small ones.
+    """
+
+    def __init__(self, size: float) -> None:
+        self.size = size
+        self._taken = 0.0
+        self._waiting: deque[tuple[float, asyncio.Future[None]]] = deque()
+
+    async def take(self, size: float) -> None:
+        """Wait for space; at most `self.size`. To be given back by `give_back`."""
+        mine: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.append((size, mine))
+        self._next()
+        try:
+            await mine
+        except asyncio.CancelledError:
+            if mine.done() and not mine.cancelled():
+                self.give_back(size)
+            else:
+                self._next()
+            raise
+
+    def give_back(self, size: float) -> None:
+        self._taken -= size
+        self._next()
+
+    def _next(self) -> None:
+        while self._waiting:
+            size, first = self._waiting[0]
+            if not first.done():
+                if self._taken + size > self.size:
+                    return
+                self._taken += size
+                first.set_result(None)
+            self._waiting.popleft()

@@ -9,22 +9,36 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pipeline.archive.naming import Place, name_slides
+from pipeline.archive.remote import RemoteSlide, is_url, without_secrets
 from pipeline.archive.search import SUFFIXES, Search
+from pipeline.archive.staging import LocalSlide, SlideFiles
 from pipeline.errors import RunError
 from pipeline.text import printable
 from slides.slide import BELIEVABLE_MPP, FORCED, GivenScale
 
 Inputs = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
-"Slides, folders (searched) and CSV manifests: one of them or several."
+"Slides, folders (searched), URLs of either, and CSV manifests: one of them or several."
 
 
 class Source(NamedTuple):
     """A slide of the archive, and the folder of its results relative to the run's."""
 
-    path: Path
+    path: Path  # of a slide at a URL, that as a path: it has its name, but cannot be opened
     name: str
     scale: GivenScale
     problem: str = ""  # why it cannot be processed, where that is known without opening it
+    regions: Path | None = None  # the file of the regions that it is restricted to
+    skip: str = ""  # why it is left out, as the user asked
+    remote: RemoteSlide | None = None
+
+    @property
+    def place(self) -> str:
+        return self.remote.place if self.remote else str(self.path)
+
+    @property
+    def files(self) -> SlideFiles:
+        # of os.path, as pathlib refuses links in a circle
+        return self.remote or LocalSlide(Path(os.path.realpath(self.path)))
 
 
 class Archive(NamedTuple):
@@ -32,7 +46,7 @@ class Archive(NamedTuple):
 
     sources: tuple[Source, ...]
     skipped: int  # files in the folders that are no slides
-    unread: tuple[str, ...] = ()  # folders that could not be searched, links that were not followed, and why
+    unread: tuple[str, ...] = ()  # what is left out, and why: folders, links that were not followed, slides to skip
 
 
 class _Given(NamedTuple):
@@ -42,6 +56,7 @@ class _Given(NamedTuple):
     path: Path
     mpp: float | None = None
     problem: str = ""
+    url: str = ""  # with its secrets
 
 
 def find_slides(
@@ -51,30 +66,43 @@ def find_slides(
     mpp: float | None = None,
     force_mpp: float | None = None,
     follow_links: bool = False,
+    urls: bool = False,
 ) -> Archive:
-    """Slides among files, folders (searched to any depth, `out` left out) and CSV manifests.
+    """Slides among files, folders (searched to any depth, `out` left out), URLs of either, and CSV manifests.
 
     A folder's slides are known by their suffix, DICOM files by their header; a slide of several files, or one that
     is reached in several ways, is listed once. Links that lead out of an input folder are followed only with
     `follow_links`; those within it, and those that are named, always. A manifest has the columns path, relative to
     itself, and perhaps mpp, which overrides what the slide states; `mpp` is for slides that state none, `force_mpp`
     for all. An error in a row of a manifest is that slide's `problem` and stops no other. `pipeline.archive.naming` has
-    the rule of names, which does not depend on the order of the inputs.
-    Raises RunError for an input that does not exist, that is no manifest, or lies in `out`; for a scale that no slide
-    has; and where no slide is.
+    the rule of names, which does not depend on the order of the inputs. urls: whether the slides will be copied to
+    a disk before they are read.
+    Raises RunError for an input that does not exist, that is no manifest, or lies in `out`; for a URL without `urls`;
+    for a scale that no slide has; and where no slide is.
     """
     low, high = BELIEVABLE_MPP
     for flag, scale in (("mpp", mpp), ("force-mpp", force_mpp)):
         if scale is not None and not low <= scale <= high:
             raise RunError(f"{flag}={scale}: need {low:g} to {high:g} micrometres per pixel")
-    paths = [Path(inputs)] if isinstance(inputs, str | os.PathLike) else [Path(path) for path in inputs]
+    given_inputs = [inputs] if isinstance(inputs, str | os.PathLike) else list(inputs)
+    remote = [str(given) for given in given_inputs if is_url(given)]
+    paths = [Path(given) for given in given_inputs if not is_url(given)]
     # the outermost folder names a slide, as it does in the search
     named = sorted(_named(paths), key=lambda given: (len(given.place.home.parts), given.place, given.path))
     search = Search(None if out is None else os.path.realpath(out), follow_links)
+    for url in (*remote, *(given.url for given in named if given.url)):
+        if not urls:
+            raise RunError(
+                f"{without_secrets(url)}: slides at URLs are read only by `nightslide run` with --stage DIR, a folder "
+                f"on this machine's disk into which each is copied first"
+            )
     search.folders(_folders(paths, search.out))
+    for url in sorted(remote, key=without_secrets):
+        search.url(url)
     scales: dict[str, set[float]] = defaultdict(set)
     for given in named:
-        key = search.add(given.path, given.place)
+        where = (given.path, given.place)
+        key = search.add_url(given.url, *where) if given.url else search.add(*where)
         if given.mpp is not None:
             scales[key].add(given.mpp)
         if given.problem:
@@ -84,14 +112,14 @@ def find_slides(
             search.problems.setdefault(key, f"mpp is given as {' and as '.join(map(str, sorted(values)))}: need one")
     names = name_slides([file.place for file in search.slides.values()])
     sources = [
-        Source(file.path, name, _scale(scales[key], mpp, force_mpp), search.problems.get(key, ""))
+        Source(file.path, name, _scale(scales[key], mpp, force_mpp), search.problems.get(key, ""), remote=file.remote)
         for name, (key, file) in zip(names, search.slides.items(), strict=True)
     ]
     if not sources:
+        searched = ", ".join([*map(str, paths), *map(without_secrets, remote)])
         raise RunError(
-            f"no slides in {', '.join(map(str, paths))}: {search.skipped} other files were skipped; folders are "
-            f"searched for {' '.join(sorted(SUFFIXES))}"
-            + "".join(f"; not searched: {cause}" for cause in search.unread)
+            f"no slides in {searched}: {search.skipped} other files were skipped; folders are searched for "
+            f"{' '.join(sorted(SUFFIXES))}" + "".join(f"; not searched: {cause}" for cause in search.unread)
         )
     return Archive(tuple(sorted(sources, key=lambda s: s.name)), search.skipped, tuple(search.unread))
 
@@ -160,17 +188,17 @@ def _manifest(path: Path) -> Iterator[_Given]:
 
 def _row(folder: Path, slide: str, scale: str, where: str) -> _Given:
     """A slide of a manifest in `folder`; `where` is for messages."""
-    path = folder / (slide if os.path.lexists(folder / slide) else slide.strip())
-    place = _by_itself(path)
+    url = slide.strip() if is_url(slide.strip()) else ""
+    path = Path(without_secrets(url)) if url else folder / (slide if os.path.lexists(folder / slide) else slide.strip())
+    place = Place(path.parent, path.name) if url else _by_itself(path)
     if place.path.is_relative_to(folder):
         place = Place(folder, place.path.relative_to(folder).as_posix())
     low, high = BELIEVABLE_MPP
     try:
         mpp = float(scale.replace(",", ".")) if scale else None
     except ValueError:
-        return _Given(place, path, None, printable(f"{where}: mpp={scale!r} is not a number"))
+        return _Given(place, path, None, printable(f"{where}: mpp={scale!r} is not a number"), url)
     if mpp is not None and not low <= mpp <= high:
-        return _Given(
-            place, path, None, printable(f"{where}: mpp={scale}: need {low:g} to {high:g} micrometres per pixel")
-        )
-    return _Given(place, path, mpp)
+        need = f"need {low:g} to {high:g} micrometres per pixel"
+        return _Given(place, path, None, printable(f"{where}: mpp={scale}: {need}"), url)
+    return _Given(place, path, mpp, url=url)

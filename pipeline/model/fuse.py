@@ -12,7 +12,7 @@ from torchvision.ops import box_iou
 
 from pipeline.config import side_step
 from pipeline.model.detector import Candidates, Limits, NucleusDetector, Pyramid
-from pipeline.model.instances import Instances, select
+from pipeline.model.instances import STATISTICS, Instances, select
 from pipeline.model.roi_align import flatten_boxes
 from pipeline.model.split import Quarter, join, quarters
 from pipeline.model.suppress import counts, suppress
@@ -147,7 +147,7 @@ def infer(
     fused = fuse(per_patch, limits, len(model.architecture.classes))
     in_views = (_masks(model, features, view, fused, side) for view, features in zip(chosen, pyramids, strict=True))
     masks = functools.reduce(torch.add, in_views) / len(chosen)
-    unknown = masks.new_full((len(masks), 2), torch.nan)
+    unknown = masks.new_full((len(masks), 2, len(STATISTICS)), torch.nan)
     sizes = [len(f.boxes) for f in fused]
     return [
         Instances(

@@ -68,16 +68,23 @@ def _detect(batch: NDArray[np.uint8], normalisation: Normalisation, settings: Se
 
 
 def _stain_density(images: Tensor, boxes: Sequence[Tensor], masks: Tensor) -> Tensor:
-    """Mean haematoxylin and eosin density where a mask exceeds a half: float32 (sum N, 2), on the device.
+    """`instances.STATISTICS` of haematoxylin and eosin where a mask exceeds a half: float32 (N, 2, 5), on the device.
 
-    images: float32 (B, 3, T, T), before normalisation; boxes: of each image, (N, 4); masks: (sum N, M, M)
+    images: float32 (B, 3, T, T), before normalisation; boxes: of each image, (n, 4); masks: of all, (N, M, M).
+    The deviation of a single pixel is NaN, as in QuPath.
     """
     rois, image = flatten_boxes(boxes)
     rois = torch.cat([image[:, None], rois], 1)  # as torchvision takes them
-    density = roi_align(stain.he_density(images), rois, masks.shape[-1], sampling_ratio=1)  # (sum N, 2, M, M)
-    inside = (masks > 0.5).float()[:, None]
-    means: Tensor = (density * inside).sum((2, 3)) / inside.sum((2, 3)).clamp(min=1)
-    return means
+    density = roi_align(stain.he_density(images), rois, masks.shape[-1], sampling_ratio=1)  # (N, 2, M, M)
+    inside = (masks > 0.5)[:, None]
+    count = inside.sum((2, 3))  # (N, 1)
+    mean = (density * inside).sum((2, 3)) / count.clamp(min=1)  # (N, 2)
+    squares = ((density - mean[..., None, None]) * inside).square().sum((2, 3))
+    ordered = density.masked_fill(~inside, torch.inf).flatten(2).sort(2).values  # (N, 2, M * M), those outside last
+    last = (count - 1).clamp(min=0)
+    places = torch.stack([last // 2, count // 2, torch.zeros_like(last), last], 2).expand(-1, 2, -1)
+    lower, upper, least, greatest = ordered.gather(2, places).unbind(2)
+    return torch.stack([mean, (lower + upper) / 2, least, greatest, (squares / (count - 1)).sqrt()], 2)
 
 
 def _download(batch: Sequence[Instances[Tensor]], images: Tensor) -> list[Instances[Tensor]]:

@@ -7,6 +7,9 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+STATISTICS = ("mean", "median", "min", "max", "sd")
+"Of the pixels of a mask; the last is the sample's standard deviation."
+
 A = TypeVar("A")
 T = TypeVar("T", bound=tuple[Any, ...])  # Instances, or another NamedTuple of columns and flags
 
@@ -22,7 +25,7 @@ class Instances(NamedTuple, Generic[A]):
     scores: A  # float32 (N,), the mean over the views
     class_index: A  # int64 (N,), from 0
     votes: A  # int64 (N,): how many views detected it
-    stain_density: A  # float32 (N, 2): mean haematoxylin and eosin density, log10, where the mask exceeds a half
+    stain_density: A  # float32 (N, 2, 5): haematoxylin and eosin, log10, where the mask exceeds a half; `STATISTICS`
     saturated: bool = False  # a limit was reached even in quarters: nuclei may be missing
     split: bool = False  # the device had no memory for the whole patch: it was detected in quarters
     lost: bool = False  # the device had no memory even for its parts: it has no result
@@ -68,5 +71,5 @@ def empty(mask_size: int) -> HostInstances:
         scores=np.zeros(0, np.float32),
         class_index=np.zeros(0, np.int64),
         votes=np.zeros(0, np.int64),
-        stain_density=np.zeros((0, 2), np.float32),
+        stain_density=np.zeros((0, 2, len(STATISTICS)), np.float32),
     )

@@ -2,6 +2,7 @@
 
 import html
 import re
+import shlex
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
@@ -14,6 +15,7 @@ import numpy as np
 from pipeline import files
 from pipeline.layout import RunFolder
 from pipeline.report import charts
+from pipeline.report.regions import region_table
 from pipeline.report.results import FEWEST_SLIDES, OUTLIER_Z, SlideResult, read_results
 from pipeline.report.table import linked, slide_table
 from pipeline.segment.stages import STAGES
@@ -34,10 +36,12 @@ def write_report(folder: RunFolder, rows: Sequence[Mapping[str, Any]]) -> Path:
     parts = [
         f"<h1>{name}</h1>",
         f'<p class="soft">Nightslide, written {datetime.now().astimezone():%Y-%m-%d %H:%M}{_main_settings(run)}</p>',
+        _viewer(folder),
         _numbers(slides),
         _failures(slides),
         f'<section class="plots">{_seams(slides)}{_stages(slides)}{_spread(slides)}</section>',
         slide_table(slides),
+        region_table(slides, folder.regions.name),
         _settings(run),
     ]
     path = folder.report
@@ -77,10 +81,16 @@ def _main_settings(run: Mapping[str, Any]) -> str:
     return "".join(f" · {name} {html.escape(str(value))}" for name, value in chosen.items() if value)
 
 
+def _viewer(folder: RunFolder) -> str:
+    """How to look at the slides with their nuclei: the address changes with every start, so the command is given."""
+    command = html.escape(f"nightslide view {shlex.quote(str(folder.path.resolve()))}")
+    return f'<p class="soft">The slides with their nuclei, in a browser: <code>{command}</code></p>'
+
+
 def _numbers(slides: Sequence[SlideResult]) -> str:
     """The run in numbers."""
     done = [s for s in slides if s.state == "done"]
-    failed = sum(s.state == "failed" for s in slides)
+    failed, skipped = (sum(s.state == state for s in slides) for state in ("failed", "skipped"))
     area, seconds = sum(s.number("tissue_mm2") for s in done), _busy_seconds(done)
     lost = sum(s.number("area_lost_mm2") for s in done)
     nuclei = sum(s.number("nuclei") for s in done)
@@ -88,6 +98,7 @@ def _numbers(slides: Sequence[SlideResult]) -> str:
         (f"{len(done):,}", "slides done", ""),
         (f"{failed:,}", "failed", "bad" if failed else ""),
         (f"{sum(s.state == 'pending' for s in slides):,}", "pending", ""),
+        *([(f"{skipped:,}", "skipped", "")] if skipped else []),
         (f"{sum(bool(s.remarks) for s in slides):,}", "with warnings", ""),
         (f"{nuclei:,.0f}", "nuclei", ""),
         (f"{area:,.1f}", "mm² of tissue", ""),

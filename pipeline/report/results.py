@@ -1,6 +1,7 @@
 """The results of a run, slide by slide: read from the slides' folders, and compared with each other."""
 
 import base64
+import csv
 import dataclasses
 import io
 import os
@@ -11,18 +12,22 @@ from typing import Any
 from urllib.parse import quote
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from pipeline import files
-from pipeline.layout import RunFolder
+from pipeline.layout import DENSITY, RunFolder
 from pipeline.segment.finished import read_record
 from pipeline.segment.polygons import Floats
 from pipeline.segment.summary import VERSION
+from pipeline.text import from_csv_cell
 
 # An outlier has a robust z score beyond OUTLIER_Z, among FEWEST_SLIDES slides or more.
 OUTLIER_Z, FEWEST_SLIDES = 3.5, 8
 
 _PICTURE_PX, _QUALITY = (180, 130), 60
+
+# Colours of densities, from none to the highest: white to dark violet, in even steps of lightness.
+_HEAT = ((255, 255, 255), (252, 197, 142), (241, 96, 93), (158, 47, 127), (45, 17, 86))
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,12 @@ class SlideResult:
     "When it was finished, seconds since 1970."
     picture: str = ""
     "Its overlay, small, as a data URL; empty where there is none."
+    density_map: str = ""
+    "The density of its nuclei as a picture, a data URL; empty where it was not exported."
+    densest: float = 0.0
+    "Nuclei per mm2 where that picture is brightest."
+    regions: tuple[Mapping[str, str], ...] = ()
+    "Rows of its regions.csv; empty where there is none."
     remarks: tuple[str, ...] = ()
     "Warnings about the slide, and why it is an outlier."
     outlier: bool = False
@@ -51,9 +62,9 @@ class SlideResult:
 
     @property
     def state(self) -> str:
-        """done, failed or pending."""
+        """done, failed, skipped or pending."""
         status = str(self.row["status"])
-        return "done" if status.startswith("done") else "failed" if status == "failed" else "pending"
+        return "done" if status.startswith("done") else status if status in ("failed", "skipped") else "pending"
 
     @property
     def density(self) -> float:
@@ -97,6 +108,8 @@ def _read(run: RunFolder, row: Mapping[str, Any]) -> SlideResult:
         remarks=read_record(content).remarks if "record" in content else slide.remarks,
         finished=_written(folder.slide_json),
         picture=_small(folder.overlay),
+        regions=_regions(folder.regions),
+        **_density(folder.export("density") / DENSITY[0]),
     )
 
 
@@ -115,9 +128,35 @@ def _small(overlay: Path) -> str:
     except (OSError, ValueError):
         return ""
     small.thumbnail(_PICTURE_PX)
+    return _data_url(small, "jpeg", quality=_QUALITY, optimize=True)
+
+
+def _density(picture: Path) -> dict[str, Any]:
+    """The first channel of density.ome.tif in colour, and its largest value; nothing where it cannot be read."""
+    try:
+        with Image.open(picture) as image:
+            density = np.nan_to_num(np.asarray(image, np.float32))
+    except (OSError, ValueError):
+        return {}
+    top = float(density.max(initial=0.0))
+    steps = np.linspace(0, top or 1.0, len(_HEAT))
+    colours = np.stack([np.interp(density, steps, channel) for channel in np.transpose(_HEAT)], -1)
+    small = ImageOps.contain(Image.fromarray(colours.astype(np.uint8)), _PICTURE_PX, Image.Resampling.BOX)
+    return {"density_map": _data_url(small, "png", optimize=True), "densest": top}
+
+
+def _data_url(image: Image.Image, kind: str, **options: Any) -> str:
     file = io.BytesIO()
-    small.save(file, "JPEG", quality=_QUALITY, optimize=True)
-    return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
+    image.save(file, kind, **options)
+    return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+def _regions(table: Path) -> tuple[Mapping[str, str], ...]:
+    try:
+        with table.open(newline="", encoding="utf-8") as file:
+            return tuple({k: from_csv_cell(v) for k, v in row.items() if k and v} for row in csv.DictReader(file))
+    except (OSError, ValueError, csv.Error):
+        return ()
 
 
 # ------------------------------------------------------------------------------------------------ outliers

@@ -35,7 +35,7 @@ def slide_table(slides: Sequence[SlideResult]) -> str:
         f'<th scope="col"{" class=number" if number else ""}><button type="button">{name}</button></th>'
         for name, number in _COLUMNS.items()
     )
-    choices = {"all": "all", "warned": "with warnings", "failed": "failed", "pending": "pending", "done": "done"}
+    choices = {"all": "all", "warned": "with warnings", **{s: s for s in ("failed", "skipped", "pending", "done")}}
     options = "".join(f'<option value="{value}">{words}</option>' for value, words in choices.items())
     keys = " · ".join(f'<span class="key c{n}"></span> {stage.name}' for n, stage in enumerate(STAGES))
     return (
@@ -55,7 +55,7 @@ def _row(slide: SlideResult, number: int) -> str:
     remarks = [str(slide.row["cause"])] if slide.row.get("cause") else slide.remarks
     known = slide.number if slide.state == "done" else lambda _: np.nan
     cells = [
-        f'<td><a href="{slide.overlay}">{picture}</a></td>' if picture else "<td></td>",
+        f'<td><a href="{slide.overlay}">{picture}</a>{_density_map(slide)}</td>' if picture else "<td></td>",
         f'<td class="name" data-v="{name}">{linked(slide)}</td>',
         f'<td data-v="{status}"><span class="status {slide.state}">{status}</span></td>',
         _cell(known("tissue_mm2"), ",.2f"),
@@ -72,6 +72,14 @@ def _row(slide: SlideResult, number: int) -> str:
     ]
     warned = "yes" if slide.remarks else "no"
     return f'<tr id="slide-{number}" data-state="{slide.state}" data-warned="{warned}">{"".join(cells)}</tr>\n'
+
+
+def _density_map(slide: SlideResult) -> str:
+    """The density of nuclei as a picture, where it was exported."""
+    if not slide.density_map:
+        return ""
+    title = f"density of nuclei, from none (white) to {slide.densest:,.0f} per mm² (dark)"
+    return f'<img class="map" src="{slide.density_map}" alt="{title}" title="{title}" loading="lazy">'
 
 
 def _cell(value: float, form: str, more: str = "") -> str:

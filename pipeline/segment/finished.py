@@ -9,26 +9,29 @@ from pipeline import files
 from pipeline.config import Export, ExportFormat
 from pipeline.errors import SlideChanged
 from pipeline.layout import EXPORTS, RESULTS, SlideFolder
-from pipeline.segment.export import FORMATS, Exported
-from pipeline.segment.job import Job
-from pipeline.segment.plan import read_plan
+from pipeline.segment.export import FORMATS, Exported, check_formats
+from pipeline.segment.job import Job, Origin
+from pipeline.segment.plan import Plan, read_plan
 from pipeline.segment.record import SlideRecord, remarks
 from pipeline.segment.summary import summarise
+from pipeline.segment.tables import checked_between_groups
 from slides.slide import open_slide
 
 
 def finish_slide(job: Job, record: SlideRecord) -> SlideRecord:
     """Write slide.json: provenance, record and summary. Returns the record with its remarks."""
     plan = read_plan(job.folder, job.digest)
-    summary = summarise(job.folder.nuclei, plan)
+    with checked_between_groups(job.check_lease):
+        summary = summarise(job.folder.nuclei, plan)
     record = dataclasses.replace(record, remarks=remarks(record, summary, plan.notes))
-    file = job.source.stat()
+    original = job.original or Origin.of(job.source)
     content = {
         "digest": job.digest,
+        "regions": _regions(job),
         "source": job.source.name,
-        "source_path": str(job.source),
-        "source_bytes": file.st_size,
-        "source_mtime_ns": file.st_mtime_ns,
+        "source_path": original.place,
+        "source_bytes": original.bytes,
+        "source_mtime_ns": original.mtime_ns,
         "quick_hash": plan.quick_hash,
         "vendor": plan.vendor,
         "size": plan.size,
@@ -51,11 +54,13 @@ def read_record(content: Mapping[str, Any]) -> SlideRecord:
     return SlideRecord.from_json(content["record"])
 
 
+def is_unchanged(origin: Origin, content: Mapping[str, Any]) -> bool:
+    """Whether a slide has the size and date that a slide.json records."""
+    return (origin.bytes, origin.mtime_ns) == (content.get("source_bytes"), content.get("source_mtime_ns"))
+
+
 def check_same_source(source: Path, content: Mapping[str, Any]) -> None:
-    """Raise SlideChanged where the slide is another than the one in a slide.json; it is opened only if need be."""
-    file = source.stat()
-    if (file.st_size, file.st_mtime_ns) == (content.get("source_bytes"), content.get("source_mtime_ns")):
-        return
+    """Raise SlideChanged where a slide, which is opened, is another than the one in a slide.json."""
     with open_slide(source, mpp=1.0) as slide:
         if slide.quick_hash != content["quick_hash"]:
             raise SlideChanged(
@@ -64,21 +69,56 @@ def check_same_source(source: Path, content: Mapping[str, Any]) -> None:
             )
 
 
+def difference(job: Job, content: Mapping[str, Any]) -> str:
+    """Why the digest in a slide.json is not that of the job: other regions, or else other settings, in words."""
+    then, now = content.get("regions"), _regions(job)
+    if (then and (then["sha256"], then["crop"])) == (now and (now["sha256"], now["crop"])):
+        return f"settings ({content['digest']}, these are {job.digest})"
+    was, is_ = (regions["path"] if regions else "none" for regions in (then, now))
+    return f"regions ({was if was != is_ else f'other content of {was}'}, now {is_})"
+
+
+def _regions(job: Job) -> dict[str, Any] | None:
+    """The file of the slide's regions as it stands in slide.json."""
+    return job.regions and {**job.regions._asdict(), "path": str(job.regions.path)}
+
+
 # --------------------------------------------------------------------------------------- files of results
 
 
-def write_exports(folder: SlideFolder, export: Export) -> dict[str, Exported]:
-    """The files for other tools, from the folder's nuclei.parquet, by the names of their formats."""
-    return {name: FORMATS[name](folder.nuclei, folder.export(name), crop=export.crop) for name in export.formats}
+def check_exports(source: Path, name: str, plan: Plan, export: Export) -> None:
+    """Raise, before inference, where a wanted format cannot be written. name: of the slide's folder."""
+    check_formats(export.formats)
+    export = _with_source(export, source)
+    for check in filter(None, (FORMATS[wanted].check for wanted in export.formats)):
+        check(name, plan.size, plan.bounds, export)
+
+
+def write_exports(folder: SlideFolder, export: Export, source: Path | None = None) -> dict[str, Exported]:
+    """The files for other tools, from the folder's nuclei.parquet, by the names of their formats.
+
+    source: the slide, where it is known.
+    """
+    check_formats(export.formats)
+    export = _with_source(export, source)
+    return {name: FORMATS[name].write(folder.nuclei, folder.export(name), export) for name in export.formats}
+
+
+def _with_source(export: Export, source: Path | None) -> Export:
+    """The settings with the slide as the image that DICOM annotations refer to, unless they name others."""
+    if export.dicom_reference or source is None:
+        return export
+    return dataclasses.replace(export, dicom_reference=str(source))
 
 
 def stale_exports(folder: SlideFolder, export: Export) -> tuple[ExportFormat, ...]:
     """Names of the wanted formats whose files are missing, of another size than was written, or of other options."""
-    known, options = (files.read_json(folder.slide_json) or {}).get("files", {}), _options(export)
+    known = (files.read_json(folder.slide_json) or {}).get("files", {})
     return tuple(
         name
         for name in export.formats
-        if known.get(EXPORTS[name], {}).get("options") != options or not _has_size(folder, EXPORTS[name], known)
+        if known.get(EXPORTS[name], {}).get("options") != _options(name, export)
+        or _damage(folder.export(name), known[EXPORTS[name]], thorough=False)
     )
 
 
@@ -92,8 +132,8 @@ def refresh_exports(folder: SlideFolder, export: Export) -> tuple[ExportFormat, 
 
 def rewrite_exports(folder: SlideFolder, export: Export) -> dict[str, Exported]:
     """Make exports of a finished slide, there or not, and note them in slide.json."""
-    exported = write_exports(folder, export)
     content = files.read_json(folder.slide_json)
+    exported = write_exports(folder, export, Path(content["source_path"]) if content is not None else None)
     if content is not None:
         made = _describe(folder, export, tuple(EXPORTS[name] for name in export.formats))
         files.write_json(folder.slide_json, {**content, "files": {**content.get("files", {}), **made}})
@@ -129,12 +169,11 @@ def _is_complete(content: Mapping[str, Any]) -> bool:
 def _damage(file: Path, known: Mapping[str, Any], *, thorough: bool) -> str:
     """How a file differs from what is known of it; empty where it does not."""
     try:
-        size = file.stat().st_size if file.exists() else None
-        if size is None:
+        if not file.exists():
             return "is missing"
-        if size != known["bytes"]:
+        if (size := files.size_bytes(file)) != known["bytes"]:
             return f"has {size:,} bytes, was written with {known['bytes']:,}"
-        if thorough and files.file_sha256(file) != known["sha256"]:
+        if thorough and files.sha256(file) != known["sha256"]:
             return "has other content than was written"
     except OSError as error:
         return f"cannot be read ({error.strerror or error})"
@@ -147,23 +186,19 @@ def _remedy(name: str) -> str:
     return "put the file back, or give --overwrite"
 
 
-def _has_size(folder: SlideFolder, name: str, known: Mapping[str, Any]) -> bool:
-    path = folder.path / name
-    return name in known and path.is_file() and path.stat().st_size == known[name]["bytes"]
-
-
 def _describe(folder: SlideFolder, export: Export, names: tuple[str, ...] = RESULTS) -> dict[str, Any]:
     """Size and checksum of every result that is there, and the options of those that are exports."""
     about: dict[str, Any] = {}
+    made = {EXPORTS[name]: name for name in export.formats}
     for name in names:
         path = folder.path / name
-        if path.is_file() and (name not in EXPORTS.values() or name in map(EXPORTS.__getitem__, export.formats)):
-            about[name] = {"bytes": path.stat().st_size, "sha256": files.file_sha256(path)}
-            if name in EXPORTS.values():
-                about[name]["options"] = _options(export)
+        if path.exists() and (name not in EXPORTS.values() or name in made):
+            about[name] = {"bytes": files.size_bytes(path), "sha256": files.sha256(path)}
+            if name in made:
+                about[name]["options"] = _options(made[name], export)
     return about
 
 
-def _options(export: Export) -> dict[str, Any]:
+def _options(name: ExportFormat, export: Export) -> dict[str, Any]:
     """What of the settings decides the content of an export."""
-    return {name: value for name, value in dataclasses.asdict(export).items() if name != "formats"}
+    return {option: getattr(export, option) for option in FORMATS[name].options}

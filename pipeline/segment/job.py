@@ -1,29 +1,58 @@
 """The slide and the settings of a task: all that it needs on any machine."""
 
 import errno
+import hashlib
 import os
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple, Self, TypeVar
 
 from pipeline.config import Settings
 from pipeline.errors import LeaseLost
 from pipeline.layout import SlideFolder
+from pipeline.segment.regions import RegionFile, SlideRegions, read_regions
+from slides.geometry import Box
 from slides.slide import GivenScale, Slide, open_slide
+
+LEASE_CHECK_S = 1.0  # between two checks while patches are detected or a slide is copied: each asks the file server
+
+T = TypeVar("T")
+
+
+class Origin(NamedTuple):
+    """A slide's own file where it was given, as results record it; place: its path, or its URL without secrets."""
+
+    place: str
+    bytes: int
+    mtime_ns: int
+
+    @classmethod
+    def of(cls, path: Path) -> Self:
+        """Raises OSError."""
+        stat = path.stat()
+        return cls(str(path), stat.st_size, stat.st_mtime_ns)
 
 
 @dataclass(frozen=True)
 class Job:
     """Paths and numbers only: it is sent with every task.
 
+    source: the file to open: the slide, or a copy of it.
     scale: what the user states of it.
+    regions: to which the slide is restricted; None: all of it is processed.
     lease: the file of this run's lease of the slide; None where there are no other runs.
+    original: what `source` is a copy of; None where it is the slide itself.
     """
 
     source: Path
     folder: SlideFolder
     settings: Settings  # resolved: with the checksums of every file that they name
     scale: GivenScale
+    regions: RegionFile | None = None
     lease: Path | None = None
+    original: Origin | None = None
 
     def open(self) -> Slide:
         """The slide. Raises what `open_slide` raises."""
@@ -31,7 +60,15 @@ class Job:
 
     @property
     def digest(self) -> str:
-        return self.settings.digest
+        """Names everything that the slide's nuclei.parquet depends on: the settings, and what its regions are."""
+        if self.regions is None:
+            return self.settings.digest
+        content = f"{self.settings.digest} {self.regions.sha256} {self.regions.crop}"
+        return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+    def read_regions(self, bounds: Box) -> SlideRegions | None:
+        """The regions to which the slide, of these bounds (slide px), is restricted. Raises as `read_regions`."""
+        return None if self.regions is None else read_regions(self.regions, bounds)
 
     def check_lease(self) -> None:
         """Called before anything is committed. Raises LeaseLost once the slide was given back or taken over."""
@@ -43,3 +80,13 @@ class Job:
             if error.errno not in (errno.ENOENT, errno.ESTALE):  # the second: NFS, for a file that it has just known
                 raise
             raise LeaseLost(f"{self.source.name}: another process has taken this slide over") from None
+
+    def while_leased(self, items: Iterator[T]) -> Iterator[T]:
+        """The items; the lease is checked first, and then every LEASE_CHECK_S. Raises LeaseLost."""
+        self.check_lease()
+        asked_s = time.monotonic()
+        for item in items:
+            if time.monotonic() >= asked_s + LEASE_CHECK_S:
+                self.check_lease()
+                asked_s = time.monotonic()
+            yield item

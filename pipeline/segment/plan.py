@@ -12,12 +12,15 @@ from pipeline.errors import ScratchLost, StainError
 from pipeline.layout import SlideFolder
 from pipeline.model import load, stain, views
 from pipeline.model.stain import Normalisation
+from pipeline.segment.regions import RegionFile, read_regions
 from pipeline.segment.slide_stain import fit_slide, template_stain
 from pipeline.segment.tissue_map import find_tissue
 from slides.geometry import Affine, Box, Frame, Size
 from slides.grid import Tile, TileGrid, check_margin
 from slides.slide import FORCED, Scale, Slide
 from slides.tissue import TissueMap
+
+_LARGER_THAN_GLASS = "the slide is larger than any glass, so its scale may be wrong"
 
 
 class Plan(NamedTuple):
@@ -49,11 +52,14 @@ class Plan(NamedTuple):
         return tuple(b for b in range(self.grid.blocks) if self.of_block(b))
 
 
-def plan_slide(slide: Slide, settings: Settings) -> Plan:
+def plan_slide(slide: Slide, settings: Settings, regions: RegionFile | None = None) -> Plan:
     """The plan of a slide. Reads a thumbnail and, to fit its stain, a few regions.
 
+    regions: to which it is restricted. Its stain is that of the whole slide all the same: so nuclei are those that
+    the whole slide would have there.
+
     Raises GridError where the margin is too small for the largest nucleus and the views' shifts, WeightsError where a
-    file of the stain normalisation has other content than the settings say.
+    file of the stain normalisation has other content than the settings say, and what `read_regions` raises.
     """
     tiling = settings.tiling
     frame = slide.frame(tiling.mpp)
@@ -66,8 +72,14 @@ def plan_slide(slide: Slide, settings: Settings) -> Plan:
     )
     tissue = find_tissue(slide, settings.tissue, tiling.mpp)
     normalisation, notes = _normalisation(slide, tissue, settings)
+    if regions is not None:
+        drawn = read_regions(regions, slide.bounds)
+        tissue = drawn.restrict(tissue)
+        notes = (f"restricted to {drawn.describe(regions.path)}", *notes)
     if slide.scale.source == FORCED:
         notes = (f"its scale is {slide.scale.x:g} µm/px by --force-mpp, whatever it states", *notes)
+    if tissue.frame.mpp > (wanted := max(settings.tissue.thumbnail_mpp, tiling.mpp)):
+        notes = (f"{_LARGER_THAN_GLASS}: tissue was detected at {tissue.frame.mpp:g} µm/px, not {wanted:g}", *notes)
     return Plan(
         slide.quick_hash,
         slide.vendor,

@@ -18,6 +18,7 @@ Ints = NDArray[np.int64]
 
 _MOSAIC_CELLS = 1 << 22  # float64 cells outlined in one call: 32 MiB
 _PAINTED_PX = 1 << 22  # pixels listed at once when rasterising: 32 MiB an index
+_PAIRS = 1 << 20  # of an edge and a vertex, compared at once: 8 MiB a number
 
 
 def from_masks(mask_probs: NDArray[Any], boxes: NDArray[np.floating], *, level: float) -> Polygons:
@@ -213,11 +214,14 @@ class Measures(NamedTuple):
     circularity: NDArray[np.float32]  # 4 pi area / perimeter^2: 1 for a disc
     major_axis_um: NDArray[np.float32]  # of the ellipse with the same second moments, end to end
     minor_axis_um: NDArray[np.float32]
+    solidity: NDArray[np.float32]  # share of the convex hull
+    max_diameter_um: NDArray[np.float32]  # of the smallest circle around it: QuPath's "Max diameter"
+    min_diameter_um: NDArray[np.float32]  # least distance between two parallel lines around it: Feret's minimum
     centroid: Floats  # (N, 2) x y in px, NaN for an empty polygon
 
 
 def measure(polygons: Polygons, um_per_px: tuple[float, float]) -> Measures:
-    """Measure every polygon: Green's theorem on its edges, no pixels.
+    """Measure every polygon: Green's theorem on its edges, and its convex hull; no pixels.
 
     polygons: object (N,), valid, any frame; um_per_px: (x, y) of that frame
     The moments are those of Steger (1996), "On the calculation of arbitrary moments of polygons".
@@ -242,6 +246,8 @@ def measure(polygons: Polygons, um_per_px: tuple[float, float]) -> Measures:
     cov = total((x0 * y1 + 2 * x0 * y0 + 2 * x1 * y1 + x1 * y0) * cross) / 24 / some - mean_x * mean_y
     mean, spread = (var_x + var_y) / 2, np.hypot((var_x - var_y) / 2, cov)
     perimeter = total(np.hypot(x1 - x0, y1 - y0))
+    hulls = shapely.convex_hull(shapely.transform(polygons, lambda xy: xy * scale))
+    hull_area = shapely.area(hulls)
 
     def column(values: Floats) -> NDArray[np.float32]:
         return np.nan_to_num(values).astype(np.float32)
@@ -252,5 +258,35 @@ def measure(polygons: Polygons, um_per_px: tuple[float, float]) -> Measures:
         circularity=column(4 * np.pi * area / np.where(perimeter > 0, perimeter, np.nan) ** 2),
         major_axis_um=column(4 * np.sqrt(np.maximum(mean + spread, 0))),
         minor_axis_um=column(4 * np.sqrt(np.maximum(mean - spread, 0))),
+        solidity=column(area / np.where(hull_area > 0, hull_area, np.nan)),
+        max_diameter_um=column(2 * shapely.minimum_bounding_radius(hulls)),
+        min_diameter_um=column(_least_width(hulls)),
         centroid=np.stack([mean_x, mean_y], axis=1) / scale + corner,
     )
+
+
+def _least_width(hulls: Polygons) -> Floats:
+    """The least distance between two parallel lines that enclose each convex polygon: float64 (N,), 0 without an area.
+
+    One of the two lines runs along an edge (Houle & Toussaint 1988), so it is the least, over the edges, of the
+    distance to the farthest vertex.
+    """
+    width = np.zeros(len(hulls))
+    convex = np.flatnonzero(shapely.area(hulls) > 0)
+    rings = shapely.get_exterior_ring(hulls[convex])
+    count = shapely.get_num_coordinates(rings) - 1  # the first vertex comes again as the last
+    pairs = np.cumsum(count**2)
+    for part in np.split(np.arange(len(convex)), np.flatnonzero(np.diff(pairs // _PAIRS)) + 1):
+        n, xy = count[part], shapely.get_coordinates(rings[part])
+        closing = np.cumsum(n + 1) - 1
+        start, edge = np.delete(xy, closing, 0), np.delete(np.diff(xy, axis=0), closing[:-1], 0)
+        edge /= np.hypot(*edge.T)[:, None]
+        of_edge = n.repeat(n)  # vertices to compare each edge with: those of its own polygon
+        first = (np.cumsum(n) - n).repeat(n)
+        e = np.arange(len(edge)).repeat(of_edge)
+        offset = np.cumsum(of_edge) - of_edge
+        x, y = (start[np.arange(len(e)) - (offset - first).repeat(of_edge)] - start[e]).T
+        distance = np.abs(edge[e, 0] * y - edge[e, 1] * x)
+        farthest = np.maximum.reduceat(distance, offset)
+        width[convex[part]] = np.minimum.reduceat(farthest, np.cumsum(n) - n)
+    return width

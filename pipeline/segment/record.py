@@ -67,7 +67,7 @@ class SlideRecord:
     """A slide's row in the ledger."""
 
     slide: str
-    status: str  # done, done before, failed, interrupted, locked (another run has it), waiting
+    status: str  # done, done before, skipped, failed, interrupted, locked (another run has it), waiting
     cause: str = ""
     mpp: float = 0.0
     mpp_source: str = ""
@@ -139,7 +139,9 @@ def remarks(record: SlideRecord, summary: Mapping[str, Any], notes: tuple[str, .
             f"surroundings; above 1: duplicates; below: losses, raise --tiling.margin"
         )
     if counts.export_dropped:
-        said.append(f"{counts.export_dropped} nuclei are too small for the precision of the exports: left out there")
+        said.append(
+            f"{counts.export_dropped} nuclei are outside the slide, or too small for the exports: left out there"
+        )
     if len(record.work.computed_on) > 1:
         said.append(f"computed on {' and '.join(record.work.computed_on)}: single nuclei may differ between them")
     return tuple(said)

@@ -31,7 +31,7 @@ from pipeline.model.instances import HostInstances, select
 from pipeline.model.stain import Normalisation
 from pipeline.model.weights import detector_architecture, find_weights
 from pipeline.segment import pictures, polygons, stitch, tables
-from pipeline.segment.finished import write_exports
+from pipeline.segment.finished import check_exports, write_exports
 from pipeline.segment.job import Job
 from pipeline.segment.plan import Plan, load_plan, picture_frame, plan_slide, read_plan, write_plan
 from pipeline.segment.predictions import read_predictions, write_predictions
@@ -40,8 +40,6 @@ from slides.geometry import Size
 from slides.grid import Tile
 from slides.patches import PatchStore, cut
 from slides.slide import GivenScale, Slide, open_slide
-
-LEASE_CHECK_S = 1.0  # between two checks while patches are detected: each asks the file server
 
 THUMBNAIL_PX, OVERLAY_PX = 1200, 3000  # longest sides of thumbnail.jpg and overlay.jpg
 
@@ -65,20 +63,21 @@ def make_plan(job: Job) -> StageRecord:
     """Open the slide, detect its tissue, lay out the grid, fit its stain; or read the plan of an earlier run.
 
     Writes work/plan.json, work/tissue.npy and thumbnail.jpg. Removes what other settings left in the work folder.
-    Raises slides.errors.SlideError, SlideChanged.
+    Raises slides.errors.SlideError, SlideChanged; RunError where an export that is asked for cannot be written.
     """
     started, folder = time.perf_counter(), job.folder
     with job.open() as slide:
         plan = load_plan(folder, job.digest)
         if plan is None:
             remove_work(job)
-            plan = plan_slide(slide, job.settings)
+            plan = plan_slide(slide, job.settings, job.regions)
             job.check_lease()
             folder.work.mkdir(parents=True, exist_ok=True)
             frame = picture_frame(slide, plan, THUMBNAIL_PX)
             pictures.draw_plan(slide.thumbnail(frame), frame, plan.tissue, plan.tiles, folder.thumbnail)
             write_plan(plan, folder, job.digest)
         _check_same_slide(plan, slide, job)
+        check_exports(job.source, folder.path.name, plan, job.settings.export)
     job.check_lease()
     PatchStore.create(folder.patches, plan.grid, job.digest)
     stores = (folder.predictions(0).parent, folder.instances(0).parent)
@@ -172,7 +171,7 @@ def detect_block(job: Job, block: int, before: StageRecord, detect: Detect | Non
         patches, lost = stored
         with device_lock():
             started = time.perf_counter()
-            instances = list(_while_leased(job, (detect or _detector())(patches, plan.normalisation, job.settings)))
+            instances = list(job.while_leased((detect or _detector())(patches, plan.normalisation, job.settings)))
             device = () if detect else (computes_on(job.settings.detector),)
             before += _worked("detect", started, computed_on=device)
         job.check_lease()
@@ -180,17 +179,6 @@ def detect_block(job: Job, block: int, before: StageRecord, detect: Detect | Non
         break
     store.discard(block)
     return before
-
-
-def _while_leased(job: Job, detected: Iterator[HostInstances]) -> Iterator[HostInstances]:
-    """What is detected, patch by patch; the lease is checked every LEASE_CHECK_S. Raises LeaseLost."""
-    job.check_lease()
-    asked_s = time.monotonic()
-    for instances in detected:
-        if time.monotonic() >= asked_s + LEASE_CHECK_S:
-            job.check_lease()
-            asked_s = time.monotonic()
-        yield instances
 
 
 def _detector() -> Detect:
@@ -266,32 +254,38 @@ def stitch_slide(job: Job) -> StageRecord:
     """Instances of all blocks -> nuclei.parquet, in slide px.
 
     Two passes keep memory small: first the boxes of everything, and the polygons only of what could have a
-    duplicate across a seam; then block by block into the table, without what is left out.
-    Raises ScratchLost where the instances of a block are missing or damaged.
+    duplicate across a seam; then block by block into the table, without what is left out. Regions are looked at last,
+    so the nuclei in them do not depend on them.
+    Raises ScratchLost where the instances of a block are missing or damaged; LeaseLost between two blocks.
     """
     started = time.perf_counter()
     plan, settings = read_plan(job.folder, job.digest), job.settings
-    for block in plan.blocks:
+    for block in job.while_leased(iter(plan.blocks)):
         if block_record(job, block) is None:
             raise ScratchLost(f"{job.folder.instances(block)} is missing or damaged")
     classes = class_names(settings)
     left_out = _left_out_at_seams(job, plan)
     colours = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(classes)}
-    provenance = tables.Provenance(plan.quick_hash, (plan.scale.x, plan.scale.y), plan.bounds, job.digest, colours)
+    um_per_px = (plan.scale.x, plan.scale.y)
+    provenance = tables.Provenance(plan.quick_hash, um_per_px, plan.size, plan.bounds, job.digest, colours)
+    regions = job.read_regions(plan.bounds)
     nuclei = 0
     with tables.NucleiWriter(job.folder.nuclei, provenance) as writer:
-        for block in plan.blocks:
+        for block in job.while_leased(iter(plan.blocks)):
             rows = tables.read_instances(job.folder.instances(block))
             keep = np.ones(rows.num_rows, bool)
             keep[left_out.get(block, [])] = False
             rows = rows.filter(pa.array(keep))
             outlines = shapely.transform(tables.geometry(rows), plan.frame.to_slide.apply)
+            if regions is not None:  # exactly: the plan's tissue has pixels of some micrometres
+                selected = regions.select(polygons.measure(outlines, um_per_px).centroid)
+                rows, outlines = rows.filter(pa.array(selected)), outlines[selected]
             writer.write(
                 outlines,
                 class_name=[classes[i] for i in rows["class_index"].to_numpy()],
                 score=rows["score"].to_numpy(),
                 votes=rows["votes"].to_numpy(),
-                stains=np.stack([rows["haematoxylin"].to_numpy(), rows["eosin"].to_numpy()], 1),
+                stains=np.stack([rows[name].to_numpy() for name in tables.STAINS], 1),
             )
             nuclei += rows.num_rows
         job.check_lease()
@@ -306,7 +300,7 @@ def class_names(settings: Settings) -> tuple[str, ...]:
 def _left_out_at_seams(job: Job, plan: Plan) -> dict[int, NDArray[np.int64]]:
     """Rows of each block to leave out: duplicates, and what is anchored outside its core and unconfirmed."""
     bounds, tile, score, place = [], [], [], []
-    for block in plan.blocks:
+    for block in job.while_leased(iter(plan.blocks)):
         path = job.folder.instances(block)
         rows = tables.read_instances(path, ["tile_row", "tile_col", "x0", "y0", "x1", "y1", "score"])
         bounds.append(tables.bounds(rows))
@@ -322,7 +316,7 @@ def _left_out_at_seams(job: Job, plan: Plan) -> dict[int, NDArray[np.int64]]:
     reach = max(0.0, float(stitch.overhang(boxes, cores).max(initial=0.0)))
     near = np.flatnonzero(stitch.seam_candidates(boxes, cores, reach))
     shapes = np.full(len(near), None, dtype=object)
-    for block in np.unique(places[near, 0]):
+    for block in job.while_leased(iter(np.unique(places[near, 0]))):
         here = places[near, 0] == block
         encoded = tables.read_instances(job.folder.instances(int(block)), ["geometry"])
         shapes[here] = tables.geometry(encoded.take(pa.array(places[near[here], 1])))
@@ -337,14 +331,14 @@ def _left_out_at_seams(job: Job, plan: Plan) -> dict[int, NDArray[np.int64]]:
 
 
 def export_slide(job: Job) -> StageRecord:
-    """The files of the chosen formats, made from nuclei.parquet, and the overlay."""
+    """The files of the chosen formats, made from nuclei.parquet, and the overlay. Raises LeaseLost."""
     started, folder, plan = time.perf_counter(), job.folder, read_plan(job.folder, job.digest)
-    job.check_lease()
-    exported = write_exports(folder, job.settings.export).values()
-    with job.open() as slide:
-        frame = picture_frame(slide, plan, OVERLAY_PX)
-        picture = slide.thumbnail(frame)
-    pictures.draw_overlay(picture, frame, folder.nuclei, folder.overlay)
+    with tables.checked_between_groups(job.check_lease):
+        exported = write_exports(folder, job.settings.export, job.source).values()
+        with job.open() as slide:
+            frame = picture_frame(slide, plan, OVERLAY_PX)
+            picture = slide.thumbnail(frame)
+        pictures.draw_overlay(picture, frame, folder.nuclei, folder.overlay)
     counts = Counts(export_repaired=sum(e.changed for e in exported), export_dropped=sum(e.dropped for e in exported))
     return _worked("export", started, counts)
 

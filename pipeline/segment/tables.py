@@ -8,7 +8,8 @@ import dataclasses
 import hashlib
 import json
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -22,10 +23,17 @@ from numpy.typing import NDArray
 
 from pipeline import files
 from pipeline.files import committed
-from pipeline.model.instances import HostInstances
-from pipeline.segment.polygons import Floats, Polygons, measure
-from slides.geometry import Box
+from pipeline.model.instances import STATISTICS, HostInstances
+from pipeline.segment.polygons import Floats, Ints, Polygons, measure
+from slides.geometry import Box, Size
 from slides.grid import Tile
+
+STAINS = tuple(
+    stain if statistic == "mean" else f"{stain}_{statistic}"
+    for stain in ("haematoxylin", "eosin")
+    for statistic in STATISTICS
+)
+"Columns of the stains' densities, log10, of a nucleus; the mean has the name of its stain."
 
 INSTANCES = pa.schema(
     [
@@ -39,8 +47,7 @@ INSTANCES = pa.schema(
         ("score", pa.float32()),
         ("votes", pa.uint8()),
         ("class_index", pa.uint8()),  # index of the class
-        ("haematoxylin", pa.float32()),  # mean optical density
-        ("eosin", pa.float32()),
+        *((name, pa.float32()) for name in STAINS),
     ]
 )
 
@@ -60,8 +67,17 @@ NUCLEI = pa.schema(
         ("eosin", pa.float32()),
         ("centroid_x", pa.float64()),  # slide px
         ("centroid_y", pa.float64()),
+        ("solidity", pa.float32()),
+        ("max_diameter_um", pa.float32()),
+        ("min_diameter_um", pa.float32()),
+        *((name, pa.float32()) for name in STAINS if "_" in name),
     ]
 )
+
+_BBOX = pa.struct([(name, pa.float64()) for name in ("xmin", "ymin", "xmax", "ymax")])
+_STORED = NUCLEI.append(pa.field("bbox", _BBOX))
+"""What nuclei.parquet holds: `NUCLEI`, and the bounds of each outline, slide px, which GeoParquet calls its covering:
+other programs read the nuclei of a region by them, and no others (`geopandas.read_parquet(path, bbox=...)`)."""
 
 _KEY = b"nightslide"  # names our JSON in a file's metadata
 _ROW_GROUP = 50_000
@@ -78,7 +94,8 @@ def instance_rows(tile: Tile, outlines: Polygons, instances: HostInstances) -> p
     """
     rows, columns = np.full(len(outlines), tile.row), np.full(len(outlines), tile.col)
     bounds = shapely.bounds(outlines).reshape(-1, 4)
-    measured = (instances.scores, instances.votes, instances.class_index, *instances.stain_density.T)
+    stains = instances.stain_density.reshape(len(outlines), len(STAINS))
+    measured = (instances.scores, instances.votes, instances.class_index, *stains.T)
     values = [rows, columns, _wkb(outlines), *bounds.T, *measured]
     return pa.table([pa.array(v, f.type) for v, f in zip(values, INSTANCES, strict=True)], schema=INSTANCES)
 
@@ -123,8 +140,10 @@ class Provenance:
     "The slide's quick hash."
     um_per_px: tuple[float, float]
     "Micrometres per slide px, x and y."
+    size: Size
+    "Of the slide, in slide px."
     bounds: Box
-    "Of the slide, in slide px; QuPath's OpenSlide reader crops to it."
+    "Of the slide's scanned part, in slide px; QuPath's OpenSlide reader crops to it."
     digest: str
     "Of the settings and weights."
     colours: dict[str, tuple[int, int, int]]
@@ -143,14 +162,14 @@ class NucleiWriter:
         self._path = path
         self._provenance = provenance
         self._slide = uuid.uuid5(_NAMESPACE, provenance.slide).bytes
-        self._pending = NUCLEI.empty_table()
+        self._pending = _STORED.empty_table()
         self._extent = np.array([np.inf, np.inf, -np.inf, -np.inf])
 
     def __enter__(self) -> Self:
         with contextlib.ExitStack() as opening:
             partial = opening.enter_context(committed(self._path))
             self._file = opening.enter_context(
-                pq.ParquetWriter(partial, NUCLEI, compression="zstd", use_dictionary=["class"])
+                pq.ParquetWriter(partial, _STORED, compression="zstd", use_dictionary=["class"])
             )
             opening.push(self._finish)
             self._closing = opening.pop_all()
@@ -173,15 +192,25 @@ class NucleiWriter:
         """Append nuclei; the shape of each is measured here.
 
         polygons: object (N,), slide px, each a valid, non-empty Polygon without holes (`polygons.solid`)
-        class_name: (N,) names; stains: float (N, 2), haematoxylin and eosin densities; score, votes: (N,)
+        class_name: (N,) names; stains: float (N, 10), in the order of `STAINS`; score, votes: (N,)
         Raises ValueError for any other geometry, and for a class that has no colour.
         """
         self._check(polygons, class_name)
         shapes, encoded = measure(polygons, self._provenance.um_per_px), _wkb(polygons)
-        first = [self._ids(encoded), encoded, list(class_name), score, votes]
-        values = [*first, *shapes[:5], *stains.T, *shapes.centroid.T]
-        rows = pa.table([pa.array(v, f.type) for v, f in zip(values, NUCLEI, strict=True)], schema=NUCLEI)
         extent = shapely.bounds(polygons).reshape(-1, 4)
+        columns = {
+            "id": self._ids(encoded),
+            "geometry": encoded,
+            "class": list(class_name),
+            "score": score,
+            "votes": votes,
+            **shapes._asdict(),
+            "centroid_x": shapes.centroid[:, 0],
+            "centroid_y": shapes.centroid[:, 1],
+            **dict(zip(STAINS, stains.T, strict=True)),
+            "bbox": pa.StructArray.from_arrays([pa.array(side) for side in extent.T], fields=list(_BBOX)),
+        }
+        rows = pa.table([pa.array(columns[f.name], f.type) for f in _STORED], schema=_STORED)
         np.minimum(self._extent[:2], extent[:, :2].min(axis=0, initial=np.inf), out=self._extent[:2])
         np.maximum(self._extent[2:], extent[:, 2:].max(axis=0, initial=-np.inf), out=self._extent[2:])
         self._pending = pa.concat_tables([self._pending, rows])
@@ -219,6 +248,7 @@ class NucleiWriter:
         if self._pending.num_rows:
             self._flush()
         column: dict[str, Any] = {"encoding": "WKB", "geometry_types": ["Polygon"], "crs": None}
+        column["covering"] = {"bbox": {side.name: ["bbox", side.name] for side in _BBOX}}
         if np.isfinite(self._extent).all():
             column["bbox"] = self._extent.tolist()
         geo = {"version": "1.1.0", "primary_column": "geometry", "columns": {"geometry": column}}
@@ -228,14 +258,47 @@ class NucleiWriter:
 def read_nuclei(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
     """All nuclei of a slide, all columns of `NUCLEI` or some; `geometry` decodes the outlines."""
     with pq.ParquetFile(path) as file:
-        return file.read(columns)
+        return file.read(NUCLEI.names if columns is None else columns)
+
+
+_check: ContextVar[Callable[[], None]] = ContextVar("check", default=lambda: None)
+
+
+@contextlib.contextmanager
+def checked_between_groups(check: Callable[[], None]) -> Iterator[None]:
+    """While this lasts, `iter_nuclei` in this thread calls `check` before each row group.
+
+    What `check` raises ends a long export, of any format, whose slide is not ours any more.
+    """
+    token = _check.set(check)
+    try:
+        yield
+    finally:
+        _check.reset(token)
 
 
 def iter_nuclei(path: Path, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
-    """The same, a row group (at most 50,000 rows) at a time."""
+    """The same, a row group (at most 50,000 rows) at a time. Raises what the check of `checked_between_groups` does."""
     with pq.ParquetFile(path) as file:
         for group in range(file.num_row_groups):
-            yield file.read_row_group(group, columns)
+            _check.get()()
+            yield file.read_row_group(group, NUCLEI.names if columns is None else columns)
+
+
+def take_nuclei(path: Path, rows: Ints, columns: Sequence[str] | None = None) -> pa.Table:
+    """Some of the nuclei, in their order in the table; only row groups that hold one are read.
+
+    rows: int64 (N,), numbers of rows from 0, ascending
+    """
+    with pq.ParquetFile(path) as file:
+        taken, first = [file.schema_arrow.empty_table().select(columns or NUCLEI.names)], 0
+        for group in range(file.num_row_groups):
+            stop = first + file.metadata.row_group(group).num_rows
+            here = rows[np.searchsorted(rows, first) : np.searchsorted(rows, stop)] - first
+            if len(here):
+                taken.append(file.read_row_group(group, columns or NUCLEI.names).take(pa.array(here)))
+            first = stop
+    return pa.concat_tables(taken)
 
 
 def read_provenance(path: Path) -> Provenance:
@@ -244,6 +307,7 @@ def read_provenance(path: Path) -> Provenance:
     return Provenance(
         slide=content["slide"],
         um_per_px=(content["um_per_px"][0], content["um_per_px"][1]),
+        size=Size(*content["size"]),
         bounds=Box(*content["bounds"]),
         digest=content["digest"],
         colours={name: (r, g, b) for name, (r, g, b) in content["colours"].items()},

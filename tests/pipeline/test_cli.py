@@ -25,7 +25,9 @@ COMMANDS = (
     "fit-stain",
     "convert",
     "export",
+    "qupath",
     "report",
+    "view",
     "certificates",
     "doctor",
 )
@@ -39,7 +41,7 @@ def said(capsys: pytest.CaptureFixture[str], *tokens: str) -> tuple[int, str, st
     return int(ended.value.code or 0), captured.out, captured.err
 
 
-OWN_COMMANDS = ("run", "plan", "export", "report", "verify", "certificates", "demo", "doctor")
+OWN_COMMANDS = ("run", "plan", "export", "qupath", "report", "verify", "view", "certificates", "demo", "doctor")
 
 
 @pytest.mark.parametrize("command", OWN_COMMANDS)
@@ -66,6 +68,7 @@ def test_the_settings_stand_in_groups_with_the_common_ones_first(
         "Stain",
         "Detector",
         "Stitching",
+        "Regions",
         "Export",
         "Execution",
     )
@@ -80,6 +83,7 @@ def test_no_flag_has_a_negative_that_reads_badly(capsys: pytest.CaptureFixture[s
     out = "".join(said(capsys, command, "--help")[1] for command in OWN_COMMANDS)
     assert set(re.findall(r"--\S*\b(?:no|empty)-[\w-]+", out)) == {
         "--export.no-crop",
+        "--regions.no-crop",
         "--no-crop",
         "--no-cluster",
         "--no-wait",

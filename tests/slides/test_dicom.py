@@ -16,6 +16,11 @@ from slides.errors import SlideUnreadable
 from slides.slide import open_slide
 
 
+def header_of(path: Path) -> Header | None:
+    with path.open("rb") as file:
+        return read_header(file, path)
+
+
 def test_the_files_of_these_tests_are_slides_to_openslide(tmp_path: Path) -> None:
     """A series is one slide, whichever of its files is opened; and it is read like any other."""
     for name, level in (("b", 0), ("a", 1)):
@@ -33,7 +38,7 @@ def test_the_files_of_these_tests_are_slides_to_openslide(tmp_path: Path) -> Non
 @pytest.mark.parametrize("kind", ["VOLUME", "LABEL", "THUMBNAIL"])
 def test_series_and_kind_are_read(tmp_path: Path, explicit: bool, kind: str) -> None:
     path = write(tmp_path / "x.dcm", "1.2.840.99", kind=kind, explicit=explicit)
-    assert read_header(path) == Header("1.2.840.99", kind == "VOLUME")
+    assert header_of(path) == Header("1.2.840.99", kind == "VOLUME")
 
 
 @given(
@@ -50,15 +55,15 @@ def test_sequences_before_the_series_are_passed_over(
     nested = sequence(0x00081115, items, defined=inner, explicit=explicit)
     outer = sequence(0x00089215, [nested, nested], defined=defined, explicit=explicit)
     path = write(tmp_path_factory.getbasetemp() / "sequence.dcm", "1.2.5", before_series=outer, explicit=explicit)
-    assert read_header(path) == Header("1.2.5", True)
+    assert header_of(path) == Header("1.2.5", True)
 
 
 def test_other_files_are_no_slides(tmp_path: Path) -> None:
     ct = write(tmp_path / "ct.dcm", "1.2.6", sop_class="1.2.840.10008.5.1.4.1.1.2")
-    assert read_header(ct) is None
+    assert header_of(ct) is None
     for content in (b"", b"text", bytes(4096)):
         (tmp_path / "x.dcm").write_bytes(content)
-        assert read_header(tmp_path / "x.dcm") is None
+        assert header_of(tmp_path / "x.dcm") is None
 
 
 @given(st.data())
@@ -70,10 +75,10 @@ def test_damage_is_named_and_ends(tmp_path_factory: pytest.TempPathFactory, data
     cut = data.draw(st.integers(132, end))
     (folder / "cut.dcm").write_bytes(whole[:cut])
     with pytest.raises(SlideUnreadable, match=r"cut\.dcm is a DICOM file with a damaged header: copy it again"):
-        read_header(folder / "cut.dcm")
+        header_of(folder / "cut.dcm")
     at, noise = data.draw(st.integers(132, end)), data.draw(st.binary(min_size=1, max_size=40))
     (folder / "noise.dcm").write_bytes(whole[:at] + noise + whole[at + len(noise) :])
     found: Header | None = None
     with contextlib.suppress(SlideUnreadable):
-        found = read_header(folder / "noise.dcm")
+        found = header_of(folder / "noise.dcm")
     assert found is None or isinstance(found, Header)

@@ -129,6 +129,27 @@ def test_points_of_a_frame_lie_where_the_affine_says(pyramid: Writer, mpp: float
     np.testing.assert_allclose(centre, (321.3, 222.6), atol=0.1)
 
 
+@pytest.mark.parametrize("mpp", [0.25, 0.5, 0.7, 1.0, 2.0, 6.0])
+def test_for_display_the_pixels_are_nearly_those_that_are_measured(slide: Slide, mpp: float) -> None:
+    """Also in boxes that hang over the frame, or lie outside it."""
+    frame = slide.frame(mpp)
+    width, height = frame.size
+    for box in (frame.box, Box(-9, -7, width // 3, height // 2), Box(width // 2, 3, width + 9, height + 9)):
+        shown = slide.read_for_display(box, frame).astype(int)
+        measured = slide.read(box, frame).astype(int)
+        assert shown.shape == measured.shape
+        # where the filter is less exact or a part of a pixel off, edges differ
+        assert np.abs(shown - measured).mean() < 4
+    assert (slide.read_for_display(Box(width, 0, width + 5, 5), frame) == 255).all()
+
+
+def test_for_display_of_very_many_stored_pixels(slide: Slide, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are read in parts, as for measuring, and memory stays bounded."""
+    frame = slide.frame(2.0)
+    monkeypatch.setattr("slides.slide._MOST_FOR_DISPLAY_PX", 100)
+    assert (slide.read_for_display(frame.box, frame) == slide.read_decodable(frame.box, frame)[0]).all()
+
+
 def test_downsampling_is_antialiased(tmp_path: Path) -> None:
     """A fine checkerboard becomes grey, not black or white, also without a pyramid."""
     board = (np.indices((512, 512)).sum(0) % 2 * 255).astype(np.uint8)[..., None].repeat(3, axis=2)
@@ -331,6 +352,15 @@ def test_one_bad_tile_is_lost_alone_and_the_rest_is_kept(pyramid: Writer, tmp_pa
         assert (part[ndimage.binary_erosion(gone, iterations=8)] == 255).all()
 
 
+def test_for_display_damage_is_white(pyramid: Writer, tmp_path: Path) -> None:
+    path = _spoil(pyramid("flat.tif", 0.5, (1,)), tmp_path / "spoilt.tif", lambda i: i == 6)
+    with open_slide(path) as slide:
+        frame = slide.frame(0.5)
+        shown = slide.read_for_display(frame.box, frame)
+        assert (shown == slide.read_decodable(frame.box, frame)[0]).all()
+        assert (shown[140:240, 140:240] == 255).all()
+
+
 def test_a_file_that_opens_but_decodes_nowhere_is_refused(pyramid: Writer, tmp_path: Path) -> None:
     path = _spoil(pyramid("flat.tif", 0.5, (1,)), tmp_path / "hopeless.tif", lambda i: True)
     with pytest.raises(SlideUnreadable, match=r"hopeless\.tif opens, but nothing in it can be read"):
@@ -395,8 +425,15 @@ def test_a_thumbnail_that_fills_the_memory_is_refused(tmp_path: Path) -> None:
     with open_slide(path) as slide:
         with pytest.raises(SlideTooLarge, match=r"huge\.tif is 62,500 x 62,500 px at 8 um/px.*thumbnail"):
             slide.thumbnail(slide.frame(8))
+        assert slide.thumbnail_frame(8) == slide.frame(128)
         box = Box(1000, 1000, 1100, 1100)
         assert (slide.read(box, slide.frame(0.25)) == 255).all()
+
+
+def test_the_thumbnail_of_any_glass_is_as_fine_as_it_is_asked_for(tmp_path: Path) -> None:
+    """26 x 76 mm at 0.25 um per px."""
+    with open_slide(_huge(tmp_path / "glass.tif", 104_000, 304_000, 4096)) as slide:
+        assert slide.thumbnail_frame(8) == slide.frame(8)
 
 
 def test_a_strip_without_coarse_levels_is_refused_where_its_thumbnail_is_too_coarse(tmp_path: Path) -> None:

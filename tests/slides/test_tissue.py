@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import ndimage
 
+from slides import tissue
 from slides.geometry import Affine, Box, Frame, Size
 from slides.phantom import draw
 from slides.slide import open_slide
@@ -171,3 +172,20 @@ def test_a_box_has_tissue_if_one_of_its_points_has(seed: int, work_mpp: float) -
     centres = [(i + 0.5, j + 0.5) for j in range(box.y0, box.y1) for i in range(box.x0, box.x1)]
     if tissue.contains(np.reshape(centres, (-1, 2))).any():
         assert tissue.any_in(box)
+
+
+@pytest.mark.parametrize("pixels", [1, 500, 7000])
+@pytest.mark.parametrize("margin_um", [0.0, 7.9, 8.0, 50.0, 300.0])
+def test_the_mask_does_not_depend_on_the_strips_it_is_made_in(
+    pixels: int, margin_um: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Law: the same mask, row by row or in one go; with ink, holes, and pieces that are too small."""
+    rng = np.random.default_rng(0)
+    thumbnail = _glass()
+    for colour in (EOSIN, HAEMATOXYLIN, BLUE_INK, RED_INK) * 3:
+        y, x, side = *rng.integers(0, 150, 2), rng.integers(2, 40)
+        thumbnail = _with(thumbnail, colour, (slice(y, y + side), slice(x, x + side)))
+    expected = _find(thumbnail, margin_um)
+    assert 0.05 < expected.mean() < 0.95
+    monkeypatch.setattr(tissue, "_STRIP_PX", pixels)
+    assert np.array_equal(_find(thumbnail, margin_um), expected)

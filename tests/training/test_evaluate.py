@@ -14,14 +14,15 @@ from PIL import Image
 
 from pipeline.archive.sources import find_slides
 from pipeline.config import Architecture, Detector, Execution, Settings, Stitching, Tiling, Tissue
+from pipeline.errors import AnnotationError
 from pipeline.model import inference
 from pipeline.model.detector import NucleusDetector, save_weights
-from pipeline.model.instances import HostInstances
+from pipeline.model.instances import STATISTICS, HostInstances
 from pipeline.model.stain import Normalisation
 from pipeline.model.weights import content_sha256
 from pipeline.segment.record import SlideRecord
 from training import evaluate as evaluating
-from training.data.sample import AnnotationError, LabelledImage, Sample
+from training.data.sample import LabelledImage, Sample
 from training.evaluate import (
     COLUMNS,
     EvaluationImage,
@@ -54,7 +55,7 @@ def oracle(patches: np.ndarray, normalisation: Normalisation, settings: Settings
             (1 - ids / 500).astype(np.float32),
             np.where(ids % 6, (ids + 1) % 2, 0),
             np.ones(len(ids), np.int64),
-            np.zeros((len(ids), 2), np.float32),
+            np.zeros((len(ids), 2, len(STATISTICS)), np.float32),
             False,
         )
 
@@ -94,7 +95,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def settings(weights: Path) -> Settings:
     return Settings(
         tissue=Tissue(everywhere=True),
-        tiling=Tiling(tile=128, margin=32),
+        tiling=Tiling(tile=192, margin=64),
         stitching=Stitching(max_diameter_um=5.0, simplify_px=0.0),
         detector=Detector(weights=str(weights)),
     )

@@ -16,13 +16,13 @@ import torch
 from PIL import Image
 
 from pipeline.config import Architecture, Detector
-from pipeline.errors import ConfigError, WeightsError
+from pipeline.errors import AnnotationError, ConfigError, WeightsError
 from pipeline.model.detector import Limits, NucleusDetector, load_weights, save_weights
 from pipeline.model.weights import licence, read_notes
 from training.config import Training
 from training.data.crops import Crops, regions, targets
 from training.data.datasets import read_dataset
-from training.data.sample import AnnotationError, LabelledImage, Sample
+from training.data.sample import LabelledImage, Sample
 from training.fit import Process, ScheduleSampler, fit, initial_model, learning_rate, split_held_out
 
 TINY = Architecture(

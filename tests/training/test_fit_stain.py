@@ -12,12 +12,12 @@ import torch
 from PIL import Image
 
 from pipeline.config import StainArchitecture
-from pipeline.errors import ConfigError, StainError
+from pipeline.errors import AnnotationError, ConfigError, StainError
 from pipeline.model import dcgmm
 from pipeline.model.stain import fit, read_template
 from pipeline.model.weights import read_notes
 from training.config import StainTraining
-from training.data.sample import AnnotationError, LabelledImage, Sample
+from training.data.sample import LabelledImage, Sample
 from training.fit import learning_rate
 from training.fit_stain import fit_stain, typical_stain
 

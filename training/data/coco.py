@@ -13,11 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from pipeline.errors import AnnotationError
 from pipeline.files import committed, write_json
 from training.data.sample import (
     DATASET_FILE,
     SPLITS_FILE,
-    AnnotationError,
     Catalogue,
     Conversion,
     Dataset,

@@ -11,11 +11,11 @@ from scipy import ndimage
 from torch import Tensor
 from torch.utils import data
 
-from pipeline.errors import StainError
+from pipeline.errors import AnnotationError, StainError
 from pipeline.model.stain import FittedStain, Normalisation, Normaliser, fit
 from training.config import Training
 from training.data import augment
-from training.data.sample import AnnotationError, Dataset, LabelledImage, Sample
+from training.data.sample import Dataset, LabelledImage, Sample
 
 EDGE_PX = 3  # of the crop: two at the working scale
 MIN_AREA_PX = 24  # smaller pieces, as the crop's edge cuts them off, are background

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pipeline.errors import AnnotationError
 from slides.slide import BELIEVABLE_MPP
 from training.data.coco import coco
 from training.data.label_maps import folder, matlab, pannuke, tnbc
@@ -19,7 +20,6 @@ from training.data.qupath import qupath
 from training.data.sample import (
     DATASET_FILE,
     SPLITS_FILE,
-    AnnotationError,
     Catalogue,
     Dataset,
     Entry,

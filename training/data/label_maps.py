@@ -13,12 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from pipeline.errors import AnnotationError
 from pipeline.files import write_json
 from training.data.mat5 import read_mat
 from training.data.sample import (
     DATASET_FILE,
     NO_CLASSES,
-    AnnotationError,
     Catalogue,
     Conversion,
     Dataset,

@@ -15,12 +15,12 @@ import numpy as np
 import shapely
 from numpy.typing import NDArray
 
+from pipeline.errors import AnnotationError
 from pipeline.segment.polygons import Polygons, rasterise
 from slides.geometry import Size
 from training.data.sample import (
     NO_CLASSES,
     SUFFIXES,
-    AnnotationError,
     Catalogue,
     Entry,
     LabelledImage,

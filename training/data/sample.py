@@ -4,7 +4,6 @@ A reader lists what a folder holds (`Catalogue`) without reading pixels; `traini
 scale, group and splits, and returns a `Dataset`. Every file is checked before it is used.
 """
 
-import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path, PurePosixPath
 from types import MappingProxyType
@@ -13,7 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.errors import ConfigError
+from pipeline.errors import AnnotationError
+from pipeline.segment.geojson import parse_json
 from slides.errors import ScaleUnknown, SlideError
 from slides.geometry import Box, Size
 from slides.slide import open_slide
@@ -27,10 +27,6 @@ _LARGEST_NUMBER = 2**24 - 1
 
 # Pixels are taken as stored: read at the scale that the slide is opened with, no slide is resampled.
 _AS_STORED = 1.0
-
-
-class AnnotationError(ConfigError):
-    """A dataset that is incomplete or contradicts itself; the message names the file and the rule."""
 
 
 class LabelledImage(NamedTuple):
@@ -175,18 +171,6 @@ def read_json_file(path: Path) -> Any:
         return parse_json(path.read_bytes(), str(path))
     except OSError as error:
         raise AnnotationError(f"{path} cannot be read: {error.strerror}") from error
-
-
-def parse_json(text: bytes, name: str) -> Any:
-    """JSON in `text`, the content of the file `name`. Raises AnnotationError."""
-
-    def refuse(constant: str) -> None:
-        raise ValueError(f"it holds {constant}")
-
-    try:
-        return json.loads(text, parse_constant=refuse)
-    except (ValueError, RecursionError) as error:
-        raise AnnotationError(f"{name} is not JSON ({error}): export it again") from error
 
 
 def subfolder(data: Path, name: str) -> Path | None:

@@ -6,18 +6,19 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
 
+from pipeline.config import Export
 from pipeline.files import committed
 from pipeline.segment.export.exported import Exported, finite, origin
 from pipeline.segment.tables import NUCLEI, iter_nuclei, read_provenance
 
 
-def write_csv(nuclei: Path, out: Path, *, crop: bool) -> Exported:
+def write_csv(nuclei: Path, out: Path, options: Export) -> Exported:
     """nuclei.parquet -> CSV in UTF-8, a row a nucleus: id, centroid, class, measurements.
 
     Columns are named as in nuclei.parquet; the centroid is in slide px, from the corner of the slide's bounds
-    if `crop`, so that it fits the QuPath export. A value that is not finite is left empty.
+    if `options.crop`, so that it fits the QuPath export. A value that is not finite is left empty.
     """
-    x, y = origin(read_provenance(nuclei), crop)
+    x, y = origin(read_provenance(nuclei), options.crop)
     first = ["id", "centroid_x", "centroid_y"]
     order = [*first, *(name for name in NUCLEI.names if name not in (*first, "geometry"))]
     schema = pa.schema([NUCLEI.field(name) for name in order])

@@ -203,6 +203,30 @@ def test_a_scheduler_whose_machine_is_silent_is_given_up_soon(cluster: Cluster) 
         assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 11_000
 
 
+def test_a_scheduler_that_is_suspended_is_noticed_and_waited_for(
+    archive: Path, undisturbed: dict[str, dict[str, bytes]], cluster: Cluster, tmp_path: Path
+) -> None:
+    """Its machine answers for it, so nothing else tells."""
+    out = tmp_path / "out"
+    client = nightslide(archive, out, "--scheduler-file", str(cluster.file))
+    while not blocks_done(out):
+        assert client.poll() is None, finish(client)
+        time.sleep(0.05)
+    scheduler = cluster.processes["scheduler"]
+    scheduler.send_signal(signal.SIGSTOP)
+    try:
+        since = time.monotonic()
+        while (log := next(out.glob("logs/*")).read_text()).count("does not answer") == log.count("answers again"):
+            assert client.poll() is None, finish(client)
+            assert time.monotonic() < since + 60
+            time.sleep(0.05)
+    finally:
+        scheduler.send_signal(signal.SIGCONT)
+    status, said = finish(client)
+    assert status == 0, said
+    assert results(out) == undisturbed
+
+
 def test_a_cluster_of_this_machine_survives_its_workers(
     archive: Path, undisturbed: dict[str, dict[str, bytes]], tmp_path: Path
 ) -> None:

@@ -21,7 +21,9 @@ from pipeline.archive.ledger import mixed_computation, row_of
 from pipeline.config import Execution, Export, Settings
 from pipeline.errors import LeaseLost, RunError, ScratchLost
 from pipeline.layout import RunFolder, SlideFolder
-from pipeline.segment import stages
+from pipeline.segment import job as job_module
+from pipeline.segment import stages, tables
+from pipeline.segment.finished import finish_slide
 from pipeline.segment.job import Job
 from pipeline.segment.plan import read_plan
 from pipeline.segment.record import SlideRecord, StageRecord
@@ -270,7 +272,7 @@ def test_the_work_of_another_owner_is_not_removed(slide: Path, tmp_path: Path) -
 def test_a_lease_that_is_lost_stops_a_block_between_two_patches(
     slide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stages, "LEASE_CHECK_S", 0.0)
+    monkeypatch.setattr(job_module, "LEASE_CHECK_S", 0.0)
     folder = RunFolder(tmp_path).slide("discs")
     seen: list[int] = []
 
@@ -292,6 +294,44 @@ def test_a_lease_that_is_lost_stops_a_block_between_two_patches(
             stages.detect_block(job, block, before, detect)
     assert seen == [0]
     assert not folder.predictions(block).exists()
+
+
+def test_a_lease_that_is_lost_stops_stitching_and_exports_before_their_end(
+    slide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A batch system kills soon after SIGTERM, and these take minutes on a very large slide."""
+    monkeypatch.setattr(job_module, "LEASE_CHECK_S", 0.0)
+    monkeypatch.setattr(tables, "_ROW_GROUP", 20)
+    job = job_of(slide, tmp_path)
+    stages.make_plan(job)
+    blocks = read_plan(job.folder, job.digest).blocks
+    for block in blocks:
+        stages.outline_block(job, block, stages.detect_block(job, block, StageRecord(), oracle.detect))
+    checks: list[int] = []
+    lost_at = [0]
+
+    def check_lease(_: Job) -> None:
+        checks.append(1)
+        if len(checks) == lost_at[0]:
+            raise LeaseLost("taken over")
+
+    monkeypatch.setattr(Job, "check_lease", check_lease)
+    stitched, export = job.folder.nuclei, job.folder.export("qupath")
+    record = SlideRecord("discs", "done", mpp=0.25)
+    steps: list[tuple[Callable[[], Any], Path, int]] = [
+        (lambda: stages.stitch_slide(job), stitched, 3 * len(blocks)),  # three passes over the blocks
+        (lambda: stages.export_slide(job), export, 7),  # 138 nuclei in groups of 20
+        (lambda: finish_slide(job, record), job.folder.slide_json, 14),
+    ]
+    for step, written, least in steps:
+        for lost_at[0] in (1, 2, least):
+            checks.clear()
+            with pytest.raises(LeaseLost):
+                step()
+            assert not written.exists()
+        lost_at[0] = 0
+        step()
+        assert written.exists()
 
 
 def test_nothing_is_committed_without_the_lease(slide: Path, tmp_path: Path) -> None:

@@ -233,7 +233,7 @@ def test_a_mask_that_covers_nothing_is_no_nucleus(archive: Path, tmp_path: Path)
                 scores=np.array([0.9], np.float32),
                 class_index=np.zeros(1, np.int64),
                 votes=np.ones(1, np.int64),
-                stain_density=np.zeros((1, 2), np.float32),
+                stain_density=np.zeros((1, 2, 5), np.float32),
             )
             yield concat([found, blank])
 

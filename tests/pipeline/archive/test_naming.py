@@ -127,7 +127,8 @@ def test_equal_names_of_several_folders_begin_with_the_folders() -> None:
 
 def test_everything_that_a_run_writes_is_reserved() -> None:
     run, slide = RunFolder(Path("r")), RunFolder(Path("r")).slide("s")
-    own = (run.run_json, run.ledger, run.report, run.logs, slide.slide_json, slide.failure_json, slide.work)
+    of_run = (run.run_json, run.ledger, run.report, run.logs, run.regions, run.qupath_project.parent)
+    own = (*of_run, slide.regions, slide.slide_json, slide.failure_json, slide.work)
     assert {*RESULTS, *EXPORTS.values(), *(path.name for path in own), slide.thumbnail.name} == RESERVED
 
 

@@ -5,7 +5,7 @@ import asyncio
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.archive.slots import FairSlots
+from pipeline.archive.slots import FairSlots, Space
 
 
 @given(st.lists(st.integers(1, 6), min_size=1, max_size=6), st.integers(1, 4))
@@ -58,3 +58,36 @@ def test_a_slot_that_is_cancelled_is_given_back() -> None:
         assert [w.cancelled() for w in waiting] == [True, True, False]
 
     asyncio.run(work())
+
+
+@given(st.lists(st.tuples(st.integers(0, 10), st.integers(0, 3), st.booleans()), max_size=12))
+def test_no_more_space_is_taken_than_there_is(asked: list[tuple[int, int, bool]]) -> None:
+    """Law: whatever is asked for, given back or cancelled, at most `size` is taken, in order, and everyone gets it."""
+    taken, order, cancelled = 0, list[int](), 0
+
+    async def hold(space: Space, number: int, size: int, steps: int) -> None:
+        nonlocal taken
+        await space.take(size)
+        order.append(number)
+        taken += size
+        try:
+            assert taken <= 10
+            for _ in range(steps):
+                await asyncio.sleep(0)
+        finally:
+            taken -= size
+            space.give_back(size)
+
+    async def main() -> None:
+        nonlocal cancelled
+        space = Space(10)
+        tasks = [asyncio.create_task(hold(space, n, size, steps)) for n, (size, steps, _) in enumerate(asked)]
+        await asyncio.sleep(0)
+        for task, (_, _, stop) in zip(tasks, asked, strict=True):
+            cancelled += stop and task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.wait_for(space.take(10), timeout=1)  # all was given back
+
+    asyncio.run(main())
+    assert order == sorted(order)
+    assert len(order) >= len(asked) - cancelled

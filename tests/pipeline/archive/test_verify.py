@@ -10,10 +10,11 @@ import pytest
 
 import oracle
 from oracle import chosen, paint
+from pipeline import files
 from pipeline.archive.run import run
 from pipeline.archive.verify import verify_results
 from pipeline.cli import main
-from pipeline.config import Execution, Export
+from pipeline.config import Execution, Export, Settings
 from pipeline.errors import RunError
 from pipeline.layout import SlideFolder
 
@@ -31,10 +32,10 @@ def out(tmp_path: Path) -> Path:
     return tmp_path / "out"
 
 
-def segment(out: Path, execution: Execution = ONE) -> list[str]:
+def segment(out: Path, execution: Execution = ONE, settings: Settings = SETTINGS) -> list[str]:
     """Status of both slides, whose files lie beside `out`."""
     slides = [out.parent / "a.png", out.parent / "b.png"]
-    rows = run(slides, out, SETTINGS, execution, mpp=0.25, say=lambda line: None, detect=oracle.detect)
+    rows = run(slides, out, settings, execution, mpp=0.25, say=lambda line: None, detect=oracle.detect)
     return [row.status for row in rows]
 
 
@@ -92,6 +93,28 @@ def test_every_damage_of_every_result_is_said_and_its_remedy_helps(
                 assert segment(out) == ["done before"] * 2
             assert said(capsys, out)[0] == 0
             assert file.read_bytes() == whole
+
+
+def test_every_damage_in_a_folder_is_said_and_its_remedy_helps(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The results that are folders, too, have a size and a checksum."""
+    store = out / "a" / "nuclei.spatialdata.zarr"
+    file = store / "shapes" / "nuclei" / "shapes.parquet"
+    formats = dataclasses.replace(SETTINGS, export=Export(formats=("spatialdata",)))
+    assert segment(out, settings=formats) == ["done before"] * 2
+    assert said(capsys, out)[0] == 0
+    whole = files.sha256(store)
+    for damage in (*(damage for damage, _ in DAMAGE.values()), lambda file: (file.parent / "added").touch()):
+        damage(file)
+        status, lines = said(capsys, out)
+        assert status == 1
+        problem = r"has (other content than was written|[\d,]+ bytes, was written with [\d,]+)"
+        remedy = "delete it, and the same run command makes it again"
+        assert re.fullmatch(f"a: {re.escape(store.name)} {problem}: {remedy}", lines[0]), lines
+        files.remove(store)
+        assert said(capsys, out)[1][0] == f"a: {store.name} is missing: {remedy}"
+        assert segment(out, settings=formats) == ["done before"] * 2
+        assert said(capsys, out)[0] == 0
+        assert files.sha256(store) == whole
 
 
 def test_a_damaged_slide_json_is_said_and_its_remedy_helps(out: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,8 +9,9 @@ import pytest
 import safetensors.torch
 import torch
 
-from pipeline.config import STRIDES, Architecture, Detector, Sampling
+from pipeline.config import STRIDES, Architecture, Detector, Sampling, side_step
 from pipeline.errors import ConfigError, WeightsError
+from pipeline.model import load
 from pipeline.model.detector import (
     Limits,
     NucleusDetector,
@@ -114,6 +115,22 @@ def test_clear_nuclei_do_not_displace_the_others() -> None:
         limits = LIMITS._replace(anchors=Detector().anchors_per_proposal * 60, proposals=60)
         (proposals,) = model.propose(features, limits)
     assert len(proposals) == 50
+
+
+def test_the_interior_of_a_patch_does_not_depend_on_its_place() -> None:
+    """Two tiles compute the same bits where both see all that the shipped network looks at, in bfloat16 too."""
+    running = load.detector(Detector())
+    image = torch.rand(1, 3, 960, 1024, generator=torch.Generator().manual_seed(0))
+    step, reach = side_step(running.model.architecture.upscale), 384
+    shift = 2 * step
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        whole, part = (running.model.features(i).table.maps() for i in (image, image[..., shift:, shift:]))
+    for theirs, ours, stride in zip(whole, part, STRIDES, strict=True):
+        at, inner = (round(px * running.model.architecture.upscale / stride) for px in (shift, reach))
+        theirs = theirs[..., at:, at:]
+        assert ours.shape == theirs.shape
+        assert torch.equal(ours[..., inner:-inner, inner:-inner], theirs[..., inner:-inner, inner:-inner])
+        assert inner < min(ours.shape[-2:]) / 2
 
 
 def test_limits_follow_the_area() -> None:

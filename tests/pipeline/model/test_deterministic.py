@@ -1,10 +1,14 @@
 """The same bits on any number of threads, and within rounding what torch's plain operations give."""
 
+import math
 from collections.abc import Callable
+from fractions import Fraction
 
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from pipeline.model import deterministic
@@ -18,23 +22,26 @@ def plain_mix(images: Tensor) -> Tensor:
     return torch.einsum("rc,bchw->brhw", MATRIX, images)
 
 
-PAIRS: tuple[tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor], tuple[int, ...]], ...] = (
-    (lambda x: mix_channels(x, MATRIX), plain_mix, (2, 3, 61, 67)),
-    (lambda x: softmax(x, 1), lambda x: x.softmax(1), (2, 3, 61, 67)),
-    (sigmoid, Tensor.sigmoid, (2, 3, 61, 67)),
-    (
+Operation = Callable[[Tensor], Tensor]
+
+PLAIN: dict[str, tuple[Operation, Operation, tuple[int, ...]]] = {
+    "mix_channels": (lambda x: mix_channels(x, MATRIX), plain_mix, (2, 3, 61, 67)),
+    "softmax": (lambda x: softmax(x, 1), lambda x: x.softmax(1), (2, 3, 61, 67)),
+    "sigmoid": (sigmoid, Tensor.sigmoid, (2, 3, 61, 67)),
+    "pad_rows": (lambda x: (pad_rows(x) @ WEIGHT.T)[: len(x)], lambda x: x @ WEIGHT.T, (3, 4704)),
+}
+ALL = PLAIN | {
+    "upsample": (
         lambda x: upsample(x, 1.5),
-        lambda x: F.interpolate(x, scale_factor=1.5, mode="bilinear"),
-        (2, 3, 64, 64),
-    ),
-    (lambda x: (pad_rows(x) @ WEIGHT.T)[: len(x)], lambda x: x @ WEIGHT.T, (3, 4704)),
-)
-NAMES = ("mix_channels", "softmax", "sigmoid", "upsample", "pad_rows")
+        lambda x: F.interpolate(x.double(), scale_factor=1.5, mode="bilinear").float(),
+        (2, 3, 61, 64),
+    )
+}
 
 
-@pytest.mark.parametrize(("ours", "plain", "shape"), PAIRS, ids=NAMES)
+@pytest.mark.parametrize(("ours", "plain", "shape"), ALL.values(), ids=ALL)
 def test_threads_do_not_show_and_the_numbers_are_torchs(
-    ours: Callable[[Tensor], Tensor], plain: Callable[[Tensor], Tensor], shape: tuple[int, ...]
+    ours: Operation, plain: Operation, shape: tuple[int, ...]
 ) -> None:
     """Law: the same bits on one thread and on several; torch's plain operation, within rounding."""
     x = torch.randn(shape, generator=torch.Generator().manual_seed(2)) * 4
@@ -49,10 +56,10 @@ def test_threads_do_not_show_and_the_numbers_are_torchs(
     torch.testing.assert_close(results[0], plain(x), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(("ours", "plain", "shape"), PAIRS, ids=NAMES)
+@pytest.mark.parametrize(("ours", "plain", "shape"), PLAIN.values(), ids=PLAIN)
 def test_on_a_gpu_they_are_the_plain_operations(
-    ours: Callable[[Tensor], Tensor],
-    plain: Callable[[Tensor], Tensor],
+    ours: Operation,
+    plain: Operation,
     shape: tuple[int, ...],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -60,6 +67,17 @@ def test_on_a_gpu_they_are_the_plain_operations(
     monkeypatch.setattr(deterministic, "_on_cpu", lambda _: False)
     x = torch.randn(shape, generator=torch.Generator().manual_seed(2)) * 4
     assert torch.equal(ours(x), plain(x))
+
+
+@given(st.sampled_from([1.25, 1.5, 2.0, 4.0, 8.0]), st.integers(1, 40), st.integers(1, 40))
+def test_an_enlarged_pixel_is_the_same_bits_wherever_it_lies(factor: float, across: int, down: int) -> None:
+    """Law: a part that begins at whole steps of the factor, enlarged alone, is a part of the enlarged image."""
+    step = Fraction(factor).denominator
+    image = torch.rand(1, 3, (down + 9) * step, (across + 9) * step, generator=torch.Generator().manual_seed(across))
+    part = upsample(image[..., down * step :, across * step :], factor)
+    whole = upsample(image, factor)[..., int(down * step * factor) :, int(across * step * factor) :]
+    first = math.ceil(factor)  # nearer pixels are made of the part's edge, too
+    assert torch.equal(part[..., first:, first:], whole[..., first:, first:])
 
 
 def test_shrinking_is_antialiased_on_every_device() -> None:

@@ -60,7 +60,7 @@ class Device:
             scores.append(0.9 - float(number) / 300)
         count = len(boxes)
         masks = torch.tensor(scores)[:, None, None].expand(-1, MASK, MASK)
-        ones, unknown = torch.ones(count, dtype=torch.int64), torch.full((count, 2), torch.nan)
+        ones, unknown = torch.ones(count, dtype=torch.int64), torch.full((count, 2, 5), torch.nan)
         return Instances(torch.tensor(boxes).reshape(-1, 4), masks, torch.tensor(scores), ones, ones, unknown)
 
     def detect(self, patches: np.ndarray, batch: int = 1) -> list[HostInstances]:
@@ -226,7 +226,7 @@ def test_what_leaves_the_device_is_what_was_detected(
         boxes, masks = torch.rand(count, 4, generator=random) * 200, torch.rand(count, MASK, MASK, generator=random)
         boxes[:, 2:] += boxes[:, :2]
         class_index, votes = (torch.randint(high, (count,), generator=random) for high in (7, 9))
-        scores, unknown = torch.rand(count, generator=random), torch.full((count, 2), torch.nan)
+        scores, unknown = torch.rand(count, generator=random), torch.full((count, 2, 5), torch.nan)
         return Instances(boxes, masks, scores, class_index, votes, unknown, saturated=count == 1)
 
     batch = [instances(5), instances(0), instances(1)]
@@ -239,19 +239,43 @@ def test_what_leaves_the_device_is_what_was_detected(
             assert given.dtype == wanted.dtype
             assert np.array_equal(given, wanted)
         assert not f.stain_density.any()  # of glass
-        assert f.stain_density.shape == (len(f.boxes), 2)
+        assert f.stain_density.shape == (len(f.boxes), 2, 5)
         assert (f.saturated, f.split, f.lost) == (expected.saturated, False, False)
 
 
-def test_stain_densities_are_means_of_what_a_mask_covers(device: Callable[..., Device]) -> None:
-    """In quarters the same as in the whole patch."""
+def test_stain_densities_are_of_what_a_mask_covers(device: Callable[..., Device]) -> None:
+    """In quarters the same as in the whole patch; of one colour, all are its density, and the deviation is 0."""
     patch = painted([(30, 30), (250, 250)])
     (whole,) = device().detect(patch[None])
     (parts,) = device(memory=0.5 * SIDE**2).detect(patch[None])
     assert parts.split
     assert np.array_equal(parts.stain_density, whole.stain_density)
     colour = torch.tensor(patch[35, 35]).view(1, 3, 1, 1) / 255
-    assert np.allclose(whole.stain_density[0], stain.he_density(colour).flatten(), atol=1e-4)
+    mean, *others, deviation = whole.stain_density[0].T
+    assert np.allclose(mean, stain.he_density(colour).flatten(), atol=1e-4)
+    assert np.allclose(others, mean, atol=1e-4)
+    assert np.allclose(deviation, 0, atol=1e-4)
+
+
+def test_stain_statistics_are_numpy_s() -> None:
+    """Of masks of one pixel, an even and an odd number, and all; whatever lies outside the mask is ignored."""
+    random = torch.Generator().manual_seed(0)
+    image = torch.rand(3, 32, 32, generator=random)
+    pixels = torch.stack([torch.randperm(64, generator=random) for _ in range(4)]).view(4, 8, 8)
+    probs = torch.where(pixels < torch.tensor([1, 20, 33, 64]).view(4, 1, 1), 0.9, 0.2)
+    corners = 16.0 * torch.arange(4)  # in an image of twice the size, so that a cell of a mask is one colour
+    boxes = torch.stack([corners, corners, corners + 16, corners + 16], 1)
+    enlarged = image.repeat_interleave(2, 1).repeat_interleave(2, 2)
+    measured = inference._stain_density(enlarged[None], [boxes], probs).numpy()
+    density = stain.he_density(image[None])[0].numpy()
+    for i, mask in enumerate(probs.numpy() > 0.5):
+        values = density[:, 8 * i : 8 * i + 8, 8 * i : 8 * i + 8][:, mask]
+        expected = [f(values, 1) for f in (np.mean, np.median, np.min, np.max)]
+        np.testing.assert_allclose(measured[i, :, :4], np.transpose(expected), atol=1e-5)
+        if mask.sum() > 1:
+            np.testing.assert_allclose(measured[i, :, 4], np.std(values, 1, ddof=1), atol=1e-5)
+        else:
+            assert np.isnan(measured[i, :, 4]).all()
 
 
 # ------------------------------------------------------------------------------------------ the same bits

@@ -19,7 +19,7 @@ def some(count: int, seed: int) -> HostInstances:
         scores=random.random(count).astype(np.float32),
         class_index=random.integers(0, 3, count),
         votes=random.integers(1, 9, count),
-        stain_density=random.random((count, 2)).astype(np.float32),
+        stain_density=random.random((count, 2, 5)).astype(np.float32),
     )
 
 

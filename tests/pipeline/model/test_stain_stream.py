@@ -17,7 +17,7 @@ from pipeline.cli import app, main
 from pipeline.config import Detector, Execution, Settings, Stain, Stitching, Tiling, Tissue
 from pipeline.errors import RunError, StainError, WeightsError
 from pipeline.model import dcgmm, fuse, inference, load, stain
-from pipeline.model.instances import HostInstances, Instances
+from pipeline.model.instances import STATISTICS, HostInstances, Instances
 from pipeline.model.weights import content_sha256, find_weights
 from pipeline.segment.plan import Plan, plan_slide
 from slides.errors import SlideNotFound
@@ -40,7 +40,7 @@ def picture(path: Path, seed: int, side: int = 300) -> Path:
 def chosen(**staining: Any) -> Settings:
     return Settings(
         tissue=Tissue(everywhere=True),
-        tiling=Tiling(tile=256, margin=32, block=1),
+        tiling=Tiling(tile=256, margin=64, block=1),
         stain=Stain(patches=8, **staining),
         stitching=Stitching(max_diameter_um=10),
     )
@@ -149,7 +149,7 @@ def nothing_found(
             np.zeros(0, np.float32),
             np.zeros(0, np.int64),
             np.zeros(0, np.int64),
-            np.zeros((0, 2), np.float32),
+            np.zeros((0, 2, len(STATISTICS)), np.float32),
             False,
         )
 

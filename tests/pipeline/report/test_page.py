@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 from html.parser import HTMLParser
 from urllib.parse import unquote
 
@@ -221,6 +222,13 @@ def test_settings_are_shown(tmp_path):
     text = read(tmp_path, []).text
     assert "weights nuclei · views 4 · digest d1<" in text
     assert all(word in text for word in ("score0.35", "weights_sha2565ha", "torch2.9"))
+
+
+def test_the_page_gives_the_command_of_the_viewer(tmp_path):
+    folder = tmp_path / "it's <b>here"
+    folder.mkdir()
+    page = read(folder, [])
+    assert f"nightslide view {shlex.quote(str(folder.resolve()))}" in page.text
 
 
 def test_a_thousand_slides_make_a_page_that_opens(tmp_path):

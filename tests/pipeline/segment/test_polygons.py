@@ -7,6 +7,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from pipeline.segment import polygons
 from pipeline.segment.polygons import from_masks, measure, rasterise, simplify, solid
 
 
@@ -196,6 +197,10 @@ def test_an_ellipse_measures_what_it_is():
     stretched = measure(array(shapely.Polygon(ring)), (0.25, 0.5))
     assert stretched.major_axis_um[0] == pytest.approx(5, rel=1e-4)
     assert stretched.minor_axis_um[0] == pytest.approx(4, rel=1e-4)
+    for one in (measured, stretched):
+        np.testing.assert_allclose(one.max_diameter_um, one.major_axis_um, rtol=1e-3)
+        np.testing.assert_allclose(one.min_diameter_um, one.minor_axis_um, rtol=1e-3)
+        np.testing.assert_allclose(one.solidity, 1, rtol=1e-6)
 
 
 def test_a_rectangle_measures_what_it_is():
@@ -206,6 +211,35 @@ def test_a_rectangle_measures_what_it_is():
     np.testing.assert_allclose(measured.major_axis_um[0], 24 / np.sqrt(12), rtol=1e-6)
     np.testing.assert_allclose(measured.minor_axis_um[0], 8 / np.sqrt(12), rtol=1e-6)
     np.testing.assert_allclose(measured.circularity[1:], [np.pi / 4, 1], rtol=1e-4)
+    np.testing.assert_allclose(measured.max_diameter_um, [np.sqrt(40), np.sqrt(18), 18], rtol=1e-4)
+    np.testing.assert_allclose(measured.min_diameter_um, [2, 3, 18], rtol=1e-4)
+
+
+def test_a_triangle_and_an_l_measure_what_they_are():
+    """The triangle 3, 4, 5 and an L of three unit squares, in um of 0.5 x 2 px."""
+    triangle = shapely.Polygon([(0, 0), (4, 0), (0, 3)])
+    angled = shapely.Polygon([(0, 0), (2, 0), (2, 1), (1, 1), (1, 2), (0, 2)])
+    shapes = shapely.transform(array(triangle, angled), lambda xy: xy / [0.5, 2] + 50_000)
+    measured = measure(shapes, (0.5, 2))
+    np.testing.assert_allclose(measured.solidity, [1, 3 / 3.5], rtol=1e-6)
+    np.testing.assert_allclose(measured.max_diameter_um, [5, np.sqrt(8)], rtol=1e-6)
+    np.testing.assert_allclose(measured.min_diameter_um, [12 / 5, 2], rtol=1e-6)
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(3, 40))
+def test_the_least_width_is_that_over_all_directions(seed, count):
+    """However many polygons are measured at once."""
+    rng = np.random.default_rng(seed)
+    shapes = solid(shapely.polygons(rng.normal(300, 9, (5, count, 2))))
+    angle = np.linspace(0, np.pi, 2000)
+    across = np.stack([np.cos(angle), np.sin(angle)])
+    expected = [np.ptp(shapely.get_coordinates(shape) @ across, axis=0).min() for shape in shapes]
+    measured = measure(shapes, (1, 1)).min_diameter_um
+    assert (measured <= np.array(expected) * (1 + 1e-6)).all()
+    np.testing.assert_allclose(measured, expected, rtol=0.02, atol=0.02)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(polygons, "_PAIRS", 10)
+        np.testing.assert_array_equal(measure(shapes, (1, 1)).min_diameter_um, measured)
 
 
 @given(masks(), st.booleans())
@@ -225,7 +259,7 @@ def test_area_perimeter_and_centroid_are_shapely_s(mask, reverse):
 
 def test_empty_polygons_measure_zero_and_have_no_centroid():
     measured = measure(array(shapely.Polygon(), shapely.box(0, 0, 1, 1)), (1, 1))
-    assert [float(values[0]) for values in measured[:5]] == [0, 0, 0, 0, 0]
+    assert [float(values[0]) for values in measured[:-1]] == [0] * 8
     assert np.isnan(measured.centroid[0]).all()
     assert measured.area_um2[1] == 1
     assert all(len(values) == 0 for values in measure(array(), (1, 1)))

@@ -59,7 +59,7 @@ def test_a_slide_without_trouble_has_no_remarks() -> None:
         (done(saturated_tiles=3), summary(), "3 tiles hold more nuclei than allowed: raise"),
         (done(split_tiles=2), summary(), "2 tiles were done in quarters for want of device memory"),
         (done(touching_nuclei=7), summary(), "7 nuclei reach the edge of what their tile read"),
-        (done(export_dropped=1), summary(), "1 nuclei are too small for the precision of the exports"),
+        (done(export_dropped=1), summary(), "1 nuclei are outside the slide, or too small for the exports"),
         (done(), summary(median=5.0), "the median nucleus has 5 µm², usual are 8 to 150: check the scale (0.5 µm/px"),
         (done(), summary(median=400.0), "the median nucleus has 400 µm²"),
         (done(), summary(suspicious=True), "seam check failed: density near seams is 1.05 ± 0.01"),

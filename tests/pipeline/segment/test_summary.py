@@ -156,7 +156,7 @@ def write(path, sides_um, class_name, at):
     x, y = np.asarray(at, float).reshape(-1, 2).T
     shapes = np.asarray(shapely.box(x - half, y - half, x + half, y + half), dtype=object).reshape(-1)
     provenance = tables.Provenance(
-        "s", (0.5, 0.5), Box(0, 0, 1000, 512), "d", {"Nucleus": (1, 2, 3), "Other": (4, 5, 6)}
+        "s", (0.5, 0.5), Size(1000, 512), Box(0, 0, 1000, 512), "d", {"Nucleus": (1, 2, 3), "Other": (4, 5, 6)}
     )
     with tables.NucleiWriter(path, provenance) as writer:
         writer.write(
@@ -164,7 +164,7 @@ def write(path, sides_um, class_name, at):
             class_name=class_name,
             score=np.linspace(0.5, 1.0, len(shapes)),
             votes=np.ones(len(shapes), int),
-            stains=np.zeros((len(shapes), 2)),
+            stains=np.zeros((len(shapes), len(tables.STAINS))),
         )
 
 

@@ -2,31 +2,31 @@
 
 import json
 import os
-import signal
-import subprocess
-import sys
 import uuid
 from typing import Any
 
 import geopandas
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 import shapely
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pyarrow import dataset
 
 from pipeline import files
 from pipeline.model import instances
 from pipeline.segment import tables
 from pipeline.segment.polygons import measure
-from slides.geometry import Box
+from slides.geometry import Box, Size
 from slides.grid import Tile
 
 PROVENANCE = tables.Provenance(
     slide="4f0c",
     um_per_px=(0.25, 0.5),
+    size=Size(6000, 7000),
     bounds=Box(100, 200, 5000, 6000),
     digest="d1",
     colours={"Nucleus": (200, 30, 30), "Lymphocyte": (0, 128, 255)},
@@ -44,7 +44,7 @@ def rest(count: int, seed: int = 0) -> dict[str, Any]:
         "class_name": [("Nucleus", "Lymphocyte")[k] for k in rng.integers(0, 2, count)],
         "score": rng.random(count),
         "votes": rng.integers(1, 9, count),
-        "stains": rng.random((count, 2)),
+        "stains": rng.random((count, len(tables.STAINS))),
     }
 
 
@@ -53,69 +53,6 @@ def write(path, shapes, columns, cuts=()) -> None:
         for part in np.split(np.arange(len(shapes)), cuts):
             columns_of_part: dict[str, Any] = {name: np.asarray(values)[part] for name, values in columns.items()}
             writer.write(shapes[part], **columns_of_part)
-
-
-# -------------------------------------------------------------------------------------------- committed
-
-
-def test_a_committed_file_appears_when_it_is_complete(tmp_path):
-    target = tmp_path / "a.json"
-    with files.committed(target) as partial:
-        partial.write_text("whole")
-        assert not target.exists()
-        assert partial.parent == tmp_path
-        assert partial.suffix == ".json"
-    assert target.read_text() == "whole"
-    assert os.listdir(tmp_path) == ["a.json"]
-
-
-def test_an_error_leaves_the_old_file_and_no_other(tmp_path):
-    target = tmp_path / "a.json"
-    target.write_text("old")
-
-    def fail() -> None:
-        with files.committed(target) as partial:
-            partial.write_text("half")
-            raise RuntimeError("midway")
-
-    with pytest.raises(RuntimeError, match="midway"):
-        fail()
-    assert target.read_text() == "old"
-    assert os.listdir(tmp_path) == ["a.json"]
-
-
-def test_writers_of_one_path_do_not_disturb_each_other(tmp_path):
-    target = tmp_path / "a"
-    with files.committed(target) as first:
-        first.write_text("first")
-        with files.committed(target) as second:
-            second.write_text("second")
-        assert target.read_text() == "second"
-    assert target.read_text() == "first"
-
-
-@pytest.mark.skipif(os.name != "posix", reason="needs SIGKILL")
-def test_a_killed_writer_leaves_nothing_that_looks_complete(tmp_path):
-    code = (
-        "import os, signal, sys\n"
-        "from pathlib import Path\n"
-        "from pipeline.files import committed\n"
-        "with committed(Path(sys.argv[1]) / 'a.json') as partial:\n"
-        "    partial.write_text('half')\n"
-        "    os.kill(os.getpid(), signal.SIGKILL)\n"
-    )
-    killed = subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False)
-    assert killed.returncode == -signal.SIGKILL
-    assert not (tmp_path / "a.json").exists()
-    assert len(os.listdir(tmp_path)) == 1
-    assert files.sweep(tmp_path) == 1
-    assert os.listdir(tmp_path) == []
-
-
-def test_sweeping_spares_complete_files(tmp_path):
-    (tmp_path / "nuclei.parquet").write_text("whole")
-    assert files.sweep(tmp_path) == 0
-    assert os.listdir(tmp_path) == ["nuclei.parquet"]
 
 
 # -------------------------------------------------------------------------------------------- instances
@@ -127,7 +64,7 @@ def rows_of(row: int, col: int, count: int) -> pa.Table:
         scores=rng.random(count, dtype=np.float32),
         votes=rng.integers(1, 9, count),
         class_index=rng.integers(0, 3, count),
-        stain_density=rng.random((count, 2), dtype=np.float32),
+        stain_density=rng.random((count, 2, len(instances.STATISTICS)), dtype=np.float32),
     )
     tile = Tile(row, col, Box(0, 0, 10, 10), Box(-1, -1, 11, 11))
     return tables.instance_rows(tile, squares(count, row * 10 + col), found)
@@ -183,10 +120,12 @@ def test_nuclei_read_back_as_they_were(tmp_path):
     assert back["class"].to_pylist() == columns["class_name"]
     np.testing.assert_array_equal(back["score"], columns["score"].astype(np.float32))
     np.testing.assert_array_equal(back["votes"], columns["votes"])
-    np.testing.assert_array_equal(back["eosin"], columns["stains"][:, 1].astype(np.float32))
+    for name, values in zip(tables.STAINS, columns["stains"].T, strict=True):
+        np.testing.assert_array_equal(back[name], values.astype(np.float32))
     shape = measure(shapes, PROVENANCE.um_per_px)
     np.testing.assert_array_equal(back["area_um2"], shape.area_um2)
-    np.testing.assert_array_equal(back["minor_axis_um"], shape.minor_axis_um)
+    for name in ("minor_axis_um", "solidity", "max_diameter_um", "min_diameter_um"):
+        np.testing.assert_array_equal(back[name], getattr(shape, name))
     np.testing.assert_array_equal(back["centroid_y"], shape.centroid[:, 1])
     assert tables.read_provenance(path) == PROVENANCE
     assert tables.read_nuclei(path, ["id", "score"]).column_names == ["id", "score"]
@@ -215,6 +154,24 @@ def test_geopandas_opens_it(tmp_path):
     np.testing.assert_allclose(frame.total_bounds, shapely.total_bounds(shapes))
 
 
+def test_geopandas_reads_the_nuclei_of_a_region(tmp_path, monkeypatch):
+    """And nothing of the row groups that do not reach into it."""
+    monkeypatch.setattr(tables, "_ROW_GROUP", 16)
+    path, shapes = tmp_path / "nuclei.parquet", squares(90)
+    shapes = shapes[np.argsort(shapely.bounds(shapes)[:, 1])]
+    write(path, shapes, rest(90))
+    region = shapely.box(500, 1000, 2500, 1500)
+    inside = shapely.intersects(shapes, region)
+    assert 0 < inside.sum() < 30
+    frame = geopandas.read_parquet(path, bbox=region.bounds)
+    assert list(frame.columns) == tables.NUCLEI.names
+    assert frame.geometry.tolist() == shapes[inside].tolist()
+    (file,) = dataset.dataset(path).get_fragments()
+    x, y = pc.field("bbox", "xmin") <= 2500, pc.field("bbox", "ymin") <= 1500
+    touched = x & y & (pc.field("bbox", "xmax") >= 500) & (pc.field("bbox", "ymax") >= 1000)
+    assert 1 <= len(file.split_by_row_group(touched)) <= 3 < file.metadata.num_row_groups
+
+
 def test_its_metadata_is_geoparquet_1_1(tmp_path):
     path, shapes = tmp_path / "nuclei.parquet", squares(12)
     write(path, shapes, rest(12), [5])
@@ -226,6 +183,9 @@ def test_its_metadata_is_geoparquet_1_1(tmp_path):
     assert column["geometry_types"] == ["Polygon"]
     assert column["crs"] is None
     np.testing.assert_array_equal(column["bbox"], shapely.total_bounds(shapes))
+    assert column["covering"] == {"bbox": {side: ["bbox", side] for side in ("xmin", "ymin", "xmax", "ymax")}}
+    stored = pq.read_table(path, columns=["bbox"])["bbox"].combine_chunks().flatten()
+    np.testing.assert_array_equal(np.stack(stored, axis=1), shapely.bounds(shapes))
 
 
 def test_a_slide_without_nuclei_has_a_table(tmp_path):
@@ -233,6 +193,7 @@ def test_a_slide_without_nuclei_has_a_table(tmp_path):
     write(path, squares(0), rest(0))
     assert tables.read_nuclei(path).num_rows == 0
     assert len(geopandas.read_parquet(path)) == 0
+    assert len(geopandas.read_parquet(path, bbox=(0, 0, 9, 9))) == 0
     assert tables.read_provenance(path) == PROVENANCE
 
 
@@ -249,7 +210,7 @@ def test_ids_are_uuids_of_slide_and_polygon(tmp_path):
 def test_other_slides_have_other_ids(tmp_path):
     ids = []
     for slide in ("one", "two"):
-        provenance = tables.Provenance(slide, (1, 1), Box(0, 0, 9, 9), "", PROVENANCE.colours)
+        provenance = tables.Provenance(slide, (1, 1), Size(9, 9), Box(0, 0, 9, 9), "", PROVENANCE.colours)
         with tables.NucleiWriter(tmp_path / slide, provenance) as writer:
             writer.write(squares(3), **rest(3))
         ids += tables.read_nuclei(tmp_path / slide, ["id"])["id"].to_pylist()

@@ -15,9 +15,10 @@ from PIL import Image
 from pycocotools import mask as mask_tools
 from pycocotools.coco import COCO
 
+from pipeline.errors import AnnotationError
 from training.data.coco import _counts, write_coco
 from training.data.datasets import read_dataset
-from training.data.sample import AnnotationError, Dataset, LabelledImage, Sample, labelled_image
+from training.data.sample import Dataset, LabelledImage, Sample, labelled_image
 
 # pycocotools' own decoder, which only the tests use, is not ready for numpy 2.
 DECODER = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")

@@ -12,10 +12,11 @@ from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
 from PIL import Image, TiffImagePlugin
 
+from pipeline.errors import AnnotationError
 from training.data.coco import write_coco
 from training.data.datasets import group_of, named_splits, read_dataset
 from training.data.label_maps import write_folder
-from training.data.sample import AnnotationError, Dataset, LabelledImage, Sample, labelled_image
+from training.data.sample import Dataset, LabelledImage, Sample, labelled_image
 
 MAPS = arrays(
     np.uint16, st.tuples(st.integers(1, 9), st.integers(1, 9)), elements=st.sampled_from([0, 0, 1, 2, 7, 300])

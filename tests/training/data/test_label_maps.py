@@ -15,9 +15,10 @@ from PIL import Image
 from scipy import ndimage
 from scipy.io import savemat
 
+from pipeline.errors import AnnotationError
 from training.data.datasets import read_dataset
 from training.data.mat5 import read_mat
-from training.data.sample import AnnotationError, Dataset, LabelledImage
+from training.data.sample import Dataset, LabelledImage
 
 Ints = NDArray[np.uint16]
 

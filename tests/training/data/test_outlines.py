@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from PIL import Image
 
+from pipeline.errors import AnnotationError
 from training.data.datasets import read_dataset
 from training.data.outlines import paint
-from training.data.sample import AnnotationError, Dataset, LabelledImage
+from training.data.sample import Dataset, LabelledImage
 
 RGB = np.random.default_rng(0).integers(0, 256, (12, 12, 3), dtype=np.uint8)
 MAPS = arrays(np.uint8, (12, 12), elements=st.sampled_from([0, 0, 1, 2, 3]))

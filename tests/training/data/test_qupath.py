@@ -19,12 +19,13 @@ from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipeline.segment import export, tables
+from pipeline.config import Export
+from pipeline.errors import AnnotationError
+from pipeline.segment import export, geojson, tables
 from pipeline.segment.polygons import from_masks, rasterise
-from slides.geometry import Box
-from training.data import qupath
+from slides.geometry import Box, Size
 from training.data.datasets import read_dataset
-from training.data.sample import AnnotationError, Dataset, LabelledImage
+from training.data.sample import Dataset, LabelledImage
 
 RGB = np.random.default_rng(0).integers(0, 256, (12, 12, 3), dtype=np.uint8)
 MAPS = arrays(np.uint8, (12, 12), elements=st.sampled_from([0, 0, 1, 2, 3]))
@@ -200,10 +201,10 @@ def test_a_file_that_unpacks_without_end_is_refused(
     picture(tmp_path / "x.png")
     save(tmp_path / "x", " " * 100_000 + "[]")
     assert max(p.stat().st_size for p in tmp_path.iterdir()) < 2000
-    monkeypatch.setattr(qupath, "_LARGEST_UNPACKED", 50_000)
+    monkeypatch.setattr(geojson, "_LARGEST_UNPACKED", 50_000)
     with pytest.raises(AnnotationError, match="unpacks to more than 50000 bytes: need at most that"):
         read_dataset(tmp_path, mpp=0.25)
-    monkeypatch.setattr(qupath, "_LARGEST_UNPACKED", 100_002)
+    monkeypatch.setattr(geojson, "_LARGEST_UNPACKED", 100_002)
     assert read_dataset(tmp_path, mpp=0.25).images[0].read().labels.max() == 0
 
 
@@ -312,15 +313,39 @@ def test_a_slide_needs_regions(tmp_path: Path) -> None:
         read_dataset(tmp_path, mpp=0.25)
 
 
-def test_what_we_export_can_be_corrected_in_qupath_and_read(tmp_path: Path) -> None:
-    """nuclei.geojson.zip, named after its image, is read as it was written."""
+def test_areas_around_nuclei_are_no_nuclei(tmp_path: Path) -> None:
+    """What import.groovy adds beside the nuclei, and a tumour that a person drew; a nucleus may lie in another one."""
+    picture(tmp_path / "x.png")
+    around = shapely.MultiPolygon([shapely.box(0, 0, 5, 5).buffer(0.4), shapely.box(8, 8, 9, 9)])
+    drawn = [
+        feature(around, "Tissue", "annotation"),
+        feature(shapely.box(7, 1, 9, 4).buffer(0.4), "Artefact: pen", "annotation"),
+        feature(shapely.box(0, 0, 6, 6).buffer(0.4), "Tumor", "annotation"),
+        feature(shapely.box(1, 1, 2, 2)),
+        feature(shapely.box(3, 3, 4, 4), "Tumor", "annotation"),
+        feature(shapely.box(7, 7, 10, 10).buffer(0.4), None, "annotation"),
+        feature(shapely.box(8, 8, 9, 9)),
+    ]
+    (tmp_path / "x.geojson").write_text(json.dumps(drawn))
+    found = read_dataset(tmp_path, mpp=0.25)
+    assert len(np.unique(only(found).labels)) == 1 + 4
+    assert found.skipped == {"an area: Tissue, Artefact, or an annotation around two or more nuclei": 3}
+
+
+@pytest.mark.parametrize("cells", [0.0, 0.5])
+def test_what_we_export_can_be_corrected_in_qupath_and_read(tmp_path: Path, cells: float) -> None:
+    """nuclei.geojson.zip, named after its image, is read as it was written; of cells, the nuclei."""
     _, drawn = outlines(np.kron(np.array([[1, 0], [2, 3]], np.uint8), np.ones((6, 6), np.uint8)).astype(np.uint8))
-    provenance = tables.Provenance("s", (0.25, 0.25), Box(0, 0, 12, 12), "d", {"Nucleus": (200, 30, 30)})
+    provenance = tables.Provenance("s", (0.25, 0.25), Size(12, 12), Box(0, 0, 12, 12), "d", {"Nucleus": (200, 30, 30)})
     with tables.NucleiWriter(tmp_path / "n.parquet", provenance) as writer:
         writer.write(
-            drawn, class_name=["Nucleus"] * 3, score=np.ones(3), votes=np.ones(3, int), stains=np.zeros((3, 2))
+            drawn,
+            class_name=["Nucleus"] * 3,
+            score=np.ones(3),
+            votes=np.ones(3, int),
+            stains=np.zeros((3, len(tables.STAINS))),
         )
-    export.write_qupath(tmp_path / "n.parquet", tmp_path / "x.geojson.zip", crop=True)
+    export.write_qupath(tmp_path / "n.parquet", tmp_path / "x.geojson.zip", Export(cells=cells))
     picture(tmp_path / "x.png")
     expected = rasterise(shapely.from_wkb(tables.read_nuclei(tmp_path / "n.parquet")["geometry"].to_pylist()), (12, 12))
     np.testing.assert_array_equal(only(read_dataset(tmp_path, mpp=0.25)).labels, expected)

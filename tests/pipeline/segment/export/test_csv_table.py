@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from nuclei_tables import PROVENANCE, blobs, write
+from pipeline.config import Export
 from pipeline.segment import tables
 from pipeline.segment.export.csv_table import write_csv
 from pipeline.segment.export.exported import Exported
@@ -14,7 +15,7 @@ from pipeline.segment.export.exported import Exported
 @pytest.mark.parametrize("crop", [True, False])
 def test_the_csv_reads_back_equal(tmp_path, crop):
     nuclei = write(tmp_path / "nuclei.parquet", blobs(25))
-    assert write_csv(nuclei, tmp_path / "n.csv", crop=crop) == Exported(25)
+    assert write_csv(nuclei, tmp_path / "n.csv", Export(crop=crop)) == Exported(25)
     rows = tables.read_nuclei(nuclei)
     with (tmp_path / "n.csv").open(newline="", encoding="utf-8") as file:
         back = list(csv.DictReader(file))
@@ -30,19 +31,21 @@ def test_the_csv_reads_back_equal(tmp_path, crop):
 
 def test_a_slide_without_nuclei_has_a_header(tmp_path):
     nuclei = write(tmp_path / "nuclei.parquet", blobs(0))
-    assert write_csv(nuclei, tmp_path / "n.csv", crop=True) == Exported(0)
+    assert write_csv(nuclei, tmp_path / "n.csv", Export()) == Exported(0)
     assert len((tmp_path / "n.csv").read_text().splitlines()) == 1
 
 
 def test_numbers_that_are_not_finite_are_left_out(tmp_path):
+    stains = np.full((3, len(tables.STAINS)), 0.5)
+    stains[:, tables.STAINS.index("eosin")] = np.nan, 0.3, -np.inf
     with tables.NucleiWriter(tmp_path / "nuclei.parquet", PROVENANCE) as writer:
         writer.write(
             blobs(3),
             class_name=["Nucleus"] * 3,
             score=np.array([0.5, np.inf, 1e-7]),
             votes=np.ones(3, dtype=int),
-            stains=np.array([[0.1, np.nan], [np.nan, 0.3], [0.5, -np.inf]]),
+            stains=stains,
         )
-    write_csv(tmp_path / "nuclei.parquet", tmp_path / "n.csv", crop=True)
+    write_csv(tmp_path / "nuclei.parquet", tmp_path / "n.csv", Export())
     with (tmp_path / "n.csv").open(newline="") as file:
         assert [row["eosin"] for row in csv.DictReader(file)] == ["", "0.3", ""]

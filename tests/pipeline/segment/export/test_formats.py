@@ -1,9 +1,16 @@
 """Every format: equal tables give equal bytes, and its counts read as a sentence."""
 
+import dataclasses
+import re
 import typing
 
-from nuclei_tables import blobs, write
+import pytest
+
+import dicom_files
+from nuclei_tables import PROVENANCE, blobs, write
+from pipeline import files
 from pipeline.config import Export
+from pipeline.errors import ConfigError
 from pipeline.layout import EXPORTS, SlideFolder
 from pipeline.segment.export import FORMATS, Exported
 from pipeline.segment.finished import write_exports
@@ -16,12 +23,19 @@ def test_every_format_that_can_be_chosen_is_there():
 
 def test_the_same_table_gives_the_same_bytes(tmp_path):
     nuclei = write(tmp_path / "nuclei.parquet", blobs(20))
-    for name, write_format in FORMATS.items():
+    image = dicom_files.complete(dicom_files.write(tmp_path / "slide.dcm", "1.2.3"), PROVENANCE.size)
+    for name, made in FORMATS.items():
         twice = []
         for attempt in ("first", "second"):
-            write_format(nuclei, tmp_path / f"{name}-{attempt}", crop=True)
-            twice.append((tmp_path / f"{name}-{attempt}").read_bytes())
-        assert twice[0] == twice[1]
+            (tmp_path / attempt).mkdir(exist_ok=True)
+            made.write(nuclei, tmp_path / attempt / EXPORTS[name], Export(dicom_reference=str(image)))
+            twice.append(files.sha256(tmp_path / attempt / EXPORTS[name]))
+        assert twice[0] == twice[1], name
+
+
+def test_the_options_of_a_format_are_settings():
+    settings = {field.name for field in dataclasses.fields(Export)}
+    assert all({*made.options} <= settings - {"formats"} for made in FORMATS.values())
 
 
 def test_the_chosen_formats_are_written_beside_the_table(tmp_path):
@@ -29,6 +43,15 @@ def test_the_chosen_formats_are_written_beside_the_table(tmp_path):
     written = write_exports(SlideFolder(tmp_path), Export(formats=("csv", "qupath")))
     assert written == {"csv": Exported(20), "qupath": Exported(20)}
     assert {path.name for path in tmp_path.iterdir()} == {"nuclei.parquet", "nuclei.csv", "nuclei.geojson.zip"}
+
+
+def test_a_format_whose_package_is_missing_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setitem(FORMATS, "h5ad", FORMATS["h5ad"]._replace(package="no_such_package"))
+    write(tmp_path / "nuclei.parquet", blobs(1))
+    message = 'format h5ad needs the package no_such_package, which is not installed: pip install "nightslide[anndata]"'
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        write_exports(SlideFolder(tmp_path), Export(formats=("csv", "h5ad")))
+    assert [path.name for path in tmp_path.iterdir()] == ["nuclei.parquet"]
 
 
 def test_the_counts_read_as_a_sentence():

@@ -1,0 +1,102 @@
+"""Nuclei in annotated regions, over all finished slides of a run: `regions.csv` of each slide, and of the run."""
+
+import contextlib
+import csv
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import shapely
+
+from pipeline import config, files
+from pipeline.archive.ledger import read_ledger
+from pipeline.archive.region_files import match_regions
+from pipeline.errors import RunError
+from pipeline.layout import RunFolder, SlideFolder
+from pipeline.report.page import write_report
+from pipeline.segment.region_table import measure_regions
+from pipeline.segment.regions import RegionFile
+from pipeline.text import csv_cell, one_line, printable
+from slides.errors import NightslideError
+
+
+class Measured(NamedTuple):
+    """What became of a slide."""
+
+    slide: str
+    rows: Sequence[dict[str, Any]] = ()  # of its regions.csv
+    words: str = ""  # for the terminal
+    failed: bool = False  # it has regions, but these could not be measured
+
+
+def measure_slides(folder: Path, regions: config.Regions) -> Iterator[Measured]:
+    """Measure the nuclei of every finished slide in its regions, and write the tables; a slide at a time.
+
+    folder: of a run, or of one slide of it. A slide without regions, or with regions that cannot be read, stops
+    no other, and keeps no regions.csv of an earlier call. The run's own regions.csv and report are written last.
+    `pipeline.segment.region_table` says what the columns are.
+    Raises RunError for a folder without finished slides, and what `match_regions` raises.
+    """
+    if not regions.folder:
+        raise RunError("regions is not given: need --regions with the folder of QuPath's GeoJSON files")
+    run = RunFolder(folder)
+    finished = run.finished()
+    slides = {printable(_name(slide, run)): slide for slide in finished}
+    if not slides:
+        raise RunError(f"{folder} holds no finished slide: need the --out folder of a run")
+    matches = match_regions(regions.folder, {name: _source(slide) for name, slide in slides.items()})
+    rows: list[dict[str, Any]] = []
+    for name, slide in slides.items():
+        if name in matches.files:
+            measured = _measure(name, slide, matches.files[name], regions.crop)
+        elif name in matches.problems:
+            measured = Measured(name, words=matches.problems[name], failed=True)
+        else:
+            measured = Measured(name, words=f"no file of regions in {regions.folder}")
+        if measured.rows:
+            _write(slide.regions, measured.rows)
+        else:
+            slide.regions.unlink(missing_ok=True)
+        rows += measured.rows
+        yield measured
+    if [slide.path for slide in finished] != [run.path]:
+        _write(run.regions, rows)
+        with contextlib.suppress(RunError):  # slides of which there is no ledger
+            write_report(run, read_ledger(run))
+
+
+def _name(slide: SlideFolder, run: RunFolder) -> str:
+    return slide.path.relative_to(run.path).as_posix() if slide.path != run.path else run.path.resolve().name
+
+
+def _source(slide: SlideFolder) -> Path:
+    """The path of the slide that the results are of; only its name where nothing else is known."""
+    content = files.read_json(slide.slide_json) or {}
+    return Path(str(content.get("source_path") or content.get("source") or slide.path.name))
+
+
+def _measure(name: str, slide: SlideFolder, path: Path, crop: bool) -> Measured:
+    try:
+        table = measure_regions(slide, RegionFile.of(path, crop))
+    except (NightslideError, OSError, KeyError, pa.ArrowException, shapely.errors.ShapelyError) as error:
+        return Measured(name, words=one_line(error), failed=True)
+    notes = "".join(f"; {note}" for note in table.notes)
+    rows = [{"slide": name, **row} for row in table.rows]
+    return Measured(name, rows, f"{table.regions.describe(path)}{notes}")
+
+
+def _write(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Commit rows as CSV; the columns are those of all rows, and what is not known is left empty."""
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    with files.committed(path) as partial, partial.open("w", newline="", encoding="utf-8", errors="replace") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows({name: _cell(value) for name, value in row.items()} for row in rows)
+
+
+def _cell(value: Any) -> object:
+    """A value as text: numbers with six digits, none for NaN."""
+    if isinstance(value, float):
+        return "" if value != value else f"{value:.6g}"
+    return csv_cell(value)

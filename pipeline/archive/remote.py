@@ -1,0 +1,225 @@
+"""Slides on object stores and web servers, by URL: s3://bucket/key, gs://bucket/key, az://container/key, https://...
+
+obstore reads them (extra `remote`), with its own credentials from the environment. A slide is never opened there: its
+files are listed, and read in pieces into a copy on a disk (`pipeline.archive.staging`).
+
+Law: a user name, password, query or fragment of a URL, which may be a secret, is in no message and no result.
+"""
+
+import contextlib
+import io
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, BinaryIO, NamedTuple, Self
+from urllib.parse import unquote, urlsplit
+
+from pipeline.archive.staging import Part
+from pipeline.errors import ConfigError, RunError, SlideChanged
+from pipeline.segment.job import Origin
+from pipeline.text import one_line
+from slides.errors import NightslideError, SlideNotFound, SlideUnreadable
+from slides.parts import parts
+
+_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*)", re.DOTALL)
+_BUCKETS, _WEB = ("s3", "gs", "az"), ("https", "http")
+_NEED = "need s3://BUCKET/..., gs://BUCKET/..., az://CONTAINER/... or https://HOST/..."
+
+_PIECE = 8 * 2**20  # bytes of a request, held in memory; obstore ends a request after 30 s, so 0.3 MB/s are enough
+_HEADER = 2**16  # bytes that are read ahead of a DICOM header
+
+
+def is_url(given: object) -> bool:
+    return _URL.match(str(given)) is not None
+
+
+def without_secrets(url: str) -> str:
+    """A URL without user name, password, query and fragment."""
+    scheme, _, rest = url.partition("://")
+    place = re.split(r"[?#]", rest, maxsplit=1)[0]
+    host, slash, path = place.partition("/")
+    return f"{scheme}://{host.rpartition('@')[2]}{slash}{path}"
+
+
+class Entry(NamedTuple):
+    """A file of a store: its key, its size and date, and a tag that changes with its content, if the store has one."""
+
+    key: str
+    bytes: int
+    mtime_ns: int
+    etag: str
+
+    @classmethod
+    def of(cls, meta: Any) -> Self:
+        """From what obstore says of a file."""
+        mtime_ns = int(meta["last_modified"].timestamp() * 10**9)
+        return cls(meta["path"], meta["size"], mtime_ns, meta["e_tag"] or "")
+
+
+def locate(url: str) -> "RemoteFolder | RemoteSlide":
+    """The slide at a URL, or else the folder: all that is stored below it.
+
+    Raises RunError for a URL that cannot be used or does not answer; ConfigError where obstore is not installed.
+    """
+    store, place, key = _store(url)
+    folder, _, name = key.rpartition("/")
+    slide = RemoteSlide(RemoteFolder(store, place, f"{folder}/" if folder else ""), name)
+    try:
+        if name:
+            with contextlib.suppress(SlideNotFound):
+                slide.origin()
+                return slide
+        return RemoteFolder(store, place, f"{key}/" if key else "")
+    except NightslideError as error:
+        raise RunError(str(error)) from None
+
+
+def _store(url: str) -> tuple[Any, str, str]:
+    """The store of a URL; its place, a URL without secrets that ends with "/"; and the key that the URL names."""
+    match = _URL.fullmatch(url)
+    scheme, rest = (match[1].lower(), match[2]) if match else ("", "")
+    shown = without_secrets(url)
+    if scheme not in _BUCKETS + _WEB:
+        raise RunError(f"{shown}: {_NEED}")
+    try:
+        from obstore.store import from_url
+    except ImportError:
+        raise ConfigError(f'{shown} needs obstore: pip install "nightslide[remote]"') from None
+    options: Any
+    if scheme in _BUCKETS:
+        root, _, key = rest.partition("/")
+        if not root or "@" in root or "?" in rest:
+            raise RunError(f"{shown}: {_NEED}, without user name and query: credentials are read from the environment")
+        root = f"{scheme}://{root}"
+        place, options = f"{root}/", None
+    else:
+        parsed = urlsplit(url)
+        key, root = unquote(parsed.path).lstrip("/"), parsed._replace(path="", fragment="").geturl()
+        place, options = without_secrets(f"{scheme}://{parsed.netloc}/"), {"allow_http": scheme == "http"}
+    with _asked(place, RunError):
+        return from_url(root, client_options=options), place, key.rstrip("/")
+
+
+@contextlib.contextmanager
+def _asked(url: str, refused: type[NightslideError] = SlideUnreadable) -> Iterator[None]:
+    """Turn what obstore raises into an error of ours: its own shows the URL that was asked, with all secrets."""
+    try:
+        yield
+    except NightslideError:
+        raise
+    except FileNotFoundError:
+        raise SlideNotFound(f"{url}: there is no such file") from None
+    except Exception as error:
+        cause = one_line(error).partition(" Debug source:")[0]
+        cause = re.sub(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s\"']+", lambda found: without_secrets(found[0]), cause)
+        raise refused(
+            f"{url} cannot be read ({type(error).__name__}: {cause}): are the address and the "
+            f"credentials in the environment right?"
+        ) from None
+
+
+@dataclass(frozen=True)
+class RemoteFolder:
+    """All that lies below a key of a store, as a `Directory`; key: "" or a path that ends with "/"."""
+
+    store: Any
+    place: str  # of the store, for messages and results: a URL without secrets that ends with "/"
+    key: str
+
+    def files(self) -> list[str]:
+        return [name for name in self.everything() if "/" not in name]
+
+    def below(self, name: str) -> list[str]:
+        return [f"{name}/{inner}" for inner in self.inner(name).everything()]
+
+    def everything(self) -> list[str]:
+        """All files at any depth. Raises as `entry`."""
+        with _asked(self.url("")):
+            chunks = self._obstore().list(self.store, prefix=self.key.rstrip("/") or None)
+            keys = sorted(meta["path"] for chunk in chunks for meta in chunk)
+        return [key.removeprefix(self.key) for key in keys]
+
+    def inner(self, name: str) -> "RemoteFolder":
+        """The folder of this name in it; "" is itself."""
+        return RemoteFolder(self.store, self.place, f"{self.key}{name}/") if name else self
+
+    def open(self, name: str) -> BinaryIO:
+        return io.BufferedReader(_Reader(self, self.entry(name)), _HEADER)
+
+    def entry(self, name: str) -> Entry:
+        """Raises SlideNotFound; SlideUnreadable where the store refuses it or does not answer."""
+        with _asked(self.url(name)):
+            return Entry.of(self._obstore().head(self.store, self.key + name))
+
+    def read(self, entry: Entry, start: int, end: int) -> bytes:
+        """Bytes [start, end) of a file. Raises SlideChanged where it is not the one that was listed any more."""
+        if start >= end:
+            return b""
+        url = self.place + entry.key
+        with _asked(url):
+            answer = self._obstore().get(self.store, entry.key, options={"range": (start, end)})
+            if Entry.of(answer.meta)[1:] != entry[1:]:
+                raise SlideChanged(f"{url} changed while it was copied: run the same command again")
+            return bytes(answer.bytes())
+
+    def url(self, name: str) -> str:
+        return f"{self.place}{self.key}{name}"
+
+    @staticmethod
+    def _obstore() -> Any:
+        import obstore
+
+        return obstore
+
+
+class _Reader(io.RawIOBase):
+    """A file of a store that is read in pieces, from any place."""
+
+    def __init__(self, folder: RemoteFolder, entry: Entry) -> None:
+        self._folder, self._entry, self._at = folder, entry, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._entry.bytes}[whence]
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        content = self._folder.read(self._entry, self._at, min(self._at + len(buffer), self._entry.bytes))
+        buffer[: len(content)] = content
+        self._at += len(content)
+        return len(content)
+
+
+@dataclass(frozen=True)
+class RemoteSlide:
+    """A slide of a store, as `SlideFiles`."""
+
+    folder: RemoteFolder
+    name: str
+
+    @property
+    def place(self) -> str:
+        return self.folder.url(self.name)
+
+    def origin(self) -> Origin:
+        entry = self.folder.entry(self.name)
+        return Origin(self.place, entry.bytes, entry.mtime_ns)
+
+    def parts(self) -> list[Part]:
+        try:
+            names = parts(self.name, self.folder)
+        except OSError as error:
+            raise SlideUnreadable(f"{self.place} cannot be read: {error}") from None
+        return [Part(name, entry.bytes, entry.mtime_ns) for name in names for entry in [self.folder.entry(name)]]
+
+    def pieces(self, part: Part) -> Iterator[bytes]:
+        entry = self.folder.entry(part.name)
+        if (entry.bytes, entry.mtime_ns) != part[1:]:
+            raise SlideChanged(f"{self.folder.url(part.name)} changed while it was copied: run the same command again")
+        for start in range(0, entry.bytes, _PIECE):
+            yield self.folder.read(entry, start, min(start + _PIECE, entry.bytes))

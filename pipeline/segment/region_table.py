@@ -1,0 +1,157 @@
+"""Nuclei of a finished slide, measured region by region. Nothing but its tables and outlines is read."""
+
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import shapely
+from numpy.typing import NDArray
+
+from pipeline.layout import SlideFolder
+from pipeline.segment import tables
+from pipeline.segment.geojson import read_objects
+from pipeline.segment.polygons import Floats, Ints, Polygons
+from pipeline.segment.regions import RegionFile, SlideRegions, contained, read_regions
+
+_STATISTICS, _QUARTILES = ("mean", "q25", "median", "q75"), (0.25, 0.5, 0.75)
+
+_PLACE = ("centroid_x", "centroid_y")
+_ARTEFACT = "artefact"  # the column with the kind of artefact that a nucleus lies in, empty where in none
+
+
+class RegionTable(NamedTuple):
+    """What was measured in the regions of a slide."""
+
+    regions: SlideRegions
+    rows: list[dict[str, Any]]  # a row for each region, in the order of its file
+    notes: tuple[str, ...]  # what a reader of the rows should know
+
+
+def measure_regions(slide: SlideFolder, file: RegionFile) -> RegionTable:
+    """Count and measure the nuclei in each region of a finished slide.
+
+    Columns: region (its name), class, area_mm2, tissue_mm2 (NaN where it is not known), nuclei (all whose centroid lies
+    in the region, half-open), nuclei_in_artefacts, per_mm2 (of tissue), fraction_CLASS, and of every measurement in
+    nuclei.parquet its mean, q25, median and q75. Tissue is counted without artefacts, so per_mm2 and all that
+    follows are of the nuclei outside of artefacts; NaN where there are none.
+    Memory holds one column of the table, and four bytes for each nucleus in each region.
+    Law: counts and areas of regions that partition a slide sum to those of the slide.
+    Raises AnnotationError for regions or outlines that cannot be read.
+    """
+    provenance = tables.read_provenance(slide.nuclei)
+    regions = read_regions(file, provenance.bounds)
+    inside = _members(slide.nuclei, regions.polygons)
+    kept = _outside_artefacts(slide.nuclei, inside)
+    tissue_px = _tissue_px(slide, regions.polygons, (provenance.bounds.x0, provenance.bounds.y0))
+    unknown = f"mm2 of tissue are not known, as {slide.tissue_annotation.name} is missing: run the slide again"
+    mm2 = math.prod(provenance.um_per_px) / 1e6  # of a px
+    counts = np.array([len(rows) for rows in kept])
+    columns: dict[str, Iterable[Any]] = {
+        "region": regions.names,
+        "class": regions.classes,
+        "area_mm2": shapely.area(regions.polygons) * mm2,
+        "tissue_mm2": tissue_px * mm2,
+        "nuclei": [len(rows) for rows in inside],
+        "nuclei_in_artefacts": [len(rows) - len(clean) for rows, clean in zip(inside, kept, strict=True)],
+        "per_mm2": counts / np.where(tissue_px > 0, tissue_px * mm2, np.nan),
+        **_fractions(slide.nuclei, kept, sorted(provenance.colours)),
+        **_statistics(slide.nuclei, kept),
+    }
+    rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    return RegionTable(regions, rows, () if slide.tissue_annotation.exists() else (unknown,))
+
+
+# ------------------------------------------------------------------------------------------------- nuclei
+
+
+def _members(nuclei: Path, polygons: Polygons) -> list[Ints]:
+    """Rows of the nuclei in each region, ascending."""
+    members: list[list[NDArray[np.int32]]] = [[np.zeros(0, np.int32)] for _ in polygons]
+    first = 0
+    for rows in tables.iter_nuclei(nuclei, _PLACE):
+        xy = np.stack([rows[name].to_numpy() for name in _PLACE], 1)
+        for polygon, parts in zip(polygons, members, strict=True):
+            parts.append((first + contained(polygon, xy)).astype(np.int32))
+        first += rows.num_rows
+    return [np.concatenate(parts) for parts in members]
+
+
+def _outside_artefacts(nuclei: Path, members: list[Ints]) -> list[Ints]:
+    """Of these rows those that lie in no artefact: all, in tables of versions that detected none."""
+    if _ARTEFACT not in pq.read_schema(nuclei).names:
+        return members
+    kind = tables.read_nuclei(nuclei, [_ARTEFACT])[_ARTEFACT]
+    clean = pc.equal(pc.fill_null(kind, ""), "").to_numpy()
+    return [rows[clean[rows]] for rows in members]
+
+
+def _fractions(nuclei: Path, members: Sequence[Ints], classes: Sequence[str]) -> dict[str, Floats]:
+    """The share of each class in each region."""
+    index = pc.index_in(tables.read_nuclei(nuclei, ["class"])["class"], pa.array(classes, pa.string())).to_numpy()
+    counts = np.array([np.bincount(index[rows], minlength=len(classes)) for rows in members])  # (regions, classes)
+    total = counts.sum(1)
+    shares = counts.T / np.where(total > 0, total, np.nan)
+    return {f"fraction_{name}": share for name, share in zip(classes, shares, strict=True)}
+
+
+def _statistics(nuclei: Path, members: Sequence[Ints]) -> dict[str, Floats]:
+    """Mean and quartiles of every measurement in each region; values that are not finite do not count."""
+    columns: dict[str, Floats] = {}
+    for field in pq.read_schema(nuclei):
+        if field.name in _PLACE or not (pa.types.is_floating(field.type) or pa.types.is_integer(field.type)):
+            continue
+        values = tables.read_nuclei(nuclei, [field.name])[field.name].to_numpy()
+        described = np.array([_describe(values[rows]) for rows in members])  # (regions, statistics)
+        columns |= {f"{field.name}_{name}": column for name, column in zip(_STATISTICS, described.T, strict=True)}
+    return columns
+
+
+def _describe(values: NDArray[Any]) -> list[float]:
+    """The numbers of _STATISTICS; NaN for no value."""
+    values = values[np.isfinite(values)]
+    if not len(values):
+        return [np.nan] * len(_STATISTICS)
+    return [float(values.mean(dtype=np.float64)), *np.quantile(values, _QUARTILES).tolist()]
+
+
+# ------------------------------------------------------------------------------------------------- tissue
+
+
+def _tissue_px(slide: SlideFolder, regions: Polygons, corner: tuple[int, int]) -> Floats:
+    """The area of tissue without artefacts in each region, float64 (N,), px; NaN where no outline of it is there.
+
+    regions: object (N,), slide px; corner: of the slide's bounds, where the outlines start
+    """
+    if not slide.tissue_annotation.exists():
+        return np.full(len(regions), np.nan)
+    tissue = _outlines(slide.tissue_annotation, corner)
+    shared = _shared_px(regions, tissue)
+    if not slide.artefact_annotations.exists():
+        return shared
+    # kinds of artefacts may overlap each other, pieces of tissue do not
+    artefacts = shapely.get_parts(shapely.union_all(_outlines(slide.artefact_annotations, corner)))
+    artefact, piece = shapely.STRtree(tissue).query(artefacts)
+    # in parts: two that share a line and an area give a geometry of both, on which older versions of GEOS raise
+    without = shapely.get_parts(shapely.intersection(artefacts[artefact], tissue[piece]))
+    return np.maximum(shared - _shared_px(regions, without), 0.0)
+
+
+def _outlines(path: Path, corner: tuple[int, int]) -> Polygons:
+    """The areas in a file of ours, piece by piece: object (N,), slide px."""
+    polygons = read_objects(path)[0].polygons
+    broken = ~shapely.is_valid(polygons)
+    polygons[broken] = shapely.make_valid(polygons[broken])
+    pieces: Polygons = shapely.get_parts(shapely.transform(polygons, lambda xy: xy + corner))
+    return pieces
+
+
+def _shared_px(regions: Polygons, pieces: Polygons) -> Floats:
+    """The area that each region shares with pieces that do not overlap: float64 (N,), px."""
+    region, piece = shapely.STRtree(pieces).query(regions)
+    shared = shapely.area(shapely.intersection(regions[region], pieces[piece]))
+    return np.bincount(region, shared, len(regions)).astype(np.float64)  # int where nothing is shared

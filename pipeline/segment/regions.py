@@ -1,0 +1,181 @@
+"""Regions: areas of a slide that somebody drew in QuPath, to measure nuclei in or to restrict a run to.
+
+A point belongs to a region by a half-open rule, as a pixel does in `polygons.rasterise`: on a left or upper border it
+is in, on a right or lower one out. So regions that share a border share no point of it and leave none.
+"""
+
+import itertools
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import shapely
+from numpy.typing import NDArray
+
+from pipeline import files
+from pipeline.errors import AnnotationError, SlideChanged
+from pipeline.segment.geojson import read_objects
+from pipeline.segment.polygons import Floats, Polygons, rasterise
+from slides.geometry import Box
+from slides.tissue import TissueMap
+
+Flags = NDArray[np.bool_]
+
+_AREAL = (shapely.GeometryType.POLYGON, shapely.GeometryType.MULTIPOLYGON)
+
+# A pixel that a region touches has its centre within half a diagonal, .707 px, of it. The rest is for tiles whose core
+# ends there: they may claim nuclei in the region, too.
+_REACH_PX = 1.0
+
+
+class RegionFile(NamedTuple):
+    """The file of a slide's regions: it is sent with every task of a run that is restricted to them."""
+
+    path: Path
+    crop: bool  # coordinates start at the corner of the slide's bounds, else at that of the whole slide
+    sha256: str  # of its content
+
+    @classmethod
+    def of(cls, path: Path, crop: bool) -> "RegionFile":
+        """The file as it is now. Raises AnnotationError where it cannot be read."""
+        try:
+            return cls(path, crop, files.file_sha256(path))
+        except OSError as error:
+            raise AnnotationError(f"{path} cannot be read ({error.strerror or error}): export it again") from error
+
+
+class SlideRegions(NamedTuple):
+    """The regions of a slide, in the order of their file. Parallel."""
+
+    names: tuple[str, ...]  # as in QuPath; of those without one their number in the file, from 1
+    classes: tuple[str, ...]  # "" for none
+    polygons: Polygons  # valid Polygons and MultiPolygons, slide px
+    mended: int = 0  # how many of them were invalid, as an outline that crosses itself
+    skipped: int = 0  # objects in the file that are no regions: detections, points, lines
+
+    @property
+    def ignored(self) -> Flags:
+        """Which are of a class that QuPath ignores: its name ends in *, and it is not Region*."""
+        return np.array([name.endswith("*") and name.lower() != "region*" for name in self.classes], bool)
+
+    @property
+    def chosen(self) -> Flags:
+        """Which are those that a restricted run processes: not ignored ones, nor tissue and artefacts beside others.
+
+        These two are annotations of ours, which an export of a whole image from QuPath holds, too.
+        """
+        ours = np.array([name == "Tissue" or name.startswith("Artefact") for name in self.classes], bool)
+        drawn = ~self.ignored & ~ours
+        return drawn if drawn.any() else ~self.ignored
+
+    def select(self, slide_xy: Floats) -> Flags:
+        """Which points a run that is restricted to these regions processes: bool (N,).
+
+        slide_xy: float64 (N, 2), slide px
+        They lie in a chosen region, and in none of an ignored class; with ignored ones only, outside of those.
+        """
+        chosen = self.chosen
+        inside = in_any(self.polygons[chosen], slide_xy) if chosen.any() else np.ones(len(slide_xy), bool)
+        return inside & ~in_any(self.polygons[self.ignored], slide_xy)
+
+    def restrict(self, tissue: TissueMap) -> TissueMap:
+        """The tissue in pixels that hold a point which `select` takes, and in a few beside them."""
+        in_mask_px = shapely.transform(self.polygons, tissue.frame.to_slide.invert)
+        kept = np.ones(tissue.mask.shape, bool)
+        if self.chosen.any():
+            kept = rasterise(shapely.buffer(in_mask_px[self.chosen], _REACH_PX), tissue.mask.shape) > 0
+        kept &= rasterise(shapely.buffer(in_mask_px[self.ignored], -_REACH_PX), tissue.mask.shape) == 0
+        return tissue._replace(mask=tissue.mask & kept)
+
+    def describe(self, path: Path) -> str:
+        """The regions in words, such as `3 regions of case7.geojson (1 invalid one mended)`."""
+        count = len(self.names)
+        remarks = [f"{self.mended} invalid one{'s' * (self.mended > 1)} mended"] if self.mended else []
+        remarks += [f"{self.skipped} other object{'s' * (self.skipped > 1)} left out"] if self.skipped else []
+        return f"{count} region{'s' * (count != 1)} of {path.name}" + (f" ({', '.join(remarks)})" if remarks else "")
+
+
+def read_regions(file: RegionFile, bounds: Box) -> SlideRegions:
+    """The regions in a file of QuPath's: its annotations with an area, on the default plane.
+
+    bounds: of the slide, slide px. An invalid outline is mended as QuPath does: the areas that it encloses are merged.
+    Raises AnnotationError for a file that is no GeoJSON and for one without a region, SlideChanged where the content is
+    another than `file` says.
+    """
+    objects, skipped = read_objects(file.path, ("annotation",))
+    if files.file_sha256(file.path) != file.sha256:
+        raise SlideChanged(f"{file.path} was changed while its slide was processed: run the same command again")
+    corner = (bounds.x0, bounds.y0) if file.crop else (0, 0)
+    polygons = shapely.transform(objects.polygons, lambda xy: xy + corner)
+    broken = ~shapely.is_valid(polygons)
+    polygons[broken] = _mended(polygons[broken])
+    real = ~shapely.is_empty(polygons)
+    if not real.any():
+        raise AnnotationError(f"{file.path} holds no region: need annotations with an area, exported from QuPath")
+    names = [name or str(number) for number, name in enumerate(objects.names.tolist(), 1)]
+    return SlideRegions(
+        tuple(itertools.compress(names, real)),
+        tuple(objects.classes[real].tolist()),
+        polygons[real],
+        int((broken & real).sum()),
+        sum(skipped.values()) + int((~real).sum()),
+    )
+
+
+def _mended(polygons: Polygons) -> Polygons:
+    """Invalid polygons made valid: object (N,), empty where no area is left."""
+    parts, owner = shapely.get_parts(
+        shapely.make_valid(polygons, method="structure", keep_collapsed=False), return_index=True
+    )
+    areal = np.isin(shapely.get_type_id(parts), _AREAL)
+    return np.array(
+        [shapely.union_all(parts[areal & (owner == number)]) for number in range(len(polygons))], dtype=object
+    )
+
+
+# ------------------------------------------------------------------------------------------ points in regions
+
+
+def in_any(polygons: Iterable[shapely.Geometry], xy: Floats) -> Flags:
+    """Which points lie in one of the polygons or in several, half-open: bool (N,)."""
+    inside = np.zeros(len(xy), bool)
+    for polygon in polygons:
+        inside[contained(polygon, xy)] = True
+    return inside
+
+
+def contained(polygon: shapely.Geometry, xy: Floats) -> NDArray[np.int64]:
+    """Which points lie in a polygon, half-open: their indices, int64 (M,), ascending.
+
+    polygon: a valid Polygon or MultiPolygon; xy: float64 (N, 2) of its frame
+    Law: of polygons that partition an area and share their vertices, every point of it lies in exactly one.
+    """
+    x, y = xy.T
+    x0, y0, x1, y1 = shapely.bounds(polygon)
+    near = np.flatnonzero((x >= x0) & (x < x1) & (y >= y0) & (y < y1))
+    shapely.prepare(polygon)
+    inside = shapely.contains_xy(polygon, x[near], y[near])  # exact; a point on the border is not contained
+    outer = np.flatnonzero(~inside)
+    border = outer[shapely.intersects_xy(polygon, x[near[outer]], y[near[outer]])]
+    if len(border):
+        inside[border] = _crosses_an_odd_number(polygon, xy[near[border]])
+    return np.asarray(near[inside])
+
+
+def _crosses_an_odd_number(polygon: shapely.Geometry, xy: Floats) -> Flags:
+    """Whether the ray from each point to the left crosses an odd number of edges: bool (N,).
+
+    An edge is crossed at a point where upper y <= y < lower y. It is taken from its upper end, in whichever direction a
+    ring runs, so that polygons that share it agree.
+    """
+    rings = [shapely.get_coordinates(ring) for ring in shapely.get_rings(shapely.get_parts(polygon))]
+    start, end = (np.concatenate([ring[k] for ring in rings]) for k in (slice(None, -1), slice(1, None)))
+    downward = (start[:, 1] <= end[:, 1])[:, None]
+    upper, lower = np.where(downward, start, end), np.where(downward, end, start)
+    odd = np.zeros(len(xy), bool)
+    for number, (x, y) in enumerate(xy):
+        crossed = (upper[:, 1] <= y) & (y < lower[:, 1])
+        (ux, uy), (lx, ly) = upper[crossed].T, lower[crossed].T
+        odd[number] = np.count_nonzero(ux + (y - uy) * (lx - ux) / (ly - uy) <= x) % 2
+    return odd

@@ -1,0 +1,1 @@
+"""A browser on the results of a run: `nightslide view`. Needs the extra `view`."""

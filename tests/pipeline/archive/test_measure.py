@@ -1,0 +1,141 @@
+"""`nightslide measure`: tables of a slide and of the run; whatever is wrong with one slide stops no other."""
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import shapely
+
+import oracle
+import pipeline
+from oracle import chosen, paint
+from pipeline import config
+from pipeline.archive.measure import measure_slides
+from pipeline.archive.run import run
+from pipeline.archive.verify import verify_results
+from pipeline.cli import main
+from pipeline.config import Execution
+from pipeline.errors import RunError
+
+WHOLE = shapely.box(0, 0, 410, 330)
+QUARTERS = [shapely.box(x, y, x + 205, y + 165) for x in (0, 205) for y in (0, 165)]
+
+
+def draw(path: Path, *shapes: Any, class_: str = "Tumor") -> None:
+    path.parent.mkdir(exist_ok=True)
+    features = [
+        {
+            "type": "Feature",
+            "geometry": json.loads(shapely.to_geojson(shape)),
+            "properties": {"objectType": "annotation", "name": f"=area {n}", "classification": {"name": class_}},
+        }
+        for n, shape in enumerate(shapes)
+    ]
+    path.write_text(json.dumps({"type": "FeatureCollection", "features": features}))
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    """A run of the slides a, b and site/c in out, and a folder for their regions."""
+    (tmp_path / "slides" / "site").mkdir(parents=True)
+    for seed, name in enumerate(("a", "b", "site/c")):
+        paint(tmp_path / "slides" / f"{name}.tif", seed)
+    rows = run(
+        tmp_path / "slides",
+        tmp_path / "out",
+        chosen(),
+        Execution(cluster=False, workers=1),
+        mpp=0.25,
+        say=lambda line: None,
+        detect=oracle.detect,
+    )
+    assert [row.status for row in rows] == ["done"] * 3
+    (tmp_path / "drawn").mkdir()
+    return tmp_path
+
+
+def measure(place: Path, capsys: pytest.CaptureFixture[str], folder: str = "out") -> tuple[int, str, str]:
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        main(["measure", str(place / folder), "--regions", str(place / "drawn")])
+    out, err = capsys.readouterr()
+    return int(ended.value.code or 0), out, err
+
+
+def table(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_every_slide_has_its_table_and_the_run_has_all(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    draw(place / "drawn" / "a.geojson", WHOLE, *QUARTERS)
+    draw(place / "drawn" / "c.tif.geojson", WHOLE, class_="Stroma")
+    status, out, err = measure(place, capsys)
+    assert (status, err) == (0, "")
+    a, b, c = out.splitlines()
+    assert a.startswith("a: 5 regions of a.geojson")
+    assert b == f"b: no file of regions in {place}/drawn"
+    assert c.startswith("site/c: 1 region of c.tif.geojson")
+    rows = table(place / "out" / "regions.csv")
+    assert rows == table(place / "out" / "a" / "regions.csv") + table(place / "out" / "site" / "c" / "regions.csv")
+    assert [(row["slide"], row["class"]) for row in rows] == [("a", "Tumor")] * 5 + [("site/c", "Stroma")]
+    whole, *quarters = rows[:5]
+    assert int(whole["nuclei"]) == len(pipeline.read_nuclei(place / "out" / "a")) > 50
+    assert sum(int(row["nuclei"]) for row in quarters) == int(whole["nuclei"])
+    assert whole["region"] == "'=area 0"  # no spreadsheet takes it for a formula
+    assert not (place / "out" / "b" / "regions.csv").exists()
+    assert all(not problems for _, problems in verify_results(place / "out"))
+    report = (place / "out" / "report.html").read_text()
+    assert "<h2>Regions</h2>" in report
+    assert report.count("=area") == 6
+
+
+def test_a_file_that_is_no_geojson_stops_no_other(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    draw(place / "drawn" / "a.geojson", WHOLE)
+    measure(place, capsys)
+    (place / "drawn" / "a.geojson").write_text("<html>")
+    draw(place / "drawn" / "b.geojson", WHOLE)
+    status, out, err = measure(place, capsys)
+    assert status == 1
+    (line,) = err.splitlines()
+    assert line.startswith(f"a: FAILED: {place}/drawn/a.geojson is not JSON")
+    assert line.endswith("export it again")
+    assert "b: 1 region" in out
+    assert [row["slide"] for row in table(place / "out" / "regions.csv")] == ["b"]
+    assert not (place / "out" / "a" / "regions.csv").exists(), "it was of regions that are gone"
+
+
+def test_a_damaged_table_is_a_line(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    draw(place / "drawn" / "a.geojson", WHOLE)
+    draw(place / "drawn" / "b.geojson", WHOLE)
+    (place / "out" / "a" / "nuclei.parquet").write_bytes(b"PAR1 nothing PAR1")
+    status, out, err = measure(place, capsys)
+    assert status == 1
+    assert err.startswith("a: FAILED: ")
+    assert "b: 1 region" in out
+
+
+def test_one_slide_by_itself(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    draw(place / "drawn" / "c.geojson", WHOLE)
+    assert measure(place, capsys, "out/site/c")[0] == 0
+    assert [row["slide"] for row in table(place / "out" / "site" / "c" / "regions.csv")] == ["c"]
+    assert not (place / "out" / "regions.csv").exists()
+
+
+def test_a_script_measures_the_same(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    draw(place / "drawn" / "a.geojson", WHOLE)
+    measure(place, capsys)
+    before = (place / "out" / "regions.csv").read_bytes()
+    a, b, _ = pipeline.measure(place / "out", place / "drawn")
+    assert (place / "out" / "regions.csv").read_bytes() == before
+    assert (a.slide, len(a.rows), a.failed, len(b.rows)) == ("a", 1, False, 0)
+    assert a.rows[0]["nuclei"] == len(pipeline.read_nuclei(place / "out" / "a"))
+
+
+def test_what_cannot_be_measured_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="regions is not given: need --regions"):
+        list(measure_slides(tmp_path, config.Regions()))
+    with pytest.raises(RunError, match="holds no finished slide"):
+        list(measure_slides(tmp_path, config.Regions(str(tmp_path))))

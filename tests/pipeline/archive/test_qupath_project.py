@@ -1,0 +1,105 @@
+"""A QuPath project of a run has every slide once, keeps what is in it, and is written only where something is new."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nuclei_tables import PROVENANCE, blobs, write
+from pipeline import cli
+from pipeline.archive.qupath_project import write_project
+from pipeline.errors import RunError
+from pipeline.layout import RunFolder
+
+
+def finished(run: RunFolder, name: str, source: str) -> None:
+    folder = run.slide(name)
+    folder.path.mkdir(parents=True)
+    write(folder.nuclei, blobs(2))
+    folder.slide_json.write_text(json.dumps({"source": Path(source).name, "source_path": source}))
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunFolder:
+    made = RunFolder(tmp_path / "results")
+    finished(made, "a/x", "/data/a/x.svs")
+    finished(made, "b/x", "/data/b/x.svs")
+    finished(made, "µ y", "/data/a µ#1/y.ome.tif")
+    made.run_json.write_text("{}")
+    return made
+
+
+def content(run: RunFolder) -> dict[str, Any]:
+    project: dict[str, Any] = json.loads(run.qupath_project.read_text())
+    return project
+
+
+def test_every_finished_slide_is_an_image(run: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["qupath", str(run.path)])
+    assert ended.value.code == 0
+    assert f"{run.qupath_project}: 3 images, 3 of them new" in capsys.readouterr().out
+    project = content(run)
+    assert project["lastID"] == 3
+    assert project["createTimestamp"] <= project["modifyTimestamp"]
+    assert project["uri"] == run.qupath_project.as_uri()
+    assert [entry["entryID"] for entry in project["images"]] == [1, 2, 3]
+    assert [entry["imageName"] for entry in project["images"]] == ["x.svs", "x.svs", "y.ome.tif"]
+    assert [entry["serverBuilder"] for entry in project["images"]] == [
+        {"builderType": "uri", "uri": uri, "args": []}
+        for uri in ("file:///data/a/x.svs", "file:///data/b/x.svs", "file:///data/a%20%C2%B5%231/y.ome.tif")
+    ]
+
+
+def test_classes_have_the_colours_of_the_nuclei(run: RunFolder) -> None:
+    """As Java's Color.getRGB() has them: a signed number, opaque."""
+    write_project(run)
+    classes = json.loads(run.qupath_classes.read_text())["pathClasses"]
+    assert [one["name"] for one in classes] == sorted(PROVENANCE.colours)
+    for one in classes:
+        assert -(2**31) <= one["color"] < 0
+        assert (one["color"] % 2**32).to_bytes(4, "big") == bytes([255, *PROVENANCE.colours[one["name"]]])
+
+
+def test_what_is_in_a_project_stays(run: RunFolder) -> None:
+    """As QuPath writes it: URIs with one slash, servers within servers, fields that we do not know."""
+    write_project(run)
+    project = content(run)
+    rotated = {"builderType": "rotated", "builder": {"builderType": "uri", "uri": "file:/data/a/x.svs", "args": []}}
+    mine = {"serverBuilder": rotated, "entryID": 8, "imageName": "mine", "metadata": {"k": "v"}}
+    other = {
+        "serverBuilder": {"builderType": "uri", "uri": "https://example.org/1"},
+        "entryID": 4,
+        "imageName": "other",
+    }
+    project |= {"version": "0.6.0", "images": [mine, other], "createTimestamp": 5}
+    run.qupath_project.write_text(json.dumps(project))
+    run.qupath_classes.write_text(json.dumps({"pathClasses": [{"name": "Nucleus", "color": -1}, {"name": "Tumor"}]}))
+    assert write_project(run)[1:] == (4, 2)
+    extended = content(run)
+    assert extended["images"][:2] == [mine, other]
+    assert [entry["entryID"] for entry in extended["images"][2:]] == [9, 10]
+    assert (extended["version"], extended["createTimestamp"], extended["lastID"]) == ("0.6.0", 5, 10)
+    classes = json.loads(run.qupath_classes.read_text())["pathClasses"]
+    assert classes[:2] == [{"name": "Nucleus", "color": -1}, {"name": "Tumor"}]
+    assert len(classes) == 3
+
+
+def test_a_second_run_writes_nothing(run: RunFolder) -> None:
+    write_project(run)
+    before = {path: path.stat().st_mtime_ns for path in (run.qupath_project, run.qupath_classes)}
+    assert write_project(run)[1:] == (3, 0)
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_what_cannot_be_a_project_is_refused(run: RunFolder, tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"has no finished slides: need the --out folder of a run"):
+        write_project(RunFolder(tmp_path / "nowhere"))
+    with pytest.raises(RunError, match=r"has no finished slides: need the --out folder of a run"):
+        write_project(RunFolder(run.slide("µ y").path))
+    run.qupath_project.parent.mkdir()
+    for text in ("[]", '{"images": 3}', "no JSON"):
+        run.qupath_project.write_text(text)
+        with pytest.raises(RunError, match="is no QuPath project: move it away"):
+            write_project(run)

@@ -1,0 +1,266 @@
+"""Slides at URLs, on a stand-in for S3 on this machine: the results are those of the same files on a disk."""
+
+import functools
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import obstore
+import pytest
+from obstore.store import S3Store
+from PIL import Image
+
+import oracle
+from dicom_files import write
+from oracle import chosen, files, paint
+from pipeline import cli
+from pipeline.archive import remote
+from pipeline.archive import run as archive_run
+from pipeline.archive.remote import RemoteFolder, RemoteSlide, locate, without_secrets
+from pipeline.archive.sources import find_slides
+from pipeline.config import Execution
+from pipeline.errors import ConfigError, RunError, SlideChanged
+from slides.errors import SlideNotFound
+
+run = functools.partial(archive_run.run, mpp=0.25, detect=oracle.detect)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of moto's server, a process of its own."""
+    log = tmp_path_factory.mktemp("moto") / "log"
+    command = [sys.executable, "-u", "-W", "ignore", "-m", "moto.server", "-H", "127.0.0.1", "-p", "0"]
+    with log.open("wb") as said, subprocess.Popen(command, stdout=said, stderr=said) as process:
+        try:
+            while (found := re.search(r"http://127\.0\.0\.1:\d+", log.read_text())) is None:
+                assert process.poll() is None, log.read_text()
+                time.sleep(0.05)
+            yield found[0]
+        finally:
+            process.kill()
+
+
+@pytest.fixture
+def bucket(server: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> S3Store:
+    """An empty bucket, which the environment gives access to."""
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    for name, value in {
+        "AWS_ENDPOINT_URL": server,
+        "AWS_ALLOW_HTTP": "true",
+        "AWS_ACCESS_KEY_ID": "an-id",
+        "AWS_SECRET_ACCESS_KEY": "a-secret",
+        "AWS_REGION": "us-east-1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    name = f"bucket{abs(hash(request.node.name))}"
+    urllib.request.urlopen(urllib.request.Request(f"{server}/{name}", method="PUT")).close()
+    return S3Store(name)
+
+
+def url(bucket: S3Store, key: str = "") -> str:
+    return f"s3://{bucket.config['bucket']}/{key}"
+
+
+def put(bucket: S3Store, key: str, content: Path | bytes) -> None:
+    obstore.put(bucket, key, content if isinstance(content, bytes) else content.read_bytes())
+
+
+@pytest.fixture(scope="module")
+def slide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A slide with a suffix that is searched for."""
+    folder = tmp_path_factory.mktemp("slide")
+    paint(folder / "discs.png", 0)
+    with Image.open(folder / "discs.png") as picture:
+        picture.save(folder / "discs.tif")
+    return folder / "discs.tif"
+
+
+def staged(tmp_path: Path) -> Execution:
+    return Execution(cluster=False, workers=3, stage=str(tmp_path / "stage"))
+
+
+def test_a_folder_in_a_bucket_gives_the_bytes_of_the_same_folder_on_a_disk(
+    bucket: S3Store, slide: Path, tmp_path: Path
+) -> None:
+    names = ("x.tif", "deep/y.tif", "notes.txt", ".Trash-1/z.tif", "m/Slidedat.ini", "m/in/a.tif", "._x.tif")
+    for name in names:
+        put(bucket, f"site/{name}", slide)
+        (tmp_path / "site" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "site" / name).write_bytes(slide.read_bytes())
+    put(bucket, "site2/other.tif", slide)
+    said: list[str] = []
+    local = run([tmp_path / "site"], tmp_path / "local", chosen(), staged(tmp_path), say=print)
+    rows = run([url(bucket, "site/")], tmp_path / "out", chosen(), staged(tmp_path), say=said.append)
+    assert [(row.slide, row.status) for row in rows] == [("deep/y", "done"), ("x", "done")]
+    assert [(row.slide, row.nuclei) for row in rows] == [(row.slide, row.nuclei) for row in local]
+    for name in ("deep/y", "x"):
+        assert files(tmp_path / "out" / name) == files(tmp_path / "local" / name)
+    about = json.loads((tmp_path / "out" / "x" / "slide.json").read_text())
+    head = obstore.head(bucket, "site/x.tif")
+    assert about["source_path"] == url(bucket, "site/x.tif")
+    assert (about["source"], about["source_bytes"]) == ("x.tif", head["size"])
+    assert about["source_mtime_ns"] == head["last_modified"].timestamp() * 1e9
+    assert list((tmp_path / "stage").iterdir()) == []
+    again = run([url(bucket, "site")], tmp_path / "out", chosen(), staged(tmp_path), say=said.append)
+    assert [row.status for row in again] == ["done before"] * 2
+    assert sum("copied" in line for line in said) == 2
+    for file in [*tmp_path.glob("out/*.*"), *tmp_path.glob("out/logs/*")]:
+        assert b"a-secret" not in file.read_bytes()
+
+
+def test_a_slide_that_was_uploaded_again_is_done_and_another_one_is_refused(
+    bucket: S3Store, slide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(bucket, "x.tif", slide)
+    what = [url(bucket, "x.tif")], tmp_path / "out", chosen(), staged(tmp_path)
+    assert run(*what, say=print)[0].status == "done"
+    changed = json.loads((tmp_path / "out" / "x" / "slide.json").read_text())
+    (tmp_path / "out" / "x" / "slide.json").write_text(json.dumps({**changed, "source_mtime_ns": 1}))
+    assert run(*what, say=print)[0].status == "done before"
+    paint(tmp_path / "other.png", 1)
+    put(bucket, "x.tif", tmp_path / "other.png")
+    (row,) = run(*what, say=print)
+    assert row.status == "failed"
+    assert "x.tif is not the file that these results are of" in row.cause
+
+
+def test_slides_of_several_files_are_copied_with_all_of_them(bucket: S3Store, shared: Path, tmp_path: Path) -> None:
+    mirax = shared / "slides" / "mirax-sparse.mrxs"
+    for path in (mirax, *mirax.with_suffix("").iterdir()):
+        put(bucket, f"a/{path.relative_to(mirax.parent)}", path)
+    for name, series, level in (("1.dcm", "1.2.3", 0), ("2.dcm", "1.2.3", 1), ("3.dcm", "1.2.4", 0)):
+        put(bucket, f"a/d/{name}", write(tmp_path / name, series, level=level))
+    archive = find_slides([url(bucket, "a")], urls=True)
+    assert [source.name for source in archive.sources] == ["d/1", "d/3", "mirax-sparse"]
+    parts = [[part.name for part in source.files.parts()] for source in archive.sources]
+    assert parts[:2] == [["1.dcm", "2.dcm"], ["3.dcm"]]
+    assert parts[2] == [
+        "mirax-sparse.mrxs",
+        *(f"mirax-sparse/{n}" for n in ("Data0000.dat", "Index.dat", "Slidedat.ini")),
+    ]
+    for part in archive.sources[2].files.parts():
+        content = b"".join(archive.sources[2].files.pieces(part))
+        assert content == (mirax.parent / part.name).read_bytes()
+
+
+def test_a_large_file_is_read_in_pieces(bucket: S3Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = os.urandom(1050)
+    put(bucket, "x.svs", content)
+    monkeypatch.setattr(remote, "_PIECE", 100)
+    found = locate(url(bucket, "x.svs"))
+    assert isinstance(found, RemoteSlide)
+    (part,) = found.parts()
+    pieces = list(found.pieces(part))
+    assert {len(piece) for piece in pieces} == {100, 50}
+    assert b"".join(pieces) == content
+    reading = found.pieces(part)
+    next(reading)
+    put(bucket, "x.svs", os.urandom(1050))
+    with pytest.raises(SlideChanged, match="changed while it was copied"):
+        list(reading)
+
+
+def test_a_manifest_may_name_urls(bucket: S3Store, slide: Path, tmp_path: Path) -> None:
+    put(bucket, "a/x.tif", slide)
+    rows = [f"{url(bucket, 'a/x.tif')},0.5", f"{url(bucket, 'a/none.tif')},", f"{url(bucket, 'a')},", f"{slide},"]
+    (tmp_path / "list.csv").write_text("\n".join(["path,mpp", *rows]))
+    archive = find_slides([tmp_path / "list.csv"], urls=True)
+    sources = {source.name: source for source in archive.sources}
+    assert set(sources) == {"x", "none", "a", "discs"}
+    assert (sources["x"].scale.mpp, sources["x"].problem) == (0.5, "")
+    assert sources["x"].place == url(bucket, "a/x.tif")
+    assert "no file" in sources["none"].problem
+    assert "no file" in sources["a"].problem
+    assert sources["discs"].remote is None
+
+
+# -------------------------------------------------------------------------------------------- refusals and secrets
+
+
+@pytest.mark.parametrize("given", ["ftp://host/x.svs", "s3://", "s3://me:pw@bucket/x.svs", "s3://bucket/x?sig=pw"])
+def test_a_url_of_another_form_is_refused_without_its_secrets(given: str) -> None:
+    with pytest.raises(RunError, match="need s3://BUCKET") as refused:
+        locate(given)
+    assert "pw" not in str(refused.value)
+
+
+def test_what_is_not_there_or_not_allowed_is_said_without_secrets(
+    bucket: S3Store, server: str, slide: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    put(bucket, "x.tif", slide)
+    with pytest.raises(RunError, match=r"no slides in s3://bucket\d+/none"):
+        find_slides([url(bucket, "none")], urls=True)
+    signed = f"{server}/{bucket.config['bucket']}/x.tif?X-Sig=sig-nature"
+    flags = ["--stage", str(tmp_path / "stage"), "--out", str(tmp_path / "out")]
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["run", signed, *flags])
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert f"{server}/{bucket.config['bucket']}/x.tif cannot be read (PermissionDeniedError" in said
+    assert "sig-nature" not in said
+
+
+def test_errors_of_the_store_have_no_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(RunError) as refused, remote._asked("https://host/x", RunError):
+        raise RuntimeError("GET https://u:pw@host/x?sig=pw#pw failed\n\nDebug source: uri: https://u:pw@host/x?sig=pw")
+    assert "pw" not in str(refused.value)
+    assert refused.value.__suppress_context__
+    assert "GET https://host/x failed" in str(refused.value)
+
+
+def test_without_secrets_keeps_the_place() -> None:
+    assert without_secrets("https://u:p@host:80/a/b%20c.svs?x=1#y") == "https://host:80/a/b%20c.svs"
+    assert without_secrets("s3://bucket/a@b/c.svs") == "s3://bucket/a@b/c.svs"
+
+
+def test_a_slide_on_the_web_is_read_with_the_user_name_and_query_of_its_url(
+    bucket: S3Store, server: str, slide: Path, tmp_path: Path
+) -> None:
+    """As a signed URL has; moto takes any signature."""
+    name = bucket.config["bucket"]
+    put(bucket, "a b/x.tif", slide)
+    given = f"{server.replace('//', '//me:pass-word@')}/{name}/a%20b/x.tif?X-Amz-Signature=sig-nature"
+    said: list[str] = []
+    (row,) = run(given, tmp_path / "out", chosen(), staged(tmp_path), say=said.append)
+    assert (row.slide, row.status) == ("x", "done"), row.cause
+    (failed,) = run(given, tmp_path / "failed", chosen(), staged(tmp_path), mpp=None, say=said.append)
+    assert (
+        failed.cause == f"{server}/{name}/a b/x.tif states no resolution: pass --mpp (micrometres per pixel at level 0)"
+    )
+    written = [path.read_bytes() for out in ("out", "failed") for path in tmp_path.glob(f"{out}/**/*.*")]
+    for secret in ("pass-word", "sig-nature"):
+        assert not any(secret in line for line in said)
+        assert not any(secret.encode() in content for content in written)
+    assert f"{server}/{name}/a b/x.tif" in (tmp_path / "out" / "x" / "slide.json").read_text()
+
+
+def test_urls_need_a_stage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (["run", "https://u:pw@host/x.svs?sig=pw", "--out", str(tmp_path / "out")], ["plan", "s3://b/x"]):
+        with pytest.raises(SystemExit) as ended:
+            cli.main(arguments)
+        assert ended.value.code == 2
+        said = capsys.readouterr().err
+        assert "only by `nightslide run` with --stage DIR" in said
+        assert "pw" not in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "obstore.store", None)
+    with pytest.raises(
+        ConfigError, match=re.escape('s3://bucket/x.svs needs obstore: pip install "nightslide[remote]"')
+    ):
+        locate("s3://bucket/x.svs")
+
+
+def test_a_file_that_is_gone_is_not_found(bucket: S3Store) -> None:
+    folder = RemoteFolder(bucket, url(bucket), "")
+    with pytest.raises(SlideNotFound, match="there is no such file"):
+        folder.entry("x.svs")

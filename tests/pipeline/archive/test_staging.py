@@ -1,0 +1,325 @@
+"""Slides that are copied to a disk first: the same bytes, never more space than allowed, nothing left behind."""
+
+import asyncio
+import contextlib
+import dataclasses
+import errno
+import functools
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import oracle
+from oracle import chosen, files, paint
+from pipeline.archive import run as archive_run
+from pipeline.archive import staging
+from pipeline.archive.lease import Leases
+from pipeline.archive.manifest import check_worker, versions
+from pipeline.archive.staging import LocalSlide, Part, Room, Staging
+from pipeline.config import Execution
+from pipeline.errors import ConfigError, LeaseLost, RunError, SlideChanged
+from pipeline.layout import SlideFolder
+from pipeline.model.instances import HostInstances
+from pipeline.segment.job import Job
+from slides.errors import SlideTooLarge, SlideUnreadable
+from slides.slide import GivenScale
+
+ROOT = Path(oracle.__file__).parents[1]
+PATHS = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+SLIDES = 3
+THREADS = Execution(cluster=False, workers=3)
+
+run = functools.partial(archive_run.run, mpp=0.25, detect=oracle.detect)
+
+
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("archive")
+    for seed in range(SLIDES):
+        paint(folder / f"{seed}.png", seed)
+    (folder / "list.csv").write_text("path\n" + "".join(f"{seed}.png\n" for seed in range(SLIDES)))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def in_place(archive: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("in_place")
+    rows = run([archive / "list.csv"], out, chosen(), THREADS, say=lambda line: None)
+    assert [row.status for row in rows] == ["done"] * SLIDES
+    return out
+
+
+def results(out: Path) -> dict[str, Any]:
+    """All results, and of slide.json what does not depend on the time."""
+    content: dict[str, Any] = {}
+    for seed in range(SLIDES):
+        about = json.loads((out / str(seed) / "slide.json").read_text())
+        content[str(seed)] = files(out / str(seed)), {k: v for k, v in about.items() if k not in ("record", "summary")}
+    return content
+
+
+def size_of(folder: Path) -> int:
+    total = 0
+    for path in folder.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):
+            total += path.stat().st_size if path.is_file() else 0
+    return total
+
+
+@pytest.mark.parametrize("cluster", [False, True])
+def test_staged_slides_give_the_same_bytes_within_the_space(
+    archive: Path, in_place: Path, tmp_path: Path, cluster: bool
+) -> None:
+    """Law: results, and the place, size and date of the slide in them, are those of slides that are read in place."""
+    from distributed import Client, LocalCluster
+
+    stage = tmp_path / "stage"
+    largest = max((archive / f"{seed}.png").stat().st_size for seed in range(SLIDES))
+    execution = dataclasses.replace(THREADS, stage=str(stage), stage_space=f"{1.5 * largest / 1e6:.4f}MB")
+    sizes: list[int] = []
+    ended = threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(0.002):
+            sizes.append(size_of(stage))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        if cluster:
+            with (
+                LocalCluster(n_workers=1, threads_per_worker=3, processes=False, dashboard_address=":0") as made,
+                Client(made, set_as_default=False) as client,
+            ):
+                rows = run([archive / "list.csv"], tmp_path / "out", chosen(), execution, client=client, say=print)
+        else:
+            rows = run([archive / "list.csv"], tmp_path / "out", chosen(), execution, say=print)
+    finally:
+        ended.set()
+        watcher.join()
+    assert [row.status for row in rows] == ["done"] * SLIDES
+    assert results(tmp_path / "out") == results(in_place)
+    leases = 1000  # bytes of the file in .lease
+    assert largest * 0.9 < max(sizes) < execution.stage_space_bytes + leases
+    assert list(stage.iterdir()) == []
+
+
+def no_nuclei(patches: Any, normalisation: Any, settings: Any) -> Iterator[HostInstances]:
+    for _ in patches:
+        empty = np.zeros((0, 4), np.float32), np.zeros((0, 20, 20), bool), np.zeros(0, np.float32)
+        yield HostInstances(*empty, np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros((0, 2), np.float32), False)
+
+
+def test_a_mirax_slide_is_staged_with_its_folder(shared: Path, tmp_path: Path) -> None:
+    slide = shared / "slides" / "mirax-sparse.mrxs"
+    execution = dataclasses.replace(THREADS, stage=str(tmp_path / "stage"))
+    settings = chosen(tile=512)
+    for out, how in (("in_place", THREADS), ("staged", execution)):
+        (row,) = archive_run.run([slide], tmp_path / out, settings, how, say=print, detect=no_nuclei)
+        assert row.status == "done", row.cause
+    assert files(tmp_path / "staged" / "mirax-sparse") == files(tmp_path / "in_place" / "mirax-sparse")
+
+
+def test_a_slide_that_fails_leaves_no_copy_and_stops_no_other(archive: Path, tmp_path: Path) -> None:
+    """Among them one that is larger than the space, whose cause names it."""
+    (tmp_path / "broken.svs").write_bytes(b"no slide")
+    (tmp_path / "large.svs").write_bytes(bytes(2_000_000))
+    stage = tmp_path / "stage"
+    execution = dataclasses.replace(THREADS, stage=str(stage), stage_space="1MB")
+    inputs = [archive / "0.png", tmp_path / "broken.svs", tmp_path / "large.svs"]
+    rows = {row.slide: row for row in run(inputs, tmp_path / "out", chosen(), execution, say=print)}
+    assert rows["0"].status == "done"
+    assert rows["broken"].status == rows["large"].status == "failed"
+    assert "is not a slide" in rows["broken"].cause
+    assert rows["large"].cause == "the slide has 0.002 GB in 1 files, --stage-space is 0.001 GB: raise it"
+    assert list(stage.iterdir()) == []
+
+
+def command(archive: Path, out: Path, stage: Path, seconds: float) -> subprocess.Popen[str]:
+    flags = ["--mpp", "0.25", "--tissue.everywhere", "--tiling.tile", "128", "--tiling.margin", "20"]
+    flags += ["--tiling.block", "2", "--stitching.max-diameter-um", "4.5", "--stitching.simplify-px", "0"]
+    flags += ["--no-cluster", "--workers", "3", "--stage", str(stage)]
+    code = "import sys, oracle; oracle.command(*sys.argv[1:])"
+    return subprocess.Popen(
+        [sys.executable, "-c", code, "run", str(archive / "list.csv"), "--out", str(out), *flags],
+        env={**os.environ, "PYTHONPATH": PATHS, oracle.SECONDS: str(seconds)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def test_after_kill_9_the_same_command_removes_what_is_left_and_gives_the_same_bytes(
+    archive: Path, in_place: Path, tmp_path: Path
+) -> None:
+    out, stage = tmp_path / "out", tmp_path / "stage"
+    keep = stage / "nightslide-of-somebody"
+    keep.mkdir(parents=True)
+    with command(archive, out, stage, seconds=0.3) as doomed:
+        try:
+            while not list(out.glob("*/work/instances/*.parquet")):
+                assert doomed.poll() is None
+                time.sleep(0.02)
+        finally:
+            doomed.send_signal(signal.SIGKILL)
+            doomed.communicate()
+    left = set(stage.glob(".nightslide-stage-*"))
+    assert len(left) == 1
+    assert size_of(stage) > 10_000
+    resumed = command(archive, out, stage, seconds=0)
+    said, _ = resumed.communicate(timeout=120)
+    assert resumed.returncode == 0, said
+    assert results(out) == results(in_place)
+    assert list(stage.iterdir()) == [keep]
+
+
+def test_sigterm_removes_the_copies(archive: Path, tmp_path: Path) -> None:
+    out, stage = tmp_path / "out", tmp_path / "stage"
+    with command(archive, out, stage, seconds=2) as doomed:
+        try:
+            while not list(out.glob("*/work/patches.zarr/done/c/*/*/*")):
+                assert doomed.poll() is None
+                time.sleep(0.02)
+            assert len(list(stage.iterdir())) == 1
+            doomed.send_signal(signal.SIGTERM)
+            said, _ = doomed.communicate(timeout=15)
+        finally:
+            doomed.kill()
+    assert doomed.returncode == 130, said
+    assert list(stage.iterdir()) == []
+
+
+def test_the_folder_of_a_run_that_is_alive_is_left_alone(tmp_path: Path) -> None:
+    stage = tmp_path / "stage"
+    (stage / ".nightslide-stage-linked").mkdir(parents=True)
+    (tmp_path / "of_a_user").mkdir()
+    link = stage / f".nightslide-stage-{'0' * 32}"
+    link.symlink_to(tmp_path / "of_a_user")
+    dead = stage / f".nightslide-stage-{'1' * 32}"
+    dead.mkdir()
+    with Leases() as ours, Leases() as theirs, Staging(stage, 10, ours) as mine, Staging(stage, 10, theirs) as other:
+        assert mine.folder.is_dir()
+        assert other.folder.is_dir()
+        assert mine.folder.stat().st_mode & 0o77 == 0  # nobody else may look at the slides
+        assert link.is_symlink()
+        assert not dead.exists()
+    assert sorted(path.name for path in stage.iterdir()) == [link.name, ".nightslide-stage-linked"]
+
+
+# ------------------------------------------------------------------------------------------------------- the copy
+
+
+def copied(slide: Any, parts: list[Part], folder: Path, lease: Path | None = None) -> Room:
+    room = Room(folder, parts)
+    job = Job(room.file, SlideFolder(folder), chosen(), GivenScale(), lease=lease)
+    staging._copy(slide, room, job)
+    return room
+
+
+def test_a_slide_that_changes_while_it_is_copied_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(staging, "_PIECE", 100)
+    path = tmp_path / "x.svs"
+    path.write_bytes(bytes(1000))
+    slide = LocalSlide(path)
+    parts = slide.parts()
+    assert copied(slide, parts, tmp_path / "a").file.read_bytes() == bytes(1000)
+    for number, content in enumerate((bytes(1100), bytes(900), bytes(1000))):
+        path.write_bytes(content)
+        os.utime(path, ns=(0, number))
+        with pytest.raises(SlideChanged, match="changed while it was copied"):
+            copied(slide, parts, tmp_path / str(number))
+        assert size_of(tmp_path / str(number)) <= 1000
+        assert not (tmp_path / str(number) / "slide").exists()
+
+
+def test_copying_stops_when_the_lease_is_lost(tmp_path: Path) -> None:
+    path = tmp_path / "x.svs"
+    path.write_bytes(bytes(1000))
+    slide = LocalSlide(path)
+    with pytest.raises(LeaseLost):
+        copied(slide, slide.parts(), tmp_path / "copy", lease=tmp_path / "lost")
+
+
+@pytest.mark.parametrize("name", ["../x.svs", "/etc/x.svs", "x/../../y.dat"])
+def test_no_part_is_written_outside_the_folder(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "x.svs"
+    path.write_bytes(b"1")
+    with pytest.raises(SlideUnreadable, match="below the slide's folder"):
+        copied(LocalSlide(path), [Part(name, 1, 0)], tmp_path / "copy")
+
+
+def test_room_frees_the_space_of_files_that_a_worker_has_open(tmp_path: Path) -> None:
+    (tmp_path / "x.svs").write_bytes(bytes(10))
+
+    async def main() -> int:
+        with Leases() as leases, Staging(tmp_path / "stage", 10, leases) as stage:
+            async with stage.room(LocalSlide(tmp_path / "x.svs")) as room:
+                room.file.parent.mkdir(parents=True)
+                shutil.copyfile(tmp_path / "x.svs", room.file)
+                handle = os.open(room.file, os.O_RDONLY)
+            try:
+                assert not room.folder.exists()
+                return os.fstat(handle).st_size
+            finally:
+                os.close(handle)
+
+    assert asyncio.run(main()) == 0
+
+
+def test_a_full_disk_is_named(archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> Iterator[bytes]:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(LocalSlide, "pieces", full)
+    stage = tmp_path / "stage"
+    execution = dataclasses.replace(THREADS, stage=str(stage))
+    (row,) = run([archive / "0.png"], tmp_path / "out", chosen(), execution, say=print)
+    assert row.cause == f"no space left in {stage}: free some space, and run the same command again"
+
+
+def test_room_refuses_a_slide_that_never_fits(tmp_path: Path) -> None:
+    (tmp_path / "x.svs").write_bytes(bytes(11))
+
+    async def main() -> None:
+        with Leases() as leases, Staging(tmp_path / "stage", 10, leases) as stage:
+            async with stage.room(LocalSlide(tmp_path / "x.svs")):
+                pass
+
+    with pytest.raises(SlideTooLarge, match="--stage-space"):
+        asyncio.run(main())
+
+
+# ------------------------------------------------------------------------------------------------------ refusals
+
+
+def test_a_worker_that_does_not_see_the_copies_is_refused(tmp_path: Path) -> None:
+    run_json = tmp_path / "run.json"
+    run_json.touch()
+    check_worker(versions(), run_json, tmp_path)
+    check_worker(versions(), run_json, None)
+    with pytest.raises(RunError, match="need a --stage folder that all workers share"):
+        check_worker(versions(), run_json, tmp_path / "elsewhere")
+
+
+def test_a_folder_that_cannot_be_written_is_refused(archive: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    execution = dataclasses.replace(THREADS, stage=str(tmp_path / "file"))
+    with pytest.raises(RunError, match=r"--stage .*file cannot be written"):
+        run([archive / "0.png"], tmp_path / "out", chosen(), execution, say=print)
+
+
+@pytest.mark.parametrize("size", ["", "many", "0GB", "-1GB", "100"])
+def test_a_space_that_is_no_size_is_refused(size: str) -> None:
+    with pytest.raises(ConfigError, match="need a size such as 100GB"):
+        Execution(stage_space=size)

@@ -1,0 +1,83 @@
+"""The table of AnnData reads back equal, by anndata; `test_spatialdata.py` has the same table in Zarr."""
+
+import anndata
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from nuclei_tables import PROVENANCE, blobs, write
+from pipeline.config import Export
+from pipeline.segment import tables
+from pipeline.segment.export import anndata_table
+from pipeline.segment.export.anndata_table import write_h5ad
+from pipeline.segment.export.exported import Exported
+
+MEASUREMENTS = [
+    "area_um2",
+    "perimeter_um",
+    "circularity",
+    "major_axis_um",
+    "minor_axis_um",
+    "haematoxylin",
+    "eosin",
+    "solidity",
+    "max_diameter_um",
+    "min_diameter_um",
+    *(f"{stain}_{value}" for stain in ("haematoxylin", "eosin") for value in ("median", "min", "max", "sd")),
+]
+
+
+def check_table(table: anndata.AnnData, rows: pa.Table) -> None:
+    """A table of AnnData holds what nuclei.parquet holds, but for the outlines."""
+    count = rows.num_rows
+    assert table.shape == (count, len(MEASUREMENTS))
+    assert list(table.var_names) == MEASUREMENTS
+    assert list(table.obs_names) == rows["id"].to_pylist()
+    assert table.X.dtype == np.float32
+    np.testing.assert_array_equal(table.X, np.stack([rows[name] for name in MEASUREMENTS], axis=1))
+    assert table.obsm["spatial"].dtype == np.float64
+    np.testing.assert_array_equal(table.obsm["spatial"], np.stack([rows["centroid_x"], rows["centroid_y"]], axis=1))
+
+    assert list(table.obs.columns) == ["class", "score", "votes", "region", "instance_id"]
+    assert table.obs["class"].tolist() == rows["class"].to_pylist()
+    assert list(table.obs["class"].cat.categories) == list(PROVENANCE.colours)
+    for name in ("score", "votes"):
+        np.testing.assert_array_equal(table.obs[name], rows[name])
+    assert table.obs["region"].tolist() == ["nuclei"] * count
+    assert list(table.obs["region"].cat.categories) == ["nuclei"]
+    assert table.obs["instance_id"].tolist() == list(range(1, count + 1))
+
+    assert list(table.uns["class_colors"]) == ["#c81e1e", "#0080ff"]
+    origin = table.uns["nightslide"]
+    assert (origin["slide"], origin["digest"]) == (PROVENANCE.slide, PROVENANCE.digest)
+    assert origin["um_per_px"].tolist() == list(PROVENANCE.um_per_px)
+    assert origin["size"].tolist() == list(PROVENANCE.size)
+    assert origin["bounds"].tolist() == list(PROVENANCE.bounds)
+    attributes = {"region": "nuclei", "region_key": "region", "instance_key": "instance_id"}
+    assert table.uns.get("spatialdata_attrs") == (attributes if count else None)
+
+
+def test_anndata_reads_the_table_back(tmp_path, monkeypatch):
+    """In three row groups, the last not full; without regard to the bounds of the slide."""
+    monkeypatch.setattr(tables, "_ROW_GROUP", 20)
+    nuclei = write(tmp_path / "nuclei.parquet", blobs(45))
+    assert write_h5ad(nuclei, tmp_path / "n.h5ad", Export(crop=True)) == Exported(45)
+    check_table(anndata.read_h5ad(tmp_path / "n.h5ad"), tables.read_nuclei(nuclei))
+
+
+def test_a_slide_without_nuclei_has_an_empty_table(tmp_path):
+    nuclei = write(tmp_path / "nuclei.parquet", blobs(0))
+    assert write_h5ad(nuclei, tmp_path / "n.h5ad", Export()) == Exported(0)
+    check_table(anndata.read_h5ad(tmp_path / "n.h5ad"), tables.read_nuclei(nuclei))
+
+
+def test_another_column_of_text_is_a_category(tmp_path, monkeypatch):
+    nuclei = write(tmp_path / "nuclei.parquet", blobs(4))
+    rows = pq.read_table(nuclei).append_column("artefact", pa.array(["pen", None, "blur", "pen"]))
+    pq.write_table(rows.replace_schema_metadata(pq.read_metadata(nuclei).metadata), nuclei)
+    monkeypatch.setattr(anndata_table, "NUCLEI", tables.NUCLEI.append(pa.field("artefact", pa.string())))
+    monkeypatch.setattr(anndata_table, "_OBSERVED", ["class", "score", "votes", "artefact"])
+    write_h5ad(nuclei, tmp_path / "n.h5ad", Export())
+    column = anndata.read_h5ad(tmp_path / "n.h5ad").obs["artefact"]
+    assert list(column.cat.categories) == ["blur", "pen"]
+    assert column.cat.codes.tolist() == [1, -1, 0, 1]

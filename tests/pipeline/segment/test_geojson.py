@@ -1,0 +1,91 @@
+"""QuPath's objects as they are read; tests/training/data/test_qupath.py has files that are damaged or hostile."""
+
+import json
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import shapely
+
+from pipeline.errors import AnnotationError
+from pipeline.segment.geojson import image_name, read_objects
+
+SQUARE, HOLED = shapely.box(0, 0, 4, 4), shapely.box(0, 0, 9, 9) - shapely.box(3, 3, 5, 5)
+
+
+def feature(outline: Any, kind: str | None, plane: dict[str, int] | None = None, **properties: Any) -> dict[str, Any]:
+    geometry = json.loads(shapely.to_geojson(outline)) | ({"plane": plane} if plane else {})
+    kinds = {} if kind is None else {"objectType": kind}
+    return {"type": "Feature", "geometry": geometry, "properties": {**kinds, **properties}}
+
+
+def save(path: Path, *features: dict[str, Any]) -> Path:
+    path.write_text(json.dumps({"type": "FeatureCollection", "features": features}))
+    return path
+
+
+def test_types_classes_names_and_outlines_are_read(tmp_path: Path) -> None:
+    path = save(
+        tmp_path / "x.geojson",
+        feature(HOLED, "annotation", name="front", classification={"name": "Tumor", "color": [1, 2, 3]}),
+        feature(SQUARE, "detection", classification={"names": ["Tumor", "Positive"]}),
+        feature(SQUARE, None),  # without a type it is an annotation
+    )
+    objects, skipped = read_objects(path)
+    assert objects.types.tolist() == ["annotation", "detection", "annotation"]
+    assert objects.classes.tolist() == ["Tumor", "Tumor: Positive", ""]
+    assert objects.names.tolist() == ["front", "", ""]
+    assert shapely.equals(objects.polygons, [HOLED, SQUARE, SQUARE]).all()
+    assert not +skipped
+
+
+def test_only_wanted_types_are_read_and_the_others_counted(tmp_path: Path) -> None:
+    path = save(
+        tmp_path / "x.geojson",
+        feature(SQUARE, "annotation"),
+        feature(SQUARE, "detection"),
+        feature(SQUARE, "tile"),
+        feature(shapely.Point(1, 1), "annotation"),
+        feature(SQUARE, "annotation", plane={"z": 2, "t": 0}),
+    )
+    objects, skipped = read_objects(path, ("annotation",))
+    assert objects.types.tolist() == ["annotation"]
+    assert +skipped == {
+        "of type detection": 1,
+        "of type tile": 1,
+        "an outline without an area": 1,
+        "on another plane than z = 0, t = 0": 1,
+    }
+
+
+def test_a_file_without_objects_is_empty(tmp_path: Path) -> None:
+    objects, _ = read_objects(save(tmp_path / "x.geojson"))
+    assert [len(column) for column in objects] == [0, 0, 0, 0]
+    with pytest.raises(AnnotationError, match="cannot be read"):
+        read_objects(tmp_path / "nowhere.geojson")
+
+
+@pytest.mark.parametrize(
+    ("name", "image"),
+    [
+        ("case.7.geojson", "case.7"),
+        ("x.svs.GEOJSON", "x.svs"),
+        ("x.geojson.gz", "x"),
+        ("x.geojson.zip", "x"),
+        ("x.gz", ""),
+        ("x.json", ""),
+        ("x.svs", ""),
+    ],
+)
+def test_the_image_is_named_by_the_file(tmp_path: Path, name: str, image: str) -> None:
+    assert image_name(tmp_path / name, given=False) == image
+
+
+def test_a_zip_is_an_export_if_it_holds_one_or_is_given(tmp_path: Path) -> None:
+    for name, member in (("x.zip", "x.geojson"), ("y.zip", "notes.txt")):
+        with zipfile.ZipFile(tmp_path / name, "w") as archive:
+            archive.writestr(member, "[]")
+    assert image_name(tmp_path / "x.zip", given=False) == "x"
+    assert image_name(tmp_path / "y.zip", given=False) == ""
+    assert image_name(tmp_path / "y.zip", given=True) == "y"

@@ -1,0 +1,148 @@
+"""Files and folders appear complete or not at all."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipeline import files
+
+
+def test_a_committed_file_appears_when_it_is_complete(tmp_path):
+    target = tmp_path / "a.json"
+    with files.committed(target) as partial:
+        partial.write_text("whole")
+        assert not target.exists()
+        assert partial.parent == tmp_path
+        assert partial.suffix == ".json"
+    assert target.read_text() == "whole"
+    assert os.listdir(tmp_path) == ["a.json"]
+
+
+def test_an_error_leaves_the_old_file_and_no_other(tmp_path):
+    target = tmp_path / "a.json"
+    target.write_text("old")
+
+    def fail() -> None:
+        with files.committed(target) as partial:
+            partial.write_text("half")
+            raise RuntimeError("midway")
+
+    with pytest.raises(RuntimeError, match="midway"):
+        fail()
+    assert target.read_text() == "old"
+    assert os.listdir(tmp_path) == ["a.json"]
+
+
+def test_writers_of_one_path_do_not_disturb_each_other(tmp_path):
+    target = tmp_path / "a"
+    with files.committed(target) as first:
+        first.write_text("first")
+        with files.committed(target) as second:
+            second.write_text("second")
+        assert target.read_text() == "second"
+    assert target.read_text() == "first"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs SIGKILL")
+def test_a_killed_writer_leaves_nothing_that_looks_complete(tmp_path):
+    code = (
+        "import os, signal, sys\n"
+        "from pathlib import Path\n"
+        "from pipeline.files import committed\n"
+        "with committed(Path(sys.argv[1]) / 'a.json') as partial:\n"
+        "    partial.write_text('half')\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    killed = subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert not (tmp_path / "a.json").exists()
+    assert len(os.listdir(tmp_path)) == 1
+    assert files.sweep(tmp_path) == 1
+    assert os.listdir(tmp_path) == []
+
+
+def test_sweeping_spares_complete_files(tmp_path):
+    (tmp_path / "nuclei.parquet").write_text("whole")
+    assert files.sweep(tmp_path) == 0
+    assert os.listdir(tmp_path) == ["nuclei.parquet"]
+
+
+# ---------------------------------------------------------------------------------------------- folders
+
+
+def make_folder(path: Path, text: str) -> None:
+    (path / "a" / "b").mkdir(parents=True)
+    (path / "a" / "b" / "c.txt").write_text(text)
+
+
+@pytest.mark.parametrize("there", ["nothing", "a folder", "a file"])
+def test_a_folder_replaces_what_is_there(tmp_path, there):
+    target = tmp_path / "t.zarr"
+    if there == "a folder":
+        make_folder(target, "old")
+        (target / "more.txt").write_text("old")
+    elif there == "a file":
+        target.write_text("old")
+    with files.committed(target) as partial:
+        make_folder(partial, "new")
+        assert partial.suffix == ".zarr"
+    assert [str(path.relative_to(target)) for path in target.rglob("*.txt")] == ["a/b/c.txt"]
+    assert (target / "a" / "b" / "c.txt").read_text() == "new"
+    assert os.listdir(tmp_path) == ["t.zarr"]
+
+
+def test_a_file_replaces_a_folder(tmp_path):
+    make_folder(tmp_path / "t", "old")
+    with files.committed(tmp_path / "t") as partial:
+        partial.write_text("new")
+    assert (tmp_path / "t").read_text() == "new"
+    assert os.listdir(tmp_path) == ["t"]
+
+
+def test_two_writers_of_one_folder_leave_that_of_the_last(tmp_path):
+    with files.committed(tmp_path / "t") as first:
+        make_folder(first, "first")
+        with files.committed(tmp_path / "t") as second:
+            make_folder(second, "second")
+    assert (tmp_path / "t" / "a" / "b" / "c.txt").read_text() == "first"
+    assert os.listdir(tmp_path) == ["t"]
+
+
+def test_an_error_leaves_the_old_folder(tmp_path):
+    make_folder(tmp_path / "t", "old")
+
+    def fail() -> None:
+        with files.committed(tmp_path / "t") as partial:
+            make_folder(partial, "half")
+            raise RuntimeError("midway")
+
+    with pytest.raises(RuntimeError, match="midway"):
+        fail()
+    assert (tmp_path / "t" / "a" / "b" / "c.txt").read_text() == "old"
+    assert os.listdir(tmp_path) == ["t"]
+
+
+def test_sweeping_removes_half_a_folder(tmp_path):
+    make_folder(tmp_path / ".partial-0123456789ab-t", "half")
+    assert files.sweep(tmp_path) == 1
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("change", ["content", "name", "another file"])
+def test_the_checksum_of_a_folder_is_of_names_and_content(tmp_path, change):
+    for name in "xy":
+        make_folder(tmp_path / name, "same")
+    assert files.sha256(tmp_path / "x") == files.sha256(tmp_path / "y")
+    assert files.size_bytes(tmp_path / "x") == 4
+    file = tmp_path / "y" / "a" / "b" / "c.txt"
+    if change == "content":
+        file.write_text("Same")
+    elif change == "name":
+        file.rename(file.with_name("d.txt"))
+    else:
+        file.with_name("d.txt").touch()
+    assert files.sha256(tmp_path / "x") != files.sha256(tmp_path / "y")

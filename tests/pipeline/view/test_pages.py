@@ -1,0 +1,178 @@
+"""The pages in a browser: what they draw is what the run wrote, and no text of it is taken for markup."""
+
+import re
+import shutil
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import shapely
+import uvicorn
+
+from browser import SIZE, Browser, browser
+from finished_run import FIRST, Finished
+from nuclei_tables import write
+from pipeline import files
+from pipeline.archive.ledger import write_ledger
+from pipeline.layout import RunFolder
+from pipeline.segment import tables
+from pipeline.segment.record import Counts, SlideRecord, StageRecord
+from pipeline.view.application import application
+from pipeline.view.results import Results
+from pipeline.view.server import listening
+from slides.geometry import Box, Size
+
+HOSTILE = "<img src=x onerror=alert(1)>"
+DRAWN = "Number(document.querySelector('canvas.nuclei')?.dataset.drawn)"
+
+
+@pytest.fixture(scope="module")
+def page() -> Iterator[Browser]:
+    with browser() as opened:
+        yield opened
+
+
+@contextmanager
+def served(run: Path) -> Iterator[str]:
+    """The address of the pages of a run, as `nightslide view` serves them."""
+    with listening(0) as listener:
+        port = listener.getsockname()[1]
+        app = application(Results(RunFolder(run)), "token", port)
+        server = uvicorn.Server(uvicorn.Config(app, log_config=None, lifespan="off", ws="none"))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{port}/token/"
+        finally:
+            server.should_exit = True
+            thread.join()
+
+
+def text(page: Browser, name: str) -> str:
+    return str(page.evaluate(f"document.getElementById('{name}').textContent"))
+
+
+def test_the_list_and_a_slide_with_its_nuclei(page: Browser, finished: Finished) -> None:
+    """All nuclei of a small slide are drawn; fewer with a higher score; the one under the cursor is described."""
+    page.messages.clear()
+    with served(finished.run) as address:
+        page.open(address)
+        page.wait_for("document.querySelectorAll('#slides tr').length === 3")
+        assert text(page, "summary").startswith("2 of 3 slides done")
+        page.wait_for("[...document.images].every((image) => image.complete && image.naturalWidth)")
+        page.evaluate("document.querySelector('td.name a').click()")
+        assert page.wait_for(DRAWN) == finished.nuclei
+        page.wait_for(f"document.getElementById('shown').textContent === '{finished.nuclei} nuclei'")
+        assert text(page, "name") == FIRST
+        assert text(page, "length").endswith("µm")
+        table = tables.read_nuclei(RunFolder(finished.run).slide(FIRST).nuclei)
+        set_score(page, 0.7)
+        kept = int((table["score"].to_numpy() >= 0.7).sum())
+        assert 0 < kept < finished.nuclei
+        page.wait_for(f"{DRAWN} === {kept}")
+        page.wait_for(f"document.getElementById('shown').textContent === '{kept} of {finished.nuclei} nuclei'")
+        set_score(page, 0)
+        look_at(page, address, table["centroid_x"][0].as_py(), table["centroid_y"][0].as_py())
+        page.wait_for(f"{DRAWN} && !document.getElementById('nucleus').hidden")
+        assert table["id"][0].as_py() in text(page, "nucleus")
+        (area,) = re.findall(r"area([\d.]+) µm²", text(page, "nucleus"))
+        assert float(area) == pytest.approx(table["area_um2"][0].as_py(), rel=1e-3)
+    assert page.messages == []
+
+
+def set_score(page: Browser, score: float) -> None:
+    page.evaluate(
+        f"{{ const slider = document.getElementById('score'); slider.value = {score};"
+        f"slider.dispatchEvent(new Event('input')); }}"
+    )
+
+
+def look_at(page: Browser, address: str, x: float, y: float) -> None:
+    """Open the first slide with a point, slide px, in the middle, and move the mouse there."""
+    page.open(f"{address}slides/0/?again#x={x}&y={y}&px=0.2")
+    page.wait_for(DRAWN)
+    page.point(SIZE[0] / 2 - 30, SIZE[1] / 2)
+    page.point(SIZE[0] / 2, SIZE[1] / 2)
+
+
+def hostile(finished: Finished, folder: Path) -> RunFolder:
+    """A run in which every text is markup: the slide's name, its remarks, a class, the cause of a failure."""
+    run = RunFolder(finished.copy(folder).run)
+    shutil.move(run.slide(FIRST).path, run.slide(HOSTILE).path)
+    done = StageRecord({}, Counts(nuclei=2), (HOSTILE,))
+    rows = [
+        SlideRecord(HOSTILE, "done", tissue_mm2=1.0, work=done, remarks=(HOSTILE,)),
+        SlideRecord("<script>alert(2)</script>", "failed", HOSTILE),
+    ]
+    write_ledger(run, rows)
+    content = files.read_json(run.slide(HOSTILE).slide_json)
+    assert content is not None
+    width, height = content["size"]
+    provenance = tables.Provenance(
+        HOSTILE, (0.25, 0.25), Size(width, height), Box(0, 0, width, height), "", {HOSTILE: (255, 0, 0)}
+    )
+    shapes = shapely.box([10, 60], [10, 60], [40, 90], [40, 90])
+    write(run.slide(HOSTILE).nuclei, shapes, provenance=provenance)
+    files.write_json(run.slide(HOSTILE).slide_json, {**content, "source_path": f"/{HOSTILE}"})
+    return run
+
+
+def test_text_is_never_markup(page: Browser, finished: Finished, tmp_path: Path) -> None:
+    """And the nuclei are drawn where the slide is not there any more."""
+    page.messages.clear()
+    with served(hostile(finished, tmp_path).path) as address:
+        page.open(address)
+        page.wait_for("document.querySelectorAll('#slides tr').length === 2")
+        cells = page.evaluate("[...document.querySelectorAll('#slides td')].map((cell) => cell.textContent)")
+        assert cells.count(HOSTILE) == 3
+        assert page.evaluate("document.querySelectorAll('#slides img, script').length") == 2  # a thumbnail, slides.js
+        page.open(f"{address}slides/0/")
+        assert page.wait_for(DRAWN) == 2
+        assert text(page, "name") == HOSTILE
+        assert HOSTILE in text(page, "classes")
+        assert "--slides DIR" in text(page, "problems")
+        page.open(f"{address}slides/0/?again#x=25&y=25&px=0.2")
+        page.wait_for(DRAWN)
+        page.point(SIZE[0] / 2 - 30, SIZE[1] / 2)
+        page.point(SIZE[0] / 2, SIZE[1] / 2)
+        page.wait_for("!document.getElementById('nucleus').hidden")
+        assert text(page, "nucleus").startswith(HOSTILE)
+        assert page.evaluate("document.querySelectorAll('body img').length") == 0
+    assert [message for message in page.messages if "409" not in message] == []
+
+
+def test_outlines_of_tissue_and_artefacts(page: Browser, finished: Finished, tmp_path: Path) -> None:
+    """QuPath's annotations, with their holes, are layers that can be hidden; the canvas shows their colour."""
+    run = RunFolder(finished.copy(tmp_path).run)
+    rings = [[[low, low], [high, low], [high, high], [low, high], [low, low]] for low, high in ((50, 200), (90, 160))]
+    folder = run.slide(FIRST)
+    for path, colour, kind, coordinates in (
+        (folder.tissue_annotation, [0, 128, 0], "Polygon", rings),
+        (folder.artefact_annotations, [255, 0, 0], "MultiPolygon", [rings]),
+    ):
+        geometry = {"type": kind, "coordinates": coordinates}
+        properties = {"classification": {"name": path.stem, "color": colour}}
+        feature = {"type": "Feature", "geometry": geometry, "properties": properties}
+        files.write_json(path, {"type": "FeatureCollection", "features": [feature]})
+    page.messages.clear()
+    with served(run.path) as address:
+        page.open(f"{address}slides/0/")
+        page.wait_for(DRAWN)
+        page.wait_for("document.querySelectorAll('#layers input').length === 4")
+        page.evaluate("document.getElementById('outlines').click(); document.getElementById('density').click()")
+        page.wait_for(f"{DRAWN} === 0 && {coloured_pixels()} > 0")
+        page.evaluate("document.querySelectorAll('#layers input').forEach((box) => box.checked && box.click())")
+        page.wait_for(f"{coloured_pixels()} === 0")
+    assert page.messages == []
+
+
+def coloured_pixels() -> str:
+    """Counts them on a copy: a canvas that is read often is slow to draw on, of which the browser warns."""
+    return """((canvas) => {
+        const { width, height } = canvas;
+        const context = Object.assign(document.createElement("canvas"), { width, height }).getContext("2d");
+        context.drawImage(canvas, 0, 0);
+        return context.getImageData(0, 0, width, height).data.filter((value, i) => i % 4 === 3 && value).length;
+    })(document.querySelector("canvas.nuclei"))"""

@@ -1,0 +1,80 @@
+"""Which files a slide consists of. Law: a copy of these, and of nothing else, is the same slide."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dicom_files import write
+from slides.errors import SlideUnreadable
+from slides.parts import LocalDirectory, parts
+from slides.slide import open_slide
+
+
+def copy(slide: Path, to: Path) -> Path:
+    names = parts(slide.name, LocalDirectory(slide.parent))
+    assert names[0] == slide.name
+    assert len(set(names)) == len(names)
+    for name in names:
+        (to / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(slide.parent / name, to / name)
+    return to / slide.name
+
+
+def assert_same_slide(one: Path, other: Path) -> None:
+    with open_slide(one, mpp=0.5) as a, open_slide(other, mpp=0.5) as b:
+        assert a.quick_hash == b.quick_hash
+        assert (a.size, a.bounds, a.levels) == (b.size, b.bounds, b.levels)
+        frame = a.frame(32.0)
+        assert np.array_equal(a.thumbnail(frame), b.thumbnail(frame))
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [("CMU-1-Small-Region.svs", 1), ("leica-offset-region.scn", 1), ("philips.tiff", 1), ("mirax-sparse.mrxs", 4)],
+)
+def test_a_copy_of_its_parts_is_the_same_slide(shared: Path, tmp_path: Path, name: str, count: int) -> None:
+    slide = shared / "slides" / name
+    assert len(parts(name, LocalDirectory(slide.parent))) == count
+    assert_same_slide(slide, copy(slide, tmp_path))
+
+
+def test_a_dicom_slide_is_the_files_of_its_series_whatever_their_names(tmp_path: Path) -> None:
+    folder = tmp_path / "archive"
+    folder.mkdir()
+    for name, series, level in (("a.dcm", "1.2.3", 0), ("b", "1.2.3", 1), ("c.dcm", "1.2.4", 0)):
+        write(folder / name, series, level=level)
+    (folder / "notes.txt").write_text("a note")
+    damaged = write(folder / "z.dcm", "1.2.5").read_bytes()
+    (folder / "z.dcm").write_bytes(damaged[:300])
+    assert parts("a.dcm", LocalDirectory(folder)) == ["a.dcm", "b"]
+    assert_same_slide(folder / "a.dcm", copy(folder / "a.dcm", tmp_path / "copy"))
+    with pytest.raises(SlideUnreadable, match="damaged header"):
+        parts("z.dcm", LocalDirectory(folder))
+
+
+KEY_FILE = """[Virtual Microscope Specimen]
+NoLayers=1
+ImageFile=case(0,0).jpg
+ImageFile(1,0)=case(1,0).jpg
+MapFile=case_map2.jpg
+MacroImage=../outside.jpg
+OptimisationFile=case.opt
+"""
+
+
+def test_a_hamamatsu_slide_is_its_key_file_and_what_that_names(tmp_path: Path) -> None:
+    for name in ("outside.jpg", "in/case(0,0).jpg", "in/case(1,0).jpg", "in/case_map2.jpg", "in/other.jpg"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "in" / "case.vms").write_text(KEY_FILE)
+    expected = ["case.vms", "case(0,0).jpg", "case(1,0).jpg", "case_map2.jpg"]
+    assert parts("case.vms", LocalDirectory(tmp_path / "in")) == expected  # nothing outside its folder
+    (tmp_path / "in" / "case.vms").write_bytes(b"\xff no key file")
+    assert parts("case.vms", LocalDirectory(tmp_path / "in")) == ["case.vms"]
+
+
+def test_a_mirax_slide_without_its_folder_is_its_file_alone(tmp_path: Path) -> None:
+    (tmp_path / "x.mrxs").touch()
+    assert parts("x.mrxs", LocalDirectory(tmp_path)) == ["x.mrxs"]

@@ -1,0 +1,13 @@
+package qupath.lib.scripting;
+
+import java.awt.image.BufferedImage;
+import qupath.lib.images.ImageData;
+import qupath.lib.projects.Project;
+
+public class QP {
+    public static Project<BufferedImage> project;
+    public static ImageData<BufferedImage> imageData;
+
+    public static Project<BufferedImage> getProject() { return project; }
+    public static ImageData<BufferedImage> getCurrentImageData() { return imageData; }
+}
