@@ -121,5 +121,9 @@ def _load_detector(path: Path) -> "NucleusDetector":
     return fold(load_weights(path))
 
 
+def _load_stain_network(path: Path) -> ClusterNet:
+    return dcgmm.load(path)
+
+
 _detectors = _Networks(_load_detector)
-_stain_networks = _Networks(dcgmm.load)
+_stain_networks = _Networks(_load_stain_network)
