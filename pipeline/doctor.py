@@ -54,11 +54,11 @@ def _smoke_test(say: Callable[[str], None]) -> list[str]:
     """Run the detector on an empty image, and report the device. Returns the problems, if any."""
     try:
         running = load.detector(Detector())
-        with torch.inference_mode():
+        with torch.inference_mode(), running.autocast():
             features = running.model.features(torch.zeros(1, 3, 64, 64, device=running.device))
     except Exception as error:  # any error means a problem with torch on this machine
         return [f"the detector does not run: {one_line(error)}"]
     say(f"smoke test: the detector runs on {running.device} in {str(running.precision).removeprefix('torch.')}")
-    if not all(torch.isfinite(value).all() for value in features.maps.values()):
+    if not torch.isfinite(features.table.pixels).all():
         return ["the detector computes values that are not finite: reinstall torch, or choose --detector.device cpu"]
     return []

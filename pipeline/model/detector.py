@@ -5,8 +5,9 @@ pasted into full images. Here a patch is enlarged by a stated factor and nothing
 nuclei, the limits follow from density, and masks stay on their M x M grid until they are polygons.
 """
 
+import functools
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,17 +16,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
+from torchvision.models.detection._utils import BoxCoder
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
-from torchvision.ops import FeaturePyramidNetwork, batched_nms, clip_boxes_to_image
+from torchvision.ops import FeaturePyramidNetwork, clip_boxes_to_image
 
 from pipeline.config import STRIDES, Architecture, Detector
 from pipeline.errors import ConfigError, WeightsError
 from pipeline.model import weights
 from pipeline.model.deterministic import pad_rows, sigmoid, upsample
-from pipeline.model.roi_align import RoIPool
+from pipeline.model.roi_align import FeatureTable, RoIPool, flatten_boxes
+from pipeline.model.suppress import suppress
 
 LEVELS = ("0", "1", "2", "3")  # torchvision names feature maps by strings
 _LEAST_SIDE_PX = 2  # of a box in enlarged px: a thinner one is no nucleus
@@ -62,7 +65,7 @@ class Limits(NamedTuple):
 class Pyramid(NamedTuple):
     """Feature maps of a batch, and the size of the images that they are of."""
 
-    maps: dict[str, Tensor]  # level -> float32 (B, C, h, w), at the strides of config.STRIDES
+    table: FeatureTable  # at the strides of config.STRIDES; on a GPU in the precision of autocast, else float32
     size: tuple[int, int]  # height and width of the enlarged images, px
 
 
@@ -97,7 +100,10 @@ class NucleusDetector(nn.Module):
         """images: (B, 3, H, W) in 0..1 -> feature maps of the enlarged images."""
         if self.architecture.upscale != 1:
             images = upsample(images, self.architecture.upscale)
-        return Pyramid(self._maps(images)[0], _size(images))
+        maps = list(self._maps(images)[0].values())
+        if images.device.type == "cpu":
+            maps = [m.float() for m in maps]  # pooling in bfloat16 is slow there
+        return Pyramid(FeatureTable.of(maps), _size(images))
 
     def _maps(self, images: Tensor) -> tuple[dict[str, Tensor], Tensor | None]:
         """Feature maps, and the semantic branch's at the finest of them, (B, architecture.semantic, h, w)."""
@@ -107,19 +113,33 @@ class NucleusDetector(nn.Module):
         semantic = None
         if self.semantic is not None:
             pyramid[LEVELS[0]], semantic = self.semantic(pyramid[LEVELS[0]])
-        return {level: map_.float() for level, map_ in pyramid.items()}, semantic  # each head pools float32
+        return pyramid, semantic
 
     def propose(self, features: Pyramid, limits: Limits) -> list[Tensor]:
-        """Region proposals of each image, (P, 4) in enlarged px, best first, within the limits."""
-        self.rpn.score_thresh = limits.objectness
-        self.rpn._pre_nms_top_n["testing"] = limits.anchors
-        self.rpn._post_nms_top_n["testing"] = limits.proposals
-        finest = features.maps[LEVELS[0]]
-        sizes = [features.size] * len(finest)
-        # of the images themselves torchvision needs the size alone
-        images = ImageList(finest.new_empty((len(sizes), 1, *features.size)), sizes)
-        proposals: list[Tensor] = self.rpn(images, features.maps)[0]
-        return proposals
+        """Region proposals of each image, (P, 4) in enlarged px, best first, within the limits.
+
+        What torchvision's RegionProposalNetwork does, for all images together, and for the best anchors only.
+        """
+        logits, deltas, anchors, level = [], [], [], []
+        every = _anchors(self.rpn.anchor_generator, features.size, features.table.shapes, features.table.pixels.device)
+        for number, (score, delta, anchor) in enumerate(zip(*self.rpn.head(features.table.maps()), every, strict=True)):
+            score = score.permute(0, 2, 3, 1).flatten(1)  # (B, h * w * A)
+            delta = delta.permute(0, 2, 3, 1).reshape(*score.shape, 4)
+            best, index = score.topk(min(limits.anchors, len(anchor)), 1)  # (B, n)
+            logits.append(best)
+            deltas.append(delta.gather(1, index[..., None].expand(-1, -1, 4)))
+            anchors.append(anchor[index])
+            level.append(index.new_full((index.shape[1],), number))
+        boxes = _decode(torch.cat(deltas, 1).float(), torch.cat(anchors, 1), self.rpn.box_coder)  # (B, N, 4)
+        boxes = clip_boxes_to_image(boxes, features.size)
+        scores = torch.cat(logits, 1).float().sigmoid()
+        wide = (boxes[..., 2:] - boxes[..., :2] >= self.rpn.min_size).all(-1)
+        image, at = torch.where(wide & (scores >= limits.objectness))
+        boxes, scores = boxes[image, at], scores[image, at]
+        keep, counts = suppress(
+            boxes, scores, image, torch.cat(level)[at], features.table.images, iou=self.rpn.nms_thresh
+        )
+        return [b[: limits.proposals] for b in boxes[keep].split(counts)]
 
     def classify(self, features: Pyramid, proposals: list[Tensor], limits: Limits) -> list[Candidates]:
         """Proposals -> boxes with class and score, after class-agnostic NMS, in patch px.
@@ -127,39 +147,33 @@ class NucleusDetector(nn.Module):
         The score is the probability of being a nucleus, of whatever class: doubt between two classes does not lower it.
         """
         heads = self.roi_heads
-        pooled = heads.box_roi_pool(features.maps, proposals, [features.size] * len(proposals))
-        logits, deltas = heads.box_predictor(heads.box_head(pooled))
-        counts = [len(p) for p in proposals]
-        decoded = heads.box_coder.decode(deltas, proposals)
-        # without any proposal torchvision leaves the boxes flat
-        decoded = decoded.reshape(*logits.shape, 4).split(counts)  # (P, 1 + K, 4) each
-        probabilities = logits.softmax(-1).split(counts)  # (P, 1 + K) each
-        candidates = []
-        for boxes, classes, offered in zip(decoded, probabilities, counts, strict=True):
-            scores, class_index = classes[:, 1:].sum(1), classes[:, 1:].argmax(1)
-            boxes = boxes[torch.arange(len(boxes), device=boxes.device), class_index + 1]  # (P, 4)
-            boxes = clip_boxes_to_image(boxes, features.size)
-            shorter = (boxes[:, 2:] - boxes[:, :2]).amin(1)
-            keep = torch.where((scores >= limits.score) & (shorter >= _LEAST_SIDE_PX))[0]
-            keep = keep[batched_nms(boxes[keep], scores[keep], torch.zeros_like(keep), limits.nms)]
-            saturated = len(keep) > limits.instances or (
-                offered >= limits.proposals and len(keep) > limits.proposals // _PROPOSALS_PER_INSTANCE
+        rois, image = flatten_boxes(proposals)
+        logits, deltas = heads.box_predictor(heads.box_head(heads.box_roi_pool.pool(features.table, rois, image)))
+        classes = logits.softmax(-1)  # (P, 1 + K)
+        scores, class_index = classes[:, 1:].sum(1), classes[:, 1:].argmax(1)
+        deltas = _of_class(deltas.view(*logits.shape, 4), class_index)  # (P, 4)
+        boxes = clip_boxes_to_image(_decode(deltas, rois, heads.box_coder), features.size)
+        shorter = (boxes[:, 2:] - boxes[:, :2]).amin(1)
+        likely = torch.where((scores >= limits.score) & (shorter >= _LEAST_SIDE_PX))[0]
+        boxes, scores, class_index, image = boxes[likely], scores[likely], class_index[likely], image[likely]
+        keep, counts = suppress(boxes, scores, image, torch.zeros_like(class_index), len(proposals), iou=limits.nms)
+        boxes = boxes[keep] / self.architecture.upscale
+        columns = (c.split(counts) for c in (boxes, scores[keep], class_index[keep]))
+        return [
+            Candidates(
+                b[: limits.instances], s[: limits.instances], c[: limits.instances], _saturated(len(b), len(p), limits)
             )
-            keep = keep[: limits.instances]
-            boxes = boxes[keep] / self.architecture.upscale
-            candidates.append(Candidates(boxes, scores[keep], class_index[keep], saturated))
-        return candidates
+            for b, s, c, p in zip(*columns, proposals, strict=True)
+        ]
 
-    def masks(self, features: Pyramid, boxes: list[Tensor], class_index: list[Tensor]) -> list[Tensor]:
-        """Mask probabilities float32 (N, M, M) of each image's boxes (patch px): the grid spans the box."""
+    def masks(self, features: Pyramid, boxes: list[Tensor], class_index: list[Tensor]) -> Tensor:
+        """Mask probabilities float32 (sum N, M, M) of all images' boxes (patch px): the grid spans the box."""
         heads = self.roi_heads
+        rois, image = flatten_boxes(boxes)
         # torchvision samples the masks it trains on half a pixel beyond their boxes (RoIAlign without `aligned`)
-        enlarged = [b * self.architecture.upscale - 0.5 for b in boxes]
-        pooled = heads.mask_roi_pool(features.maps, enlarged, [features.size] * len(boxes))
+        pooled = heads.mask_roi_pool.pool(features.table, rois * self.architecture.upscale - 0.5, image)
         logits = heads.mask_predictor(heads.mask_head(pad_rows(pooled)))[: len(pooled)]  # (sum N, 1 + K, M, M)
-        row = torch.arange(len(logits), device=logits.device)
-        probabilities = sigmoid(logits[row, torch.cat(class_index) + 1].float())  # (sum N, M, M)
-        return list(torch.split(probabilities, [len(b) for b in boxes]))
+        return sigmoid(_of_class(logits, torch.cat(class_index)).float())
 
     def forward(self, images: Tensor, targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         """Losses of a training step, on crops that were cut at the enlarged scale: (B, 3, S, S) in 0..1.
@@ -168,7 +182,7 @@ class NucleusDetector(nn.Module):
         and for the semantic branch regions uint8 (S, S): 0 background, 1 inside a nucleus, 2 its edge.
         """
         features, semantic = self._maps(images)
-        self.rpn.score_thresh = 0.0  # the box head learns from unlikely proposals too
+        features = {level: map_.float() for level, map_ in features.items()}
         sizes = [_size(images)] * len(images)
         proposals, losses = self.rpn(ImageList(images, sizes), features, targets)
         _, head_losses = self.roi_heads(features, proposals, sizes, targets)
@@ -179,6 +193,42 @@ class NucleusDetector(nn.Module):
 
 def _size(images: Tensor) -> tuple[int, int]:
     return images.shape[-2], images.shape[-1]
+
+
+def _saturated(kept: int, offered: int, limits: Limits) -> bool:
+    """Whether a patch may hold more than what was kept of its proposals."""
+    return kept > limits.instances or (
+        offered >= limits.proposals and kept > limits.proposals // _PROPOSALS_PER_INSTANCE
+    )
+
+
+@functools.lru_cache(maxsize=8)  # patches and their quarters, on each device
+def _anchors(
+    generator: AnchorGenerator, size: tuple[int, int], shapes: Sequence[tuple[int, int]], device: torch.device
+) -> list[Tensor]:
+    """The anchors of each level, float32 (h * w * A, 4) in px of images of `size`. Made once per size and device."""
+    with torch.inference_mode(False):  # they outlive the caller's mode
+        # of images and maps torchvision needs the sizes alone
+        images = ImageList(torch.empty(1, 1, *size), [size])
+        (anchors,) = generator(images, [torch.empty(1, 1, *shape) for shape in shapes])
+        anchors_at = len(generator.cell_anchors[0])
+        return list(anchors.to(device).split([anchors_at * height * width for height, width in shapes]))
+
+
+def _of_class(values: Tensor, class_index: Tensor) -> Tensor:
+    """values: (N, 1 + K, ...), the first of the background -> (N, ...), each of its class, int64 (N,) from 0."""
+    index = class_index.view(-1, *[1] * (values.dim() - 1)).expand(-1, 1, *values.shape[2:])
+    return values[:, 1:].gather(1, index).squeeze(1)
+
+
+def _decode(deltas: Tensor, anchors: Tensor, coder: BoxCoder) -> Tensor:
+    """Boxes (..., 4) from their offsets to `anchors` (..., 4): as BoxCoder.decode, which uploads numbers."""
+    sides = anchors[..., 2:] - anchors[..., :2]
+    centres = anchors[..., :2] + 0.5 * sides
+    (across, _, wider, _) = coder.weights  # the same along x and y
+    centres = deltas[..., :2] / across * sides + centres
+    half = 0.5 * ((deltas[..., 2:] / wider).clamp(max=coder.bbox_xform_clip).exp() * sides)
+    return torch.cat([centres - half, centres + half], -1)
 
 
 def _proposal_network(architecture: Architecture) -> RegionProposalNetwork:
@@ -230,10 +280,12 @@ def _pool(architecture: Architecture, size: int) -> RoIPool:
 
 
 class _ProposalHead(RPNHead):  # type: ignore[misc] # torchvision is not typed
-    """Under autocast torchvision would compute boxes, and the targets of training, in bfloat16's 8 bits."""
+    """Under autocast torchvision would compute the boxes and targets of training in bfloat16's 8 bits."""
 
     def forward(self, x: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         scores, deltas = super().forward(x)
+        if not self.training:
+            return scores, deltas
         return [s.float() for s in scores], [d.float() for d in deltas]
 
 

@@ -98,5 +98,5 @@ def pad_rows(rows: Tensor) -> Tensor:
 
     Products of fewer rows are split along the sum, by the number of threads.
     """
-    missing = max(0, _LEAST_ROWS - len(rows)) if _on_cpu(rows) else 0
-    return F.pad(rows, (0, 0) * (rows.dim() - 1) + (0, missing))
+    missing = _LEAST_ROWS - len(rows)
+    return F.pad(rows, (0, 0) * (rows.dim() - 1) + (0, missing)) if _on_cpu(rows) and missing > 0 else rows

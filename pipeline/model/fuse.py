@@ -1,21 +1,25 @@
 """The views of a patch -> its instances: boxes fused by overlap with votes, masks averaged."""
 
 import functools
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchvision.ops import box_iou, nms
+from torchvision.ops import box_iou
 
 from pipeline.config import side_step
 from pipeline.model.detector import Candidates, Limits, NucleusDetector, Pyramid
 from pipeline.model.instances import STATISTICS, Instances, select
+from pipeline.model.roi_align import flatten_boxes
 from pipeline.model.split import Quarter, join, quarters
+from pipeline.model.suppress import counts, suppress
 from pipeline.model.views import View, apply, apply_boxes, undo_boxes, undo_masks
 
-_BOXES_AT_ONCE = 512  # rows of the overlap matrix held at once
+_BOXES_AT_ONCE = 512  # rows of the overlap matrix held at once on a CPU
+_ROWS_ON_GPU = 4096
 
 
 class Fused(NamedTuple):
@@ -27,46 +31,66 @@ class Fused(NamedTuple):
     votes: Tensor  # int64 (N,): how many views detected it
 
 
-def fuse(boxes: Sequence[Tensor], scores: Sequence[Tensor], class_index: Sequence[Tensor], *, iou: float) -> Fused:
-    """Fuse the boxes that several views give one patch, all in the patch's frame.
+def fuse(patches: Sequence[Sequence[Candidates]], limits: Limits, classes: int) -> list[Fused]:
+    """Fuse the boxes that several views give each patch of a batch, all in the patch's frame.
 
-    boxes: a float32 (Ni, 4) per view; scores: (Ni,); class_index: int64 (Ni,); iou: boxes that overlap by more are one
+    patches: of each patch, the candidates of every view; classes: how many there are
+    limits: boxes that overlap by more than its IoU are one, and need its score in the mean over all views
     The best boxes lead (non-maximum suppression over all views); every other box joins the leader it overlaps
     most, and of each view a leader counts the best. The fused box is the mean weighted by score, the class
     the one of the highest summed score.
-    Laws: one view is returned as it is, with one vote each; the order of the views does not matter, to the bit.
+    Laws: one view is returned as it is, with one vote each; the order of the views does not matter, to the bit;
+    neither do the other patches.
     """
-    count = len(boxes)
-    if count == 1:
-        return Fused(boxes[0], scores[0], class_index[0], torch.ones_like(class_index[0]))
-    every, score, class_ = torch.cat(list(boxes)), torch.cat(list(scores)), torch.cat(list(class_index))
-    view = torch.cat([torch.full_like(c, i) for i, c in enumerate(class_index)])
-    order = _canonical(every, score, class_)
-    every, score, class_, view = every[order], score[order], class_[order], view[order]
-    leaders = nms(every, score, iou).sort().values  # canonical order is falling score
-    members = _members(_best_leader(every, every[leaders]), view, len(leaders), count)  # (L, V)
+    views = len(patches[0])
+    if views == 1:
+        once = torch.ones_like(torch.cat([c.class_index for (c,) in patches]))
+        votes = once.split([len(c.boxes) for (c,) in patches])
+        return [Fused(c.boxes, c.scores, c.class_index, v) for (c,), v in zip(patches, votes, strict=True)]
+    rows = [candidates for patch in patches for candidates in patch]
+    every, number = flatten_boxes([c.boxes for c in rows])  # number: of the patch and the view
+    score, class_ = torch.cat([c.scores for c in rows]), torch.cat([c.class_index for c in rows])
+    order = _canonical(every, score, class_, number // views)
+    every, score, class_, number = every[order], score[order], class_[order], number[order]
+    patch = number // views
+    leaders, sizes = suppress(every, score, patch, torch.zeros_like(class_), len(patches), iou=limits.nms)
+    leaders = leaders.sort().values  # canonical order is falling score
+    per_patch = every.split([sum(len(c.boxes) for c in patch) for patch in patches])
+    best = _best_leaders(per_patch, every[leaders].split(sizes))
+    members = _members(best, number % views, len(leaders), views)  # (L, V)
     detected = members < len(every)  # whether the view detected the leader's nucleus
     members = members.clamp(max=max(len(every) - 1, 0))
     weight = score[members].double() * detected  # (L, V)
     total = weight.sum(1)
     lead = every[leaders].double()
     offset = every[members].double() - lead[:, None]  # (L, V, 4); exactly 0 for a box equal to its leader
-    classes = F.one_hot(class_[members], int(class_.max()) + 1 if len(class_) else 1)  # (L, V, K)
     fused = Fused(
         (lead + (offset * weight[..., None]).sum(1) / total.clamp(min=1e-12)[:, None]).to(every.dtype),
-        (total / count).to(score.dtype),
-        (classes * weight[..., None]).sum(1).argmax(1),
+        (total / views).to(score.dtype),
+        (F.one_hot(class_[members], classes) * weight[..., None]).sum(1).argmax(1),
         detected.sum(1),
     )
-    return select(fused, _canonical(fused.boxes, fused.scores, fused.class_index))
+    enough = torch.where(fused.scores >= limits.score)[0]
+    fused, patch = select(fused, enough), patch[leaders][enough]
+    fused = select(fused, _canonical(fused.boxes, fused.scores, fused.class_index, patch))
+    sizes = counts(patch, len(patches))
+    columns = (column.split(sizes) for column in fused)
+    return [Fused(*of_patch) for of_patch in zip(*columns, strict=True)]
 
 
-def _canonical(boxes: Tensor, scores: Tensor, class_index: Tensor) -> Tensor:
-    """Indices by falling score, then by coordinates and class: the same order whatever the order of the input."""
+def _canonical(boxes: Tensor, scores: Tensor, class_index: Tensor, patch: Tensor) -> Tensor:
+    """Indices by patch, falling score, then coordinates and class: the same order whatever the order of the input."""
     order = torch.arange(len(boxes), device=boxes.device)
-    for key in (class_index, boxes[:, 3], boxes[:, 2], boxes[:, 1], boxes[:, 0], -scores):
+    for key in (class_index, boxes[:, 3], boxes[:, 2], boxes[:, 1], boxes[:, 0], -scores, patch):
         order = order[key[order].argsort(stable=True)]
     return order
+
+
+def _best_leaders(boxes: Sequence[Tensor], leaders: Sequence[Tensor]) -> Tensor:
+    """Boxes and leaders of each patch -> every box's most overlapping leader, an index among all: int64 (sum N,)."""
+    firsts = itertools.accumulate(map(len, leaders), initial=0)
+    best = map(_best_leader, boxes, leaders)
+    return torch.cat([first + index for first, index in zip(firsts, best, strict=False)])
 
 
 def _best_leader(boxes: Tensor, leaders: Tensor) -> Tensor:
@@ -75,6 +99,11 @@ def _best_leader(boxes: Tensor, leaders: Tensor) -> Tensor:
     Every box has one that overlaps by the IoU of the suppression: itself, or the one that suppressed it.
     """
     best = torch.empty(len(boxes), dtype=torch.int64, device=boxes.device)
+    if boxes.device.type != "cpu":  # to choose the near ones is a wait, and there more than to compare all
+        for first in range(0, len(boxes), _ROWS_ON_GPU):
+            rows = slice(first, first + _ROWS_ON_GPU)
+            best[rows] = box_iou(boxes[rows], leaders).argmax(1)
+        return best
     order = boxes[:, 0].argsort()  # neighbours in x together, so that few leaders are near
     for first in range(0, len(boxes), _BOXES_AT_ONCE):
         part = order[first : first + _BOXES_AT_ONCE]
@@ -113,12 +142,13 @@ def infer(
         shown = apply(view, images)
         features = model.features(shown)
         pyramids.append(features)
-        detected = candidates(model, shown, features, in_view, margin)
-        per_view.append([c._replace(boxes=undo_boxes(view, c.boxes, side)) for c in detected])
+        per_view.append(_undone(view, candidates(model, shown, features, in_view, margin), side))
     per_patch = list(zip(*per_view, strict=True))
-    fused = [_fuse_patch(patch, limits) for patch in per_patch]
+    fused = fuse(per_patch, limits, len(model.architecture.classes))
     in_views = (_masks(model, features, view, fused, side) for view, features in zip(chosen, pyramids, strict=True))
-    masks = torch.split(functools.reduce(torch.add, in_views) / len(chosen), [len(f.boxes) for f in fused])
+    masks = functools.reduce(torch.add, in_views) / len(chosen)
+    unknown = masks.new_full((len(masks), 2, len(STATISTICS)), torch.nan)
+    sizes = [len(f.boxes) for f in fused]
     return [
         Instances(
             boxes=f.boxes,
@@ -126,24 +156,25 @@ def infer(
             scores=f.scores,
             class_index=f.class_index,
             votes=f.votes,
-            stain_density=f.boxes.new_full((len(f.boxes), 2, len(STATISTICS)), torch.nan),
+            stain_density=density,
             saturated=any(c.saturated for c in patch),
         )
-        for f, mask_probs, patch in zip(fused, masks, per_patch, strict=True)
+        for f, mask_probs, density, patch in zip(
+            fused, masks.split(sizes), unknown.split(sizes), per_patch, strict=True
+        )
     ]
+
+
+def _undone(view: View, detected: Sequence[Candidates], side: int) -> list[Candidates]:
+    """The candidates that a view gives each patch, in the patch's frame."""
+    boxes = undo_boxes(view, torch.cat([c.boxes for c in detected]), side).split([len(c.boxes) for c in detected])
+    return [c._replace(boxes=b) for c, b in zip(detected, boxes, strict=True)]
 
 
 def _masks(model: NucleusDetector, features: Pyramid, view: View, fused: Sequence[Fused], side: int) -> Tensor:
     """The masks that one view gives the fused boxes of all patches: float32 (sum N, M, M), turned back."""
     boxes = [apply_boxes(view, patch.boxes, side) for patch in fused]
-    return undo_masks(view, torch.cat(model.masks(features, boxes, [patch.class_index for patch in fused])))
-
-
-def _fuse_patch(views_of_patch: Sequence[Candidates], limits: Limits) -> Fused:
-    """One patch's boxes from all its views, those whose mean score suffices."""
-    columns = ([getattr(c, name) for c in views_of_patch] for name in ("boxes", "scores", "class_index"))
-    fused = fuse(*columns, iou=limits.nms)
-    return select(fused, fused.scores >= limits.score)
+    return undo_masks(view, model.masks(features, boxes, [patch.class_index for patch in fused]))
 
 
 def candidates(

@@ -13,6 +13,7 @@ from pipeline.config import Settings, side_step
 from pipeline.model import fuse, instances, load, stain, views
 from pipeline.model.detector import Limits
 from pipeline.model.instances import HostInstances, Instances
+from pipeline.model.roi_align import flatten_boxes
 from pipeline.model.split import join, quarters
 from pipeline.model.stain import Normalisation
 
@@ -61,19 +62,20 @@ def _detect(batch: NDArray[np.uint8], normalisation: Normalisation, settings: Se
         raw = pixels.to(running.device, non_blocking=True).permute(0, 3, 1, 2).float() / 255  # (B, 3, T, T)
         images = normaliser(raw)
         chosen = views.choose_views(settings.detector.views)
-        with torch.autocast(running.device.type, running.precision, enabled=running.precision != torch.float32):
+        with running.autocast():
             detected = fuse.infer(running.model, images, chosen, limits, settings.tiling.margin)
-        measured = [i._replace(stain_density=_stain_density(image, i)) for image, i in zip(raw, detected, strict=True)]
-        return _download(measured)
+        return _download(detected, raw)
 
 
-def _stain_density(image: Tensor, patch: Instances[Tensor]) -> Tensor:
+def _stain_density(images: Tensor, boxes: Sequence[Tensor], masks: Tensor) -> Tensor:
     """`instances.STATISTICS` of haematoxylin and eosin where a mask exceeds a half: float32 (N, 2, 5), on the device.
 
-    image: float32 (3, T, T), before normalisation. The deviation of a single pixel is NaN, as in QuPath.
+    images: float32 (B, 3, T, T), before normalisation; boxes: of each image, (n, 4); masks: of all, (N, M, M).
+    The deviation of a single pixel is NaN, as in QuPath.
     """
-    masks = patch.mask_probs
-    density = roi_align(stain.he_density(image[None]), [patch.boxes], masks.shape[-1], sampling_ratio=1)  # (N, 2, M, M)
+    rois, image = flatten_boxes(boxes)
+    rois = torch.cat([image[:, None], rois], 1)  # as torchvision takes them
+    density = roi_align(stain.he_density(images), rois, masks.shape[-1], sampling_ratio=1)  # (N, 2, M, M)
     inside = (masks > 0.5)[:, None]
     count = inside.sum((2, 3))  # (N, 1)
     mean = (density * inside).sum((2, 3)) / count.clamp(min=1)  # (N, 2)
@@ -85,25 +87,31 @@ def _stain_density(image: Tensor, patch: Instances[Tensor]) -> Tensor:
     return torch.stack([mean, (lower + upper) / 2, least, greatest, (squares / (count - 1)).sqrt()], 2)
 
 
-def _download(batch: Sequence[Instances[Tensor]]) -> list[Instances[Tensor]]:
-    """Copy a batch's instances to the host, all columns in one float32 table: the device waits for every copy.
+def _download(batch: Sequence[Instances[Tensor]], images: Tensor) -> list[Instances[Tensor]]:
+    """A batch's instances on the host, with the stain density that each has in `images`, in one copy.
 
-    Whole numbers come through unchanged: there are fewer than 2 ** 24 classes and views.
+    The device waits for every copy, so all columns go as the bytes of one table. Masks leave a GPU in 256 levels.
     """
     whole = instances.concat(batch)
+    density = _stain_density(images, [patch.boxes for patch in batch], whole.mask_probs)
+    whole = whole._replace(stain_density=density)
+    on_gpu = images.device.type != "cpu"
+    if on_gpu:
+        whole = whole._replace(mask_probs=(whole.mask_probs * 255).round().to(torch.uint8))
     columns = {name: getattr(whole, name) for name in instances.columns(Instances)}
-    widths = [column.shape[1:].numel() for column in columns.values()]
-    flat = [column.reshape(len(column), width) for column, width in zip(columns.values(), widths, strict=True)]
-    table = torch.cat([values.float() for values in flat], 1).cpu()
-    host = [
-        values.reshape(column.shape).to(column.dtype).contiguous()
-        for column, values in zip(columns.values(), torch.split(table, widths, 1), strict=True)
-    ]
+    flat = [column.flatten(1) if column.dim() > 1 else column[:, None] for column in columns.values()]
+    table = torch.cat([values.contiguous().view(torch.uint8) for values in flat], 1).cpu()
+    widths = [values.shape[1] * values.itemsize for values in flat]
+    host = {
+        name: values.clone(memory_format=torch.contiguous_format).view(column.dtype).view(column.shape)
+        for (name, column), values in zip(columns.items(), table.split(widths, 1), strict=True)
+    }
+    if on_gpu:
+        host["mask_probs"] = host["mask_probs"].float() / 255
     counts = [len(patch.boxes) for patch in batch]
-    per_patch = zip(*(torch.split(column, counts) for column in host), strict=True)
+    per_patch = zip(*(column.split(counts) for column in host.values()), strict=True)
     return [
-        patch._replace(**dict(zip(columns, values, strict=True)))
-        for patch, values in zip(batch, per_patch, strict=True)
+        patch._replace(**dict(zip(host, values, strict=True))) for patch, values in zip(batch, per_patch, strict=True)
     ]
 
 

@@ -37,6 +37,10 @@ class LoadedDetector(NamedTuple):
     device: torch.device
     precision: torch.dtype
 
+    def autocast(self) -> torch.autocast:
+        """The context in which it computes in its precision."""
+        return torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32)
+
 
 def detector(settings: Detector) -> LoadedDetector:
     """The detector of these settings on their device.
@@ -44,8 +48,11 @@ def detector(settings: Detector) -> LoadedDetector:
     Raises WeightsError where the file is missing, damaged, or has other content; ConfigError where the device is.
     """
     device = choose_device(settings.device)
-    model = _detectors.get(find_weights(settings.weights), device, settings.weights_sha256)
-    return LoadedDetector(model, device, choose_precision(settings.precision, device))
+    precision = choose_precision(settings.precision, device)
+    # a GPU holds the weights as autocast would cast them for every batch
+    dtype = torch.float32 if device.type == "cpu" else precision
+    model = _detectors.get(find_weights(settings.weights), (device, dtype), settings.weights_sha256)
+    return LoadedDetector(model, device, precision)
 
 
 def stain_network(settings: Stain, device: torch.device = CPU) -> ClusterNet | None:
@@ -55,7 +62,7 @@ def stain_network(settings: Stain, device: torch.device = CPU) -> ClusterNet | N
     """
     if settings.method != "dcgmm":
         return None
-    return _stain_networks.get(find_weights(settings.weights), device, settings.weights_sha256)
+    return _stain_networks.get(find_weights(settings.weights), (device, torch.float32), settings.weights_sha256)
 
 
 def normaliser(normalisation: Normalisation, settings: Stain, device: torch.device) -> Normaliser:
@@ -87,35 +94,35 @@ def stain_files(settings: Stain) -> dict[str, Path]:
 
 
 class _Networks(Generic[M]):
-    """Networks of one kind, each loaded once per content and device; the two last used are kept."""
+    """Networks of one kind, each loaded once per content, device and dtype; the two last used are kept."""
 
-    def __init__(self, load: Callable[[Path, torch.device], M]) -> None:
+    def __init__(self, load: Callable[[Path], M]) -> None:
         self._load = load
-        self._loaded: dict[tuple[str, torch.device], M] = {}  # the least recently used first
+        self._loaded: dict[tuple[str, torch.device, torch.dtype], M] = {}  # the least recently used first
         self._lock = threading.Lock()
 
-    def get(self, path: Path, device: torch.device, recorded: str) -> M:
+    def get(self, path: Path, place: tuple[torch.device, torch.dtype], recorded: str) -> M:
         with self._lock:
             sha256 = check_content(path, recorded)
-            network = self._loaded.pop((sha256, device), None)
+            network = self._loaded.pop((sha256, *place), None)
             if network is None:
                 with torch.inference_mode(False):  # it outlives the caller's mode
-                    network = self._load(path, device)
+                    network = pointwise(self._load(path).to(*place))
                 check_content(path, sha256)  # that it was not replaced meanwhile
-            self._loaded[sha256, device] = network
+            self._loaded[sha256, *place] = network
             while len(self._loaded) > 2:
                 del self._loaded[next(iter(self._loaded))]
             return network
 
 
-def _load_detector(path: Path, device: torch.device) -> "NucleusDetector":
+def _load_detector(path: Path) -> "NucleusDetector":
     from pipeline.model.detector import fold, load_weights  # the workers that plan start in half the time without it
 
-    return pointwise(fold(load_weights(path)).to(device))
+    return fold(load_weights(path))
 
 
-def _load_stain_network(path: Path, device: torch.device) -> ClusterNet:
-    return pointwise(dcgmm.load(path).to(device))
+def _load_stain_network(path: Path) -> ClusterNet:
+    return dcgmm.load(path)
 
 
 _detectors = _Networks(_load_detector)

@@ -6,20 +6,52 @@ table of pixels by channels, and a bin is a bag of 16 rows: four samples of four
 torchvision's (aligned=False, two samples a side); a test compares them.
 """
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 SAMPLES = 2  # along each side of a bin
+_BINS_AT_ONCE = 1 << 21  # each has 16 rows and weights: 256 MiB
+
+
+class FeatureTable(NamedTuple):
+    """Feature maps of a batch: the pixels of all levels, level after level, image after image, row after row."""
+
+    pixels: Tensor  # (sum of B * h * w, C)
+    images: int
+    shapes: tuple[tuple[int, int], ...]  # height and width of each level's maps, finest first
+
+    @classmethod
+    def of(cls, maps: Sequence[Tensor]) -> "FeatureTable":
+        """maps: of each level, (B, C, h, w); best in channels_last."""
+        pixels = torch.cat([m.permute(0, 2, 3, 1).flatten(0, 2) for m in maps])
+        return cls(pixels, len(maps[0]), tuple((m.shape[2], m.shape[3]) for m in maps))
+
+    def maps(self) -> list[Tensor]:
+        """Of each level (B, C, h, w), in channels_last; the same memory."""
+        rows = self.pixels.split([self.images * height * width for height, width in self.shapes])
+        return [
+            r.view(self.images, *shape, self.pixels.shape[1]).permute(0, 3, 1, 2)
+            for r, shape in zip(rows, self.shapes, strict=True)
+        ]
+
+
+def flatten_boxes(boxes: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Boxes of each image, (N, 4) -> those of all, (sum N, 4), and the index of each one's image, int32 (sum N,)."""
+    numbers = torch.arange(len(boxes), dtype=torch.int32, device=boxes[0].device).split(1)
+    image = torch.cat([number.expand(len(b)) for number, b in zip(numbers, boxes, strict=True)])
+    return torch.cat(list(boxes)), image
 
 
 class RoIPool(nn.Module):
     """Pools boxes from the pyramid level of their size (Lin et al. 2017, equation 1) to a grid of `size` x `size`.
 
-    Called like torchvision's MultiScaleRoIAlign, whose place it takes in RoIHeads.
+    Called like torchvision's MultiScaleRoIAlign, whose place it takes in RoIHeads; inference calls `pool`.
     """
 
     def __init__(self, size: int, strides: Sequence[int], canonical_px: float, canonical_level: int) -> None:
@@ -34,23 +66,31 @@ class RoIPool(nn.Module):
 
         `sides`, of the images, are part of torchvision's call and not used: the stride of every level is known.
         """
-        maps = list(features.values())
-        rois = torch.cat(list(boxes))  # (R, 4)
-        image = torch.cat([b.new_full((len(b),), i, dtype=torch.int64) for i, b in enumerate(boxes)])
-        heights, widths = (rois.new_tensor([m.shape[d] for m in maps], dtype=torch.int64) for d in (2, 3))
-        starts = F.pad((maps[0].shape[0] * heights * widths).cumsum(0), (1, 0))[:-1]  # of each level in the table
-        level = self.levels(rois)
-        height, width = heights[level], widths[level]
-        first = starts[level] + image * height * width  # (R,) row of the map's first pixel
-        scaled = rois / rois.new_tensor(self.strides)[level, None]
-        rows, row_weights = _corners(scaled[:, 1], scaled[:, 3], self.size, height)  # (R, size, 4)
-        columns, column_weights = _corners(scaled[:, 0], scaled[:, 2], self.size, width)
-        lines = (first[:, None, None] + rows * width[:, None, None])[:, :, None, :, None]
-        bags = (lines + columns[:, None, :, None, :]).flatten(0, 2).flatten(1).int()  # (R * size * size, 16)
-        weights = (row_weights[:, :, None, :, None] * column_weights[:, None, :, None, :]).flatten(0, 2).flatten(1)
-        table = torch.cat([m.permute(0, 2, 3, 1).flatten(0, 2) for m in maps])  # (pixels, C)
-        pooled = F.embedding_bag(bags, table, per_sample_weights=weights.to(table.dtype), mode="sum")
-        return pooled.view(len(rois), self.size, self.size, table.shape[1]).permute(0, 3, 1, 2)
+        return self.pool(FeatureTable.of(list(features.values())), *flatten_boxes(boxes))
+
+    def pool(self, table: FeatureTable, rois: Tensor, image: Tensor) -> Tensor:
+        """rois: float32 (R, 4) in image px; image: int32 (R,), of each -> (R, C, size, size), in the table's dtype."""
+        step = _BINS_AT_ONCE // self.size**2
+        parts = [
+            F.embedding_bag(bags, table.pixels, per_sample_weights=weights.to(table.pixels.dtype), mode="sum")
+            for bags, weights in map(functools.partial(self._bags, table), rois.split(step), image.split(step))
+        ]
+        pooled = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return pooled.view(len(rois), self.size, self.size, table.pixels.shape[1]).permute(0, 3, 1, 2)
+
+    def _bags(self, table: FeatureTable, rois: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
+        """The rows of the table that each bin sums, int32, and their weights: both (R * size * size, 16)."""
+        levels = _levels_of(table.shapes, table.images, self.strides, rois.device)
+        level = levels[self.levels(rois)]  # (R, 5)
+        width, _, stride, area, start = level.unbind(1)
+        first = start + image * area  # row of the map's first pixel
+        scaled = rois / stride[:, None]
+        indices, weights = _corners(scaled[:, :2], scaled[:, 2:], self.size, level[:, :2])  # (R, 2, size, 4)
+        (columns, rows), (column_weights, row_weights) = indices.unbind(1), weights.unbind(1)
+        lines = first[:, None, None] + rows * width[:, None, None]
+        bags = lines[:, :, None, :, None] + columns[:, None, :, None, :]
+        both = row_weights[:, :, None, :, None] * column_weights[:, None, :, None, :]
+        return bags.view(-1, (2 * SAMPLES) ** 2), both.view(-1, (2 * SAMPLES) ** 2)
 
     def levels(self, rois: Tensor) -> Tensor:
         """Index of the pyramid level that each box (R, 4) is pooled from: int64 (R,)."""
@@ -60,18 +100,35 @@ class RoIPool(nn.Module):
         return level.clamp(0, len(self.strides) - 1).long()
 
 
-def _corners(low: Tensor, high: Tensor, size: int, length: Tensor) -> tuple[Tensor, Tensor]:
-    """Along one axis, the pixels that each bin of [low, high) (R,) reads: indices and weights (R, size, 4).
+@functools.lru_cache(maxsize=16)
+def _levels_of(
+    shapes: tuple[tuple[int, int], ...], images: int, strides: tuple[int, ...], device: torch.device
+) -> Tensor:
+    """Of each level, int32 (L, 5): width, height, stride, pixels of a map, first row in the table.
 
-    Samples beyond the map by more than a pixel count as zero, nearer ones as the edge: torchvision's rule.
+    Made once per size and device.
+    """
+    rows, start = [], 0
+    for (height, width), stride in zip(shapes, strides, strict=True):
+        rows.append((width, height, stride, width * height, start))
+        start += images * width * height
+    with torch.inference_mode(False):  # it outlives the caller's mode
+        return torch.tensor(rows, dtype=torch.int32).to(device)
+
+
+def _corners(low: Tensor, high: Tensor, size: int, extent: Tensor) -> tuple[Tensor, Tensor]:
+    """Along both axes, the pixels that each bin of [low, high) (R, 2) reads: indices and weights (R, 2, size, 4).
+
+    extent: of the maps, int32 (R, 2), px. Samples beyond the map by more than a pixel count as zero, nearer ones as
+    the edge: torchvision's rule.
     """
     step = (high - low).clamp(min=1) / (size * SAMPLES)
-    at = low[:, None] + (torch.arange(size * SAMPLES, device=low.device) + 0.5) * step[:, None]
-    inside = (at >= -1) & (at <= length[:, None])
-    at, last = at.clamp(min=0), length[:, None] - 1
-    near = torch.minimum(at.long(), last)
+    at = low[..., None] + torch.arange(0.5, size * SAMPLES, device=low.device) * step[..., None]
+    inside = (at >= -1) & (at <= extent[..., None])
+    at, last = at.clamp(min=0), extent[..., None] - 1
+    near = torch.minimum(at.int(), last)
     far = torch.minimum(near + 1, last)
     beyond = torch.where(near >= last, 0.0, at - near)  # weight of the far pixel
-    both = (torch.stack([near, far], 2), torch.stack([1 - beyond, beyond], 2) * (inside / SAMPLES)[..., None])
-    indices, weights = (x.view(len(low), size, 2 * SAMPLES) for x in both)
+    both = (torch.stack([near, far], 3), torch.stack([1 - beyond, beyond], 3) * (inside / SAMPLES)[..., None])
+    indices, weights = (x.view(len(low), 2, size, 2 * SAMPLES) for x in both)
     return indices, weights

@@ -51,6 +51,8 @@ def largest_shift(count: int) -> int:
 
 def apply(view: View, images: Tensor) -> Tensor:
     """Square images (..., S, S) as the view shows them."""
+    if view == _ALL[0]:
+        return images
     if view.flip:
         images = images.flip(-1)
     images = torch.rot90(images, view.turns, (-2, -1))
@@ -75,7 +77,8 @@ def apply_masks(view: View, masks: Tensor) -> Tensor:
 
 
 def _turn_back(view: View, images: Tensor) -> Tensor:
-    images = torch.rot90(images, -view.turns, (-2, -1))
+    if view.turns:
+        images = torch.rot90(images, -view.turns, (-2, -1))
     return images.flip(-1) if view.flip else images
 
 
@@ -99,11 +102,15 @@ def undo_points(view: View, xy: Tensor, side: float) -> Tensor:
 
 def apply_boxes(view: View, boxes: Tensor, side: float) -> Tensor:
     """Boxes (N, 4), x0 y0 x1 y1 of the patch, as the view shows them."""
+    if view == _ALL[0]:
+        return boxes
     return _ordered(apply_points(view, boxes.reshape(-1, 2, 2), side))
 
 
 def undo_boxes(view: View, boxes: Tensor, side: float) -> Tensor:
     """Boxes (N, 4) of the view, in the patch."""
+    if view == _ALL[0]:
+        return boxes
     return _ordered(undo_points(view, boxes.reshape(-1, 2, 2), side))
 
 

@@ -35,7 +35,8 @@ def test_boxes_are_inside_the_patch_and_masks_are_probabilities(tiny: NucleusDet
     with torch.inference_mode():
         features = tiny.features(torch.rand(2, 3, 96, 96))
         batch = tiny.classify(features, tiny.propose(features, LIMITS), LIMITS)
-        masks = tiny.masks(features, [c.boxes for c in batch], [c.class_index for c in batch])
+        every = tiny.masks(features, [c.boxes for c in batch], [c.class_index for c in batch])
+        masks = every.split([len(c.boxes) for c in batch])
     assert features.size == (144, 144)
     for candidates, probabilities in zip(batch, masks, strict=True):
         assert 0 < len(candidates.boxes) <= LIMITS.instances
@@ -63,12 +64,12 @@ def test_folded_batch_norms_change_nothing() -> None:
             torch.nn.init.uniform_(module.bias, -0.3, 0.3)
     images = torch.rand(1, 3, 64, 64)
     with torch.inference_mode():
-        expected = model.eval().features(images).maps
-        folded = fold(model).features(images).maps
+        expected = model.eval().features(images).table.maps()
+        folded = fold(model).features(images).table.maps()
     assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in model.modules())
-    for level, features in expected.items():
-        assert features.std() > 0.01
-        torch.testing.assert_close(folded[level], features, rtol=1e-3, atol=1e-4)
+    for before, after in zip(expected, folded, strict=True):
+        assert before.std() > 0.01
+        torch.testing.assert_close(after, before, rtol=1e-3, atol=1e-4)
 
 
 def test_no_proposals_give_no_boxes(tiny: NucleusDetector) -> None:
@@ -87,7 +88,7 @@ def test_no_proposals_give_no_boxes(tiny: NucleusDetector) -> None:
 def test_no_boxes_give_no_masks(tiny: NucleusDetector) -> None:
     with torch.inference_mode():
         features = tiny.features(torch.rand(1, 3, 96, 96))
-        (masks,) = tiny.masks(features, [torch.empty(0, 4)], [torch.empty(0, dtype=torch.int64)])
+        masks = tiny.masks(features, [torch.empty(0, 4)], [torch.empty(0, dtype=torch.int64)])
     assert masks.shape == (0, 28, 28)
 
 
@@ -123,7 +124,7 @@ def test_the_interior_of_a_patch_does_not_depend_on_its_place() -> None:
     step, reach = side_step(running.model.architecture.upscale), 384
     shift = 2 * step
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
-        whole, part = (running.model.features(i).maps.values() for i in (image, image[..., shift:, shift:]))
+        whole, part = (running.model.features(i).table.maps() for i in (image, image[..., shift:, shift:]))
     for theirs, ours, stride in zip(whole, part, STRIDES, strict=True):
         at, inner = (round(px * running.model.architecture.upscale / stride) for px in (shift, reach))
         theirs = theirs[..., at:, at:]
@@ -223,8 +224,8 @@ def test_a_backbone_that_does_not_fit_is_named(backbone: str, said: str) -> None
 def test_another_backbone_is_one_setting() -> None:
     model = NucleusDetector(dataclasses.replace(TINY, backbone="resnet10t")).eval()
     with torch.inference_mode():
-        features = model.features(torch.rand(1, 3, 64, 64)).maps
-    assert [features[level].shape[-1] for level in "0123"] == [96 // stride for stride in STRIDES]
+        maps = model.features(torch.rand(1, 3, 64, 64)).table.maps()
+    assert [features.shape[-1] for features in maps] == [96 // stride for stride in STRIDES]
 
 
 def test_shipped_detectors_say_what_they_may_be_used_for() -> None:

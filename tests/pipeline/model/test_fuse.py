@@ -11,7 +11,7 @@ from torch import Tensor
 from torchvision.ops import box_iou, nms
 
 from pipeline.config import Architecture, Detector
-from pipeline.model.detector import Limits, NucleusDetector, Pyramid
+from pipeline.model.detector import Candidates, Limits, NucleusDetector, Pyramid
 from pipeline.model.fuse import _best_leader, fuse, infer
 from pipeline.model.views import choose_views
 
@@ -34,20 +34,32 @@ def tensors(view: Sequence[tuple[float, ...]]) -> tuple[Tensor, Tensor, Tensor]:
     return boxes, table[:, 4], table[:, 5].long()
 
 
+EVERY = Limits.of_patch(Detector(score=0, nms=0.4), 128, 0.25)
+
+
 def fused(by_view: Sequence[Sequence[tuple[float, ...]]]) -> tuple[Tensor, ...]:
-    boxes, scores, classes = zip(*(tensors(v) for v in by_view), strict=True)
-    return fuse(boxes, scores, classes, iou=0.4)
+    (result,) = fuse([[Candidates(*tensors(v), saturated=False) for v in by_view]], EVERY, 2)
+    return result
 
 
 @given(one_view)
 def test_one_view_is_returned_as_it_is(view: list[tuple[float, ...]]) -> None:
     """Law: fusing one view changes nothing."""
     boxes, scores, classes = tensors(view)
-    result = fuse([boxes], [scores], [classes], iou=0.4)
-    assert torch.equal(result.boxes, boxes)
-    assert torch.equal(result.scores, scores)
-    assert torch.equal(result.class_index, classes)
-    assert result.votes.tolist() == [1] * len(view)
+    fused_boxes, fused_scores, class_index, votes = fused([view])
+    assert torch.equal(fused_boxes, boxes)
+    assert torch.equal(fused_scores, scores)
+    assert torch.equal(class_index, classes)
+    assert votes.tolist() == [1] * len(view)
+
+
+@given(st.lists(st.lists(one_view, min_size=3, max_size=3), min_size=2, max_size=4))
+def test_patches_of_a_batch_do_not_show(patches: list[list[list[tuple[float, ...]]]]) -> None:
+    """Law: bitwise the same alone and in a batch."""
+    batch = fuse([[Candidates(*tensors(v), saturated=False) for v in p] for p in patches], EVERY, 2)
+    for together, patch in zip(batch, patches, strict=True):
+        for a, b in zip(together, fused(patch), strict=True):
+            assert torch.equal(a, b)
 
 
 @given(st.lists(one_view, min_size=3, max_size=3))

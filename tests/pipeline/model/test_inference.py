@@ -265,8 +265,8 @@ def test_stain_statistics_are_numpy_s() -> None:
     probs = torch.where(pixels < torch.tensor([1, 20, 33, 64]).view(4, 1, 1), 0.9, 0.2)
     corners = 16.0 * torch.arange(4)  # in an image of twice the size, so that a cell of a mask is one colour
     boxes = torch.stack([corners, corners, corners + 16, corners + 16], 1)
-    rows = Instances(boxes, probs, probs[:, 0, 0], probs[:, 0, 0], probs[:, 0, 0], probs[:, 0, 0])
-    measured = inference._stain_density(image.repeat_interleave(2, 1).repeat_interleave(2, 2), rows).numpy()
+    enlarged = image.repeat_interleave(2, 1).repeat_interleave(2, 2)
+    measured = inference._stain_density(enlarged[None], [boxes], probs).numpy()
     density = stain.he_density(image[None])[0].numpy()
     for i, mask in enumerate(probs.numpy() > 0.5):
         values = density[:, 8 * i : 8 * i + 8, 8 * i : 8 * i + 8][:, mask]

@@ -1,0 +1,243 @@
+"""Detection and training on a GPU, proven without one: no tensor meets one of another device, nothing waits but what
+the data decides, and the results are the CPU's."""
+
+import copy
+import dataclasses
+import functools
+from collections.abc import Iterator, Mapping
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.config import Architecture, Detector, Settings, Stain, Tiling
+from pipeline.model import detector as model_detector
+from pipeline.model import inference, load, stain
+from pipeline.model.detector import NucleusDetector, fold
+from pipeline.model.inference import detect_patches
+from pipeline.model.instances import HostInstances, Instances, columns
+from pipeline.model.stain import FittedStain, Normalisation
+from pipeline.model.weights import detector_architecture, find_weights
+from pretend_cuda import BLOCKING, COSTS, DOWNLOAD, LAUNCH, UPLOAD, WAIT, PretendedCuda
+from slides.geometry import Size
+from slides.phantom import draw
+from training.data.crops import Crop, regions, targets
+from training.fit import _optimise, _parameter_groups, initial_model
+
+SIDE = 128
+IMAGE = draw(Size(1024, 1024), 3).image
+LARGER = np.stack([IMAGE[256:512, 256:512], IMAGE[640:896, 256:512]])
+METHODS: tuple[Any, ...] = ("none", "reinhard", "macenko", "dcgmm")
+COARSE = 1 / 255  # masks leave the device in 256 levels
+
+# What a batch costs beyond computation, by function. A number may become smaller, and is then lowered here.
+DETECTION = {
+    "download: pipeline/model/inference.py _download": 1,
+    "download: pipeline/model/suppress.py counts": 2,
+    "upload: pipeline/model/inference.py _detect": 1,
+    "wait: pipeline/model/detector.py NucleusDetector.classify": 1,
+    "wait: pipeline/model/detector.py NucleusDetector.propose": 1,
+    "wait: pipeline/model/suppress.py suppress": 2,
+}
+FUSION = {
+    "download: pipeline/model/suppress.py counts": 2,
+    "wait: pipeline/model/fuse.py fuse": 1,
+    "wait: pipeline/model/suppress.py suppress": 1,
+}
+TRAINING = {
+    "blocking upload: pipeline/model/detector.py NucleusDetector.forward": 10,
+    "blocking upload: pipeline/model/roi_align.py _levels_of": 1,
+    "blocking upload: training/fit.py _losses": 1,
+    "blocking upload: training/fit.py _losses.<locals>.<listcomp>.<dictcomp>": 8,
+    "wait: pipeline/model/detector.py NucleusDetector.forward": 23,
+    "wait: training/fit.py _optimise": 1,
+}
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """The maps are so small that threads would wait for each other most of the time."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def patches() -> np.ndarray:
+    """uint8 (8, SIDE, SIDE, 3), parts of a phantom slide; the last one shows glass."""
+    corners = [(y, x) for y in (256, 448, 640) for x in (256, 448, 640)][1:8]
+    cut = [IMAGE[y : y + SIDE, x : x + SIDE] for y, x in corners]
+    return np.stack([*cut, np.full_like(cut[0], 243)])
+
+
+def chosen(device: str, method: Any = "none", **detection: Any) -> Settings:
+    detector = Detector(**{"device": device, "precision": "float32", **detection})
+    return Settings(tiling=Tiling(tile=SIDE, margin=32), stain=Stain(method=method), detector=detector)
+
+
+def normalisation(method: str) -> Normalisation:
+    target = stain.read_template(find_weights("stain")) if method == "dcgmm" else stain.TEMPLATE[method]
+    paler = FittedStain(method, {name: tuple(0.9 * v for v in values) for name, values in target.numbers.items()})
+    return Normalisation(paler, target)
+
+
+def detect(patches: np.ndarray, settings: Settings) -> list[HostInstances]:
+    return list(detect_patches(patches, normalisation(settings.stain.method), settings))
+
+
+def assert_same(there: list[HostInstances], here: list[HostInstances]) -> None:
+    """Shapes, dtypes, and values within rounding."""
+    assert len(there) == len(here)
+    for a, b in zip(there, here, strict=True):
+        assert a[6:] == b[6:]  # flags
+        for name in columns(Instances):
+            x, y = getattr(a, name), getattr(b, name)
+            assert (x.dtype, x.shape) == (y.dtype, y.shape), name
+            np.testing.assert_allclose(x, y, rtol=1e-3, atol=COARSE if name == "mask_probs" else 2e-3, err_msg=name)
+
+
+@pytest.mark.parametrize("views", [1, 4])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_device_gives_what_a_cpu_gives(patches: np.ndarray, method: Any, views: int) -> None:
+    """And a batch waits for what the data decides, once for each head."""
+    expected = detect(patches[4:], chosen("cpu", method, views=views))
+    assert sum(len(patch.boxes) for patch in expected) > 10
+    with PretendedCuda() as cuda:
+        for batch in (4, 1, 1):
+            cuda.costs.clear()
+            there = detect(patches[-batch:], chosen("cuda", method, views=views, batch=batch))
+            assert_same(there, expected[-batch:])
+    assert_no_more(cuda.by_function(*COSTS), costs(views))  # of the last: constants of its size were uploaded before
+
+
+def costs(views: int) -> dict[str, int]:
+    """What a batch in several views may cost."""
+    per_batch = {k: v if "inference" in k else views * v for k, v in DETECTION.items()}
+    fusion = FUSION if views > 1 else {}
+    return {k: per_batch.get(k, 0) + fusion.get(k, 0) for k in per_batch.keys() | fusion.keys()}
+
+
+def test_the_cost_of_a_batch(patches: np.ndarray) -> None:
+    """Of eight patches in one view, in the precision of a GPU; `pytest -s` shows the table by source line."""
+    settings = chosen("cuda", batch=8, precision="bfloat16")
+    with PretendedCuda() as cuda:
+        detect(patches, settings)
+        cuda.costs.clear()
+        cuda.uploads.clear()
+        detected = detect(patches, settings)
+    print(f"\n{cuda.table(*COSTS)}\n{cuda.total(LAUNCH)} launches")
+    assert sum(len(patch.boxes) for patch in detected) > 10
+    assert_no_more(cuda.by_function(*COSTS), costs(1))
+    assert cuda.uploads == [patches.shape]
+    assert cuda.total(WAIT, DOWNLOAD, BLOCKING) <= 7
+    assert cuda.total(UPLOAD) == 1
+    assert cuda.total(LAUNCH) <= 430  # 29 of them for the statistics of the stains
+
+
+def assert_no_more(counted: Mapping[str, int], expected: Mapping[str, int]) -> None:
+    more = {k: (v, expected.get(k, 0)) for k, v in counted.items() if v > expected.get(k, 0)}
+    assert not more, f"more than expected (counted, expected): {more}"
+
+
+# ------------------------------------------------------------------------------------- classes, limits, memory
+
+
+def install(model: NucleusDetector, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have this network detect, on the device of the settings."""
+
+    @functools.cache
+    def detector(settings: Detector) -> load.LoadedDetector:
+        device = torch.device(settings.device)
+        return load.LoadedDetector(copy.deepcopy(model).to(device), device, torch.float32)
+
+    monkeypatch.setattr(load, "detector", detector)
+    monkeypatch.setattr(inference, "_batch_that_fits", {})
+
+
+@pytest.mark.parametrize("views", [1, 4])
+def test_classes_and_limits_are_those_of_a_cpu(views: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last of three classes is the likeliest; a patch that reaches its limit is detected in quarters."""
+    architecture = dataclasses.replace(detector_architecture(find_weights("nuclei")), classes=("a", "b", "c"))
+    model = fold(initial_model("nuclei", architecture).eval())
+    model.roi_heads.box_predictor.score.bias.data[3] += 1
+    install(model, monkeypatch)
+    monkeypatch.setattr(model_detector, "_LEAST_INSTANCES", 12)
+    limit = {"views": views, "instances_per_mm2": 1}
+    expected = detect(LARGER, chosen("cpu", **limit))
+    assert any(len(patch.boxes) > 12 for patch in expected)
+    assert all((patch.class_index == 2).all() for patch in expected)
+    with PretendedCuda():
+        assert_same(detect(LARGER, chosen("cuda", batch=2, **limit)), expected)
+
+
+@pytest.mark.parametrize(("share", "split", "lost"), [(1.1, False, False), (0.7, True, False), (0.1, False, True)])
+def test_a_device_without_memory_detects_less_at_once(
+    share: float, split: bool, lost: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A batch that does not fit is halved; a patch that does not fit is detected in quarters, and lost at the worst.
+
+    share: of the memory that the largest map of a patch takes.
+    """
+    monkeypatch.setattr(inference, "_batch_that_fits", {})
+    monkeypatch.setattr(inference, "_LEAST_PX", 128)
+    with PretendedCuda(largest=share * 96 * 193**2 * 4) as cuda:
+        there = detect(LARGER, chosen("cuda", batch=2))
+    assert [(patch.split, patch.lost) for patch in there] == [(split, lost)] * 2
+    assert lost or all(len(patch.boxes) for patch in there)
+    tried = [shape[:2] for shape in cuda.uploads if len(shape) == 4 and shape[1] == shape[2] > 100]  # batch and side
+    assert tried[:2] == [(2, 256), (1, 256)]
+
+
+# -------------------------------------------------------------------------------------------------- training
+
+
+TINY = Architecture(
+    channels=16, upscale=1.0, semantic=8, box_hidden=16, mask_channels=8, mask_layers=1, backbone="test_efficientnet"
+)
+
+
+def crop(seed: int) -> Crop:
+    """A crop of a phantom slide, at half the scale, with its nuclei."""
+    phantom = draw(Size(512, 512), seed)
+    labels = np.ascontiguousarray(phantom.labels[192:320, 192:320])
+    image = torch.from_numpy(phantom.image[192:320, 192:320].copy()).permute(2, 0, 1).float() / 255
+    boxes, names, masks = targets(labels, np.ones(labels.max() + 1, np.int64))
+    return Crop(image, boxes, names, masks, torch.from_numpy(regions(labels)))
+
+
+def test_a_training_step_is_a_cpus() -> None:
+    """The same losses and weights after it, and no more waits than before. The gradients are the CPU's."""
+    torch.manual_seed(0)
+    here = NucleusDetector(TINY).train()
+    there, batch = copy.deepcopy(here), [crop(1), crop(2)]
+    assert len(batch[0].boxes) > 3
+    expected = step(here, batch, torch.device("cpu"))
+    gradients = [p.grad for p in here.parameters()]
+    with PretendedCuda() as cuda:
+        there.to("cuda")
+        uploaded = [None if g is None else g.clone().to("cuda") for g in gradients]
+
+        def backward(_loss: torch.Tensor) -> None:
+            for parameter, gradient in zip(there.parameters(), uploaded, strict=True):
+                parameter.grad = gradient
+
+        cuda.costs.clear()
+        with mock.patch.object(torch.Tensor, "backward", backward):
+            losses = step(there, batch, torch.device("cuda"))
+        counted = cuda.by_function(*COSTS)
+        print(f"\n{cuda.table(*COSTS)}")
+        for name, loss in losses.items():
+            torch.testing.assert_close(loss.cpu(), expected[name], rtol=1e-3, atol=1e-4)
+        for a, b in zip(there.parameters(), here.parameters(), strict=True):
+            torch.testing.assert_close(a.detach().cpu(), b.detach(), rtol=1e-3, atol=1e-4)
+    assert_no_more(counted, TRAINING)
+
+
+def step(model: NucleusDetector, batch: list[Crop], device: torch.device) -> dict[str, torch.Tensor]:
+    optimiser = torch.optim.AdamW(_parameter_groups(model, 0.01), lr=1e-3)
+    torch.manual_seed(1)  # torchvision draws its samples
+    with mock.patch("training.fit.choose_precision", return_value=torch.float32):
+        return _optimise(model, optimiser, batch, device)[0]
