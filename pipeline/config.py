@@ -88,11 +88,11 @@ class Tiling:
 
     mpp: float = 0.25
     "Working scale, micrometres per pixel: every slide is resampled to it. It must be the weights' own."
-    tile: int = 1024
+    tile: int = 1536
     "Side of a tile with its border, px at the working scale."
     margin: int = 128
     "Border read around each tile's core, px: what the detector needs to see around a nucleus (128 px), and the largest nucleus."
-    block: int = 4
+    block: int = 3
     "Blocks of this many by this many tiles are stored, scheduled and resumed together."
 
     def __post_init__(self) -> None:
@@ -145,13 +145,13 @@ class Detector:
     "Name of shipped weights, or a .safetensors file."
     views: Annotated[Literal[1, 2, 4, 8], Parameter(name=["--detector.views", "--views"], group=COMMON)] = 1
     "Test-time-augmentation views per patch (flips, quarter-turns, shifts), fused by overlap with votes."
-    score: float = 0.5
+    score: float = 0.6
     "Detections below this (fused) score are dropped."
     nms: float = 0.3
     "Boxes of one tile, or of several views, that overlap by more than this IoU are one nucleus."
     overlap: float = 0.5
     "Outlines of one tile that share more than this part of the smaller one's area are one nucleus."
-    objectness: float = 0.3
+    objectness: float = 0.5
     "Region proposals below this objectness are dropped early: hardly any of them becomes a nucleus."
     proposals_per_mm2: int = 92_000
     "Most region proposals per mm2 of a patch: 6,000 in a tile of 1024 px at 0.25 um."
@@ -160,7 +160,7 @@ class Detector:
     instances_per_mm2: int = 30_000
     "Most nuclei per mm2 of a patch; one that reaches it is detected in quarters, and reported if they reach it too."
     batch: int = 0
-    "Patches per inference; 0 chooses 1 on a CPU and 8 on a GPU."
+    "Patches per inference; 0 chooses 1 on a CPU and 4 on a GPU."
     device: Annotated[str, Parameter(group=COMMON)] = "auto"
     "Where the detector runs: cpu, cuda, cuda:N, or auto, the GPU if there is one."
     precision: Literal["auto", "float32", "bfloat16"] = "auto"

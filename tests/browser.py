@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tornado import gen
 from tornado.ioloop import IOLoop
 from tornado.websocket import WebSocketClientConnection, websocket_connect
 
@@ -91,7 +92,8 @@ def browser() -> Iterator[Browser]:
             page = _first_page(Path(profile, "DevToolsActivePort"))
             socket = loop.run_sync(lambda: websocket_connect(page, max_message_size=2**26), timeout=_SECONDS)
             yield Browser(loop, socket)
-            socket.close()
+            loop.add_callback(socket.close)
+            loop.run_sync(lambda: gen.sleep(0))
         finally:
             process.terminate()
             process.wait()

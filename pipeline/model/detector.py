@@ -123,7 +123,7 @@ class NucleusDetector(nn.Module):
         logits, deltas, anchors, level = [], [], [], []
         every = _anchors(self.rpn.anchor_generator, features.size, features.table.shapes, features.table.pixels.device)
         for number, (score, delta, anchor) in enumerate(zip(*self.rpn.head(features.table.maps()), every, strict=True)):
-            score = score.permute(0, 2, 3, 1).flatten(1)  # (B, h * w * A)
+            score = _peaks(score).permute(0, 2, 3, 1).flatten(1)  # (B, h * w * A)
             delta = delta.permute(0, 2, 3, 1).reshape(*score.shape, 4)
             best, index = score.topk(min(limits.anchors, len(anchor)), 1)  # (B, n)
             logits.append(best)
@@ -213,6 +213,15 @@ def _anchors(
         (anchors,) = generator(images, [torch.empty(1, 1, *shape) for shape in shapes])
         anchors_at = len(generator.cell_anchors[0])
         return list(anchors.to(device).split([anchors_at * height * width for height, width in shapes]))
+
+
+def _peaks(logits: Tensor) -> Tensor:
+    """Objectness (B, A, h, w) of the anchors that no neighbour of the same shape exceeds; of all others -inf.
+
+    An anchor beside a better one gives nearly the same proposal, which NMS would drop. Without these, the limits cut
+    off none in a usual patch, so that what is proposed for a nucleus does not depend on the rest of its patch.
+    """
+    return logits.where(logits == F.max_pool2d(logits, 3, 1, 1), -torch.inf)
 
 
 def _of_class(values: Tensor, class_index: Tensor) -> Tensor:

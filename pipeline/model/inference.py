@@ -43,7 +43,7 @@ def detect_patches(
 
 
 def _batch_size(settings: Settings) -> int:
-    wanted = settings.detector.batch or (8 if load.detector(settings.detector).device.type == "cuda" else 1)
+    wanted = settings.detector.batch or (4 if load.detector(settings.detector).device.type == "cuda" else 1)
     return min(wanted, _batch_that_fits.get(settings, wanted))
 
 

@@ -5,6 +5,7 @@ must name this machine, so that no page from elsewhere reaches the server under 
 load nothing from anywhere else. Slides are named by their numbers: no path of a file comes from the browser.
 """
 
+import contextlib
 import secrets
 import shlex
 import socket
@@ -44,10 +45,9 @@ def serve(folder: Path, slides: Path | None = None, port: int = 0) -> None:
             server_header=False,
         )
         print(f"{shlex.quote(str(folder))}: http://{HOST}:{port}/{token}/  (end with Ctrl-C)", flush=True)
-        try:
+        with contextlib.suppress(KeyboardInterrupt):  # uvicorn passes it on, but not always
             uvicorn.Server(config).run(sockets=[listener])
-        except KeyboardInterrupt:
-            print("ended")
+        print("ended")
 
 
 def listening(port: int) -> socket.socket:

@@ -12,7 +12,6 @@ import pytest
 import oracle
 from pipeline.archive.run import run
 from pipeline.config import Execution
-from pipeline.model import inference
 
 NOTEBOOK = Path(__file__).parents[2] / "workflows" / "examples" / "nuclei.ipynb"
 
@@ -29,11 +28,11 @@ def test_the_notebook_has_no_outputs() -> None:
 
 def test_the_notebook_counts_every_nucleus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a slide of known nuclei: all of them by class, by area and in the map of densities; three pictures."""
-    monkeypatch.setattr(inference, "detect_patches", oracle.detect)
     monkeypatch.chdir(tmp_path)  # the notebook reads the folder `demo` beside it
     slide, out = tmp_path / "discs.png", tmp_path / "demo"
     count = oracle.paint(slide, 0)
-    (row,) = run([slide], out, oracle.chosen(), Execution(cluster=False), mpp=0.25, say=lambda line: None)
+    one, silent = Execution(cluster=False), lambda line: None
+    (row,) = run([slide], out, oracle.chosen(), one, mpp=0.25, say=silent, detect=oracle.detect)
     assert row.nuclei == count
     matplotlib.use("Agg")
     names: dict[str, Any] = {}

@@ -33,7 +33,7 @@ from pipeline import files  # noqa: E402
 from pipeline.archive import run as archive_run  # noqa: E402
 from pipeline.archive.lease import Leases  # noqa: E402
 from pipeline.config import Execution  # noqa: E402
-from pipeline.layout import LEASE  # noqa: E402
+from pipeline.layout import LEASE, RESULTS  # noqa: E402
 
 BEAT_S, EXPIRY_S, POLL_S = 0.03, 0.25, 0.02  # in place of 20 s, 180 s and 5 s
 DISTURBED_S = 1.5  # of a trial: then the processes are left alone, and must end
@@ -143,9 +143,7 @@ def differences(out: Path, name: str, statuses: Sequence[int | None], results: d
         path = folder / file
         if not path.exists() or path.read_bytes() != content:
             wrong.append(f"{file} differs")
-    left = (
-        {path.name for path in folder.iterdir()} - {*results, "slide.json", "thumbnail.jpg"} if folder.exists() else ()
-    )
+    left = {path.name for path in folder.iterdir()} - {*RESULTS, *results, "slide.json"} if folder.exists() else ()
     return [*wrong, *(f"{path} is left" for path in sorted(left))]
 
 

@@ -193,7 +193,7 @@ def test_sigterm_removes_the_copies(archive: Path, tmp_path: Path) -> None:
                 time.sleep(0.02)
             assert len(list(stage.iterdir())) == 1
             doomed.send_signal(signal.SIGTERM)
-            said, _ = doomed.communicate(timeout=15)
+            said, _ = doomed.communicate(timeout=120)
         finally:
             doomed.kill()
     assert doomed.returncode == 130, said

@@ -15,6 +15,7 @@ from pipeline.model import load
 from pipeline.model.detector import (
     Limits,
     NucleusDetector,
+    _peaks,
     fold,
     load_weights,
     save_weights,
@@ -133,10 +134,19 @@ def test_the_interior_of_a_patch_does_not_depend_on_its_place() -> None:
         assert inner < min(ours.shape[-2:]) / 2
 
 
+def test_anchors_beside_a_better_one_are_dropped() -> None:
+    """Each shape of anchor by itself; equal neighbours stay."""
+    logits = torch.full((1, 2, 5, 6), -9.0)
+    logits[0, 0, 1, 1], logits[0, 0, 1, 2], logits[0, 0, 3, 4] = 3.0, 2.0, 1.0
+    logits[0, 1, 1, 2] = logits[0, 1, 2, 3] = 0.5
+    kept = [tuple(at) for at in (_peaks(logits) > -9).nonzero().tolist()]
+    assert kept == [(0, 0, 1, 1), (0, 0, 3, 4), (0, 1, 1, 2), (0, 1, 2, 3)]
+
+
 def test_limits_follow_the_area() -> None:
     settings = Detector(proposals_per_mm2=92_000, instances_per_mm2=30_000, anchors_per_proposal=2, score=0.4, nms=0.2)
     limits = Limits.of_patch(settings, 1024, 0.25)
-    assert limits == Limits(anchors=12058, objectness=0.3, proposals=6029, instances=1966, score=0.4, nms=0.2)
+    assert limits == Limits(anchors=12058, objectness=0.5, proposals=6029, instances=1966, score=0.4, nms=0.2)
     assert Limits.of_patch(settings, 2048, 0.25).proposals == pytest.approx(4 * 6029, abs=4)
 
 

@@ -134,7 +134,7 @@ def test_the_cost_of_a_batch(patches: np.ndarray) -> None:
     assert cuda.uploads == [patches.shape]
     assert cuda.total(WAIT, DOWNLOAD, BLOCKING) <= 7
     assert cuda.total(UPLOAD) == 1
-    assert cuda.total(LAUNCH) <= 430  # 29 of them for the statistics of the stains
+    assert cuda.total(LAUNCH) <= 440  # 29 of them for the statistics of the stains, 12 to thin the anchors
 
 
 def assert_no_more(counted: Mapping[str, int], expected: Mapping[str, int]) -> None:

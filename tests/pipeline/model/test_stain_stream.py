@@ -121,13 +121,13 @@ def test_the_detector_is_given_normalised_patches(slide: Path, monkeypatch: pyte
 
     def look(_model: Any, images: torch.Tensor, *_: Any) -> list[Instances[torch.Tensor]]:
         seen.append(images)
-        return []
+        raise StopAsyncIteration
 
     monkeypatch.setattr(fuse, "infer", look)
     on_cpu: Any = load.LoadedDetector(None, torch.device("cpu"), torch.float32)  # type: ignore[arg-type]
     monkeypatch.setattr(load, "detector", lambda _: on_cpu)
     pixels = np.array(Image.open(slide))[None, :256, :256]
-    with pytest.raises(ValueError, match="shorter"):  # an image without instances to go with it
+    with pytest.raises(StopAsyncIteration):
         list(inference.detect_patches(pixels, plan.normalisation, settings))
     raw = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
     expected = stain.Normaliser(plan.normalisation, dcgmm.load(find_weights("stain")))(raw)

@@ -115,7 +115,6 @@ def test_localhost_is_this_machine(client: TestClient) -> None:
         "slides/0/nuclei/99999999.json",
         "slides/0/picture/10/0_0.jpg",
         "slides/0/picture/9/1_0.jpg",
-        "slides/0/tissue.geojson",
         "slides/0/slide.geojson",
         "slides/2/thumbnail.jpg",
         "slides/0/../0/nuclei.json/x",
@@ -150,7 +149,7 @@ def test_paths_on_the_disk_stay_there(client: TestClient, finished: Finished) ->
 
 def test_the_slide_and_its_nuclei(client: TestClient, finished: Finished) -> None:
     about = client.get(f"/{TOKEN}/slides/0/about.json").json()
-    assert (about["slide"], about["annotations"]) == (FIRST, [])
+    assert (about["slide"], about["annotations"]) == (FIRST, ["tissue", "artefacts"])
     nuclei = client.get(f"/{TOKEN}/slides/0/nuclei.json").json()
     assert nuclei["count"] == finished.nuclei
     assert [(c["name"], c["count"]) for c in nuclei["classes"]] == [("Nucleus", finished.nuclei)]
@@ -164,6 +163,7 @@ def test_the_slide_and_its_nuclei(client: TestClient, finished: Finished) -> Non
 
 def test_outlines_of_tissue_and_artefacts_where_they_are(finished: Finished, tmp_path: Path) -> None:
     run = finished.copy(tmp_path).run
+    RunFolder(run).slide(FIRST).tissue_annotation.unlink()
     RunFolder(run).slide(FIRST).artefact_annotations.write_text('{"type": "FeatureCollection", "features": []}')
     client = client_of(run)
     assert client.get(f"/{TOKEN}/slides/0/about.json").json()["annotations"] == ["artefacts"]
