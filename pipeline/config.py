@@ -88,7 +88,7 @@ class Tiling:
 
     mpp: float = 0.25
     "Working scale, micrometres per pixel: every slide is resampled to it. It must be the weights' own."
-    tile: int = 1536
+    tile: int = 1280
     "Side of a tile with its border, px at the working scale."
     margin: int = 128
     "Border read around each tile's core, px: what the detector needs to see around a nucleus (128 px), and the largest nucleus."
@@ -145,7 +145,7 @@ class Detector:
     "Name of shipped weights, or a .safetensors file."
     views: Annotated[Literal[1, 2, 4, 8], Parameter(name=["--detector.views", "--views"], group=COMMON)] = 1
     "Test-time-augmentation views per patch (flips, quarter-turns, shifts), fused by overlap with votes."
-    score: float = 0.6
+    score: float = 0.5
     "Detections below this (fused) score are dropped."
     nms: float = 0.3
     "Boxes of one tile, or of several views, that overlap by more than this IoU are one nucleus."

@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, Sampler
 from pipeline.config import STRIDES, Architecture, side_step
 from pipeline.errors import ConfigError, WeightsError
 from pipeline.files import committed
+from pipeline.model.allocator import keep_freed_memory
 from pipeline.model.detector import NucleusDetector, load_weights, save_weights
 from pipeline.model.device import choose_device, choose_precision
 from pipeline.model.weights import find_weights, licence
@@ -342,6 +343,8 @@ def _this_process(training: Training) -> Process:
     """Join the processes that torchrun started, if it did."""
     size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     device = choose_device(training.device)
+    if device.type == "cpu":
+        keep_freed_memory()
     if device.type == "cuda" and size > 1:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     if size > 1:

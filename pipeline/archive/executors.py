@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, Protocol
 
 from pipeline.config import Execution
 from pipeline.errors import ClusterLost, ConfigError, WorkersDied
+from pipeline.model.allocator import ENVIRONMENT, keep_freed_memory
 from pipeline.model.device import choose_device
 
 _ASK_AGAIN_S = 5.0  # for how long the resources that the workers offer are cached
@@ -200,10 +201,18 @@ def open_executor(execution: Execution, device: str = "auto", client: Any = None
         elif execution.cluster:
             yield Cluster(stack.enter_context(_start(execution, device)))
         elif execution.workers == 1:
+            _use_this_process(device)
             yield Loop()
         else:
+            _use_this_process(device)
             beside = stack.enter_context(_threads(execution.workers or min(4, _cores())))
             yield Threads(beside, stack.enter_context(_threads(2)))
+
+
+def _use_this_process(device: str) -> None:
+    """Prepare this process for the detector, before it has other threads."""
+    if choose_device(device).type == "cpu":
+        keep_freed_memory()
 
 
 @contextmanager
@@ -283,20 +292,6 @@ def _security(execution: Execution, address: str) -> Any:
 
 # -------------------------------------------------------------------------------------------- this machine
 
-_ALLOCATOR = {"MALLOC_ARENA_MAX": "2"}
-"""What our own workers are started with, unless the user's environment says otherwise.
-
-glibc gives threads arenas of their own, up to 8 a core, each of which keeps what it once needed. Measured on
-CMU-1-Small-Region.svs, one worker, two cores that were busy with other work, twice each in turn, the same bytes:
-
-    glibc's own choice                                      peak 2.9 and 3.2 GB, detection 81 and 80 s
-    two arenas                                              peak 2.4 and 2.4 GB, detection 70 and 79 s
-    one, no MALLOC_MMAP_MAX_, MALLOC_TRIM_THRESHOLD_ 16 GB  peak 2.5 and 2.7 GB, detection 80 and 102 s
-
-On idle cores the last one has detected in 22 s for 36 s, so it is worth measuring again there. Dask's own setting,
-which gives memory back at once, takes twice the time.
-"""
-
 
 class WorkerSpec(NamedTuple):
     """A worker process of this machine."""
@@ -329,7 +324,8 @@ def _start(execution: Execution, device: str) -> Iterator[Any]:
     from distributed import Client, Nanny, Scheduler, SpecCluster
     from distributed.worker_memory import parse_memory_limit
 
-    chosen = worker_specs(execution.workers, _cores(), _gpus(execution, device))
+    gpus = _gpus(execution, device)
+    chosen = worker_specs(execution.workers, _cores(), gpus)
     limit = parse_memory_limit(execution.memory_limit, 1, len(chosen), logger=logging.getLogger(__name__))
     workers = {
         number: {
@@ -353,7 +349,8 @@ def _start(execution: Execution, device: str) -> Iterator[Any]:
     quiet = {
         "distributed.worker.memory.target": False,  # Dask could spill records only, which are small
         "distributed.worker.memory.spill": False,
-        "distributed.nanny.pre-spawn-environ": _ALLOCATOR,  # the variables that are read before Python starts
+        # read before Python starts; beside a GPU, workers cut and outline: their threads would keep 8 arenas a core
+        "distributed.nanny.pre-spawn-environ": {"MALLOC_ARENA_MAX": "2"} if gpus else ENVIRONMENT,
         "logging": {"distributed": "error"},
     }
     with (

@@ -15,7 +15,6 @@ from torch import nn
 
 from pipeline.config import Detector, Stain
 from pipeline.model import dcgmm
-from pipeline.model.allocator import keep_freed_memory
 from pipeline.model.dcgmm import ClusterNet
 from pipeline.model.deterministic import pointwise
 from pipeline.model.device import choose_device, choose_precision
@@ -49,8 +48,6 @@ def detector(settings: Detector) -> LoadedDetector:
     Raises WeightsError where the file is missing, damaged, or has other content; ConfigError where the device is.
     """
     device = choose_device(settings.device)
-    if device.type == "cpu":
-        keep_freed_memory()
     precision = choose_precision(settings.precision, device)
     # a GPU holds the weights as autocast would cast them for every batch
     dtype = torch.float32 if device.type == "cpu" else precision

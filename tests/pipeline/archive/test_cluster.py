@@ -22,6 +22,7 @@ from pipeline.archive.certificates import Certificates, write_certificates
 from pipeline.archive.executors import open_executor
 from pipeline.archive.run import run
 from pipeline.config import Execution
+from pipeline.model.allocator import ENVIRONMENT
 
 ROOT = Path(oracle.__file__).parents[1]
 PATHS = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
@@ -240,11 +241,11 @@ def test_a_cluster_of_this_machine_survives_its_workers(
         assert client.poll() is None, finish(client)
         time.sleep(0.05)
     workers = [p for p in psutil.Process(client.pid).children(recursive=True) if "spawn_main" in " ".join(p.cmdline())]
-    started_with = [worker.environ().get("MALLOC_ARENA_MAX") for worker in workers]
+    started_with = [{name: worker.environ().get(name) for name in ENVIRONMENT} for worker in workers]
     workers[0].kill()
     status, said = finish(client)
     assert status == 0, said
-    assert started_with == ["2", "2"], "glibc reads it when a process starts"
+    assert started_with == [ENVIRONMENT, ENVIRONMENT], "glibc reads it when a process starts"
     assert results(out) == undisturbed
 
 

@@ -1,0 +1,49 @@
+"""What was freed is used again without the kernel; a user's own choice stands."""
+
+import platform
+import subprocess
+import sys
+
+import pytest
+
+from pipeline.model.allocator import ENVIRONMENT
+
+pytestmark = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
+
+# Prints the page faults of a second array of 200 MB, in a thread, after the first was freed.
+FAULTS = """
+import resource, threading
+import numpy as np
+{before}
+faults = []
+def fill():
+    for _ in range(2):
+        start = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        np.ones(25_000_000)
+        faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - start)
+thread = threading.Thread(target=fill)
+thread.start()
+thread.join()
+print(faults[1])
+"""
+KEEP = "from pipeline.model.allocator import keep_freed_memory\nprint(keep_freed_memory())"
+
+
+def faults(before: str, environment: dict[str, str]) -> list[str]:
+    code = FAULTS.format(before=before)
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    return done.stdout.split()
+
+
+def test_a_second_large_array_needs_no_pages_of_the_kernel() -> None:
+    """In this process or from its start; by itself glibc asks for all of them again."""
+    assert int(faults("", {})[0]) > 100
+    kept, count = faults(KEEP, {"PYTHONPATH": ":".join(sys.path)})
+    assert (kept, int(count) < 100) == ("True", True)
+    (count,) = faults("", ENVIRONMENT)
+    assert int(count) < 100
+
+
+def test_the_users_own_choice_stands() -> None:
+    kept, _ = faults(KEEP, {"PYTHONPATH": ":".join(sys.path), "MALLOC_ARENA_MAX": "4"})
+    assert kept == "False"
