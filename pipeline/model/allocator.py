@@ -2,11 +2,10 @@
 
 glibc gets every large array from the kernel and gives it back when it is freed; the kernel clears its pages each time.
 Threads that find no room in their own arena do so too, whatever the limits. So one arena is used, and it never shrinks:
-the process stays at the size of its peak. CMU-1-Small-Region.svs with `--no-cluster` on two cores of an AMD EPYC, tiles of
-1536 px, the same bytes:
+the process stays at the size of its peak. CMU-1-Small-Region.svs with `--no-cluster` on two cores of an AMD EPYC:
 
-    glibc's own choice                     detect 25 s, 13 s in the kernel, peak 1.7 to 3.0 GB
-    ENVIRONMENT                            detect 16 s, 2 s in the kernel, peak 2.5 GB
+    glibc's own choice    detect 26 s, 16 s in the kernel, peak 2.2 GB
+    ENVIRONMENT           detect 16 s, 1 s in the kernel, peak 2.0 GB
 
 Other C libraries are left alone.
 """
