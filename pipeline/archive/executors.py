@@ -124,7 +124,7 @@ class Cluster:
         """The workers by their addresses; None where the scheduler does not answer in time."""
         ask = self._client.scheduler.identity
         try:
-            answer = self._client.sync(ask, n_workers=-1, callback_timeout=_ANSWER_S)
+            answer = self._client.sync(ask, callback_timeout=_ANSWER_S)
         except TimeoutError:
             self.silent = True
             return None
