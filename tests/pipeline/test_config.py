@@ -49,7 +49,7 @@ def test_toml_sets_what_it_names_and_leaves_the_rest(tmp_path: Path) -> None:
         ("[tiling]\ntile = 512.5", "tile=512.5: need int"),
         ("[tiling]\ntile = true", "tile=True: need int"),
         ("[detector]\nviews = 3", "views=3: need one of 1, 2, 4, 8"),
-        ("[tiling]\nmargin = 600", "margin=600 leaves no core in a tile of 1024 px: need 2 * margin < tile"),
+        ("[tiling]\nmargin = 700", "margin=700 leaves no core in a tile of 1280 px: need 2 * margin < tile"),
         ("tiling = 5", "5 is not a table"),
         ("[tiling", "is not a readable TOML file"),
     ],

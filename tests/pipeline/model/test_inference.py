@@ -293,7 +293,7 @@ def test_neither_threads_nor_batches_show(method: Any, precision: torch.dtype, m
     paler = stain.FittedStain(method, {name: tuple(0.9 * v for v in values) for name, values in target.numbers.items()})
 
     def detect(batch: int, threads: int) -> list[HostInstances]:
-        detection = Detector(batch=batch, score=0.05)
+        detection = Detector(batch=batch, score=0.05, objectness=0.3)
         torch.set_num_threads(threads)
         return list(
             detect_patches(
