@@ -152,7 +152,7 @@ class Detector:
     overlap: float = 0.5
     "Outlines of one tile that share more than this part of the smaller one's area are one nucleus."
     objectness: float = 0.85
-    "Region proposals below this objectness are dropped early: hardly any of them becomes a nucleus."
+    "Region proposals below this objectness are dropped early; lower it for weights of a short training, which are less certain."
     proposals_per_mm2: int = 92_000
     "Most region proposals per mm2 of a patch: 6,000 in a tile of 1024 px at 0.25 um."
     anchors_per_proposal: int = 2
