@@ -27,7 +27,7 @@ from pipeline import files
 from pipeline.archive.ledger import write_ledger
 from pipeline.layout import RunFolder
 from pipeline.segment.record import Counts, SlideRecord, StageRecord
-from pipeline.segment.tables import NucleiWriter, Provenance
+from pipeline.segment.tables import STAINS, NucleiWriter, Provenance
 from slides.slide import Slide, open_slide
 
 NAME = "slide"
@@ -84,7 +84,7 @@ def write_results(run: RunFolder, slide: Slide, nuclei: int) -> None:
                 class_name=rng.choice(list(COLOURS), count).tolist(),
                 score=rng.uniform(0.5, 1, count),
                 votes=np.ones(count, int),
-                stains=rng.random((count, 2)),
+                stains=rng.random((count, len(STAINS))),
             )
     content = {
         "source_path": str(slide.path.resolve()),
