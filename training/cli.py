@@ -114,6 +114,7 @@ def evaluate(
     save_labels: Annotated[Path | None, Parameter(group=OUTPUT)] = None,
     pictures: Annotated[Path | None, Parameter(group=OUTPUT)] = None,
     per_image: Annotated[bool, Parameter(negative="", group=OUTPUT)] = False,
+    breakdown: Annotated[bool, Parameter(negative="", group=OUTPUT)] = False,
     settings: Annotated[Settings, Flat] = Settings(),
     execution: Annotated[Execution, Flat] = Execution(cluster=False),
 ) -> int:
@@ -131,11 +132,14 @@ def evaluate(
         Folder for pictures: image, annotations and detections side by side, with hits, misses and false detections.
     per_image
         Print a line for every image, too.
+    breakdown
+        Print tables of each dataset, too: nuclei by size and crowding, misses and false detections by cause, and how
+        many detections of each score are right. `json` always has them.
     """
     import shlex
 
     from pipeline.files import write_json
-    from training.evaluate import Outputs, as_json, gather, report, whole_images
+    from training.evaluate import Outputs, as_json, gather, report, report_breakdown, whole_images
     from training.evaluate import evaluate as score_images
 
     images = gather(data, split, mpp)
@@ -148,6 +152,8 @@ def evaluate(
         say=lambda line: print(line, file=sys.stderr),
     )
     print(report(scores, per_image=per_image))
+    if breakdown:
+        print(f"\n{report_breakdown(scores)}")
     if json is not None:
         write_json(json, as_json(scores, images.images, shlex.join(["nightslide", *sys.argv[1:]])))
     return 0
