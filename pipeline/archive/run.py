@@ -425,6 +425,7 @@ class ArchiveRun:
             mpp_source=plan.scale.source,
             tissue_mm2=round(plan.tissue.area_mm2, 4),
             tiles=len(plan.tiles),
+            stain=plan.normalisation.source.method,
             work=work,
             elapsed_seconds=round(time.perf_counter() - started, 3),
         )
@@ -443,7 +444,7 @@ class ArchiveRun:
                 work += await self._blocks(name, job, tuple(group), plan)
             else:
                 for stage in group:
-                    work += await run_task(self.executor, stage.on_device, stage.run, job)
+                    work += await run_task(self.executor, stage.on_device, stage.run, job, *self._stand_in(stage))
         return work
 
     async def _blocks(self, name: str, job: Job, stages: Sequence[Stage], plan: Plan) -> StageRecord:
@@ -472,13 +473,17 @@ class ArchiveRun:
         return sum((task.result() for task in tasks), StageRecord())
 
     async def _block_stage(self, stage: Stage, job: Job, block: int, before: StageRecord) -> StageRecord:
-        detect = (self.detect,) if stage.on_device and self.detect is not None else ()
         if stage.on_device:
             self.device.started = min(self.device.started, time.monotonic())
-        record: StageRecord = await run_task(self.executor, stage.on_device, stage.run, job, block, before, *detect)
+        arguments = job, block, before, *self._stand_in(stage)
+        record: StageRecord = await run_task(self.executor, stage.on_device, stage.run, *arguments)
         if stage.on_device:
             self.device.ended = time.monotonic()
         return record
+
+    def _stand_in(self, stage: Stage) -> tuple[Detect, ...]:
+        """The last argument of a stage that takes a stand-in for the detector, where there is one."""
+        return (self.detect,) if stage.on_device and self.detect is not None else ()
 
 
 def _first(error: BaseException) -> Exception:

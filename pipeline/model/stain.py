@@ -537,3 +537,5 @@ TEMPLATE: Mapping[str, FittedStain] = {
         },
     ),
 }
+
+UNCHANGED = Normalisation(TEMPLATE["none"], TEMPLATE["none"])

@@ -12,6 +12,7 @@ from pipeline.errors import ScratchLost, StainError
 from pipeline.layout import SlideFolder
 from pipeline.model import load, stain, views
 from pipeline.model.stain import Normalisation
+from pipeline.segment import stain_trial
 from pipeline.segment.regions import RegionFile, read_regions
 from pipeline.segment.slide_stain import fit_slide, template_stain
 from pipeline.segment.tissue_map import find_tissue_and_artefacts
@@ -40,6 +41,8 @@ class Plan(NamedTuple):
     normalisation: Normalisation
     has_icc: bool  # the pixels are taken as stored; the profile is not applied
     notes: tuple[str, ...]  # warnings, such as why it is not normalised
+    trials: tuple[Box, ...] = ()  # work px: where the detector is to try whether it is surer with the normalisation
+    trial_scores: tuple[float, float] | None = None  # the mean scores that it gave, without and with
 
     @property
     def tiles(self) -> tuple[Tile, ...]:
@@ -80,7 +83,10 @@ def plan_slide(slide: Slide, settings: Settings, regions: RegionFile | None = No
         views.largest_shift(settings.detector.views),
     )
     artefacts, glass, notes = find_tissue_and_artefacts(slide, settings.tissue, tiling.mpp)
-    normalisation, unfitted = _normalisation(slide, artefacts, settings)
+    clean = artefacts.clean_tissue()
+    stained = clean if clean.mask.any() else artefacts.tissue
+    normalisation, unfitted = _normalisation(slide, stained, settings)
+    undecided = settings.stain.method == "auto" and normalisation.source.method != "none"
     notes = (*notes, *unfitted)
     if regions is not None:
         drawn = read_regions(regions, slide.bounds)
@@ -105,19 +111,18 @@ def plan_slide(slide: Slide, settings: Settings, regions: RegionFile | None = No
         normalisation,
         slide.has_icc,
         notes,
+        stain_trial.squares(stained) if undecided else (),
     )
 
 
-def _normalisation(slide: Slide, artefacts: ArtefactMap, settings: Settings) -> tuple[Normalisation, tuple[str, ...]]:
+def _normalisation(slide: Slide, tissue: TissueMap, settings: Settings) -> tuple[Normalisation, tuple[str, ...]]:
     """How the slide is normalised; and a note where it cannot be, although the settings ask for it."""
     target = template_stain(settings.stain, settings.tissue, settings.tiling.mpp)
     network = load.stain_network(settings.stain)
-    clean = artefacts.clean_tissue()
-    tissue = clean if clean.mask.any() else artefacts.tissue
     try:
         fitted = fit_slide(slide, tissue, settings.stain, network)
     except StainError as error:
-        return Normalisation(stain.TEMPLATE["none"], stain.TEMPLATE["none"]), (f"not normalised: {error}",)
+        return stain.UNCHANGED, (f"not normalised: {error}",)
     return Normalisation(fitted, target), ()
 
 
@@ -150,6 +155,8 @@ def write_plan(plan: Plan, folder: SlideFolder, digest: str) -> None:
         "normalisation": plan.normalisation.to_json(),
         "has_icc": plan.has_icc,
         "notes": plan.notes,
+        "trials": plan.trials,
+        "trial_scores": plan.trial_scores,
     }
     files.write_checked_json(folder.plan, content)
 
@@ -178,6 +185,8 @@ def load_plan(folder: SlideFolder, digest: str) -> Plan | None:
         Normalisation.from_json(content["normalisation"]),
         content["has_icc"],
         tuple(content["notes"]),
+        tuple(Box(*box) for box in content["trials"]),
+        None if content["trial_scores"] is None else (content["trial_scores"][0], content["trial_scores"][1]),
     )
 
 

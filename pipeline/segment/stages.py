@@ -1,6 +1,6 @@
 """The stages of a slide, as a list: each reads one store and writes the next.
 
-    slide --plan--> work/plan.json --tile--> work/patches.zarr --detect--> work/predictions/<block>.npz
+    slide --plan, stain--> work/plan.json --tile--> work/patches.zarr --detect--> work/predictions/<block>.npz
           --outline--> work/instances/<block>.parquet --stitch--> nuclei.parquet --export--> nuclei.geojson.zip, ...
 
 `STAGES` is what a run works through, and what the ledger's columns, the report and the estimate of the time are
@@ -28,9 +28,9 @@ from pipeline.config import Settings
 from pipeline.errors import ScratchLost, SlideChanged
 from pipeline.model.device import computes_on, device_lock
 from pipeline.model.instances import HostInstances, select
-from pipeline.model.stain import Normalisation
+from pipeline.model.stain import UNCHANGED, Normalisation
 from pipeline.model.weights import detector_architecture, find_weights
-from pipeline.segment import annotations, pictures, polygons, stitch, tables
+from pipeline.segment import annotations, pictures, polygons, stain_trial, stitch, tables
 from pipeline.segment.finished import check_exports, write_exports
 from pipeline.segment.job import Job
 from pipeline.segment.plan import (
@@ -123,6 +123,32 @@ def remove_work(job: Job) -> None:
         folder.work.rename(folder.discarded_work(uuid4().hex[:12]))
     for leftover in folder.all_discarded_work():
         shutil.rmtree(leftover, ignore_errors=True)
+
+
+# --------------------------------------------------------------------------------------------------- stain
+
+
+def choose_stain(job: Job, detect: Detect | None = None) -> StageRecord:
+    """With --stain auto: whether the slide is normalised, by which way the detector is surer; kept in the plan.
+
+    detect: replaces the detector.
+    """
+    started, plan = time.perf_counter(), read_plan(job.folder, job.digest)
+    if not plan.trials:
+        return StageRecord()
+    with job.open() as slide:
+        patches = np.stack([slide.read_decodable(square, plan.frame)[0] for square in plan.trials])
+    settings = stain_trial.one_view(job.settings)
+
+    def mean_score(tried: Normalisation) -> float:
+        return stain_trial.mean_score(job.while_leased((detect or _detector())(patches, tried, settings)))
+
+    with device_lock():
+        scores = mean_score(UNCHANGED), mean_score(plan.normalisation)
+    chosen = plan.normalisation if scores[1] > scores[0] else UNCHANGED
+    job.check_lease()
+    write_plan(plan._replace(normalisation=chosen, trials=(), trial_scores=scores), job.folder, job.digest)
+    return _worked("stain", started)
 
 
 # ---------------------------------------------------------------------------------------------------- tile
@@ -398,16 +424,18 @@ class Stage(NamedTuple):
     """A step in the processing of a slide.
 
     run: a function of a job; per_block: of a job, a block and the record of what was done for the block before.
+    on_device: it computes where the detector does; it takes a stand-in for the detector as its last argument.
     """
 
     name: str
     run: Callable[..., StageRecord]
     per_block: bool = False
-    on_device: bool = False  # it computes where the detector does
+    on_device: bool = False
 
 
 STAGES = (
     Stage("plan", make_plan),
+    Stage("stain", choose_stain, on_device=True),
     Stage("tile", tile_block, per_block=True),
     Stage("detect", detect_block, per_block=True, on_device=True),
     Stage("outline", outline_block, per_block=True),

@@ -7,7 +7,8 @@ DIR: the sets of leave_one_out.py. With --weights the images are those that the 
 that the weights' recipe does not name; with --folds those of each set are detected by the weights that
 leave_one_out.py trained without it. Of kumar only the split `train` is used. One inference for each stain, with one
 view and a low score; what a rule needs to be told it learns from the other sets, each of which counts the same.
-Prints two markdown tables, PQ / AJI as image means; the last row of each chooses by the truth: no rule can do better.
+Prints markdown tables: how many detections of each score are right, then PQ / AJI as image means of every rule for
+the threshold and for the stain; their last rows choose by the truth, so that no rule can do better.
 """
 
 import json
@@ -24,6 +25,7 @@ import numpy as np
 from choose import held_out
 from cyclopts import App
 from leave_one_out import SETS, some
+from scipy.stats import spearmanr
 
 from pipeline.config import Detector, Execution, Settings, Stain, StainMethod
 from pipeline.errors import ConfigError
@@ -31,7 +33,7 @@ from pipeline.files import read_json
 from pipeline.model.stain import TEMPLATE
 from pipeline.model.weights import find_weights, read_notes
 from pipeline.segment.polygons import Floats
-from training.breakdown import AREA_EDGES_UM2
+from training.breakdown import AREA_EDGES_UM2, reliability
 from training.evaluate import EvaluationSet, gather, predict, read_detections, results_of, whole_images
 from training.measures import Bools, Overlap, aji_sums, overlap, select
 
@@ -95,6 +97,19 @@ def scores(image: Detected, kept: Bools) -> tuple[float, float]:
 
 
 # ------------------------------------------------------------------------------------------- score thresholds
+
+
+def reliability_table(sets: Sets) -> str:
+    """Of the detections of each range of scores, the share that is right, and how many they are."""
+    table: dict[str, list[str]] = {}
+    for images in sets.values():
+        score, right = (np.concatenate([getattr(image, name) for image in images]) for name in ("score", "right"))
+        bins, error = reliability(score, right)
+        for name, found in bins.items():
+            share = f"{found.share_right:.2f} " if found.detected else ""
+            table.setdefault(name, []).append(f"{share}({found.detected})")
+        table.setdefault("expected calibration error", []).append(f"{error:.2f}")
+    return markdown(["share right (detections), by score", *sets], table)
 
 
 def above(score: float, image: Detected) -> Bools:
@@ -162,7 +177,7 @@ def threshold_table(sets: Sets) -> str:
     for name, images in sets.items():
         for rule, kept in threshold_rules([others for other, others in sets.items() if other != name]).items():
             table.setdefault(rule, {})[name] = np.mean([scores(image, kept(image)) for image in images], 0)
-    return markdown("score threshold, no stain normalisation", table)
+    return rules_table("score threshold, no stain normalisation", table)
 
 
 # ------------------------------------------------------------------------------------------------------- stains
@@ -200,21 +215,32 @@ def stain_table(none: Sets, macenko: Sets) -> str:
         }
         for rule, choose in STAIN_RULES.items()
     }
-    return markdown(f"macenko, score {Detector.score:g}", table)
+    return rules_table(f"macenko, score {Detector.score:g}", table)
 
 
-def markdown(what: str, table: Mapping[str, Mapping[str, Any]]) -> str:
-    sets = list(next(iter(table.values())))
-    lines = [[what, *sets, "mean of sets"], ["---"] * (len(sets) + 2)]
-    for rule, per_set in table.items():
-        cells = [*per_set.values(), np.mean(list(per_set.values()), 0)]
-        lines.append([rule, *(f"{pq:.3f} / {aji:.3f}" for pq, aji in cells)])
+def rank_correlation(none: Sequence[Detected], macenko: Sequence[Detected]) -> str:
+    """Of the change of the mean score with the change of PQ, over the images of a set (Spearman)."""
+    pairs = list(zip(none, macenko, strict=True))
+    found = spearmanr(
+        [certainty(m) - certainty(n) for n, m in pairs], [at_default(m)[0] - at_default(n)[0] for n, m in pairs]
+    )
+    return f"{found.statistic:.2f} (p = {found.pvalue:.3f}, {len(pairs)} images)"
+
+
+def rules_table(what: str, table: Mapping[str, Mapping[str, Any]]) -> str:
+    cells = {rule: [*per_set.values(), np.mean(list(per_set.values()), 0)] for rule, per_set in table.items()}
+    rows = {rule: [f"{pq:.3f} / {aji:.3f}" for pq, aji in values] for rule, values in cells.items()}
+    return markdown([what, *next(iter(table.values())), "mean of sets"], rows)
+
+
+def markdown(head: Sequence[str], rows: Mapping[str, Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *([name, *cells] for name, cells in rows.items())]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 @app.default
 def compare_rules(*, data: Path, weights: str = Detector.weights, folds: Path | None = None, images: int = 0) -> int:
-    """Both tables.
+    """All tables.
 
     Parameters
     ----------
@@ -235,7 +261,10 @@ def compare_rules(*, data: Path, weights: str = Detector.weights, folds: Path | 
         nuclei = sum(len(image.pairs.truth_px) for image in detected["none"][name])
         counts.append(f"{name} {len(chosen.images)} ({nuclei})")
     print(f"`{shlex.join(['python', *sys.argv])}`\n\nImages (nuclei): {', '.join(counts)}.\n")
-    print(f"{threshold_table(detected['none'])}\n\n{stain_table(detected['none'], detected['macenko'])}")
+    none, macenko = detected["none"], detected["macenko"]
+    print(f"{reliability_table(none)}\n\n{threshold_table(none)}\n\n{stain_table(none, macenko)}")
+    for name in (name for name in SETS if len(none[name]) >= 10):
+        print(f"\n{name}: rank correlation of mean score and PQ, {rank_correlation(none[name], macenko[name])}")
     return 0
 
 

@@ -12,6 +12,7 @@ from PIL import Image
 from pipeline.layout import RunFolder
 from pipeline.report.page import write_report
 from pipeline.segment.record import SlideRecord
+from pipeline.segment.stages import STAGES
 from pipeline.segment.summary import AREA_EDGES_UM2, SEAM_EDGES_PX, VERSION, seam_verdict
 
 HOSTILE = [
@@ -222,6 +223,13 @@ def test_settings_are_shown(tmp_path):
     text = read(tmp_path, []).text
     assert "weights nuclei · views 4 · digest d1<" in text
     assert all(word in text for word in ("score0.35", "weights_sha2565ha", "torch2.9"))
+
+
+def test_every_stage_has_a_colour_of_its_own(tmp_path):
+    page = write_report(RunFolder(tmp_path), [row("a")]).read_text(encoding="utf-8")
+    for number in range(len(STAGES)):
+        assert f".c{number} {{ fill: var(--c{number})" in page
+        assert page.count(f"--c{number}: #") == 2  # on light and on dark ground
 
 
 def test_the_page_gives_the_command_of_the_viewer(tmp_path):
