@@ -443,7 +443,7 @@ class ArchiveRun:
                 plan = await asyncio.to_thread(read_plan, job.folder, job.digest)
                 work += await self._blocks(name, job, tuple(group), plan)
             else:
-                for stage in group:
+                for stage in (stage for stage in group if stage.needed(job.settings)):
                     work += await run_task(self.executor, stage.on_device, stage.run, job, *self._stand_in(stage))
         return work
 

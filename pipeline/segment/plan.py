@@ -41,8 +41,8 @@ class Plan(NamedTuple):
     normalisation: Normalisation
     has_icc: bool  # the pixels are taken as stored; the profile is not applied
     notes: tuple[str, ...]  # warnings, such as why it is not normalised
-    trials: tuple[Box, ...] = ()  # work px: where the detector is to try whether it is surer with the normalisation
-    trial_scores: tuple[float, float] | None = None  # the mean scores that it gave, without and with
+    trials: tuple[Box, ...] = ()  # work px: where the normalisation is to be tried; () once it is chosen or dropped
+    trial_scores: tuple[float, float] | None = None  # the mean scores without and with it, where it was tried
 
     @property
     def tiles(self) -> tuple[Tile, ...]:

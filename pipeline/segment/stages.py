@@ -129,7 +129,7 @@ def remove_work(job: Job) -> None:
 
 
 def choose_stain(job: Job, detect: Detect | None = None) -> StageRecord:
-    """With --stain auto: whether the slide is normalised, by which way the detector is surer; kept in the plan.
+    """With --stain auto: drop the plan's normalisation unless it raises the mean score; committed in the plan.
 
     detect: replaces the detector.
     """
@@ -425,17 +425,19 @@ class Stage(NamedTuple):
 
     run: a function of a job; per_block: of a job, a block and the record of what was done for the block before.
     on_device: it computes where the detector does; it takes a stand-in for the detector as its last argument.
+    needed: whether there is anything to do with these settings; else it is left out, and waits for no device.
     """
 
     name: str
     run: Callable[..., StageRecord]
     per_block: bool = False
     on_device: bool = False
+    needed: Callable[[Settings], bool] = lambda settings: True
 
 
 STAGES = (
     Stage("plan", make_plan),
-    Stage("stain", choose_stain, on_device=True),
+    Stage("stain", choose_stain, on_device=True, needed=lambda settings: settings.stain.method == "auto"),
     Stage("tile", tile_block, per_block=True),
     Stage("detect", detect_block, per_block=True, on_device=True),
     Stage("outline", outline_block, per_block=True),

@@ -1,6 +1,6 @@
-"""`--stain auto`: whether a slide is normalised is tried on a part of it, and decided by what the detector is surer of.
+"""`--stain auto`: a slide is normalised where that raises the mean score of the detections in a part of it.
 
-The measurements behind the rule are in workflows/experiments/README.md.
+The measurements behind this rule are in workflows/experiments/README.md.
 """
 
 import dataclasses

@@ -1,10 +1,10 @@
-"""`--stain auto`: a stand-in for the detector is surer of one way than of the other, and the run goes that way."""
+"""`--stain auto`: a stand-in for the detector scores higher with or without normalisation, and a run follows it."""
 
 import csv
 import dataclasses
 import functools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,8 @@ from pipeline.segment.job import Job
 from pipeline.segment.plan import Plan, plan_slide, read_plan
 from pipeline.segment.record import StageRecord
 from pipeline.segment.regions import RegionFile
+from pipeline.segment.stages import Detect
 from slides.slide import GivenScale, open_slide
-
-Detector = Callable[[np.ndarray, Normalisation, Settings], Iterator[HostInstances]]
 
 
 def chosen(method: Any = "auto", tile: int = 256) -> Settings:
@@ -37,10 +36,10 @@ def chosen(method: Any = "auto", tile: int = 256) -> Settings:
 
 
 def scoring(
-    scores: dict[str, float], patches: np.ndarray, tried: Normalisation, _: Settings
+    scores: dict[str, float], patches: np.ndarray, normalisation: Normalisation, settings: Settings
 ) -> Iterator[HostInstances]:
     """One nucleus in the middle of every patch, with the score of the stain normalisation; none for a score of 0."""
-    score = scores[tried.source.method]
+    score = scores[normalisation.source.method]
     for side in (len(patch) for patch in patches):
         one = empty(8)._replace(
             boxes=np.array([[side / 2 - 4, side / 2 - 4, side / 2 + 4, side / 2 + 4]], np.float32),
@@ -53,7 +52,7 @@ def scoring(
         yield one if score else empty(8)
 
 
-def surer(**scores: float) -> Detector:
+def detector(**scores: float) -> Detect:
     return functools.partial(scoring, scores)
 
 
@@ -71,7 +70,7 @@ def slide(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def segment(slide: Path, out: Path, settings: Settings, detect: Detector) -> tuple[dict[str, Any], dict[str, str]]:
+def segment(slide: Path, out: Path, settings: Settings, detect: Detect) -> tuple[dict[str, Any], dict[str, str]]:
     """slide.json, and the row of the ledger."""
     execution = Execution(cluster=False, workers=1)
     (record,) = run([slide], out, settings, execution, mpp=0.25, detect=detect, say=lambda line: None)
@@ -97,10 +96,10 @@ def planned(slide: Path, settings: Settings, regions: RegionFile | None = None) 
 )
 def test_the_detector_decides(slide: Path, tmp_path: Path, scores: dict[str, float], method: str) -> None:
     """Law: the nuclei are those of a run with the chosen method; the choice is in slide.json and in the ledger."""
-    about, row = segment(slide, tmp_path / "auto", chosen(), surer(**scores))
+    about, row = segment(slide, tmp_path / "auto", chosen(), detector(**scores))
     assert about["stain"]["method"] == about["stain_target"]["method"] == row["stain"] == method
     assert about["stain_trial_scores"] == [pytest.approx(scores["none"]), pytest.approx(scores["macenko"])]
-    again, named = segment(slide, tmp_path / method, chosen(method), surer(**scores))
+    again, named = segment(slide, tmp_path / method, chosen(method), detector(**scores))
     assert again["stain"] == about["stain"]
     assert (again["stain_trial_scores"], named["stain"]) == (None, method)
     nuclei = [tables.read_nuclei(tmp_path / out / "slide" / "nuclei.parquet") for out in ("auto", method)]
@@ -129,7 +128,11 @@ def test_where_it_is_tried_depends_on_the_slide_alone(slide: Path, tmp_path: Pat
 
 @pytest.mark.parametrize("method", ["none", "macenko", "reinhard"])
 def test_nothing_is_tried_where_the_method_is_named(slide: Path, method: str) -> None:
+    """And no slide waits for the device before it is cut into tiles."""
     assert planned(slide, chosen(method)).trials == ()
+    needed = [stage.name for stage in stages.STAGES if stage.needed(chosen(method))]
+    assert needed == [stage.name for stage in stages.STAGES if stage.name != "stain"]
+    assert all(stage.needed(chosen("auto")) for stage in stages.STAGES)
 
 
 def test_a_slide_that_cannot_be_fitted_is_not_tried(tmp_path: Path) -> None:
@@ -148,21 +151,21 @@ def test_it_is_decided_once(slide: Path, tmp_path: Path) -> None:
     undecided = read_plan(folder, job.digest)
     stages.make_plan(job)
     assert read_plan(folder, job.digest).trials == undecided.trials != ()
-    record = stages.choose_stain(job, surer(none=0.9, macenko=0.8))
+    record = stages.choose_stain(job, detector(none=0.9, macenko=0.8))
     assert record.seconds.keys() == {"stain"}
     decided = read_plan(folder, job.digest)
     assert decided.normalisation == UNCHANGED
     stages.make_plan(job)
-    assert stages.choose_stain(job, surer()) == StageRecord()  # it asks no detector: this one knows no score
+    assert stages.choose_stain(job, detector()) == StageRecord()  # it asks no detector: this one knows no score
     assert read_plan(folder, job.digest).trial_scores == decided.trial_scores == (0.9, 0.8)
 
 
 def test_one_view_is_tried(slide: Path, tmp_path: Path) -> None:
     seen: list[tuple[int, tuple[int, ...]]] = []
 
-    def detect(patches: np.ndarray, tried: Normalisation, settings: Settings) -> Iterator[HostInstances]:
+    def detect(patches: np.ndarray, normalisation: Normalisation, settings: Settings) -> Iterator[HostInstances]:
         seen.append((settings.detector.views, patches.shape[1:]))
-        return scoring({"none": 0.7, "macenko": 0.6}, patches, tried, settings)
+        return scoring({"none": 0.7, "macenko": 0.6}, patches, normalisation, settings)
 
     settings = chosen()
     several = dataclasses.replace(settings, detector=dataclasses.replace(settings.detector, views=4))
