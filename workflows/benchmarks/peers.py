@@ -291,7 +291,7 @@ def instanseg(area: Area) -> Network:
     mpp, tile, overlap = 0.5, 512, 200  # of its eval_whole_slide_image: 2 * (80 + 20)
     model, maps = InstanSeg_UNet(3, [[2, 2, 1]], layers=[256, 128, 64, 32]), instanseg_maps(area.labels(mpp))
 
-    class Maps(nn.Module):
+    class KnownMaps(nn.Module):
         """Stands for the network: its maps of the area's nuclei, and a classifier of pixels that knows them."""
 
         def __init__(self) -> None:
@@ -301,7 +301,10 @@ def instanseg(area: Area) -> Network:
         def forward(self, images: Tensor) -> Tensor:
             return maps + 0 * images.mean()
 
-    grouping, images = InstanSeg_Torchscript(Maps(), pixel_size=mpp), area.images(mpp, round(area.side_um / mpp), 1)
+    grouping, images = (
+        InstanSeg_Torchscript(KnownMaps(), pixel_size=mpp),
+        area.images(mpp, round(area.side_um / mpp), 1),
+    )
     return Network(
         "InstanSeg",
         "instanseg-torch",
@@ -363,9 +366,9 @@ def mask_rcnn(area: Area, version: str) -> Network:
     from torchvision.models import detection
     from torchvision.models.detection.roi_heads import paste_masks_in_image
 
-    mpp, tiling, many = 0.25, Tiling(), len(area.nuclei)
+    mpp, tiling = 0.25, Tiling()
     tile, advance = tiling.tile, tiling.tile - 2 * tiling.margin
-    many = round(many * (tile / advance) ** 2)
+    many = round(len(area.nuclei) * (tile / advance) ** 2)
     build = {"v1": detection.maskrcnn_resnet50_fpn, "v2": detection.maskrcnn_resnet50_fpn_v2}[version]
     model = build(
         weights=None,
@@ -550,6 +553,8 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=[], help="beginnings of names, such as nightslide stardist-0.5")
     parser.add_argument("--weights", nargs="+", default=["nuclei"], help="of Nightslide's detector")
     given = parser.parse_args()
+    if not ENVIRONMENT.items() <= os.environ.items():
+        os.execve(sys.executable, sys.orig_argv, {**os.environ, **ENVIRONMENT})  # libraries read it as they load
     torch.set_num_threads(given.cores)
     torch.set_flush_denormal(True)  # random weights make such numbers, trained ones hardly
     torch.manual_seed(0)
@@ -574,6 +579,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    if not ENVIRONMENT.items() <= os.environ.items():
-        os.execve(sys.executable, sys.orig_argv, {**os.environ, **ENVIRONMENT})  # libraries read it as they load
     main()
