@@ -145,9 +145,9 @@ def test_anchors_beside_a_better_one_are_dropped() -> None:
 
 def test_limits_follow_the_area() -> None:
     settings = Detector(proposals_per_mm2=92_000, instances_per_mm2=30_000, anchors_per_proposal=2, score=0.4, nms=0.2)
-    limits = Limits.of_patch(settings, 1024, 0.25)
+    limits = Limits.of_patch(settings, (1024, 1024), 0.25)
     assert limits == Limits(anchors=12058, objectness=0.85, proposals=6029, instances=1966, score=0.4, nms=0.2)
-    assert Limits.of_patch(settings, 2048, 0.25).proposals == pytest.approx(4 * 6029, abs=4)
+    assert Limits.of_patch(settings, (2048, 2048), 0.25).proposals == pytest.approx(4 * 6029, abs=4)
 
 
 def test_weights_survive_a_round_trip(tiny: NucleusDetector, tmp_path: Path) -> None:

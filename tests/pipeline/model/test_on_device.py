@@ -85,7 +85,7 @@ def normalisation(method: str) -> Normalisation:
 
 
 def detect(patches: np.ndarray, settings: Settings) -> list[HostInstances]:
-    return list(detect_patches(patches, normalisation(settings.stain.method), settings))
+    return list(detect_patches(list(patches), normalisation(settings.stain.method), settings))
 
 
 def assert_same(there: list[HostInstances], here: list[HostInstances]) -> None:
