@@ -148,8 +148,8 @@ class NucleusDetector(nn.Module):
         shapes = _anchor_shapes(self.rpn.anchor_generator, index.device)  # (L, A, 4)
         width, _, stride, _, _ = table.layout(STRIDES)[level].unbind(1)
         pixel, number = index // shapes.shape[1], index % shapes.shape[1]
-        corner = torch.stack([pixel % width, pixel // width], -1) * stride[:, None]  # (B, N, 2)
-        return shapes[level, number] + torch.cat([corner, corner], -1)
+        x, y = pixel % width, pixel // width
+        return shapes[level, number] + torch.stack([x, y, x, y], -1) * stride[:, None]
 
     def classify(self, features: Pyramid, proposals: list[Tensor], limits: Limits) -> list[Candidates]:
         """Proposals -> boxes with class and score, after class-agnostic NMS, in patch px.
@@ -237,7 +237,7 @@ def _of_class(values: Tensor, class_index: Tensor) -> Tensor:
 def _decode(deltas: Tensor, anchors: Tensor, coder: BoxCoder) -> Tensor:
     """Boxes (..., 4) from their offsets to `anchors` (..., 4): as BoxCoder.decode, which uploads numbers."""
     sides = anchors[..., 2:] - anchors[..., :2]
-    centres = anchors[..., :2] + 0.5 * sides
+    centres = torch.add(anchors[..., :2], sides, alpha=0.5)
     (across, _, wider, _) = coder.weights  # the same along x and y
     centres = deltas[..., :2] / across * sides + centres
     half = 0.5 * ((deltas[..., 2:] / wider).clamp(max=coder.bbox_xform_clip).exp() * sides)
