@@ -26,7 +26,7 @@ from torchvision.ops import FeaturePyramidNetwork, clip_boxes_to_image
 from pipeline.config import STRIDES, Architecture, Detector
 from pipeline.errors import ConfigError, WeightsError
 from pipeline.model import weights
-from pipeline.model.deterministic import pad_rows, sigmoid, upsample
+from pipeline.model.deterministic import pad_rows, sigmoid, topk, upsample
 from pipeline.model.roi_align import FeatureTable, RoIPool, flatten_boxes
 from pipeline.model.suppress import suppress
 
@@ -124,7 +124,7 @@ class NucleusDetector(nn.Module):
         for score, delta in zip(*self.rpn.head(features.table.maps()), strict=True):
             score = _peaks(score).permute(0, 2, 3, 1).flatten(1)  # (B, h * w * A)
             delta = delta.permute(0, 2, 3, 1).reshape(*score.shape, 4)
-            best, index = score.topk(min(limits.anchors, score.shape[1]), 1)  # (B, n)
+            best, index = topk(score, min(limits.anchors, score.shape[1]))  # (B, n)
             logits.append(best)
             deltas.append(delta.gather(1, index[..., None].expand(-1, -1, 4)))
             indices.append(index)

@@ -120,6 +120,29 @@ def test_clear_nuclei_do_not_displace_the_others() -> None:
     assert len(proposals) == 50
 
 
+class Ties(torch.nn.Module):
+    """Objectness of few values, many of them equal, which does not depend on the size of the patch."""
+
+    def forward(self, levels: list[torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        every = torch.randint(1, 4, (1, 6, 128, 128), generator=torch.Generator().manual_seed(0)).bfloat16()
+        scores = [every[..., : level.shape[2], : level.shape[3]] for level in levels]
+        return scores, [torch.zeros(1, 24, *level.shape[-2:]) for level in levels]
+
+
+def test_equal_proposals_are_chosen_alike_in_every_patch() -> None:
+    """What is proposed in one part does not depend on how far the patch reaches beyond it."""
+    torch.manual_seed(0)
+    model = NucleusDetector(TINY).eval()
+    model.rpn.head = Ties()
+    limits, proposed = LIMITS._replace(anchors=100_000, proposals=100_000, objectness=0.5), []
+    with torch.inference_mode():
+        for width in (256, 192):
+            (proposals,) = model.propose(model.features(torch.zeros(1, 3, 128, width)), limits)
+            proposed.append([box for box in proposals.tolist() if box[2] < 128])
+    assert len(proposed[0]) > 30
+    assert proposed[0] == proposed[1]
+
+
 def test_the_interior_of_a_patch_does_not_depend_on_its_place() -> None:
     """Two tiles compute the same bits where both see all that the shipped network looks at, in bfloat16 too."""
     running = load.detector(Detector())
