@@ -47,6 +47,11 @@ def side_step(upscale: float = 1.0) -> int:
     return math.lcm(STRIDES[-1] * ratio.denominator, ratio.numerator) // ratio.numerator
 
 
+def grid_step(upscale: float) -> int:
+    """The px that tiles, margins and trimmed patches are multiples of, for a detector that enlarges by `upscale`."""
+    return math.lcm(side_step(), side_step(upscale))
+
+
 def require(holds: bool, message: str) -> None:
     """Raise ConfigError with `message` unless the rule holds."""
     if not holds:
@@ -252,7 +257,7 @@ class Export:
         require(10 <= self.density_um <= 10_000, f"density-um={self.density_um}: need 10 to 10000 um")
 
 
-WORK_FORMAT = 6
+WORK_FORMAT = 7
 "Version of the files in a slide's work folder: raised with every change after which older ones must not be continued."
 
 
