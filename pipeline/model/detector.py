@@ -25,7 +25,7 @@ from torchvision.ops import FeaturePyramidNetwork, clip_boxes_to_image
 
 from pipeline.config import STRIDES, Architecture, Detector
 from pipeline.errors import ConfigError, WeightsError
-from pipeline.model import weights
+from pipeline.model import tensors, weights
 from pipeline.model.deterministic import pad_rows, sigmoid, upsample
 from pipeline.model.roi_align import FeatureTable, RoIPool, flatten_boxes
 from pipeline.model.suppress import suppress
@@ -346,7 +346,7 @@ class _BoxPredictor(nn.Module):
 
 def save_weights(model: NucleusDetector, path: Path, notes: Mapping[str, str]) -> None:
     """Half-precision safetensors with the architecture, notes and a checksum of the tensors inside."""
-    weights.save(model, model.architecture, path, notes)
+    tensors.save(model, model.architecture, path, notes)
 
 
 def _backbone(name: str) -> Any:
@@ -372,7 +372,7 @@ def load_weights(path: Path) -> NucleusDetector:
         model = NucleusDetector(architecture)
     except (ValueError, RuntimeError) as error:
         raise WeightsError(f"{path} does not fit the architecture it names: {error}") from error
-    return weights.load_into(model, path).to(memory_format=torch.channels_last)
+    return tensors.load_into(model, path).to(memory_format=torch.channels_last)
 
 
 def fold(model: NucleusDetector) -> NucleusDetector:

@@ -10,8 +10,7 @@ from pipeline import files
 from pipeline.config import Settings
 from pipeline.errors import ScratchLost, StainError
 from pipeline.layout import SlideFolder
-from pipeline.model import load, stain, views
-from pipeline.model.stain import Normalisation
+from pipeline.model.fitted_stain import UNCHANGED, Normalisation
 from pipeline.segment.regions import RegionFile, read_regions
 from pipeline.segment.slide_stain import fit_slide, template_stain
 from pipeline.segment.tissue_map import find_tissue_and_artefacts
@@ -70,6 +69,8 @@ def plan_slide(slide: Slide, settings: Settings, regions: RegionFile | None = No
     Raises GridError where the margin is too small for the largest nucleus and the views' shifts, WeightsError where a
     file of the stain normalisation has other content than the settings say, and what `read_regions` raises.
     """
+    from pipeline.model.views import largest_shift
+
     tiling = settings.tiling
     frame = slide.frame(tiling.mpp)
     grid = TileGrid(frame.size, tiling.tile, tiling.margin, tiling.block)
@@ -77,7 +78,7 @@ def plan_slide(slide: Slide, settings: Settings, regions: RegionFile | None = No
         tiling.margin,
         settings.stitching.max_diameter_um / tiling.mpp,
         settings.stitching.tolerance_px,
-        views.largest_shift(settings.detector.views),
+        largest_shift(settings.detector.views),
     )
     artefacts, glass, notes = find_tissue_and_artefacts(slide, settings.tissue, tiling.mpp)
     normalisation, unfitted = _normalisation(slide, artefacts, settings)
@@ -110,14 +111,18 @@ def plan_slide(slide: Slide, settings: Settings, regions: RegionFile | None = No
 
 def _normalisation(slide: Slide, artefacts: ArtefactMap, settings: Settings) -> tuple[Normalisation, tuple[str, ...]]:
     """How the slide is normalised; and a note where it cannot be, although the settings ask for it."""
+    if settings.stain.method == "none":
+        return UNCHANGED, ()
+    from pipeline.model.load import stain_network
+
     target = template_stain(settings.stain, settings.tissue, settings.tiling.mpp)
-    network = load.stain_network(settings.stain)
+    network = stain_network(settings.stain)
     clean = artefacts.clean_tissue()
     tissue = clean if clean.mask.any() else artefacts.tissue
     try:
         fitted = fit_slide(slide, tissue, settings.stain, network)
     except StainError as error:
-        return Normalisation(stain.TEMPLATE["none"], stain.TEMPLATE["none"]), (f"not normalised: {error}",)
+        return UNCHANGED, (f"not normalised: {error}",)
     return Normalisation(fitted, target), ()
 
 

@@ -14,11 +14,11 @@ import torch
 
 from pipeline.config import Architecture, Detector, Settings, Stain, Tiling
 from pipeline.model import detector as model_detector
-from pipeline.model import inference, load, stain
+from pipeline.model import inference, load
 from pipeline.model.detector import NucleusDetector, fold
+from pipeline.model.fitted_stain import TEMPLATE, FittedStain, Normalisation, read_template
 from pipeline.model.inference import detect_patches
 from pipeline.model.instances import HostInstances, Instances, columns
-from pipeline.model.stain import FittedStain, Normalisation
 from pipeline.model.weights import detector_architecture, find_weights
 from pretend_cuda import BLOCKING, COSTS, DOWNLOAD, LAUNCH, UPLOAD, WAIT, PretendedCuda
 from slides.geometry import Size
@@ -79,7 +79,7 @@ def chosen(device: str, method: Any = "none", **detection: Any) -> Settings:
 
 
 def normalisation(method: str) -> Normalisation:
-    target = stain.read_template(find_weights("stain")) if method == "dcgmm" else stain.TEMPLATE[method]
+    target = read_template(find_weights("stain")) if method == "dcgmm" else TEMPLATE[method]
     paler = FittedStain(method, {name: tuple(0.9 * v for v in values) for name, values in target.numbers.items()})
     return Normalisation(paler, target)
 
