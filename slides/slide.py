@@ -398,7 +398,7 @@ def open_slide(
 
 @functools.cache
 def _cache(_pid: int) -> openslide.OpenSlideCache:
-    """Decoded tiles of all slides that a process has open, in all threads: else OpenSlide keeps as many for each handle."""
+    """Decoded tiles of all slides that a process has open: else OpenSlide keeps as many for every handle."""
     return openslide.OpenSlideCache(_CACHE_BYTES)
 
 

@@ -73,12 +73,25 @@ class TissueMap(NamedTuple):
 
     def any_in(self, box: Box) -> bool:
         """Whether any tissue touches `box` (work px). An empty box holds none."""
-        if not box.area:
-            return False
+        return bool(box.area and self.mask[self._pixels(box)].any())
+
+    def bounds_in(self, box: Box) -> Box:
+        """The smallest box, work px, that holds what of the tissue lies in `box`; empty where there is none."""
+        rows, columns = self._pixels(box)
+        y, x = np.nonzero(self.mask[rows, columns])
+        if not box.area or not y.size:
+            return Box(box.x0, box.y0, box.x0, box.y0)
+        side = 1 / self.per_work_px
+        low = math.floor((columns.start + x.min()) * side), math.floor((rows.start + y.min()) * side)
+        high = math.ceil((columns.start + x.max() + 1) * side), math.ceil((rows.start + y.max() + 1) * side)
+        return Box(*low, *high).intersect(box)
+
+    def _pixels(self, box: Box) -> tuple[slice, slice]:
+        """Rows and columns of the mask's pixels that `box` (work px) touches."""
         scale = self.per_work_px
         x0, y0 = max(0, math.floor(box.x0 * scale)), max(0, math.floor(box.y0 * scale))
         x1, y1 = max(0, math.ceil(box.x1 * scale)), max(0, math.ceil(box.y1 * scale))
-        return bool(self.mask[y0:y1, x0:x1].any())
+        return slice(y0, y1), slice(x0, x1)
 
     @property
     def area_mm2(self) -> float:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import files
-from pipeline.config import CONTEXT_PX, STRIDES, Architecture, Settings, Stain, Tiling, side_step
+from pipeline.config import CONTEXT_PX, STRIDES, Architecture, Settings, Stain, Tiling, grid_step
 from pipeline.errors import RunError
 from pipeline.layout import LEASE, RunFolder
 from pipeline.model.weights import check_content, detector_architecture, find_weights, read_notes, stain_files
@@ -78,12 +78,12 @@ def check_seams(settings: Settings) -> tuple[str, ...]:
     """What the detector needs so that the same nuclei are detected on both sides of a seam. Returns warnings.
 
     Where tiles begin at whole steps of its coarsest feature map, a nucleus lies alike on the maps of every tile: the
-    tile and the margin are multiples of `side_step`, else RunError. Within `CONTEXT_PX` of the edge of what a tile
+    tile and the margin are multiples of `grid_step`, else RunError. Within `CONTEXT_PX` of the edge of what a tile
     reads, the result depends on the edge; a smaller margin is the user's choice, for speed.
     """
     tiling, weights = settings.tiling, find_weights(settings.detector.weights)
     upscale = detector_architecture(weights).upscale
-    step = math.lcm(side_step(), side_step(upscale))
+    step = grid_step(upscale)
     for name, px in (("tile", tiling.tile), ("margin", tiling.margin)):
         if px % step:
             raise RunError(

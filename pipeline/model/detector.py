@@ -7,7 +7,7 @@ nuclei, the limits follow from density, and masks stay on their M x M grid until
 
 import functools
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -51,9 +51,9 @@ class Limits(NamedTuple):
     nms: float  # IoU above which two boxes are one nucleus
 
     @classmethod
-    def of_patch(cls, settings: Detector, side_px: int, mpp: float) -> "Limits":
-        """The limits of a square patch: the densities of the settings times its area."""
-        area_mm2 = (side_px * mpp / 1000) ** 2
+    def of_patch(cls, settings: Detector, size: tuple[int, int], mpp: float) -> "Limits":
+        """The limits of a patch of this height and width, px: the densities of the settings times its area."""
+        area_mm2 = size[0] * size[1] * (mpp / 1000) ** 2
         proposals = max(_LEAST_PROPOSALS, round(settings.proposals_per_mm2 * area_mm2))
         return cls(
             anchors=settings.anchors_per_proposal * proposals,
@@ -109,7 +109,7 @@ class NucleusDetector(nn.Module):
         return Pyramid(FeatureTable.of(maps, torch.float32 if images.device.type == "cpu" else maps[0].dtype), size)
 
     def _maps(self, inputs: Tensor) -> tuple[dict[str, Tensor], Tensor | None]:
-        """Feature maps of `_inputs`, and the semantic branch's at the finest of them: (B, architecture.semantic, h, w)."""
+        """Feature maps of `_inputs`, and the semantic branch's at the finest: (B, architecture.semantic, h, w)."""
         maps = self.backbone(inputs)
         pyramid = self.pyramid(OrderedDict(zip(LEVELS, maps, strict=True)))
         semantic = None
@@ -122,26 +122,36 @@ class NucleusDetector(nn.Module):
 
         What torchvision's RegionProposalNetwork does, for all images together, and for the best anchors only.
         """
-        logits, deltas, anchors, level = [], [], [], []
-        every = _anchors(self.rpn.anchor_generator, features.size, features.table.shapes, features.table.pixels.device)
-        for number, (score, delta, anchor) in enumerate(zip(*self.rpn.head(features.table.maps()), every, strict=True)):
+        logits, deltas, indices = [], [], []
+        for score, delta in zip(*self.rpn.head(features.table.maps()), strict=True):
             score = _peaks(score).permute(0, 2, 3, 1).flatten(1)  # (B, h * w * A)
             delta = delta.permute(0, 2, 3, 1).reshape(*score.shape, 4)
-            best, index = score.topk(min(limits.anchors, len(anchor)), 1)  # (B, n)
+            best, index = score.topk(min(limits.anchors, score.shape[1]), 1)  # (B, n)
             logits.append(best)
             deltas.append(delta.gather(1, index[..., None].expand(-1, -1, 4)))
-            anchors.append(anchor[index])
-            level.append(index.new_full((index.shape[1],), number))
-        boxes = _decode(torch.cat(deltas, 1).float(), torch.cat(anchors, 1), self.rpn.box_coder)  # (B, N, 4)
+            indices.append(index)
+        numbers = torch.arange(len(indices), device=features.table.pixels.device).split(1)
+        level = torch.cat([number.expand(index.shape[1]) for number, index in zip(numbers, indices, strict=True)])
+        anchors = self._anchors(features.table, torch.cat(indices, 1), level)
+        boxes = _decode(torch.cat(deltas, 1).float(), anchors, self.rpn.box_coder)  # (B, N, 4)
         boxes = clip_boxes_to_image(boxes, features.size)
         scores = torch.cat(logits, 1).float().sigmoid()
         wide = (boxes[..., 2:] - boxes[..., :2] >= self.rpn.min_size).all(-1)
         image, at = torch.where(wide & (scores >= limits.objectness))
         boxes, scores = boxes[image, at], scores[image, at]
-        keep, counts = suppress(
-            boxes, scores, image, torch.cat(level)[at], features.table.images, iou=self.rpn.nms_thresh
-        )
+        keep, counts = suppress(boxes, scores, image, level[at], features.table.images, iou=self.rpn.nms_thresh)
         return [b[: limits.proposals] for b in boxes[keep].split(counts)]
+
+    def _anchors(self, table: FeatureTable, index: Tensor, level: Tensor) -> Tensor:
+        """Anchors of the maps of a table, in px of their images: float32 (B, N, 4).
+
+        index: int64 (B, N), of an anchor among those of its level, row after row; level: int64 (N,)
+        """
+        shapes = _anchor_shapes(self.rpn.anchor_generator, index.device)  # (L, A, 4)
+        width, _, stride, _, _ = table.layout(STRIDES)[level].unbind(1)
+        pixel, number = index // shapes.shape[1], index % shapes.shape[1]
+        x, y = pixel % width, pixel // width
+        return shapes[level, number] + torch.stack([x, y, x, y], -1) * stride[:, None]
 
     def classify(self, features: Pyramid, proposals: list[Tensor], limits: Limits) -> list[Candidates]:
         """Proposals -> boxes with class and score, after class-agnostic NMS, in patch px.
@@ -211,17 +221,11 @@ def _saturated(kept: int, offered: int, limits: Limits) -> bool:
     )
 
 
-@functools.lru_cache(maxsize=8)  # patches and their quarters, on each device
-def _anchors(
-    generator: AnchorGenerator, size: tuple[int, int], shapes: Sequence[tuple[int, int]], device: torch.device
-) -> list[Tensor]:
-    """The anchors of each level, float32 (h * w * A, 4) in px of images of `size`. Made once per size and device."""
+@functools.lru_cache(maxsize=8)
+def _anchor_shapes(generator: AnchorGenerator, device: torch.device) -> Tensor:
+    """The anchors of each level at its first pixel, float32 (L, A, 4) in image px. Made once per network and device."""
     with torch.inference_mode(False):  # they outlive the caller's mode
-        # of images and maps torchvision needs the sizes alone
-        images = ImageList(torch.empty(1, 1, *size), [size])
-        (anchors,) = generator(images, [torch.empty(1, 1, *shape) for shape in shapes])
-        anchors_at = len(generator.cell_anchors[0])
-        return list(anchors.to(device).split([anchors_at * height * width for height, width in shapes]))
+        return torch.stack([shapes.float() for shapes in generator.cell_anchors]).to(device)
 
 
 def _peaks(logits: Tensor) -> Tensor:
@@ -242,7 +246,7 @@ def _of_class(values: Tensor, class_index: Tensor) -> Tensor:
 def _decode(deltas: Tensor, anchors: Tensor, coder: BoxCoder) -> Tensor:
     """Boxes (..., 4) from their offsets to `anchors` (..., 4): as BoxCoder.decode, which uploads numbers."""
     sides = anchors[..., 2:] - anchors[..., :2]
-    centres = anchors[..., :2] + 0.5 * sides
+    centres = torch.add(anchors[..., :2], sides, alpha=0.5)
     (across, _, wider, _) = coder.weights  # the same along x and y
     centres = deltas[..., :2] / across * sides + centres
     half = 0.5 * ((deltas[..., 2:] / wider).clamp(max=coder.bbox_xform_clip).exp() * sides)

@@ -45,6 +45,10 @@ class FeatureTable(NamedTuple):
             for r, shape in zip(rows, self.shapes, strict=True)
         ]
 
+    def layout(self, strides: tuple[int, ...]) -> Tensor:
+        """Of each level, int32 (L, 5): width, height, stride, pixels of a map, first row in the table."""
+        return _layout(self.shapes, self.images, strides, self.pixels.device)
+
 
 def flatten_boxes(boxes: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Boxes of each image, (N, 4) -> those of all, (sum N, 4), and the index of each one's image, int32 (sum N,)."""
@@ -85,8 +89,7 @@ class RoIPool(nn.Module):
 
     def _bags(self, table: FeatureTable, rois: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
         """The rows of the table that each bin sums, int32, and their weights: both (R * size * size, 16)."""
-        levels = _levels_of(table.shapes, table.images, self.strides, rois.device)
-        level = levels[self.levels(rois)]  # (R, 5)
+        level = table.layout(self.strides)[self.levels(rois)]  # (R, 5)
         width, _, stride, area, start = level.unbind(1)
         first = start + image * area  # row of the map's first pixel
         scaled = rois / stride[:, None]
@@ -105,14 +108,9 @@ class RoIPool(nn.Module):
         return level.clamp(0, len(self.strides) - 1).long()
 
 
-@functools.lru_cache(maxsize=16)
-def _levels_of(
-    shapes: tuple[tuple[int, int], ...], images: int, strides: tuple[int, ...], device: torch.device
-) -> Tensor:
-    """Of each level, int32 (L, 5): width, height, stride, pixels of a map, first row in the table.
-
-    Made once per size and device.
-    """
+@functools.lru_cache(maxsize=512)
+def _layout(shapes: tuple[tuple[int, int], ...], images: int, strides: tuple[int, ...], device: torch.device) -> Tensor:
+    """`FeatureTable.layout`, made once per size and device."""
     rows, start = [], 0
     for (height, width), stride in zip(shapes, strides, strict=True):
         rows.append((width, height, stride, width * height, start))

@@ -68,7 +68,7 @@ def settings(given: argparse.Namespace, **detection: Any) -> Settings:
 
 
 def detect(patches: NDArray[np.uint8], chosen: Settings) -> list[HostInstances]:
-    return list(inference.detect_patches(patches, UNCHANGED, chosen))
+    return list(inference.detect_patches(list(patches), UNCHANGED, chosen))
 
 
 def compare_patches(given: argparse.Namespace) -> None:

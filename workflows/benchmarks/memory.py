@@ -2,9 +2,9 @@
 
     python workflows/benchmarks/memory.py CMU-1-Small-Region.svs --patches 2 --views 1
 
-Tiles of the slide's densest block are detected, as a worker does it. A thread samples every 2 ms the PSS of the process and the
-bytes that glibc's allocator has given out (mallinfo2), of which each step has a peak. The last line is the peak of all, and
-the CPU seconds of detection after the first tile.
+The densest tiles of the slide are detected, as a worker does it. A thread samples every 2 ms the PSS of the process and
+the bytes that glibc's allocator has given out (mallinfo2), of which each step has a peak. The last line is the peak of
+all, and the CPU seconds of detection after the first tile.
 """
 
 import argparse
@@ -18,15 +18,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, get_args
 
-from pipeline.model.allocator import keep_freed_memory
-
-keep_freed_memory()  # before there are threads, as in a worker
-
 import numpy as np
 import torch
 
 from pipeline.config import Detector, Settings, Tiling
 from pipeline.model import detector, inference, load
+from pipeline.model.allocator import keep_freed_memory
 from pipeline.model.fitted_stain import UNCHANGED
 from pipeline.model.roi_align import FeatureTable
 from pipeline.segment.plan import plan_slide
@@ -39,7 +36,7 @@ class MallInfo(ctypes.Structure):
 
     _fields_ = [
         (name, ctypes.c_size_t)
-        for name in ["arena", "ord", "smb", "hblks", "hblkhd", "usmblks", "fsmblks", "used", "free", "keepcost"]
+        for name in ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "used", "free", "keepcost")
     ]
 
 
@@ -104,6 +101,7 @@ def main() -> None:
     parser.add_argument("--views", type=int, default=1, choices=get_args(Detector.__annotations__["views"].__args__[0]))
     parser.add_argument("--tile", type=int, default=Tiling.tile)
     given = parser.parse_args()
+    keep_freed_memory()  # before there are threads, as in a worker
     settings = dataclasses.replace(
         Settings(), tiling=Tiling(tile=given.tile), detector=Detector(device="cpu", views=given.views)
     )

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+from torchvision.models.detection.image_list import ImageList
 
 from pipeline.config import STRIDES, Architecture, Detector, Sampling, side_step
 from pipeline.errors import ConfigError, WeightsError
@@ -20,6 +21,7 @@ from pipeline.model.detector import (
     load_weights,
     save_weights,
 )
+from pipeline.model.roi_align import FeatureTable
 from pipeline.model.weights import detector_architecture, find_weights, licence, read_notes, shipped
 
 TINY = Architecture(channels=16, box_hidden=16, mask_channels=8, mask_layers=1)
@@ -134,6 +136,17 @@ def test_the_interior_of_a_patch_does_not_depend_on_its_place() -> None:
         assert inner < min(ours.shape[-2:]) / 2
 
 
+def test_anchors_are_torchvision_s(tiny: NucleusDetector) -> None:
+    """Of a rectangle, for every anchor of every level."""
+    size, shapes = (96, 160), tuple((96 // stride, 160 // stride) for stride in STRIDES)
+    maps = [torch.empty(1, 1, *shape) for shape in shapes]
+    (expected,) = tiny.rpn.anchor_generator(ImageList(torch.empty(1, 3, *size), [size]), maps)
+    counts = [6 * height * width for height, width in shapes]
+    index = torch.cat([torch.arange(count) for count in counts])[None]
+    level = torch.arange(len(shapes)).repeat_interleave(torch.tensor(counts))
+    assert torch.equal(tiny._anchors(FeatureTable.of(maps), index, level)[0], expected)
+
+
 def test_anchors_beside_a_better_one_are_dropped() -> None:
     """Each shape of anchor by itself; equal neighbours stay."""
     logits = torch.full((1, 2, 5, 6), -9.0)
@@ -145,9 +158,9 @@ def test_anchors_beside_a_better_one_are_dropped() -> None:
 
 def test_limits_follow_the_area() -> None:
     settings = Detector(proposals_per_mm2=92_000, instances_per_mm2=30_000, anchors_per_proposal=2, score=0.4, nms=0.2)
-    limits = Limits.of_patch(settings, 1024, 0.25)
+    limits = Limits.of_patch(settings, (1024, 1024), 0.25)
     assert limits == Limits(anchors=12058, objectness=0.85, proposals=6029, instances=1966, score=0.4, nms=0.2)
-    assert Limits.of_patch(settings, 2048, 0.25).proposals == pytest.approx(4 * 6029, abs=4)
+    assert Limits.of_patch(settings, (2048, 2048), 0.25).proposals == pytest.approx(4 * 6029, abs=4)
 
 
 def test_weights_survive_a_round_trip(tiny: NucleusDetector, tmp_path: Path) -> None:

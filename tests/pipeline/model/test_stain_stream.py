@@ -129,7 +129,7 @@ def test_the_detector_is_given_normalised_patches(slide: Path, monkeypatch: pyte
     monkeypatch.setattr(load, "detector", lambda _: on_cpu)
     pixels = np.array(Image.open(slide))[None, :256, :256]
     with pytest.raises(StopAsyncIteration):
-        list(inference.detect_patches(pixels, plan.normalisation, settings))
+        list(inference.detect_patches(list(pixels), plan.normalisation, settings))
     raw = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
     expected = stain.Normaliser(plan.normalisation, dcgmm.load(find_weights("stain")))(raw)
     torch.testing.assert_close(seen[0], expected, atol=1e-4, rtol=0)

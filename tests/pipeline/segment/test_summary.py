@@ -144,6 +144,8 @@ def plan() -> Plan:
         Box(0, 0, 1000, 512),
         WORK._replace(size=Size(1000, 1000)),
         TileGrid(Size(1000, 1000), 628, 64, 4),
+        4,
+        tissue_map(mask, 7.8125),
         tissue_map(mask, 7.8125),
         ArtefactMap(np.zeros(mask.shape, np.uint8), tissue_map(mask, 7.8125)),
         240.0,
