@@ -37,6 +37,9 @@ STRIDES = (4, 8, 16, 32)  # of the feature maps, in enlarged px
 # How far what lies around a nucleus changes its detection, in enlarged px: measured by workflows/benchmarks/tilings.py
 CONTEXT_PX = 192
 
+# How far the views but the first are shifted, px: no multiple of a stride, so that anchors lie elsewhere on the nuclei.
+VIEW_SHIFT_PX = 5
+
 
 def side_step(upscale: float = 1.0) -> int:
     """The px that an image's side must be a multiple of, so that enlarged it is one of the coarsest stride.
@@ -183,6 +186,11 @@ class Detector:
         require(self.instances_per_mm2 > 0, f"instances-per-mm2={self.instances_per_mm2}: need more than 0")
         require(self.batch >= 0, f"batch={self.batch}: need 0 (automatic) or more")
         check_device_name(self.device)
+
+    @property
+    def largest_shift_px(self) -> int:
+        """How far its views move a patch, along either axis."""
+        return VIEW_SHIFT_PX if self.views > 1 else 0
 
 
 @dataclass(frozen=True)

@@ -27,8 +27,8 @@ from pipeline import files
 from pipeline.config import Settings
 from pipeline.errors import ScratchLost, SlideChanged
 from pipeline.model.device import computes_on, device_lock
+from pipeline.model.fitted_stain import Normalisation
 from pipeline.model.instances import HostInstances, Patches, select
-from pipeline.model.stain import Normalisation
 from pipeline.model.weights import detector_architecture, find_weights
 from pipeline.segment import annotations, pictures, polygons, stitch, tables
 from pipeline.segment.finished import check_exports, write_exports
