@@ -19,9 +19,9 @@ from pipeline.model.stain import Normalisation
 
 
 def detect_patches(
-    patches: NDArray[np.uint8], normalisation: Normalisation, settings: Settings
+    patches: Sequence[NDArray[np.uint8]], normalisation: Normalisation, settings: Settings
 ) -> Iterator[HostInstances]:
-    """The instances of each of the patches uint8 (n, T, T, 3), as numpy arrays, in the order of the patches.
+    """The instances of each of the patches, uint8 (T, T, 3), as numpy arrays, in the order of the patches.
 
     normalisation: of the slide that the patches were cut from.
     Where the device has no memory for a batch, batches are smaller from then on. A patch that it has no memory for
@@ -30,7 +30,7 @@ def detect_patches(
     """
     first = 0
     while first < len(patches):
-        batch = patches[first : first + _batch_size(settings)]
+        batch = np.stack(patches[first : first + _batch_size(settings)])
         detected = _attempt(batch, normalisation, settings)
         if detected is None and len(batch) > 1:
             _batch_that_fits[settings] = len(batch) // 2

@@ -13,7 +13,7 @@ import contextlib
 import functools
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 from uuid import uuid4
@@ -56,10 +56,10 @@ THUMBNAIL_PX, OVERLAY_PX = 1200, 3000  # longest sides of thumbnail.jpg and over
 
 
 class Detect(Protocol):
-    """The detector, or its stand-in: patches uint8 (n, T, T, 3) -> the instances of each, in their order."""
+    """The detector, or its stand-in: patches, each uint8 (T, T, 3) -> the instances of each, in their order."""
 
     def __call__(
-        self, patches: NDArray[np.uint8], normalisation: Normalisation, settings: Settings
+        self, patches: Sequence[NDArray[np.uint8]], normalisation: Normalisation, settings: Settings
     ) -> Iterator[HostInstances]: ...
 
 
@@ -137,9 +137,9 @@ def tile_block(job: Job, block: int, before: StageRecord) -> StageRecord:
     store = PatchStore.create(job.folder.patches, plan.grid, job.digest)
     if not store.is_done(block):
         tiles = plan.of_block(block)
-        patches, lost = cut(_slide(job.source, job.scale), tiles, plan.grid, plan.frame)
+        region, lost = cut(_slide(job.source, job.scale), tiles, plan.grid, plan.frame)
         job.check_lease()
-        store.write(block, tiles, patches, lost)
+        store.write(block, tiles, region, lost)
     return before + _worked("tile", started)
 
 
