@@ -41,7 +41,6 @@ from slides.slide import Slide, open_slide
 MPP = {40: 0.25, 20: 0.5}  # of level 0, by magnification
 DENSITY = 3000  # nuclei per mm2
 WORK = "NIGHTSLIDE_FEED"  # in the environment of workers: the folder of the recorded nuclei and of their seconds
-STEPS = "the step and those within"
 
 
 def main() -> None:
@@ -49,7 +48,7 @@ def main() -> None:
     parser.add_argument("slide", type=Path)
     parser.add_argument("work", type=Path)
     parser.add_argument("--scales", type=int, nargs="+", choices=MPP, default=list(MPP), help="magnifications")
-    parser.add_argument("--tiles", type=int, default=12, help="tiles along a side of the giant slides (%(default)s)")
+    parser.add_argument("--tiles", type=int, default=9, help="tiles along a side of the giant slides (%(default)s)")
     parser.add_argument("--processes", type=int, default=0, help="worker processes; 0: all in this one (%(default)s)")
     parser.add_argument("--profile", action="store_true", help="the functions that cost most, too; in this process")
     given = parser.parse_args()
@@ -133,8 +132,9 @@ def detect(patches: Sequence[NDArray[np.uint8]], normalisation: Normalisation, s
 class Clock:
     """Seconds of this process's processors by step; those of a step within another count for the inner one."""
 
-    def __init__(self) -> None:
+    def __init__(self, profile: cProfile.Profile | None) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
+        self._profile = profile
         self._within: list[str] = []
         self._since = time.process_time()
 
@@ -148,8 +148,9 @@ class Clock:
         def timed_step(*args: Any, **named: Any) -> Any:
             self._switch()
             self._within.append(step)
+            outermost = self._profile if len(self._within) == 1 else None
             try:
-                return function(*args, **named)
+                return outermost.runcall(function, *args, **named) if outermost else function(*args, **named)
             finally:
                 self._switch()
                 self._within.pop()
@@ -192,14 +193,12 @@ def measure(path: Path, given: argparse.Namespace) -> None:
     else:
         execution = Execution(cluster=False, workers=1)
     settings = Settings(tissue=Tissue(everywhere=True))
-    clock, profile = Clock(), cProfile.Profile()
+    profile = cProfile.Profile() if given.profile else None
+    clock = Clock(profile)
     if not given.processes:
         watch(clock)
     started, before = time.perf_counter(), processor_seconds()
-    if given.profile:
-        profile.enable()
     (record,) = pipeline.run([path], out, settings, execution, say=lambda _: None, detect=detect)
-    profile.disable()
     spent, elapsed = processor_seconds() - before, time.perf_counter() - started
     mm2 = record.tissue_mm2
     print(f"\n{path.name}: {mm2:.2f} mm2, {record.nuclei:,} nuclei, {elapsed:.1f} s, {mm2 / elapsed:.2f} mm2/s")
@@ -207,7 +206,7 @@ def measure(path: Path, given: argparse.Namespace) -> None:
     seconds = clock.seconds if not given.processes else dict(record.work.seconds)
     for step, value in seconds.items():
         print(f"    {step:30} {value / mm2:.3f} s/mm2  {value:6.2f} s")
-    if given.profile:
+    if profile:
         pstats.Stats(profile, stream=sys.stdout).sort_stats("tottime").print_stats(25)
 
 
