@@ -4,7 +4,7 @@ Sums of squared Laplacians of green at two scales, 0.5 and 1 um per pixel of a s
 partition the slide, so their sums over the cores do not depend on the tiling, to the last bit.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -58,7 +58,7 @@ def cell_px(mpp: float) -> int:
     return 2 * max(1, round(_CELL_UM / mpp / 2))
 
 
-def measure(patches: Sequence[NDArray[np.uint8]], tiles: tuple[Tile, ...], size: Size, mpp: float) -> Focus:
+def measure(patches: Iterable[NDArray[np.uint8]], tiles: tuple[Tile, ...], size: Size, mpp: float) -> Focus:
     """The sums over the cores of some tiles.
 
     patches: each uint8 (tile, tile, 3), of the tiles in their order; size: of the work frame, whose scale is `mpp`

@@ -2,7 +2,7 @@
 
     regions   uint8   (block rows, block cols, side, side, 3)   one chunk a block: what its tiles read, else white
     lost      float32 (rows, cols)                              share of the tile's core that could not be decoded
-    done      uint8   (block rows, block cols, 40)              one chunk a block, written last: size and checksum of the rest
+    done      uint8   (block rows, block cols, 40)              written last: size and checksum of the rest of a block
 
 `rows` and `cols` are padded to whole blocks. Patches are windows of their block's region, as those of neighbours share
 their margins: copies of their own would hold a third more. The group's attributes hold the configuration's digest and
@@ -152,8 +152,8 @@ class PatchStore:
     def _mark(self, files: _Files) -> bytes:
         """The entry in `done` of a block with these files."""
         digest = hashlib.sha256(self._metadata_hash)
-        digest.update(files.region)
-        digest.update(files.lost)
+        digest.update(files.region.data)
+        digest.update(files.lost.data)
         return _MARK.pack(files.region.size, digest.digest())
 
     def _replace(self, name: str, content: Pixels) -> None:
@@ -220,7 +220,7 @@ def _stored(array: NDArray[Any], fill: int) -> Pixels:
 
 
 def _content(file: Path) -> Pixels:
-    """All bytes of a file, in an array that may be changed; none where it is missing, or the disk does not give them."""
+    """All bytes of a file, in a new array; none where it is missing, or the disk does not give them."""
     try:
         with file.open("rb", buffering=0) as stream:
             content = np.empty(os.fstat(stream.fileno()).st_size, np.uint8)

@@ -242,9 +242,7 @@ class Slide:
         pixels[place], lost[place] = read
         return pixels, lost
 
-    def _resampled(
-        self, level: int, inside: Box, whole: Box, to_level: Affine, *, strict: bool
-    ) -> tuple[Pixels, Mask]:
+    def _resampled(self, level: int, inside: Box, whole: Box, to_level: Affine, *, strict: bool) -> tuple[Pixels, Mask]:
         """`inside`, a part of the frame's box `whole`, from whole cells of a fixed lattice, read in chunks."""
         fit = int(_CHUNK / max(1.0, to_level.scale_x, to_level.scale_y))  # px whose source is one chunk
         cell_side = max(1, min(_CELL, fit))

@@ -13,7 +13,7 @@ from PIL import Image
 from pipeline.archive.run import run
 from pipeline.config import Execution, Settings, Tissue
 from pipeline.model import inference
-from pipeline.model.instances import STATISTICS, HostInstances
+from pipeline.model.instances import STATISTICS, HostInstances, Patches
 from pipeline.model.stain import Normalisation
 from pipeline.model.weights import find_weights, read_notes
 from training.evaluate import Outputs, evaluate, gather
@@ -35,7 +35,7 @@ EXPECTED = {
 }
 
 
-def one_square(patches: np.ndarray, normalisation: Normalisation, settings: Settings) -> Iterator[HostInstances]:
+def one_square(patches: Patches, normalisation: Normalisation, settings: Settings) -> Iterator[HostInstances]:
     """Finds one square in the middle of every patch: what is tested is everything around the detector."""
     for _ in patches:
         yield HostInstances(

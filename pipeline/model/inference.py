@@ -12,15 +12,13 @@ from torchvision.ops import roi_align
 from pipeline.config import Settings, side_step
 from pipeline.model import fuse, instances, load, stain, views
 from pipeline.model.detector import Limits
-from pipeline.model.instances import HostInstances, Instances
+from pipeline.model.instances import HostInstances, Instances, Patches
 from pipeline.model.roi_align import flatten_boxes
 from pipeline.model.split import join, quarters
 from pipeline.model.stain import Normalisation
 
 
-def detect_patches(
-    patches: Sequence[NDArray[np.uint8]], normalisation: Normalisation, settings: Settings
-) -> Iterator[HostInstances]:
+def detect_patches(patches: Patches, normalisation: Normalisation, settings: Settings) -> Iterator[HostInstances]:
     """The instances of each of the patches, uint8 (T, T, 3), as numpy arrays, in the order of the patches.
 
     normalisation: of the slide that the patches were cut from.

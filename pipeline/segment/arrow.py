@@ -42,7 +42,7 @@ def array(values: Any, kind: pa.DataType) -> pa.Array:
 
 
 def join(*parts: pa.Array | pa.ChunkedArray | str, **options: Any) -> Any:
-    """`pc.binary_join_element_wise`, which imports pandas for a string: string (N,), the last part between the others."""
+    """`pc.binary_join_element_wise`, without pandas for a string. string (N,), the last part between the others"""
     return pc.binary_join_element_wise(*(text([p])[0] if isinstance(p, str) else p for p in parts), **options)
 
 

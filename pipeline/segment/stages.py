@@ -13,7 +13,7 @@ import contextlib
 import functools
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 from uuid import uuid4
@@ -27,7 +27,7 @@ from pipeline import files
 from pipeline.config import Settings
 from pipeline.errors import ScratchLost, SlideChanged
 from pipeline.model.device import computes_on, device_lock
-from pipeline.model.instances import HostInstances, select
+from pipeline.model.instances import HostInstances, Patches, select
 from pipeline.model.stain import Normalisation
 from pipeline.model.weights import detector_architecture, find_weights
 from pipeline.segment import annotations, arrow, pictures, polygons, stitch, tables
@@ -59,7 +59,7 @@ class Detect(Protocol):
     """The detector, or its stand-in: patches, each uint8 (T, T, 3) -> the instances of each, in their order."""
 
     def __call__(
-        self, patches: Sequence[NDArray[np.uint8]], normalisation: Normalisation, settings: Settings
+        self, patches: Patches, normalisation: Normalisation, settings: Settings
     ) -> Iterator[HostInstances]: ...
 
 

@@ -2,11 +2,11 @@
 
     python workflows/benchmarks/feed.py CMU-1-Small-Region.svs WORK
 
-SLIDE gives the pixels: a square of its tissue, as large as the core of a tile, is repeated to a giant slide of 40x and to
-one of 20x, so that every patch of these shows the same. The nuclei that the shipped weights detect in it, as many as make
-3,000 per mm2, are recorded once in WORK, and answered for every patch. Everything else is a usual run, in this process
-without other threads (--processes 0, with the steps one by one) or with worker processes. Seconds are of processors,
-so that other programs disturb them little; rates are by the clock. WORK keeps the slides and the nuclei.
+SLIDE gives the pixels: a square of its tissue, as large as the core of a tile, is repeated to a giant slide of 40x and
+to one of 20x, so that every patch of these shows the same. The nuclei that the shipped weights detect in it, as many as
+make 3,000 per mm2, are recorded once in WORK, and answered for every patch. Everything else is a usual run, in this
+process (--processes 0, with the steps one by one) or with worker processes, where the seconds of stages are by the
+clock. All others are of processors, so that other programs disturb them less. WORK keeps the slides and the nuclei.
 """
 
 import argparse
@@ -16,25 +16,26 @@ import os
 import pstats
 import resource
 import shutil
+import subprocess
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import replicate
 from numpy.typing import NDArray
+from PIL import Image
 
 import pipeline
 from pipeline.archive import run as archive_run
 from pipeline.config import Execution, Settings, Tissue
-from pipeline.model.instances import HostInstances, Instances, select
+from pipeline.model.instances import HostInstances, Instances, Patches, select
 from pipeline.model.stain import TEMPLATE, Normalisation
 from pipeline.segment import stages, tables
 from slides import focus
-from slides.geometry import Box, Size
+from slides.geometry import Box
 from slides.patches import PatchStore
 from slides.slide import Slide, open_slide
 
@@ -76,7 +77,8 @@ def square(slide: Slide, mpp: float) -> NDArray[np.uint8]:
     darkest = min(squares, key=lambda pixels: float(pixels.mean()))
     step = round(mpp / frame.mpp)
     averaged = darkest.reshape(stride // step, step, stride // step, step, 3).mean((1, 3)).round()
-    return averaged.astype(np.uint8)
+    pixels: NDArray[np.uint8] = averaged.astype(np.uint8)
+    return pixels
 
 
 def giant(source: Path, work: Path, scale: int, tiles: int) -> Path:
@@ -85,10 +87,11 @@ def giant(source: Path, work: Path, scale: int, tiles: int) -> Path:
     if not path.exists():
         with open_slide(source) as slide:
             pixels = square(slide, MPP[scale])
-        partial = path.with_suffix(".partial")
-        with partial.open("wb") as file:
-            replicate.write(file, pixels, Size(*(side * tiles for side in pixels.shape[1::-1])), MPP[scale])
-        partial.rename(path)
+        one, across = work / f"{scale}x.tif", str(tiles)
+        Image.fromarray(pixels).save(one, resolution=1e4 / MPP[scale], resolution_unit=3)  # per centimetre
+        command: list[str | Path] = [sys.executable, Path(__file__).with_name("replicate.py"), one]
+        subprocess.run([*command, path.with_suffix(".new"), "--across", across, "--down", across], check=True, stdout=subprocess.DEVNULL)
+        path.with_suffix(".new").rename(path)
     return path
 
 
@@ -107,7 +110,7 @@ def record(source: Path, work: Path) -> None:
     margin, mpp = settings.tiling.margin, settings.tiling.mpp
     with open_slide(source) as slide:
         patch = np.pad(square(slide, mpp), ((margin, margin), (margin, margin), (0, 0)), "wrap")
-    (detected,) = detect_patches(patch[None], Normalisation(TEMPLATE["none"], TEMPLATE["none"]), settings)
+    (detected,) = detect_patches([patch], Normalisation(TEMPLATE["none"], TEMPLATE["none"]), settings)
     most = round(DENSITY * (len(patch) * mpp / 1000) ** 2)
     chosen = select(detected, np.argsort(-detected.scores)[:most])
     np.savez(path, allow_pickle=False, **chosen._asdict())
@@ -117,10 +120,12 @@ def record(source: Path, work: Path) -> None:
 @functools.lru_cache(maxsize=1)
 def recorded() -> HostInstances:
     with np.load(Path(os.environ[WORK]) / "nuclei.npz", allow_pickle=False) as stored:
-        return Instances(**{name: stored[name] if stored[name].ndim else bool(stored[name]) for name in stored.files})
+        values: dict[str, Any] = {name: stored[name] for name in stored.files}
+    values |= {name: bool(value) for name, value in values.items() if not value.ndim}
+    return Instances(**values)
 
 
-def detect(patches: Sequence[NDArray[np.uint8]], normalisation: Normalisation, settings: Settings) -> Iterator[HostInstances]:
+def detect(patches: Patches, normalisation: Normalisation, settings: Settings) -> Iterator[HostInstances]:
     """The recorded nuclei for every patch. Stands for the detector."""
     for _ in patches:
         yield recorded()
@@ -175,7 +180,8 @@ def watch(clock: Clock) -> None:
     )
     for place, name, step in steps:
         setattr(place, name, clock.timed(step, getattr(place, name)))
-    archive_run.STAGES = tuple(s._replace(run=clock.timed(s.name, s.run)) for s in stages.STAGES)
+    timed = tuple(stage._replace(run=clock.timed(stage.name, stage.run)) for stage in stages.STAGES)
+    setattr(archive_run, "STAGES", timed)  # noqa: B010
 
 
 def processor_seconds() -> float:
@@ -188,10 +194,8 @@ def measure(path: Path, given: argparse.Namespace) -> None:
     """A run over one giant slide, and its table."""
     out = given.work / "results"
     shutil.rmtree(out, ignore_errors=True)
-    if given.processes:
-        execution = Execution(workers=given.processes)
-    else:
-        execution = Execution(cluster=False, workers=1)
+    here = Execution(cluster=False, workers=1)
+    execution = Execution(workers=given.processes) if given.processes else here
     settings = Settings(tissue=Tissue(everywhere=True))
     profile = cProfile.Profile() if given.profile else None
     clock = Clock(profile)

@@ -171,10 +171,7 @@ def _measured_cells(cells: Polygons, rows: pa.Table, um_per_px: tuple[float, flo
 
 def _measurements(numbers: Mapping[str, pa.ChunkedArray]) -> pa.Array:
     """ "name":number, ... of every row; a number that is not finite is left out. string (N,)"""
-    items = (
-        arrow.join(f'"{name}":', pc.cast(finite(column), pa.string()), "")
-        for name, column in numbers.items()
-    )
+    items = (arrow.join(f'"{name}":', pc.cast(finite(column), pa.string()), "") for name, column in numbers.items())
     return arrow.join(*items, ",", null_handling="skip")
 
 
