@@ -296,19 +296,15 @@ def _least_width(hulls: Polygons) -> Floats:
     width = np.zeros(len(hulls))
     convex = np.flatnonzero(shapely.area(hulls) > 0)
     rings = shapely.get_exterior_ring(hulls[convex])
-    count = shapely.get_num_coordinates(rings) - 1  # the first vertex comes again as the last
-    pairs = np.cumsum(count**2)
-    for part in np.split(np.arange(len(convex)), np.flatnonzero(np.diff(pairs // _PAIRS)) + 1):
-        n, xy = count[part], shapely.get_coordinates(rings[part])
-        closing = np.cumsum(n + 1) - 1
-        start, edge = np.delete(xy, closing, 0), np.delete(np.diff(xy, axis=0), closing[:-1], 0)
-        edge /= np.hypot(*edge.T)[:, None]
-        of_edge = n.repeat(n)  # vertices to compare each edge with: those of its own polygon
-        first = (np.cumsum(n) - n).repeat(n)
-        e = np.arange(len(edge)).repeat(of_edge)
-        offset = np.cumsum(of_edge) - of_edge
-        x, y = (start[np.arange(len(e)) - (offset - first).repeat(of_edge)] - start[e]).T
-        distance = np.abs(edge[e, 0] * y - edge[e, 1] * x)
-        farthest = np.maximum.reduceat(distance, offset)
-        width[convex[part]] = np.minimum.reduceat(farthest, np.cumsum(n) - n)
+    count, xy = shapely.get_num_coordinates(rings), shapely.get_coordinates(rings)
+    first = np.cumsum(count) - count
+    for n in np.unique(count):  # polygons of as many vertices at once
+        chosen = np.flatnonzero(count == n)
+        for part in np.array_split(chosen, -(-len(chosen) * int(n) ** 2 // _PAIRS)):
+            ring = xy[first[part, None] + np.arange(n)]  # (P, n, 2), the first vertex comes again as the last
+            start, edge = ring[:, :-1], np.diff(ring, axis=1)
+            edge = edge / np.hypot(edge[..., 0], edge[..., 1])[..., None]
+            x, y = (start[:, None, :, axis] - start[:, :, None, axis] for axis in (0, 1))  # (P, edges, vertices)
+            distance = np.abs(edge[..., 0, None] * y - edge[..., 1, None] * x)
+            width[convex[part]] = distance.max(2).min(1)
     return width
