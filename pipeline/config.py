@@ -328,7 +328,7 @@ class Execution:
     stage_space: str = "100GB"
     "Space that these copies may take, such as 500GB or 2TB; slides wait until there is room, and larger ones fail."
     window: int = 0
-    "Blocks in flight over all slides, which bounds memory and scratch space; 0: two, plus two for each detector."
+    "Blocks in flight over all slides, which bounds memory and scratch space; 0: as many as keep the detectors busy."
     wait: bool = True
     "Wait for slides that another run with the same --out is processing, and take over if it dies; --no-wait: leave them to it."
     keep_work: Annotated[bool, NO_NEGATIVE] = False

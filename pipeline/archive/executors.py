@@ -48,6 +48,10 @@ class Executor(Protocol):
     def detectors(self) -> int:
         """How many devices can detect at once, now; 0 where no worker is left that could."""
 
+    @property
+    def feeders(self) -> int:
+        """How many tasks of the CPU can run at once, now."""
+
     def submit(self, on_device: bool, function: Callable[..., Any], *args: Any) -> Future[Any]: ...
 
     def run_on_new_workers(self, function: Callable[..., Any], *args: Any) -> list[str]:
@@ -77,7 +81,7 @@ async def run_task(executor: Executor, on_device: bool, function: Callable[..., 
 class Loop:
     """Tasks one after the other, in the caller's thread."""
 
-    dashboard, warning, detectors, silent = "", "", 1, False
+    dashboard, warning, detectors, feeders, silent = "", "", 1, 1, False
 
     def run_on_new_workers(self, function: Callable[..., Any], *args: Any) -> list[str]:
         return []
@@ -94,8 +98,9 @@ class Loop:
 class Threads(Loop):
     """Threads of this process: `beside` for tasks of the CPU, two that take turns on the device."""
 
-    def __init__(self, beside: ThreadPoolExecutor, device: ThreadPoolExecutor) -> None:
-        self._beside, self._device = beside, device
+    def __init__(self, beside: ThreadPoolExecutor, device: ThreadPoolExecutor, feeders: int) -> None:
+        """feeders: threads of `beside`."""
+        self._beside, self._device, self.feeders = beside, device, feeders
 
     def submit(self, on_device: bool, function: Callable[..., Any], *args: Any) -> Future[Any]:
         return (self._device if on_device else self._beside).submit(function, *args)
@@ -140,6 +145,11 @@ class Cluster:
     def detectors(self) -> int:
         offers = self._offers()
         return int(offers["GPU"] if offers["CPU"] else offers["GPU"] or offers["workers"])
+
+    @property
+    def feeders(self) -> int:
+        offers = self._offers()
+        return int(offers["CPU"] or offers["workers"])
 
     def run_on_new_workers(self, function: Callable[..., Any], *args: Any) -> list[str]:
         new = [address for address in self._workers() or () if address not in self._known]
@@ -224,8 +234,9 @@ def open_executor(execution: Execution, device: str = "auto", client: Any = None
             yield Loop()
         else:
             _use_this_process(device)
-            beside = stack.enter_context(_threads(execution.workers or min(4, _cores())))
-            yield Threads(beside, stack.enter_context(_threads(2)))
+            feeders = execution.workers or min(4, _cores())
+            beside, on_device = (stack.enter_context(_threads(count)) for count in (feeders, 2))
+            yield Threads(beside, on_device, feeders)
 
 
 def _use_this_process(device: str) -> None:
@@ -324,10 +335,10 @@ def worker_specs(workers: int, cores: int, gpus: list[str]) -> list[WorkerSpec]:
     """The worker processes of a machine: one for every GPU, and others for the CPU.
 
     workers: processes for the CPU, 0: as many as the cores can use; gpus: as CUDA_VISIBLE_DEVICES names them.
-    A GPU is fed by at most six processes. Without one, every process computes too, one for eight cores.
+    GPUs are fed by all cores that are left. Without one, every process computes too, one for eight cores.
     """
     if gpus:
-        beside = workers or max(1, min(cores - len(gpus), 6 * len(gpus)))
+        beside = workers or max(1, cores - len(gpus))
         computing = [WorkerSpec(2, {"GPU": 1}, {"CUDA_VISIBLE_DEVICES": gpu, "OMP_NUM_THREADS": "1"}) for gpu in gpus]
         return computing + [WorkerSpec(1, {"CPU": 1}, {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})] * beside
     count = workers or max(1, cores // 8)

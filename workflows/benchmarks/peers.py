@@ -66,6 +66,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from pipeline.config import Detector, Settings, Tiling
 from pipeline.model import allocator, inference, load
 from pipeline.model.device import choose_precision
+from pipeline.model.instances import Patches
 from pipeline.model.weights import detector_architecture, find_weights
 from pipeline.segment import polygons, stages
 from pipeline.segment.plan import Plan, plan_slide
@@ -140,9 +141,9 @@ def settings_for(weights: str) -> Settings:
     return Settings(tiling=Tiling(mpp=mpp), detector=Detector(weights=weights, device="cpu"))
 
 
-def patch(slide: Slide, plan: Plan, tile: Tile) -> NDArray[np.uint8]:
-    """What the detector is given of a tile: uint8 (1, T, T, 3)."""
-    return slide.read(tile.read, plan.frame)[None]
+def patch(slide: Slide, plan: Plan, tile: Tile) -> Patches:
+    """What the detector is given of a tile: uint8 (h, w, 3)."""
+    return [slide.read(plan.trimmed(tile), plan.frame)]
 
 
 def find_area(slide: Slide) -> Area:
