@@ -1,0 +1,128 @@
+"""Copy-paste of nuclei between crops (Ghiasi et al. 2021), which makes crowds and nuclei that touch.
+
+Pasted nuclei lie below those that are there, as in a section of some thickness: no nucleus of the crop loses a pixel.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import ndimage
+
+from training.data.sample import LabelledImage
+
+MOST = 24  # nuclei pasted into a crop
+HIDDEN = 0.15  # largest part of a pasted nucleus that may lie below others
+BESIDE = 0.75  # share that is pasted beside a nucleus; the others lie anywhere on tissue
+LEAST_PX, LARGEST_PX = 40, 4000  # area of the nuclei that are pasted
+_EDGE_PX = 1.2  # deviation of the Gaussian that softens a pasted edge: about as sharp as optics show one
+_PAD_PX = 4  # of softened edge around a nucleus
+_TISSUE_OD = 0.15  # as in the fitting of stains
+_GAINS = (0.8, 1.25)  # of contrast, when colours are matched
+_DENSITY = -np.log((np.arange(256) + 1) / 256)  # natural optical density of a uint8
+
+_TRIES = 5  # of random places
+
+Box = tuple[slice, slice]  # rows, columns
+
+
+class Nucleus(NamedTuple):
+    """A nucleus to paste, with _PAD_PX of its surroundings on all sides."""
+
+    pixels: NDArray[np.uint8]  # (h, w, 3)
+    mask: NDArray[np.bool_]  # (h, w)
+    class_index: int
+
+
+def paste(crop: LabelledImage, donor: LabelledImage, rng: np.random.Generator) -> LabelledImage:
+    """The crop with up to MOST nuclei of the donor crop, in colours like those of its own nuclei.
+
+    Law: labels of the crop stay; the new nuclei have the next numbers, are of one part each (4-connected), and their
+    classes follow in class_index. A crop without nuclei, whose colours they would need, stays as it is.
+    """
+    table = _matching_colours(crop, donor)
+    if table is None:
+        return crop
+    crop = crop._replace(image=crop.image.copy(), labels=crop.labels.copy())
+    boxes = [box for box in ndimage.find_objects(crop.labels) if box is not None]
+    classes = crop.class_index.tolist()
+    for nucleus in _whole_nuclei(donor, int(rng.integers(1, MOST + 1)), rng):
+        place = _place(nucleus.mask, crop, boxes, rng)
+        if place is None:
+            continue
+        visible = nucleus.mask & (crop.labels[place] == 0)
+        _blend(crop.image[place], table[range(3), nucleus.pixels], visible)
+        classes.append(nucleus.class_index)
+        crop.labels[place][visible] = len(classes)
+        boxes.append(place)
+    return crop._replace(class_index=np.array(classes, np.int64))
+
+
+def _matching_colours(crop: LabelledImage, donor: LabelledImage) -> NDArray[np.float32] | None:
+    """Values (3, 256) for the donor's, by channel: its nuclei get mean and deviation of density of the crop's."""
+    moments = []
+    for image, labels, _, _ in (crop, donor):
+        inside = image[labels > 0]  # (n, 3)
+        if len(inside) < LEAST_PX:
+            return None
+        counts = np.stack([np.bincount(channel, minlength=256) for channel in inside.T])  # (3, 256)
+        mean = counts @ _DENSITY / len(inside)
+        moments.append((mean, np.sqrt(counts @ _DENSITY**2 / len(inside) - mean**2 + 1e-4)))
+    (mean_to, deviation_to), (mean, deviation) = moments
+    gain = (deviation_to / deviation).clip(*_GAINS)
+    density = gain[:, None] * (_DENSITY - mean[:, None]) + mean_to[:, None]
+    values: NDArray[np.float32] = (256 * np.exp(-density) - 1).clip(0, 255).astype(np.float32)
+    return values
+
+
+def _whole_nuclei(donor: LabelledImage, most: int, rng: np.random.Generator) -> Iterator[Nucleus]:
+    """Up to `most` nuclei of one part that lie inside the donor with their surroundings, in random order."""
+    boxes = dict(enumerate(ndimage.find_objects(donor.labels), 1))
+    present = [number for number, box in boxes.items() if box is not None]
+    for number in rng.permutation(present).tolist():
+        rows, columns = (slice(s.start - _PAD_PX, s.stop + _PAD_PX) for s in boxes[number])
+        if min(rows.start, columns.start) < 0 or max(rows.stop, columns.stop) > len(donor.labels):
+            continue
+        mask = donor.labels[rows, columns] == number
+        if LEAST_PX <= mask.sum() <= LARGEST_PX and ndimage.label(mask)[1] == 1:
+            yield Nucleus(donor.image[rows, columns], mask, int(donor.class_index[number - 1]))
+            most -= 1
+        if not most:
+            return
+
+
+def _place(mask: NDArray[np.bool_], crop: LabelledImage, boxes: Sequence[Box], rng: np.random.Generator) -> Box | None:
+    """Where in the crop a nucleus comes to lie on tissue, almost free and in one part; None where no place was seen."""
+    side, area, least = len(crop.labels), mask.sum(), 1 - rng.uniform(0, HIDDEN)
+    if rng.random() < BESIDE:
+        corners = _outwards(boxes[int(rng.integers(len(boxes)))], mask.shape, rng)
+    else:
+        corners = rng.integers(0, [max(1, side - n + 1) for n in mask.shape], (_TRIES, 2))
+    for y, x in corners:
+        place = (slice(int(y), int(y) + mask.shape[0]), slice(int(x), int(x) + mask.shape[1]))
+        if min(y, x) < 0 or max(place[0].stop, place[1].stop) > side:
+            continue
+        visible = mask & (crop.labels[place] == 0)
+        if visible.sum() < least * area or ndimage.label(visible)[1] != 1:
+            continue
+        if _DENSITY[crop.image[place][visible]].mean() > _TISSUE_OD:
+            return place
+    return None
+
+
+def _outwards(box: Box, shape: tuple[int, ...], rng: np.random.Generator) -> NDArray[np.int64]:
+    """Corners (n, 2), y x, of places for an array of `shape` on a ray from the middle of a nucleus: the first that is
+    free is where both touch."""
+    angle = rng.uniform(0, 2 * math.pi)
+    distances = np.arange(4, max(s.stop - s.start for s in box) / 2 + max(shape) / 2 + 8, 1.5)
+    middle = np.array([(s.start + s.stop - n) / 2 for s, n in zip(box, shape, strict=True)])
+    corners: NDArray[np.int64] = (middle + distances[:, None] * (math.sin(angle), math.cos(angle))).round().astype(int)
+    return corners
+
+
+def _blend(image: NDArray[np.uint8], pixels: NDArray[np.float32], visible: NDArray[np.bool_]) -> None:
+    """Paint the visible part of a nucleus into (h, w, 3), in place, with a soft edge."""
+    share = ndimage.gaussian_filter(visible.astype(np.float32), _EDGE_PX)[..., None]
+    image[:] = (image + share * (pixels - image)).round().clip(0, 255).astype(np.uint8)
