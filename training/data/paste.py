@@ -20,7 +20,8 @@ LEAST_PX, LARGEST_PX = 40, 4000  # area of the nuclei that are pasted
 _EDGE_PX = 1.2  # deviation of the Gaussian that softens a pasted edge: about as sharp as optics show one
 _PAD_PX = 4  # of softened edge around a nucleus
 _TISSUE_OD = 0.15  # as in the fitting of stains
-_GAINS = (0.8, 1.25)  # of contrast, when colours are matched
+_GAINS = (0.5, 2.0)  # of contrast, when colours are matched
+_LEAST_CONTRAST = 0.05  # of density between nuclei and what lies around them
 _DENSITY = -np.log((np.arange(256) + 1) / 256)  # natural optical density of a uint8
 
 _TRIES = 5  # of random places
@@ -33,6 +34,7 @@ class Nucleus(NamedTuple):
 
     pixels: NDArray[np.uint8]  # (h, w, 3)
     mask: NDArray[np.bool_]  # (h, w)
+    around: NDArray[np.bool_]  # (h, w), where the donor has no nucleus
     class_index: int
 
 
@@ -52,8 +54,9 @@ def paste(crop: LabelledImage, donor: LabelledImage, rng: np.random.Generator) -
         place = _place(nucleus.mask, crop, boxes, rng)
         if place is None:
             continue
-        visible = nucleus.mask & (crop.labels[place] == 0)
-        _blend(crop.image[place], table[range(3), nucleus.pixels], visible)
+        free = crop.labels[place] == 0
+        visible = nucleus.mask & free
+        _blend(crop.image[place], table[range(3), nucleus.pixels], visible, free & nucleus.around)
         classes.append(nucleus.class_index)
         crop.labels[place][visible] = len(classes)
         boxes.append(place)
@@ -61,20 +64,29 @@ def paste(crop: LabelledImage, donor: LabelledImage, rng: np.random.Generator) -
 
 
 def _matching_colours(crop: LabelledImage, donor: LabelledImage) -> NDArray[np.float32] | None:
-    """Values (3, 256) for the donor's, by channel: its nuclei get mean and deviation of density of the crop's."""
-    moments = []
-    for image, labels, _, _ in (crop, donor):
-        inside = image[labels > 0]  # (n, 3)
-        if len(inside) < LEAST_PX:
-            return None
-        counts = np.stack([np.bincount(channel, minlength=256) for channel in inside.T])  # (3, 256)
-        mean = counts @ _DENSITY / len(inside)
-        moments.append((mean, np.sqrt(counts @ _DENSITY**2 / len(inside) - mean**2 + 1e-4)))
-    (mean_to, deviation_to), (mean, deviation) = moments
-    gain = (deviation_to / deviation).clip(*_GAINS)
-    density = gain[:, None] * (_DENSITY - mean[:, None]) + mean_to[:, None]
+    """Values (3, 256) for the donor's, by channel: the mean densities of its nuclei, and of what lies around them,
+    become those of the crop's. None where one of them has no nuclei, or nothing else."""
+    wanted, given = _mean_densities(crop), _mean_densities(donor)
+    if wanted is None or given is None:
+        return None
+    (nuclei_to, around_to), (nuclei, around) = wanted, given
+    contrast = np.maximum(nuclei - around, _LEAST_CONTRAST)
+    gain = ((nuclei_to - around_to) / contrast).clip(*_GAINS)
+    density = gain[:, None] * (_DENSITY - nuclei[:, None]) + nuclei_to[:, None]
     values: NDArray[np.float32] = (256 * np.exp(-density) - 1).clip(0, 255).astype(np.float32)
     return values
+
+
+def _mean_densities(crop: LabelledImage) -> NDArray[np.float64] | None:
+    """Optical densities (2, 3): of the nuclei, and of what lies around them."""
+    inside = crop.labels > 0
+    around = ndimage.maximum_filter(inside, 2 * _PAD_PX + 1) & ~inside
+    parts = [crop.image[inside], crop.image[around]]  # (n, 3) each
+    if min(map(len, parts)) < LEAST_PX:
+        return None
+    counts = [[np.bincount(channel, minlength=256) for channel in part.T] for part in parts]
+    means: NDArray[np.float64] = np.array(counts) @ _DENSITY / [[len(part)] for part in parts]
+    return means
 
 
 def _whole_nuclei(donor: LabelledImage, most: int, rng: np.random.Generator) -> Iterator[Nucleus]:
@@ -85,9 +97,10 @@ def _whole_nuclei(donor: LabelledImage, most: int, rng: np.random.Generator) -> 
         rows, columns = (slice(s.start - _PAD_PX, s.stop + _PAD_PX) for s in boxes[number])
         if min(rows.start, columns.start) < 0 or max(rows.stop, columns.stop) > len(donor.labels):
             continue
-        mask = donor.labels[rows, columns] == number
+        labels = donor.labels[rows, columns]
+        mask = labels == number
         if LEAST_PX <= mask.sum() <= LARGEST_PX and ndimage.label(mask)[1] == 1:
-            yield Nucleus(donor.image[rows, columns], mask, int(donor.class_index[number - 1]))
+            yield Nucleus(donor.image[rows, columns], mask, labels == 0, int(donor.class_index[number - 1]))
             most -= 1
         if not most:
             return
@@ -122,7 +135,16 @@ def _outwards(box: Box, shape: tuple[int, ...], rng: np.random.Generator) -> NDA
     return corners
 
 
-def _blend(image: NDArray[np.uint8], pixels: NDArray[np.float32], visible: NDArray[np.bool_]) -> None:
-    """Paint the visible part of a nucleus into (h, w, 3), in place, with a soft edge."""
-    share = ndimage.gaussian_filter(visible.astype(np.float32), _EDGE_PX)[..., None]
-    image[:] = (image + share * (pixels - image)).round().clip(0, 255).astype(np.uint8)
+def _blend(
+    image: NDArray[np.uint8], nucleus: NDArray[np.float32], visible: NDArray[np.bool_], free: NDArray[np.bool_]
+) -> None:
+    """Paint the visible part of a nucleus into an image (h, w, 3), in place, with a soft edge.
+
+    free: (h, w), where neither the image nor the donor has a nucleus. Towards its outline, the nucleus is shifted by
+    the difference of the backgrounds there, so that no rim of its old background remains.
+    """
+    mask = visible.astype(np.float32)
+    share, inner = (ndimage.gaussian_filter(mask, deviation)[..., None] for deviation in (_EDGE_PX, 2 * _EDGE_PX))
+    if free.any():
+        nucleus = nucleus + (1 - inner) * (image[free].mean(0) - nucleus[free].mean(0))
+    image[:] = (image + share * (nucleus - image)).round().clip(0, 255).astype(np.uint8)

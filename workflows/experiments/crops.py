@@ -17,8 +17,8 @@ from PIL import Image
 from scipy import ndimage
 
 from pipeline.config import Architecture
-from pipeline.errors import NightslideError
 from pipeline.files import committed
+from slides.errors import NightslideError
 from training.cli import Datasets, Flat, Network, Scales, Splits
 from training.config import Training
 from training.data.crops import Crop, Crops
