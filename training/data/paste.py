@@ -20,7 +20,7 @@ LEAST_PX, LARGEST_PX = 40, 4000  # area of the nuclei that are pasted
 _EDGE_PX = 1.2  # deviation of the Gaussian that softens a pasted edge: about as sharp as optics show one
 _PAD_PX = 4  # of softened edge around a nucleus
 _TISSUE_OD = 0.15  # as in the fitting of stains
-_GAINS = (0.5, 2.0)  # of contrast, when colours are matched
+_GAINS = (0.6, 1.5)  # of contrast, when colours are matched
 _LEAST_CONTRAST = 0.05  # of density between nuclei and what lies around them
 _DENSITY = -np.log((np.arange(256) + 1) / 256)  # natural optical density of a uint8
 
@@ -65,7 +65,10 @@ def paste(crop: LabelledImage, donor: LabelledImage, rng: np.random.Generator) -
 
 def _matching_colours(crop: LabelledImage, donor: LabelledImage) -> NDArray[np.float32] | None:
     """Values (3, 256) for the donor's, by channel: the mean densities of its nuclei, and of what lies around them,
-    become those of the crop's. None where one of them has no nuclei, or nothing else."""
+    become those of the crop's. Nothing gets brighter than what lies around the crop's nuclei.
+
+    None where one of them has no nuclei, or nothing around them.
+    """
     wanted, given = _mean_densities(crop), _mean_densities(donor)
     if wanted is None or given is None:
         return None
@@ -73,6 +76,7 @@ def _matching_colours(crop: LabelledImage, donor: LabelledImage) -> NDArray[np.f
     contrast = np.maximum(nuclei - around, _LEAST_CONTRAST)
     gain = ((nuclei_to - around_to) / contrast).clip(*_GAINS)
     density = gain[:, None] * (_DENSITY - nuclei[:, None]) + nuclei_to[:, None]
+    density = np.maximum(density, np.minimum(nuclei_to, around_to)[:, None])
     values: NDArray[np.float32] = (256 * np.exp(-density) - 1).clip(0, 255).astype(np.float32)
     return values
 

@@ -8,16 +8,27 @@ import torch
 from numpy.typing import NDArray
 
 from pipeline.errors import StainError
-from pipeline.model.stain import FittedStain, Normalisation, Normaliser, fit
+from pipeline.model.stain import TEMPLATE, FittedStain, Normalisation, Normaliser, fit
 from training.config import Training
+
+MOST_GAIN = 1.5
+VECTORS = {"haematoxylin", "eosin"}  # numbers of Macenko's method, unit vectors
+_ALIKE = math.cos(math.radians(20))  # slides of Kumar's set are within 15 degrees of the typical one
 
 Stains = tuple[FittedStain | None, FittedStain | None]  # of one method, the crop's own and another
 
 
 def fit_image(image: NDArray[np.uint8], method: str) -> FittedStain | None:
-    """The stain of an image (h, w, 3); None for one without enough stained tissue, which is then left as it is."""
+    """The stain of an image (h, w, 3); None for one without enough stained tissue, which is then left as it is.
+
+    Nor is one that Macenko's method takes for other stains than haematoxylin and eosin: in an image of one of them,
+    the second is noise, and moving to it gives colours that no slide has.
+    """
     with contextlib.suppress(StainError):
-        return fit(image[None], np.ones((1, *image.shape[:2]), bool), method)
+        fitted = fit(image[None], np.ones((1, *image.shape[:2]), bool), method)
+        typical = TEMPLATE[method].numbers
+        if all(np.dot(fitted.numbers[name], typical[name]) > _ALIKE for name in VECTORS & typical.keys()):
+            return fitted
     return None
 
 
@@ -42,13 +53,17 @@ def restain(
 def between(source: FittedStain, target: FittedStain, way: float) -> FittedStain:
     """The stain at `way` (0 to 1) from source to target, both of one method: numbers are interpolated.
 
-    Macenko's vectors are of length 1 again. Law: `source` at 0, `target` at 1, within rounding.
+    The glass stays, as light is not stain. Macenko's vectors are of length 1 again. Spreads (Reinhard's deviations, Macenko's strengths) change by at most
+    MOST_GAIN either way: more shows the noise and the blocks of the image.
+    Law: `source` at 0, within rounding.
     """
-    numbers = {
-        name: tuple(a + way * (b - a) for a, b in zip(values, target.numbers[name], strict=True))
-        for name, values in source.numbers.items()
-    }
-    for name in {"haematoxylin", "eosin"} & numbers.keys():
-        length = math.hypot(*numbers[name])
-        numbers[name] = tuple(v / length for v in numbers[name])
+    numbers = dict(source.numbers)
+    for name in numbers.keys() - {"white"}:
+        start, end = np.array(source.numbers[name]), np.array(target.numbers[name])
+        if name in ("deviation", "strength"):
+            end = end.clip(start / MOST_GAIN, start * MOST_GAIN)
+        mixed = start + way * (end - start)
+        if name in VECTORS:
+            mixed /= np.linalg.norm(mixed)
+        numbers[name] = tuple(mixed.tolist())
     return FittedStain(source.method, numbers)
