@@ -57,7 +57,7 @@ class Training:
     "Largest factor by which a crop's nuclei are resized, 1 or more; factors are log-uniform from `shrink` to it."
     gamma: Annotated[float, Parameter(group=AUGMENTATION)] = 0.1
     "Deviation of the logarithm of a crop's gamma: scanners differ by a tenth or so; 0: none."
-    normalise: Annotated[float, Parameter(group=AUGMENTATION)] = 0.5
+    normalise: Annotated[float, Parameter(group=AUGMENTATION)] = 0.7
     "Share of crops, 0 to 1, that are first moved towards the stain of another training image, beside `strength`."
     mix: Annotated[float, Parameter(group=AUGMENTATION)] = 1.0
     "How much of that way may be left, at random: 1, all of it, gives every stain between both; 0: none is left."

@@ -360,6 +360,10 @@ def test_weights_to_start_from_must_exist_and_fit(data: Path, tmp_path: Path) ->
         ({"minutes": -1.0}, "minutes=-1.0: need 0 or more"),
         ({"rate": 0.0}, "rate=0.0: need more than 0"),
         ({"normalise": 2.0}, "normalise=2.0: need a share"),
+        ({"paste": -0.1}, "paste=-0.1: need a share"),
+        ({"shrink": 0.0}, "shrink=0.0: need more than 0, up to 1"),
+        ({"enlarge": 0.9}, "enlarge=0.9: need 1 or more"),
+        ({"gamma": -1.0}, "gamma=-1.0: need 0 or more"),
         ({"average": 1.0}, "average=1.0: need 0 or more, under 1"),
     ],
 )

@@ -20,8 +20,8 @@ LEAST_PX, LARGEST_PX = 40, 4000  # area of the nuclei that are pasted
 _EDGE_PX = 1.2  # deviation of the Gaussian that softens a pasted edge: about as sharp as optics show one
 _PAD_PX = 4  # of softened edge around a nucleus
 _TISSUE_OD = 0.15  # as in the fitting of stains
-_GAINS = (0.6, 1.5)  # of contrast, when colours are matched
-_LEAST_CONTRAST = 0.05  # of density between nuclei and what lies around them
+_GAINS = (0.6, 1.5)  # of contrast and of light, when colours are matched
+_LEAST_CONTRAST = 0.1  # of density, as a distance in three channels, between nuclei and what lies around them
 _DENSITY = -np.log((np.arange(256) + 1) / 256)  # natural optical density of a uint8
 
 _TRIES = 5  # of random places
@@ -38,14 +38,27 @@ class Nucleus(NamedTuple):
     class_index: int
 
 
+class Colours(NamedTuple):
+    """An affine map of optical densities, row vectors."""
+
+    matrix: NDArray[np.float64]  # (3, 3)
+    offset: NDArray[np.float64]  # (3,)
+    least: NDArray[np.float64]  # (3,), below which no density falls
+
+    def of(self, pixels: NDArray[np.uint8]) -> NDArray[np.float64]:
+        """Pixels (h, w, 3) -> the same in these colours, 0 to 255, not rounded."""
+        densities = np.maximum(_DENSITY[pixels] @ self.matrix + self.offset, self.least)
+        return (256 * np.exp(-densities) - 1).clip(0, 255)
+
+
 def paste(crop: LabelledImage, donor: LabelledImage, rng: np.random.Generator) -> LabelledImage:
     """The crop with up to MOST nuclei of the donor crop, in colours like those of its own nuclei.
 
     Law: labels of the crop stay; the new nuclei have the next numbers, are of one part each (4-connected), and their
     classes follow in class_index. A crop without nuclei, whose colours they would need, stays as it is.
     """
-    table = _matching_colours(crop, donor)
-    if table is None:
+    colours = _matching_colours(crop, donor)
+    if colours is None:
         return crop
     crop = crop._replace(image=crop.image.copy(), labels=crop.labels.copy())
     boxes = [box for box in ndimage.find_objects(crop.labels) if box is not None]
@@ -56,29 +69,28 @@ def paste(crop: LabelledImage, donor: LabelledImage, rng: np.random.Generator) -
             continue
         free = crop.labels[place] == 0
         visible = nucleus.mask & free
-        _blend(crop.image[place], table[range(3), nucleus.pixels], visible, free & nucleus.around)
+        _blend(crop.image[place], colours.of(nucleus.pixels), visible, free & nucleus.around)
         classes.append(nucleus.class_index)
         crop.labels[place][visible] = len(classes)
         boxes.append(place)
     return crop._replace(class_index=np.array(classes, np.int64))
 
 
-def _matching_colours(crop: LabelledImage, donor: LabelledImage) -> NDArray[np.float32] | None:
-    """Values (3, 256) for the donor's, by channel: the mean densities of its nuclei, and of what lies around them,
-    become those of the crop's. Nothing gets brighter than what lies around the crop's nuclei.
+def _matching_colours(crop: LabelledImage, donor: LabelledImage) -> Colours | None:
+    """Colours in which the donor's nuclei, and what lies around them, look like the crop's on the mean.
 
-    None where one of them has no nuclei, or nothing around them.
+    None where one of both has no nuclei, or nothing around them.
     """
     wanted, given = _mean_densities(crop), _mean_densities(donor)
     if wanted is None or given is None:
         return None
-    (nuclei_to, around_to), (nuclei, around) = wanted, given
-    contrast = np.maximum(nuclei - around, _LEAST_CONTRAST)
-    gain = ((nuclei_to - around_to) / contrast).clip(*_GAINS)
-    density = gain[:, None] * (_DENSITY - nuclei[:, None]) + nuclei_to[:, None]
-    density = np.maximum(density, np.minimum(nuclei_to, around_to)[:, None])
-    values: NDArray[np.float32] = (256 * np.exp(-density) - 1).clip(0, 255).astype(np.float32)
-    return values
+    contrast, contrast_to = given[0] - given[1], wanted[0] - wanted[1]
+    length = max(float(np.linalg.norm(contrast)), _LEAST_CONTRAST)
+    length_to = max(float(np.linalg.norm(contrast_to)), _LEAST_CONTRAST)
+    contrast_to *= np.clip(length_to, _GAINS[0] * length, _GAINS[1] * length) / length_to
+    # along the contrast of the donor, densities are mapped to that of the crop; across it, their variation is kept
+    matrix = np.eye(3) + np.outer(contrast, contrast_to - contrast) / length**2
+    return Colours(matrix, wanted[0] - given[0] @ matrix, wanted.min(0))
 
 
 def _mean_densities(crop: LabelledImage) -> NDArray[np.float64] | None:
@@ -140,15 +152,16 @@ def _outwards(box: Box, shape: tuple[int, ...], rng: np.random.Generator) -> NDA
 
 
 def _blend(
-    image: NDArray[np.uint8], nucleus: NDArray[np.float32], visible: NDArray[np.bool_], free: NDArray[np.bool_]
+    image: NDArray[np.uint8], nucleus: NDArray[np.float64], visible: NDArray[np.bool_], free: NDArray[np.bool_]
 ) -> None:
     """Paint the visible part of a nucleus into an image (h, w, 3), in place, with a soft edge.
 
-    free: (h, w), where neither the image nor the donor has a nucleus. Towards its outline, the nucleus is shifted by
-    the difference of the backgrounds there, so that no rim of its old background remains.
+    free: (h, w), where neither the image nor the donor has a nucleus. Towards its outline, the nucleus takes the
+    light of its new background in place of the old one's, so that no rim of that remains.
     """
     mask = visible.astype(np.float32)
     share, inner = (ndimage.gaussian_filter(mask, deviation)[..., None] for deviation in (_EDGE_PX, 2 * _EDGE_PX))
     if free.any():
-        nucleus = nucleus + (1 - inner) * (image[free].mean(0) - nucleus[free].mean(0))
+        change = (image[free].mean(0) + 1) / (nucleus[free].mean(0) + 1)
+        nucleus = nucleus * change.clip(*_GAINS) ** (1 - inner)
     image[:] = (image + share * (nucleus - image)).round().clip(0, 255).astype(np.uint8)

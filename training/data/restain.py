@@ -21,8 +21,8 @@ Stains = tuple[FittedStain | None, FittedStain | None]  # of one method, the cro
 def fit_image(image: NDArray[np.uint8], method: str) -> FittedStain | None:
     """The stain of an image (h, w, 3); None for one without enough stained tissue, which is then left as it is.
 
-    Nor is one that Macenko's method takes for other stains than haematoxylin and eosin: in an image of one of them,
-    the second is noise, and moving to it gives colours that no slide has.
+    None, too, where Macenko's vectors are not those of haematoxylin and eosin: in an image of one stain the second is
+    noise, and moving to it gives colours that no slide has.
     """
     with contextlib.suppress(StainError):
         fitted = fit(image[None], np.ones((1, *image.shape[:2]), bool), method)
@@ -53,13 +53,16 @@ def restain(
 def between(source: FittedStain, target: FittedStain, way: float) -> FittedStain:
     """The stain at `way` (0 to 1) from source to target, both of one method: numbers are interpolated.
 
-    The glass stays, as light is not stain. Macenko's vectors are of length 1 again. Spreads (Reinhard's deviations,
-    Macenko's strengths) change by at most MOST_GAIN either way: more would show the noise of the image.
+    Glass gets brighter, not darker: some sets are underexposed, and slides are not. Macenko's vectors are of length 1
+    again. Spreads (Reinhard's deviations, Macenko's strengths) change by at most MOST_GAIN either way: more would show
+    the noise of the image.
     Law: `source` at 0, within rounding.
     """
-    numbers = dict(source.numbers)
-    for name in numbers.keys() - {"white"}:
-        start, end = np.array(source.numbers[name]), np.array(target.numbers[name])
+    numbers = {}
+    for name, values in source.numbers.items():
+        start, end = np.array(values), np.array(target.numbers[name])
+        if name == "white":
+            end = np.maximum(start, end)
         if name in ("deviation", "strength"):
             end = end.clip(start / MOST_GAIN, start * MOST_GAIN)
         mixed = start + way * (end - start)
