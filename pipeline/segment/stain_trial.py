@@ -19,10 +19,14 @@ from slides.tissue import TissueMap
 SIDE_PX, MOST = 512, 16
 
 
-def squares(tissue: TissueMap) -> tuple[Box, ...]:
-    """Where to try, in work px: spread over the tissue, and no more than cover its area."""
+def squares(tissue: TissueMap, step: int) -> tuple[Box, ...]:
+    """Where to try, in work px: spread over the tissue, and no more than cover its area.
+
+    step: sides are a multiple of it, as the detector needs; `config.grid_step`
+    """
     area_px = tissue.area_mm2 * (1000 / tissue.work.mpp) ** 2
-    return tuple(spread(tissue, min(MOST, math.ceil(area_px / SIDE_PX**2)), SIDE_PX))
+    side = max(1, SIDE_PX // step) * step
+    return tuple(spread(tissue, min(MOST, math.ceil(area_px / side**2)), side))
 
 
 def one_view(settings: Settings) -> Settings:

@@ -30,7 +30,7 @@ from scipy.stats import spearmanr
 from pipeline.config import Detector, Execution, Settings, Stain, StainMethod
 from pipeline.errors import ConfigError
 from pipeline.files import read_json
-from pipeline.model.stain import TEMPLATE
+from pipeline.model.fitted_stain import TEMPLATE
 from pipeline.model.weights import find_weights, read_notes
 from pipeline.segment.polygons import Floats
 from training.breakdown import AREA_EDGES_UM2, reliability

@@ -15,8 +15,8 @@ from PIL import Image
 from pipeline.archive.run import run
 from pipeline.config import Execution, Settings, Stain, Stitching, Tiling, Tissue
 from pipeline.layout import RunFolder
-from pipeline.model.instances import HostInstances, empty
-from pipeline.model.stain import UNCHANGED, Normalisation
+from pipeline.model.fitted_stain import UNCHANGED, Normalisation
+from pipeline.model.instances import HostInstances, Patches, empty
 from pipeline.segment import stages, stain_trial, tables
 from pipeline.segment.job import Job
 from pipeline.segment.plan import Plan, plan_slide, read_plan
@@ -36,7 +36,7 @@ def chosen(method: Any = "auto", tile: int = 256) -> Settings:
 
 
 def scoring(
-    scores: dict[str, float], patches: np.ndarray, normalisation: Normalisation, settings: Settings
+    scores: dict[str, float], patches: Patches, normalisation: Normalisation, settings: Settings
 ) -> Iterator[HostInstances]:
     """One nucleus in the middle of every patch, with the score of the stain normalisation; none for a score of 0."""
     score = scores[normalisation.source.method]
@@ -163,8 +163,8 @@ def test_it_is_decided_once(slide: Path, tmp_path: Path) -> None:
 def test_one_view_is_tried(slide: Path, tmp_path: Path) -> None:
     seen: list[tuple[int, tuple[int, ...]]] = []
 
-    def detect(patches: np.ndarray, normalisation: Normalisation, settings: Settings) -> Iterator[HostInstances]:
-        seen.append((settings.detector.views, patches.shape[1:]))
+    def detect(patches: Patches, normalisation: Normalisation, settings: Settings) -> Iterator[HostInstances]:
+        seen.append((settings.detector.views, patches[0].shape))
         return scoring({"none": 0.7, "macenko": 0.6}, patches, normalisation, settings)
 
     settings = chosen()
