@@ -90,7 +90,11 @@ def giant(source: Path, work: Path, scale: int, tiles: int) -> Path:
         one, across = work / f"{scale}x.tif", str(tiles)
         Image.fromarray(pixels).save(one, resolution=1e4 / MPP[scale], resolution_unit=3)  # per centimetre
         command: list[str | Path] = [sys.executable, Path(__file__).with_name("replicate.py"), one]
-        subprocess.run([*command, path.with_suffix(".new"), "--across", across, "--down", across], check=True, stdout=subprocess.DEVNULL)
+        subprocess.run(
+            [*command, path.with_suffix(".new"), "--across", across, "--down", across],
+            check=True,
+            stdout=subprocess.DEVNULL,
+        )
         path.with_suffix(".new").rename(path)
     return path
 
