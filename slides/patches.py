@@ -37,8 +37,8 @@ from slides.slide import Slide
 
 _WHITE = 255
 
-# A block's entry in `done`: bytes of its region; sha256 of the store's metadata, the region's CRC-32 (its sha256 would
-# take longer than writing it) and the lost shares.
+# A block's entry in `done`: bytes of its region; sha256 of the store's metadata, the region's CRC-32 and the lost
+# shares. A sha256 of the region would take longer than writing it.
 _MARK = struct.Struct("<Q32s")
 
 Pixels = NDArray[np.uint8]

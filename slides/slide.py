@@ -4,6 +4,7 @@ Three kinds of pixels: slide px (level 0), level px (only in here), and the px o
 a chosen mpp. `Slide.frame` makes frames.
 """
 
+import functools
 import hashlib
 import math
 import os
@@ -52,6 +53,9 @@ _MOST_FOR_DISPLAY_PX = 2**23
 
 # Level px along a side of one pixel that is read; with the filter's reach this is 200 MB.
 _COARSEST = 1024
+
+# Decoded tiles that OpenSlide keeps: a few rows of those in a block's region, which is read in one go.
+_CACHE_BYTES = 2**25
 
 # In the errors of OpenSlide and libtiff for sound files that use a feature which is not implemented.
 _UNSUPPORTED = re.compile("unsupported|not supported|not configured|not implemented", re.IGNORECASE)
@@ -414,6 +418,12 @@ def open_slide(
     return Slide(path, GivenScale(mpp, mpp_source, default_mpp))
 
 
+@functools.cache
+def _cache(_pid: int) -> openslide.OpenSlideCache:
+    """Decoded tiles of all slides that a process has open: else OpenSlide keeps as many for every handle."""
+    return openslide.OpenSlideCache(_CACHE_BYTES)
+
+
 def _open_handle(path: Path) -> openslide.AbstractSlide:
     """OpenSlide's handle, or a plain image's with the same interface.
 
@@ -422,7 +432,9 @@ def _open_handle(path: Path) -> openslide.AbstractSlide:
     if not path.is_file():
         raise SlideNotFound(f"{path}: there is no such file")
     try:
-        return openslide.OpenSlide(path)
+        handle = openslide.OpenSlide(path)
+        handle.set_cache(_cache(os.getpid()))
+        return handle
     except openslide.OpenSlideUnsupportedFormatError as error:
         if complaint := _reason_unreadable(path):
             raise SlideUnreadable(f"{path} {complaint}") from error

@@ -6,21 +6,25 @@ one computes; the others ask for the resource CPU. A resource that no worker off
 """
 
 import asyncio
+import functools
 import ipaddress
 import json
 import logging
+import multiprocessing
 import os
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from pipeline.config import Execution
 from pipeline.errors import ClusterLost, ConfigError, WorkersDied
 from pipeline.model.allocator import ENVIRONMENT, keep_freed_memory
-from pipeline.model.device import choose_device
+from pipeline.model.device import choose_device, count_gpus, device_kind, has_gpu_driver
+
+T = TypeVar("T")
 
 _ASK_AGAIN_S = 5.0  # for how long the resources that the workers offer are cached
 _ANSWER_S = 5.0  # for how long an answer of the scheduler is waited for
@@ -191,8 +195,23 @@ def check_execution(execution: Execution, device: str) -> None:
     if execution.scheduler or execution.scheduler_file:
         _security(execution, _address(execution))
     else:
-        choose_device(device)  # one that is not there is refused now, not slide by slide
-        _gpus(execution, device)
+        _gpus(execution, device)  # one that is not there is refused now, not slide by slide
+
+
+def detects_here(execution: Execution, client: Any = None) -> bool:
+    """Whether `open_executor` of the same arguments has this process detect."""
+    return client is None and not (execution.scheduler or execution.scheduler_file or execution.cluster)
+
+
+def ask(here: bool, function: Callable[..., T], *args: Any) -> T:
+    """What a function that loads torch returns or raises: called here, or in a process of its own.
+
+    A process that only distributes work is half the size without torch.
+    """
+    if here:
+        return function(*args)
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *args).result()
 
 
 @contextmanager
@@ -380,10 +399,9 @@ def _cores() -> int:
 
 
 def _gpus(execution: Execution, device: str) -> list[str]:
-    """The GPUs to use, as CUDA_VISIBLE_DEVICES names them."""
-    import torch
-
-    count = torch.cuda.device_count() if device.startswith(("auto", "cuda")) else 0
+    """The GPUs to use, as CUDA_VISIBLE_DEVICES names them. Raises ConfigError for those that are not there."""
+    count = 0 if device == "cpu" or not has_gpu_driver() else _count_gpus(detects_here(execution))
+    device_kind(device, count)
     if execution.gpus > count:
         raise ConfigError(f"gpus={execution.gpus}: this machine has {count} to use with --detector.device {device}")
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -391,3 +409,8 @@ def _gpus(execution: Execution, device: str) -> list[str]:
     if count and ":" in device:
         return [",".join(names)]  # one process that sees all of them and finds its own by number
     return names[: count if execution.gpus < 0 else execution.gpus]
+
+
+@functools.cache
+def _count_gpus(here: bool) -> int:
+    return ask(here, count_gpus)

@@ -43,7 +43,7 @@ def row_of(record: SlideRecord) -> dict[str, Any]:
 
 
 def _stage_names() -> list[str]:
-    from pipeline.segment.stages import STAGES  # loads torch, without which other columns are read
+    from pipeline.segment.stages import STAGES  # loads what slides are processed with
 
     return [stage.name for stage in STAGES]
 

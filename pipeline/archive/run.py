@@ -21,7 +21,7 @@ from typing import Any
 
 from pipeline import files
 from pipeline.archive import ledger
-from pipeline.archive.executors import Executor, check_execution, open_executor, run_task
+from pipeline.archive.executors import Executor, ask, check_execution, detects_here, open_executor, run_task
 from pipeline.archive.lease import Leases
 from pipeline.archive.manifest import check_seams, check_worker, open_run, resolve, versions
 from pipeline.archive.progress import Progress
@@ -39,6 +39,7 @@ from pipeline.segment.export import check_formats
 from pipeline.segment.job import Job
 from pipeline.segment.plan import Plan, read_plan
 from pipeline.segment.record import SlideRecord, StageRecord, device_use
+from pipeline.segment.slide_stain import template_stain
 from pipeline.segment.stages import STAGES, Detect, Stage, block_record, remove_work
 from pipeline.text import one_line
 from slides.slide import BY_DEFAULT
@@ -83,6 +84,9 @@ def run(
     seams = check_seams(settings) if detect is None else ()
     if client is None:
         check_execution(execution, settings.detector.device)
+    # a template that shows no stain is refused, too, before anything is started; without a file it is known
+    here = not settings.stain.template or detects_here(execution, client)
+    ask(here, template_stain, settings.stain, settings.tissue, settings.tiling.mpp)
     warnings = open_run(folder, settings, execution.overwrite)
     weights = Path(settings.detector.weights)
     with Progress(folder.logs, len(archive.sources), say) as progress:

@@ -27,8 +27,8 @@ from pipeline import files
 from pipeline.config import Settings
 from pipeline.errors import ScratchLost, SlideChanged
 from pipeline.model.device import computes_on, device_lock
+from pipeline.model.fitted_stain import Normalisation
 from pipeline.model.instances import HostInstances, Patches, select
-from pipeline.model.stain import Normalisation
 from pipeline.model.weights import detector_architecture, find_weights
 from pipeline.segment import annotations, arrow, pictures, polygons, stitch, tables
 from pipeline.segment.finished import check_exports, write_exports
@@ -56,7 +56,7 @@ THUMBNAIL_PX, OVERLAY_PX = 1200, 3000  # longest sides of thumbnail.jpg and over
 
 
 class Detect(Protocol):
-    """The detector, or its stand-in: patches, each uint8 (T, T, 3) -> the instances of each, in their order."""
+    """The detector, or its stand-in: patches uint8 (h, w, 3) of any sizes -> the instances of each, in their order."""
 
     def __call__(
         self, patches: Patches, normalisation: Normalisation, settings: Settings
@@ -163,7 +163,7 @@ def block_record(job: Job, block: int) -> StageRecord | None:
 
 
 def detect_block(job: Job, block: int, before: StageRecord, detect: Detect | None = None) -> StageRecord:
-    """Patches of one block -> their instances, committed in one rename; then the patches are deleted.
+    """Patches of one block, trimmed to the tissue -> their instances, committed in one rename; then they are deleted.
 
     detect: replaces the detector. The device is locked only once the patches are in memory: two of these in one
     process take turns, and while one computes the other one reads.
@@ -179,9 +179,13 @@ def detect_block(job: Job, block: int, before: StageRecord, detect: Detect | Non
             continue
         patches, lost = stored
         sharpness = focus.measure(patches, tiles, plan.grid.size, plan.frame.mpp)
+        trimmed = [
+            patch[plan.trimmed(tile).within((tile.read.x0, tile.read.y0))]
+            for patch, tile in zip(patches, tiles, strict=True)
+        ]
         with device_lock():
             started = time.perf_counter()
-            instances = list(job.while_leased((detect or _detector())(patches, plan.normalisation, job.settings)))
+            instances = list(job.while_leased((detect or _detector())(trimmed, plan.normalisation, job.settings)))
             device = () if detect else (computes_on(job.settings.detector),)
             before += _worked("detect", started, computed_on=device)
         job.check_lease()
@@ -235,17 +239,18 @@ def outline(instances: HostInstances, tile: Tile, plan: Plan, settings: Settings
     A claimed instance is anchored (by its centroid) in the tile's core and in the tissue, and no better one covers it.
     """
     outlines = polygons.from_masks(instances.mask_probs, instances.boxes, level=0.5)
-    core = tile.core.shift(-tile.read.x0, -tile.read.y0)
+    patch = plan.trimmed(tile)
+    core = tile.core.shift(-patch.x0, -patch.y0)
     decisive = stitch.reaches(instances.boxes, core, tolerance=settings.stitching.tolerance_px)
     instances, shapes = select(instances, decisive), polygons.solid(outlines[decisive])
     shapes = polygons.simplify(shapes, settings.stitching.simplify_px)
-    shapes = shapely.transform(shapes, lambda xy: xy + np.array(tile.read[:2], float))
+    shapes = shapely.transform(shapes, lambda xy: xy + np.array(patch[:2], float))
     anchors = polygons.centroids(shapes)  # NaN where nothing was outlined
     mine = stitch.claim(anchors, tile.core, tolerance=settings.stitching.tolerance_px)
     mine &= stitch.mask_nms(shapes, instances.scores, share=settings.detector.overlap)
     mine[mine] = plan.tissue.contains(anchors[mine])
     bounds = shapely.bounds(shapes[mine])
-    cut_off = int(stitch.touching(bounds, tile.read, plan.grid.size).sum())
+    cut_off = int(stitch.touching(bounds, patch, plan.grid.size).sum())
     kept = np.flatnonzero(mine)
     return tables.instance_rows(tile, shapes[kept], select(instances, kept)), cut_off
 

@@ -92,7 +92,7 @@ def test_the_trainer_overfits_a_few_tiles(data: Path, tmp_path: Path) -> None:
     with torch.inference_mode():
         features, limits = (
             model.features(pixels),
-            Limits.of_patch(Detector(score=0.5, nms=0.4, objectness=0.3), 128, 0.25),
+            Limits.of_patch(Detector(score=0.5, nms=0.4, objectness=0.3), (128, 128), 0.25),
         )
         (found,) = model.classify(features, model.propose(features, limits), limits)
     assert 14 <= len(found.boxes) <= 20
@@ -224,7 +224,10 @@ def test_classes_are_learnt_when_asked_for(data: Path, tmp_path: Path) -> None:
     before = safetensors.torch.load_file(one)
     assert torch.equal(initial.rpn.head.cls_logits.weight, before["rpn.head.cls_logits.weight"].float())
     # before it learns which is which, it finds what the one found: same boxes, scores and masks
-    shown, limits = torch.rand(1, 3, 96, 96), Limits.of_patch(Detector(score=0, nms=0.5, objectness=0.3), 96, 0.25)
+    shown, limits = (
+        torch.rand(1, 3, 96, 96),
+        Limits.of_patch(Detector(score=0, nms=0.5, objectness=0.3), (96, 96), 0.25),
+    )
     seen = []
     for detector in (load_weights(one), initial.eval()):
         with torch.inference_mode():

@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.utils import data
 
 from pipeline.errors import AnnotationError, StainError
-from pipeline.model.stain import FittedStain, Normalisation, Normaliser, fit
+from pipeline.model.fitted_stain import FittedStain, Normalisation
+from pipeline.model.stain import Normaliser, fit
 from training.config import Training
 from training.data import augment
 from training.data.sample import Dataset, LabelledImage, Sample

@@ -31,8 +31,8 @@ from PIL import Image
 import pipeline
 from pipeline.archive import run as archive_run
 from pipeline.config import Execution, Settings, Tissue
+from pipeline.model.fitted_stain import UNCHANGED, Normalisation
 from pipeline.model.instances import HostInstances, Instances, Patches, select
-from pipeline.model.stain import TEMPLATE, Normalisation
 from pipeline.segment import stages, tables
 from slides import focus
 from slides.geometry import Box
@@ -114,7 +114,7 @@ def record(source: Path, work: Path) -> None:
     margin, mpp = settings.tiling.margin, settings.tiling.mpp
     with open_slide(source) as slide:
         patch = np.pad(square(slide, mpp), ((margin, margin), (margin, margin), (0, 0)), "wrap")
-    (detected,) = detect_patches([patch], Normalisation(TEMPLATE["none"], TEMPLATE["none"]), settings)
+    (detected,) = detect_patches([patch], UNCHANGED, settings)
     most = round(DENSITY * (len(patch) * mpp / 1000) ** 2)
     chosen = select(detected, np.argsort(-detected.scores)[:most])
     np.savez(path, allow_pickle=False, **chosen._asdict())
