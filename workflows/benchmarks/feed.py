@@ -149,7 +149,7 @@ class Clock:
 
     def _switch(self) -> None:
         now = time.process_time()
-        self.seconds[self._within[-1] if self._within else "between stages"] += now - self._since
+        self.seconds[self._within[-1] if self._within else "start, and between stages"] += now - self._since
         self._since = now
 
     def timed(self, step: str, function: Callable[..., Any]) -> Callable[..., Any]:
