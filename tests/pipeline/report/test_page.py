@@ -246,3 +246,15 @@ def test_a_thousand_slides_make_a_page_that_opens(tmp_path):
         (tmp_path / f"case {i}").symlink_to("one")
     path = write_report(RunFolder(tmp_path), rows)
     assert path.stat().st_size < 15_000_000 - 1000 * 8_000  # beside pictures of 8 kB, which real ones have
+
+
+def test_the_page_says_what_detectors_waited_for(tmp_path):
+    rows = [
+        row("a", seconds_detect=80.0, seconds_idle_tile=15.0),
+        row("b", "failed", seconds_detect=0, seconds_idle_disk=5.0),
+    ]
+    text = Page(write_report(RunFolder(tmp_path), rows).read_text("utf-8")).text
+    assert (
+        "the detector computed 80% of the time, and was idle 20%: 15% waiting for tiles, "
+        "5% reading the patches or writing the instances; add CPU workers (--workers)." in text
+    )
