@@ -14,8 +14,7 @@ from typing import Any, NamedTuple, cast
 import timm
 import torch
 import torch.nn.functional as F
-from timm.layers import Conv2dSame
-from timm.layers.conv2d_same import conv2d_same
+from timm.layers.conv2d_same import Conv2dSame, conv2d_same
 from timm.models._efficientnet_blocks import InvertedResidual
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
@@ -409,7 +408,7 @@ def fold(model: NucleusDetector) -> NucleusDetector:
             setattr(model.get_submodule(parent), own, getattr(module, "act", nn.Identity()))
             before = None
     for name, module in model.backbone.named_modules():
-        if isinstance(module, InvertedResidual) and _Sliced.fits(module):
+        if type(module) is InvertedResidual and _Sliced.fits(module):
             model.backbone.set_submodule(name, _Sliced(module))
             break  # the next ones are a quarter of its size
     return model.to(memory_format=torch.channels_last)
@@ -432,10 +431,12 @@ class _Sliced(nn.Module):
     def fits(block: InvertedResidual) -> bool:
         """Whether the block is an expansion, a strided convolution of each channel, and a projection, with no more."""
         conv, others = block.conv_dw, (block.conv_s2d, block.aa, block.se)
+        by_channel = (*block.bn1.parameters(), *block.bn2.parameters())  # none, where batch norms were folded
         return bool(
             conv.stride == (2, 2)
             and conv.groups == conv.in_channels
             and not block.has_skip
+            and not by_channel
             and all(other is None or isinstance(other, nn.Identity) for other in others)
         )
 
@@ -452,10 +453,10 @@ class _Sliced(nn.Module):
         return cast(Tensor, block.bn3(block.conv_pwl(torch.cat(parts, 1))))
 
 
-def _convolve(conv: nn.Conv2d, x: Tensor, some: slice) -> Tensor:
+def _convolve(conv: Any, x: Tensor, some: slice) -> Tensor:
     """Some of the output channels of a convolution; of one that is channel by channel, from so many inputs."""
     weight, bias = conv.weight[some], None if conv.bias is None else conv.bias[some]
     groups = 1 if conv.groups == 1 else len(weight)
     if isinstance(conv, Conv2dSame):
-        return cast(Tensor, conv2d_same(x, weight, bias, conv.stride, conv.padding, conv.dilation, groups))
+        return conv2d_same(x, weight, bias, conv.stride, conv.padding, conv.dilation, groups)
     return F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, groups)
