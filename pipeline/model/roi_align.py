@@ -27,9 +27,14 @@ class FeatureTable(NamedTuple):
     shapes: tuple[tuple[int, int], ...]  # height and width of each level's maps, finest first
 
     @classmethod
-    def of(cls, maps: Sequence[Tensor]) -> "FeatureTable":
-        """maps: of each level, (B, C, h, w); best in channels_last."""
-        pixels = torch.cat([m.permute(0, 2, 3, 1).flatten(0, 2) for m in maps])
+    def of(cls, maps: Sequence[Tensor], dtype: torch.dtype | None = None) -> "FeatureTable":
+        """maps: of each level, (B, C, h, w); best in channels_last. dtype: of the table, by default theirs."""
+        rows = [m.permute(0, 2, 3, 1).flatten(0, 2) for m in maps]
+        if dtype in (None, rows[0].dtype):
+            pixels = torch.cat(rows)
+        else:  # in one pass; training needs no other dtype, and could not derive this
+            pixels = rows[0].new_empty((sum(map(len, rows)), rows[0].shape[1]), dtype=dtype)
+            torch.cat(rows, out=pixels)
         return cls(pixels, len(maps[0]), tuple((m.shape[2], m.shape[3]) for m in maps))
 
     def maps(self) -> list[Tensor]:
