@@ -1,5 +1,6 @@
 """The detector's parts: shapes, limits, and weights files that load as what they state."""
 
+import copy
 import dataclasses
 import json
 from pathlib import Path
@@ -8,6 +9,9 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
 from torchvision.models.detection.image_list import ImageList
 
 from pipeline.config import STRIDES, Architecture, Detector, Sampling, side_step
@@ -16,10 +20,12 @@ from pipeline.model import load
 from pipeline.model.detector import (
     Limits,
     NucleusDetector,
+    _largest_around,
     _peaks,
     fold,
     load_weights,
     save_weights,
+    widen_kernels,
 )
 from pipeline.model.roi_align import FeatureTable
 from pipeline.model.weights import detector_architecture, find_weights, licence, read_notes, shipped
@@ -120,6 +126,29 @@ def test_clear_nuclei_do_not_displace_the_others() -> None:
     assert len(proposals) == 50
 
 
+class Ties(torch.nn.Module):
+    """Objectness of few values, many of them equal, which does not depend on the size of the patch."""
+
+    def forward(self, levels: list[torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        every = torch.randint(1, 4, (1, 6, 128, 128), generator=torch.Generator().manual_seed(0)).bfloat16()
+        scores = [every[..., : level.shape[2], : level.shape[3]] for level in levels]
+        return scores, [torch.zeros(1, 24, *level.shape[-2:]) for level in levels]
+
+
+def test_equal_proposals_are_chosen_alike_in_every_patch() -> None:
+    """What is proposed in one part does not depend on how far the patch reaches beyond it."""
+    torch.manual_seed(0)
+    model = NucleusDetector(TINY).eval()
+    model.rpn.head = Ties()
+    limits, proposed = LIMITS._replace(anchors=100_000, proposals=100_000, objectness=0.5), []
+    with torch.inference_mode():
+        for width in (256, 192):
+            (proposals,) = model.propose(model.features(torch.zeros(1, 3, 128, width)), limits)
+            proposed.append([box for box in proposals.tolist() if box[2] < 128])
+    assert len(proposed[0]) > 30
+    assert proposed[0] == proposed[1]
+
+
 def test_the_interior_of_a_patch_does_not_depend_on_its_place() -> None:
     """Two tiles compute the same bits where both see all that the shipped network looks at, in bfloat16 too."""
     running = load.detector(Detector())
@@ -154,6 +183,27 @@ def test_anchors_beside_a_better_one_are_dropped() -> None:
     logits[0, 1, 1, 2] = logits[0, 1, 2, 3] = 0.5
     kept = [tuple(at) for at in (_peaks(logits) > -9).nonzero().tolist()]
     assert kept == [(0, 0, 1, 1), (0, 0, 3, 4), (0, 1, 1, 2), (0, 1, 2, 3)]
+
+
+@given(st.tuples(st.integers(1, 2), st.integers(1, 3), st.integers(1, 9), st.integers(1, 9)), st.integers(0, 2**31))
+def test_the_largest_around_is_that_of_torch(shape: tuple[int, ...], seed: int) -> None:
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    before = values.clone()
+    assert torch.equal(_largest_around(values), F.max_pool2d(values, 3, 1, 1))
+    assert torch.equal(values, before)
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_wider_kernels_change_nothing(precision: torch.dtype) -> None:
+    """Law: the same bits as with TensorFlow's padding, which the shipped backbone has with kernels of 3 and of 5 px."""
+    torch.manual_seed(1)
+    model = fold(NucleusDetector(TINY).eval())
+    wide = widen_kernels(copy.deepcopy(model))
+    sizes = {m.kernel_size for m in wide.modules() if isinstance(m, torch.nn.Conv2d)}
+    assert {(4, 4), (6, 6)} <= sizes
+    images = torch.rand(1, 3, 128, 192)
+    with torch.inference_mode(), torch.autocast("cpu", precision, enabled=precision != torch.float32):
+        assert torch.equal(wide.features(images).table.pixels, model.features(images).table.pixels)
 
 
 def test_limits_follow_the_area() -> None:

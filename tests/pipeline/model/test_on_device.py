@@ -48,7 +48,7 @@ FUSION = {
 }
 TRAINING = {
     "blocking upload: pipeline/model/detector.py NucleusDetector.forward": 10,
-    "blocking upload: pipeline/model/roi_align.py _levels_of": 1,
+    "blocking upload: pipeline/model/roi_align.py _layout": 1,
     "blocking upload: training/fit.py _losses": 1,
     "blocking upload: training/fit.py _losses.<locals>.<listcomp>.<dictcomp>": 8,
     "wait: pipeline/model/detector.py NucleusDetector.forward": 23,
