@@ -25,6 +25,7 @@ from pipeline.model.detector import (
     fold,
     load_weights,
     save_weights,
+    slice_widest,
     widen_kernels,
 )
 from pipeline.model.roi_align import FeatureTable
@@ -204,6 +205,20 @@ def test_wider_kernels_change_nothing(precision: torch.dtype) -> None:
     images = torch.rand(1, 3, 128, 192)
     with torch.inference_mode(), torch.autocast("cpu", precision, enabled=precision != torch.float32):
         assert torch.equal(wide.features(images).table.pixels, model.features(images).table.pixels)
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_the_widest_map_in_slices_is_the_same(precision: torch.dtype) -> None:
+    """Law: the same bits, for the shipped backbone, whose block of 96 channels is computed in three parts."""
+    torch.manual_seed(1)
+    architecture = detector_architecture(find_weights("nuclei"))
+    model = widen_kernels(fold(NucleusDetector(architecture).eval()))
+    sliced = slice_widest(copy.deepcopy(model))
+    changed = [n for n, _ in sliced.backbone.named_modules() if n not in dict(model.backbone.named_modules())]
+    assert {name.partition(".block")[0] for name in changed} == {"blocks.1.0"}
+    images = torch.rand(1, 3, 128, 192)
+    with torch.inference_mode(), torch.autocast("cpu", precision, enabled=precision != torch.float32):
+        assert torch.equal(sliced.features(images).table.pixels, model.features(images).table.pixels)
 
 
 def test_limits_follow_the_area() -> None:
