@@ -83,7 +83,7 @@ def _normaliser(normalisation: Normalisation, network: ClusterNet | None, device
 class _Networks(Generic[M]):
     """Networks of one kind, each loaded once per content, device and dtype; the two last used are kept."""
 
-    def __init__(self, load: Callable[[Path], M]) -> None:
+    def __init__(self, load: Callable[[Path, torch.device], M]) -> None:
         self._load = load
         self._loaded: dict[tuple[str, torch.device, torch.dtype], M] = {}  # the least recently used first
         self._lock = threading.Lock()
@@ -94,7 +94,7 @@ class _Networks(Generic[M]):
             network = self._loaded.pop((sha256, *place), None)
             if network is None:
                 with torch.inference_mode(False):  # it outlives the caller's mode
-                    network = pointwise(self._load(path).to(*place))
+                    network = pointwise(self._load(path, place[0]).to(*place))
                 check_content(path, sha256)  # that it was not replaced meanwhile
             self._loaded[sha256, *place] = network
             while len(self._loaded) > 2:
@@ -102,13 +102,15 @@ class _Networks(Generic[M]):
             return network
 
 
-def _load_detector(path: Path) -> "NucleusDetector":
-    from pipeline.model.detector import fold, load_weights  # the workers that plan start in half the time without it
+def _load_detector(path: Path, device: torch.device) -> "NucleusDetector":
+    # the workers that plan start in half the time without it
+    from pipeline.model.detector import fold, load_weights, slice_widest, widen_kernels
 
-    return fold(load_weights(path))
+    model = fold(load_weights(path))
+    return slice_widest(widen_kernels(model)) if device.type == "cpu" else model
 
 
-def _load_stain_network(path: Path) -> ClusterNet:
+def _load_stain_network(path: Path, _device: torch.device) -> ClusterNet:
     return dcgmm.load(path)
 
 

@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from pipeline import files
 from pipeline.config import Settings
 from pipeline.errors import ScratchLost, SlideChanged
+from pipeline.model.allocator import return_freed_memory
 from pipeline.model.device import computes_on, device_lock
 from pipeline.model.fitted_stain import UNCHANGED, Normalisation
 from pipeline.model.instances import HostInstances, Patches, select
@@ -213,6 +214,7 @@ def detect_block(job: Job, block: int, before: StageRecord, detect: Detect | Non
             started = time.perf_counter()
             instances = list(job.while_leased((detect or _detector())(trimmed, plan.normalisation, job.settings)))
             device = () if detect else (computes_on(job.settings.detector),)
+            return_freed_memory()
             before += _worked("detect", started, computed_on=device)
         job.check_lease()
         write_predictions(job.folder.predictions(block), instances, lost, sharpness, before)

@@ -1,5 +1,6 @@
 """The detector's parts: shapes, limits, and weights files that load as what they state."""
 
+import copy
 import dataclasses
 import json
 from pathlib import Path
@@ -8,6 +9,9 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
 from torchvision.models.detection.image_list import ImageList
 
 from pipeline.config import STRIDES, Architecture, Detector, Sampling, side_step
@@ -16,10 +20,13 @@ from pipeline.model import load
 from pipeline.model.detector import (
     Limits,
     NucleusDetector,
+    _largest_around,
     _peaks,
     fold,
     load_weights,
     save_weights,
+    slice_widest,
+    widen_kernels,
 )
 from pipeline.model.roi_align import FeatureTable
 from pipeline.model.weights import detector_architecture, find_weights, licence, read_notes, shipped
@@ -177,6 +184,41 @@ def test_anchors_beside_a_better_one_are_dropped() -> None:
     logits[0, 1, 1, 2] = logits[0, 1, 2, 3] = 0.5
     kept = [tuple(at) for at in (_peaks(logits) > -9).nonzero().tolist()]
     assert kept == [(0, 0, 1, 1), (0, 0, 3, 4), (0, 1, 1, 2), (0, 1, 2, 3)]
+
+
+@given(st.tuples(st.integers(1, 2), st.integers(1, 3), st.integers(1, 9), st.integers(1, 9)), st.integers(0, 2**31))
+def test_the_largest_around_is_that_of_torch(shape: tuple[int, ...], seed: int) -> None:
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    before = values.clone()
+    assert torch.equal(_largest_around(values), F.max_pool2d(values, 3, 1, 1))
+    assert torch.equal(values, before)
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_wider_kernels_change_nothing(precision: torch.dtype) -> None:
+    """Law: the same bits as with TensorFlow's padding, which the shipped backbone has with kernels of 3 and of 5 px."""
+    torch.manual_seed(1)
+    model = fold(NucleusDetector(TINY).eval())
+    wide = widen_kernels(copy.deepcopy(model))
+    sizes = {m.kernel_size for m in wide.modules() if isinstance(m, torch.nn.Conv2d)}
+    assert {(4, 4), (6, 6)} <= sizes
+    images = torch.rand(1, 3, 128, 192)
+    with torch.inference_mode(), torch.autocast("cpu", precision, enabled=precision != torch.float32):
+        assert torch.equal(wide.features(images).table.pixels, model.features(images).table.pixels)
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_the_widest_map_in_slices_is_the_same(precision: torch.dtype) -> None:
+    """Law: the same bits, for the shipped backbone, whose block of 96 channels is computed in three parts."""
+    torch.manual_seed(1)
+    architecture = detector_architecture(find_weights("nuclei"))
+    model = widen_kernels(fold(NucleusDetector(architecture).eval()))
+    sliced = slice_widest(copy.deepcopy(model))
+    changed = [n for n, _ in sliced.backbone.named_modules() if n not in dict(model.backbone.named_modules())]
+    assert {name.partition(".block")[0] for name in changed} == {"blocks.1.0"}
+    images = torch.rand(1, 3, 128, 192)
+    with torch.inference_mode(), torch.autocast("cpu", precision, enabled=precision != torch.float32):
+        assert torch.equal(sliced.features(images).table.pixels, model.features(images).table.pixels)
 
 
 def test_limits_follow_the_area() -> None:
