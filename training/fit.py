@@ -27,10 +27,11 @@ from pipeline.files import committed
 from pipeline.model.allocator import keep_freed_memory
 from pipeline.model.detector import NucleusDetector, load_weights, save_weights
 from pipeline.model.device import choose_device, choose_precision
+from pipeline.model.losses import Targets
 from pipeline.model.weights import find_weights, licence
 from training import checkpoint
 from training.config import StainTraining, Training
-from training.data.crops import Crop, Crops
+from training.data.crops import Batch, Crops, collate
 from training.data.sample import Dataset, Sample
 from training.monitor import HeldOutCrop, Log, held_out_crop, score_held_out
 
@@ -86,7 +87,7 @@ def fit(
     torch.manual_seed(training.seed)  # what is not pretrained starts from random weights
     model = initial_model(training.init, architecture).to(process.device).to(memory_format=torch.channels_last)
     average = {k: v.detach().clone() for k, v in model.state_dict().items()}
-    optimiser = torch.optim.AdamW(_parameter_groups(model, training.decay), lr=training.rate)
+    optimiser = torch.optim.AdamW(_parameter_groups(model, training.decay), lr=training.rate, fused=True)
     recipe = _recipe(datasets, training, architecture, process)
     first = checkpoint.resume(out / checkpoint.FOLDER, model, average, optimiser, recipe)
     trained = [d._replace(images=tuple(trained)) for d, (trained, _) in zip(datasets, split, strict=True)]
@@ -261,7 +262,7 @@ def _common_classes(datasets: Sequence[Dataset]) -> tuple[str, ...]:
 
 def _loader(
     datasets: Sequence[Dataset], first: int, training: Training, architecture: Architecture, process: Process
-) -> DataLoader[Crop]:
+) -> DataLoader[Batch]:
     """Batches of crops from step `first` on. Raises ConfigError for a crop that the feature pyramid cannot halve."""
     side = round(training.crop_px * architecture.upscale)
     if training.crop_px % side_step(architecture.upscale):
@@ -275,7 +276,7 @@ def _loader(
         training.batch,
         sampler=ScheduleSampler(first, training, process),
         num_workers=training.loaders,
-        collate_fn=list,
+        collate_fn=collate,
         persistent_workers=training.loaders > 0,
         pin_memory=process.device.type == "cuda",
     )
@@ -292,7 +293,7 @@ def _parameter_groups(model: NucleusDetector, decay: float) -> list[dict[str, An
 
 
 def _optimise(
-    model: nn.Module, optimiser: torch.optim.Optimizer, batch: Sequence[Crop], device: torch.device
+    model: nn.Module, optimiser: torch.optim.Optimizer, batch: Batch, device: torch.device
 ) -> tuple[dict[str, Tensor], Tensor]:
     """One step of the optimiser, left out where the gradients are not finite: (losses, norm of the gradients)."""
     losses = _losses(model, batch, device)
@@ -304,13 +305,10 @@ def _optimise(
     return losses, norm
 
 
-def _losses(model: nn.Module, batch: Sequence[Crop], device: torch.device) -> dict[str, Tensor]:
+def _losses(model: nn.Module, batch: Batch, device: torch.device) -> dict[str, Tensor]:
     """Losses of one batch. Crops come enlarged already, so the network does not enlarge them."""
-    images = torch.stack([c.image for c in batch]).to(device, non_blocking=True)
-    targets = [
-        {name: getattr(c, name).to(device, non_blocking=True) for name in ("boxes", "labels", "masks", "regions")}
-        for c in batch
-    ]
+    images, boxes, labels, nuclei, regions = (t.to(device, non_blocking=True) for t in batch[:-1])
+    targets = Targets(list(boxes.split(batch.counts)), list(labels.split(batch.counts)), nuclei, regions)
     precision = choose_precision("auto", device)
     with torch.autocast(device.type, precision, enabled=precision != torch.float32):
         losses: dict[str, Tensor] = model(images, targets)
@@ -320,11 +318,11 @@ def _losses(model: nn.Module, batch: Sequence[Crop], device: torch.device) -> di
 @torch.no_grad()
 def _update_average(average: dict[str, Tensor], model: NucleusDetector, keep: float) -> None:
     """average = keep * average + (1 - keep) * model, in place; whole numbers are copied."""
-    for name, value in model.state_dict().items():
-        if value.is_floating_point():
-            average[name].lerp_(value, 1 - keep)
-        else:
-            average[name].copy_(value)
+    state = model.state_dict()
+    moving = [name for name, value in state.items() if value.is_floating_point()]
+    torch._foreach_lerp_([average[name] for name in moving], [state[name] for name in moving], 1 - keep)
+    for name in state.keys() - moving:
+        average[name].copy_(state[name])
 
 
 def _averaged(architecture: Architecture, average: Mapping[str, Tensor]) -> NucleusDetector:

@@ -23,10 +23,11 @@ from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.ops import FeaturePyramidNetwork, clip_boxes_to_image
 
-from pipeline.config import STRIDES, Architecture, Detector
+from pipeline.config import STRIDES, Architecture, Detector, Sampling
 from pipeline.errors import ConfigError, WeightsError
 from pipeline.model import weights
 from pipeline.model.deterministic import pad_rows, sigmoid, upsample
+from pipeline.model.losses import Sampled, Targets, box_losses, mask_loss, proposal_losses, sample_proposals
 from pipeline.model.roi_align import FeatureTable, RoIPool, flatten_boxes
 from pipeline.model.suppress import suppress
 
@@ -116,30 +117,38 @@ class NucleusDetector(nn.Module):
         return pyramid, semantic
 
     def propose(self, features: Pyramid, limits: Limits) -> list[Tensor]:
-        """Region proposals of each image, (P, 4) in enlarged px, best first, within the limits.
+        """Region proposals of each image, (P, 4) in enlarged px, best first, within the limits; the best anchors only.
 
-        What torchvision's RegionProposalNetwork does, for all images together, and for the best anchors only.
+        What torchvision's RegionProposalNetwork does, for all images together.
         """
-        logits, deltas, anchors, level = [], [], [], []
-        every = _anchors(self.rpn.anchor_generator, features.size, features.table.shapes, features.table.pixels.device)
-        for number, (score, delta, anchor) in enumerate(zip(*self.rpn.head(features.table.maps()), every, strict=True)):
-            score = _peaks(score).permute(0, 2, 3, 1).flatten(1)  # (B, h * w * A)
+        logits, deltas = self.rpn.head(features.table.maps())
+        return self._proposals([_peaks(score) for score in logits], deltas, features, limits)
+
+    def _proposals(self, logits: list[Tensor], deltas: list[Tensor], features: Pyramid, limits: Limits) -> list[Tensor]:
+        """logits, deltas: of each level, (B, A, h, w) and (B, A * 4, h, w)."""
+        scores, offsets, anchors, level = [], [], [], []
+        for number, (score, delta, anchor) in enumerate(zip(logits, deltas, self._anchors(features), strict=True)):
+            score = score.permute(0, 2, 3, 1).flatten(1)  # (B, h * w * A)
             delta = delta.permute(0, 2, 3, 1).reshape(*score.shape, 4)
             best, index = score.topk(min(limits.anchors, len(anchor)), 1)  # (B, n)
-            logits.append(best)
-            deltas.append(delta.gather(1, index[..., None].expand(-1, -1, 4)))
+            scores.append(best)
+            offsets.append(delta.gather(1, index[..., None].expand(-1, -1, 4)))
             anchors.append(anchor[index])
             level.append(index.new_full((index.shape[1],), number))
-        boxes = _decode(torch.cat(deltas, 1).float(), torch.cat(anchors, 1), self.rpn.box_coder)  # (B, N, 4)
+        boxes = _decode(torch.cat(offsets, 1).float(), torch.cat(anchors, 1), self.rpn.box_coder)  # (B, N, 4)
         boxes = clip_boxes_to_image(boxes, features.size)
-        scores = torch.cat(logits, 1).float().sigmoid()
+        objectness = torch.cat(scores, 1).float().sigmoid()
         wide = (boxes[..., 2:] - boxes[..., :2] >= self.rpn.min_size).all(-1)
-        image, at = torch.where(wide & (scores >= limits.objectness))
-        boxes, scores = boxes[image, at], scores[image, at]
+        image, at = torch.where(wide & (objectness >= limits.objectness))
+        boxes, objectness = boxes[image, at], objectness[image, at]
         keep, counts = suppress(
-            boxes, scores, image, torch.cat(level)[at], features.table.images, iou=self.rpn.nms_thresh
+            boxes, objectness, image, torch.cat(level)[at], features.table.images, iou=self.rpn.nms_thresh
         )
         return [b[: limits.proposals] for b in boxes[keep].split(counts)]
+
+    def _anchors(self, features: Pyramid) -> list[Tensor]:
+        table = features.table
+        return _anchors(self.rpn.anchor_generator, features.size, table.shapes, table.pixels.device)
 
     def classify(self, features: Pyramid, proposals: list[Tensor], limits: Limits) -> list[Candidates]:
         """Proposals -> boxes with class and score, after class-agnostic NMS, in patch px.
@@ -175,20 +184,37 @@ class NucleusDetector(nn.Module):
         logits = heads.mask_predictor(heads.mask_head(pad_rows(pooled)))[: len(pooled)]  # (sum N, 1 + K, M, M)
         return sigmoid(_of_class(logits, torch.cat(class_index)).float())
 
-    def forward(self, images: Tensor, targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-        """Losses of a training step, on crops that were cut at the enlarged scale: (B, 3, S, S) in 0..1.
-
-        targets, in the crops' own pixels: boxes float32 (N, 4), labels int64 (N,) from 1, masks uint8 (N, S, S),
-        and for the semantic branch regions uint8 (S, S): 0 background, 1 inside a nucleus, 2 its edge.
-        """
-        features, semantic = self._maps(images)
-        features = {level: map_.float() for level, map_ in features.items()}
-        sizes = [_size(images)] * len(images)
-        proposals, losses = self.rpn(ImageList(images, sizes), features, targets)
-        _, head_losses = self.roi_heads(features, proposals, sizes, targets)
+    def forward(self, images: Tensor, targets: Targets) -> dict[str, Tensor]:
+        """Losses of a training step, on crops that were cut at the enlarged scale: (B, 3, S, S) in 0..1."""
+        maps, semantic = self._maps(images)
+        logits, deltas = self.rpn.head(list(maps.values()))
+        features = Pyramid(FeatureTable.of([m.float() for m in maps.values()]), _size(images))
+        losses = proposal_losses(self.rpn, logits, deltas, self._anchors(features), targets.boxes)
+        with torch.no_grad():  # neither head learns from where the proposals are
+            proposals = self._proposals(logits, deltas, features, _limits(self.architecture.sampling))
+        losses |= self._head_losses(features, proposals, targets)
         if self.semantic is not None and semantic is not None:
-            losses["loss_semantic"] = self.semantic.loss(semantic, torch.stack([t["regions"] for t in targets]))
-        return {**losses, **head_losses}
+            losses["loss_semantic"] = self.semantic.loss(semantic, targets.regions)
+        return losses
+
+    def _head_losses(self, features: Pyramid, proposals: list[Tensor], targets: Targets) -> dict[str, Tensor]:
+        heads = self.roi_heads
+        sampled = sample_proposals(heads, proposals, targets)
+        pooled = heads.box_roi_pool.pool(features.table, sampled.boxes, sampled.image)
+        logits, deltas = heads.box_predictor(heads.box_head(pooled))
+        positive = torch.where(sampled.labels > 0)[0]
+        losses = box_losses(heads, logits, deltas, sampled, positive)
+        masked = Sampled(*(column[positive] for column in sampled))
+        pooled = heads.mask_roi_pool.pool(features.table, masked.boxes, masked.image)
+        logits = heads.mask_predictor(heads.mask_head(pooled))
+        return {**losses, "loss_mask": mask_loss(logits, masked, targets.nuclei)}
+
+
+def _limits(sampling: Sampling) -> Limits:
+    """Of the proposals in training."""
+    return Limits(
+        anchors=sampling.before_nms, objectness=0.0, proposals=sampling.after_nms, instances=0, score=0.0, nms=1.0
+    )
 
 
 def _size(images: Tensor) -> tuple[int, int]:
@@ -244,12 +270,12 @@ def _proposal_network(architecture: Architecture) -> RegionProposalNetwork:
     sampling = architecture.sampling
     return RegionProposalNetwork(
         AnchorGenerator(architecture.anchors, (architecture.ratios,) * len(architecture.anchors)),
-        _ProposalHead(architecture.channels, len(architecture.ratios) * len(architecture.anchors[0])),
+        RPNHead(architecture.channels, len(architecture.ratios) * len(architecture.anchors[0])),
         fg_iou_thresh=sampling.anchor_positive_iou,
         bg_iou_thresh=sampling.anchor_negative_iou,
         batch_size_per_image=sampling.anchors,
         positive_fraction=sampling.anchors_positive,
-        # `propose` sets those of inference
+        # not used: see `_proposals`
         pre_nms_top_n={"training": sampling.before_nms, "testing": sampling.before_nms},
         post_nms_top_n={"training": sampling.after_nms, "testing": sampling.after_nms},
         nms_thresh=architecture.proposal_nms,
@@ -278,7 +304,7 @@ def _heads(architecture: Architecture) -> RoIHeads:
         detections_per_img=1,
         mask_roi_pool=_pool(architecture, architecture.mask_size // 2),
         mask_head=nn.Sequential(*mask_layers),
-        mask_predictor=nn.Sequential(
+        mask_predictor=_MaskPredictor(
             nn.ConvTranspose2d(hidden, hidden, 2, 2), nn.ReLU(inplace=True), nn.Conv2d(hidden, classes, 1)
         ),
     )
@@ -286,16 +312,6 @@ def _heads(architecture: Architecture) -> RoIHeads:
 
 def _pool(architecture: Architecture, size: int) -> RoIPool:
     return RoIPool(size, STRIDES, architecture.canonical_px, architecture.canonical_level)
-
-
-class _ProposalHead(RPNHead):  # type: ignore[misc] # torchvision is not typed
-    """Under autocast torchvision would compute the boxes and targets of training in bfloat16's 8 bits."""
-
-    def forward(self, x: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        scores, deltas = super().forward(x)
-        if not self.training:
-            return scores, deltas
-        return [s.float() for s in scores], [d.float() for d in deltas]
 
 
 class _Semantic(nn.Module):
@@ -332,6 +348,28 @@ class _BoxHead(nn.Module):
     def forward(self, pooled: Tensor) -> Tensor:  # (P, C, 7, 7) -> (P, hidden)
         out: Tensor = self.layers(pad_rows(pooled.flatten(1)))[: len(pooled)]
         return out
+
+
+class _MaskPredictor(nn.Sequential):
+    """Doubles the resolution, and scores every class: (N, C, m, m) -> (N, classes, 2m, 2m).
+
+    Training takes matrix products, which give the same values: on a CPU the backward pass of a transposed convolution
+    takes many times as long. Kernels of 2 px, 2 px apart, do not overlap, so the four pixels that one becomes are four
+    parts of a row until they have been scored.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            out: Tensor = super().forward(x)
+            return out
+        double, _, score = self
+        count, channels, side, _ = x.shape
+        rows = x.permute(0, 2, 3, 1).reshape(-1, channels)  # (N * m * m, C)
+        weight = double.weight.permute(2, 3, 1, 0).flatten(0, 2)  # (C, H, 2, 2) -> (2 * 2 * H, C)
+        hidden = F.relu(F.linear(rows, weight, double.bias.repeat(4)), inplace=True)
+        scores = F.linear(hidden.view(-1, len(double.bias)), score.weight.flatten(1), score.bias)
+        scores = scores.view(count, side, side, 2, 2, len(score.bias))
+        return scores.permute(0, 5, 1, 3, 2, 4).reshape(count, len(score.bias), 2 * side, 2 * side)
 
 
 class _BoxPredictor(nn.Module):

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+from torch import nn
 
 from pipeline.config import STRIDES, Architecture, Detector, Sampling, side_step
 from pipeline.errors import ConfigError, WeightsError
@@ -15,6 +16,7 @@ from pipeline.model import load
 from pipeline.model.detector import (
     Limits,
     NucleusDetector,
+    _MaskPredictor,
     _peaks,
     fold,
     load_weights,
@@ -103,6 +105,22 @@ class Crowd(torch.nn.Module):
             # squares of 18 px, 4 px apart: an IoU of .64; the next nucleus is 32 px away
             scores[0][0, 2, 8 * y + 2, 8 * x + 2 : 8 * x + 4] = 9 - nucleus / 10
         return scores, [torch.zeros(1, 24, *level.shape[-2:]) for level in levels]
+
+
+@pytest.mark.parametrize("count", [0, 3])
+def test_masks_are_trained_as_they_are_predicted(count: int) -> None:
+    """Law: the matrix products of training give the values and gradients of the layers that they stand for."""
+    torch.manual_seed(0)
+    predictor = _MaskPredictor(nn.ConvTranspose2d(8, 6, 2, 2), nn.ReLU(inplace=True), nn.Conv2d(6, 3, 1))
+    features = torch.rand(count, 8, 5, 5)
+    results = []
+    for training in (False, True):
+        given = features.clone().requires_grad_()
+        logits = predictor.train(training)(given)
+        gradients = torch.autograd.grad(logits.pow(3).sum(), [given, *predictor.parameters()])
+        results.append([logits, *gradients])
+    assert results[0][0].shape == (count, 3, 10, 10)
+    torch.testing.assert_close(results[1], results[0])
 
 
 def test_clear_nuclei_do_not_displace_the_others() -> None:

@@ -23,7 +23,7 @@ from pipeline.model.weights import detector_architecture, find_weights
 from pretend_cuda import BLOCKING, COSTS, DOWNLOAD, LAUNCH, UPLOAD, WAIT, PretendedCuda
 from slides.geometry import Size
 from slides.phantom import draw
-from training.data.crops import Crop, regions, targets
+from training.data.crops import Crop, collate, regions, targets
 from training.fit import _optimise, _parameter_groups, initial_model
 
 SIDE = 128
@@ -204,8 +204,7 @@ def crop(seed: int) -> Crop:
     phantom = draw(Size(512, 512), seed)
     labels = np.ascontiguousarray(phantom.labels[192:320, 192:320])
     image = torch.from_numpy(phantom.image[192:320, 192:320].copy()).permute(2, 0, 1).float() / 255
-    boxes, names, masks = targets(labels, np.ones(labels.max() + 1, np.int64))
-    return Crop(image, boxes, names, masks, torch.from_numpy(regions(labels)))
+    return Crop(image, *targets(labels, np.ones(labels.max() + 1, np.int64)), torch.from_numpy(regions(labels)))
 
 
 def test_a_training_step_is_a_cpus() -> None:
@@ -240,4 +239,4 @@ def step(model: NucleusDetector, batch: list[Crop], device: torch.device) -> dic
     optimiser = torch.optim.AdamW(_parameter_groups(model, 0.01), lr=1e-3)
     torch.manual_seed(1)  # torchvision draws its samples
     with mock.patch("training.fit.choose_precision", return_value=torch.float32):
-        return _optimise(model, optimiser, batch, device)[0]
+        return _optimise(model, optimiser, collate(batch), device)[0]
