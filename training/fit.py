@@ -10,7 +10,6 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,6 +32,7 @@ from training import checkpoint
 from training.config import StainTraining, Training
 from training.data.crops import Batch, Crops, collate
 from training.data.sample import Dataset, Sample
+from training.depthwise import use_fast_gradients
 from training.monitor import HeldOutCrop, Log, held_out_crop, score_held_out
 
 WEIGHTS_FILE, HELD_OUT_FOLDER = "nuclei.safetensors", "held_out"
@@ -353,16 +353,8 @@ def _this_process(training: Training) -> Process:
 def _wrapped(model: NucleusDetector, process: Process) -> nn.Module:
     """The model as the loop calls it: fast on a CPU, gradients averaged over the processes."""
     if process.device.type == "cpu":
-        for module in model.modules():
-            if isinstance(module, nn.Conv2d) and module.groups == module.in_channels > 1:
-                module.forward = partial(_in_float32, module)  # type: ignore[method-assign]
+        use_fast_gradients(model)
     return DistributedDataParallel(model) if process.size > 1 else model
-
-
-def _in_float32(convolution: nn.Conv2d, x: Tensor) -> Tensor:
-    """A depthwise convolution outside autocast: on a CPU its backward pass in bfloat16 is much slower."""
-    with torch.autocast(x.device.type, enabled=False):
-        return type(convolution).forward(convolution, x.float()).to(x.dtype)
 
 
 def _agree_to_stop(stop: bool, process: Process) -> bool:

@@ -157,7 +157,7 @@ class NucleusDetector(nn.Module):
         """
         heads = self.roi_heads
         rois, image = flatten_boxes(proposals)
-        logits, deltas = heads.box_predictor(heads.box_head(heads.box_roi_pool.pool(features.table, rois, image)))
+        logits, deltas = heads.box_predictor(heads.box_head(heads.box_roi_pool(features.table, rois, image)))
         classes = logits.softmax(-1)  # (P, 1 + K)
         scores, class_index = classes[:, 1:].sum(1), classes[:, 1:].argmax(1)
         deltas = _of_class(deltas.view(*logits.shape, 4), class_index)  # (P, 4)
@@ -180,7 +180,7 @@ class NucleusDetector(nn.Module):
         heads = self.roi_heads
         rois, image = flatten_boxes(boxes)
         # torchvision samples the masks it trains on half a pixel beyond their boxes (RoIAlign without `aligned`)
-        pooled = heads.mask_roi_pool.pool(features.table, rois * self.architecture.upscale - 0.5, image)
+        pooled = heads.mask_roi_pool(features.table, rois * self.architecture.upscale - 0.5, image)
         logits = heads.mask_predictor(heads.mask_head(pad_rows(pooled)))[: len(pooled)]  # (sum N, 1 + K, M, M)
         return sigmoid(_of_class(logits, torch.cat(class_index)).float())
 
@@ -200,12 +200,12 @@ class NucleusDetector(nn.Module):
     def _head_losses(self, features: Pyramid, proposals: list[Tensor], targets: Targets) -> dict[str, Tensor]:
         heads = self.roi_heads
         sampled = sample_proposals(heads, proposals, targets)
-        pooled = heads.box_roi_pool.pool(features.table, sampled.boxes, sampled.image)
+        pooled = heads.box_roi_pool(features.table, sampled.boxes, sampled.image)
         logits, deltas = heads.box_predictor(heads.box_head(pooled))
         positive = torch.where(sampled.labels > 0)[0]
         losses = box_losses(heads, logits, deltas, sampled, positive)
         masked = Sampled(*(column[positive] for column in sampled))
-        pooled = heads.mask_roi_pool.pool(features.table, masked.boxes, masked.image)
+        pooled = heads.mask_roi_pool(features.table, masked.boxes, masked.image)
         logits = heads.mask_predictor(heads.mask_head(pooled))
         return {**losses, "loss_mask": mask_loss(logits, masked, targets.nuclei)}
 

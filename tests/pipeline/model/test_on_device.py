@@ -47,11 +47,17 @@ FUSION = {
     "wait: pipeline/model/suppress.py suppress": 1,
 }
 TRAINING = {
-    "blocking upload: pipeline/model/detector.py NucleusDetector.forward": 10,
+    "blocking upload: pipeline/model/detector.py _anchors": 1,  # once in a process, as the next
     "blocking upload: pipeline/model/roi_align.py _levels_of": 1,
-    "blocking upload: training/fit.py _losses": 1,
-    "blocking upload: training/fit.py _losses.<locals>.<listcomp>.<dictcomp>": 8,
-    "wait: pipeline/model/detector.py NucleusDetector.forward": 23,
+    "blocking upload: training/fit.py _losses.<locals>.<genexpr>": 5,  # the loader pins its batches; here nothing does
+    "download: pipeline/model/losses.py mask_targets": 1,
+    "download: pipeline/model/suppress.py counts": 1,
+    "wait: pipeline/model/detector.py NucleusDetector._head_losses": 1,
+    "wait: pipeline/model/detector.py NucleusDetector._proposals": 1,
+    "wait: pipeline/model/losses.py proposal_losses": 4,
+    "wait: pipeline/model/losses.py proposal_losses.<locals>.<genexpr>": 2,
+    "wait: pipeline/model/losses.py sample_proposals": 6,
+    "wait: pipeline/model/suppress.py suppress": 1,
     "wait: training/fit.py _optimise": 1,
 }
 
