@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import Conv2dSame
+from timm.layers.conv2d_same import Conv2dSame
 from timm.layers.padding import pad_same
 from torch import Tensor, nn
 
@@ -34,7 +34,7 @@ def _forward(module: nn.Conv2d, x: Tensor) -> Tensor:
     """In the precision of `x`, as autocast does it."""
     padding = int(module.padding[0])
     if isinstance(module, Conv2dSame):
-        x, padding = pad_same(x, module.kernel_size, module.stride), 0
+        x, padding = pad_same(x, list(module.kernel_size), list(module.stride)), 0
     with torch.autocast(x.device.type, enabled=False):
         out: Tensor = Depthwise.apply(x, module.weight.to(x.dtype), module.stride[0], padding)
     return out

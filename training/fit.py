@@ -271,7 +271,7 @@ def _loader(
             f"need a multiple of {STRIDES[-1]}"
         )
     crops = Crops(datasets, side, architecture.mpp / architecture.upscale, training)
-    return DataLoader(
+    batches: DataLoader[Any] = DataLoader(
         crops,
         training.batch,
         sampler=ScheduleSampler(first, training, process),
@@ -280,6 +280,7 @@ def _loader(
         persistent_workers=training.loaders > 0,
         pin_memory=process.device.type == "cuda",
     )
+    return batches
 
 
 def _parameter_groups(model: NucleusDetector, decay: float) -> list[dict[str, Any]]:

@@ -363,6 +363,10 @@ class _MaskPredictor(nn.Sequential):
             out: Tensor = super().forward(x)
             return out
         double, _, score = self
+        assert isinstance(double, nn.ConvTranspose2d)
+        assert isinstance(score, nn.Conv2d)
+        assert double.bias is not None
+        assert score.bias is not None
         count, channels, side, _ = x.shape
         rows = x.permute(0, 2, 3, 1).reshape(-1, channels)  # (N * m * m, C)
         weight = double.weight.permute(2, 3, 1, 0).flatten(0, 2)  # (C, H, 2, 2) -> (2 * 2 * H, C)

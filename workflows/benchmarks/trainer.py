@@ -27,8 +27,10 @@ from training import fit
 from training.config import Training
 from training.data.datasets import read_datasets
 
-MODULES = ("backbone", "pyramid", "semantic", "rpn.head", "roi_heads.box_roi_pool", "roi_heads.box_head")
-MODULES += ("roi_heads.box_predictor", "roi_heads.mask_roi_pool", "roi_heads.mask_head", "roi_heads.mask_predictor")
+MODULES = (
+    *("backbone", "pyramid", "semantic", "rpn.head", "roi_heads.box_roi_pool", "roi_heads.box_head"),
+    *("roi_heads.box_predictor", "roi_heads.mask_roi_pool", "roi_heads.mask_head", "roi_heads.mask_predictor"),
+)
 FUNCTIONS = ("proposal_losses", "sample_proposals", "box_losses", "mask_loss", "suppress")
 
 
@@ -108,10 +110,10 @@ def measure(datasets: Any, training: Training, steps: int) -> None:
     print(
         f"{steps * training.batch / passed:.2f} crops/s, {torch.get_num_threads()} threads, {training.loaders} loaders"
     )
-    begun = time.process_time()
+    started = time.process_time()
     for number in range(32):
         loader.dataset[number]
-    print(f"{1000 * (time.process_time() - begun) / 32:.1f} ms of a processor to prepare a crop")
+    print(f"{1000 * (time.process_time() - started) / 32:.1f} ms of a processor to prepare a crop")
 
 
 def instrument(model: nn.Module, optimiser: torch.optim.Optimizer, clock: Clock) -> None:
