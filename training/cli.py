@@ -176,6 +176,7 @@ def fit_stain(
     template
         The slide or image whose stain is to be normalised to; without it, the typical training image.
     """
+    _share_the_cores()
     from training.data.datasets import read_datasets
     from training.fit_stain import fit_stain as fit
 
@@ -186,8 +187,8 @@ def fit_stain(
 def _share_the_cores() -> None:
     """Have threads that wait for one another sleep after 20 us or so; GNU's OpenMP reads this once, when torch loads.
 
-    By itself it lets them compute in vain for milliseconds. Where other processes need the cores, most of them is lost:
-    six times the processor time a step, and more than that in seconds, on two cores shared by a dozen processes.
+    By itself it lets them spin for milliseconds, which other processes could use: on two cores with a dozen processes a
+    training step then takes five times as much of the processor, and as many more seconds.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "2000")

@@ -352,9 +352,12 @@ def _this_process(training: Training) -> Process:
 
 
 def _wrapped(model: NucleusDetector, process: Process) -> nn.Module:
-    """The model as the loop calls it: fast on a CPU, gradients averaged over the processes."""
+    """The model as the loop calls it: fast to train, gradients averaged over the processes."""
     if process.device.type == "cpu":
         use_fast_gradients(model)
+    for module in model.modules():
+        if isinstance(module, nn.Hardtanh):  # ReLU6 too: its backward pass needs what it was given, so `inplace` copies
+            module.inplace = False
     return DistributedDataParallel(model) if process.size > 1 else model
 
 
