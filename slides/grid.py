@@ -6,12 +6,14 @@ Everything is in work pixels, from the top-left corner of the work frame.
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
+
 from slides.errors import GridError
 from slides.geometry import Box, Size, union
 
 
 class Tile(NamedTuple):
-    """What one inference reads, and the core that it owns. Work pixels, half-open.
+    """What is read for one inference, and the core that it owns. Work pixels, half-open.
 
     `read` is always `grid.tile` px square, so it may hang over the slide; `core` is clipped to the slide.
     """
@@ -100,6 +102,20 @@ class TileGrid:
             for row in range(top, min(top + self.block, self.rows))
             for col in range(left, min(left + self.block, self.cols))
         )
+
+
+def trim(tile: Tile, tissue: Box, margin: int, step: int) -> Box:
+    """The part of a tile's patch that shows `tissue`, a part of its core, and `margin` px around it: work px.
+
+    Its edges lie at multiples of `step` px from the patch's corner, or are edges of the patch: so a detector's feature
+    maps lie on the slide as those of the whole patch do.
+    Law: it holds what lies in the patch and within `margin` of the tissue.
+    """
+    corner = np.array(tile.read[:2])
+    low = np.array(tissue[:2]) - margin - corner
+    high = np.array(tissue[2:]) + margin - corner
+    low, high = low // step * step + corner, -(-high // step) * step + corner
+    return Box(*low.tolist(), *high.tolist()).intersect(tile.read)
 
 
 def read_box(tiles: tuple[Tile, ...]) -> Box:

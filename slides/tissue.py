@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
+import scipy  # loads ndimage where it is first used: who reads a mask does without
 from numpy.typing import ArrayLike, NDArray
-from scipy import ndimage
 
 from slides.geometry import Box, Frame
 
@@ -73,12 +73,25 @@ class TissueMap(NamedTuple):
 
     def any_in(self, box: Box) -> bool:
         """Whether any tissue touches `box` (work px). An empty box holds none."""
-        if not box.area:
-            return False
+        return bool(box.area and self.mask[self._pixels(box)].any())
+
+    def bounds_in(self, box: Box) -> Box:
+        """The smallest box, work px, that holds what of the tissue lies in `box`; empty where there is none."""
+        rows, columns = self._pixels(box)
+        y, x = np.nonzero(self.mask[rows, columns])
+        if not box.area or not y.size:
+            return Box(box.x0, box.y0, box.x0, box.y0)
+        side = 1 / self.per_work_px
+        low = math.floor((columns.start + x.min()) * side), math.floor((rows.start + y.min()) * side)
+        high = math.ceil((columns.start + x.max() + 1) * side), math.ceil((rows.start + y.max() + 1) * side)
+        return Box(*low, *high).intersect(box)
+
+    def _pixels(self, box: Box) -> tuple[slice, slice]:
+        """Rows and columns of the mask's pixels that `box` (work px) touches."""
         scale = self.per_work_px
         x0, y0 = max(0, math.floor(box.x0 * scale)), max(0, math.floor(box.y0 * scale))
         x1, y1 = max(0, math.ceil(box.x1 * scale)), max(0, math.ceil(box.y1 * scale))
-        return bool(self.mask[y0:y1, x0:x1].any())
+        return slice(y0, y1), slice(x0, x1)
 
     @property
     def area_mm2(self) -> float:
@@ -129,7 +142,7 @@ def is_grey(thumbnail: NDArray[np.uint8]) -> bool:
 def _varied(density: NDArray[np.float32], mpp: float) -> NDArray[np.bool_]:
     """Where the density, float32 (h, w), varies as that of tissue does: bool (h, w)."""
     side = 2 * round(_GREY_UM / mpp / 2) + 1
-    mean, of_squares = (ndimage.uniform_filter(values, side, mode="nearest") for values in (density, density**2))
+    mean, of_squares = (scipy.ndimage.uniform_filter(values, side, mode="nearest") for values in (density, density**2))
     varied: NDArray[np.bool_] = of_squares - mean**2 > _GREY_VARIATION**2
     return varied
 
@@ -152,7 +165,7 @@ def glass(thumbnail: NDArray[np.uint8]) -> NDArray[np.float32]:
 def _smoothed(thumbnail: NDArray[np.uint8]) -> NDArray[np.float32]:
     # Compression leaves blocks of false colour around edges; one pixel of blur takes them out.
     smooth = thumbnail.astype(np.float32)
-    ndimage.gaussian_filter(smooth, (1.0, 1.0, 0.0), mode="nearest", output=smooth)
+    scipy.ndimage.gaussian_filter(smooth, (1.0, 1.0, 0.0), mode="nearest", output=smooth)
     return smooth
 
 
@@ -198,7 +211,7 @@ def grown(mask: NDArray[np.bool_], by_px: float) -> NDArray[np.bool_]:
     for first, last in _strips(mask.shape, least=reach):
         top = max(0, first - reach)
         strip = mask[top : last + reach]
-        near = ndimage.distance_transform_edt(~strip) <= by_px if strip.any() else strip
+        near = scipy.ndimage.distance_transform_edt(~strip) <= by_px if strip.any() else strip
         grown[first:last] = near[first - top : last - top]
     return grown
 
@@ -210,7 +223,7 @@ def shrunk(mask: NDArray[np.bool_], by_px: float) -> NDArray[np.bool_]:
 
 def filled(mask: NDArray[np.bool_], area_px: float) -> NDArray[np.bool_]:
     """The mask without its holes under `area_px` pixels. What is open to the picture's edge is no hole."""
-    labels, _ = ndimage.label(np.pad(~mask, 1, constant_values=True))
+    labels, _ = scipy.ndimage.label(np.pad(~mask, 1, constant_values=True))
     small = _sizes(labels) < area_px
     small[[0, labels[0, 0]]] = False
     filled: NDArray[np.bool_] = mask | small[labels][1:-1, 1:-1]
@@ -219,7 +232,7 @@ def filled(mask: NDArray[np.bool_], area_px: float) -> NDArray[np.bool_]:
 
 def without_small(mask: NDArray[np.bool_], area_px: float) -> NDArray[np.bool_]:
     """The mask's pieces of at least `area_px` pixels; pieces touch by sides or corners."""
-    labels, _ = ndimage.label(mask, structure=np.ones((3, 3)))
+    labels, _ = scipy.ndimage.label(mask, structure=np.ones((3, 3)))
     large = _sizes(labels) >= area_px
     large[0] = False
     kept: NDArray[np.bool_] = large[labels]

@@ -16,15 +16,15 @@ import shapely
 from PIL import Image
 
 from pipeline.config import Settings, Stitching, Tiling, Tissue
-from pipeline.model.instances import HostInstances
-from pipeline.model.stain import Normalisation
+from pipeline.model.fitted_stain import Normalisation
+from pipeline.model.instances import HostInstances, Patches
 from pipeline.segment import tables
 
 HEIGHT, WIDTH, RADIUS = 330, 410, 9
 SECONDS = "NIGHTSLIDE_TEST_SECONDS_A_PATCH"  # in the environment: how slow the oracle is
 
 
-def detect(patches: np.ndarray, normalisation: Normalisation, settings: Settings) -> Iterator[HostInstances]:
+def detect(patches: Patches, normalisation: Normalisation, settings: Settings) -> Iterator[HostInstances]:
     """Instances of patches that show every nucleus in a colour of its own, on white. Stands for the detector."""
     for patch in patches:
         time.sleep(float(os.environ.get(SECONDS, "0")))

@@ -13,8 +13,8 @@ from PIL import Image
 from pipeline.archive.run import run
 from pipeline.config import Execution, Settings, Tissue
 from pipeline.model import inference
-from pipeline.model.instances import STATISTICS, HostInstances
-from pipeline.model.stain import Normalisation
+from pipeline.model.fitted_stain import Normalisation
+from pipeline.model.instances import STATISTICS, HostInstances, Patches
 from pipeline.model.weights import find_weights, read_notes
 from training.evaluate import Outputs, evaluate, gather
 
@@ -35,11 +35,12 @@ EXPECTED = {
 }
 
 
-def one_square(patches: np.ndarray, normalisation: Normalisation, settings: Settings) -> Iterator[HostInstances]:
+def one_square(patches: Patches, normalisation: Normalisation, settings: Settings) -> Iterator[HostInstances]:
     """Finds one square in the middle of every patch: what is tested is everything around the detector."""
-    for _ in patches:
+    for patch in patches:
+        y, x = patch.shape[0] / 2, patch.shape[1] / 2
         yield HostInstances(
-            np.array([[500, 500, 528, 528]], np.float32),
+            np.array([[x - 14, y - 14, x + 14, y + 14]], np.float32),
             np.ones((1, 28, 28), np.float32),
             np.array([0.9], np.float32),
             np.zeros(1, np.int64),

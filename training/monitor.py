@@ -55,11 +55,11 @@ def detect_crop(model: NucleusDetector, crop: HeldOutCrop, settings: Settings) -
     """Detections in a held-out crop, as `run` would give them with one view: a label map (h, w)."""
     height, width = crop.labels.shape
     step = side_step(model.architecture.upscale)
-    side = math.ceil(max(height, width) / step) * step
-    padded = np.full((side, side, 3), 255, np.uint8)
+    size = math.ceil(height / step) * step, math.ceil(width / step) * step
+    padded = np.full((*size, 3), 255, np.uint8)
     padded[:height, :width] = crop.image
     device = next(model.parameters()).device
-    limits = Limits.of_patch(settings.detector, side, model.architecture.mpp)
+    limits = Limits.of_patch(settings.detector, size, model.architecture.mpp)
     pixels = torch.from_numpy(padded).to(device).permute(2, 0, 1)[None].float() / 255
     precision = choose_precision("auto", device)
     with torch.inference_mode(), torch.autocast(device.type, precision, enabled=precision != torch.float32):

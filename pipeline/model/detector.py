@@ -7,26 +7,28 @@ nuclei, the limits follow from density, and masks stay on their M x M grid until
 
 import functools
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import timm
 import torch
 import torch.nn.functional as F
+from timm.layers import Conv2dSame
+from timm.layers.conv2d_same import conv2d_same
+from timm.models._efficientnet_blocks import InvertedResidual
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torchvision.models.detection._utils import BoxCoder
 from torchvision.models.detection.anchor_utils import AnchorGenerator
-from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.ops import FeaturePyramidNetwork, clip_boxes_to_image
 
 from pipeline.config import STRIDES, Architecture, Detector, Sampling
 from pipeline.errors import ConfigError, WeightsError
-from pipeline.model import weights
-from pipeline.model.deterministic import pad_rows, sigmoid, upsample
+from pipeline.model import tensors, weights
+from pipeline.model.deterministic import pad_rows, sigmoid, topk, upsample
 from pipeline.model.losses import Sampled, Targets, box_losses, mask_loss, proposal_losses, sample_proposals
 from pipeline.model.roi_align import FeatureTable, RoIPool, flatten_boxes
 from pipeline.model.suppress import suppress
@@ -49,9 +51,9 @@ class Limits(NamedTuple):
     nms: float  # IoU above which two boxes are one nucleus
 
     @classmethod
-    def of_patch(cls, settings: Detector, side_px: int, mpp: float) -> "Limits":
-        """The limits of a square patch: the densities of the settings times its area."""
-        area_mm2 = (side_px * mpp / 1000) ** 2
+    def of_patch(cls, settings: Detector, size: tuple[int, int], mpp: float) -> "Limits":
+        """The limits of a patch of this height and width, px: the densities of the settings times its area."""
+        area_mm2 = size[0] * size[1] * (mpp / 1000) ** 2
         proposals = max(_LEAST_PROPOSALS, round(settings.proposals_per_mm2 * area_mm2))
         return cls(
             anchors=settings.anchors_per_proposal * proposals,
@@ -99,17 +101,16 @@ class NucleusDetector(nn.Module):
 
     def features(self, images: Tensor) -> Pyramid:
         """images: (B, 3, H, W) in 0..1 -> feature maps of the enlarged images."""
-        if self.architecture.upscale != 1:
-            images = upsample(images, self.architecture.upscale)
-        maps = list(self._maps(images)[0].values())
-        if images.device.type == "cpu":
-            maps = [m.float() for m in maps]  # pooling in bfloat16 is slow there
-        return Pyramid(FeatureTable.of(maps), _size(images))
+        enlarged = upsample(images, self.architecture.upscale) if self.architecture.upscale != 1 else images
+        size, inputs = _size(enlarged), _inputs(enlarged)
+        del enlarged  # it would occupy as much as a map while these are made
+        maps = list(self._maps(inputs)[0].values())
+        # pooling in bfloat16 is slow on a CPU
+        return Pyramid(FeatureTable.of(maps, torch.float32 if images.device.type == "cpu" else maps[0].dtype), size)
 
-    def _maps(self, images: Tensor) -> tuple[dict[str, Tensor], Tensor | None]:
-        """Feature maps, and the semantic branch's at the finest of them, (B, architecture.semantic, h, w)."""
-        images = (images * 2 - 1).contiguous(memory_format=torch.channels_last)
-        maps = self.backbone(images)
+    def _maps(self, inputs: Tensor) -> tuple[dict[str, Tensor], Tensor | None]:
+        """Feature maps of `_inputs`, and the semantic branch's at the finest: (B, architecture.semantic, h, w)."""
+        maps = self.backbone(inputs)
         pyramid = self.pyramid(OrderedDict(zip(LEVELS, maps, strict=True)))
         semantic = None
         if self.semantic is not None:
@@ -126,29 +127,47 @@ class NucleusDetector(nn.Module):
 
     def _proposals(self, logits: list[Tensor], deltas: list[Tensor], features: Pyramid, limits: Limits) -> list[Tensor]:
         """logits, deltas: of each level, (B, A, h, w) and (B, A * 4, h, w)."""
-        scores, offsets, anchors, level = [], [], [], []
-        for number, (score, delta, anchor) in enumerate(zip(logits, deltas, self._anchors(features), strict=True)):
+        objectness, offsets, indices = [], [], []
+        for score, delta in zip(logits, deltas, strict=True):
             score = score.permute(0, 2, 3, 1).flatten(1)  # (B, h * w * A)
             delta = delta.permute(0, 2, 3, 1).reshape(*score.shape, 4)
-            best, index = score.topk(min(limits.anchors, len(anchor)), 1)  # (B, n)
-            scores.append(best)
+            best, index = topk(score, min(limits.anchors, score.shape[1]))  # (B, n)
+            objectness.append(best)
             offsets.append(delta.gather(1, index[..., None].expand(-1, -1, 4)))
-            anchors.append(anchor[index])
-            level.append(index.new_full((index.shape[1],), number))
-        boxes = _decode(torch.cat(offsets, 1).float(), torch.cat(anchors, 1), self.rpn.box_coder)  # (B, N, 4)
+            indices.append(index)
+        numbers = torch.arange(len(indices), device=features.table.pixels.device).split(1)
+        level = torch.cat([number.expand(index.shape[1]) for number, index in zip(numbers, indices, strict=True)])
+        anchors = self._anchors(features.table, torch.cat(indices, 1), level)
+        boxes = _decode(torch.cat(offsets, 1).float(), anchors, self.rpn.box_coder)  # (B, N, 4)
         boxes = clip_boxes_to_image(boxes, features.size)
-        objectness = torch.cat(scores, 1).float().sigmoid()
+        scores = torch.cat(objectness, 1).float().sigmoid()
         wide = (boxes[..., 2:] - boxes[..., :2] >= self.rpn.min_size).all(-1)
-        image, at = torch.where(wide & (objectness >= limits.objectness))
-        boxes, objectness = boxes[image, at], objectness[image, at]
-        keep, counts = suppress(
-            boxes, objectness, image, torch.cat(level)[at], features.table.images, iou=self.rpn.nms_thresh
-        )
+        image, at = torch.where(wide & (scores >= limits.objectness))
+        boxes, scores = boxes[image, at], scores[image, at]
+        keep, counts = suppress(boxes, scores, image, level[at], features.table.images, iou=self.rpn.nms_thresh)
         return [b[: limits.proposals] for b in boxes[keep].split(counts)]
 
-    def _anchors(self, features: Pyramid) -> list[Tensor]:
-        table = features.table
-        return _anchors(self.rpn.anchor_generator, features.size, table.shapes, table.pixels.device)
+    def _anchors(self, table: FeatureTable, index: Tensor, level: Tensor) -> Tensor:
+        """Anchors of the maps of a table, in px of their images: float32 (B, N, 4).
+
+        index: int64 (B, N), of an anchor among those of its level, row after row; level: int64 (N,)
+        """
+        shapes = _anchor_shapes(self.rpn.anchor_generator, index.device)  # (L, A, 4)
+        width, _, stride, _, _ = table.layout(STRIDES)[level].unbind(1)
+        pixel, number = index // shapes.shape[1], index % shapes.shape[1]
+        x, y = pixel % width, pixel // width
+        return shapes[level, number] + torch.stack([x, y, x, y], -1) * stride[:, None]
+
+    def _anchor_grids(self, table: FeatureTable) -> list[Tensor]:
+        """All anchors of the maps of a table, in px of their images: of each level, float32 (h, w, A, 4)."""
+        device, grids = table.pixels.device, []
+        for shapes, (height, width), stride in zip(
+            _anchor_shapes(self.rpn.anchor_generator, device), table.shapes, STRIDES, strict=True
+        ):
+            y, x = (torch.arange(n, device=device) * stride for n in (height, width))
+            corner = torch.stack([x.expand(height, -1), y[:, None].expand(-1, width)], -1)  # (h, w, 2)
+            grids.append(shapes + corner.repeat(1, 1, 2)[:, :, None])
+        return grids
 
     def classify(self, features: Pyramid, proposals: list[Tensor], limits: Limits) -> list[Candidates]:
         """Proposals -> boxes with class and score, after class-agnostic NMS, in patch px.
@@ -186,10 +205,10 @@ class NucleusDetector(nn.Module):
 
     def forward(self, images: Tensor, targets: Targets) -> dict[str, Tensor]:
         """Losses of a training step, on crops that were cut at the enlarged scale: (B, 3, S, S) in 0..1."""
-        maps, semantic = self._maps(images)
+        maps, semantic = self._maps(_inputs(images))
         logits, deltas = self.rpn.head(list(maps.values()))
-        features = Pyramid(FeatureTable.of([m.float() for m in maps.values()]), _size(images))
-        losses = proposal_losses(self.rpn, logits, deltas, self._anchors(features), targets.boxes)
+        features = Pyramid(FeatureTable.of([m.float() for m in maps.values()], torch.float32), _size(images))
+        losses = proposal_losses(self.rpn, logits, deltas, self._anchor_grids(features.table), targets.boxes)
         with torch.no_grad():  # neither head learns from where the proposals are
             proposals = self._proposals(logits, deltas, features, _limits(self.architecture.sampling))
         losses |= self._head_losses(features, proposals, targets)
@@ -217,6 +236,13 @@ def _limits(sampling: Sampling) -> Limits:
     )
 
 
+def _inputs(images: Tensor) -> Tensor:
+    """Images (B, 3, H, W) in 0..1 -> -1..1, in the precision and layout in which the backbone computes."""
+    device = images.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else images.dtype
+    return (images * 2 - 1).to(dtype, memory_format=torch.channels_last)
+
+
 def _size(images: Tensor) -> tuple[int, int]:
     return images.shape[-2], images.shape[-1]
 
@@ -228,17 +254,11 @@ def _saturated(kept: int, offered: int, limits: Limits) -> bool:
     )
 
 
-@functools.lru_cache(maxsize=8)  # patches and their quarters, on each device
-def _anchors(
-    generator: AnchorGenerator, size: tuple[int, int], shapes: Sequence[tuple[int, int]], device: torch.device
-) -> list[Tensor]:
-    """The anchors of each level, float32 (h * w * A, 4) in px of images of `size`. Made once per size and device."""
+@functools.lru_cache(maxsize=8)
+def _anchor_shapes(generator: AnchorGenerator, device: torch.device) -> Tensor:
+    """The anchors of each level at its first pixel, float32 (L, A, 4) in image px. Made once per network and device."""
     with torch.inference_mode(False):  # they outlive the caller's mode
-        # of images and maps torchvision needs the sizes alone
-        images = ImageList(torch.empty(1, 1, *size), [size])
-        (anchors,) = generator(images, [torch.empty(1, 1, *shape) for shape in shapes])
-        anchors_at = len(generator.cell_anchors[0])
-        return list(anchors.to(device).split([anchors_at * height * width for height, width in shapes]))
+        return torch.stack([shapes.float() for shapes in generator.cell_anchors]).to(device)
 
 
 def _peaks(logits: Tensor) -> Tensor:
@@ -259,7 +279,7 @@ def _of_class(values: Tensor, class_index: Tensor) -> Tensor:
 def _decode(deltas: Tensor, anchors: Tensor, coder: BoxCoder) -> Tensor:
     """Boxes (..., 4) from their offsets to `anchors` (..., 4): as BoxCoder.decode, which uploads numbers."""
     sides = anchors[..., 2:] - anchors[..., :2]
-    centres = anchors[..., :2] + 0.5 * sides
+    centres = torch.add(anchors[..., :2], sides, alpha=0.5)
     (across, _, wider, _) = coder.weights  # the same along x and y
     centres = deltas[..., :2] / across * sides + centres
     half = 0.5 * ((deltas[..., 2:] / wider).clamp(max=coder.bbox_xform_clip).exp() * sides)
@@ -388,7 +408,7 @@ class _BoxPredictor(nn.Module):
 
 def save_weights(model: NucleusDetector, path: Path, notes: Mapping[str, str]) -> None:
     """Half-precision safetensors with the architecture, notes and a checksum of the tensors inside."""
-    weights.save(model, model.architecture, path, notes)
+    tensors.save(model, model.architecture, path, notes)
 
 
 def _backbone(name: str) -> Any:
@@ -414,7 +434,7 @@ def load_weights(path: Path) -> NucleusDetector:
         model = NucleusDetector(architecture)
     except (ValueError, RuntimeError) as error:
         raise WeightsError(f"{path} does not fit the architecture it names: {error}") from error
-    return weights.load_into(model, path).to(memory_format=torch.channels_last)
+    return tensors.load_into(model, path).to(memory_format=torch.channels_last)
 
 
 def fold(model: NucleusDetector) -> NucleusDetector:
@@ -437,4 +457,54 @@ def fold(model: NucleusDetector) -> NucleusDetector:
             # timm's norm layers carry the activation that follows
             setattr(model.get_submodule(parent), own, getattr(module, "act", nn.Identity()))
             before = None
+    for name, module in model.backbone.named_modules():
+        if isinstance(module, InvertedResidual) and _Sliced.fits(module):
+            model.backbone.set_submodule(name, _Sliced(module))
+            break  # the next ones are a quarter of its size
     return model.to(memory_format=torch.channels_last)
+
+
+class _Sliced(nn.Module):
+    """A block of timm's that halves the resolution, folded: on a CPU its wide layers are a few channels at a time.
+
+    Widened before it is halved, the first map of a patch of 1280 px takes 177 MB, and as much again with its padding.
+    Law: to the bit what the block gives.
+    """
+
+    CHANNELS = 32  # at a time
+
+    def __init__(self, block: InvertedResidual) -> None:
+        super().__init__()
+        self.block = block
+
+    @staticmethod
+    def fits(block: InvertedResidual) -> bool:
+        """Whether the block is an expansion, a strided convolution of each channel, and a projection, with no more."""
+        conv, others = block.conv_dw, (block.conv_s2d, block.aa, block.se)
+        return bool(
+            conv.stride == (2, 2)
+            and conv.groups == conv.in_channels
+            and not block.has_skip
+            and all(other is None or isinstance(other, nn.Identity) for other in others)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        block = self.block
+        if x.device.type != "cpu":
+            return cast(Tensor, block(x))
+        parts = []
+        for first in range(0, block.conv_dw.in_channels, self.CHANNELS):
+            some = slice(first, first + self.CHANNELS)
+            wide = block.bn1(_convolve(block.conv_pw, x, some))
+            parts.append(block.bn2(_convolve(block.conv_dw, wide, some)))
+        del wide
+        return cast(Tensor, block.bn3(block.conv_pwl(torch.cat(parts, 1))))
+
+
+def _convolve(conv: nn.Conv2d, x: Tensor, some: slice) -> Tensor:
+    """Some of the output channels of a convolution; of one that is channel by channel, from so many inputs."""
+    weight, bias = conv.weight[some], None if conv.bias is None else conv.bias[some]
+    groups = 1 if conv.groups == 1 else len(weight)
+    if isinstance(conv, Conv2dSame):
+        return cast(Tensor, conv2d_same(x, weight, bias, conv.stride, conv.padding, conv.dilation, groups))
+    return F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, groups)

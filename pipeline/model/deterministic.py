@@ -93,6 +93,19 @@ def sigmoid(x: Tensor) -> Tensor:
     return 1 / (1 + (-x).exp()) if _on_cpu(x) else x.sigmoid()
 
 
+def topk(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The `count` largest of each row of values (B, N), and their indices: (B, count), on a CPU in order of the index.
+
+    torch's own brings equal ones, of which bfloat16 has many, into an order that depends on the length of the row. What
+    is sorted stably afterwards keeps the order of the index, which is the same in every patch.
+    """
+    best, index = values.topk(count, 1, sorted=not _on_cpu(values))
+    if _on_cpu(values):
+        index = index.sort(1).values
+        best = values.gather(1, index)
+    return best, index
+
+
 def pad_rows(rows: Tensor) -> Tensor:
     """Rows (N, ...) with rows of zeros appended, up to 64; the caller takes the first N of what it computes.
 

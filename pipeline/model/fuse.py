@@ -129,12 +129,12 @@ def infer(
 ) -> list[Instances[Tensor]]:
     """Detect in every view, fuse the boxes, and average the masks that each view gives the fused boxes.
 
-    images: float32 (B, 3, T, T) in 0..1, square patches; `margin` px of each edge belong to its neighbours too.
+    images: float32 (B, 3, H, W) in 0..1, patches of one size; `margin` px of each edge belong to its neighbours too.
     Returns the instances of each patch, best first. Their stain density is NaN: it is measured on the patch before
     normalisation. The score is the mean over all views, so an instance that few views detect must be certain in those.
     Runs under the caller's autocast and inference mode.
     """
-    side = images.shape[-1]
+    size = images.shape[-2], images.shape[-1]
     # boxes below the lowest score in one view may reach it in the mean over all
     in_view = limits if len(chosen) == 1 else limits._replace(score=limits.score / 2)
     pyramids, per_view = [], []
@@ -142,10 +142,10 @@ def infer(
         shown = apply(view, images)
         features = model.features(shown)
         pyramids.append(features)
-        per_view.append(_undone(view, candidates(model, shown, features, in_view, margin), side))
+        per_view.append(_undone(view, candidates(model, shown, features, in_view, margin), size))
     per_patch = list(zip(*per_view, strict=True))
     fused = fuse(per_patch, limits, len(model.architecture.classes))
-    in_views = (_masks(model, features, view, fused, side) for view, features in zip(chosen, pyramids, strict=True))
+    in_views = (_masks(model, features, view, fused, size) for view, features in zip(chosen, pyramids, strict=True))
     masks = functools.reduce(torch.add, in_views) / len(chosen)
     unknown = masks.new_full((len(masks), 2, len(STATISTICS)), torch.nan)
     sizes = [len(f.boxes) for f in fused]
@@ -165,15 +165,17 @@ def infer(
     ]
 
 
-def _undone(view: View, detected: Sequence[Candidates], side: int) -> list[Candidates]:
+def _undone(view: View, detected: Sequence[Candidates], size: tuple[int, int]) -> list[Candidates]:
     """The candidates that a view gives each patch, in the patch's frame."""
-    boxes = undo_boxes(view, torch.cat([c.boxes for c in detected]), side).split([len(c.boxes) for c in detected])
+    boxes = undo_boxes(view, torch.cat([c.boxes for c in detected]), size).split([len(c.boxes) for c in detected])
     return [c._replace(boxes=b) for c, b in zip(detected, boxes, strict=True)]
 
 
-def _masks(model: NucleusDetector, features: Pyramid, view: View, fused: Sequence[Fused], side: int) -> Tensor:
+def _masks(
+    model: NucleusDetector, features: Pyramid, view: View, fused: Sequence[Fused], size: tuple[int, int]
+) -> Tensor:
     """The masks that one view gives the fused boxes of all patches: float32 (sum N, M, M), turned back."""
-    boxes = [apply_boxes(view, patch.boxes, side) for patch in fused]
+    boxes = [apply_boxes(view, patch.boxes, size) for patch in fused]
     return undo_masks(view, model.masks(features, boxes, [patch.class_index for patch in fused]))
 
 
@@ -182,9 +184,9 @@ def candidates(
 ) -> list[Candidates]:
     """Boxes of every patch in one view; a patch that reaches a limit is detected again in quarters.
 
-    images: (B, 3, T, T) as the view shows them, features: theirs. Each quarter has the limits of a whole patch.
+    images: (B, 3, H, W) as the view shows them, features: theirs. Each quarter has the limits of a whole patch.
     """
-    parts = quarters(images.shape[-1], margin, side_step(model.architecture.upscale))
+    parts = quarters((images.shape[-2], images.shape[-1]), margin, side_step(model.architecture.upscale))
     whole = model.classify(features, model.propose(features, limits), limits)
     return [
         _in_quarters(model, image, parts, limits) if patch.saturated and parts else patch
@@ -193,7 +195,7 @@ def candidates(
 
 
 def _in_quarters(model: NucleusDetector, image: Tensor, parts: Sequence[Quarter], limits: Limits) -> Candidates:
-    """One patch (3, T, T), quarter by quarter."""
+    """One patch (3, H, W), quarter by quarter."""
     detected = []
     for part in parts:
         features = model.features(image[None, :, *part.window])

@@ -12,34 +12,34 @@ from torchvision.ops import roi_align
 from pipeline.config import Settings, side_step
 from pipeline.model import fuse, instances, load, stain, views
 from pipeline.model.detector import Limits
-from pipeline.model.instances import HostInstances, Instances
+from pipeline.model.fitted_stain import Normalisation
+from pipeline.model.instances import HostInstances, Instances, Patches
 from pipeline.model.roi_align import flatten_boxes
 from pipeline.model.split import join, quarters
-from pipeline.model.stain import Normalisation
 
 
-def detect_patches(
-    patches: NDArray[np.uint8], normalisation: Normalisation, settings: Settings
-) -> Iterator[HostInstances]:
-    """The instances of each of the patches uint8 (n, T, T, 3), as numpy arrays, in the order of the patches.
+def detect_patches(patches: Patches, normalisation: Normalisation, settings: Settings) -> Iterator[HostInstances]:
+    """The instances of each of the patches uint8 (h, w, 3), as numpy arrays, in the order of the patches.
 
-    normalisation: of the slide that the patches were cut from.
+    normalisation: of the slide that the patches were cut from. A batch is of patches of one size, wherever they stand.
     Where the device has no memory for a batch, batches are smaller from then on. A patch that it has no memory for
     on its own is detected in quarters (`split`), and where it has none for the smallest of those either it is `lost`.
     Law: the instances of a patch that fits do not depend on whether others did.
     """
-    first = 0
-    while first < len(patches):
-        batch = patches[first : first + _batch_size(settings)]
-        detected = _attempt(batch, normalisation, settings)
-        if detected is None and len(batch) > 1:
-            _batch_that_fits[settings] = len(batch) // 2
-            continue
-        if detected is None:
-            parts = _in_quarters(batch[0], normalisation, settings)
-            detected = None if parts is None else [parts]
-        yield from map(_as_numpy, detected) if detected else [_lost(settings)]
-        first += len(batch)
+    done: dict[int, HostInstances] = {}
+    for first, patch in enumerate(patches):
+        while first not in done:
+            alike = [n for n in range(first, len(patches)) if n not in done and patches[n].shape == patch.shape]
+            chosen = alike[: _batch_size(settings)]
+            detected = _attempt(np.stack([patches[n] for n in chosen]), normalisation, settings)
+            if detected is None and len(chosen) > 1:
+                _batch_that_fits[settings] = len(chosen) // 2
+                continue
+            if detected is None:
+                parts = _in_quarters(patch, normalisation, settings)
+                detected = None if parts is None else [parts]
+            done.update(zip(chosen, map(_as_numpy, detected) if detected else [_lost(settings)], strict=True))
+        yield done.pop(first)
 
 
 def _batch_size(settings: Settings) -> int:
@@ -51,15 +51,15 @@ _batch_that_fits: dict[Settings, int] = {}  # patches per inference, where more 
 
 
 def _detect(batch: NDArray[np.uint8], normalisation: Normalisation, settings: Settings) -> list[Instances[Tensor]]:
-    """Normalise a batch uint8 (B, T, T, 3), detect in every view, fuse. The tensors returned are on the host."""
+    """Normalise a batch uint8 (B, H, W, 3), detect in every view, fuse. The tensors returned are on the host."""
     running = load.detector(settings.detector)
-    limits = Limits.of_patch(settings.detector, batch.shape[1], settings.tiling.mpp)
+    limits = Limits.of_patch(settings.detector, batch.shape[1:3], settings.tiling.mpp)
     normaliser = load.normaliser(normalisation, settings.stain, running.device)
     pixels = torch.from_numpy(batch)
     if running.device.type == "cuda":
         pixels = pixels.pin_memory()  # from elsewhere the copy is not asynchronous
     with torch.inference_mode():
-        raw = pixels.to(running.device, non_blocking=True).permute(0, 3, 1, 2).float() / 255  # (B, 3, T, T)
+        raw = pixels.to(running.device, non_blocking=True).permute(0, 3, 1, 2).float() / 255  # (B, 3, H, W)
         images = normaliser(raw)
         chosen = views.choose_views(settings.detector.views)
         with running.autocast():
@@ -70,7 +70,7 @@ def _detect(batch: NDArray[np.uint8], normalisation: Normalisation, settings: Se
 def _stain_density(images: Tensor, boxes: Sequence[Tensor], masks: Tensor) -> Tensor:
     """`instances.STATISTICS` of haematoxylin and eosin where a mask exceeds a half: float32 (N, 2, 5), on the device.
 
-    images: float32 (B, 3, T, T), before normalisation; boxes: of each image, (n, 4); masks: of all, (N, M, M).
+    images: float32 (B, 3, H, W), before normalisation; boxes: of each image, (n, 4); masks: of all, (N, M, M).
     The deviation of a single pixel is NaN, as in QuPath.
     """
     rois, image = flatten_boxes(boxes)
@@ -126,7 +126,7 @@ def _as_numpy(patch: Instances[Tensor]) -> HostInstances:
 
 
 _OF_MEMORY = ("out of memory", "can't allocate memory", "ALLOC_FAILED")  # of CUDA, the processor, CUDA's libraries
-_LEAST_PX = 256  # side of a quarter: smaller ones are mostly margin
+_LEAST_PX = 256  # longer side of a quarter: smaller ones are mostly margin
 
 
 def _attempt(
@@ -151,13 +151,13 @@ def _attempt(
 def _in_quarters(
     patch: NDArray[np.uint8], normalisation: Normalisation, settings: Settings
 ) -> Instances[Tensor] | None:
-    """A patch (T, T, 3) in quarters, and those in quarters again where need be; None where that fails too.
+    """A patch (H, W, 3) in quarters, and those in quarters again where need be; None where that fails too.
 
     The next patch is tried as a whole again: it may hold less, and detection in a whole patch is better.
     """
     step = side_step(load.detector(settings.detector).model.architecture.upscale)
-    parts = quarters(len(patch), settings.tiling.margin, step)
-    if not parts or parts[0].side < _LEAST_PX:
+    parts = quarters(patch.shape[:2], settings.tiling.margin, step)
+    if not parts or max(parts[0].read.size) < _LEAST_PX:
         return None
     detected = []
     for part in parts:

@@ -7,6 +7,9 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+Patches = Sequence[NDArray[np.uint8]]
+"Each (h, w, 3), of a size of its own."
+
 STATISTICS = ("mean", "median", "min", "max", "sd")
 "Of the pixels of a mask; the last is the sample's standard deviation."
 

@@ -50,21 +50,21 @@ def proposal_losses(
     rpn: RegionProposalNetwork,
     logits: Sequence[Tensor],
     deltas: Sequence[Tensor],
-    anchors: Sequence[Tensor],
+    grids: Sequence[Tensor],
     boxes: Sequence[Tensor],
 ) -> dict[str, Tensor]:
     """Losses of objectness and offsets, of a sample of the anchors.
 
-    logits, deltas: of each level, (B, A, h, w) and (B, A * 4, h, w); anchors: of each level, (h * w * A, 4)
+    logits, deltas: of each level, (B, A, h, w) and (B, A * 4, h, w)
+    grids: anchors of each level, (h, w, A, 4), whose x does not depend on the row, nor y on the column
     boxes: of the nuclei of each image, (N, 4)
     """
     with torch.no_grad():
-        grids = [a.view(*level.shape[2:], -1, 4) for a, level in zip(anchors, logits, strict=True)]
         nucleus = [match_anchors(b, grids, rpn.proposal_matcher) for b in boxes]  # each (sum h * w * A,)
         sample = rpn.fg_bg_sampler([torch.where(n >= 0, 1, n + 1) for n in nucleus])
         positive, negative = (torch.where(torch.stack(chosen)) for chosen in sample)  # image, anchor
         number = torch.stack([n + first for n, first in zip(nucleus, _firsts(boxes), strict=True)])
-        matched, every = torch.cat(list(boxes))[number[positive]], torch.cat(list(anchors))
+        matched, every = torch.cat(list(boxes))[number[positive]], torch.cat([grid.flatten(0, 2) for grid in grids])
         offsets = encode_boxes(matched, every[positive[1]], rpn.box_coder.weights)
     score = torch.cat([s.permute(0, 2, 3, 1).flatten(1) for s in logits], 1)
     delta = torch.cat([d.permute(0, 2, 3, 1).reshape(len(d), -1, 4) for d in deltas], 1)
@@ -81,7 +81,7 @@ def proposal_losses(
 def match_anchors(boxes: Tensor, grids: Sequence[Tensor], matcher: Matcher) -> Tensor:
     """The nucleus of each anchor: its number, -1 for the background, -2 for neither. int64 (sum h * w * A,).
 
-    boxes: (N, 4); grids: anchors of each level, (h, w, A, 4), whose x does not depend on the row, nor y on the column
+    boxes: (N, 4); grids: as in `proposal_losses`
     What torchvision's Matcher gives for their matrix of IoU, with low-quality matches: the anchors that overlap a
     nucleus most are positive, however little that is.
     """

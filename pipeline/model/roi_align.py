@@ -27,9 +27,14 @@ class FeatureTable(NamedTuple):
     shapes: tuple[tuple[int, int], ...]  # height and width of each level's maps, finest first
 
     @classmethod
-    def of(cls, maps: Sequence[Tensor]) -> "FeatureTable":
-        """maps: of each level, (B, C, h, w); best in channels_last."""
-        pixels = torch.cat([m.permute(0, 2, 3, 1).flatten(0, 2) for m in maps])
+    def of(cls, maps: Sequence[Tensor], dtype: torch.dtype) -> "FeatureTable":
+        """maps: of each level, (B, C, h, w); best in channels_last. dtype: of the table."""
+        rows = [m.permute(0, 2, 3, 1).flatten(0, 2) for m in maps]
+        if dtype == rows[0].dtype:
+            pixels = torch.cat(rows)
+        else:  # converted on the way, rather than in a copy of every map
+            pixels = rows[0].new_empty((sum(map(len, rows)), rows[0].shape[1]), dtype=dtype)
+            torch.cat(rows, out=pixels)
         return cls(pixels, len(maps[0]), tuple((m.shape[2], m.shape[3]) for m in maps))
 
     def maps(self) -> list[Tensor]:
@@ -39,6 +44,10 @@ class FeatureTable(NamedTuple):
             r.view(self.images, *shape, self.pixels.shape[1]).permute(0, 3, 1, 2)
             for r, shape in zip(rows, self.shapes, strict=True)
         ]
+
+    def layout(self, strides: tuple[int, ...]) -> Tensor:
+        """Of each level, int32 (L, 5): width, height, stride, pixels of a map, first row in the table."""
+        return _layout(self.shapes, self.images, strides, self.pixels.device)
 
 
 def flatten_boxes(boxes: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -71,8 +80,7 @@ class RoIPool(nn.Module):
 
     def _bags(self, table: FeatureTable, rois: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
         """The rows of the table that each bin sums, int32, and their weights: both (R * size * size, 16)."""
-        levels = _levels_of(table.shapes, table.images, self.strides, rois.device)
-        level = levels[self.levels(rois)]  # (R, 5)
+        level = table.layout(self.strides)[self.levels(rois)]  # (R, 5)
         width, _, stride, area, start = level.unbind(1)
         first = start + image * area  # row of the map's first pixel
         scaled = rois / stride[:, None]
@@ -91,14 +99,9 @@ class RoIPool(nn.Module):
         return level.clamp(0, len(self.strides) - 1).long()
 
 
-@functools.lru_cache(maxsize=16)
-def _levels_of(
-    shapes: tuple[tuple[int, int], ...], images: int, strides: tuple[int, ...], device: torch.device
-) -> Tensor:
-    """Of each level, int32 (L, 5): width, height, stride, pixels of a map, first row in the table.
-
-    Made once per size and device.
-    """
+@functools.lru_cache(maxsize=512)
+def _layout(shapes: tuple[tuple[int, int], ...], images: int, strides: tuple[int, ...], device: torch.device) -> Tensor:
+    """`FeatureTable.layout`, made once per size and device."""
     rows, start = [], 0
     for (height, width), stride in zip(shapes, strides, strict=True):
         rows.append((width, height, stride, width * height, start))

@@ -8,47 +8,52 @@ from torchvision.ops import nms
 
 from pipeline.model.detector import Candidates
 from pipeline.model.instances import Instances, concat, select
+from slides.geometry import Box
 
 R = TypeVar("R", Candidates, Instances[Tensor])
 
 
 class Quarter(NamedTuple):
-    """A part of a square patch, detected on its own: it owns a quarter, and reads some of its neighbours too."""
+    """A part of a patch, detected on its own: it owns its core, and reads some of its neighbours too. Patch px."""
 
-    x: int  # left edge of what it reads, patch px
-    y: int  # upper edge
-    side: int  # of what it reads, px
-    half: int  # where the quarters meet, along either axis, patch px
-    right: bool
-    lower: bool
+    core: Box
+    read: Box
 
     @property
     def window(self) -> tuple[slice, slice]:
         """What it reads: indices of the rows and columns of the patch."""
-        return slice(self.y, self.y + self.side), slice(self.x, self.x + self.side)
+        return self.read.within((0, 0))
 
     def to_patch(self, boxes: Tensor) -> tuple[Tensor, Tensor]:
         """Boxes (N, 4) in px of what it reads -> the same in patch px, and bool (N,): the quarter owns the centre."""
-        boxes = boxes + boxes.new_tensor([self.x, self.y, self.x, self.y])
-        centre = (boxes[:, :2] + boxes[:, 2:]) / 2
-        return boxes, ((centre[:, 0] >= self.half) == self.right) & ((centre[:, 1] >= self.half) == self.lower)
+        boxes = boxes + boxes.new_tensor([*self.read[:2], *self.read[:2]])
+        x, y = ((boxes[:, :2] + boxes[:, 2:]) / 2).unbind(1)
+        return boxes, (x >= self.core.x0) & (x < self.core.x1) & (y >= self.core.y0) & (y < self.core.y1)
 
 
-def quarters(side: int, margin: int, step: int) -> tuple[Quarter, ...]:
-    """The four quarters of a patch of `side` px, which read at least `margin` px of each other.
+def quarters(size: tuple[int, int], margin: int, step: int) -> tuple[Quarter, ...]:
+    """The four quarters of a patch of this height and width, px, which read at least `margin` px of each other.
 
-    step: what each reads is a multiple of it (`config.side_step`). Empty where a quarter would read the whole patch.
+    step: what each reads is a multiple of it (`config.side_step`). Along an axis where a half would read all, the patch
+    is not divided: so they are two in a long patch, and none in a small one.
     Law: every box of the patch is owned by one quarter.
     """
+    rows, columns = (_halves(side, margin, step) for side in size)
+    parts = tuple(
+        Quarter(Box(left, upper, right, lower), Box(x0, y0, x1, y1))
+        for (upper, lower), (y0, y1) in rows
+        for (left, right), (x0, x1) in columns
+    )
+    return parts if len(parts) > 1 else ()
+
+
+def _halves(side: int, margin: int, step: int) -> list[tuple[tuple[int, int], tuple[int, int]]]:
+    """Along one axis, what each half of a patch owns and reads; the whole where a half would read all of it."""
     half = side // 2
     read = -(-(half + margin) // step) * step
     if read >= side:
-        return ()
-    return tuple(
-        Quarter((side - read) * right, (side - read) * lower, read, half, bool(right), bool(lower))
-        for lower in (0, 1)
-        for right in (0, 1)
-    )
+        return [((0, side), (0, side))]
+    return [((0, half), (0, read)), ((half, side), (side - read, side))]
 
 
 def join(parts: Sequence[Quarter], detected: Sequence[R], iou: float) -> R:

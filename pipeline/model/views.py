@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-_SHIFT = 5  # px; no multiple of a feature map's stride, so that the anchors lie elsewhere on the nuclei
+from pipeline.config import VIEW_SHIFT_PX
 
 
 class View(NamedTuple):
@@ -24,13 +24,13 @@ class View(NamedTuple):
 
 _ALL = (
     View(False, 0, (0, 0)),
-    View(False, 2, (_SHIFT, _SHIFT)),
-    View(True, 0, (0, _SHIFT)),
-    View(True, 2, (_SHIFT, 0)),
+    View(False, 2, (VIEW_SHIFT_PX, VIEW_SHIFT_PX)),
+    View(True, 0, (0, VIEW_SHIFT_PX)),
+    View(True, 2, (VIEW_SHIFT_PX, 0)),
     View(False, 1, (0, 0)),
-    View(False, 3, (_SHIFT, _SHIFT)),
-    View(True, 1, (0, _SHIFT)),
-    View(True, 3, (_SHIFT, 0)),
+    View(False, 3, (VIEW_SHIFT_PX, VIEW_SHIFT_PX)),
+    View(True, 1, (0, VIEW_SHIFT_PX)),
+    View(True, 3, (VIEW_SHIFT_PX, 0)),
 )
 
 
@@ -44,13 +44,8 @@ def choose_views(count: int) -> tuple[View, ...]:
     return _ALL[:count]
 
 
-def largest_shift(count: int) -> int:
-    """How far the views of this number move a patch, in px along either axis."""
-    return max(max(view.shift) for view in choose_views(count))
-
-
 def apply(view: View, images: Tensor) -> Tensor:
-    """Square images (..., S, S) as the view shows them."""
+    """Images (..., H, W) as the view shows them: (..., W, H) after an odd number of quarter-turns."""
     if view == _ALL[0]:
         return images
     if view.flip:
@@ -60,7 +55,7 @@ def apply(view: View, images: Tensor) -> Tensor:
 
 
 def undo(view: View, images: Tensor) -> Tensor:
-    """Square images (..., S, S) of the view, back as the patch shows them."""
+    """Images of the view, back as the patch shows them."""
     if any(view.shift):
         images = images.roll((-view.shift[1], -view.shift[0]), (-2, -1))
     return _turn_back(view, images)
@@ -82,36 +77,43 @@ def _turn_back(view: View, images: Tensor) -> Tensor:
     return images.flip(-1) if view.flip else images
 
 
-def apply_points(view: View, xy: Tensor, side: float) -> Tensor:
-    """Points (N, 2) of the patch, in px from its corner, as the view shows them. side: of the patch, px."""
+def apply_points(view: View, xy: Tensor, size: tuple[int, int]) -> Tensor:
+    """Points (N, 2) of the patch, in px from its corner, as the view shows them.
+
+    size: height and width of the patch
+    """
     x, y = xy.unbind(-1)
+    height, width = size
     if view.flip:
-        x = side - x
+        x = width - x
     for _ in range(view.turns % 4):
-        x, y = y, side - x
+        x, y = y, width - x
+        height, width = width, height
     return torch.stack([x + view.shift[0], y + view.shift[1]], -1)
 
 
-def undo_points(view: View, xy: Tensor, side: float) -> Tensor:
-    """Points (N, 2) of the view, in the patch."""
+def undo_points(view: View, xy: Tensor, size: tuple[int, int]) -> Tensor:
+    """Points (N, 2) of the view, in the patch. size: of the patch, too."""
     x, y = xy[..., 0] - view.shift[0], xy[..., 1] - view.shift[1]
+    height, width = size if view.turns % 2 == 0 else size[::-1]
     for _ in range(view.turns % 4):
-        x, y = side - y, x
-    return torch.stack([side - x if view.flip else x, y], -1)
+        x, y = height - y, x
+        height, width = width, height
+    return torch.stack([width - x if view.flip else x, y], -1)
 
 
-def apply_boxes(view: View, boxes: Tensor, side: float) -> Tensor:
+def apply_boxes(view: View, boxes: Tensor, size: tuple[int, int]) -> Tensor:
     """Boxes (N, 4), x0 y0 x1 y1 of the patch, as the view shows them."""
     if view == _ALL[0]:
         return boxes
-    return _ordered(apply_points(view, boxes.reshape(-1, 2, 2), side))
+    return _ordered(apply_points(view, boxes.reshape(-1, 2, 2), size))
 
 
-def undo_boxes(view: View, boxes: Tensor, side: float) -> Tensor:
+def undo_boxes(view: View, boxes: Tensor, size: tuple[int, int]) -> Tensor:
     """Boxes (N, 4) of the view, in the patch."""
     if view == _ALL[0]:
         return boxes
-    return _ordered(undo_points(view, boxes.reshape(-1, 2, 2), side))
+    return _ordered(undo_points(view, boxes.reshape(-1, 2, 2), size))
 
 
 def _ordered(corners: Tensor) -> Tensor:

@@ -7,17 +7,17 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pipeline import files
-from pipeline.config import Settings
+from pipeline.config import Settings, grid_step
 from pipeline.errors import ScratchLost, StainError
 from pipeline.layout import SlideFolder
-from pipeline.model import load, stain, views
-from pipeline.model.stain import Normalisation
+from pipeline.model.fitted_stain import UNCHANGED, Normalisation
+from pipeline.model.weights import detector_architecture, find_weights
 from pipeline.segment.regions import RegionFile, read_regions
 from pipeline.segment.slide_stain import fit_slide, template_stain
 from pipeline.segment.tissue_map import find_tissue_and_artefacts
 from slides.artefacts import ArtefactMap
 from slides.geometry import Affine, Box, Frame, Size
-from slides.grid import Tile, TileGrid, check_margin
+from slides.grid import Tile, TileGrid, check_margin, trim
 from slides.slide import FORCED, Scale, Slide
 from slides.tissue import TissueMap
 
@@ -34,7 +34,9 @@ class Plan(NamedTuple):
     bounds: Box  # slide px
     frame: Frame  # work px
     grid: TileGrid
+    step: int  # `config.grid_step` of the detector
     tissue: TissueMap  # in which nuclei are reported
+    whole_tissue: TissueMap  # the same without the restriction to regions
     artefacts: ArtefactMap  # that a thumbnail shows: blur is known when all patches were read
     glass: float  # grey level of clean glass in green
     normalisation: Normalisation
@@ -48,6 +50,13 @@ class Plan(NamedTuple):
 
     def of_block(self, block: int) -> tuple[Tile, ...]:
         return tuple(t for t in self.grid.tiles_of(block) if self.tissue.any_in(t.core))
+
+    def trimmed(self, tile: Tile) -> Box:
+        """The part of a tile's patch that the detector is given, work px: the core's tissue and the margin around it.
+
+        It does not depend on regions, so that these change no nucleus.
+        """
+        return trim(tile, self.whole_tissue.bounds_in(tile.core), self.grid.margin, self.step)
 
     @property
     def blocks(self) -> tuple[int, ...]:
@@ -68,7 +77,8 @@ def plan_slide(slide: Slide, settings: Settings, regions: RegionFile | None = No
     the whole slide would have there.
 
     Raises GridError where the margin is too small for the largest nucleus and the views' shifts, WeightsError where a
-    file of the stain normalisation has other content than the settings say, and what `read_regions` raises.
+    file of the stain normalisation has other content than the settings say or there are no weights of the detector, and
+    what `read_regions` raises.
     """
     tiling = settings.tiling
     frame = slide.frame(tiling.mpp)
@@ -77,16 +87,17 @@ def plan_slide(slide: Slide, settings: Settings, regions: RegionFile | None = No
         tiling.margin,
         settings.stitching.max_diameter_um / tiling.mpp,
         settings.stitching.tolerance_px,
-        views.largest_shift(settings.detector.views),
+        settings.detector.largest_shift_px,
     )
     artefacts, glass, notes = find_tissue_and_artefacts(slide, settings.tissue, tiling.mpp)
     normalisation, unfitted = _normalisation(slide, artefacts, settings)
     notes = (*notes, *unfitted)
+    whole_tissue = _reported(artefacts, settings)
     if regions is not None:
         drawn = read_regions(regions, slide.bounds)
         artefacts = artefacts._replace(tissue=drawn.restrict(artefacts.tissue))
         notes = (f"restricted to {drawn.describe(regions.path)}", *notes)
-    tissue = artefacts.clean_tissue() if settings.tissue.artefacts == "skip" else artefacts.tissue
+    tissue = _reported(artefacts, settings)
     if slide.scale.source == FORCED:
         notes = (f"its scale is {slide.scale.x:g} µm/px by --force-mpp, whatever it states", *notes)
     if tissue.frame.mpp > (wanted := max(settings.tissue.thumbnail_mpp, tiling.mpp)):
@@ -99,7 +110,9 @@ def plan_slide(slide: Slide, settings: Settings, regions: RegionFile | None = No
         slide.bounds,
         frame,
         grid,
+        grid_step(detector_architecture(find_weights(settings.detector.weights)).upscale),
         tissue,
+        whole_tissue,
         artefacts,
         glass,
         normalisation,
@@ -108,16 +121,25 @@ def plan_slide(slide: Slide, settings: Settings, regions: RegionFile | None = No
     )
 
 
+def _reported(artefacts: ArtefactMap, settings: Settings) -> TissueMap:
+    """The tissue in which nuclei are reported, by the artefacts that are known so far."""
+    return artefacts.clean_tissue() if settings.tissue.artefacts == "skip" else artefacts.tissue
+
+
 def _normalisation(slide: Slide, artefacts: ArtefactMap, settings: Settings) -> tuple[Normalisation, tuple[str, ...]]:
     """How the slide is normalised; and a note where it cannot be, although the settings ask for it."""
+    if settings.stain.method == "none":
+        return UNCHANGED, ()
+    from pipeline.model.load import stain_network
+
     target = template_stain(settings.stain, settings.tissue, settings.tiling.mpp)
-    network = load.stain_network(settings.stain)
+    network = stain_network(settings.stain)
     clean = artefacts.clean_tissue()
     tissue = clean if clean.mask.any() else artefacts.tissue
     try:
         fitted = fit_slide(slide, tissue, settings.stain, network)
     except StainError as error:
-        return Normalisation(stain.TEMPLATE["none"], stain.TEMPLATE["none"]), (f"not normalised: {error}",)
+        return UNCHANGED, (f"not normalised: {error}",)
     return Normalisation(fitted, target), ()
 
 
@@ -133,6 +155,7 @@ def write_plan(plan: Plan, folder: SlideFolder, digest: str) -> None:
             file,
             allow_pickle=False,
             tissue=plan.tissue.mask,
+            whole_tissue=plan.whole_tissue.mask,
             detected=plan.artefacts.tissue.mask,
             artefacts=plan.artefacts.kinds,
         )
@@ -145,6 +168,7 @@ def write_plan(plan: Plan, folder: SlideFolder, digest: str) -> None:
         "bounds": plan.bounds,
         "frame": plan.frame,
         "grid": asdict(plan.grid),
+        "step": plan.step,
         "tissue_frame": plan.tissue.frame,
         "glass": plan.glass,
         "normalisation": plan.normalisation.to_json(),
@@ -162,7 +186,8 @@ def load_plan(folder: SlideFolder, digest: str) -> Plan | None:
     grid, frame = content["grid"], _frame(content["frame"])
     tissue_frame = _frame(content["tissue_frame"])
     with np.load(folder.tissue, allow_pickle=False) as masks:
-        tissue, detected = (TissueMap(masks[name], tissue_frame, frame) for name in ("tissue", "detected"))
+        names = ("tissue", "whole_tissue", "detected")
+        tissue, whole_tissue, detected = (TissueMap(masks[name], tissue_frame, frame) for name in names)
         artefacts = ArtefactMap(masks["artefacts"], detected)
     return Plan(
         content["quick_hash"],
@@ -172,7 +197,9 @@ def load_plan(folder: SlideFolder, digest: str) -> Plan | None:
         Box(*content["bounds"]),
         frame,
         TileGrid(Size(*grid["size"]), grid["tile"], grid["margin"], grid["block"]),
+        content["step"],
         tissue,
+        whole_tissue,
         artefacts,
         content["glass"],
         Normalisation.from_json(content["normalisation"]),

@@ -61,18 +61,34 @@ def claim(anchors: Floats, core: Box, *, tolerance: float) -> Bools:
     return np.asarray(across & down)
 
 
-def touching(bounds: Floats, read: Box, slide: Size) -> Bools:
+def reaches(boxes: NDArray[np.floating], core: Box, *, tolerance: float) -> Bools:
+    """Which of a tile's instances decide what it claims; the others need no outline.
+
+    boxes: (N, 4), x0 y0 x1 y1, each around its instance
+    Returns bool (N,): those whose box meets the core grown by `tolerance` px, and what meets these, and so on.
+    Law: `mask_nms` and `claim` of these alone claim what those of all claim.
+    """
+    grown = shapely.box(core.x0 - tolerance, core.y0 - tolerance, core.x1 + tolerance, core.y1 + tolerance)
+    around = shapely.box(*np.asarray(boxes, np.float64).T)
+    reached = shapely.intersects(around, grown)
+    i, j = shapely.STRtree(around).query(around, predicate="intersects")
+    while not reached[j[reached[i]]].all():
+        reached[j[reached[i]]] = True
+    return np.asarray(reached)
+
+
+def touching(bounds: Floats, patch: Box, slide: Size) -> Bools:
     """Which instances reach an edge of their tile's patch inside the slide: they may be cut off.
 
     bounds: float64 (N, 4), x0 y0 x1 y1; within 2 px of the edge counts as touching
-    slide: size of the work frame; an edge of `read` on or beyond the slide's edge cuts nothing
+    slide: size of the work frame; an edge of `patch` on or beyond the slide's edge cuts nothing
     Returns bool (N,). For a claimed instance that touches the margin is too small.
     """
     x0, y0, x1, y1 = bounds.T
-    left = (read.x0 > 0) & (x0 <= read.x0 + _SHORT_PX)
-    upper = (read.y0 > 0) & (y0 <= read.y0 + _SHORT_PX)
-    right = (read.x1 < slide.width) & (x1 >= read.x1 - _SHORT_PX)
-    lower = (read.y1 < slide.height) & (y1 >= read.y1 - _SHORT_PX)
+    left = (patch.x0 > 0) & (x0 <= patch.x0 + _SHORT_PX)
+    upper = (patch.y0 > 0) & (y0 <= patch.y0 + _SHORT_PX)
+    right = (patch.x1 < slide.width) & (x1 >= patch.x1 - _SHORT_PX)
+    lower = (patch.y1 < slide.height) & (y1 >= patch.y1 - _SHORT_PX)
     return np.asarray(left | upper | right | lower)
 
 

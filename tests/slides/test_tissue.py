@@ -161,17 +161,29 @@ def test_a_map_is_queried_in_work_pixels() -> None:
     assert not tissue.any_in(Box(70, 40, 70, 50))
     assert not tissue.any_in(Box(-50, -50, -10, -10))
     assert tissue.contains(np.zeros((0, 2))).shape == (0,)
+    assert tissue.bounds_in(Box(0, 0, 500, 500)) == (64, 32, 96, 64)
+    assert tissue.bounds_in(Box(70, -9, 80, 40)) == (70, 32, 80, 40)
+    assert tissue.bounds_in(Box(96, 0, 200, 200)).area == tissue.bounds_in(Box(70, 40, 70, 50)).area == 0
 
 
 @given(st.integers(0, 2**32 - 1), st.floats(0.2, 3))
-def test_a_box_has_tissue_if_one_of_its_points_has(seed: int, work_mpp: float) -> None:
+def test_a_box_has_tissue_where_one_of_its_points_has(seed: int, work_mpp: float) -> None:
+    """Law: the bounds of the tissue in a box hold every point of it there, and no row or column too many."""
     rng = np.random.default_rng(seed)
     tissue = _map(rng.random((9, 11)) < 0.1, 2.0, work_mpp)
     x, y, width, height = rng.integers(0, 20, 4)
     box = Box(int(x), int(y), int(x + width), int(y + height))
     centres = [(i + 0.5, j + 0.5) for j in range(box.y0, box.y1) for i in range(box.x0, box.x1)]
-    if tissue.contains(np.reshape(centres, (-1, 2))).any():
+    on_tissue = np.reshape(centres, (-1, 2))[tissue.contains(np.reshape(centres, (-1, 2)))]
+    bounds = tissue.bounds_in(box)
+    assert bounds.intersect(box) == bounds
+    if len(on_tissue):
         assert tissue.any_in(box)
+        assert (on_tissue > bounds[:2]).all()
+        assert (on_tissue < bounds[2:]).all()
+        for x, y in ((bounds.x0, bounds.y0), (bounds.x1 - 1, bounds.y1 - 1)):
+            assert tissue.any_in(Box(x, bounds.y0, x + 1, bounds.y1))
+            assert tissue.any_in(Box(bounds.x0, y, bounds.x1, y + 1))
 
 
 @pytest.mark.parametrize("pixels", [1, 500, 7000])

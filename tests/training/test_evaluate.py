@@ -17,8 +17,8 @@ from pipeline.config import Architecture, Detector, Execution, Settings, Stitchi
 from pipeline.errors import AnnotationError
 from pipeline.model import inference
 from pipeline.model.detector import NucleusDetector, save_weights
-from pipeline.model.instances import STATISTICS, HostInstances
-from pipeline.model.stain import Normalisation
+from pipeline.model.fitted_stain import Normalisation
+from pipeline.model.instances import STATISTICS, HostInstances, Patches
 from pipeline.model.weights import content_sha256
 from pipeline.segment.record import SlideRecord
 from training import evaluate as evaluating
@@ -42,7 +42,7 @@ SIDE = 12  # of a nucleus, a square
 CLASSES = ("Odd", "Even")
 
 
-def oracle(patches: np.ndarray, normalisation: Normalisation, settings: Settings) -> Iterator[HostInstances]:
+def oracle(patches: Patches, normalisation: Normalisation, settings: Settings) -> Iterator[HostInstances]:
     """Reads nuclei back from their colours; misses every fifth, and calls every sixth 'Odd' though it is even."""
     for patch in patches:
         number = patch[..., 0].astype(np.int64)
@@ -195,7 +195,7 @@ def test_classes_that_the_weights_do_not_know_are_not_scored(tmp_path: Path, set
 def test_an_image_that_cannot_be_segmented_is_named(
     tmp_path: Path, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(patches: np.ndarray, normalisation: Normalisation, settings: Settings) -> Iterator[HostInstances]:
+    def broken(patches: Patches, normalisation: Normalisation, settings: Settings) -> Iterator[HostInstances]:
         raise RuntimeError("no such luck")
 
     monkeypatch.setattr(inference, "detect_patches", broken)

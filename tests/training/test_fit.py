@@ -41,6 +41,12 @@ QUICK = Training(
     rate=2e-3,
     warmup=5,
     strength=0.0,
+    shrink=0.75,
+    enlarge=1.35,
+    gamma=0.0,
+    normalise=0.0,
+    rescan=0.0,
+    paste=0.0,
     average=0.5,
     hold_out=0,
     init="imagenet",
@@ -92,7 +98,7 @@ def test_the_trainer_overfits_a_few_tiles(data: Path, tmp_path: Path) -> None:
     with torch.inference_mode():
         features, limits = (
             model.features(pixels),
-            Limits.of_patch(Detector(score=0.5, nms=0.4, objectness=0.3), 128, 0.25),
+            Limits.of_patch(Detector(score=0.5, nms=0.4, objectness=0.3), (128, 128), 0.25),
         )
         (found,) = model.classify(features, model.propose(features, limits), limits)
     assert 14 <= len(found.boxes) <= 20
@@ -224,7 +230,10 @@ def test_classes_are_learnt_when_asked_for(data: Path, tmp_path: Path) -> None:
     before = safetensors.torch.load_file(one)
     assert torch.equal(initial.rpn.head.cls_logits.weight, before["rpn.head.cls_logits.weight"].float())
     # before it learns which is which, it finds what the one found: same boxes, scores and masks
-    shown, limits = torch.rand(1, 3, 96, 96), Limits.of_patch(Detector(score=0, nms=0.5, objectness=0.3), 96, 0.25)
+    shown, limits = (
+        torch.rand(1, 3, 96, 96),
+        Limits.of_patch(Detector(score=0, nms=0.5, objectness=0.3), (96, 96), 0.25),
+    )
     seen = []
     for detector in (load_weights(one), initial.eval()):
         with torch.inference_mode():
@@ -355,6 +364,10 @@ def test_weights_to_start_from_must_exist_and_fit(data: Path, tmp_path: Path) ->
         ({"minutes": -1.0}, "minutes=-1.0: need 0 or more"),
         ({"rate": 0.0}, "rate=0.0: need more than 0"),
         ({"normalise": 2.0}, "normalise=2.0: need a share"),
+        ({"paste": -0.1}, "paste=-0.1: need a share"),
+        ({"shrink": 0.0}, "shrink=0.0: need more than 0, up to 1"),
+        ({"enlarge": 0.9}, "enlarge=0.9: need 1 or more"),
+        ({"gamma": -1.0}, "gamma=-1.0: need 0 or more"),
         ({"average": 1.0}, "average=1.0: need 0 or more, under 1"),
     ],
 )

@@ -22,13 +22,13 @@ from torchvision.ops import box_iou
 
 import pipeline
 from pipeline.config import Detector, Settings, Tiling
-from pipeline.model import inference, stain
+from pipeline.model import inference
+from pipeline.model.fitted_stain import TEMPLATE, Normalisation
 from pipeline.model.instances import HostInstances
-from pipeline.model.stain import Normalisation
 from slides.geometry import Box
 from slides.slide import open_slide
 
-UNCHANGED = Normalisation(stain.TEMPLATE["none"], stain.TEMPLATE["none"])
+UNCHANGED = Normalisation(TEMPLATE["none"], TEMPLATE["none"])
 
 
 def main() -> None:
@@ -68,7 +68,7 @@ def settings(given: argparse.Namespace, **detection: Any) -> Settings:
 
 
 def detect(patches: NDArray[np.uint8], chosen: Settings) -> list[HostInstances]:
-    return list(inference.detect_patches(patches, UNCHANGED, chosen))
+    return list(inference.detect_patches(list(patches), UNCHANGED, chosen))
 
 
 def compare_patches(given: argparse.Namespace) -> None:

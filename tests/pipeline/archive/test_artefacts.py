@@ -13,8 +13,8 @@ from PIL import Image
 from pipeline.archive.run import run
 from pipeline.config import Artefacts, Execution, Settings, Tiling, Tissue
 from pipeline.layout import SlideFolder
-from pipeline.model.instances import HostInstances
-from pipeline.model.stain import Normalisation
+from pipeline.model.fitted_stain import Normalisation
+from pipeline.model.instances import HostInstances, Patches
 from pipeline.report.table import _COLUMNS
 from pipeline.segment import tables
 from pipeline.segment.record import SlideRecord
@@ -40,7 +40,7 @@ def slide(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def red_squares(patches: np.ndarray, normalisation: Normalisation, settings: Settings) -> Iterator[HostInstances]:
+def red_squares(patches: Patches, normalisation: Normalisation, settings: Settings) -> Iterator[HostInstances]:
     """Stands for the detector: the dots."""
     for patch in patches:
         red = (patch == RED).all(axis=2) | (patch == FAINT).all(axis=2)

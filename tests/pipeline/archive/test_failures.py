@@ -20,8 +20,8 @@ from pipeline.archive.lease import Leases
 from pipeline.archive.run import run
 from pipeline.config import Execution, Settings
 from pipeline.errors import RunError
-from pipeline.model.instances import HostInstances, concat
-from pipeline.model.stain import Normalisation
+from pipeline.model.fitted_stain import Normalisation
+from pipeline.model.instances import HostInstances, Patches, concat
 from pipeline.segment import predictions, stages
 from pipeline.segment.record import SlideRecord, StageRecord
 
@@ -145,7 +145,7 @@ def test_a_full_disk_is_told_whatever_stage_meets_it(
 def test_an_output_folder_that_vanishes_ends_the_run_without_an_error(archive: Path, tmp_path: Path) -> None:
     out, away = tmp_path / "out", tmp_path / "away"
 
-    def gone(patches: np.ndarray, normalisation: Normalisation, settings: Settings) -> Iterator[HostInstances]:
+    def gone(patches: Patches, normalisation: Normalisation, settings: Settings) -> Iterator[HostInstances]:
         if out.exists():
             out.rename(away)
         yield from oracle.detect(patches, normalisation, settings)
@@ -202,7 +202,7 @@ def test_a_slide_that_another_run_has_is_left_to_it(archive: Path, tmp_path: Pat
 
 
 def test_what_the_device_had_no_memory_for_is_area_lost(archive: Path, tmp_path: Path) -> None:
-    def small(patches: np.ndarray, normalisation: Normalisation, settings: Settings) -> Iterator[HostInstances]:
+    def small(patches: Patches, normalisation: Normalisation, settings: Settings) -> Iterator[HostInstances]:
         for number, found in enumerate(oracle.detect(patches, normalisation, settings)):
             nothing = {
                 name: getattr(found, name)[:0]
@@ -225,7 +225,7 @@ def test_what_the_device_had_no_memory_for_is_area_lost(archive: Path, tmp_path:
 def test_a_mask_that_covers_nothing_is_no_nucleus(archive: Path, tmp_path: Path) -> None:
     """A box whose soft mask is nowhere above a half has no outline: it is left out, and the slide goes on."""
 
-    def faint(patches: np.ndarray, normalisation: Normalisation, settings: Settings) -> Iterator[HostInstances]:
+    def faint(patches: Patches, normalisation: Normalisation, settings: Settings) -> Iterator[HostInstances]:
         for found in oracle.detect(patches, normalisation, settings):
             blank = HostInstances(
                 boxes=np.array([[50, 50, 70, 70]], np.float32),

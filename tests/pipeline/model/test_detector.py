@@ -9,6 +9,7 @@ import pytest
 import safetensors.torch
 import torch
 from torch import nn
+from torchvision.models.detection.image_list import ImageList
 
 from pipeline.config import STRIDES, Architecture, Detector, Sampling, side_step
 from pipeline.errors import ConfigError, WeightsError
@@ -22,6 +23,7 @@ from pipeline.model.detector import (
     load_weights,
     save_weights,
 )
+from pipeline.model.roi_align import FeatureTable
 from pipeline.model.weights import detector_architecture, find_weights, licence, read_notes, shipped
 
 TINY = Architecture(channels=16, box_hidden=16, mask_channels=8, mask_layers=1)
@@ -136,6 +138,29 @@ def test_clear_nuclei_do_not_displace_the_others() -> None:
     assert len(proposals) == 50
 
 
+class Ties(torch.nn.Module):
+    """Objectness of few values, many of them equal, which does not depend on the size of the patch."""
+
+    def forward(self, levels: list[torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        every = torch.randint(1, 4, (1, 6, 128, 128), generator=torch.Generator().manual_seed(0)).bfloat16()
+        scores = [every[..., : level.shape[2], : level.shape[3]] for level in levels]
+        return scores, [torch.zeros(1, 24, *level.shape[-2:]) for level in levels]
+
+
+def test_equal_proposals_are_chosen_alike_in_every_patch() -> None:
+    """What is proposed in one part does not depend on how far the patch reaches beyond it."""
+    torch.manual_seed(0)
+    model = NucleusDetector(TINY).eval()
+    model.rpn.head = Ties()
+    limits, proposed = LIMITS._replace(anchors=100_000, proposals=100_000, objectness=0.5), []
+    with torch.inference_mode():
+        for width in (256, 192):
+            (proposals,) = model.propose(model.features(torch.zeros(1, 3, 128, width)), limits)
+            proposed.append([box for box in proposals.tolist() if box[2] < 128])
+    assert len(proposed[0]) > 30
+    assert proposed[0] == proposed[1]
+
+
 def test_the_interior_of_a_patch_does_not_depend_on_its_place() -> None:
     """Two tiles compute the same bits where both see all that the shipped network looks at, in bfloat16 too."""
     running = load.detector(Detector())
@@ -152,6 +177,19 @@ def test_the_interior_of_a_patch_does_not_depend_on_its_place() -> None:
         assert inner < min(ours.shape[-2:]) / 2
 
 
+def test_anchors_are_torchvision_s(tiny: NucleusDetector) -> None:
+    """Of a rectangle, for every anchor of every level."""
+    size, shapes = (96, 160), tuple((96 // stride, 160 // stride) for stride in STRIDES)
+    maps = [torch.empty(1, 1, *shape) for shape in shapes]
+    (expected,) = tiny.rpn.anchor_generator(ImageList(torch.empty(1, 3, *size), [size]), maps)
+    counts = [6 * height * width for height, width in shapes]
+    index = torch.cat([torch.arange(count) for count in counts])[None]
+    level = torch.arange(len(shapes)).repeat_interleave(torch.tensor(counts))
+    table = FeatureTable.of(maps, torch.float32)
+    assert torch.equal(tiny._anchors(table, index, level)[0], expected)
+    assert torch.equal(torch.cat([grid.flatten(0, 2) for grid in tiny._anchor_grids(table)]), expected)
+
+
 def test_anchors_beside_a_better_one_are_dropped() -> None:
     """Each shape of anchor by itself; equal neighbours stay."""
     logits = torch.full((1, 2, 5, 6), -9.0)
@@ -163,9 +201,9 @@ def test_anchors_beside_a_better_one_are_dropped() -> None:
 
 def test_limits_follow_the_area() -> None:
     settings = Detector(proposals_per_mm2=92_000, instances_per_mm2=30_000, anchors_per_proposal=2, score=0.4, nms=0.2)
-    limits = Limits.of_patch(settings, 1024, 0.25)
+    limits = Limits.of_patch(settings, (1024, 1024), 0.25)
     assert limits == Limits(anchors=12058, objectness=0.85, proposals=6029, instances=1966, score=0.4, nms=0.2)
-    assert Limits.of_patch(settings, 2048, 0.25).proposals == pytest.approx(4 * 6029, abs=4)
+    assert Limits.of_patch(settings, (2048, 2048), 0.25).proposals == pytest.approx(4 * 6029, abs=4)
 
 
 def test_weights_survive_a_round_trip(tiny: NucleusDetector, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from pipeline.model import deterministic
-from pipeline.model.deterministic import mix_channels, pad_rows, pointwise, sigmoid, softmax, upsample
+from pipeline.model.deterministic import mix_channels, pad_rows, pointwise, sigmoid, softmax, topk, upsample
 
 MATRIX = torch.rand(2, 3, generator=torch.Generator().manual_seed(0))
 WEIGHT = torch.rand(256, 4704, generator=torch.Generator().manual_seed(1)) / 100
@@ -103,3 +103,15 @@ def test_only_a_cpu_takes_the_other_path() -> None:
     assert len(pad_rows(torch.ones(3, 5))) == 64
     assert len(pad_rows(torch.ones(70, 5))) == 70
     assert len(pad_rows(torch.ones(3, 5, device="meta"))) == 3
+
+
+@given(st.integers(0, 2**31), st.integers(1, 500), st.data())
+def test_the_largest_stand_in_order(seed: int, length: int, data: st.DataObject) -> None:
+    """Torch's largest, equal or not, in the order in which they were; elsewhere than on a CPU in torch's."""
+    values = torch.randint(5, (2, length), generator=torch.Generator().manual_seed(seed)).bfloat16()
+    count = data.draw(st.integers(1, length))
+    best, index = topk(values, count)
+    assert (index.diff() > 0).all()
+    assert torch.equal(values.gather(1, index), best)
+    assert torch.equal(best.sort(descending=True).values, values.topk(count).values)
+    assert topk(values.to("meta"), count)[1].shape == index.shape

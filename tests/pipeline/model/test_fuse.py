@@ -34,7 +34,7 @@ def tensors(view: Sequence[tuple[float, ...]]) -> tuple[Tensor, Tensor, Tensor]:
     return boxes, table[:, 4], table[:, 5].long()
 
 
-EVERY = Limits.of_patch(Detector(score=0, nms=0.4, objectness=0.3), 128, 0.25)
+EVERY = Limits.of_patch(Detector(score=0, nms=0.4, objectness=0.3), (128, 128), 0.25)
 
 
 def fused(by_view: Sequence[Sequence[tuple[float, ...]]]) -> tuple[Tensor, ...]:
@@ -104,7 +104,7 @@ def tiny() -> NucleusDetector:
 
 
 def limits(proposals: int, instances: int, score: float) -> Limits:
-    every = Limits.of_patch(Detector(score=score, objectness=0.3), 128, 0.25)
+    every = Limits.of_patch(Detector(score=score, objectness=0.3), (128, 128), 0.25)
     return every._replace(anchors=2 * proposals, proposals=proposals, instances=instances)
 
 

@@ -15,13 +15,13 @@ from pipeline.config import Architecture, Detector, Settings, Stain, Tiling
 from pipeline.model import fuse, inference, load, stain
 from pipeline.model.detector import NucleusDetector, fold
 from pipeline.model.deterministic import pointwise
+from pipeline.model.fitted_stain import TEMPLATE, FittedStain, Normalisation, read_template
 from pipeline.model.inference import detect_patches
-from pipeline.model.instances import HostInstances, Instances, columns
-from pipeline.model.stain import Normalisation
+from pipeline.model.instances import HostInstances, Instances, Patches, columns
 from pipeline.model.weights import find_weights
 
 SIDE, MARGIN, MASK = 512, 64, 4  # in quarters 320 px, then 256
-NONE = Normalisation(stain.TEMPLATE["none"], stain.TEMPLATE["none"])
+NONE = Normalisation(TEMPLATE["none"], TEMPLATE["none"])
 NO_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
 
 
@@ -63,7 +63,7 @@ class Device:
         ones, unknown = torch.ones(count, dtype=torch.int64), torch.full((count, 2, 5), torch.nan)
         return Instances(torch.tensor(boxes).reshape(-1, 4), masks, torch.tensor(scores), ones, ones, unknown)
 
-    def detect(self, patches: np.ndarray, batch: int = 1) -> list[HostInstances]:
+    def detect(self, patches: Patches, batch: int = 1) -> list[HostInstances]:
         return list(detect_patches(patches, NONE, chosen(batch)))
 
 
@@ -110,7 +110,7 @@ def test_what_fits_does_not_depend_on_what_does_not(
 
     With an exact detector that holds for those detected in quarters too.
     """
-    patches = np.stack([painted(squares[:250], weight) for squares, weight in content])
+    patches = [painted(squares[:250], weight) for squares, weight in content]
     with pytest.MonkeyPatch.context() as patched:
         expected = install(Device(), patched).detect(patches)
         short = install(Device(memory=memory * SIDE**2), patched).detect(patches, batch)
@@ -131,7 +131,7 @@ def test_what_fits_does_not_depend_on_what_does_not(
 
 def test_batches_are_halved_until_they_fit_and_stay_so(device: Callable[..., Device]) -> None:
     one = device(memory=3 * SIDE**2)
-    patches = np.stack([painted([(20 * i, 40)]) for i in range(9)])
+    patches = [painted([(20 * i, 40)]) for i in range(9)]
     detected = one.detect(patches, batch=8)
     assert [float(f.boxes[0, 0]) for f in detected] == [20 * i for i in range(9)]
     assert [count for count, _ in one.tried] == [8, 4, 2, 2, 2, 2, 1]
@@ -143,10 +143,24 @@ def test_batches_are_halved_until_they_fit_and_stay_so(device: Callable[..., Dev
     assert [count for count, _ in one.tried] == [3]
 
 
+def test_a_batch_is_of_one_size_and_results_come_in_order(device: Callable[..., Device]) -> None:
+    """However patches of several sizes alternate; a narrow one that does not fit is divided along its length."""
+    one = device()
+    tall, wide = painted([(100, 100)])[:, :192], painted([(200, 100), (400, 100)])[:192]
+    detected = one.detect([tall, wide, tall, wide, tall], batch=4)
+    assert [len(f.boxes) for f in detected] == [1, 2, 1, 2, 1]
+    assert one.tried == [(3, 192), (2, 512)]
+    one = device(memory=SIDE * 192 - 1)
+    (narrow,) = one.detect([wide])
+    assert narrow.split
+    assert sorted(narrow.boxes[:, 0]) == [200, 400]
+    assert one.tried == [(1, 512), (1, 320), (1, 320)]
+
+
 def test_that_one_patch_did_not_fit_is_not_remembered(device: Callable[..., Device]) -> None:
     one = device(memory=SIDE**2)
     heavy, light = painted([(100, 100)], weight=1), painted([(100, 100)])
-    detected = one.detect(np.stack([light, heavy, light]))
+    detected = one.detect([light, heavy, light])
     assert [f.split for f in detected] == [False, True, False]
     assert one.tried == [(1, 512), (1, 512), *[(1, 320)] * 4, (1, 512)]
 
@@ -161,7 +175,7 @@ ERRORS = (
 
 @pytest.mark.parametrize("error", ERRORS, ids=str)
 def test_every_shortage_of_memory_is_recognised(device: Callable[..., Device], error: Exception) -> None:
-    detected = device(memory=0, error=error).detect(np.stack([painted([(9, 9)])] * 2), batch=2)
+    detected = device(memory=0, error=error).detect([painted([(9, 9)])] * 2, batch=2)
     assert [f.lost for f in detected] == [True, True]
 
 
@@ -171,7 +185,7 @@ def test_a_shortage_of_host_memory_is_recognised(
     """By the message of the allocator itself."""
     one = device()
     monkeypatch.setattr(one, "see", lambda _: torch.empty(2**60, dtype=torch.uint8))
-    (patch,) = one.detect(painted([(9, 9)])[None])
+    (patch,) = one.detect([painted([(9, 9)])])
     assert patch.lost
 
 
@@ -179,7 +193,7 @@ def test_a_shortage_of_host_memory_is_recognised(
 def test_other_errors_are_raised(device: Callable[..., Device], error: Exception) -> None:
     one = device(memory=0, error=error)
     with pytest.raises(type(error), match=str(error)):
-        one.detect(painted([])[None])
+        one.detect([painted([])])
     assert len(one.tried) == 1
 
 
@@ -195,7 +209,7 @@ def test_what_a_failure_held_is_free_before_the_next_attempt(
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(fuse, "infer", infer)
-    (patch,) = one.detect(painted([])[None])
+    (patch,) = one.detect([painted([])])
     assert patch.lost
     assert len(held) == 3  # the patch, a quarter, a quarter of that
 
@@ -205,7 +219,7 @@ def test_what_a_failure_held_is_free_before_the_next_attempt(
 
 def test_a_lost_patch_has_the_shapes_and_dtypes_of_every_other(device: Callable[..., Device]) -> None:
     lost, empty, some = device(memory=SIDE**2).detect(
-        np.stack([painted([], weight=9), painted([]), painted([(7, 7), (80, 7)])]), batch=2
+        [painted([], weight=9), painted([]), painted([(7, 7), (80, 7)])], batch=2
     )
     assert (lost.lost, empty.lost, some.lost) == (True, False, False)
     for name in columns(Instances):
@@ -232,7 +246,7 @@ def test_what_leaves_the_device_is_what_was_detected(
     batch = [instances(5), instances(0), instances(1)]
     one = device()
     monkeypatch.setattr(fuse, "infer", lambda *_: batch)
-    glass = np.full((3, SIDE, SIDE, 3), 255, np.uint8)
+    glass = [np.full((SIDE, SIDE, 3), 255, np.uint8)] * 3
     for f, expected in zip(one.detect(glass, batch=3), batch, strict=True):
         for name in ("boxes", "mask_probs", "scores", "class_index", "votes"):
             given, wanted = getattr(f, name), getattr(expected, name).numpy()
@@ -246,8 +260,8 @@ def test_what_leaves_the_device_is_what_was_detected(
 def test_stain_densities_are_of_what_a_mask_covers(device: Callable[..., Device]) -> None:
     """In quarters the same as in the whole patch; of one colour, all are its density, and the deviation is 0."""
     patch = painted([(30, 30), (250, 250)])
-    (whole,) = device().detect(patch[None])
-    (parts,) = device(memory=0.5 * SIDE**2).detect(patch[None])
+    (whole,) = device().detect([patch])
+    (parts,) = device(memory=0.5 * SIDE**2).detect([patch])
     assert parts.split
     assert np.array_equal(parts.stain_density, whole.stain_density)
     colour = torch.tensor(patch[35, 35]).view(1, 3, 1, 1) / 255
@@ -289,15 +303,15 @@ def test_neither_threads_nor_batches_show(method: Any, precision: torch.dtype, m
     monkeypatch.setattr(load, "detector", lambda _: load.LoadedDetector(model, torch.device("cpu"), precision))
     patches = np.random.default_rng(0).integers(60, 255, (2, 320, 320, 3)).astype(np.uint8)
     patches[1, 32:] = 240
-    target = stain.read_template(find_weights("stain")) if method == "dcgmm" else stain.TEMPLATE[method]
-    paler = stain.FittedStain(method, {name: tuple(0.9 * v for v in values) for name, values in target.numbers.items()})
+    target = read_template(find_weights("stain")) if method == "dcgmm" else TEMPLATE[method]
+    paler = FittedStain(method, {name: tuple(0.9 * v for v in values) for name, values in target.numbers.items()})
 
     def detect(batch: int, threads: int) -> list[HostInstances]:
         detection = Detector(batch=batch, score=0.05, objectness=0.3)
         torch.set_num_threads(threads)
         return list(
             detect_patches(
-                patches, Normalisation(paler, target), Settings(detector=detection, stain=Stain(method=method))
+                list(patches), Normalisation(paler, target), Settings(detector=detection, stain=Stain(method=method))
             )
         )
 

@@ -43,7 +43,8 @@ def test_losses_of_the_proposals_are_torchvisions(counts: tuple[int, ...]) -> No
     expected = rpn.compute_loss(score, delta, labels, rpn.box_coder.encode(matched, anchors))
     torch.manual_seed(1)
     sizes = [anchors_at * height * width for height, width in SHAPES]
-    losses = proposal_losses(rpn, logits, deltas, anchors[0].split(sizes), nuclei)
+    grids = [a.view(*shape, anchors_at, 4) for a, shape in zip(anchors[0].split(sizes), SHAPES, strict=True)]
+    losses = proposal_losses(rpn, logits, deltas, grids, nuclei)
     assert losses["loss_objectness"] == expected[0]
     assert losses["loss_rpn_box_reg"] == expected[1]
 

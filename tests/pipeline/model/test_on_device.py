@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.config import Architecture, Detector, Settings, Stain, Tiling
+from pipeline.config import VIEW_SHIFT_PX, Architecture, Detector, Settings, Stain, Tiling
 from pipeline.model import detector as model_detector
-from pipeline.model import inference, load, stain
+from pipeline.model import inference, load
 from pipeline.model.detector import NucleusDetector, fold
+from pipeline.model.fitted_stain import TEMPLATE, FittedStain, Normalisation, read_template
 from pipeline.model.inference import detect_patches
-from pipeline.model.instances import HostInstances, Instances, columns
-from pipeline.model.stain import FittedStain, Normalisation
+from pipeline.model.instances import HostInstances, Instances, Patches, columns
 from pipeline.model.weights import detector_architecture, find_weights
 from pretend_cuda import BLOCKING, COSTS, DOWNLOAD, LAUNCH, UPLOAD, WAIT, PretendedCuda
 from slides.geometry import Size
@@ -28,7 +28,7 @@ from training.fit import _optimise, _parameter_groups, initial_model
 
 SIDE = 128
 IMAGE = draw(Size(1024, 1024), 3).image
-LARGER = np.stack([IMAGE[256:512, 256:512], IMAGE[640:896, 256:512]])
+LARGER = [IMAGE[256:512, 256:512], IMAGE[640:896, 256:512]]
 METHODS: tuple[Any, ...] = ("none", "reinhard", "macenko", "dcgmm")
 COARSE = 1 / 255  # masks leave the device in 256 levels
 
@@ -47,8 +47,8 @@ FUSION = {
     "wait: pipeline/model/suppress.py suppress": 1,
 }
 TRAINING = {
-    "blocking upload: pipeline/model/detector.py _anchors": 1,  # once in a process, as the next
-    "blocking upload: pipeline/model/roi_align.py _levels_of": 1,
+    "blocking upload: pipeline/model/detector.py _anchor_shapes": 1,  # once in a process, as the next
+    "blocking upload: pipeline/model/roi_align.py _layout": 1,
     "blocking upload: training/fit.py _losses.<locals>.<genexpr>": 5,  # the loader pins its batches; here nothing does
     "download: pipeline/model/losses.py mask_targets": 1,
     "download: pipeline/model/suppress.py counts": 1,
@@ -72,11 +72,11 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def patches() -> np.ndarray:
-    """uint8 (8, SIDE, SIDE, 3), parts of a phantom slide; the last one shows glass."""
+def patches() -> list[np.ndarray]:
+    """Eight of SIDE px, parts of a phantom slide; the last one shows glass."""
     corners = [(y, x) for y in (256, 448, 640) for x in (256, 448, 640)][1:8]
     cut = [IMAGE[y : y + SIDE, x : x + SIDE] for y, x in corners]
-    return np.stack([*cut, np.full_like(cut[0], 243)])
+    return [*cut, np.full_like(cut[0], 243)]
 
 
 def chosen(device: str, method: Any = "none", **detection: Any) -> Settings:
@@ -85,12 +85,12 @@ def chosen(device: str, method: Any = "none", **detection: Any) -> Settings:
 
 
 def normalisation(method: str) -> Normalisation:
-    target = stain.read_template(find_weights("stain")) if method == "dcgmm" else stain.TEMPLATE[method]
+    target = read_template(find_weights("stain")) if method == "dcgmm" else TEMPLATE[method]
     paler = FittedStain(method, {name: tuple(0.9 * v for v in values) for name, values in target.numbers.items()})
     return Normalisation(paler, target)
 
 
-def detect(patches: np.ndarray, settings: Settings) -> list[HostInstances]:
+def detect(patches: Patches, settings: Settings) -> list[HostInstances]:
     return list(detect_patches(patches, normalisation(settings.stain.method), settings))
 
 
@@ -107,7 +107,7 @@ def assert_same(there: list[HostInstances], here: list[HostInstances]) -> None:
 
 @pytest.mark.parametrize("views", [1, 4])
 @pytest.mark.parametrize("method", METHODS)
-def test_a_device_gives_what_a_cpu_gives(patches: np.ndarray, method: Any, views: int) -> None:
+def test_a_device_gives_what_a_cpu_gives(patches: list[np.ndarray], method: Any, views: int) -> None:
     """And a batch waits for what the data decides, once for each head."""
     expected = detect(patches[4:], chosen("cpu", method, views=views))
     assert sum(len(patch.boxes) for patch in expected) > 10
@@ -119,6 +119,21 @@ def test_a_device_gives_what_a_cpu_gives(patches: np.ndarray, method: Any, views
     assert_no_more(cuda.by_function(*COSTS), costs(views))  # of the last: constants of its size were uploaded before
 
 
+def test_patches_of_several_sizes_are_those_of_a_cpu() -> None:
+    """In every view, also those that turn a patch by a quarter; what is alike goes in one batch."""
+    sizes = [(128, 192), (192, 128), (128, 192)]
+    patches = [
+        IMAGE[y : y + height, 448 : 448 + width] for y, (height, width) in zip((256, 448, 640), sizes, strict=True)
+    ]
+    expected = detect(patches, chosen("cpu", views=8))
+    assert all(len(patch.boxes) for patch in expected)
+    for patch, (height, width) in zip(expected, sizes, strict=True):
+        assert (patch.boxes[:, 2:] <= (width + VIEW_SHIFT_PX, height + VIEW_SHIFT_PX)).all()
+    with PretendedCuda() as cuda:
+        assert_same(detect(patches, chosen("cuda", views=8, batch=4)), expected)
+    assert [shape for shape in cuda.uploads if shape[-1] == 3] == [(2, 128, 192, 3), (1, 192, 128, 3)]
+
+
 def costs(views: int) -> dict[str, int]:
     """What a batch in several views may cost."""
     per_batch = {k: v if "inference" in k else views * v for k, v in DETECTION.items()}
@@ -126,7 +141,7 @@ def costs(views: int) -> dict[str, int]:
     return {k: per_batch.get(k, 0) + fusion.get(k, 0) for k in per_batch.keys() | fusion.keys()}
 
 
-def test_the_cost_of_a_batch(patches: np.ndarray) -> None:
+def test_the_cost_of_a_batch(patches: list[np.ndarray]) -> None:
     """Of eight patches in one view, in the precision of a GPU; `pytest -s` shows the table by source line."""
     settings = chosen("cuda", batch=8, precision="bfloat16")
     with PretendedCuda() as cuda:
@@ -137,10 +152,10 @@ def test_the_cost_of_a_batch(patches: np.ndarray) -> None:
     print(f"\n{cuda.table(*COSTS)}\n{cuda.total(LAUNCH)} launches")
     assert sum(len(patch.boxes) for patch in detected) > 10
     assert_no_more(cuda.by_function(*COSTS), costs(1))
-    assert cuda.uploads == [patches.shape]
+    assert cuda.uploads == [(8, SIDE, SIDE, 3)]
     assert cuda.total(WAIT, DOWNLOAD, BLOCKING) <= 7
     assert cuda.total(UPLOAD) == 1
-    assert cuda.total(LAUNCH) <= 440  # 29 of them for the statistics of the stains, 12 to thin the anchors
+    assert cuda.total(LAUNCH) <= 439  # 29 of them for the statistics of the stains, 12 to thin the anchors
 
 
 def assert_no_more(counted: Mapping[str, int], expected: Mapping[str, int]) -> None:

@@ -28,7 +28,7 @@ def test_it_is_torchvisions_roi_align(seed: int, images: int, count: int, size: 
     reference.scales, reference.map_levels = None, None
     expected = reference(features, boxes, [(96, 128)] * images)
     pool = RoIPool(size, STRIDES, canonical_px=64, canonical_level=3)
-    pooled = pool(FeatureTable.of(maps), *flatten_boxes(boxes))
+    pooled = pool(FeatureTable.of(maps, torch.float64), *flatten_boxes(boxes))
     assert pooled.shape == (images * count, 5, size, size)
     torch.testing.assert_close(pooled, expected, rtol=0, atol=1e-9)
     if count:

@@ -11,43 +11,51 @@ from pipeline.model.split import join, quarters
 upscales = st.sampled_from([1.0, 1.25, 1.5, 2.0, 3.0])
 
 
-@given(
-    st.integers(2, 64).map(lambda n: 32 * n), st.integers(0, 300), upscales, st.tuples(st.floats(0, 1), st.floats(0, 1))
-)
+sizes = st.tuples(*[st.integers(2, 64)] * 2)  # in steps
+
+
+@given(sizes, st.integers(0, 300), upscales, st.tuples(st.floats(0, 1), st.floats(0, 1)))
 def test_every_place_has_one_quarter_that_sees_around_it(
-    side: int, margin: int, upscale: float, at: tuple[float, float]
+    steps: tuple[int, int], margin: int, upscale: float, at: tuple[float, float]
 ) -> None:
-    """Law: a box is owned by one quarter, which is smaller than the patch, and reads `margin` px around its centre."""
-    centre, step = torch.tensor([at], dtype=torch.float64) * (side - 1), side_step(upscale)
-    parts = quarters(side, margin, step)
-    assert parts or side // 2 + margin > side - step
+    """Law: a box is owned by one quarter, which is smaller than the patch, and reads `margin` px around its centre.
+
+    It begins and ends at multiples of the step.
+    """
+    step = side_step(upscale)
+    height, width = steps[0] * step, steps[1] * step
+    centre = torch.tensor([at], dtype=torch.float64) * torch.tensor([width - 1, height - 1])
+    parts = quarters((height, width), margin, step)
+    assert len(parts) in (0, 2, 4)
+    assert parts or all(side // 2 + margin > side - step for side in (height, width))
     owners = []
     for part in parts:
-        corner = torch.tensor([part.x, part.y])
+        corner = torch.tensor(part.read[:2])
         moved, own = part.to_patch(torch.cat([centre - corner - 0.5, centre - corner + 0.5], 1))
         torch.testing.assert_close(moved, torch.cat([centre - 0.5, centre + 0.5], 1))
         owners += [part] * int(own)
     assert len(owners) == bool(parts)
     for part in owners:
-        assert part.side < side
-        assert part.side * upscale % 32 == 0
-        for read, here in ((part.x, float(centre[0, 0])), (part.y, float(centre[0, 1]))):
-            assert 0 <= read <= read + part.side <= side
-            assert max(0, here - margin) >= read
-            assert min(side, here + margin) <= read + part.side
+        assert part.read.area < height * width
+        assert all(px % step == 0 for px in part.read)
+        low, high = part.read[:2], part.read[2:]
+        for first, last, side, here in zip(low, high, (width, height), centre[0].tolist(), strict=True):
+            assert 0 <= first <= last <= side
+            assert max(0, here - margin) >= first
+            assert min(side, here + margin) <= last
 
 
 def test_what_a_quarter_reads_is_its_window() -> None:
     patch = torch.arange(256 * 256).reshape(256, 256)
-    for part in quarters(256, 32, 32):
+    for part in quarters((256, 256), 32, 32):
         read = patch[part.window]
         assert read.shape == (160, 160)
-        assert read[0, 0] == part.y * 256 + part.x
+        assert read[0, 0] == part.read.y0 * 256 + part.read.x0
 
 
 def test_quarters_are_put_together_in_the_patch() -> None:
     """One nucleus in each quarter, one in the middle that two of them own; what a quarter does not own it drops."""
-    parts = quarters(256, 32, 32)  # each reads 160 px, and they meet at 128
+    parts = quarters((256, 256), 32, 32)  # each reads 160 px, and they meet at 128
 
     def rows(*boxes: tuple[float, float, float], saturated: bool = False) -> Candidates:
         x, y, score = torch.tensor(boxes).unbind(1)

@@ -35,3 +35,19 @@ def test_it_is_that_of_each_patch_and_level(seed: int, count: int, patches: int,
         assert keep.device.type == ("cuda" if on_gpu else "cpu")
         assert keep.tolist() == expected
     assert sizes == counts
+
+
+@given(st.integers(0, 2**31), st.integers(1, 300), st.integers(0, 300))
+@settings(max_examples=40)
+def test_of_equal_scores_the_first_is_the_best_whatever_else_there_is(seed: int, count: int, others: int) -> None:
+    """Law: on a CPU, boxes far away change neither which are kept nor their order."""
+    draw = torch.Generator().manual_seed(seed)
+    corner = torch.rand(count + others, 2, generator=draw) * 60
+    boxes = torch.cat([corner, corner + 5 + torch.rand(len(corner), 2, generator=draw) * 20], 1)
+    near = torch.randperm(len(boxes), generator=draw) < count
+    boxes[~near] += 1000
+    scores = torch.randint(1, 4, (len(boxes),), generator=draw) / 4
+    zeros = torch.zeros(len(boxes), dtype=torch.int64)
+    together, _ = suppress.suppress(boxes, scores, zeros, zeros, 1, iou=0.4)
+    alone, _ = suppress.suppress(boxes[near], scores[near], zeros[near], zeros[near], 1, iou=0.4)
+    assert torch.equal(together[near[together]], torch.where(near)[0][alone])

@@ -3,13 +3,20 @@
 import dataclasses
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+import oracle
 from oracle import HEIGHT, WIDTH, chosen, paint
 from pipeline.config import Tissue
-from pipeline.segment.plan import plan_slide
+from pipeline.segment.plan import Plan, plan_slide
+from pipeline.segment.stages import outline
 from slides import slide as slide_module
-from slides.slide import open_slide
+from slides.slide import Slide, open_slide
+from slides.tissue import TissueMap
 
 
 def test_the_thumbnail_of_a_slide_larger_than_any_glass_is_coarser_and_said_to_be(
@@ -28,3 +35,32 @@ def test_the_thumbnail_of_a_slide_larger_than_any_glass_is_coarser_and_said_to_b
         "the slide is larger than any glass, so its scale may be wrong: tissue was detected at 4 µm/px, not 1",
     )
     assert plan.tiles == usual.tiles
+
+
+@pytest.fixture(scope="module")
+def discs(tmp_path_factory: pytest.TempPathFactory) -> Slide:
+    path = tmp_path_factory.mktemp("slides") / "discs.png"
+    paint(path, 0)
+    return open_slide(path, mpp=0.25)
+
+
+def outlined(slide: Slide, plan: Plan) -> pa.Table:
+    """What the tiles of a plan claim of what the oracle detects in their trimmed patches."""
+    patches = [slide.read(plan.trimmed(tile), plan.frame) for tile in plan.tiles]
+    detected = oracle.detect(patches, plan.normalisation, chosen())
+    rows = [outline(f, tile, plan, chosen()) for f, tile in zip(detected, plan.tiles, strict=True)]
+    assert not any(touching for _, touching in rows)
+    return pa.concat_tables([table for table, _ in rows])
+
+
+@given(st.integers(0, 2**32 - 1), st.sampled_from([2, 8, 64]))
+@settings(max_examples=20, deadline=None)
+def test_what_a_tile_claims_does_not_depend_on_how_its_patch_is_trimmed(discs: Slide, seed: int, step: int) -> None:
+    """Law: wherever the tissue lies, and by whatever step, the same polygons as from patches that hold all cores."""
+    plan = plan_slide(discs, chosen())
+    some = np.random.default_rng(seed).random(plan.tissue.mask.shape) < 0.02
+    tissue = TissueMap(some, plan.tissue.frame, plan.tissue.work)
+    plan = plan._replace(step=step, tissue=tissue, whole_tissue=tissue)
+    untrimmed = plan._replace(whole_tissue=tissue._replace(mask=np.ones_like(some)))
+    if plan.tiles:
+        assert outlined(discs, plan).equals(outlined(discs, untrimmed))

@@ -19,8 +19,8 @@ from pipeline.archive.sources import Source
 from pipeline.config import Execution, Export, Settings
 from pipeline.errors import RunError
 from pipeline.layout import SlideFolder
-from pipeline.model.instances import STATISTICS, HostInstances
-from pipeline.model.stain import Normalisation
+from pipeline.model.fitted_stain import Normalisation
+from pipeline.model.instances import STATISTICS, HostInstances, Patches
 from pipeline.segment import tables
 from pipeline.segment.export import dicom
 from pipeline.segment.export.dicom import Reference, find_reference, write_dicom
@@ -188,7 +188,7 @@ def test_a_missing_reference_is_named_with_the_remedy(tmp_path: Path, image: Pat
         where(image)
 
 
-def squares(patches: np.ndarray, normalisation: Normalisation, settings: Settings) -> Iterator[HostInstances]:
+def squares(patches: Patches, normalisation: Normalisation, settings: Settings) -> Iterator[HostInstances]:
     """A detector that sees one nucleus in each patch, of 10 x 10 px."""
     box, mask = np.array([[50, 50, 60, 60]], np.float32), np.ones((1, 10, 10), bool)
     one = np.ones(1, np.int64)
