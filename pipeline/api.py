@@ -54,12 +54,12 @@ def speed(settings: Settings, seconds_per_mm2: float | None = None) -> float:
     That is `seconds_per_mm2` where it is given, else what was measured for a CPU; NaN for a GPU, for which nothing
     has been measured. Raises ConfigError for a device that is not there, and for a speed that is not above 0.
     """
-    from pipeline.model.device import choose_device
+    from pipeline.model.device import count_gpus, device_kind
 
     if seconds_per_mm2 is not None:
         require(0 < seconds_per_mm2 < float("inf"), f"seconds-per-mm2={seconds_per_mm2}: need more than 0")
         return seconds_per_mm2
-    return CPU_SECONDS_PER_MM2 if choose_device(settings.detector.device).type == "cpu" else float("nan")
+    return CPU_SECONDS_PER_MM2 if device_kind(settings.detector.device, count_gpus()) == "cpu" else float("nan")
 
 
 def export(

@@ -37,6 +37,9 @@ STRIDES = (4, 8, 16, 32)  # of the feature maps, in enlarged px
 # How far what lies around a nucleus changes its detection, in enlarged px: measured by workflows/benchmarks/tilings.py
 CONTEXT_PX = 192
 
+# How far the views but the first are shifted, px: no multiple of a stride, so that anchors lie elsewhere on the nuclei.
+VIEW_SHIFT_PX = 5
+
 
 def side_step(upscale: float = 1.0) -> int:
     """The px that an image's side must be a multiple of, so that enlarged it is one of the coarsest stride.
@@ -184,6 +187,11 @@ class Detector:
         require(self.batch >= 0, f"batch={self.batch}: need 0 (automatic) or more")
         check_device_name(self.device)
 
+    @property
+    def largest_shift_px(self) -> int:
+        """How far its views move a patch, along either axis."""
+        return VIEW_SHIFT_PX if self.views > 1 else 0
+
 
 @dataclass(frozen=True)
 class Stitching:
@@ -320,7 +328,7 @@ class Execution:
     stage_space: str = "100GB"
     "Space that these copies may take, such as 500GB or 2TB; slides wait until there is room, and larger ones fail."
     window: int = 0
-    "Blocks in flight over all slides, which bounds memory and scratch space; 0: two, plus two for each detector."
+    "Blocks in flight over all slides, which bounds memory and scratch space; 0: as many as keep the detectors busy."
     wait: bool = True
     "Wait for slides that another run with the same --out is processing, and take over if it dies; --no-wait: leave them to it."
     keep_work: Annotated[bool, NO_NEGATIVE] = False

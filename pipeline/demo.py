@@ -13,7 +13,7 @@ from pipeline.archive.run import run
 from pipeline.config import Execution, Settings
 from pipeline.errors import RunError
 from pipeline.layout import RunFolder
-from pipeline.model.device import choose_device
+from pipeline.model.device import count_gpus, device_kind
 from pipeline.segment import tables
 from pipeline.segment.polygons import Polygons
 from slides import phantom
@@ -57,7 +57,7 @@ def run_demo(out: Path, seed: int, settings: Settings, say: Callable[[str], None
     Raises RunError where `out` cannot be a folder to write to, ConfigError for a device that is not there.
     """
     started = time.perf_counter()
-    choose_device(settings.detector.device)
+    device_kind(settings.detector.device, count_gpus())
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:

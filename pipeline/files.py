@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +129,17 @@ def read_checked_json(path: Path) -> dict[str, Any] | None:
     stored = read_json(path) or {}
     content = stored.get("content")
     return content if isinstance(content, dict) and stored.get("sha256") == _digest(content) else None
+
+
+def with_checksum(content: Mapping[str, Any]) -> dict[str, Any]:
+    """`content` with a checksum of all the rest in its field `sha256`, for files that others read, too."""
+    rest = {name: value for name, value in content.items() if name != "sha256"}
+    return {**rest, "sha256": _digest(json.loads(json.dumps(rest)))}
+
+
+def fits_checksum(content: Mapping[str, Any]) -> bool:
+    """Whether content read from a file is what `with_checksum` gave, or has no checksum."""
+    return "sha256" not in content or content["sha256"] == with_checksum(content)["sha256"]
 
 
 def _digest(content: dict[str, Any]) -> str:

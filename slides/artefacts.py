@@ -8,8 +8,8 @@ is read at a quarter of the cell (2 um per pixel). What is dark and what is smoo
 from typing import NamedTuple
 
 import numpy as np
+import scipy  # loads ndimage where it is first used: who reads a mask does without
 from numpy.typing import ArrayLike, NDArray
-from scipy import ndimage
 
 from slides.geometry import Box, Frame
 from slides.slide import Slide
@@ -204,8 +204,8 @@ class _Own(NamedTuple):
 
 def _own(density: NDArray[np.float32], texture: Texture, tissue: Mask) -> _Own:
     red, green, blue = density
-    variance = ndimage.uniform_filter(np.square(texture.deviation), 5, mode="nearest")
-    mean = np.maximum(ndimage.uniform_filter(green, 5, mode="nearest"), 0.05)
+    variance = scipy.ndimage.uniform_filter(np.square(texture.deviation), 5, mode="nearest")
+    mean = np.maximum(scipy.ndimage.uniform_filter(green, 5, mode="nearest"), 0.05)
     relative = np.sqrt(np.maximum(variance, 0)) / mean
     known = bool(texture.palest.any())
     stained = tissue & (green > _LEAST_STAIN)
@@ -234,10 +234,10 @@ def _darkness(green: Floats, texture: Texture, own: _Own, tissue: Mask, mpp: flo
     """How dark the palest spot around a cell is, float32 (h, w), relative to the tissue."""
     side = max(3, round(_SURROUNDINGS_UM / mpp))
     stained = tissue & (green > _LEAST_STAIN)
-    share = ndimage.uniform_filter(stained.astype(np.float32), side, mode="nearest")
-    around = ndimage.uniform_filter(np.where(stained, green, 0), side, mode="nearest") / np.maximum(share, 1e-3)
+    share = scipy.ndimage.uniform_filter(stained.astype(np.float32), side, mode="nearest")
+    around = scipy.ndimage.uniform_filter(np.where(stained, green, 0), side, mode="nearest") / np.maximum(share, 1e-3)
     usual = np.clip(around, own.green, _DENSEST * own.green)
-    darkness: Floats = ndimage.minimum_filter(texture.palest, 3, mode="nearest") / usual
+    darkness: Floats = scipy.ndimage.minimum_filter(texture.palest, 3, mode="nearest") / usual
     return darkness
 
 
@@ -252,7 +252,9 @@ def _coloured_pen(density: NDArray[np.float32], dark: Floats, own: _Own, mpp: fl
         without_small(warm, _WARM_UM2 / mpp**2), own
     )
     pale = np.logical_or(*_ink_colours(density / _PALE, own))
-    pen = ndimage.binary_propagation(strokes, mask=strokes | pale | (dark > _CONTINUED), structure=np.ones((3, 3)))
+    pen = scipy.ndimage.binary_propagation(
+        strokes, mask=strokes | pale | (dark > _CONTINUED), structure=np.ones((3, 3))
+    )
     return grown(pen, _RIM_UM / mpp)
 
 
@@ -265,8 +267,8 @@ def _partly_smooth(strokes: Mask, own: _Own) -> Mask:
     """The strokes that are smooth in a part of their area; all of them where no texture is known."""
     if not own.texture_known:
         return strokes
-    labels, count = ndimage.label(strokes, structure=np.ones((3, 3)))
-    smooth = ndimage.mean(own.smooth, labels, np.arange(count + 1)) >= _WARM_SMOOTH
+    labels, count = scipy.ndimage.label(strokes, structure=np.ones((3, 3)))
+    smooth = scipy.ndimage.mean(own.smooth, labels, np.arange(count + 1)) >= _WARM_SMOOTH
     smooth[0] = False
     kept: Mask = smooth[labels]
     return kept
@@ -292,7 +294,7 @@ def _folds(density: NDArray[np.float32], dark: Floats, own: _Own, mpp: float) ->
     alike = density[2] < (own.blue_shares[1] + _VIOLET_OF_TISSUE) * density.sum(axis=0)
     seeds = without_small(alike & (dark > _DARK), _FOLD_UM2 / mpp**2)
     rest = seeds | (alike & (dark > _CONTINUED))
-    folds: Mask = ndimage.binary_dilation(seeds, np.ones((3, 3)), round(_RIM_UM / mpp), mask=rest)
+    folds: Mask = scipy.ndimage.binary_dilation(seeds, np.ones((3, 3)), round(_RIM_UM / mpp), mask=rest)
     return folds
 
 
@@ -308,15 +310,15 @@ def _shadows(density: NDArray[np.float32], coloured_pen: Mask, mpp: float) -> _S
     """
     whole = density.sum(axis=0)
     grey = (density[1] < _SHADOW_GREEN * whole) & (np.ptp(density, axis=0) < _SHADOW_SPREAD * whole)
-    labels, _ = ndimage.label(grey & (whole > 3 * _SHADOW_DENSITY), structure=np.ones((3, 3)))
+    labels, _ = scipy.ndimage.label(grey & (whole > 3 * _SHADOW_DENSITY), structure=np.ones((3, 3)))
     edges, bubbles = np.zeros(labels.shape, np.bool_), np.zeros(labels.shape, np.bool_)
-    for number, place in enumerate(ndimage.find_objects(labels), 1):
+    for number, place in enumerate(scipy.ndimage.find_objects(labels), 1):
         if max(side.stop - side.start for side in place) * mpp < _SHADOW_UM:
             continue
         piece = labels[place] == number
         if coloured_pen[place][piece].mean() > 0.5:
             continue
-        filled = ndimage.binary_fill_holes(piece)
+        filled = scipy.ndimage.binary_fill_holes(piece)
         if (filled.sum() - piece.sum()) * mpp**2 > max(_BUBBLE_UM2, piece.sum() * mpp**2):
             bubbles[place] |= filled
         elif _is_edge(piece, mpp):
@@ -330,5 +332,5 @@ def _is_edge(piece: Mask, mpp: float) -> bool:
     if len(points) < 3:
         return False
     short, long = 4 * np.sqrt(np.maximum(np.linalg.eigvalsh(np.cov(points.T)), 0)) * mpp
-    width = 2 * ndimage.distance_transform_edt(np.pad(piece, 1)).max() * mpp
+    width = 2 * scipy.ndimage.distance_transform_edt(np.pad(piece, 1)).max() * mpp
     return bool(long > _EDGE_UM and short < _STRAIGHT * long and width < _EDGE_WIDTH_UM)

@@ -1,12 +1,13 @@
 """PatchStore: the patches of a slide in one Zarr group on disk, block by block.
 
-    patches   uint8   (rows, cols, tile, tile, 3)        one chunk a patch, one shard a block, else white
-    lost      float32 (rows, cols)                       share of the tile's core that could not be decoded
-    done      uint8   (block rows, block cols, 40)       one chunk a block, written last: size and checksum of the rest
+    regions   uint8   (block rows, block cols, side, side, 3)   one chunk a block: what its tiles read, else white
+    lost      float32 (rows, cols)                              share of the tile's core that could not be decoded
+    done      uint8   (block rows, block cols, 40)              written last: size and checksum of the rest of a block
 
-`rows` and `cols` are padded to whole blocks. The group's attributes hold the configuration's digest and the
-grid. Any Zarr v3 reader reads it. This module reads and writes whole files, each in one go, and has Zarr encode and
-decode them in memory: the bytes that are checked are those that are decoded, even if another process writes.
+`rows` and `cols` are padded to whole blocks. Patches are windows of their block's region, as those of neighbours share
+their margins: copies of their own would hold a third more. The group's attributes hold the configuration's digest and
+the grid. Any Zarr v3 reader reads it. Nothing is compressed, so a file holds the bytes of an array: this module
+writes and reads them in one go, and what is checked is what is used, even if another process writes.
 
 Nothing here is synced to the disk. After a power cut or a disk fault a block may not match its checksum; it then
 counts as never written, and is made again from the slide.
@@ -18,6 +19,7 @@ import hashlib
 import json
 import os
 import struct
+import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,8 +27,6 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 from zarr.abc.buffer import Buffer
-from zarr.buffer import cpu
-from zarr.codecs import ZstdCodec
 from zarr.storage import MemoryStore
 
 from slides.errors import GridError, StoreMismatch
@@ -37,31 +37,32 @@ from slides.slide import Slide
 
 _WHITE = 255
 
-# H&E compresses only 1.2-1.3 times; higher levels cost seconds and save nothing.
-_COMPRESSION = 1
-
-# A block's entry in `done`: bytes of its shard; sha256 of the store's metadata, the shard and the lost shares.
+# A block's entry in `done`: bytes of its region; sha256 of the store's metadata, the region's CRC-32 and the lost
+# shares. A sha256 of the region would take longer than writing it.
 _MARK = struct.Struct("<Q32s")
+
+Pixels = NDArray[np.uint8]
+Shares = NDArray[np.float32]
 
 
 class _Files(NamedTuple):
-    """A block's files, encoded; empty where Zarr leaves none, because all values are the fill value."""
+    """What a block's files hold, as bytes; nothing where there is none, because all values are the fill value."""
 
-    shard: bytes
-    lost: bytes
+    region: Pixels  # uint8 (side * side * 3,) or (0,)
+    lost: Pixels  # uint8, of little-endian float32 (block * block,) or (0,)
 
 
 class _Names(NamedTuple):
     """A block's files, relative to the store."""
 
-    shard: str
+    region: str
     lost: str
     mark: str
 
 
 def _names(row: int, col: int) -> _Names:
     """Zarr's names for the files of the block in this row and column of blocks."""
-    return _Names(f"patches/c/{row}/{col}/0/0/0", f"lost/c/{row}/{col}", f"done/c/{row}/{col}/0")
+    return _Names(f"regions/c/{row}/{col}/0/0/0", f"lost/c/{row}/{col}", f"done/c/{row}/{col}/0")
 
 
 class PatchStore:
@@ -96,78 +97,80 @@ class PatchStore:
                 )
         store = cls(path, grid, digest)
         for name, content in _metadata(grid, digest).items():
-            if _content(path / name) != content:
-                store._replace(name, content)
+            if _content(path / name).tobytes() != content:
+                store._replace(name, np.frombuffer(content, np.uint8))
         return store
 
     def is_done(self, block: int) -> bool:
         """Whether the block has been written and is whole. Reads all of it."""
         return self._files(block) is not None
 
-    def write(self, block: int, tiles: tuple[Tile, ...], patches: NDArray[np.uint8], lost: NDArray[np.float32]) -> None:
-        """Store the patches of a block: of all its tiles or of some; the others become white. Safe to repeat.
+    def write(self, block: int, tiles: tuple[Tile, ...], region: Pixels, lost: Shares) -> None:
+        """Store what `cut` returned for some tiles of a block, or all. Safe to repeat.
 
-        patches: uint8 (n, tile, tile, 3); lost: float32 (n,); both in the order of `tiles`.
+        region: uint8 (side, side, 3), white where none of them reads; lost: float32 (n,), in the order of `tiles`.
         """
         rows, cols = self._within(block, tiles)
-        side, tile = self.grid.block, self.grid.tile
-        all_patches = np.full((side, side, tile, tile, 3), _WHITE, np.uint8)
-        all_lost = np.zeros((side, side), np.float32)
-        all_patches[rows, cols] = patches
+        all_lost = np.zeros((self.grid.block, self.grid.block), "<f4")
         all_lost[rows, cols] = lost
-        files = _encode(self.grid, all_patches, all_lost)
+        files = _Files(_stored(region, _WHITE), _stored(all_lost, 0))
         names = _names(*self.grid.block_place(block))
-        self._replace(names.shard, files.shard)
+        self._replace(names.region, files.region)
         self._replace(names.lost, files.lost)
-        self._replace(names.mark, self._mark(files))
+        self._replace(names.mark, np.frombuffer(self._mark(files), np.uint8))
 
-    def read(self, block: int, tiles: tuple[Tile, ...]) -> tuple[NDArray[np.uint8], NDArray[np.float32]] | None:
-        """Patches of some tiles of a block, uint8 (n, tile, tile, 3), and their lost shares, float32 (n,).
+    def read(self, block: int, tiles: tuple[Tile, ...]) -> tuple[list[Pixels], Shares] | None:
+        """Patches of some tiles of a block, each uint8 (tile, tile, 3), and their lost shares, float32 (n,).
 
+        The patches are windows of one array: whoever changes a pixel changes it in the neighbours.
         None where the block is not done: never written, discarded, damaged, or just being replaced.
         """
         rows, cols = self._within(block, tiles)
         files = self._files(block)
         if files is None:
             return None
-        patches, lost = _decode(self.grid, files)
-        return patches[rows, cols], lost[rows, cols]
+        side, grid = block_side(self.grid), self.grid
+        region = files.region if files.region.size else np.full(side * side * 3, _WHITE, np.uint8)
+        lost = files.lost if files.lost.size else np.zeros(grid.block * grid.block * 4, np.uint8)
+        region, shares = region.reshape(side, side, 3), lost.view("<f4").reshape(grid.block, grid.block)
+        corners = zip((rows * grid.stride).tolist(), (cols * grid.stride).tolist(), strict=True)
+        return [region[y : y + grid.tile, x : x + grid.tile] for y, x in corners], shares[rows, cols]
 
     def discard(self, block: int) -> None:
         """Delete the block's patches, so that the store stays small. The block is not done any more."""
         names = _names(*self.grid.block_place(block))
-        for name in (names.mark, names.shard, names.lost):
+        for name in (names.mark, names.region, names.lost):
             (self.path / name).unlink(missing_ok=True)
 
     def _files(self, block: int) -> _Files | None:
         """The block's files, if they match its entry in `done`; else None."""
         names = _names(*self.grid.block_place(block))
-        mark = _content(self.path / names.mark)
+        mark = _content(self.path / names.mark).tobytes()
         if len(mark) != _MARK.size:
             return None
-        files = _Files(_content(self.path / names.shard), _content(self.path / names.lost))
+        files = _Files(_content(self.path / names.region), _content(self.path / names.lost))
         return files if self._mark(files) == mark else None
 
     def _mark(self, files: _Files) -> bytes:
         """The entry in `done` of a block with these files."""
         digest = hashlib.sha256(self._metadata_hash)
-        digest.update(files.shard)
-        digest.update(files.lost)
-        return _MARK.pack(len(files.shard), digest.digest())
+        digest.update(zlib.crc32(files.region.data).to_bytes(4, "little"))
+        digest.update(files.lost.data)
+        return _MARK.pack(files.region.size, digest.digest())
 
-    def _replace(self, name: str, content: bytes) -> None:
+    def _replace(self, name: str, content: Pixels) -> None:
         """Make `content` the file of that name in one rename: a reader gets the old bytes or the new.
 
         It is written beside the store first (`partial_path`).
         """
         file = self.path / name
-        if not content:
+        if not content.size:
             file.unlink(missing_ok=True)
             return
         partial = partial_path(self.path)
         file.parent.mkdir(parents=True, exist_ok=True)
         try:
-            partial.write_bytes(content)
+            partial.write_bytes(content.data)
             os.replace(partial, file)
         finally:
             partial.unlink(missing_ok=True)
@@ -182,76 +185,79 @@ class PatchStore:
         return rows, cols
 
 
-def cut(
-    slide: Slide, tiles: tuple[Tile, ...], grid: TileGrid, frame: Frame
-) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
-    """The patches of some tiles (all of one block, say), from one reading of the region that holds them.
+def block_side(grid: TileGrid) -> int:
+    """Side of the region that the tiles of a whole block read, work px."""
+    return grid.block * grid.stride + 2 * grid.margin
+
+
+def cut(slide: Slide, tiles: tuple[Tile, ...], grid: TileGrid, frame: Frame) -> tuple[Pixels, Shares]:
+    """What some tiles of one block read, from one reading of the slide.
 
     frame: the work frame, which `grid` covers.
-    Returns uint8 (n, tile, tile, 3), white outside the slide and where it cannot be decoded; and float32
-    (n,), the share of each core that cannot.
+    Returns uint8 (side, side, 3), the block's region: white outside the slide, where it cannot be decoded, and where
+    none of the tiles is near; and float32 (n,), the share of each core that cannot be decoded.
     """
-    patches = np.full((len(tiles), grid.tile, grid.tile, 3), _WHITE, np.uint8)
-    shares = np.zeros(len(tiles), np.float32)
+    side, shares = block_side(grid), np.zeros(len(tiles), np.float32)
     if not tiles:
-        return patches, shares
-    region = read_box(tiles)
-    corner = (region.x0, region.y0)
-    pixels, lost = slide.read_decodable(region, frame)
-    for i, tile in enumerate(tiles):
-        patches[i] = pixels[tile.read.within(corner)]
-        shares[i] = lost[tile.core.within(corner)].mean()
-    return patches, shares
+        return np.full((side, side, 3), _WHITE, np.uint8), shares
+    needed = read_box(tiles)
+    corner = (needed.x0, needed.y0)
+    pixels, lost = slide.read_decodable(needed, frame)
+    if lost.any():
+        shares[:] = [lost[tile.core.within(corner)].mean() for tile in tiles]
+    if needed.size == (side, side):
+        return pixels, shares
+    region = np.full((side, side, 3), _WHITE, np.uint8)
+    first = tiles[0]
+    block_x, block_y = (place % grid.block * grid.stride for place in (first.col, first.row))
+    region[needed.within((first.read.x0 - block_x, first.read.y0 - block_y))] = pixels
+    return region, shares
 
 
-def _content(file: Path) -> bytes:
-    """All bytes of a file; none where it is missing, or the disk does not give them."""
+def _stored(array: NDArray[Any], fill: int) -> Pixels:
+    """The bytes of an array, not copied where they are in order; none where all values are `fill`."""
+    if (array == fill).all():
+        return np.zeros(0, np.uint8)
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+
+
+def _content(file: Path) -> Pixels:
+    """All bytes of a file, in a new array; none where it is missing, or the disk does not give them."""
     try:
-        return file.read_bytes()
+        with file.open("rb", buffering=0) as stream:
+            content = np.empty(os.fstat(stream.fileno()).st_size, np.uint8)
+            filled = 0
+            while filled < content.size and (count := stream.readinto(content[filled:].data)):
+                filled += count
+            return content[:filled]
     except OSError:
-        return b""
+        return np.zeros(0, np.uint8)
 
 
-def _make_arrays(files: dict[str, Buffer], grid: TileGrid, attributes: dict[str, Any], shape: tuple[int, int]) -> Any:
-    """A store of `shape` blocks (down, across) in memory; its files are stored in `files`. Returns the Zarr group."""
+def _make_arrays(files: dict[str, Buffer], grid: TileGrid, attributes: dict[str, Any], shape: tuple[int, int]) -> None:
+    """The metadata of a store of `shape` blocks (down, across), stored in `files`."""
     group = zarr.create_group(MemoryStore(files), zarr_format=3, attributes=attributes)
-    down, across = shape
-    rows, cols, tile = down * grid.block, across * grid.block, grid.tile
+    (down, across), block, side = shape, grid.block, block_side(grid)
     group.create_array(
-        "patches",
-        shape=(rows, cols, tile, tile, 3),
-        chunks=(1, 1, tile, tile, 3),
-        shards=(grid.block, grid.block, tile, tile, 3),
+        "regions",
+        shape=(down, across, side, side, 3),
+        chunks=(1, 1, side, side, 3),
         dtype=np.uint8,
         fill_value=_WHITE,
-        compressors=ZstdCodec(level=_COMPRESSION),
-        dimension_names=("row", "col", "y", "x", "channel"),
+        compressors=None,
+        dimension_names=("block_row", "block_col", "y", "x", "channel"),
     )
-    group.create_array("lost", shape=(rows, cols), chunks=(grid.block, grid.block), dtype=np.float32, fill_value=0.0)
+    group.create_array(
+        "lost",
+        shape=(down * block, across * block),
+        chunks=(block, block),
+        dtype="<f4",
+        fill_value=0.0,
+        compressors=None,
+    )
     group.create_array(
         "done", shape=(*shape, _MARK.size), chunks=(1, 1, _MARK.size), dtype=np.uint8, fill_value=0, compressors=None
     )
-    return group
-
-
-def _encode(grid: TileGrid, patches: NDArray[np.uint8], lost: NDArray[np.float32]) -> _Files:
-    """uint8 (block, block, tile, tile, 3) and float32 (block, block) -> a block's files."""
-    files: dict[str, Buffer] = {}
-    group = _make_arrays(files, grid, {}, (1, 1))
-    group["patches"][...] = patches
-    group["lost"][...] = lost
-    names = _names(0, 0)
-    return _Files(*(files[name].to_bytes() if name in files else b"" for name in (names.shard, names.lost)))
-
-
-def _decode(grid: TileGrid, content: _Files) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
-    """Undo `_encode`."""
-    files: dict[str, Buffer] = {}
-    group = _make_arrays(files, grid, {}, (1, 1))
-    for name, encoded in zip(_names(0, 0), content, strict=False):
-        if encoded:
-            files[name] = cpu.Buffer.from_bytes(encoded)
-    return np.asarray(group["patches"][...]), np.asarray(group["lost"][...])
 
 
 @functools.lru_cache(maxsize=8)
@@ -273,7 +279,7 @@ def _identity(grid: TileGrid, digest: str) -> dict[str, Any]:
 def _stated_identity(path: Path) -> dict[str, Any] | None:
     """The identity that the store on disk records; None where there is no store, or its attributes are damaged."""
     try:
-        attributes = json.loads(_content(path / "zarr.json"))["attributes"]
+        attributes = json.loads(_content(path / "zarr.json").tobytes())["attributes"]
         identity = {name: attributes[name] for name in ("digest", "grid")}
         return identity if attributes["sha256"] == _checksum(identity) else None
     except (ValueError, TypeError, KeyError, RecursionError):

@@ -4,6 +4,7 @@ Three kinds of pixels: slide px (level 0), level px (only in here), and the px o
 a chosen mpp. `Slide.frame` makes frames.
 """
 
+import functools
 import hashlib
 import math
 import os
@@ -52,6 +53,9 @@ _MOST_FOR_DISPLAY_PX = 2**23
 
 # Level px along a side of one pixel that is read; with the filter's reach this is 200 MB.
 _COARSEST = 1024
+
+# Decoded tiles that OpenSlide keeps: a few rows of those in a block's region, which is read in one go.
+_CACHE_BYTES = 2**25
 
 # In the errors of OpenSlide and libtiff for sound files that use a feature which is not implemented.
 _UNSUPPORTED = re.compile("unsupported|not supported|not configured|not implemented", re.IGNORECASE)
@@ -228,26 +232,43 @@ class Slide:
                 f"{self.path} has no level coarser than {self.levels[level].size.width:,} x "
                 f"{self.levels[level].size.height:,} px to make a thumbnail from: {_CONVERT}"
             )
+        inside = box.intersect(frame.box)
+        if not inside.area:
+            return _blank(box)
+        if _needs_no_filter(to_level):
+            read = self._read_source(level, self._source(inside, to_level)[0], strict=strict)
+        else:
+            read = self._resampled(level, inside, frame.box, to_level, strict=strict)
+        if inside == box:
+            return read
+        pixels, lost = _blank(box)
+        place = inside.within((box.x0, box.y0))
+        pixels[place], lost[place] = read
+        return pixels, lost
+
+    def _resampled(self, level: int, inside: Box, whole: Box, to_level: Affine, *, strict: bool) -> tuple[Pixels, Mask]:
+        """`inside`, a part of the frame's box `whole`, from whole cells of a fixed lattice, read in chunks."""
         fit = int(_CHUNK / max(1.0, to_level.scale_x, to_level.scale_y))  # px whose source is one chunk
         cell_side = max(1, min(_CELL, fit))
         group_side = max(1, fit // cell_side) * cell_side
-        inside = box.intersect(frame.box)
-        pixels = np.full((box.height, box.width, 3), _WHITE, np.uint8)
-        lost = np.zeros((box.height, box.width), np.bool_)
-        if not inside.area:
-            return pixels, lost
-        for group in _cells(_snapped(inside, cell_side).intersect(frame.box), (group_side, group_side)):
+        pixels = np.empty((inside.height, inside.width, 3), np.uint8)
+        lost = np.zeros((inside.height, inside.width), np.bool_)
+        for group in _cells(_snapped(inside, cell_side).intersect(whole), (group_side, group_side)):
             source, _ = self._source(group, to_level)
             stored, undecoded = self._read_source(level, source, strict=strict)
+            image, resampled = Image.fromarray(stored), Image.new("RGB", group.size)
             for cell in _cells(group, (cell_side, cell_side)):
-                part = cell.intersect(inside)
-                place = part.within((box.x0, box.y0))
-                whole, window = self._source(cell, to_level)
-                at, within = whole.within((source.x0, source.y0)), part.within((cell.x0, cell.y0))
-                resized = Image.fromarray(stored[at]).resize(cell.size, Image.Resampling.BICUBIC, box=window)
-                pixels[place] = np.asarray(resized)[within]
+                around, window = self._source(cell, to_level)
+                piece = image.crop(around.shift(-source.x0, -source.y0))
+                piece = piece.resize(cell.size, Image.Resampling.BICUBIC, box=window)
+                resampled.paste(piece, (cell.x0 - group.x0, cell.y0 - group.y0))
+                at = around.within((source.x0, source.y0))
                 if undecoded[at].any():
-                    lost[place] = undecoded[at][_nearest(window, cell.size)][within]
+                    part = cell.intersect(inside)
+                    nearest = undecoded[at][_nearest(window, cell.size)]
+                    lost[part.within(inside[:2])] = nearest[part.within(cell[:2])]
+            part = group.intersect(inside)
+            pixels[part.within(inside[:2])] = np.asarray(resampled)[part.within(group[:2])]
         return pixels, lost
 
     def _source(self, piece: Box, to_level: Affine) -> tuple[Box, Window]:
@@ -302,9 +323,10 @@ class Slide:
         strict: raises RegionUnreadable; else what cannot be decoded is white and lost.
         """
         whole = float(self.levels[level].downsample).is_integer()
-        pixels = np.full((box.height, box.width, 3), _WHITE, np.uint8)
+        side = self._chunk_sides(level) if whole else (_CHUNK, _CHUNK)
+        pixels = np.empty((box.height, box.width, 3), np.uint8)
         lost = np.zeros((box.height, box.width), np.bool_)
-        for cell in _cells(box, (_CHUNK, _CHUNK), lattice=not whole):
+        for cell in _cells(box, side, lattice=True):
             part = cell.intersect(box)
             corner = (part.x0, part.y0) if whole else (cell.x0, cell.y0)
             place = part.within((box.x0, box.y0))
@@ -316,10 +338,14 @@ class Slide:
                 pixels[place], lost[place] = self._stored_tiles(level, part)
         return pixels, lost
 
+    def _chunk_sides(self, level: int) -> tuple[int, int]:
+        """Sides of a chunk of whole stored tiles: none is then decoded for two chunks."""
+        width, height = self._tile_sizes[level]
+        return _CHUNK // width * width, _CHUNK // height * height
+
     def _stored_tiles(self, level: int, box: Box) -> tuple[Pixels, Mask]:
         """What can be decoded of a damaged region, one stored tile at a time; as `_read_level`."""
-        pixels = np.full((box.height, box.width, 3), _WHITE, np.uint8)
-        lost = np.zeros((box.height, box.width), np.bool_)
+        pixels, lost = _blank(box)
         for tile in _cells(box, self._tile_sizes[level], lattice=True):
             part = tile.intersect(box)
             place = part.within((box.x0, box.y0))
@@ -334,7 +360,7 @@ class Slide:
         downsample = self.levels[level].downsample
         location = (round(box.x0 * downsample), round(box.y0 * downsample))
         try:
-            rgba = np.asarray(self._handle().read_region(location, level, box.size))
+            image = self._handle().read_region(location, level, box.size)
         except openslide.OpenSlideError as error:
             # After an error OpenSlide refuses everything else: drop the handle, the next read opens another.
             self._handles.pop((os.getpid(), threading.get_ident())).close()
@@ -342,7 +368,7 @@ class Slide:
                 f"{self.path}: {box.width} x {box.height} px at {location} of level {level} cannot be "
                 f"decoded ({error}): the file is damaged there; copy it again, or continue without this region"
             ) from error
-        return _on_white(rgba)
+        return _on_white(image)
 
     def _handle(self) -> openslide.AbstractSlide:
         """This thread's handle, opened if need be; a forked child opens its own."""
@@ -392,6 +418,12 @@ def open_slide(
     return Slide(path, GivenScale(mpp, mpp_source, default_mpp))
 
 
+@functools.cache
+def _cache(_pid: int) -> openslide.OpenSlideCache:
+    """Decoded tiles of all slides that a process has open: else OpenSlide keeps as many for every handle."""
+    return openslide.OpenSlideCache(_CACHE_BYTES)
+
+
 def _open_handle(path: Path) -> openslide.AbstractSlide:
     """OpenSlide's handle, or a plain image's with the same interface.
 
@@ -400,7 +432,9 @@ def _open_handle(path: Path) -> openslide.AbstractSlide:
     if not path.is_file():
         raise SlideNotFound(f"{path}: there is no such file")
     try:
-        return openslide.OpenSlide(path)
+        handle = openslide.OpenSlide(path)
+        handle.set_cache(_cache(os.getpid()))
+        return handle
     except openslide.OpenSlideUnsupportedFormatError as error:
         if complaint := _reason_unreadable(path):
             raise SlideUnreadable(f"{path} {complaint}") from error
@@ -629,6 +663,16 @@ def _snapped(box: Box, side: int) -> Box:
     return Box(x0, y0, -(-box.x1 // side) * side, -(-box.y1 // side) * side)
 
 
+def _blank(box: Box) -> tuple[Pixels, Mask]:
+    """Nothing but white, uint8 (h, w, 3), of which nothing is lost, bool (h, w)."""
+    return np.full((box.height, box.width, 3), _WHITE, np.uint8), np.zeros((box.height, box.width), np.bool_)
+
+
+def _needs_no_filter(to_level: Affine) -> bool:
+    """Whether every pixel of a frame is one of the level's."""
+    return to_level[:2] == (1, 1) and to_level.offset_x.is_integer() and to_level.offset_y.is_integer()
+
+
 def _nearest(window: Window, size: Size) -> tuple[NDArray[np.intp], ...]:
     """Index (rows, columns) of the pixels under the centres of `size` pixels stretched over `window`."""
     x0, y0, x1, y1 = window
@@ -646,11 +690,13 @@ def _padded(array: NDArray[T], stored: Box, wanted: Box) -> NDArray[T]:
     return np.pad(array, (rows, columns, (0, 0))[: array.ndim], mode="edge")
 
 
-def _on_white(rgba: Pixels) -> Pixels:
-    """uint8 (h, w, 4), straight alpha -> uint8 (h, w, 3), blended on white."""
+def _on_white(image: Image.Image) -> Pixels:
+    """RGBA, straight alpha -> uint8 (h, w, 3), blended on white."""
+    rgba = np.asarray(image)
     rgb, alpha = rgba[..., :3], rgba[..., 3:]
     if alpha.min(initial=255) == 255:
-        return rgb
+        # a copy of `rgb` takes five times as long
+        return np.frombuffer(image.tobytes("raw", "RGB"), np.uint8).reshape(rgb.shape)
     # At most 255 * 255 + 127: fits 16 bits.
     weight = alpha.astype(np.uint16)
     return ((rgb * weight + _WHITE * (255 - weight) + 127) // 255).astype(np.uint8)

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
+import scipy  # loads ndimage where it is first used: who reads a mask does without
 from numpy.typing import ArrayLike, NDArray
-from scipy import ndimage
 
 from slides.geometry import Box, Frame
 
@@ -142,7 +142,7 @@ def is_grey(thumbnail: NDArray[np.uint8]) -> bool:
 def _varied(density: NDArray[np.float32], mpp: float) -> NDArray[np.bool_]:
     """Where the density, float32 (h, w), varies as that of tissue does: bool (h, w)."""
     side = 2 * round(_GREY_UM / mpp / 2) + 1
-    mean, of_squares = (ndimage.uniform_filter(values, side, mode="nearest") for values in (density, density**2))
+    mean, of_squares = (scipy.ndimage.uniform_filter(values, side, mode="nearest") for values in (density, density**2))
     varied: NDArray[np.bool_] = of_squares - mean**2 > _GREY_VARIATION**2
     return varied
 
@@ -165,7 +165,7 @@ def glass(thumbnail: NDArray[np.uint8]) -> NDArray[np.float32]:
 def _smoothed(thumbnail: NDArray[np.uint8]) -> NDArray[np.float32]:
     # Compression leaves blocks of false colour around edges; one pixel of blur takes them out.
     smooth = thumbnail.astype(np.float32)
-    ndimage.gaussian_filter(smooth, (1.0, 1.0, 0.0), mode="nearest", output=smooth)
+    scipy.ndimage.gaussian_filter(smooth, (1.0, 1.0, 0.0), mode="nearest", output=smooth)
     return smooth
 
 
@@ -211,7 +211,7 @@ def grown(mask: NDArray[np.bool_], by_px: float) -> NDArray[np.bool_]:
     for first, last in _strips(mask.shape, least=reach):
         top = max(0, first - reach)
         strip = mask[top : last + reach]
-        near = ndimage.distance_transform_edt(~strip) <= by_px if strip.any() else strip
+        near = scipy.ndimage.distance_transform_edt(~strip) <= by_px if strip.any() else strip
         grown[first:last] = near[first - top : last - top]
     return grown
 
@@ -223,7 +223,7 @@ def shrunk(mask: NDArray[np.bool_], by_px: float) -> NDArray[np.bool_]:
 
 def filled(mask: NDArray[np.bool_], area_px: float) -> NDArray[np.bool_]:
     """The mask without its holes under `area_px` pixels. What is open to the picture's edge is no hole."""
-    labels, _ = ndimage.label(np.pad(~mask, 1, constant_values=True))
+    labels, _ = scipy.ndimage.label(np.pad(~mask, 1, constant_values=True))
     small = _sizes(labels) < area_px
     small[[0, labels[0, 0]]] = False
     filled: NDArray[np.bool_] = mask | small[labels][1:-1, 1:-1]
@@ -232,7 +232,7 @@ def filled(mask: NDArray[np.bool_], area_px: float) -> NDArray[np.bool_]:
 
 def without_small(mask: NDArray[np.bool_], area_px: float) -> NDArray[np.bool_]:
     """The mask's pieces of at least `area_px` pixels; pieces touch by sides or corners."""
-    labels, _ = ndimage.label(mask, structure=np.ones((3, 3)))
+    labels, _ = scipy.ndimage.label(mask, structure=np.ones((3, 3)))
     large = _sizes(labels) >= area_px
     large[0] = False
     kept: NDArray[np.bool_] = large[labels]

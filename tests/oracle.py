@@ -16,8 +16,8 @@ import shapely
 from PIL import Image
 
 from pipeline.config import Settings, Stitching, Tiling, Tissue
+from pipeline.model.fitted_stain import Normalisation
 from pipeline.model.instances import HostInstances, Patches
-from pipeline.model.stain import Normalisation
 from pipeline.segment import tables
 
 HEIGHT, WIDTH, RADIUS = 330, 410, 9

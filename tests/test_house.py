@@ -128,9 +128,11 @@ def test_the_command_line_starts_without_heavy_imports() -> None:
     assert loaded_by("import pipeline.cli", "torch", "dask", "distributed", "pyarrow", "openslide") == []
 
 
-def test_the_stages_start_without_the_detector() -> None:
-    """Law: a worker that only plans, tiles or outlines does not wait for the detector's libraries."""
-    assert loaded_by("import pipeline.segment.stages", "timm", "torchvision") == []
+def test_all_but_the_detector_starts_without_its_libraries() -> None:
+    """Law: a run's own process, and a worker that only tiles, outlines or exports, are small and start at once."""
+    heavy = ("torch", "torchvision", "timm", "scipy.ndimage")
+    assert loaded_by("import pipeline.segment.stages", *heavy) == []
+    assert loaded_by("import pipeline.api, pipeline.archive.run, pipeline.archive.verify", *heavy) == []
 
 
 def test_the_viewer_starts_without_torch() -> None:

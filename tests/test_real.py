@@ -13,8 +13,8 @@ from PIL import Image
 from pipeline.archive.run import run
 from pipeline.config import Execution, Settings, Tissue
 from pipeline.model import inference
+from pipeline.model.fitted_stain import Normalisation
 from pipeline.model.instances import STATISTICS, HostInstances, Patches
-from pipeline.model.stain import Normalisation
 from pipeline.model.weights import find_weights, read_notes
 from training.evaluate import Outputs, evaluate, gather
 

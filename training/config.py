@@ -51,8 +51,26 @@ class Training:
     "Side of a training crop, in work pixels: 48 um at 0.25 um, tens of nuclei."
     strength: Annotated[float, Parameter(group=AUGMENTATION)] = 1.0
     "Strength of the stain, brightness and elastic augmentation, 0 (none) to 2."
-    normalise: Annotated[float, Parameter(group=AUGMENTATION)] = 0.0
-    "Share of crops, 0 to 1, that are first normalised to the stain of another training image, beside `strength`."
+    shrink: Annotated[float, Parameter(group=AUGMENTATION)] = 0.5
+    "Least factor by which a crop's nuclei are resized, up to 1: half, for lymphocytes and crowded glands are small."
+    enlarge: Annotated[float, Parameter(group=AUGMENTATION)] = 1.4
+    "Largest factor by which a crop's nuclei are resized, 1 or more; factors are log-uniform from `shrink` to it."
+    gamma: Annotated[float, Parameter(group=AUGMENTATION)] = 0.1
+    "Deviation of the logarithm of a crop's gamma: scanners differ by a tenth or so; 0: none."
+    normalise: Annotated[float, Parameter(group=AUGMENTATION)] = 0.7
+    "Share of crops, 0 to 1, that are first moved towards the stain of another training image, beside `strength`."
+    mix: Annotated[float, Parameter(group=AUGMENTATION)] = 1.0
+    "How much of that way may be left, at random: 1, all of it, gives every stain between both; 0: none is left."
+    macenko: Annotated[float, Parameter(group=AUGMENTATION)] = 0.5
+    "Share of those crops, 0 to 1, that Macenko's method moves; Reinhard's the others: they err in different ways."
+    rescan: Annotated[float, Parameter(group=AUGMENTATION)] = 0.4
+    "Share of crops, 0 to 1, that are reduced to 0.2 to 0.5 um per pixel, and enlarged again: scanners of 20x to 40x."
+    sharpen: Annotated[float, Parameter(group=AUGMENTATION)] = 0.4
+    "Share of those crops, 0 to 1, that are sharpened at that scale, as many scanners do, with halos along edges."
+    recompress: Annotated[float, Parameter(group=AUGMENTATION)] = 0.5
+    "Share of those crops, 0 to 1, that are compressed as JPEG at that scale, once or twice: most slides are."
+    paste: Annotated[float, Parameter(group=AUGMENTATION)] = 0.3
+    "Share of crops, 0 to 1, that get nuclei of another image, most of them beside one: crowds are scarce in the data."
 
     device: Annotated[str, Parameter(group=MACHINE)] = "auto"
     "cpu, cuda, cuda:N, or auto: the GPU if there is one."
@@ -65,7 +83,11 @@ class Training:
         _check_schedule(self)
         require(self.decay >= 0, f"decay={self.decay}: need 0 or more")
         require(0 <= self.strength <= 2, f"strength={self.strength}: need 0 to 2")
-        require(0 <= self.normalise <= 1, f"normalise={self.normalise}: need a share, 0 to 1")
+        require(0 < self.shrink <= 1, f"shrink={self.shrink}: need more than 0, up to 1")
+        require(self.enlarge >= 1, f"enlarge={self.enlarge}: need 1 or more")
+        require(self.gamma >= 0, f"gamma={self.gamma}: need 0 or more")
+        for name in ("normalise", "mix", "macenko", "rescan", "sharpen", "recompress", "paste"):
+            require(0 <= getattr(self, name) <= 1, f"{name}={getattr(self, name)}: need a share, 0 to 1")
         require(0 <= self.average < 1, f"average={self.average}: need 0 or more, under 1")
         require(self.hold_out >= 0, f"hold_out={self.hold_out}: need 0 or more")
         require(self.loaders >= 0, f"loaders={self.loaders}: need 0 or more")

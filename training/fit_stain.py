@@ -21,6 +21,7 @@ from pipeline.model import dcgmm, stain
 from pipeline.model.dcgmm import ClusterNet
 from pipeline.model.deterministic import pointwise
 from pipeline.model.device import choose_device
+from pipeline.model.fitted_stain import FittedStain
 from pipeline.segment.slide_stain import fit_template
 from training import checkpoint
 from training.config import StainTraining
@@ -161,7 +162,7 @@ def _batch(images: Sequence[Sequence[StainImage]], training: StainTraining, step
 
 def typical_stain(
     sets: Sequence[Sequence[Sample]], method: str, mpp: float, network: ClusterNet | None = None
-) -> stain.FittedStain:
+) -> FittedStain:
     """The stain of the typical image, to normalise to: the medians of the numbers of up to 32 images of each set,
     spread evenly and fitted one by one, as slides are. The glass is white.
 
@@ -177,7 +178,7 @@ def typical_stain(
     if not fits:
         raise AnnotationError(_NO_STAIN)
     medians = {name: np.median([numbers[name] for numbers in fits], axis=0).round(6).tolist() for name in fits[0]}
-    return stain.FittedStain.from_json({"method": method, "numbers": {**medians, "white": [1.0, 1.0, 1.0]}})
+    return FittedStain.from_json({"method": method, "numbers": {**medians, "white": [1.0, 1.0, 1.0]}})
 
 
 def _at_scale(sample: Sample, mpp: float) -> NDArray[np.uint8]:

@@ -6,21 +6,25 @@ one computes; the others ask for the resource CPU. A resource that no worker off
 """
 
 import asyncio
+import functools
 import ipaddress
 import json
 import logging
+import multiprocessing
 import os
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from pipeline.config import Execution
 from pipeline.errors import ClusterLost, ConfigError, WorkersDied
 from pipeline.model.allocator import ENVIRONMENT, keep_freed_memory
-from pipeline.model.device import choose_device
+from pipeline.model.device import choose_device, count_gpus, device_kind, has_gpu_driver
+
+T = TypeVar("T")
 
 _ASK_AGAIN_S = 5.0  # for how long the resources that the workers offer are cached
 _ANSWER_S = 5.0  # for how long an answer of the scheduler is waited for
@@ -43,6 +47,10 @@ class Executor(Protocol):
     @property
     def detectors(self) -> int:
         """How many devices can detect at once, now; 0 where no worker is left that could."""
+
+    @property
+    def feeders(self) -> int:
+        """How many tasks of the CPU can run at once, now."""
 
     def submit(self, on_device: bool, function: Callable[..., Any], *args: Any) -> Future[Any]: ...
 
@@ -73,7 +81,7 @@ async def run_task(executor: Executor, on_device: bool, function: Callable[..., 
 class Loop:
     """Tasks one after the other, in the caller's thread."""
 
-    dashboard, warning, detectors, silent = "", "", 1, False
+    dashboard, warning, detectors, feeders, silent = "", "", 1, 1, False
 
     def run_on_new_workers(self, function: Callable[..., Any], *args: Any) -> list[str]:
         return []
@@ -90,8 +98,9 @@ class Loop:
 class Threads(Loop):
     """Threads of this process: `beside` for tasks of the CPU, two that take turns on the device."""
 
-    def __init__(self, beside: ThreadPoolExecutor, device: ThreadPoolExecutor) -> None:
-        self._beside, self._device = beside, device
+    def __init__(self, beside: ThreadPoolExecutor, device: ThreadPoolExecutor, feeders: int) -> None:
+        """feeders: threads of `beside`."""
+        self._beside, self._device, self.feeders = beside, device, feeders
 
     def submit(self, on_device: bool, function: Callable[..., Any], *args: Any) -> Future[Any]:
         return (self._device if on_device else self._beside).submit(function, *args)
@@ -137,6 +146,11 @@ class Cluster:
         offers = self._offers()
         return int(offers["GPU"] if offers["CPU"] else offers["GPU"] or offers["workers"])
 
+    @property
+    def feeders(self) -> int:
+        offers = self._offers()
+        return int(offers["CPU"] or offers["workers"])
+
     def run_on_new_workers(self, function: Callable[..., Any], *args: Any) -> list[str]:
         new = [address for address in self._workers() or () if address not in self._known]
         self._known.update(new)
@@ -181,8 +195,23 @@ def check_execution(execution: Execution, device: str) -> None:
     if execution.scheduler or execution.scheduler_file:
         _security(execution, _address(execution))
     else:
-        choose_device(device)  # one that is not there is refused now, not slide by slide
-        _gpus(execution, device)
+        _gpus(execution, device)  # one that is not there is refused now, not slide by slide
+
+
+def detects_here(execution: Execution, client: Any = None) -> bool:
+    """Whether `open_executor` of the same arguments has this process detect."""
+    return client is None and not (execution.scheduler or execution.scheduler_file or execution.cluster)
+
+
+def ask(here: bool, function: Callable[..., T], *args: Any) -> T:
+    """What a function that loads torch returns or raises: called here, or in a process of its own.
+
+    A process that only distributes work is half the size without torch.
+    """
+    if here:
+        return function(*args)
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *args).result()
 
 
 @contextmanager
@@ -205,8 +234,9 @@ def open_executor(execution: Execution, device: str = "auto", client: Any = None
             yield Loop()
         else:
             _use_this_process(device)
-            beside = stack.enter_context(_threads(execution.workers or min(4, _cores())))
-            yield Threads(beside, stack.enter_context(_threads(2)))
+            feeders = execution.workers or min(4, _cores())
+            beside, on_device = (stack.enter_context(_threads(count)) for count in (feeders, 2))
+            yield Threads(beside, on_device, feeders)
 
 
 def _use_this_process(device: str) -> None:
@@ -305,10 +335,10 @@ def worker_specs(workers: int, cores: int, gpus: list[str]) -> list[WorkerSpec]:
     """The worker processes of a machine: one for every GPU, and others for the CPU.
 
     workers: processes for the CPU, 0: as many as the cores can use; gpus: as CUDA_VISIBLE_DEVICES names them.
-    A GPU is fed by at most six processes. Without one, every process computes too, one for eight cores.
+    GPUs are fed by all cores that are left. Without one, every process computes too, one for eight cores.
     """
     if gpus:
-        beside = workers or max(1, min(cores - len(gpus), 6 * len(gpus)))
+        beside = workers or max(1, cores - len(gpus))
         computing = [WorkerSpec(2, {"GPU": 1}, {"CUDA_VISIBLE_DEVICES": gpu, "OMP_NUM_THREADS": "1"}) for gpu in gpus]
         return computing + [WorkerSpec(1, {"CPU": 1}, {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})] * beside
     count = workers or max(1, cores // 8)
@@ -369,10 +399,9 @@ def _cores() -> int:
 
 
 def _gpus(execution: Execution, device: str) -> list[str]:
-    """The GPUs to use, as CUDA_VISIBLE_DEVICES names them."""
-    import torch
-
-    count = torch.cuda.device_count() if device.startswith(("auto", "cuda")) else 0
+    """The GPUs to use, as CUDA_VISIBLE_DEVICES names them. Raises ConfigError for those that are not there."""
+    count = 0 if device == "cpu" or not has_gpu_driver() else _count_gpus(detects_here(execution))
+    device_kind(device, count)
     if execution.gpus > count:
         raise ConfigError(f"gpus={execution.gpus}: this machine has {count} to use with --detector.device {device}")
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -380,3 +409,8 @@ def _gpus(execution: Execution, device: str) -> list[str]:
     if count and ":" in device:
         return [",".join(names)]  # one process that sees all of them and finds its own by number
     return names[: count if execution.gpus < 0 else execution.gpus]
+
+
+@functools.cache
+def _count_gpus(here: bool) -> int:
+    return ask(here, count_gpus)

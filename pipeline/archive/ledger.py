@@ -13,14 +13,15 @@ from typing import Any
 from pipeline import files
 from pipeline.errors import RunError
 from pipeline.layout import RunFolder, SlideFolder
-from pipeline.segment.record import SlideRecord
+from pipeline.segment.record import WAITS, SlideRecord
 from pipeline.text import csv_cell, from_csv_cell, one_line, printable
 
 
 def row_of(record: SlideRecord) -> dict[str, Any]:
     """A record as a row of ledger.csv: plain values by column.
 
-    seconds_work is the sum over the stages, without waiting; seconds_elapsed runs from start to end.
+    seconds_work is the sum over the stages, without waiting; seconds_elapsed runs from start to end. seconds_idle_...
+    is how long detectors had nothing to compute before they got blocks of the slide, by the cause.
     """
     work = record.work
     return {
@@ -33,6 +34,7 @@ def row_of(record: SlideRecord) -> dict[str, Any]:
         "tiles": record.tiles,
         **{name: round(value, 6) for name, value in dataclasses.asdict(work.counts).items()},
         **{f"seconds_{name}": round(work.seconds.get(name, 0.0), 3) for name in _stage_names()},
+        **{f"seconds_idle_{name}": round(max(0.0, work.waited.get(name, 0.0)), 3) for name in WAITS},
         "seconds_work": round(record.work_seconds, 3),
         "seconds_elapsed": record.elapsed_seconds,
         "computed_on": " + ".join(work.computed_on),
@@ -41,7 +43,7 @@ def row_of(record: SlideRecord) -> dict[str, Any]:
 
 
 def _stage_names() -> list[str]:
-    from pipeline.segment.stages import STAGES  # loads torch, without which other columns are read
+    from pipeline.segment.stages import STAGES  # loads what slides are processed with
 
     return [stage.name for stage in STAGES]
 

@@ -15,9 +15,7 @@ from pipeline import files
 from pipeline.config import CONTEXT_PX, STRIDES, Architecture, Settings, Stain, Tiling, grid_step
 from pipeline.errors import RunError
 from pipeline.layout import LEASE, RunFolder
-from pipeline.model.load import stain_files
-from pipeline.model.weights import check_content, detector_architecture, find_weights, read_notes
-from pipeline.segment.slide_stain import template_stain
+from pipeline.model.weights import check_content, detector_architecture, find_weights, read_notes, stain_files
 
 VERSIONED = (
     "nightslide",
@@ -40,8 +38,8 @@ def versions() -> dict[str, str]:
 def resolve(settings: Settings) -> Settings:
     """The same settings, with the path and the checksum of every file that they name.
 
-    Raises WeightsError, RunError, StainError where they cannot work together, and WeightsError for a file whose
-    checksum is not the one that the settings state already.
+    Raises WeightsError, RunError where they cannot work together, and WeightsError for a file whose checksum is not the
+    one that the settings state already.
     """
     weights = find_weights(settings.detector.weights)
     _check_fit(settings.tiling, detector_architecture(weights), weights.name)
@@ -50,8 +48,6 @@ def resolve(settings: Settings) -> Settings:
         detector, weights=str(weights), weights_sha256=check_content(weights, detector.weights_sha256)
     )
     stain = _resolved(stain)
-    # a template that shows no stain is refused before anything is started
-    template_stain(stain, settings.tissue, settings.tiling.mpp)
     export = settings.export
     if export.dicom_reference:  # so that it is the same folder to every worker
         export = dataclasses.replace(export, dicom_reference=os.path.abspath(export.dicom_reference))

@@ -12,6 +12,7 @@ import itertools
 import os
 import shutil
 import time
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -20,14 +21,14 @@ from typing import Any
 
 from pipeline import files
 from pipeline.archive import ledger
-from pipeline.archive.executors import Executor, check_execution, open_executor, run_task
+from pipeline.archive.executors import Executor, ask, check_execution, detects_here, open_executor, run_task
 from pipeline.archive.lease import Leases
 from pipeline.archive.manifest import check_seams, check_worker, open_run, resolve, versions
 from pipeline.archive.progress import Progress
 from pipeline.archive.region_files import region_file, with_regions
-from pipeline.archive.slots import FairSlots
 from pipeline.archive.sources import Archive, Inputs, Source, find_slides
 from pipeline.archive.staging import Room, Staging
+from pipeline.archive.stream import Stream, Waits
 from pipeline.config import Execution, Settings
 from pipeline.errors import ClusterLost, LeaseLost, RunError, ScratchLost
 from pipeline.layout import RESULTS, RunFolder, SlideFolder
@@ -37,7 +38,8 @@ from pipeline.segment import finished
 from pipeline.segment.export import check_formats
 from pipeline.segment.job import Job
 from pipeline.segment.plan import Plan, read_plan
-from pipeline.segment.record import SlideRecord, StageRecord
+from pipeline.segment.record import SlideRecord, StageRecord, device_use
+from pipeline.segment.slide_stain import template_stain
 from pipeline.segment.stages import STAGES, Detect, Stage, block_record, remove_work
 from pipeline.text import one_line
 from slides.slide import BY_DEFAULT
@@ -82,6 +84,9 @@ def run(
     seams = check_seams(settings) if detect is None else ()
     if client is None:
         check_execution(execution, settings.detector.device)
+    # a template that shows no stain is refused, too, before anything is started; without a file it is known
+    here = not settings.stain.template or detects_here(execution, client)
+    ask(here, template_stain, settings.stain, settings.tissue, settings.tiling.mpp)
     warnings = open_run(folder, settings, execution.overwrite)
     weights = Path(settings.detector.weights)
     with Progress(folder.logs, len(archive.sources), say) as progress:
@@ -104,8 +109,8 @@ def run(
                 raise RunError(problem)
             try:
                 _in_a_thread(work.process, work.stop)
-                if work.device.seconds:
-                    progress.say(work.device.busy(executor.detectors))
+                if use := device_use(work.work):
+                    progress.say(use)
             finally:
                 records = work.records()
                 _publish(folder, records, progress)
@@ -156,19 +161,6 @@ def _publish(folder: RunFolder, records: Sequence[SlideRecord], progress: Progre
 
 
 @dataclass
-class _Device:
-    """How busy the detectors were, from the first block that was ready for them to the last that they finished."""
-
-    started: float = float("inf")
-    ended: float = 0.0
-    seconds: float = 0.0
-
-    def busy(self, detectors: int) -> str:
-        span = max(1e-9, (self.ended - self.started) * max(1, detectors))
-        return f"the detector computed {min(1.0, self.seconds / span):.0%} of the time"
-
-
-@dataclass
 class ArchiveRun:
     """The state of a run, owned by its event loop."""
 
@@ -181,7 +173,7 @@ class ArchiveRun:
     progress: Progress
     detect: Detect | None = None
     staging: Staging | None = None
-    device: _Device = field(default_factory=_Device)
+    work: StageRecord = field(default_factory=StageRecord)  # of the blocks that this run did
     done: dict[str, SlideRecord] = field(default_factory=dict)
     started: set[str] = field(default_factory=set)
     stopped: bool = False
@@ -189,10 +181,10 @@ class ArchiveRun:
     async def process(self) -> None:
         """Process every slide of the archive."""
         self.since_ns = files.now_ns(self.folder.path)
-        self.slots = FairSlots(self._window())
+        self.stream = Stream(self.executor, self.execution.window)
         # enough slides are started that the next ones are planned and tiled when a detector is free; with one block in
         # flight, one slide is held at a time
-        self.open = asyncio.Semaphore(2 * self._window() - 1)
+        self.open = asyncio.Semaphore(2 * self.stream.most - 1)
         watch = asyncio.create_task(self._watch())
         try:
             async with asyncio.TaskGroup() as slides:
@@ -219,15 +211,12 @@ class ArchiveRun:
         names = (source.name for source in self.archive.sources)
         return [self.done.get(name) or SlideRecord(name, left[name in self.started]) for name in names]
 
-    def _window(self) -> int:
-        return self.execution.window or 2 + 2 * max(1, self.executor.detectors)
-
     async def _watch(self) -> None:
         """Check workers that join, follow the number of detectors, and keep the ledger up to date."""
         written, detectors, silent = 0, 1, False
         while True:
             await asyncio.sleep(_POLL_S)
-            self.slots.size = self._window()
+            self.stream.slots.size = self.stream.size
             if self.executor.detectors == 0 < detectors:
                 self.progress.say(
                     "WARNING: no worker offers the GPU resource: start one with --resources GPU=1; waiting"
@@ -406,7 +395,7 @@ class ArchiveRun:
         lease.
         """
         started = time.perf_counter()
-        await asyncio.to_thread(_check_space, job, self._window())
+        await asyncio.to_thread(_check_space, job, self.stream.most)
         for attempt in range(_ATTEMPTS):
             try:
                 work = await self._stages(name, job)
@@ -457,27 +446,27 @@ class ArchiveRun:
         async def one(block: int) -> StageRecord:
             record = known[block] or StageRecord()
             if known[block] is None:
+                waited: Waits = defaultdict(float)
                 for stage in stages:
-                    record = await self._block_stage(stage, job, block, record)
-                self.device.seconds += record.seconds.get("detect", 0.0)
+                    record = await self._block_stage(stage, job, block, record, waited)
+                record += StageRecord(waited=waited)
+                self.work += record
                 self.progress.block(mm2)
             return record
 
         tasks = []
         async with asyncio.TaskGroup() as group:
             for number, block in enumerate(blocks):
-                await self.slots.take(len(blocks) - number)
+                await self.stream.slots.take(len(blocks) - number)
                 tasks.append(group.create_task(one(block)))
-                tasks[-1].add_done_callback(lambda _: self.slots.give_back())
+                tasks[-1].add_done_callback(lambda _: self.stream.slots.give_back())
         return sum((task.result() for task in tasks), StageRecord())
 
-    async def _block_stage(self, stage: Stage, job: Job, block: int, before: StageRecord) -> StageRecord:
+    async def _block_stage(self, stage: Stage, job: Job, block: int, before: StageRecord, waited: Waits) -> StageRecord:
         detect = (self.detect,) if stage.on_device and self.detect is not None else ()
-        if stage.on_device:
-            self.device.started = min(self.device.started, time.monotonic())
-        record: StageRecord = await run_task(self.executor, stage.on_device, stage.run, job, block, before, *detect)
-        if stage.on_device:
-            self.device.ended = time.monotonic()
+        with self.stream.inside(stage, waited) as took:
+            record: StageRecord = await run_task(self.executor, stage.on_device, stage.run, job, block, before, *detect)
+            took(record.seconds.get(stage.name, 0.0) - before.seconds.get(stage.name, 0.0))
         return record
 
 

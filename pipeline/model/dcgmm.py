@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.config import StainArchitecture
-from pipeline.model import weights
+from pipeline.model import tensors, weights
 from pipeline.model.deterministic import upsample
 
 _NO_DENSITY = 1e-4  # less than the smallest step of 8 bits from white: chroma is undefined
@@ -182,7 +182,7 @@ def transfer(hsd: Tensor, shares: Tensor, slopes: Tensor, offsets: Tensor) -> Te
 
 def save(network: ClusterNet, path: Path, notes: Mapping[str, str]) -> None:
     """Half-precision safetensors with the architecture, notes and a checksum of the tensors inside."""
-    weights.save(network, network.architecture, path, notes)
+    tensors.save(network, network.architecture, path, notes)
 
 
 def load(path: Path) -> ClusterNet:
@@ -191,4 +191,4 @@ def load(path: Path) -> ClusterNet:
     Raises WeightsError where the file is damaged, of another kind, or does not fit the architecture it names.
     """
     architecture = weights.read_architecture(path, StainArchitecture, "nightslide fit-stain")
-    return weights.load_into(ClusterNet(architecture), path).requires_grad_(False)
+    return tensors.load_into(ClusterNet(architecture), path).requires_grad_(False)

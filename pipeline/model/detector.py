@@ -9,12 +9,13 @@ import functools
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import timm
 import torch
 import torch.nn.functional as F
-from timm.layers.conv2d_same import Conv2dSame
+from timm.layers.conv2d_same import Conv2dSame, conv2d_same
+from timm.models._efficientnet_blocks import InvertedResidual
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torchvision.models.detection._utils import BoxCoder
@@ -26,7 +27,7 @@ from torchvision.ops import FeaturePyramidNetwork, clip_boxes_to_image
 
 from pipeline.config import STRIDES, Architecture, Detector
 from pipeline.errors import ConfigError, WeightsError
-from pipeline.model import weights
+from pipeline.model import tensors, weights
 from pipeline.model.deterministic import pad_rows, sigmoid, topk, upsample
 from pipeline.model.roi_align import FeatureTable, RoIPool, flatten_boxes
 from pipeline.model.suppress import suppress
@@ -100,17 +101,17 @@ class NucleusDetector(nn.Module):
 
     def features(self, images: Tensor) -> Pyramid:
         """images: (B, 3, H, W) in 0..1 -> feature maps of the enlarged images."""
-        if self.architecture.upscale != 1:
-            images = upsample(images, self.architecture.upscale)
-        maps = list(self._maps(images)[0].values())
+        enlarged = upsample(images, self.architecture.upscale) if self.architecture.upscale != 1 else images
+        size, inputs = _size(enlarged), _inputs(enlarged)
+        del enlarged  # it would occupy as much as a map while these are made
+        maps = list(self._maps(inputs)[0].values())
         # pooling in bfloat16 is slow on a CPU
-        table = FeatureTable.of(maps, torch.float32 if images.device.type == "cpu" else None)
-        return Pyramid(table.maps() if table.pixels.dtype == maps[0].dtype else maps, table, _size(images))
+        table = FeatureTable.of(maps, torch.float32 if images.device.type == "cpu" else maps[0].dtype)
+        return Pyramid(table.maps() if table.pixels.dtype == maps[0].dtype else maps, table, size)
 
-    def _maps(self, images: Tensor) -> tuple[dict[str, Tensor], Tensor | None]:
-        """Feature maps, and the semantic branch's at the finest of them, (B, architecture.semantic, h, w)."""
-        images = (images * 2 - 1).contiguous(memory_format=torch.channels_last)
-        maps = self.backbone(images)
+    def _maps(self, inputs: Tensor) -> tuple[dict[str, Tensor], Tensor | None]:
+        """Feature maps of `_inputs`, and the semantic branch's at the finest: (B, architecture.semantic, h, w)."""
+        maps = self.backbone(inputs)
         pyramid = self.pyramid(OrderedDict(zip(LEVELS, maps, strict=True)))
         semantic = None
         if self.semantic is not None:
@@ -193,7 +194,7 @@ class NucleusDetector(nn.Module):
         targets, in the crops' own pixels: boxes float32 (N, 4), labels int64 (N,) from 1, masks uint8 (N, S, S),
         and for the semantic branch regions uint8 (S, S): 0 background, 1 inside a nucleus, 2 its edge.
         """
-        features, semantic = self._maps(images)
+        features, semantic = self._maps(_inputs(images))
         features = {level: map_.float() for level, map_ in features.items()}
         sizes = [_size(images)] * len(images)
         proposals, losses = self.rpn(ImageList(images, sizes), features, targets)
@@ -201,6 +202,13 @@ class NucleusDetector(nn.Module):
         if self.semantic is not None and semantic is not None:
             losses["loss_semantic"] = self.semantic.loss(semantic, torch.stack([t["regions"] for t in targets]))
         return {**losses, **head_losses}
+
+
+def _inputs(images: Tensor) -> Tensor:
+    """Images (B, 3, H, W) in 0..1 -> -1..1, in the precision and layout in which the backbone computes."""
+    device = images.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else images.dtype
+    return (images * 2 - 1).to(dtype, memory_format=torch.channels_last)
 
 
 def _size(images: Tensor) -> tuple[int, int]:
@@ -365,7 +373,7 @@ class _BoxPredictor(nn.Module):
 
 def save_weights(model: NucleusDetector, path: Path, notes: Mapping[str, str]) -> None:
     """Half-precision safetensors with the architecture, notes and a checksum of the tensors inside."""
-    weights.save(model, model.architecture, path, notes)
+    tensors.save(model, model.architecture, path, notes)
 
 
 def _backbone(name: str) -> Any:
@@ -391,7 +399,7 @@ def load_weights(path: Path) -> NucleusDetector:
         model = NucleusDetector(architecture)
     except (ValueError, RuntimeError) as error:
         raise WeightsError(f"{path} does not fit the architecture it names: {error}") from error
-    return weights.load_into(model, path).to(memory_format=torch.channels_last)
+    return tensors.load_into(model, path).to(memory_format=torch.channels_last)
 
 
 def widen_kernels(model: NucleusDetector) -> NucleusDetector:
@@ -433,4 +441,53 @@ def fold(model: NucleusDetector) -> NucleusDetector:
             # timm's norm layers carry the activation that follows
             setattr(model.get_submodule(parent), own, getattr(module, "act", nn.Identity()))
             before = None
+    for name, module in model.backbone.named_modules():
+        if isinstance(module, InvertedResidual) and _Sliced.fits(module):
+            model.backbone.set_submodule(name, _Sliced(module))
+            break  # the next ones are a quarter of its size
     return model.to(memory_format=torch.channels_last)
+
+
+class _Sliced(nn.Module):
+    """A block of timm's that halves the resolution, folded: on a CPU its wide layers are a few channels at a time.
+
+    Widened before it is halved, the first map of a patch of 1280 px takes 177 MB, and as much again with its padding.
+    Law: to the bit what the block gives.
+    """
+
+    CHANNELS = 32  # at a time
+
+    def __init__(self, block: InvertedResidual) -> None:
+        super().__init__()
+        self.block = block
+
+    @staticmethod
+    def fits(block: InvertedResidual) -> bool:
+        """Whether the block is an expansion, a strided convolution of each channel, and a projection, with no more."""
+        conv, others = block.conv_dw, (block.conv_s2d, block.aa, block.se)
+        return bool(
+            conv.stride == (2, 2)
+            and conv.groups == conv.in_channels
+            and not block.has_skip
+            and all(other is None or isinstance(other, nn.Identity) for other in others)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        block = self.block
+        if x.device.type != "cpu":
+            return cast(Tensor, block(x))
+        parts = []
+        for first in range(0, block.conv_dw.in_channels, self.CHANNELS):
+            some = slice(first, first + self.CHANNELS)
+            wide = block.bn1(_convolve(block.conv_pw, x, some))
+            parts.append(block.bn2(_convolve(block.conv_dw, wide, some)))
+        del wide
+        return cast(Tensor, block.bn3(block.conv_pwl(torch.cat(parts, 1))))
+
+
+def _convolve(conv: nn.Conv2d, x: Tensor, some: slice) -> Tensor:
+    """Some of the output channels of a convolution; of one that is channel by channel, from so many inputs."""
+    weight, bias = conv.weight[some], None if conv.bias is None else conv.bias[some]
+    groups = 1 if conv.groups == 1 else len(weight)
+    how: Any = (conv.stride, conv.padding, conv.dilation, groups)
+    return cast(Tensor, (conv2d_same if isinstance(conv, Conv2dSame) else F.conv2d)(x, weight, bias, *how))

@@ -1,33 +1,69 @@
-"""The device that computes, and its precision."""
+"""The device that computes, and its precision. torch is loaded by what asks it: not every process needs it."""
 
+import ctypes
+import os
+import sys
 import threading
 from collections.abc import Mapping
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any, Literal
 
 from pipeline.config import Detector, check_device_name
 from pipeline.errors import ConfigError
 
+if TYPE_CHECKING:
+    import torch
 
-def choose_device(name: str) -> torch.device:
-    """The device of a name: cpu, cuda, cuda:N, or auto, the GPU if there is one. Raises ConfigError otherwise."""
+
+def device_kind(name: str, gpus: int) -> Literal["cpu", "cuda"]:
+    """What a device's name (cpu, cuda, cuda:N or auto, the GPU if there is one) means where there are so many GPUs.
+
+    Raises ConfigError for another name, and for a GPU that is not there.
+    """
     check_device_name(name)
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(
-            f"device={name!r}: this machine shows {torch.cuda.device_count()} CUDA devices; use cpu or auto"
-        )
-    return device
+    if name == "cpu" or (name == "auto" and not gpus):
+        return "cpu"
+    if name != "auto" and int(name.partition(":")[2] or 0) >= gpus:
+        raise ConfigError(f"device={name!r}: this machine shows {gpus} CUDA devices; use cpu or auto")
+    return "cuda"
 
 
-def choose_precision(name: str, device: torch.device) -> torch.dtype:
+def choose_device(name: str) -> "torch.device":
+    """The device of a name, on this machine. Raises ConfigError as `device_kind` does."""
+    import torch
+
+    kind = device_kind(name, _gpus_of_torch())
+    return torch.device(kind if name == "auto" else name)
+
+
+def count_gpus() -> int:
+    """GPUs that torch can use here, counted without torch where there is no driver of any."""
+    return _gpus_of_torch() if has_gpu_driver() else 0
+
+
+def has_gpu_driver() -> bool:
+    """Whether this machine may have a GPU; False on a Linux without the driver of one, NVIDIA's or AMD's."""
+    if sys.platform != "linux" or os.path.exists("/dev/kfd"):
+        return True
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    return True
+
+
+def _gpus_of_torch() -> int:
+    import torch
+
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def choose_precision(name: str, device: "torch.device") -> "torch.dtype":
     """'auto' is bfloat16 where this device multiplies in it (GPUs since Ampere, CPUs with AVX512-BF16 or AMX).
 
     Where it is only emulated (T4, V100) it is slower than float32, which is then chosen.
     """
+    import torch
+
     if name == "float32":
         return torch.float32
     if name == "bfloat16":
@@ -36,12 +72,16 @@ def choose_precision(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if capable else torch.float32
 
 
-def _cuda_has_bfloat16(device: torch.device) -> bool:
+def _cuda_has_bfloat16(device: "torch.device") -> bool:
+    import torch
+
     with torch.cuda.device(device):  # torch asks of the current device
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
 
 
 def _cpu_has_bfloat16() -> bool:
+    import torch
+
     capabilities: Mapping[str, Any] = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") or capabilities.get("amx"))
 

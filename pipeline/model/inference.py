@@ -12,10 +12,10 @@ from torchvision.ops import roi_align
 from pipeline.config import Settings, side_step
 from pipeline.model import fuse, instances, load, stain, views
 from pipeline.model.detector import Limits
+from pipeline.model.fitted_stain import Normalisation
 from pipeline.model.instances import HostInstances, Instances, Patches
 from pipeline.model.roi_align import flatten_boxes
 from pipeline.model.split import join, quarters
-from pipeline.model.stain import Normalisation
 
 
 def detect_patches(patches: Patches, normalisation: Normalisation, settings: Settings) -> Iterator[HostInstances]:

@@ -18,9 +18,9 @@ from pipeline.model import dcgmm
 from pipeline.model.dcgmm import ClusterNet
 from pipeline.model.deterministic import pointwise
 from pipeline.model.device import choose_device, choose_precision
-from pipeline.model.stain import Normalisation, Normaliser
+from pipeline.model.fitted_stain import Normalisation
+from pipeline.model.stain import Normaliser
 from pipeline.model.weights import check_content, find_weights
-from slides.errors import SlideNotFound
 
 if TYPE_CHECKING:
     from pipeline.model.detector import NucleusDetector
@@ -78,19 +78,6 @@ def normaliser(normalisation: Normalisation, settings: Stain, device: torch.devi
 def _normaliser(normalisation: Normalisation, network: ClusterNet | None, device: torch.device) -> Normaliser:
     with torch.inference_mode(False):  # it outlives the caller's mode
         return Normaliser(normalisation, network, device)
-
-
-def stain_files(settings: Stain) -> dict[str, Path]:
-    """The files that stain normalisation reads: `weights` of dcgmm's network, `template` where one is given.
-
-    Raises WeightsError, SlideNotFound.
-    """
-    files = {"weights": find_weights(settings.weights)} if settings.method == "dcgmm" else {}
-    if settings.template and settings.method != "none":
-        files["template"] = Path(settings.template).resolve()
-        if not files["template"].is_file():
-            raise SlideNotFound(f"{files['template']}: there is no such file to take as --stain.template")
-    return files
 
 
 class _Networks(Generic[M]):

@@ -27,12 +27,12 @@ class FeatureTable(NamedTuple):
     shapes: tuple[tuple[int, int], ...]  # height and width of each level's maps, finest first
 
     @classmethod
-    def of(cls, maps: Sequence[Tensor], dtype: torch.dtype | None = None) -> "FeatureTable":
-        """maps: of each level, (B, C, h, w); best in channels_last. dtype: of the table, by default theirs."""
+    def of(cls, maps: Sequence[Tensor], dtype: torch.dtype) -> "FeatureTable":
+        """maps: of each level, (B, C, h, w); best in channels_last. dtype: of the table."""
         rows = [m.permute(0, 2, 3, 1).flatten(0, 2) for m in maps]
-        if dtype in (None, rows[0].dtype):
+        if dtype == rows[0].dtype:
             pixels = torch.cat(rows)
-        else:  # in one pass; training needs no other dtype, and could not derive this
+        else:  # converted on the way, rather than in a copy of every map
             pixels = rows[0].new_empty((sum(map(len, rows)), rows[0].shape[1]), dtype=dtype)
             torch.cat(rows, out=pixels)
         return cls(pixels, len(maps[0]), tuple((m.shape[2], m.shape[3]) for m in maps))
@@ -75,7 +75,8 @@ class RoIPool(nn.Module):
 
         `sides`, of the images, are part of torchvision's call and not used: the stride of every level is known.
         """
-        return self.pool(FeatureTable.of(list(features.values())), *flatten_boxes(boxes))
+        maps = list(features.values())
+        return self.pool(FeatureTable.of(maps, maps[0].dtype), *flatten_boxes(boxes))
 
     def pool(self, table: FeatureTable, rois: Tensor, image: Tensor) -> Tensor:
         """rois: float32 (R, 4) in image px; image: int32 (R,), of each -> (R, C, size, size), in the table's dtype."""

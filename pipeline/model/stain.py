@@ -14,12 +14,8 @@ dcgmm, the paper's method, needs a network that clusters each pixel by its neigh
 """
 
 import functools
-import json
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -27,16 +23,11 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from pipeline.config import StainMethod
-from pipeline.errors import StainError, WeightsError
+from pipeline.errors import StainError
 from pipeline.model import dcgmm
 from pipeline.model.dcgmm import ClusterNet, Mixture
 from pipeline.model.deterministic import mix_channels, softmax
-from pipeline.model.weights import read_notes
-
-Numbers = Mapping[str, tuple[float, ...]]
-
-METHODS = get_args(StainMethod)
+from pipeline.model.fitted_stain import FittedStain, Normalisation, Numbers, check_method
 
 TISSUE_OD = 0.15  # of D; Macenko's beta: the colour of paler pixels is mostly noise
 _DARKEST = 1 / 255  # black is not infinitely dense: 8 bits end here
@@ -50,54 +41,6 @@ _LEAST_CHROMA = 0.1  # grey is 0; H&E has 0.16 and more
 _LEAST_DEVIATION = 0.001  # of log10 colours; H&E has, along red-green, 0.002 and more
 _LEAST_ANGLE_DEG = 10.0  # between two stains; H&E has 14 and more: less would amplify noise more than stain
 _LEAST_STRENGTH = 0.05  # OD of the 99th percentile; H&E has 0.4 and more
-
-
-@dataclass(frozen=True)
-class FittedStain:
-    """The stain of a slide, as one method describes it. Plain numbers: it goes to JSON and to other processes."""
-
-    method: str
-    numbers: Numbers = field(hash=False)
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, content: Any) -> "FittedStain":
-        """The stain that `to_json` gave, also read back from JSON text. Raises StainError for anything else.
-
-        Law: FittedStain.from_json(json.loads(json.dumps(s.to_json()))) == s.
-        """
-        if not isinstance(content, Mapping) or set(content) != {"method", "numbers"}:
-            raise StainError(f"{content!r} is not a stain: need a table of 'method' and 'numbers'; fit it again")
-        method = content["method"]
-        _check_method(method)
-        try:
-            numbers = {str(name): tuple(map(float, values)) for name, values in content["numbers"].items()}
-        except (AttributeError, TypeError, ValueError) as error:
-            raise StainError(f"{content['numbers']!r} are not named numbers ({error}): fit the stain again") from error
-        needed = _lengths(method, numbers)
-        lengths = {name: len(values) for name, values in numbers.items()}
-        if lengths != needed or not all(math.isfinite(v) for values in numbers.values() for v in values):
-            raise StainError(f"{numbers} is no {method} stain: need finite {needed}; fit it again")
-        return cls(method, numbers)
-
-
-class Normalisation(NamedTuple):
-    """How the images of one slide are normalised: from its own stain to a template's, both fitted by one method."""
-
-    source: FittedStain
-    target: FittedStain
-
-    def to_json(self) -> dict[str, Any]:
-        return {"source": self.source.to_json(), "target": self.target.to_json()}
-
-    @classmethod
-    def from_json(cls, content: Any) -> "Normalisation":
-        """The normalisation that `to_json` gave. Raises StainError for anything else."""
-        if not isinstance(content, Mapping) or set(content) != {"source", "target"}:
-            raise StainError(f"{content!r} is no normalisation: need a table of 'source' and 'target'; fit it again")
-        return cls(FittedStain.from_json(content["source"]), FittedStain.from_json(content["target"]))
 
 
 class StainSample(NamedTuple):
@@ -126,7 +69,7 @@ def fit(
     Raises StainError for an unknown method, arrays that do not fit together, and pixels from which no stain can be
     fitted: too few, grey, of one colour only. The caller may then go on with "none".
     """
-    _check_method(method)
+    check_method(method)
     _check_network(method, network)
     if method == "none":
         return FittedStain("none", {})
@@ -172,7 +115,7 @@ class Normaliser(nn.Module):
         method = source.method
         if method != target.method:
             raise StainError(f"source is {method}, target {target.method}: need stains of one method")
-        _check_method(method)
+        check_method(method)
         _check_network(method, network)
         self.transfer: nn.Module | None = None
         if method == "reinhard":
@@ -205,20 +148,6 @@ def _hold(module: nn.Module, **constants: Tensor) -> None:
     """Make constants, in float32, tensors of a module that move with it and are not saved."""
     for name, constant in constants.items():
         module.register_buffer(name, constant.float(), persistent=False)
-
-
-def read_template(weights: Path) -> FittedStain:
-    """The stain that a dcgmm weights file carries to normalise to. Raises WeightsError where it has none."""
-    try:
-        template = FittedStain.from_json(json.loads(read_notes(weights)["template"]))
-    except (KeyError, ValueError, RecursionError) as error:
-        raise WeightsError(f"{weights} names no template: need a file written by 'nightslide fit-stain'") from error
-    if template.method != "dcgmm":
-        raise WeightsError(
-            f"{weights} has a template of {template.method}: need one of dcgmm, in a file written by "
-            f"'nightslide fit-stain'"
-        )
-    return template
 
 
 def he_density(images: Tensor) -> Tensor:
@@ -487,53 +416,10 @@ def _mixture(numbers: Numbers) -> Mixture:
     return Mixture(share, mean.reshape(-1, 3), deviation.reshape(-1, 3))
 
 
-# ------------------------------------------------------------------------------------- checks, templates
-
-
-def _check_method(method: Any) -> None:
-    if method not in METHODS:
-        raise StainError(f"stain method {method!r}: need one of {', '.join(METHODS)}")
+# ----------------------------------------------------------------------------------------------- checks
 
 
 def _check_network(method: str, network: ClusterNet | None) -> None:
     if (network is not None) != (method == "dcgmm"):
         given = "without its network" if network is None else "with a network that it does not use"
         raise StainError(f"{method} {given}: need the network of load.stain_network for dcgmm, and none for the others")
-
-
-def _lengths(method: str, numbers: Numbers) -> Mapping[str, int]:
-    """How many numbers of each name a stain of this method has; for dcgmm by the clusters that `numbers` has."""
-    if method == "none":
-        return {}
-    if method == "reinhard":
-        return {"white": 3, "mean": 3, "deviation": 3}
-    if method == "macenko":
-        return {"white": 3, "haematoxylin": 3, "eosin": 3, "strength": 2}
-    clusters = max(1, len(numbers.get("share", ())))
-    return {"white": 3, "density": 1, "share": clusters, "mean": 3 * clusters, "deviation": 3 * clusters}
-
-
-# The typical image: each of the 16 training images of Kumar et al. (2017) fitted alone, as slides are, and of
-# every number the median, on white glass. Pooled they would give a target of wider colours than any slide has.
-# tests/pipeline/model/test_stain.py computes them again. That of dcgmm lies in the file of its network.
-_WHITE = (1.0, 1.0, 1.0)
-TEMPLATE: Mapping[str, FittedStain] = {
-    "none": FittedStain("none", {}),
-    "reinhard": FittedStain(
-        "reinhard",
-        {
-            "white": _WHITE,
-            "mean": (-0.402455, -0.042939, 0.019648),
-            "deviation": (0.215014, 0.038536, 0.007366),
-        },
-    ),
-    "macenko": FittedStain(
-        "macenko",
-        {
-            "white": _WHITE,
-            "haematoxylin": (0.524088, 0.75056, 0.399982),
-            "eosin": (0.106448, 0.829973, 0.540738),
-            "strength": (2.274557, 0.942092),
-        },
-    ),
-}

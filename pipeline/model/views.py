@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-_SHIFT = 5  # px; no multiple of a feature map's stride, so that the anchors lie elsewhere on the nuclei
+from pipeline.config import VIEW_SHIFT_PX
 
 
 class View(NamedTuple):
@@ -24,13 +24,13 @@ class View(NamedTuple):
 
 _ALL = (
     View(False, 0, (0, 0)),
-    View(False, 2, (_SHIFT, _SHIFT)),
-    View(True, 0, (0, _SHIFT)),
-    View(True, 2, (_SHIFT, 0)),
+    View(False, 2, (VIEW_SHIFT_PX, VIEW_SHIFT_PX)),
+    View(True, 0, (0, VIEW_SHIFT_PX)),
+    View(True, 2, (VIEW_SHIFT_PX, 0)),
     View(False, 1, (0, 0)),
-    View(False, 3, (_SHIFT, _SHIFT)),
-    View(True, 1, (0, _SHIFT)),
-    View(True, 3, (_SHIFT, 0)),
+    View(False, 3, (VIEW_SHIFT_PX, VIEW_SHIFT_PX)),
+    View(True, 1, (0, VIEW_SHIFT_PX)),
+    View(True, 3, (VIEW_SHIFT_PX, 0)),
 )
 
 
@@ -42,11 +42,6 @@ def choose_views(count: int) -> tuple[View, ...]:
     if count not in (1, 2, 4, 8):
         raise ValueError(f"views={count}: need 1, 2, 4 or 8")
     return _ALL[:count]
-
-
-def largest_shift(count: int) -> int:
-    """How far the views of this number move a patch, in px along either axis."""
-    return max(max(view.shift) for view in choose_views(count))
 
 
 def apply(view: View, images: Tensor) -> Tensor:

@@ -4,26 +4,20 @@ Nothing is unpickled. A network is built from the architecture in its file; a fi
 raises WeightsError.
 """
 
-import dataclasses
 import functools
-import hashlib
 import json
-from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import safetensors
-import safetensors.torch
-import torch
-from torch import Tensor, nn
 
-from pipeline.config import Architecture, build
+from pipeline.config import Architecture, Stain, build
 from pipeline.errors import WeightsError
 from pipeline.files import file_sha256
+from slides.errors import SlideNotFound
 
 T = TypeVar("T")
-M = TypeVar("M", bound=nn.Module)
 
 
 def shipped() -> tuple[str, ...]:
@@ -44,6 +38,19 @@ def find_weights(name: str) -> Path:
             f"no weights '{name}': need a .safetensors file or one of the shipped names ({', '.join(shipped())})"
         )
     return path
+
+
+def stain_files(settings: Stain) -> dict[str, Path]:
+    """The files that stain normalisation reads: `weights` of dcgmm's network, `template` where one is given.
+
+    Raises WeightsError, SlideNotFound.
+    """
+    files = {"weights": find_weights(settings.weights)} if settings.method == "dcgmm" else {}
+    if settings.template and settings.method != "none":
+        files["template"] = Path(settings.template).resolve()
+        if not files["template"].is_file():
+            raise SlideNotFound(f"{files['template']}: there is no such file to take as --stain.template")
+    return files
 
 
 def content_sha256(path: Path) -> str:
@@ -76,26 +83,10 @@ def check_content(path: Path, recorded: str = "") -> str:
     return sha256
 
 
-def save(network: nn.Module, architecture: Any, path: Path, notes: Mapping[str, str]) -> None:
-    """Write a network's tensors in half precision, with its architecture (a dataclass) and notes."""
-    tensors = {
-        name: (t.detach().cpu().half() if t.is_floating_point() else t.detach().cpu()).clone().contiguous()
-        for name, t in network.state_dict().items()
-        if not name.endswith("num_batches_tracked")
-    }
-    metadata = {
-        **notes,
-        "architecture": json.dumps(dataclasses.asdict(architecture)),
-        "sha256": _tensors_sha256(tensors),
-    }
-    # save_file would make a file that its owner alone may read
-    path.write_bytes(safetensors.torch.save(tensors, metadata))
-
-
 def read_notes(path: Path) -> dict[str, str]:
     """The notes of a weights file: architecture, checksum, recipe, data, licence. Raises WeightsError."""
     try:
-        with safetensors.safe_open(path, "pt") as file:
+        with safetensors.safe_open(path, "np") as file:
             return dict(file.metadata() or {})
     except (OSError, safetensors.SafetensorError) as error:
         raise WeightsError(f"{path} is not a whole safetensors file ({error}): download or copy it again") from error
@@ -128,29 +119,3 @@ def read_architecture(path: Path, kind: type[T], maker: str) -> T:
 def detector_architecture(path: Path) -> Architecture:
     """The architecture of a detector, from the notes of its weights file, without loading it. Raises WeightsError."""
     return read_architecture(path, Architecture, "nightslide train")
-
-
-def load_into(network: M, path: Path) -> M:
-    """The network with the file's tensors, in float32, ready for inference; the same object.
-
-    Raises WeightsError where the file is damaged (checksum) or does not fit the network.
-    """
-    tensors = safetensors.torch.load_file(path)
-    if _tensors_sha256(tensors) != read_notes(path).get("sha256"):
-        raise WeightsError(f"{path} is damaged: its tensors do not match their checksum; download or copy it again")
-    try:
-        missing, unknown = network.load_state_dict({k: v.float() for k, v in tensors.items()}, strict=False)
-    except RuntimeError as error:
-        raise WeightsError(f"{path} does not fit the architecture it names: {error}") from error
-    missing = [name for name in missing if not name.endswith("num_batches_tracked")]
-    if missing or unknown:
-        raise WeightsError(f"{path} does not fit its architecture: missing {missing[:3]}, unknown {list(unknown)[:3]}")
-    return network.eval()
-
-
-def _tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        digest.update(name.encode())
-        digest.update(tensors[name].contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()

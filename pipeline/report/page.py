@@ -18,7 +18,7 @@ from pipeline.report import charts
 from pipeline.report.regions import region_table
 from pipeline.report.results import FEWEST_SLIDES, OUTLIER_Z, SlideResult, read_results
 from pipeline.report.table import linked, slide_table
-from pipeline.segment.record import ARTEFACT_AREAS
+from pipeline.segment.record import ARTEFACT_AREAS, WAITS, StageRecord, device_use
 from pipeline.segment.stages import STAGES
 from pipeline.segment.summary import NEAR_PX, SEAM_EDGES_PX, seam_verdict
 
@@ -112,7 +112,21 @@ def _numbers(slides: Sequence[SlideResult]) -> str:
         *([(f"{lost:,.3f}", "mm² lost", "bad")] if lost else []),
     ]
     items = (f'<li><b class="{kind}">{value}</b><span>{words}</span></li>' for value, words, kind in figures)
-    return f'<ul class="figures">{"".join(items)}</ul>'
+    use = html.escape(device_use(_work(done)))
+    return f'<ul class="figures">{"".join(items)}</ul><p class="soft">{use}</p>'
+
+
+def _work(done: Iterable[SlideResult]) -> StageRecord:
+    """What the detectors did, and waited for."""
+    records = (
+        StageRecord(
+            {"detect": s.number("seconds_detect")},
+            computed_on=(str(s.row.get("computed_on") or ""),),
+            waited={name: s.number(f"seconds_idle_{name}") for name in WAITS},
+        )
+        for s in done
+    )
+    return sum(records, StageRecord())
 
 
 def _busy_seconds(done: Iterable[SlideResult]) -> float:

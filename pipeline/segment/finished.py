@@ -1,4 +1,4 @@
-"""A finished slide: slide.json, written last, names every result with its size and checksum."""
+"""A finished slide: slide.json, written last, names every result with its size and checksum, and has one of itself."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping
@@ -47,7 +47,7 @@ def finish_slide(job: Job, record: SlideRecord) -> SlideRecord:
         "summary": summary,
     }
     job.check_lease()
-    files.write_json(job.folder.slide_json, content)
+    files.write_json(job.folder.slide_json, files.with_checksum(content))
     return record
 
 
@@ -115,7 +115,7 @@ def _with_source(export: Export, source: Path | None) -> Export:
 
 def stale_exports(folder: SlideFolder, export: Export) -> tuple[ExportFormat, ...]:
     """Names of the wanted formats whose files are missing, of another size than was written, or of other options."""
-    known = (files.read_json(folder.slide_json) or {}).get("files", {})
+    known = (_read_whole(folder) or {}).get("files", {})
     return tuple(
         name
         for name in export.formats
@@ -134,12 +134,19 @@ def refresh_exports(folder: SlideFolder, export: Export) -> tuple[ExportFormat, 
 
 def rewrite_exports(folder: SlideFolder, export: Export) -> dict[str, Exported]:
     """Make exports of a finished slide, there or not, and note them in slide.json."""
-    content = files.read_json(folder.slide_json)
+    content = _read_whole(folder)
     exported = write_exports(folder, export, Path(content["source_path"]) if content is not None else None)
     if content is not None:
         made = _describe(folder, export, tuple(EXPORTS[name] for name in export.formats))
-        files.write_json(folder.slide_json, {**content, "files": {**content.get("files", {}), **made}})
+        content = {**content, "files": {**content.get("files", {}), **made}}
+        files.write_json(folder.slide_json, files.with_checksum(content))
     return exported
+
+
+def _read_whole(folder: SlideFolder) -> dict[str, Any] | None:
+    """The content of slide.json; None where it is missing or damaged: it would get a checksum that fits the damage."""
+    content = files.read_json(folder.slide_json)
+    return content if content is not None and files.fits_checksum(content) else None
 
 
 def damaged_results(folder: SlideFolder, content: Mapping[str, Any], *, thorough: bool) -> Iterator[str]:
@@ -159,10 +166,11 @@ def damaged_results(folder: SlideFolder, content: Mapping[str, Any], *, thorough
 
 
 def _is_complete(content: Mapping[str, Any]) -> bool:
-    """Whether a slide.json holds what other functions read of it, and of every file what it was written with."""
+    """Whether a slide.json is as it was written, and holds what other functions read of it and of every file."""
     known = content.get("files")
     return (
-        {"digest", "record", "quick_hash"} <= content.keys()
+        files.fits_checksum(content)
+        and {"digest", "record", "quick_hash"} <= content.keys()
         and isinstance(known, dict)
         and all(isinstance(about, dict) and {"bytes", "sha256"} <= about.keys() for about in known.values())
     )

@@ -10,8 +10,7 @@ from pipeline import files
 from pipeline.config import Settings, grid_step
 from pipeline.errors import ScratchLost, StainError
 from pipeline.layout import SlideFolder
-from pipeline.model import load, stain, views
-from pipeline.model.stain import Normalisation
+from pipeline.model.fitted_stain import UNCHANGED, Normalisation
 from pipeline.model.weights import detector_architecture, find_weights
 from pipeline.segment.regions import RegionFile, read_regions
 from pipeline.segment.slide_stain import fit_slide, template_stain
@@ -88,7 +87,7 @@ def plan_slide(slide: Slide, settings: Settings, regions: RegionFile | None = No
         tiling.margin,
         settings.stitching.max_diameter_um / tiling.mpp,
         settings.stitching.tolerance_px,
-        views.largest_shift(settings.detector.views),
+        settings.detector.largest_shift_px,
     )
     artefacts, glass, notes = find_tissue_and_artefacts(slide, settings.tissue, tiling.mpp)
     normalisation, unfitted = _normalisation(slide, artefacts, settings)
@@ -129,14 +128,18 @@ def _reported(artefacts: ArtefactMap, settings: Settings) -> TissueMap:
 
 def _normalisation(slide: Slide, artefacts: ArtefactMap, settings: Settings) -> tuple[Normalisation, tuple[str, ...]]:
     """How the slide is normalised; and a note where it cannot be, although the settings ask for it."""
+    if settings.stain.method == "none":
+        return UNCHANGED, ()
+    from pipeline.model.load import stain_network
+
     target = template_stain(settings.stain, settings.tissue, settings.tiling.mpp)
-    network = load.stain_network(settings.stain)
+    network = stain_network(settings.stain)
     clean = artefacts.clean_tissue()
     tissue = clean if clean.mask.any() else artefacts.tissue
     try:
         fitted = fit_slide(slide, tissue, settings.stain, network)
     except StainError as error:
-        return Normalisation(stain.TEMPLATE["none"], stain.TEMPLATE["none"]), (f"not normalised: {error}",)
+        return UNCHANGED, (f"not normalised: {error}",)
     return Normalisation(fitted, target), ()
 
 

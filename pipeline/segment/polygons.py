@@ -4,6 +4,7 @@ All are functions over arrays: a thousand masks are outlined in one call, a mill
 x right, y down; vertices on pixel edges, so that a pixel (row, col) covers [col, col + 1) x [row, row + 1).
 """
 
+import functools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
 _MOSAIC_CELLS = 1 << 22  # float64 cells outlined in one call: 32 MiB
+_MOSAIC_ROWS = 1 << 13  # whose coordinates are made together
 _PAINTED_PX = 1 << 22  # pixels listed at once when rasterising: 32 MiB an index
 _PAIRS = 1 << 20  # of an edge and a vertex, compared at once: 8 MiB a number
 
@@ -55,8 +57,13 @@ def _outline(mask_probs: NDArray[Any], boxes: Floats, level: float) -> Polygons:
     mosaic = np.zeros((count * step + 1, step + 1))  # masks stacked in one column
     rows = mosaic[1:].reshape(count, step, step + 1)
     rows[:, :-1, 1:-1] = mask_probs if samples == 1 else mask_probs.repeat(2, axis=1).repeat(2, axis=2)
+    x, y = _coordinates(mosaic.shape[1], -(-len(mosaic) // _MOSAIC_ROWS))
     generator = contourpy.contour_generator(
-        z=mosaic, name="serial", fill_type=contourpy.FillType.ChunkCombinedOffsetOffset
+        x=x[: len(mosaic)],
+        y=y[: len(mosaic)],
+        z=mosaic,
+        name="serial",
+        fill_type=contourpy.FillType.ChunkCombinedOffsetOffset,
     )
     filled: Any = generator.filled(level, np.inf)
     points, ring_starts, part_starts = (chunk[0] for chunk in filled)
@@ -72,6 +79,13 @@ def _outline(mask_probs: NDArray[Any], boxes: Floats, level: float) -> Polygons:
         shapely.GeometryType.POLYGON, corner + cells * (extent / side), (ring_starts, part_starts)
     )
     return _gather(parts if samples == 1 else shapely.remove_repeated_points(parts), owner, count)
+
+
+@functools.lru_cache(maxsize=1)
+def _coordinates(width: int, parts: int) -> tuple[Floats, Floats]:
+    """x and y of the cells of a mosaic, each (parts * _MOSAIC_ROWS, width). Made once for mosaics of about one size."""
+    x, y = np.meshgrid(np.arange(width, dtype=float), np.arange(parts * _MOSAIC_ROWS, dtype=float))
+    return x, y
 
 
 def _gather(parts: Polygons, owner: Ints, count: int) -> Polygons:
@@ -94,9 +108,17 @@ def solid(polygons: Polygons) -> Polygons:
     Returns object (N,) of valid Polygons without holes; empty where no area is left.
     Law: solid(solid(p)) == solid(p).
     """
-    geometries = np.array(polygons, dtype=object)
-    broken = ~shapely.is_valid(geometries)
-    geometries[broken] = shapely.make_valid(geometries[broken])
+    result = np.array(polygons, dtype=object)
+    valid = shapely.is_valid(result)
+    whole = valid & (shapely.get_type_id(result) == shapely.GeometryType.POLYGON)
+    others = np.flatnonzero(~whole | (shapely.get_num_interior_rings(result) > 0))  # few
+    result[others[~valid[others]]] = shapely.make_valid(result[others[~valid[others]]])
+    result[others] = _largest_part(result[others])
+    return result
+
+
+def _largest_part(geometries: Polygons) -> Polygons:
+    """The largest polygon of each valid geometry, its holes filled; empty where it has none."""
     # make_valid may answer with a collection that holds a MultiPolygon: two levels of parts.
     outer_parts, outer_owner = shapely.get_parts(geometries, return_index=True)
     parts, inner_owner = shapely.get_parts(outer_parts, return_index=True)
@@ -274,19 +296,15 @@ def _least_width(hulls: Polygons) -> Floats:
     width = np.zeros(len(hulls))
     convex = np.flatnonzero(shapely.area(hulls) > 0)
     rings = shapely.get_exterior_ring(hulls[convex])
-    count = shapely.get_num_coordinates(rings) - 1  # the first vertex comes again as the last
-    pairs = np.cumsum(count**2)
-    for part in np.split(np.arange(len(convex)), np.flatnonzero(np.diff(pairs // _PAIRS)) + 1):
-        n, xy = count[part], shapely.get_coordinates(rings[part])
-        closing = np.cumsum(n + 1) - 1
-        start, edge = np.delete(xy, closing, 0), np.delete(np.diff(xy, axis=0), closing[:-1], 0)
-        edge /= np.hypot(*edge.T)[:, None]
-        of_edge = n.repeat(n)  # vertices to compare each edge with: those of its own polygon
-        first = (np.cumsum(n) - n).repeat(n)
-        e = np.arange(len(edge)).repeat(of_edge)
-        offset = np.cumsum(of_edge) - of_edge
-        x, y = (start[np.arange(len(e)) - (offset - first).repeat(of_edge)] - start[e]).T
-        distance = np.abs(edge[e, 0] * y - edge[e, 1] * x)
-        farthest = np.maximum.reduceat(distance, offset)
-        width[convex[part]] = np.minimum.reduceat(farthest, np.cumsum(n) - n)
+    count, xy = shapely.get_num_coordinates(rings), shapely.get_coordinates(rings)
+    first = np.cumsum(count) - count
+    for n in np.unique(count):  # polygons of as many vertices at once
+        chosen = np.flatnonzero(count == n)
+        for part in np.array_split(chosen, -(-len(chosen) * int(n) ** 2 // _PAIRS)):
+            ring = xy[first[part, None] + np.arange(n)]  # (P, n, 2), the first vertex comes again as the last
+            start, edge = ring[:, :-1], np.diff(ring, axis=1)
+            edge = edge / np.hypot(edge[..., 0], edge[..., 1])[..., None]
+            x, y = (start[:, None, :, axis] - start[:, :, None, axis] for axis in (0, 1))  # (P, edges, vertices)
+            distance = np.abs(edge[..., 0, None] * y - edge[..., 1, None] * x)
+            width[convex[part]] = distance.max(2).min(1)
     return width

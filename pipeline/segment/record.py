@@ -22,6 +22,20 @@ _ARTEFACT_SHARE = 0.05  # of the tissue: less is usual
 _TOUCHING_SHARE = 0.001  # of the nuclei: a few at the edges are clumps, more are a margin that is too small
 
 
+_MORE_WORKERS = "add CPU workers (--workers)"
+
+WAITS = {
+    "tile": ("waiting for tiles", _MORE_WORKERS),
+    "outline": ("waiting for outlines", _MORE_WORKERS),
+    "plan": ("waiting for slides to be planned", _MORE_WORKERS),
+    "disk": ("reading the patches or writing the instances", "put --out on a faster disk"),
+    "window": ("waiting as --window was reached", "raise --window"),
+}
+"Why a detector had nothing to compute: words, and the remedy where it is a GPU."
+
+_LEAST_WAIT = 0.01  # of the detectors' time that is mentioned
+
+
 @dataclass(frozen=True)
 class Counts:
     """What was counted over the tiles or the nuclei of a slide. Counts of parts add up."""
@@ -60,17 +74,18 @@ class StageRecord:
 
     seconds: processing time of each stage, by its name, without waiting.
     computed_on: kinds of device and precisions that detected, such as "cpu bfloat16"; they decide the last bits.
+    waited: seconds that detectors had nothing to compute until they got these blocks, by the cause, of `WAITS`.
     """
 
     seconds: Mapping[str, float] = field(default_factory=dict)
     counts: Counts = Counts()
     computed_on: tuple[str, ...] = ()
+    waited: Mapping[str, float] = field(default_factory=dict)
 
     def __add__(self, other: "StageRecord") -> "StageRecord":
-        names = dict.fromkeys((*self.seconds, *other.seconds))
-        seconds = {name: self.seconds.get(name, 0.0) + other.seconds.get(name, 0.0) for name in names}
+        seconds, waited = _sum(self.seconds, other.seconds), _sum(self.waited, other.waited)
         computed_on = tuple(sorted({*self.computed_on, *other.computed_on}))
-        return StageRecord(seconds, self.counts + other.counts, computed_on)
+        return StageRecord(seconds, self.counts + other.counts, computed_on, waited)
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -80,7 +95,13 @@ class StageRecord:
         """What `to_json` gave, also of another version: counts that are not known are left out."""
         known = {f.name for f in dataclasses.fields(Counts)}
         counts = {name: value for name, value in content.get("counts", {}).items() if name in known}
-        return cls(dict(content.get("seconds", {})), Counts(**counts), tuple(content.get("computed_on", ())))
+        seconds, waited = (dict(content.get(name, {})) for name in ("seconds", "waited"))
+        return cls(seconds, Counts(**counts), tuple(content.get("computed_on", ())), waited)
+
+
+def _sum(one: Mapping[str, float], other: Mapping[str, float]) -> dict[str, float]:
+    """The sums by name."""
+    return {name: one.get(name, 0.0) + other.get(name, 0.0) for name in dict.fromkeys((*one, *other))}
 
 
 @dataclass(frozen=True)
@@ -122,6 +143,27 @@ class SlideRecord:
         values["work"] = StageRecord.from_json(content.get("work", {}))
         values["remarks"] = tuple(content.get("remarks", ()))
         return cls(**values)
+
+
+def device_use(work: StageRecord) -> str:
+    """How busy the detectors were, and why they were not; empty where none has worked.
+
+    `the detector computed 88% of the time, and was idle 12%: waiting for tiles; add CPU workers (--workers)`
+    """
+    computed = work.seconds.get("detect", 0.0)
+    idle = {name: max(0.0, work.waited.get(name, 0.0)) for name in WAITS}
+    total = computed + sum(idle.values())
+    if not computed:
+        return ""
+    line = f"the detector computed {computed / total:.0%} of the time"
+    causes = sorted((name for name in WAITS if idle[name] >= _LEAST_WAIT * total), key=lambda name: -idle[name])
+    if not causes:
+        return line
+    shares = [f"{idle[name] / total:.0%} " if len(causes) > 1 else "" for name in causes]
+    said = ", ".join(share + WAITS[name][0] for share, name in zip(shares, causes, strict=True))
+    # a processor that detects lacks no other workers: it does their work as well
+    remedy = "" if any(kind.startswith("cpu") for kind in work.computed_on) else f"; {WAITS[causes[0]][1]}"
+    return f"{line}, and was idle {sum(idle.values()) / total:.0%}: {said}{remedy}"
 
 
 def remarks(record: SlideRecord, summary: Mapping[str, Any], notes: tuple[str, ...] = ()) -> tuple[str, ...]:

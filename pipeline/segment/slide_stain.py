@@ -1,35 +1,40 @@
 """The stain of a slide, fitted on regions spread over its tissue, and the template's stain that it is normalised to.
 
-Everything here is computed on the CPU, whatever the detector's device: a worker that plans needs none.
+Everything here is computed on the CPU, whatever the detector's device: a worker that plans needs none. torch is loaded
+only where a stain is fitted.
 """
 
 import functools
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from pipeline.config import Stain, Tissue
 from pipeline.errors import StainError
-from pipeline.model import load, stain
-from pipeline.model.dcgmm import ClusterNet
-from pipeline.model.stain import FittedStain
-from pipeline.model.weights import check_content, stamp
+from pipeline.model.fitted_stain import TEMPLATE, FittedStain, read_template
+from pipeline.model.weights import check_content, stain_files, stamp
 from pipeline.segment.tissue_map import find_tissue
 from slides.errors import ScaleUnknown
 from slides.geometry import Box
 from slides.slide import Slide, open_slide
 from slides.tissue import TissueMap
 
+if TYPE_CHECKING:
+    from pipeline.model.dcgmm import ClusterNet
+
 REGION_PX = 256  # side of the regions that a fit pools, work px
 
 
-def fit_slide(slide: Slide, tissue: TissueMap, settings: Stain, network: ClusterNet | None) -> FittedStain:
+def fit_slide(slide: Slide, tissue: TissueMap, settings: Stain, network: "ClusterNet | None") -> FittedStain:
     """The slide's stain, from `settings.patches` regions spread evenly over its tissue.
 
     network: see `stain.fit`. Raises StainError where no stain can be fitted.
     """
     if settings.method == "none":
-        return stain.TEMPLATE["none"]
+        return TEMPLATE["none"]
+    from pipeline.model import stain
+
     rows, columns = np.nonzero(tissue.mask)
     if not len(rows):
         raise StainError("no tissue was found to fit the stain on")
@@ -49,7 +54,7 @@ def fit_slide(slide: Slide, tissue: TissueMap, settings: Stain, network: Cluster
 
 
 def fit_template(
-    path: Path, settings: Stain, tissue_settings: Tissue, mpp: float, network: ClusterNet | None
+    path: Path, settings: Stain, tissue_settings: Tissue, mpp: float, network: "ClusterNet | None"
 ) -> FittedStain:
     """The stain of a slide or an image, fitted as a slide's is.
 
@@ -76,10 +81,10 @@ def template_stain(settings: Stain, tissue_settings: Tissue, mpp: float) -> Fitt
 
     Fitted once per process and content of the files.
     mpp: the working scale.
-    Raises what `load.stain_files`, `fit_template` and `stain.read_template` raise, and WeightsError for a file of
+    Raises what `stain_files`, `fit_template` and `read_template` raise, and WeightsError for a file of
     other content than the settings say.
     """
-    files = load.stain_files(settings)
+    files = stain_files(settings)
     for name, path in files.items():
         check_content(path, {"weights": settings.weights_sha256, "template": settings.template_sha256}[name])
     return _template_stain(settings, tissue_settings, mpp, tuple(stamp(path) for path in files.values()))
@@ -89,7 +94,9 @@ def template_stain(settings: Stain, tissue_settings: Tissue, mpp: float) -> Fitt
 def _template_stain(
     settings: Stain, tissue_settings: Tissue, mpp: float, _stamps: tuple[tuple[int, ...], ...]
 ) -> FittedStain:
-    files = load.stain_files(settings)
+    files = stain_files(settings)
     if "template" in files:
+        from pipeline.model import load
+
         return fit_template(files["template"], settings, tissue_settings, mpp, load.stain_network(settings))
-    return stain.read_template(files["weights"]) if "weights" in files else stain.TEMPLATE[settings.method]
+    return read_template(files["weights"]) if "weights" in files else TEMPLATE[settings.method]

@@ -27,10 +27,10 @@ from pipeline import files
 from pipeline.config import Settings
 from pipeline.errors import ScratchLost, SlideChanged
 from pipeline.model.device import computes_on, device_lock
+from pipeline.model.fitted_stain import Normalisation
 from pipeline.model.instances import HostInstances, Patches, select
-from pipeline.model.stain import Normalisation
 from pipeline.model.weights import detector_architecture, find_weights
-from pipeline.segment import annotations, pictures, polygons, stitch, tables
+from pipeline.segment import annotations, arrow, pictures, polygons, stitch, tables
 from pipeline.segment.finished import check_exports, write_exports
 from pipeline.segment.job import Job
 from pipeline.segment.plan import (
@@ -137,9 +137,9 @@ def tile_block(job: Job, block: int, before: StageRecord) -> StageRecord:
     store = PatchStore.create(job.folder.patches, plan.grid, job.digest)
     if not store.is_done(block):
         tiles = plan.of_block(block)
-        patches, lost = cut(_slide(job.source, job.scale), tiles, plan.grid, plan.frame)
+        region, lost = cut(_slide(job.source, job.scale), tiles, plan.grid, plan.frame)
         job.check_lease()
-        store.write(block, tiles, patches, lost)
+        store.write(block, tiles, region, lost)
     return before + _worked("tile", started)
 
 
@@ -238,7 +238,10 @@ def outline(instances: HostInstances, tile: Tile, plan: Plan, settings: Settings
 
     A claimed instance is anchored (by its centroid) in the tile's core and in the tissue, and no better one covers it.
     """
-    shapes = polygons.solid(polygons.from_masks(instances.mask_probs, instances.boxes, level=0.5))
+    outlines = polygons.from_masks(instances.mask_probs, instances.boxes, level=0.5)
+    core = tile.core.shift(-tile.read.x0, -tile.read.y0)
+    decisive = stitch.reaches(instances.boxes, core, tolerance=settings.stitching.tolerance_px)
+    instances, shapes = select(instances, decisive), polygons.solid(outlines[decisive])
     shapes = polygons.simplify(shapes, settings.stitching.simplify_px)
     patch = plan.trimmed(tile)
     shapes = shapely.transform(shapes, lambda xy: xy + np.array(patch[:2], float))
@@ -289,20 +292,20 @@ def stitch_slide(job: Job) -> StageRecord:
             rows = tables.read_instances(job.folder.instances(block))
             keep = np.ones(rows.num_rows, bool)
             keep[left_out.get(block, [])] = False
-            rows = rows.filter(pa.array(keep))
+            rows = rows.filter(arrow.numbers(keep))
             shapes = tables.geometry(rows)
             kind = artefacts.at(polygons.centroids(shapes))
             outlines = shapely.transform(shapes, plan.frame.to_slide.apply)
             selected = kind == 0 if settings.tissue.artefacts == "skip" else np.ones(len(kind), bool)
             if regions is not None:  # exactly: the plan's tissue has pixels of some micrometres
                 selected &= regions.select(polygons.measure(outlines, um_per_px).centroid)
-            rows, outlines, kind = rows.filter(pa.array(selected)), outlines[selected], kind[selected]
+            rows, outlines, kind = rows.filter(arrow.numbers(selected)), outlines[selected], kind[selected]
             writer.write(
                 outlines,
-                class_name=[classes[i] for i in rows["class_index"].to_numpy()],
-                score=rows["score"].to_numpy(),
-                votes=rows["votes"].to_numpy(),
-                stains=np.stack([rows[name].to_numpy() for name in tables.STAINS], 1),
+                class_name=[classes[i] for i in arrow.values(rows["class_index"])],
+                score=arrow.values(rows["score"]),
+                votes=arrow.values(rows["votes"]),
+                stains=np.stack([arrow.values(rows[name]) for name in tables.STAINS], 1),
                 artefact=kinds[kind].tolist(),
             )
             nuclei, flagged = nuclei + rows.num_rows, flagged + int(np.count_nonzero(kind))
@@ -347,8 +350,8 @@ def _left_out_at_seams(job: Job, plan: Plan) -> dict[int, NDArray[np.int64]]:
         path = job.folder.instances(block)
         rows = tables.read_instances(path, ["tile_row", "tile_col", "x0", "y0", "x1", "y1", "score"])
         bounds.append(tables.bounds(rows))
-        tile.append(np.stack([rows["tile_row"].to_numpy(), rows["tile_col"].to_numpy()], 1))
-        score.append(rows["score"].to_numpy())
+        tile.append(np.stack([arrow.values(rows["tile_row"]), arrow.values(rows["tile_col"])], 1))
+        score.append(arrow.values(rows["score"]))
         place.append(np.stack([np.full(rows.num_rows, block), np.arange(rows.num_rows)], 1))
     if not bounds:
         return {}
@@ -362,7 +365,7 @@ def _left_out_at_seams(job: Job, plan: Plan) -> dict[int, NDArray[np.int64]]:
     for block in job.while_leased(iter(np.unique(places[near, 0]))):
         here = places[near, 0] == block
         encoded = tables.read_instances(job.folder.instances(int(block)), ["geometry"])
-        shapes[here] = tables.geometry(encoded.take(pa.array(places[near[here], 1])))
+        shapes[here] = tables.geometry(encoded.take(arrow.numbers(places[near[here], 1])))
     number = tiles[near, 0].astype(np.int64) * plan.grid.cols + tiles[near, 1]
     anchors = polygons.centroids(shapes)
     outside = stitch.anchored_outside(anchors, cores[near], Size(plan.grid.cols * stride, plan.grid.rows * stride))

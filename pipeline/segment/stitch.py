@@ -61,6 +61,22 @@ def claim(anchors: Floats, core: Box, *, tolerance: float) -> Bools:
     return np.asarray(across & down)
 
 
+def reaches(boxes: NDArray[np.floating], core: Box, *, tolerance: float) -> Bools:
+    """Which of a tile's instances decide what it claims; the others need no outline.
+
+    boxes: (N, 4), x0 y0 x1 y1, each around its instance
+    Returns bool (N,): those whose box meets the core grown by `tolerance` px, and what meets these, and so on.
+    Law: `mask_nms` and `claim` of these alone claim what those of all claim.
+    """
+    grown = shapely.box(core.x0 - tolerance, core.y0 - tolerance, core.x1 + tolerance, core.y1 + tolerance)
+    around = shapely.box(*np.asarray(boxes, np.float64).T)
+    reached = shapely.intersects(around, grown)
+    i, j = shapely.STRtree(around).query(around, predicate="intersects")
+    while not reached[j[reached[i]]].all():
+        reached[j[reached[i]]] = True
+    return np.asarray(reached)
+
+
 def touching(bounds: Floats, patch: Box, slide: Size) -> Bools:
     """Which instances reach an edge of their tile's patch inside the slide: they may be cut off.
 

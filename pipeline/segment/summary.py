@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.segment import tables
+from pipeline.segment import arrow, tables
 from pipeline.segment.plan import Plan
 from pipeline.segment.polygons import Floats, Ints
 from slides.grid import TileGrid
@@ -44,11 +44,11 @@ def summarise(nuclei: Path, plan: Plan) -> dict[str, Any]:
     scores = np.zeros(len(SCORE_EDGES) - 1, np.int64)
     for rows in tables.iter_nuclei(nuclei, ["class", "score"]):
         classes.update(rows["class"].to_pylist())
-        scores += np.histogram(rows["score"].to_numpy(), SCORE_EDGES)[0]
-    area = tables.read_nuclei(nuclei, ["area_um2"])["area_um2"].to_numpy()
+        scores += np.histogram(arrow.values(rows["score"]), SCORE_EDGES)[0]
+    area = arrow.values(tables.read_nuclei(nuclei, ["area_um2"])["area_um2"])
     tissue_mm2 = plan.tissue.area_mm2
     centroids = (
-        plan.frame.to_slide.invert(np.stack([rows["centroid_x"].to_numpy(), rows["centroid_y"].to_numpy()], 1))
+        plan.frame.to_slide.invert(np.stack([arrow.values(rows["centroid_x"]), arrow.values(rows["centroid_y"])], 1))
         for rows in tables.iter_nuclei(nuclei, ["centroid_x", "centroid_y"])
     )
     observed, expected = seam_counts(centroids, plan.grid, plan.tissue)

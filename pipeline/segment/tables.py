@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from pipeline import files
 from pipeline.files import committed
 from pipeline.model.instances import STATISTICS, HostInstances
+from pipeline.segment import arrow
 from pipeline.segment.polygons import Floats, Ints, Polygons, measure
 from slides.geometry import Box, Size
 from slides.grid import Tile
@@ -98,7 +99,7 @@ def instance_rows(tile: Tile, outlines: Polygons, instances: HostInstances) -> p
     stains = instances.stain_density.reshape(len(outlines), len(STAINS))
     measured = (instances.scores, instances.votes, instances.class_index, *stains.T)
     values = [rows, columns, _wkb(outlines), *bounds.T, *measured]
-    return pa.table([pa.array(v, f.type) for v, f in zip(values, INSTANCES, strict=True)], schema=INSTANCES)
+    return pa.table([arrow.array(v, f.type) for v, f in zip(values, INSTANCES, strict=True)], schema=INSTANCES)
 
 
 def write_instances(path: Path, rows: pa.Table, record: dict[str, Any]) -> None:
@@ -116,12 +117,12 @@ def read_instances(path: Path, columns: Sequence[str] | None = None) -> pa.Table
 
 def bounds(rows: pa.Table) -> Floats:
     """float64 (N, 4), x0 y0 x1 y1 in work px, of rows of `INSTANCES`."""
-    return np.stack([rows[name].to_numpy() for name in ("x0", "y0", "x1", "y1")], axis=1)
+    return np.stack([arrow.values(rows[name]) for name in ("x0", "y0", "x1", "y1")], axis=1)
 
 
 def geometry(rows: pa.Table) -> Polygons:
     """object (N,) of Polygons: the geometry column of either table, in that table's frame."""
-    decoded: Polygons = shapely.from_wkb(rows["geometry"].to_numpy())
+    decoded: Polygons = shapely.from_wkb(rows["geometry"].to_pylist())
     return decoded
 
 
@@ -163,7 +164,7 @@ class NucleiWriter:
         self._path = path
         self._provenance = provenance
         self._slide = uuid.uuid5(_NAMESPACE, provenance.slide).bytes
-        self._pending = _STORED.empty_table()
+        self._pending = pa.Table.from_batches([], _STORED)
         self._extent = np.array([np.inf, np.inf, -np.inf, -np.inf])
 
     def __enter__(self) -> Self:
@@ -212,9 +213,9 @@ class NucleiWriter:
             "centroid_x": shapes.centroid[:, 0],
             "centroid_y": shapes.centroid[:, 1],
             **dict(zip(STAINS, stains.T, strict=True)),
-            "bbox": pa.StructArray.from_arrays([pa.array(side) for side in extent.T], fields=list(_BBOX)),
+            "bbox": pa.StructArray.from_arrays(list(map(arrow.numbers, extent.T)), fields=list(_BBOX)),
         }
-        rows = pa.table([pa.array(columns[f.name], f.type) for f in _STORED], schema=_STORED)
+        rows = pa.table([arrow.array(columns[f.name], f.type) for f in _STORED], schema=_STORED)
         np.minimum(self._extent[:2], extent[:, :2].min(axis=0, initial=np.inf), out=self._extent[:2])
         np.maximum(self._extent[2:], extent[:, 2:].max(axis=0, initial=-np.inf), out=self._extent[2:])
         self._pending = pa.concat_tables([self._pending, rows])
@@ -300,7 +301,7 @@ def take_nuclei(path: Path, rows: Ints, columns: Sequence[str] | None = None) ->
             stop = first + file.metadata.row_group(group).num_rows
             here = rows[np.searchsorted(rows, first) : np.searchsorted(rows, stop)] - first
             if len(here):
-                taken.append(file.read_row_group(group, columns or NUCLEI.names).take(pa.array(here)))
+                taken.append(file.read_row_group(group, columns or NUCLEI.names).take(arrow.numbers(here)))
             first = stop
     return pa.concat_tables(taken)
 

@@ -311,7 +311,7 @@ def test_no_hours_of_a_cpu_are_given_where_a_gpu_works(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """A GPU has not been timed: its hours are not known, unless the user says how fast it is."""
-    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("pipeline.model.device.count_gpus", lambda: 1)
     _, row, total, basis = planned(capsys, monkeypatch, tmp_path)
     assert row.split()[4] == "?"
     assert "? hours" in total

@@ -17,23 +17,33 @@ from PIL import Image
 from slides.errors import GridError, StoreMismatch
 from slides.geometry import Box, Frame, Size
 from slides.grid import Tile, TileGrid
-from slides.patches import PatchStore, cut
+from slides.patches import PatchStore, block_side, cut
 from slides.slide import open_slide
 
 ROOT = Path(__file__).resolve().parents[2]
 GRID = TileGrid(Size(100, 70), tile=24, margin=4, block=3)  # 5 x 7 tiles in 2 x 3 blocks
 
 
+SIDE = block_side(GRID)
+
+
 def _content(tiles: tuple[Tile, ...], seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """A region and lost shares, of noise."""
     rng = np.random.default_rng(seed)
-    patches = rng.integers(0, 256, (len(tiles), GRID.tile, GRID.tile, 3), np.uint8)
-    return patches, rng.random(len(tiles), np.float32)
+    return rng.integers(0, 256, (SIDE, SIDE, 3), np.uint8), rng.random(len(tiles), np.float32)
+
+
+def _windows(tiles: tuple[Tile, ...], region: np.ndarray) -> list[np.ndarray]:
+    """What the tiles of a block read, of the region of the block."""
+    corners = [(tile.row % GRID.block * GRID.stride, tile.col % GRID.block * GRID.stride) for tile in tiles]
+    return [region[y : y + GRID.tile, x : x + GRID.tile] for y, x in corners]
 
 
 def _assert_reads(store: PatchStore, block: int, tiles: tuple[Tile, ...], content: tuple[Any, Any]) -> None:
     read = store.read(block, tiles)
     assert read is not None
-    assert np.array_equal(read[0], content[0])
+    assert [patch.shape for patch in read[0]] == [(GRID.tile, GRID.tile, 3)] * len(tiles)
+    assert all(map(np.array_equal, read[0], _windows(tiles, content[0])))
     assert np.array_equal(read[1], content[1])
 
 
@@ -49,43 +59,43 @@ def test_what_is_written_reads_back(tmp_path_factory: pytest.TempPathFactory, or
         written[block] = (tiles, *_content(tiles, block))
         store.write(block, *written[block])
     reopened = PatchStore.create(store.path, GRID, "digest")
-    for block, (tiles, patches, lost) in written.items():
+    for block, (tiles, region, lost) in written.items():
         assert reopened.is_done(block)
-        _assert_reads(reopened, block, tiles, (patches, lost))
+        _assert_reads(reopened, block, tiles, (region, lost))
         others = tuple(tile for tile in GRID.tiles_of(block) if tile not in tiles)
-        blank = np.full((len(others), 24, 24, 3), 255, np.uint8), np.zeros(len(others), np.float32)
-        _assert_reads(reopened, block, others, blank)
+        _assert_reads(reopened, block, others, (region, np.zeros(len(others), np.float32)))
 
 
-def test_a_white_block_leaves_no_shard_but_is_done(tmp_path: Path) -> None:
-    """Also where it had a shard before."""
+def test_a_white_block_leaves_no_region_but_is_done(tmp_path: Path) -> None:
+    """Also where it had one before."""
     store = PatchStore.create(tmp_path / "patches.zarr", GRID, "digest")
     tiles = GRID.tiles_of(0)
-    white = np.full((9, 24, 24, 3), 255, np.uint8), np.zeros(9, np.float32)
+    white = np.full((SIDE, SIDE, 3), 255, np.uint8), np.zeros(9, np.float32)
     for content in (white, _content(tiles), white):
         store.write(0, tiles, *content)
         assert store.is_done(0)
         _assert_reads(store, 0, tiles, content)
-        assert _shards(store) == ([] if content is white else [("0", "0")])
+        assert _regions(store) == ([] if content is white else [("0", "0")])
 
 
 def test_any_zarr_reader_reads_the_store(tmp_path: Path) -> None:
     store = PatchStore.create(tmp_path / "patches.zarr", GRID, "digest")
     tiles = GRID.tiles_of(4)
-    patches, lost = _content(tiles)
-    store.write(4, tiles, patches, lost)
+    region, lost = _content(tiles)
+    store.write(4, tiles, region, lost)
     group: Any = zarr.open_group(store.path, mode="r", zarr_format=3)
     assert group.attrs["digest"] == "digest"
-    for tile, patch, share in zip(tiles, patches, lost, strict=True):
-        assert np.array_equal(group["patches"][tile.row, tile.col], patch)
+    assert np.array_equal(group["regions"][1, 1], region)
+    assert (group["regions"][0] == 255).all()
+    for tile, share in zip(tiles, lost, strict=True):
         assert group["lost"][tile.row, tile.col] == share
     assert np.asarray(group["done"]).any(axis=2).tolist() == [[False, False, False], [False, True, False]]
 
 
-def _shards(store: PatchStore) -> list[tuple[str, ...]]:
-    """Row and column of the blocks that have a shard."""
-    shards = (path for path in (store.path / "patches").glob("c/**/*") if path.is_file())
-    return sorted(path.relative_to(store.path / "patches").parts[1:3] for path in shards)
+def _regions(store: PatchStore) -> list[tuple[str, ...]]:
+    """Row and column of the blocks whose region is stored."""
+    stored = (path for path in (store.path / "regions").glob("c/**/*") if path.is_file())
+    return sorted(path.relative_to(store.path / "regions").parts[1:3] for path in stored)
 
 
 def test_discarding_frees_the_block_and_nothing_else(tmp_path: Path) -> None:
@@ -96,18 +106,18 @@ def test_discarding_frees_the_block_and_nothing_else(tmp_path: Path) -> None:
     store.discard(0)
     assert [store.is_done(block) for block in (0, 1)] == [False, True]
     assert store.read(0, GRID.tiles_of(0)) is None
-    assert _shards(store) == [("0", "1")]
+    assert _regions(store) == [("0", "1")]
     store.write(0, GRID.tiles_of(0), *_content(GRID.tiles_of(0), 7))
     _assert_reads(store, 0, GRID.tiles_of(0), _content(GRID.tiles_of(0), 7))
 
 
-def test_a_shard_is_written_without_reading_the_old_one(tmp_path: Path) -> None:
+def test_a_region_is_written_without_reading_the_old_one(tmp_path: Path) -> None:
     """What a killed process left behind does not matter, not even garbage."""
     store = PatchStore.create(tmp_path / "patches.zarr", GRID, "digest")
     tiles = GRID.tiles_of(4)
-    shard = store.path / "patches" / "c" / "1" / "1" / "0" / "0" / "0"
-    shard.parent.mkdir(parents=True)
-    shard.write_bytes(b"garbage")
+    region = store.path / "regions" / "c" / "1" / "1" / "0" / "0" / "0"
+    region.parent.mkdir(parents=True)
+    region.write_bytes(b"garbage")
     store.write(4, tiles, *_content(tiles))
     _assert_reads(store, 4, tiles, _content(tiles))
 
@@ -143,7 +153,7 @@ from typing import Any
 import numpy as np
 from slides.geometry import Size
 from slides.grid import TileGrid
-from slides.patches import PatchStore
+from slides.patches import PatchStore, block_side
 
 grid = TileGrid(Size(100, 70), tile=24, margin=4, block=3)
 store = PatchStore.create(Path(sys.argv[1]), grid, "digest")
@@ -151,8 +161,8 @@ again = True
 while again:
     for block in map(int, sys.argv[3:]):
         tiles, rng = grid.tiles_of(block), np.random.default_rng(block)
-        patches = rng.integers(0, 256, (len(tiles), 24, 24, 3), np.uint8)
-        store.write(block, tiles, patches, rng.random(len(tiles), np.float32))
+        region = rng.integers(0, 256, (block_side(grid), block_side(grid), 3), np.uint8)
+        store.write(block, tiles, region, rng.random(len(tiles), np.float32))
     again = sys.argv[2] == "for ever"
 """
 
@@ -199,14 +209,15 @@ from typing import Any
 import numpy as np
 from slides.geometry import Size
 from slides.grid import TileGrid
-from slides.patches import PatchStore
+from slides.patches import PatchStore, block_side
 
 grid = TileGrid(Size(100, 70), tile=24, margin=4, block=3)
 store = PatchStore.create(Path(sys.argv[1]), grid, "digest")
 tiles, contents = grid.tiles_of(0), []
 for seed in map(int, sys.argv[2:]):
     rng = np.random.default_rng(seed)
-    contents.append((rng.integers(0, 256, (len(tiles), 24, 24, 3), np.uint8), rng.random(len(tiles), np.float32)))
+    side = block_side(grid)
+    contents.append((rng.integers(0, 256, (side, side, 3), np.uint8), rng.random(len(tiles), np.float32)))
 for content in itertools.cycle(contents):
     store.write(0, tiles, *content)
     print("written", flush=True)
@@ -231,9 +242,10 @@ def test_what_is_read_while_it_is_rewritten_is_one_of_the_versions_or_nothing(tm
             writer.kill()
             writer.communicate()
     assert None not in reads or seeds[0] != seeds[1]
+    expected = [(_windows(tiles, region), lost) for region, lost in versions]
     for read in reads:
         if read is not None:
-            assert any(np.array_equal(read[0], p) and np.array_equal(read[1], lost) for p, lost in versions)
+            assert any(all(map(np.array_equal, read[0], w)) and np.array_equal(read[1], lost) for w, lost in expected)
 
 
 def _damage(file: Path, kind: str, rng: np.random.Generator) -> None:
@@ -271,13 +283,10 @@ def test_damage_is_never_read_and_is_made_good(tmp_path: Path, kind: str, reopen
             store = PatchStore.create(store.path, GRID, "digest")
         for block, content in contents.items():
             tiles = GRID.tiles_of(block)
-            if (read := store.read(block, tiles)) is None:
+            if store.read(block, tiles) is None:
                 assert not store.is_done(block)
                 store.write(block, tiles, *content)
-                read = store.read(block, tiles)
-            assert read is not None
-            assert np.array_equal(read[0], content[0])
-            assert np.array_equal(read[1], content[1])
+            _assert_reads(store, block, tiles, content)
         if reopen:
             group: Any = zarr.open_group(store.path, mode="r")
             assert np.array_equal(group["lost"][:3, :3].ravel(), contents[0][1])
@@ -294,19 +303,23 @@ def picture(tmp_path: Path) -> Path:
     return path
 
 
-def test_patches_are_what_their_reads_hold_and_cores_put_together_are_the_slide(picture: Path) -> None:
+@pytest.mark.parametrize("some", [None, {1}, {2, 3}], ids=["all", "a row", "others"])
+def test_patches_are_what_their_reads_hold_and_cores_put_together_are_the_slide(picture: Path, some: Any) -> None:
+    """Also those of some rows of tiles."""
     with open_slide(picture, mpp=0.25) as slide:
         frame = slide.frame(0.25)
         whole = slide.read(frame.box, frame)
         together = np.zeros_like(whole)
         for block in range(GRID.blocks):
-            tiles = GRID.tiles_of(block)
-            patches, lost = cut(slide, tiles, GRID, slide.frame(0.25))
+            tiles = tuple(tile for tile in GRID.tiles_of(block) if some is None or tile.row in some)
+            region, lost = cut(slide, tiles, GRID, slide.frame(0.25))
             assert not lost.any()
-            for tile, patch in zip(tiles, patches, strict=True):
+            assert region.shape == (SIDE, SIDE, 3)
+            for tile, patch in zip(tiles, _windows(tiles, region), strict=True):
                 assert np.array_equal(patch, slide.read(tile.read, frame))
                 together[tile.core.within((0, 0))] = patch[tile.core.within((tile.read.x0, tile.read.y0))]
-    assert np.array_equal(together, whole)
+    if some is None:
+        assert np.array_equal(together, whole)
 
 
 def test_a_block_is_read_once(picture: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -321,8 +334,9 @@ def test_a_block_is_read_once(picture: Path, monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.setattr(slide, "read_decodable", watched)
         cut(slide, GRID.tiles_of(0), GRID, frame)
         assert boxes == [Box(-4, -4, 52, 52)]
-        patches, lost = cut(slide, (), GRID, frame)
-        assert (patches.shape, lost.shape) == ((0, 24, 24, 3), (0,))
+        region, lost = cut(slide, (), GRID, frame)
+        assert (region == 255).all()
+        assert (region.shape, lost.shape) == ((SIDE, SIDE, 3), (0,))
 
 
 def test_the_lost_share_is_the_cores(shared: Path) -> None:

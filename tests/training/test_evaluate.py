@@ -17,8 +17,8 @@ from pipeline.config import Architecture, Detector, Execution, Settings, Stitchi
 from pipeline.errors import AnnotationError
 from pipeline.model import inference
 from pipeline.model.detector import NucleusDetector, save_weights
+from pipeline.model.fitted_stain import Normalisation
 from pipeline.model.instances import STATISTICS, HostInstances, Patches
-from pipeline.model.stain import Normalisation
 from pipeline.model.weights import content_sha256
 from pipeline.segment.record import SlideRecord
 from training import evaluate as evaluating

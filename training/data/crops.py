@@ -1,6 +1,5 @@
 """Training crops with their targets, each determined by the seed and its number alone."""
 
-import contextlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -11,10 +10,12 @@ from scipy import ndimage
 from torch import Tensor
 from torch.utils import data
 
-from pipeline.errors import AnnotationError, StainError
-from pipeline.model.stain import FittedStain, Normalisation, Normaliser, fit
+from pipeline.errors import AnnotationError
+from pipeline.model.fitted_stain import FittedStain
 from training.config import Training
 from training.data import augment
+from training.data.paste import paste
+from training.data.restain import choose_method, fit_image, restain
 from training.data.sample import Dataset, LabelledImage, Sample
 
 EDGE_PX = 3  # of the crop: two at the working scale
@@ -31,12 +32,17 @@ class Crop(NamedTuple):
     regions: Tensor  # uint8 (S, S): 0 background, 1 inside a nucleus, 2 its edge
 
 
-class TrainingImage(NamedTuple):
-    """A training image in memory, with its stain if one can be fitted."""
+class TrainingImage:
+    """A training image in memory, with its stains, fitted when they are first asked for."""
 
-    labelled: LabelledImage
-    mpp: float
-    stain: FittedStain | None
+    def __init__(self, sample: Sample) -> None:
+        self.labelled, self.mpp = sample.read(), sample.mpp
+        self._stains: dict[str, FittedStain | None] = {}
+
+    def stain(self, method: str) -> FittedStain | None:
+        if method not in self._stains:
+            self._stains[method] = fit_image(self.labelled.image, method)
+        return self._stains[method]
 
 
 class Crops(data.Dataset[Crop]):
@@ -55,7 +61,7 @@ class Crops(data.Dataset[Crop]):
         for dataset in datasets:
             groups: dict[str, list[TrainingImage]] = {}
             for sample in dataset.images:
-                groups.setdefault(sample.group, []).append(_training_image(sample, training))
+                groups.setdefault(sample.group, []).append(TrainingImage(sample))
             self.sets.append(list(groups.values()))
         nuclei = [sum(len(image.labelled.class_index) for g in groups for image in g) for groups in self.sets]
         if 0 in nuclei:
@@ -69,38 +75,34 @@ class Crops(data.Dataset[Crop]):
 
     def __getitem__(self, number: int) -> Crop:
         rng = np.random.default_rng((self.training.seed, number))
-        labelled, mpp, source = self._draw(rng)
-        zoom, strength = mpp / self.mpp, self.training.strength
-        image, labels = augment.crop(labelled.image, labelled.labels, zoom, self.side, strength, rng)
-        if self.training.normalise and rng.random() < self.training.normalise:
-            image = _restain(image, source, self._draw(rng).stain)
-        image = augment.recolour(image, strength, rng)
+        training, drawn = self.training, self._draw(rng)
+        crop, mpp = self._cut(drawn, rng)
+        if training.paste and rng.random() < training.paste:
+            crop = paste(crop, self._cut(self._draw(rng), rng)[0], rng)
+        image = crop.image
+        if training.normalise and rng.random() < training.normalise:
+            other, method = self._draw(rng), choose_method(training, rng)
+            image = restain(image, (drawn.stain(method), other.stain(method)), training, rng)
+        image = augment.recolour(image, training, rng)
+        if training.rescan and rng.random() < training.rescan:
+            image = augment.rescan(image, mpp, training, rng)
         light = torch.from_numpy(image.transpose(2, 0, 1).copy()).float() / 255
-        class_index = labelled.class_index if self.training.by_class else np.ones_like(labelled.class_index)
-        return Crop(light, *targets(labels, class_index), torch.from_numpy(regions(labels)))
+        class_index = crop.class_index if training.by_class else np.ones_like(crop.class_index)
+        return Crop(light, *targets(crop.labels, class_index), torch.from_numpy(regions(crop.labels)))
+
+    def _cut(self, drawn: TrainingImage, rng: np.random.Generator) -> tuple[LabelledImage, float]:
+        """A random square of an image at the crops' size; um of tissue per pixel of it."""
+        labelled, zoom = drawn.labelled, drawn.mpp / self.mpp
+        factor = augment.size_factor(self.side / (zoom * min(labelled.labels.shape)), self.training, rng)
+        image, labels = augment.crop(
+            labelled.image, labelled.labels, zoom * factor, self.side, self.training.strength, rng
+        )
+        return labelled._replace(image=image, labels=labels), self.mpp / factor
 
     def _draw(self, rng: np.random.Generator) -> TrainingImage:
         groups = self.sets[int(rng.choice(len(self.sets), p=self.probabilities))]
         group = groups[int(rng.integers(len(groups)))]
         return group[int(rng.integers(len(group)))]
-
-
-def _training_image(sample: Sample, training: Training) -> TrainingImage:
-    labelled, fitted = sample.read(), None
-    if training.normalise:
-        # an image without enough stained tissue has no stain, and is then left as it is
-        with contextlib.suppress(StainError):
-            fitted = fit(labelled.image[None], np.ones((1, *labelled.labels.shape), bool), "reinhard")
-    return TrainingImage(labelled, sample.mpp, fitted)
-
-
-def _restain(image: NDArray[np.uint8], source: FittedStain | None, target: FittedStain | None) -> NDArray[np.uint8]:
-    if source is None or target is None:
-        return image
-    light = torch.from_numpy(image.transpose(2, 0, 1).copy())[None].float() / 255
-    normaliser = Normaliser(Normalisation(source, target))
-    moved: NDArray[np.uint8] = (normaliser(light)[0] * 255).round().byte().numpy()
-    return np.ascontiguousarray(moved.transpose(1, 2, 0))
 
 
 def targets(labels: NDArray[np.int32], class_index: NDArray[np.int64]) -> tuple[Tensor, Tensor, Tensor]:

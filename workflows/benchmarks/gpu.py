@@ -22,13 +22,13 @@ from torchvision.ops import box_iou
 
 import pipeline
 from pipeline.config import Detector, Settings, Tiling
-from pipeline.model import inference, stain
+from pipeline.model import inference
+from pipeline.model.fitted_stain import TEMPLATE, Normalisation
 from pipeline.model.instances import HostInstances
-from pipeline.model.stain import Normalisation
 from slides.geometry import Box
 from slides.slide import open_slide
 
-UNCHANGED = Normalisation(stain.TEMPLATE["none"], stain.TEMPLATE["none"])
+UNCHANGED = Normalisation(TEMPLATE["none"], TEMPLATE["none"])
 
 
 def main() -> None:

@@ -22,14 +22,18 @@ flags() {
     mask-56) echo --architecture.mask-size 56 ;;
     default-mask-head) echo --architecture.mask-channels 256 --architecture.mask-layers 4 ;;
     no-semantic) echo --architecture.semantic 0 ;;
-    no-augmentation) echo --strength 0 ;;
-    normalise) echo --normalise 0.3 ;;
+    no-augmentation) echo --strength 0 --gamma 0 --normalise 0 --rescan 0 --paste 0 ;;
+    no-sizes) echo --shrink 0.75 --enlarge 1.35 ;;
+    no-stains) echo --normalise 0 ;;
+    no-rescan) echo --rescan 0 ;;
+    no-paste) echo --paste 0 ;;
     lite2) echo --architecture.backbone tf_efficientnet_lite2 ;;
     *) echo "no choice '$1'" >&2 && return 2 ;;
     esac
 }
 
-choices="base upscale-1 upscale-2 one-anchor mask-56 default-mask-head no-semantic no-augmentation normalise lite2"
+choices="base upscale-1 upscale-2 one-anchor mask-56 default-mask-head no-semantic no-augmentation no-sizes no-stains
+    no-rescan no-paste lite2"
 for choice in ${CHOICES:-$choices}; do
     table=$out/$choice.md
     if [ ! -e "$table" ]; then

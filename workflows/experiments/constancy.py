@@ -23,6 +23,7 @@ from PIL import Image
 from pipeline.errors import StainError
 from pipeline.model import dcgmm, stain
 from pipeline.model.dcgmm import ClusterNet
+from pipeline.model.fitted_stain import METHODS, FittedStain, Normalisation
 from pipeline.model.weights import find_weights
 from training.data.datasets import read_dataset
 from training.data.sample import Sample
@@ -69,29 +70,29 @@ def at_scale(sample: Sample) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
     return np.asarray(image), np.asarray(nuclei)
 
 
-def fit(image: NDArray[np.uint8], method: str, network: ClusterNet | None) -> stain.FittedStain | None:
+def fit(image: NDArray[np.uint8], method: str, network: ClusterNet | None) -> FittedStain | None:
     try:
         return stain.fit(image[None], np.ones((1, *image.shape[:2]), bool), method, network)
     except StainError:
         return None
 
 
-def median(fits: Sequence[stain.FittedStain | None], method: str) -> stain.FittedStain:
+def median(fits: Sequence[FittedStain | None], method: str) -> FittedStain:
     """Of every number of the stains, on white glass."""
     numbers = [f.numbers for f in fits if f is not None]
     medians = {name: tuple(np.median([n[name] for n in numbers], axis=0).tolist()) for name in numbers[0]}
-    return stain.FittedStain(method, medians if method == "none" else {**medians, "white": (1.0, 1.0, 1.0)})
+    return FittedStain(method, medians if method == "none" else {**medians, "white": (1.0, 1.0, 1.0)})
 
 
 def measure(
     image: NDArray[np.uint8],
     nuclei: NDArray[np.bool_],
-    source: stain.FittedStain | None,
-    target: stain.FittedStain,
+    source: FittedStain | None,
+    target: FittedStain,
     network: ClusterNet | None,
 ) -> Measured:
     pixels = torch.from_numpy(image.copy()).permute(2, 0, 1)[None].float() / 255
-    normaliser = None if source is None else stain.Normaliser(stain.Normalisation(source, target), network)
+    normaliser = None if source is None else stain.Normaliser(Normalisation(source, target), network)
     started = time.process_time()  # of the one thread: other work on the machine does not count
     with torch.inference_mode():
         moved = pixels[0] if normaliser is None else normaliser(pixels)[0]
@@ -140,7 +141,7 @@ def main() -> None:
         sets.append([(image, nuclei) for image, nuclei in pairs if nuclei.any()])
     counts = [f"{s.name} ({len(members)})" for s, members in zip(SETS, sets, strict=True)]
     table: dict[str, list[list[Measured]]] = {}
-    for method in stain.METHODS:
+    for method in METHODS:
         network = dcgmm.load(find_weights(wanted.weights)) if method == "dcgmm" else None
         fits = [[fit(image, method, network) for image, _ in members] for members in sets]
         target = median([f for members in fits for f in members], method)

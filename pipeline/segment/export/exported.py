@@ -71,7 +71,7 @@ def finite(column: pa.ChunkedArray) -> pa.ChunkedArray:
     """The column with null for NaN and infinity; whole numbers and text as they are."""
     if not pa.types.is_floating(column.type):
         return column
-    return pc.if_else(pc.is_finite(column), column, pa.scalar(None, column.type))
+    return pc.if_else(pc.is_finite(column), column, pa.nulls(1, column.type)[0])
 
 
 def shards(nuclei: Path, row_groups: int) -> Iterator[pa.Table]:

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from pipeline.config import Export
 from pipeline.files import committed
 from pipeline.model.instances import STATISTICS
+from pipeline.segment import arrow
 from pipeline.segment.cells import cells_of, read_bounds
 from pipeline.segment.export.exported import Exported, finite
 from pipeline.segment.polygons import Polygons, measure, solid
@@ -67,7 +68,7 @@ def write_qupath(nuclei: Path, out: Path, options: Export) -> Exported:
             outlines, changed = _printable(geometry(rows), image)
             left = ~shapely.is_empty(outlines)
             around = None if cells is None else _printable_cells(cells, outlines, image)[left]
-            features = _features(rows.filter(left), outlines[left], around, provenance)
+            features = _features(rows.filter(arrow.numbers(left)), outlines[left], around, provenance)
             _add(archive, f"nuclei-{number:05d}.geojson", features)
             total += left.sum(), (changed & left).sum(), (~left).sum()
     return Exported(*total.tolist())
@@ -115,14 +116,14 @@ def _features(rows: pa.Table, nuclei: Polygons, cells: Polygons | None, provenan
     """One line of GeoJSON, string (N,), for each row of `NUCLEI`, its outline and its cell, in hundredths."""
     colours = sorted(provenance.colours.items())
     classes = {name: json.dumps({"name": name, "color": colour}) for name, colour in colours}
-    known = pa.array(list(classes), pa.string())
-    classification = pa.array(list(classes.values()), pa.string()).take(pc.index_in(rows["class"], known))
+    known = arrow.text(list(classes))
+    classification = arrow.text(list(classes.values())).take(pc.index_in(rows["class"], known))
     numbers = _measured(rows, "" if cells is None else "Nucleus: ")
     outlines: tuple[pa.Array | str, ...] = (_polygons(nuclei),)
     if cells is not None:
         outlines = (_polygons(cells), ',"nucleusGeometry":', _polygons(nuclei))
         numbers |= _measured_cells(cells, rows, provenance.um_per_px)
-    return pc.binary_join_element_wise(
+    return arrow.join(
         '{"type":"Feature","id":"',
         rows["id"],
         '","geometry":',
@@ -140,13 +141,13 @@ def _polygons(polygons: Polygons) -> pa.Array:
     """GeoJSON of Polygons in hundredths: {"type":"Polygon","coordinates":[[[x,y],...],...]} in px. string (N,)"""
     rings, polygon = shapely.get_rings(polygons, return_index=True)
     xy, ring = shapely.get_coordinates(rings, return_index=True)
-    x, y = (pc.cast(pa.array(axis), pa.string()) for axis in (xy / 100).T)
-    text = pc.binary_join_element_wise("[", x, ",", y, "]", "")
+    x, y = (pc.cast(arrow.numbers(axis), pa.string()) for axis in (xy / 100).T)
+    text = arrow.join("[", x, ",", y, "]", "")
     for owner, count in ((ring, len(rings)), (polygon, len(polygons))):
         starts = np.searchsorted(owner, np.arange(count + 1)).astype(np.int32)
-        joined = pc.binary_join(pa.ListArray.from_arrays(starts, text), ",")
-        text = pc.binary_join_element_wise("[", joined, "]", "")
-    return pc.binary_join_element_wise('{"type":"Polygon","coordinates":', text, "}", "")
+        joined = pc.binary_join(pa.ListArray.from_arrays(arrow.numbers(starts), text), arrow.text([","])[0])
+        text = arrow.join("[", joined, "]", "")
+    return arrow.join('{"type":"Polygon","coordinates":', text, "}", "")
 
 
 def _measured(rows: pa.Table, nucleus: str) -> dict[str, pa.ChunkedArray]:
@@ -170,17 +171,14 @@ def _measured_cells(cells: Polygons, rows: pa.Table, um_per_px: tuple[float, flo
 
 def _measurements(numbers: Mapping[str, pa.ChunkedArray]) -> pa.Array:
     """ "name":number, ... of every row; a number that is not finite is left out. string (N,)"""
-    items = (
-        pc.binary_join_element_wise(f'"{name}":', pc.cast(finite(column), pa.string()), "")
-        for name, column in numbers.items()
-    )
-    return pc.binary_join_element_wise(*items, ",", null_handling="skip")
+    items = (arrow.join(f'"{name}":', pc.cast(finite(column), pa.string()), "") for name, column in numbers.items())
+    return arrow.join(*items, ",", null_handling="skip")
 
 
 def _add(archive: zipfile.ZipFile, name: str, features: pa.ChunkedArray) -> None:
     """A FeatureCollection, one feature a line; its bytes do not depend on the day or the system."""
     member = zipfile.ZipInfo(name, date_time=(1980, 1, 1, 0, 0, 0))
     member.compress_type, member.create_system, member.external_attr = zipfile.ZIP_DEFLATED, 3, 0o644 << 16
-    every = pa.ListArray.from_arrays(pa.array([0, len(features)], pa.int32()), features.combine_chunks())
-    lines = pc.binary_join(every, ",\n")[0].as_buffer()
+    every = pa.ListArray.from_arrays(arrow.numbers(np.array([0, len(features)], np.int32)), features.combine_chunks())
+    lines = pc.binary_join(every, arrow.text([",\n"])[0])[0].as_buffer()
     archive.writestr(member, b"".join([_HEAD, lines, _TAIL]), compresslevel=1)

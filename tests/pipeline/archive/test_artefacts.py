@@ -13,8 +13,8 @@ from PIL import Image
 from pipeline.archive.run import run
 from pipeline.config import Artefacts, Execution, Settings, Tiling, Tissue
 from pipeline.layout import SlideFolder
+from pipeline.model.fitted_stain import Normalisation
 from pipeline.model.instances import HostInstances, Patches
-from pipeline.model.stain import Normalisation
 from pipeline.report.table import _COLUMNS
 from pipeline.segment import tables
 from pipeline.segment.record import SlideRecord

@@ -108,11 +108,19 @@ def results(out: Path) -> dict[str, dict[str, bytes]]:
     return {str(seed): files(out / str(seed)) for seed in range(SLIDES)}
 
 
+COMMAND = """
+import sys, oracle
+try:
+    oracle.command(*sys.argv[1:])
+finally:
+    print("loaded:", *{"torch", "torchvision", "timm", "scipy.ndimage"} & sys.modules.keys())
+"""
+
+
 def nightslide(archive: Path, out: Path, *flags: str, **environment: str) -> subprocess.Popen[str]:
-    """The command, in a process of its own."""
-    code = "import sys, oracle; oracle.command(*sys.argv[1:])"
+    """The command, in a process of its own. At its end it says which of the detector's libraries it has loaded."""
     return subprocess.Popen(
-        [sys.executable, "-c", code, "run", str(archive), "--out", str(out), *FLAGS, *flags],
+        [sys.executable, "-c", COMMAND, "run", str(archive), "--out", str(out), *FLAGS, *flags],
         env={**os.environ, "PYTHONPATH": PATHS, **environment},
         cwd=out.parent,
         stdout=subprocess.PIPE,
@@ -245,6 +253,7 @@ def test_a_cluster_of_this_machine_survives_its_workers(
     workers[0].kill()
     status, said = finish(client)
     assert status == 0, said
+    assert said.splitlines()[-1] == "loaded:", "the command does without what its workers compute with"
     assert started_with == [ENVIRONMENT, ENVIRONMENT], "glibc reads it when a process starts"
     assert results(out) == undisturbed
 
@@ -322,7 +331,7 @@ def test_a_cluster_with_tls_gives_the_same_bytes_and_lets_nobody_else_in(
         ):
             status, said = finish(nightslide(archive, tmp_path / "refused", *flags, **environment))
             assert (status, "Traceback" in said) == (2, False), said
-            assert message in said.splitlines()[-1], said
+            assert message in said.splitlines()[-2], said
     finally:
         cluster.stop()
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from pipeline.archive.executors import (
     Cluster,
     Executor,
     Loop,
+    ask,
     check_execution,
     exposed,
     open_executor,
@@ -87,6 +89,15 @@ def test_a_gpu_has_two_tasks_at_once_and_no_more(client: Any) -> None:
     assert max(sum(a <= started < b for a, b in spans) for started, _ in spans) == 2
 
 
+@pytest.mark.parametrize("here", [True, False])
+def test_a_question_is_answered_here_or_in_another_process(here: bool) -> None:
+    """The same answer, the same error; and torch, which the other process may load, stays there."""
+    assert ask(here, double, 3) == 6
+    assert (ask(here, os.getpid) == os.getpid()) == here
+    with pytest.raises(ValueError, match="thirteen"):
+        ask(here, double, 13)
+
+
 def test_when_cancelled_what_waits_is_cancelled_too() -> None:
     started = threading.Event()
     done: list[int] = []
@@ -114,7 +125,7 @@ def test_when_cancelled_what_waits_is_cancelled_too() -> None:
         (0, 2, [], [4], [{"GPU": 1, "CPU": 2}]),
         (0, 16, [], [6, 6], [{"GPU": 1, "CPU": 4}] * 2),
         (3, 4, [], [3, 3, 3], [{"GPU": 1, "CPU": 1}] * 3),
-        (0, 16, ["0"], [2] + [1] * 6, [{"GPU": 1}] + [{"CPU": 1}] * 6),
+        (0, 16, ["0"], [2] + [1] * 15, [{"GPU": 1}] + [{"CPU": 1}] * 15),
         (0, 4, ["0", "1"], [2, 2, 1, 1], [{"GPU": 1}] * 2 + [{"CPU": 1}] * 2),
         (1, 1, ["5"], [2, 1], [{"GPU": 1}, {"CPU": 1}]),
     ],

@@ -20,8 +20,8 @@ from pipeline.archive.lease import Leases
 from pipeline.archive.run import run
 from pipeline.config import Execution, Settings
 from pipeline.errors import RunError
+from pipeline.model.fitted_stain import Normalisation
 from pipeline.model.instances import HostInstances, Patches, concat
-from pipeline.model.stain import Normalisation
 from pipeline.segment import predictions, stages
 from pipeline.segment.record import SlideRecord, StageRecord
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import random
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import oracle
 from oracle import chosen, paint
 from pipeline import files
+from pipeline.api import export_files
 from pipeline.archive.run import run
 from pipeline.archive.verify import verify_results
 from pipeline.cli import main
@@ -122,6 +124,7 @@ def test_every_damage_in_a_folder_is_said_and_its_remedy_helps(out: Path, capsys
 def test_a_damaged_slide_json_is_said_and_its_remedy_helps(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = SlideFolder(out / "a").slide_json
     content = json.loads(file.read_text())
+    del content["sha256"]  # else that alone tells
     for damaged, message, execution in (
         ("", "is damaged: the same run command does the slide again", ONE),
         ("[]", "is damaged: the same run command does the slide again", ONE),
@@ -141,6 +144,47 @@ def test_a_damaged_slide_json_is_said_and_its_remedy_helps(out: Path, capsys: py
         if execution is not None:
             assert segment(out, execution)[0] == "done"
             assert said(capsys, out)[0] == 0
+
+
+def test_every_bit_of_a_slide_json_counts(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Law: a flipped bit is said, unless the file still says the same; nothing is taken as done, or exported, on it."""
+    file = SlideFolder(out / "a").slide_json
+    whole = file.read_bytes()
+    content = json.loads(whole)
+    rng = random.Random(1)
+    for bit in rng.sample(range(8 * len(whole)), 300):
+        damaged = bytearray(whole)
+        damaged[bit // 8] ^= 1 << bit % 8
+        file.write_bytes(damaged)
+        read = files.read_json(file)
+        if read == content or (read is not None and "sha256" not in read):
+            continue  # 1e-05 and 1E-05; the checksum's own name
+        ((_, problems), _) = verify_results(out)
+        assert [problem.split(":")[0] for problem in problems] == ["slide.json is damaged"], (bit, read)
+        if read is not None:
+            assert files.fits_checksum(read) is False
+    changed = {**content, "record": {**content["record"], "mpp": 0.26}}
+    file.write_text(json.dumps(changed))
+    assert segment(out) == ["failed", "done before"]
+    assert list(export_files(out / "a", SETTINGS.export))
+    assert said(capsys, out)[0] == 1, "an export does not make damage valid"
+    file.write_bytes(whole)
+    assert segment(out) == ["done before"] * 2
+    assert said(capsys, out)[0] == 0
+
+
+def test_a_slide_json_without_a_checksum_of_itself_is_taken_as_it_is(
+    out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As the first versions wrote it. Its next export gives it one."""
+    file = SlideFolder(out / "a").slide_json
+    content = json.loads(file.read_text())
+    checksum = content.pop("sha256")
+    file.write_text(json.dumps(content))
+    assert said(capsys, out)[0] == 0
+    assert segment(out) == ["done before"] * 2
+    list(export_files(out / "a", SETTINGS.export))
+    assert json.loads(file.read_text())["sha256"] == checksum
 
 
 def test_a_folder_without_results_is_wrong_usage(tmp_path: Path) -> None:

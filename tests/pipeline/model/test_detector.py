@@ -173,7 +173,7 @@ def test_anchors_are_torchvision_s(tiny: NucleusDetector) -> None:
     counts = [6 * height * width for height, width in shapes]
     index = torch.cat([torch.arange(count) for count in counts])[None]
     level = torch.arange(len(shapes)).repeat_interleave(torch.tensor(counts))
-    assert torch.equal(tiny._anchors(FeatureTable.of(maps), index, level)[0], expected)
+    assert torch.equal(tiny._anchors(FeatureTable.of(maps, torch.float32), index, level)[0], expected)
 
 
 def test_anchors_beside_a_better_one_are_dropped() -> None:

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from pipeline.errors import ConfigError
-from pipeline.model.device import choose_device, choose_precision
+from pipeline.model import device
+from pipeline.model.device import choose_device, choose_precision, count_gpus, device_kind
 
 
 def test_a_device_that_is_not_there_is_named() -> None:
@@ -17,12 +18,30 @@ def test_a_device_that_is_not_there_is_named() -> None:
         choose_device("cuda:99")
 
 
+def test_what_a_name_means_depends_on_the_gpus_that_there_are() -> None:
+    names = ("cpu", "auto", "cuda", "cuda:0", "cuda:1")
+    assert [device_kind(name, 2) for name in names] == ["cpu", *["cuda"] * 4]
+    assert [device_kind(name, 0) for name in names[:2]] == ["cpu", "cpu"]
+    for name in names[2:]:
+        with pytest.raises(ConfigError, match=f"device='{name}': this machine shows 0 CUDA devices; use cpu or auto"):
+            device_kind(name, 0)
+
+
+def test_gpus_are_counted_by_torch_where_there_is_a_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without one torch is not asked, and so not loaded."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    for driver, count in ((True, 3), (False, 0)):
+        monkeypatch.setattr(device, "has_gpu_driver", lambda driver=driver: driver)
+        assert count_gpus() == count
+
+
 def test_bfloat16_is_chosen_where_the_chosen_device_computes_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """Three GPUs: the first emulates bfloat16, the second computes in it, the third does neither."""
     current = [0]
 
     @contextmanager
-    def device(chosen: torch.device) -> Iterator[None]:
+    def of_device(chosen: torch.device) -> Iterator[None]:
         before, current[0] = current[0], chosen.index or 0
         yield
         current[0] = before
@@ -30,7 +49,7 @@ def test_bfloat16_is_chosen_where_the_chosen_device_computes_in_it(monkeypatch: 
     def is_bf16_supported(including_emulation: bool = True) -> bool:
         return current[0] == 1 or (including_emulation and current[0] == 0)
 
-    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(torch.cuda, "device", of_device)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", is_bf16_supported)
     chosen = [choose_precision("auto", torch.device("cuda", index)) for index in range(3)]
     assert chosen == [torch.float32, torch.bfloat16, torch.float32]

@@ -15,13 +15,13 @@ from pipeline.config import Architecture, Detector, Settings, Stain, Tiling
 from pipeline.model import fuse, inference, load, stain
 from pipeline.model.detector import NucleusDetector, fold
 from pipeline.model.deterministic import pointwise
+from pipeline.model.fitted_stain import TEMPLATE, FittedStain, Normalisation, read_template
 from pipeline.model.inference import detect_patches
 from pipeline.model.instances import HostInstances, Instances, Patches, columns
-from pipeline.model.stain import Normalisation
 from pipeline.model.weights import find_weights
 
 SIDE, MARGIN, MASK = 512, 64, 4  # in quarters 320 px, then 256
-NONE = Normalisation(stain.TEMPLATE["none"], stain.TEMPLATE["none"])
+NONE = Normalisation(TEMPLATE["none"], TEMPLATE["none"])
 NO_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
 
 
@@ -303,8 +303,8 @@ def test_neither_threads_nor_batches_show(method: Any, precision: torch.dtype, m
     monkeypatch.setattr(load, "detector", lambda _: load.LoadedDetector(model, torch.device("cpu"), precision))
     patches = np.random.default_rng(0).integers(60, 255, (2, 320, 320, 3)).astype(np.uint8)
     patches[1, 32:] = 240
-    target = stain.read_template(find_weights("stain")) if method == "dcgmm" else stain.TEMPLATE[method]
-    paler = stain.FittedStain(method, {name: tuple(0.9 * v for v in values) for name, values in target.numbers.items()})
+    target = read_template(find_weights("stain")) if method == "dcgmm" else TEMPLATE[method]
+    paler = FittedStain(method, {name: tuple(0.9 * v for v in values) for name, values in target.numbers.items()})
 
     def detect(batch: int, threads: int) -> list[HostInstances]:
         detection = Detector(batch=batch, score=0.05, objectness=0.3)

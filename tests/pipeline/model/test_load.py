@@ -13,9 +13,10 @@ import torch
 
 from pipeline.config import Architecture, Detector, Stain, StainArchitecture
 from pipeline.errors import WeightsError
-from pipeline.model import dcgmm, load, stain
+from pipeline.model import dcgmm, load
 from pipeline.model.dcgmm import ClusterNet
 from pipeline.model.detector import NucleusDetector, save_weights
+from pipeline.model.fitted_stain import METHODS, TEMPLATE, FittedStain, Normalisation, read_template
 from pipeline.model.weights import content_sha256, find_weights
 
 CPU = torch.device("cpu")
@@ -139,16 +140,16 @@ def test_threads_that_ask_at_once_get_one_network(tmp_path: Path) -> None:
 
 
 def test_a_slide_has_one_normaliser_on_a_device() -> None:
-    template = stain.read_template(find_weights("stain"))
-    dimmer = stain.FittedStain("dcgmm", {**template.numbers, "white": (0.8, 0.8, 0.8)})
+    template = read_template(find_weights("stain"))
+    dimmer = FittedStain("dcgmm", {**template.numbers, "white": (0.8, 0.8, 0.8)})
     settings, here = Stain(method="dcgmm"), torch.device("cpu")
-    one = load.normaliser(stain.Normalisation(dimmer, template), settings, here)
-    assert load.normaliser(stain.Normalisation(dimmer, template), settings, here) is one
-    assert load.normaliser(stain.Normalisation(template, template), settings, here) is not one
+    one = load.normaliser(Normalisation(dimmer, template), settings, here)
+    assert load.normaliser(Normalisation(dimmer, template), settings, here) is one
+    assert load.normaliser(Normalisation(template, template), settings, here) is not one
 
 
-@pytest.mark.parametrize("method", stain.METHODS)
+@pytest.mark.parametrize("method", METHODS)
 def test_a_slide_without_a_stain_is_not_normalised(method: Any) -> None:
-    none = stain.TEMPLATE["none"]
+    none = TEMPLATE["none"]
     images = torch.rand(1, 3, 8, 8)
-    assert load.normaliser(stain.Normalisation(none, none), Stain(method=method), CPU)(images) is images
+    assert load.normaliser(Normalisation(none, none), Stain(method=method), CPU)(images) is images

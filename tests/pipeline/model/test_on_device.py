@@ -12,14 +12,13 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.config import Architecture, Detector, Settings, Stain, Tiling
+from pipeline.config import VIEW_SHIFT_PX, Architecture, Detector, Settings, Stain, Tiling
 from pipeline.model import detector as model_detector
-from pipeline.model import inference, load, stain
+from pipeline.model import inference, load
 from pipeline.model.detector import NucleusDetector, fold
+from pipeline.model.fitted_stain import TEMPLATE, FittedStain, Normalisation, read_template
 from pipeline.model.inference import detect_patches
 from pipeline.model.instances import HostInstances, Instances, Patches, columns
-from pipeline.model.stain import FittedStain, Normalisation
-from pipeline.model.views import largest_shift
 from pipeline.model.weights import detector_architecture, find_weights
 from pretend_cuda import BLOCKING, COSTS, DOWNLOAD, LAUNCH, UPLOAD, WAIT, PretendedCuda
 from slides.geometry import Size
@@ -80,7 +79,7 @@ def chosen(device: str, method: Any = "none", **detection: Any) -> Settings:
 
 
 def normalisation(method: str) -> Normalisation:
-    target = stain.read_template(find_weights("stain")) if method == "dcgmm" else stain.TEMPLATE[method]
+    target = read_template(find_weights("stain")) if method == "dcgmm" else TEMPLATE[method]
     paler = FittedStain(method, {name: tuple(0.9 * v for v in values) for name, values in target.numbers.items()})
     return Normalisation(paler, target)
 
@@ -123,7 +122,7 @@ def test_patches_of_several_sizes_are_those_of_a_cpu() -> None:
     expected = detect(patches, chosen("cpu", views=8))
     assert all(len(patch.boxes) for patch in expected)
     for patch, (height, width) in zip(expected, sizes, strict=True):
-        assert (patch.boxes[:, 2:] <= (width + largest_shift(8), height + largest_shift(8))).all()
+        assert (patch.boxes[:, 2:] <= (width + VIEW_SHIFT_PX, height + VIEW_SHIFT_PX)).all()
     with PretendedCuda() as cuda:
         assert_same(detect(patches, chosen("cuda", views=8, batch=4)), expected)
     assert [shape for shape in cuda.uploads if shape[-1] == 3] == [(2, 128, 192, 3), (1, 192, 128, 3)]

@@ -14,17 +14,8 @@ from PIL import Image
 from pipeline.config import Stain, StainArchitecture
 from pipeline.errors import StainError, WeightsError
 from pipeline.model import dcgmm, load
-from pipeline.model.stain import (
-    METHODS,
-    TEMPLATE,
-    FittedStain,
-    Normalisation,
-    Normaliser,
-    fit,
-    he_density,
-    read_template,
-    white_point,
-)
+from pipeline.model.fitted_stain import METHODS, TEMPLATE, FittedStain, Normalisation, read_template
+from pipeline.model.stain import Normaliser, fit, he_density, white_point
 from pipeline.model.weights import find_weights
 from pretend_cuda import PretendedCuda
 

@@ -17,6 +17,7 @@ from pipeline.cli import app, main
 from pipeline.config import Detector, Execution, Settings, Stain, Stitching, Tiling, Tissue
 from pipeline.errors import RunError, StainError, WeightsError
 from pipeline.model import dcgmm, fuse, inference, load, stain
+from pipeline.model.fitted_stain import TEMPLATE, Normalisation, read_template
 from pipeline.model.instances import STATISTICS, HostInstances, Instances
 from pipeline.model.weights import content_sha256, find_weights
 from pipeline.segment.plan import Plan, plan_slide
@@ -61,7 +62,7 @@ def test_a_slide_is_normalised_to_what_comes_with_the_method(slide: Path, method
     plan = planned(slide, chosen(method=method))
     assert plan.normalisation.source.method == method
     assert plan.normalisation.source.numbers["white"] == pytest.approx((230 / 255,) * 3, abs=0.015)
-    shipped = stain.read_template(find_weights("stain")) if method == "dcgmm" else stain.TEMPLATE[method]
+    shipped = read_template(find_weights("stain")) if method == "dcgmm" else TEMPLATE[method]
     assert plan.normalisation.target == shipped
     assert plan.notes == ()
 
@@ -84,7 +85,7 @@ def test_what_lies_beyond_the_edge_is_no_glass(tmp_path: Path) -> None:
 def test_a_slide_without_a_stain_goes_on_as_it_is(tmp_path: Path) -> None:
     Image.new("RGB", (300, 300), (200, 200, 200)).save(tmp_path / "grey.png")
     plan = planned(tmp_path / "grey.png", chosen(method="dcgmm"))
-    assert plan.normalisation == (stain.TEMPLATE["none"], stain.TEMPLATE["none"])
+    assert plan.normalisation == (TEMPLATE["none"], TEMPLATE["none"])
     assert "need" in plan.notes[0]
 
 
@@ -138,9 +139,7 @@ def test_the_detector_is_given_normalised_patches(slide: Path, monkeypatch: pyte
 # ----------------------------------------------------------------------------------------------------- runs
 
 
-def nothing_found(
-    patches: np.ndarray, _normalisation: stain.Normalisation, _settings: Settings
-) -> Iterator[HostInstances]:
+def nothing_found(patches: np.ndarray, _normalisation: Normalisation, _settings: Settings) -> Iterator[HostInstances]:
     """Stands for the detector."""
     for _ in patches:
         yield HostInstances(

@@ -1,10 +1,13 @@
 """Every view can be undone exactly, and moves boxes, masks and points as it moves pixels."""
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipeline.config import Detector
 from pipeline.model.views import (
     View,
     apply,
@@ -12,7 +15,6 @@ from pipeline.model.views import (
     apply_masks,
     apply_points,
     choose_views,
-    largest_shift,
     undo,
     undo_boxes,
     undo_masks,
@@ -66,12 +68,12 @@ def test_a_mask_turns_as_the_image_in_its_box_does(view: View, seed: int) -> Non
 
 
 @pytest.mark.parametrize("count", [1, 2, 4, 8])
-def test_views_differ_and_begin_with_the_patch_itself(count: int) -> None:
+def test_views_differ_and_begin_with_the_patch_itself(count: Any) -> None:
     chosen = choose_views(count)
     image = torch.arange(64.0).reshape(1, 1, 8, 8)
     assert len({tuple(apply(v, image).flatten().tolist()) for v in chosen}) == count
     assert torch.equal(apply(chosen[0], image), image)
-    assert largest_shift(count) == max(abs(s) for v in chosen for s in v.shift)
+    assert Detector(views=count).largest_shift_px == max(abs(s) for v in chosen for s in v.shift)
 
 
 def test_another_number_of_views_is_refused() -> None:

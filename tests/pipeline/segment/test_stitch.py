@@ -6,7 +6,16 @@ import shapely
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-from pipeline.segment.stitch import anchored_outside, claim, mask_nms, overhang, resolve, seam_candidates, touching
+from pipeline.segment.stitch import (
+    anchored_outside,
+    claim,
+    mask_nms,
+    overhang,
+    reaches,
+    resolve,
+    seam_candidates,
+    touching,
+)
 from slides.geometry import Box, Size
 from slides.grid import TileGrid
 
@@ -394,3 +403,21 @@ def test_which_outlines_are_kept_does_not_depend_on_their_order(seed: int, count
             assert one.intersection(other).area < share * min(one.area, other.area)
     for one in shapes[~stays]:
         assert any(one.intersection(k).area >= share * min(one.area, k.area) for k in kept)
+
+
+@given(seed=st.integers(0, 2**32 - 1), share=st.sampled_from([0.1, 0.5, 0.9]))
+@settings(max_examples=40, deadline=None)
+def test_instances_that_do_not_reach_the_core_decide_nothing(seed: int, share: float) -> None:
+    """Law: without them the tile claims the same; also where a chain of overlaps leads from them into the core."""
+    rng = np.random.default_rng(seed)
+    corner = rng.uniform(0, 160, (60, 2))
+    boxes = np.concatenate([corner, corner + rng.uniform(2, 16, (60, 2))], 1)
+    shapes, scores, core = shapely.box(*boxes.T), rng.choice([0.5, 0.6, 0.9], 60), Box(50, 50, 100, 100)
+
+    def claimed(chosen: np.ndarray) -> np.ndarray:
+        mine = claim(centroids(shapes[chosen]), core, tolerance=2)
+        return chosen[mine & mask_nms(shapes[chosen], scores[chosen], share=share)]
+
+    reaching = np.flatnonzero(reaches(boxes, core, tolerance=2))
+    assert len(reaching) < 60
+    np.testing.assert_array_equal(claimed(reaching), claimed(np.arange(60)))

@@ -8,7 +8,7 @@ import shapely
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.model import stain
+from pipeline.model.fitted_stain import TEMPLATE, Normalisation
 from pipeline.segment import tables
 from pipeline.segment.plan import Plan
 from pipeline.segment.summary import AREA_EDGES_UM2, SEAM_EDGES_PX, seam_counts, seam_verdict, summarise
@@ -135,7 +135,7 @@ def plan() -> Plan:
     """A slide at 0.5 um per px, shifted; two tiles; its left half is tissue: 250 x 250 um."""
     mask = np.zeros((32, 64), bool)
     mask[:, :32] = True
-    none = stain.TEMPLATE["none"]
+    none = TEMPLATE["none"]
     return Plan(
         "hash",
         "generic",
@@ -149,7 +149,7 @@ def plan() -> Plan:
         tissue_map(mask, 7.8125),
         ArtefactMap(np.zeros(mask.shape, np.uint8), tissue_map(mask, 7.8125)),
         240.0,
-        stain.Normalisation(none, none),
+        Normalisation(none, none),
         False,
         (),
     )

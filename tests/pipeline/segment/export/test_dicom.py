@@ -19,8 +19,8 @@ from pipeline.archive.sources import Source
 from pipeline.config import Execution, Export, Settings
 from pipeline.errors import RunError
 from pipeline.layout import SlideFolder
+from pipeline.model.fitted_stain import Normalisation
 from pipeline.model.instances import STATISTICS, HostInstances, Patches
-from pipeline.model.stain import Normalisation
 from pipeline.segment import tables
 from pipeline.segment.export import dicom
 from pipeline.segment.export.dicom import Reference, find_reference, write_dicom

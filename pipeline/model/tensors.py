@@ -1,0 +1,59 @@
+"""The tensors of a weights file: written from a network, and read into one."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from pipeline.errors import WeightsError
+from pipeline.model.weights import read_notes
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def save(network: nn.Module, architecture: Any, path: Path, notes: Mapping[str, str]) -> None:
+    """Write a network's tensors in half precision, with its architecture (a dataclass) and notes."""
+    tensors = {
+        name: (t.detach().cpu().half() if t.is_floating_point() else t.detach().cpu()).clone().contiguous()
+        for name, t in network.state_dict().items()
+        if not name.endswith("num_batches_tracked")
+    }
+    metadata = {
+        **notes,
+        "architecture": json.dumps(dataclasses.asdict(architecture)),
+        "sha256": _tensors_sha256(tensors),
+    }
+    # save_file would make a file that its owner alone may read
+    path.write_bytes(safetensors.torch.save(tensors, metadata))
+
+
+def load_into(network: M, path: Path) -> M:
+    """The network with the file's tensors, in float32, ready for inference; the same object.
+
+    Raises WeightsError where the file is damaged (checksum) or does not fit the network.
+    """
+    tensors = safetensors.torch.load_file(path)
+    if _tensors_sha256(tensors) != read_notes(path).get("sha256"):
+        raise WeightsError(f"{path} is damaged: its tensors do not match their checksum; download or copy it again")
+    try:
+        missing, unknown = network.load_state_dict({k: v.float() for k, v in tensors.items()}, strict=False)
+    except RuntimeError as error:
+        raise WeightsError(f"{path} does not fit the architecture it names: {error}") from error
+    missing = [name for name in missing if not name.endswith("num_batches_tracked")]
+    if missing or unknown:
+        raise WeightsError(f"{path} does not fit its architecture: missing {missing[:3]}, unknown {list(unknown)[:3]}")
+    return network.eval()
+
+
+def _tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

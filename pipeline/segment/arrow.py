@@ -1,0 +1,51 @@
+"""Arrow arrays from numbers, bytes and text, and back: `pa.array` and `to_numpy` import pandas, a second a process."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+
+def numbers(values: NDArray[Any], kind: pa.DataType | None = None) -> pa.Array:
+    """Numbers or bools (N,) as an array of `kind`, or of their own type; floats of a coarser kind are rounded."""
+    values = np.asarray(values)
+    kind = kind or pa.from_numpy_dtype(values.dtype)
+    if pa.types.is_boolean(kind):
+        stored = np.packbits(values, bitorder="little")
+    else:
+        stored = np.ascontiguousarray(values, kind.to_pandas_dtype())
+    return pa.Array.from_buffers(kind, len(values), [None, pa.py_buffer(stored)])
+
+
+def binary(values: Sequence[bytes] | NDArray[np.object_]) -> pa.Array:
+    """Bytes (N,) as an array of pa.binary()."""
+    ends = np.zeros(len(values) + 1, np.int32)
+    np.cumsum(np.fromiter(map(len, values), np.int64, len(values)), out=ends[1:])
+    return pa.Array.from_buffers(pa.binary(), len(values), [None, pa.py_buffer(ends), pa.py_buffer(b"".join(values))])
+
+
+def text(values: Sequence[str]) -> pa.Array:
+    """Strings (N,) as an array of pa.string()."""
+    return binary([value.encode() for value in values]).view(pa.string())
+
+
+def array(values: Any, kind: pa.DataType) -> pa.Array:
+    """Whichever of these `kind` asks for; an Arrow array as it is."""
+    if isinstance(values, pa.Array):
+        return values
+    if pa.types.is_string(kind):
+        return text(values)
+    return binary(values) if pa.types.is_binary(kind) else numbers(values, kind)
+
+
+def join(*parts: pa.Array | pa.ChunkedArray | str, **options: Any) -> Any:
+    """`pc.binary_join_element_wise`, without pandas for a string. string (N,), the last part between the others"""
+    return pc.binary_join_element_wise(*(text([p])[0] if isinstance(p, str) else p for p in parts), **options)
+
+
+def values(column: pa.ChunkedArray) -> NDArray[Any]:
+    """A column of numbers without nulls as a numpy array (N,)."""
+    return np.from_dlpack(column.combine_chunks())

@@ -1,0 +1,62 @@
+"""Arrow arrays made without pyarrow's own conversions: the same arrays, without pandas."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from pipeline.segment import arrow
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+@pytest.mark.parametrize("count", [0, 1, 9])
+def test_arrays_are_those_of_pyarrow(count: int) -> None:
+    rng = np.random.default_rng(count)
+    for values in (rng.random(count), rng.integers(0, 99, count), rng.random(count) < 0.5):
+        assert arrow.numbers(values).equals(pa.array(values))
+        assert arrow.numbers(values[::-1]).equals(pa.array(values[::-1]))
+    doubles = rng.random(count)
+    assert arrow.numbers(doubles, pa.float32()).equals(pa.array(doubles, pa.float32()))
+    parts = [rng.bytes(int(length)) for length in rng.integers(0, 4, count)]
+    assert arrow.binary(parts).equals(pa.array(parts, pa.binary()))
+    assert arrow.binary(np.array(parts, object)).equals(pa.array(parts, pa.binary()))
+
+
+def test_text_reads_back() -> None:
+    words = ["", "a", "Häma", "核"]
+    assert arrow.text(words).equals(pa.array(words))
+    assert arrow.join("<", arrow.text(words), ">", "").to_pylist() == [f"<{word}>" for word in words]
+
+
+def test_values_are_those_of_all_chunks() -> None:
+    column = pa.chunked_array([arrow.numbers(np.arange(3)), arrow.numbers(np.arange(2))])
+    assert arrow.values(column).tolist() == [0, 1, 2, 0, 1]
+    assert len(arrow.values(pa.chunked_array([], pa.float32()))) == 0
+
+
+RUN = """
+import sys
+from pathlib import Path
+import oracle
+from pipeline.archive.run import run
+from pipeline.config import Execution
+
+folder = Path(sys.argv[1])
+oracle.paint(folder / "a.png", 3)
+(record,) = run([folder / "a.png"], folder / "out", oracle.chosen(), Execution(cluster=False, workers=1), mpp=0.25,
+                detect=oracle.detect)
+print(record.status, record.nuclei > 0, "pandas" in sys.modules)
+"""
+
+
+def test_a_run_does_not_wait_for_pandas(tmp_path: Path) -> None:
+    """Law: neither the tables nor the export for QuPath import it: a second, in every new process."""
+    path = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    done = subprocess.run(
+        [sys.executable, "-c", RUN, str(tmp_path)], cwd=ROOT, env=path, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines()[-1] == "done True False"
