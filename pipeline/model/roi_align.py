@@ -8,7 +8,7 @@ torchvision's (aligned=False, two samples a side); a test compares them.
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -60,7 +60,7 @@ def flatten_boxes(boxes: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 class RoIPool(nn.Module):
     """Pools boxes from the pyramid level of their size (Lin et al. 2017, equation 1) to a grid of `size` x `size`.
 
-    Called like torchvision's MultiScaleRoIAlign, whose place it takes in RoIHeads; inference calls `pool`.
+    What torchvision's MultiScaleRoIAlign does.
     """
 
     def __init__(self, size: int, strides: Sequence[int], canonical_px: float, canonical_level: int) -> None:
@@ -68,16 +68,7 @@ class RoIPool(nn.Module):
         self.size, self.strides = size, tuple(strides)
         self.canonical_px, self.canonical_level = canonical_px, canonical_level
 
-    def forward(
-        self, features: Mapping[str, Tensor], boxes: Sequence[Tensor], sides: Sequence[tuple[int, int]]
-    ) -> Tensor:
-        """features: level -> float32 (B, C, h, w); boxes: B tensors (N, 4) in image px -> (sum N, C, size, size).
-
-        `sides`, of the images, are part of torchvision's call and not used: the stride of every level is known.
-        """
-        return self.pool(FeatureTable.of(list(features.values())), *flatten_boxes(boxes))
-
-    def pool(self, table: FeatureTable, rois: Tensor, image: Tensor) -> Tensor:
+    def forward(self, table: FeatureTable, rois: Tensor, image: Tensor) -> Tensor:
         """rois: float32 (R, 4) in image px; image: int32 (R,), of each -> (R, C, size, size), in the table's dtype."""
         step = _BINS_AT_ONCE // self.size**2
         parts = [
