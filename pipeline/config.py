@@ -117,14 +117,15 @@ class Tiling:
 
 
 StainMethod = Literal["none", "reinhard", "macenko", "dcgmm"]
+StainSetting = Literal[StainMethod, "auto"]
 
 
 @dataclass(frozen=True)
 class Stain:
     """Stain normalisation, fitted once per slide and applied on the detector's device."""
 
-    method: Annotated[StainMethod, Parameter(name=["--stain.method", "--stain"], group=COMMON)] = "none"
-    "Stain normalisation method, fitted once per slide."
+    method: Annotated[StainSetting, Parameter(name=["--stain.method", "--stain"], group=COMMON)] = "none"
+    "Stain normalisation method, fitted once per slide; auto: macenko where that raises the mean score of the detections, else none."
     patches: Annotated[int, Parameter(name="--stain.patches")] = 64
     "Number of tissue regions of 256 x 256 px that the stain is fitted on."
     weights: Annotated[str, Parameter(name="--stain.weights")] = "stain"
@@ -141,8 +142,13 @@ class Stain:
         require(
             not self.template or self.method != "none",
             f"stain.template={self.template} has no effect without stain normalisation: "
-            f"need --stain {', '.join(typing.get_args(StainMethod)[1:])}",
+            f"need --stain {', '.join(typing.get_args(StainSetting)[1:])}",
         )
+
+    @property
+    def fitted(self) -> StainMethod:
+        """The method by which a slide's stain is fitted."""
+        return "macenko" if self.method == "auto" else self.method
 
 
 @dataclass(frozen=True)
@@ -265,7 +271,7 @@ class Export:
         require(10 <= self.density_um <= 10_000, f"density-um={self.density_um}: need 10 to 10000 um")
 
 
-WORK_FORMAT = 7
+WORK_FORMAT = 8
 "Version of the files in a slide's work folder: raised with every change after which older ones must not be continued."
 
 

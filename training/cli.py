@@ -1,5 +1,6 @@
 """`nightslide train`, `evaluate`, `fit-stain` and `convert`."""
 
+import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -64,6 +65,7 @@ def train(
     out
         Folder of checkpoint, weights, curves and pictures; the same command continues from the checkpoint.
     """
+    _share_the_cores()
     from training.data.datasets import read_datasets
     from training.fit import fit
 
@@ -114,6 +116,7 @@ def evaluate(
     save_labels: Annotated[Path | None, Parameter(group=OUTPUT)] = None,
     pictures: Annotated[Path | None, Parameter(group=OUTPUT)] = None,
     per_image: Annotated[bool, Parameter(negative="", group=OUTPUT)] = False,
+    breakdown: Annotated[bool, Parameter(negative="", group=OUTPUT)] = False,
     settings: Annotated[Settings, Flat] = Settings(),
     execution: Annotated[Execution, Flat] = Execution(cluster=False),
 ) -> int:
@@ -131,11 +134,14 @@ def evaluate(
         Folder for pictures: image, annotations and detections side by side, with hits, misses and false detections.
     per_image
         Print a line for every image, too.
+    breakdown
+        Print tables of each dataset, too: nuclei by size and crowding, misses and false detections by cause, and how
+        many detections of each score are right. `json` always has them.
     """
     import shlex
 
     from pipeline.files import write_json
-    from training.evaluate import Outputs, as_json, gather, report, whole_images
+    from training.evaluate import Outputs, as_json, gather, report, report_breakdown, whole_images
     from training.evaluate import evaluate as score_images
 
     images = gather(data, split, mpp)
@@ -148,6 +154,8 @@ def evaluate(
         say=lambda line: print(line, file=sys.stderr),
     )
     print(report(scores, per_image=per_image))
+    if breakdown:
+        print(f"\n{report_breakdown(scores)}")
     if json is not None:
         write_json(json, as_json(scores, images.images, shlex.join(["nightslide", *sys.argv[1:]])))
     return 0
@@ -174,11 +182,22 @@ def fit_stain(
     template
         The slide or image whose stain is to be normalised to; without it, the typical training image.
     """
+    _share_the_cores()
     from training.data.datasets import read_datasets
     from training.fit_stain import fit_stain as fit
 
     fit([dataset.images for dataset in read_datasets(data, split, mpp)], out, training, architecture, template)
     return 0
+
+
+def _share_the_cores() -> None:
+    """Have threads that wait for one another sleep after 20 us or so; GNU's OpenMP reads this once, when torch loads.
+
+    By itself it lets them spin for milliseconds, which other processes could use: on two cores with a dozen processes a
+    training step then takes five times as much of the processor, and as many more seconds.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 
 def _warn(lines: Iterable[str]) -> None:

@@ -26,6 +26,8 @@ from pipeline.layout import RunFolder
 from pipeline.model.weights import detector_architecture, find_weights
 from pipeline.segment import tables
 from pipeline.segment.record import SlideRecord
+from training import breakdown
+from training.breakdown import Breakdown, Rows
 from training.data.datasets import read_dataset, requested_sets
 from training.data.sample import Dataset, LabelledImage, Sample
 from training.measures import (
@@ -174,6 +176,8 @@ class Evaluation(NamedTuple):
     overall: Summary
     classes: dict[str, Summary]
     over_classes: Summary | None  # mean over the classes that occur
+    breakdown: Breakdown
+    breakdown_within: dict[str, dict[str, Breakdown]]  # as `within`
 
 
 class Outputs(NamedTuple):
@@ -216,16 +220,18 @@ def evaluate(
 
 
 class ImageTallies(NamedTuple):
-    """The sums of one image, over all nuclei and over every class."""
+    """The sums of one image, over all nuclei and over every class; and a row for each nucleus and detection."""
 
     whole: Tally
     classes: tuple[Tally, ...]
+    rows: Rows
 
 
 def tally_image(labelled: LabelledImage, detections: Detections, mpp: float, classes: int) -> ImageTallies:
     """Compare and count one image."""
     whole, apart = compare_detections(labelled.labels, labelled.class_index, detections, mpp, classes)
-    return ImageTallies(tally(whole), tuple(map(tally, apart)))
+    rows = breakdown.break_down(labelled.labels, detections, whole.painted, mpp)
+    return ImageTallies(tally(whole), tuple(map(tally, apart)), rows)
 
 
 def summary(tallies: Sequence[Tally]) -> Summary:
@@ -237,10 +243,10 @@ def summarise(
     images: Sequence[EvaluationImage], classes: Sequence[str], tallies: Sequence[ImageTallies], about: dict[str, Any]
 ) -> Evaluation:
     """Sums of images -> every measure of every image, of every split, group and dataset, and of all."""
-    within: dict[str, dict[str, list[Tally]]] = {}
+    within: dict[str, dict[str, list[ImageTallies]]] = {}
     for image, of_image in zip(images, tallies, strict=True):
         for kind, name in image.within:
-            within.setdefault(kind, {}).setdefault(name, []).append(of_image.whole)
+            within.setdefault(kind, {}).setdefault(name, []).append(of_image)
     # a class counts in the images where it is annotated or detected
     by_class = {
         name: [t for t in (of_image.classes[i] for of_image in tallies) if t.truth or t.detected]
@@ -256,11 +262,21 @@ def summarise(
             }
             for image, of_image in zip(images, tallies, strict=True)
         },
-        {kind: {n: summary(t) for n, t in sorted(named.items())} for kind, named in within.items()},
-        summary([of_image.whole for of_image in tallies]),
+        {kind: {n: _summary(t) for n, t in sorted(named.items())} for kind, named in within.items()},
+        _summary(tallies),
         summaries,
         Summary(*(mean(of) for of in zip(*summaries.values(), strict=True))) if summaries else None,
+        _breakdown(tallies),
+        {kind: {n: _breakdown(t) for n, t in sorted(named.items())} for kind, named in within.items()},
     )
+
+
+def _summary(images: Sequence[ImageTallies]) -> Summary:
+    return summary([of_image.whole for of_image in images])
+
+
+def _breakdown(images: Sequence[ImageTallies]) -> Breakdown:
+    return breakdown.count(breakdown.join([of_image.rows for of_image in images]))
 
 
 def write_outputs(outputs: Outputs, name: str, labelled: LabelledImage, detected: NDArray[np.int32]) -> None:
@@ -313,6 +329,13 @@ def as_json(evaluation: Evaluation, images: Sequence[EvaluationImage], command: 
             }
             for m in images
         },
+        "breakdown": {
+            "overall": breakdown.as_json(evaluation.breakdown),
+            "within": {
+                kind: {n: breakdown.as_json(b) for n, b in named.items()}
+                for kind, named in evaluation.breakdown_within.items()
+            },
+        },
         "settings": about["settings"],
         "versions": about["versions"],
     }
@@ -354,6 +377,13 @@ def report(evaluation: Evaluation, *, per_image: bool = False) -> str:
         cells = (f"{'-' if math.isnan(v) else f'{v:.3f}':>5}" for v in (getattr(s, m) for m in shown))
         lines.append(f"{name:{width}} {s.images:6} " + " ".join(cells) + f" {s.annotated:9} {s.detected:8}")
     return "\n".join(lines)
+
+
+def report_breakdown(evaluation: Evaluation) -> str:
+    """Markdown: of every dataset where there are several, then of all images."""
+    named = {f"data {name}": b for name, b in evaluation.breakdown_within.get("data", {}).items()}
+    parts = {**named, "all": evaluation.breakdown}
+    return "\n\n".join(f"## {name}\n\n{breakdown.markdown(b)}" for name, b in parts.items())
 
 
 def _rows(evaluation: Evaluation, per_image: bool) -> Iterator[tuple[str, Scores]]:

@@ -10,7 +10,6 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,11 +26,13 @@ from pipeline.files import committed
 from pipeline.model.allocator import keep_freed_memory
 from pipeline.model.detector import NucleusDetector, load_weights, save_weights
 from pipeline.model.device import choose_device, choose_precision
+from pipeline.model.losses import Targets
 from pipeline.model.weights import find_weights, licence
 from training import checkpoint
 from training.config import StainTraining, Training
-from training.data.crops import Crop, Crops
+from training.data.crops import Batch, Crops, collate
 from training.data.sample import Dataset, Sample
+from training.depthwise import use_fast_gradients
 from training.monitor import HeldOutCrop, Log, held_out_crop, score_held_out
 
 WEIGHTS_FILE, HELD_OUT_FOLDER = "nuclei.safetensors", "held_out"
@@ -86,7 +87,7 @@ def fit(
     torch.manual_seed(training.seed)  # what is not pretrained starts from random weights
     model = initial_model(training.init, architecture).to(process.device).to(memory_format=torch.channels_last)
     average = {k: v.detach().clone() for k, v in model.state_dict().items()}
-    optimiser = torch.optim.AdamW(_parameter_groups(model, training.decay), lr=training.rate)
+    optimiser = torch.optim.AdamW(_parameter_groups(model, training.decay), lr=training.rate, fused=True)
     recipe = _recipe(datasets, training, architecture, process)
     first = checkpoint.resume(out / checkpoint.FOLDER, model, average, optimiser, recipe)
     trained = [d._replace(images=tuple(trained)) for d, (trained, _) in zip(datasets, split, strict=True)]
@@ -261,7 +262,7 @@ def _common_classes(datasets: Sequence[Dataset]) -> tuple[str, ...]:
 
 def _loader(
     datasets: Sequence[Dataset], first: int, training: Training, architecture: Architecture, process: Process
-) -> DataLoader[Crop]:
+) -> DataLoader[Batch]:
     """Batches of crops from step `first` on. Raises ConfigError for a crop that the feature pyramid cannot halve."""
     side = round(training.crop_px * architecture.upscale)
     if training.crop_px % side_step(architecture.upscale):
@@ -270,15 +271,16 @@ def _loader(
             f"need a multiple of {STRIDES[-1]}"
         )
     crops = Crops(datasets, side, architecture.mpp / architecture.upscale, training)
-    return DataLoader(
+    batches: DataLoader[Any] = DataLoader(
         crops,
         training.batch,
         sampler=ScheduleSampler(first, training, process),
         num_workers=training.loaders,
-        collate_fn=list,
+        collate_fn=collate,
         persistent_workers=training.loaders > 0,
         pin_memory=process.device.type == "cuda",
     )
+    return batches
 
 
 def _parameter_groups(model: NucleusDetector, decay: float) -> list[dict[str, Any]]:
@@ -292,7 +294,7 @@ def _parameter_groups(model: NucleusDetector, decay: float) -> list[dict[str, An
 
 
 def _optimise(
-    model: nn.Module, optimiser: torch.optim.Optimizer, batch: Sequence[Crop], device: torch.device
+    model: nn.Module, optimiser: torch.optim.Optimizer, batch: Batch, device: torch.device
 ) -> tuple[dict[str, Tensor], Tensor]:
     """One step of the optimiser, left out where the gradients are not finite: (losses, norm of the gradients)."""
     losses = _losses(model, batch, device)
@@ -304,13 +306,10 @@ def _optimise(
     return losses, norm
 
 
-def _losses(model: nn.Module, batch: Sequence[Crop], device: torch.device) -> dict[str, Tensor]:
+def _losses(model: nn.Module, batch: Batch, device: torch.device) -> dict[str, Tensor]:
     """Losses of one batch. Crops come enlarged already, so the network does not enlarge them."""
-    images = torch.stack([c.image for c in batch]).to(device, non_blocking=True)
-    targets = [
-        {name: getattr(c, name).to(device, non_blocking=True) for name in ("boxes", "labels", "masks", "regions")}
-        for c in batch
-    ]
+    images, boxes, labels, nuclei, regions = (t.to(device, non_blocking=True) for t in batch[:-1])
+    targets = Targets(list(boxes.split(batch.counts)), list(labels.split(batch.counts)), nuclei, regions)
     precision = choose_precision("auto", device)
     with torch.autocast(device.type, precision, enabled=precision != torch.float32):
         losses: dict[str, Tensor] = model(images, targets)
@@ -320,11 +319,11 @@ def _losses(model: nn.Module, batch: Sequence[Crop], device: torch.device) -> di
 @torch.no_grad()
 def _update_average(average: dict[str, Tensor], model: NucleusDetector, keep: float) -> None:
     """average = keep * average + (1 - keep) * model, in place; whole numbers are copied."""
-    for name, value in model.state_dict().items():
-        if value.is_floating_point():
-            average[name].lerp_(value, 1 - keep)
-        else:
-            average[name].copy_(value)
+    state = model.state_dict()
+    moving = [name for name, value in state.items() if value.is_floating_point()]
+    torch._foreach_lerp_([average[name] for name in moving], [state[name] for name in moving], 1 - keep)
+    for name in state.keys() - moving:
+        average[name].copy_(state[name])
 
 
 def _averaged(architecture: Architecture, average: Mapping[str, Tensor]) -> NucleusDetector:
@@ -353,18 +352,13 @@ def _this_process(training: Training) -> Process:
 
 
 def _wrapped(model: NucleusDetector, process: Process) -> nn.Module:
-    """The model as the loop calls it: fast on a CPU, gradients averaged over the processes."""
+    """The model as the loop calls it: fast to train, gradients averaged over the processes."""
     if process.device.type == "cpu":
-        for module in model.modules():
-            if isinstance(module, nn.Conv2d) and module.groups == module.in_channels > 1:
-                module.forward = partial(_in_float32, module)  # type: ignore[method-assign]
+        use_fast_gradients(model)
+    for module in model.modules():
+        if isinstance(module, nn.Hardtanh):  # ReLU6 too: its backward pass needs what it was given, so `inplace` copies
+            module.inplace = False
     return DistributedDataParallel(model) if process.size > 1 else model
-
-
-def _in_float32(convolution: nn.Conv2d, x: Tensor) -> Tensor:
-    """A depthwise convolution outside autocast: on a CPU its backward pass in bfloat16 is much slower."""
-    with torch.autocast(x.device.type, enabled=False):
-        return type(convolution).forward(convolution, x.float()).to(x.dtype)
 
 
 def _agree_to_stop(stop: bool, process: Process) -> bool:

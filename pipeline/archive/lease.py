@@ -21,6 +21,9 @@ An owner counts as dead, and its lease may be taken, in any of three cases:
 - its file is older than ours, just made, by `expiry_s` and two hours more: at once.
 Some file systems stamp files with the clock of the server, others with that of the machine that writes. Clocks may be
 wrong by an hour each: so a difference of mtimes of less than two hours, into the past or the future, decides nothing.
+A file that a power cut has emptied or damaged says nothing of its owner, who may be alive: the server lost power, not
+the machine that works. Its age decides no sooner than that of others, as the owner's clock may be an hour behind; and
+a whole file from before a restart of this machine is not taken at once either, as another may have its name.
 An owner that was suspended for longer than `expiry_s` loses its lease, and may ask `ours`. What it writes meanwhile
 is the same bytes.
 """

@@ -32,6 +32,7 @@ def row_of(record: SlideRecord) -> dict[str, Any]:
         "mpp_source": record.mpp_source,
         "tissue_mm2": record.tissue_mm2,
         "tiles": record.tiles,
+        "stain": record.stain,
         **{name: round(value, 6) for name, value in dataclasses.asdict(work.counts).items()},
         **{f"seconds_{name}": round(work.seconds.get(name, 0.0), 3) for name in _stage_names()},
         **{f"seconds_idle_{name}": round(max(0.0, work.waited.get(name, 0.0)), 3) for name in WAITS},

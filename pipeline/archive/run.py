@@ -414,6 +414,7 @@ class ArchiveRun:
             mpp_source=plan.scale.source,
             tissue_mm2=round(plan.tissue.area_mm2, 4),
             tiles=len(plan.tiles),
+            stain=plan.normalisation.source.method,
             work=work,
             elapsed_seconds=round(time.perf_counter() - started, 3),
         )
@@ -431,8 +432,8 @@ class ArchiveRun:
                 plan = await asyncio.to_thread(read_plan, job.folder, job.digest)
                 work += await self._blocks(name, job, tuple(group), plan)
             else:
-                for stage in group:
-                    work += await run_task(self.executor, stage.on_device, stage.run, job)
+                for stage in (stage for stage in group if stage.needed(job.settings)):
+                    work += await run_task(self.executor, stage.on_device, stage.run, job, *self._stand_in(stage))
         return work
 
     async def _blocks(self, name: str, job: Job, stages: Sequence[Stage], plan: Plan) -> StageRecord:
@@ -463,11 +464,15 @@ class ArchiveRun:
         return sum((task.result() for task in tasks), StageRecord())
 
     async def _block_stage(self, stage: Stage, job: Job, block: int, before: StageRecord, waited: Waits) -> StageRecord:
-        detect = (self.detect,) if stage.on_device and self.detect is not None else ()
+        arguments = job, block, before, *self._stand_in(stage)
         with self.stream.inside(stage, waited) as took:
-            record: StageRecord = await run_task(self.executor, stage.on_device, stage.run, job, block, before, *detect)
+            record: StageRecord = await run_task(self.executor, stage.on_device, stage.run, *arguments)
             took(record.seconds.get(stage.name, 0.0) - before.seconds.get(stage.name, 0.0))
         return record
+
+    def _stand_in(self, stage: Stage) -> tuple[Detect, ...]:
+        """The last argument of a stage that takes a stand-in for the detector, where there is one."""
+        return (self.detect,) if stage.on_device and self.detect is not None else ()
 
 
 def _first(error: BaseException) -> Exception:

@@ -72,7 +72,8 @@ class Stream:
             self._idle = defaultdict(float)
 
         def took(seconds: float) -> None:
-            self._mean[place] = _RECENT * seconds + (1 - _RECENT) * self._mean.get(place, seconds)
+            if seconds:  # else it was done before
+                self._mean[place] = _RECENT * seconds + (1 - _RECENT) * self._mean.get(place, seconds)
             if stage.on_device:
                 self._count_time()
                 self._computed += seconds

@@ -18,9 +18,13 @@ ENVIRONMENT = {
     "MALLOC_ARENA_MAX": "1",
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": str(2**34),
+    # oneDNN keeps what it has prepared for an image's size, by itself of 1024 layers: many small arrays, at the place
+    # where each was made, between large ones. A detector has about a hundred
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128",
 }
 "Variables to start such a process with: threads that are there before `keep_freed_memory` have arenas already."
 
+_ONEDNN = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"  # read when the first layer is computed
 _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8  # of glibc's malloc.h
 
 
@@ -30,9 +34,27 @@ def keep_freed_memory() -> bool:
 
     It is not where the user's environment sets one of the variables itself.
     """
-    if ENVIRONMENT.keys() & os.environ.keys() or os.name != "posix":
+    library = _glibc()
+    if library is None or ENVIRONMENT.keys() & os.environ.keys():
         return False
-    library = ctypes.CDLL(None)
-    if not hasattr(library, "gnu_get_libc_version"):
-        return False
+    os.environ[_ONEDNN] = ENVIRONMENT[_ONEDNN]
     return all(library.mallopt(*option) for option in ((_ARENA_MAX, 1), (_MMAP_MAX, 0), (_TRIM_THRESHOLD, 2**31 - 1)))
+
+
+def return_freed_memory() -> None:
+    """Give back the pages that are free, to be called now and then: patches of other sizes leave gaps between arrays.
+
+    Those that are needed again are cleared by the kernel.
+    """
+    library = _glibc()
+    if library is not None:
+        library.malloc_trim(0)
+
+
+@functools.cache
+def _glibc() -> ctypes.CDLL | None:
+    """The C library of this process; None where it is another one."""
+    if os.name != "posix":
+        return None
+    library = ctypes.CDLL(None)
+    return library if hasattr(library, "gnu_get_libc_version") else None

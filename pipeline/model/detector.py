@@ -14,21 +14,21 @@ from typing import Any, NamedTuple, cast
 import timm
 import torch
 import torch.nn.functional as F
-from timm.layers.conv2d_same import Conv2dSame, conv2d_same
+from timm.layers.conv2d_same import Conv2dSame
 from timm.models._efficientnet_blocks import InvertedResidual
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torchvision.models.detection._utils import BoxCoder
 from torchvision.models.detection.anchor_utils import AnchorGenerator
-from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.ops import FeaturePyramidNetwork, clip_boxes_to_image
 
-from pipeline.config import STRIDES, Architecture, Detector
+from pipeline.config import STRIDES, Architecture, Detector, Sampling
 from pipeline.errors import ConfigError, WeightsError
 from pipeline.model import tensors, weights
 from pipeline.model.deterministic import pad_rows, sigmoid, topk, upsample
+from pipeline.model.losses import Sampled, Targets, box_losses, mask_loss, proposal_losses, sample_proposals
 from pipeline.model.roi_align import FeatureTable, RoIPool, flatten_boxes
 from pipeline.model.suppress import suppress
 
@@ -106,7 +106,7 @@ class NucleusDetector(nn.Module):
         del enlarged  # it would occupy as much as a map while these are made
         maps = list(self._maps(inputs)[0].values())
         # pooling in bfloat16 is slow on a CPU
-        table = FeatureTable.of(maps, torch.float32 if images.device.type == "cpu" else maps[0].dtype)
+        table = FeatureTable.of(maps, torch.float32 if images.device.type == "cpu" else None)
         return Pyramid(table.maps() if table.pixels.dtype == maps[0].dtype else maps, table, size)
 
     def _maps(self, inputs: Tensor) -> tuple[dict[str, Tensor], Tensor | None]:
@@ -119,24 +119,29 @@ class NucleusDetector(nn.Module):
         return pyramid, semantic
 
     def propose(self, features: Pyramid, limits: Limits) -> list[Tensor]:
-        """Region proposals of each image, (P, 4) in enlarged px, best first, within the limits.
+        """Region proposals of each image, (P, 4) in enlarged px, best first, within the limits; the best anchors only.
 
-        What torchvision's RegionProposalNetwork does, for all images together, and for the best anchors only.
+        What torchvision's RegionProposalNetwork does, for all images together.
         """
-        logits, deltas, indices = [], [], []
-        for score, delta in zip(*self.rpn.head(features.maps), strict=True):
-            score = _peaks(score).permute(0, 2, 3, 1).flatten(1)  # (B, h * w * A)
+        logits, deltas = self.rpn.head(features.maps)
+        return self._proposals([_peaks(score) for score in logits], deltas, features, limits)
+
+    def _proposals(self, logits: list[Tensor], deltas: list[Tensor], features: Pyramid, limits: Limits) -> list[Tensor]:
+        """logits, deltas: of each level, (B, A, h, w) and (B, A * 4, h, w)."""
+        objectness, offsets, indices = [], [], []
+        for score, delta in zip(logits, deltas, strict=True):
+            score = score.permute(0, 2, 3, 1).flatten(1)  # (B, h * w * A)
             delta = delta.permute(0, 2, 3, 1).reshape(*score.shape, 4)
             best, index = topk(score, min(limits.anchors, score.shape[1]))  # (B, n)
-            logits.append(best)
-            deltas.append(delta.gather(1, index[..., None].expand(-1, -1, 4)))
+            objectness.append(best)
+            offsets.append(delta.gather(1, index[..., None].expand(-1, -1, 4)))
             indices.append(index)
         numbers = torch.arange(len(indices), device=features.table.pixels.device).split(1)
         level = torch.cat([number.expand(index.shape[1]) for number, index in zip(numbers, indices, strict=True)])
         anchors = self._anchors(features.table, torch.cat(indices, 1), level)
-        boxes = _decode(torch.cat(deltas, 1).float(), anchors, self.rpn.box_coder)  # (B, N, 4)
+        boxes = _decode(torch.cat(offsets, 1).float(), anchors, self.rpn.box_coder)  # (B, N, 4)
         boxes = clip_boxes_to_image(boxes, features.size)
-        scores = torch.cat(logits, 1).float().sigmoid()
+        scores = torch.cat(objectness, 1).float().sigmoid()
         wide = (boxes[..., 2:] - boxes[..., :2] >= self.rpn.min_size).all(-1)
         image, at = torch.where(wide & (scores >= limits.objectness))
         boxes, scores = boxes[image, at], scores[image, at]
@@ -154,6 +159,17 @@ class NucleusDetector(nn.Module):
         x, y = pixel % width, pixel // width
         return shapes[level, number] + torch.stack([x, y, x, y], -1) * stride[:, None]
 
+    def _anchor_grids(self, table: FeatureTable) -> list[Tensor]:
+        """All anchors of the maps of a table, in px of their images: of each level, float32 (h, w, A, 4)."""
+        device, grids = table.pixels.device, []
+        for shapes, (height, width), stride in zip(
+            _anchor_shapes(self.rpn.anchor_generator, device), table.shapes, STRIDES, strict=True
+        ):
+            y, x = (torch.arange(n, device=device) * stride for n in (height, width))
+            corner = torch.stack([x.expand(height, -1), y[:, None].expand(-1, width)], -1)  # (h, w, 2)
+            grids.append(shapes + corner.repeat(1, 1, 2)[:, :, None])
+        return grids
+
     def classify(self, features: Pyramid, proposals: list[Tensor], limits: Limits) -> list[Candidates]:
         """Proposals -> boxes with class and score, after class-agnostic NMS, in patch px.
 
@@ -161,7 +177,7 @@ class NucleusDetector(nn.Module):
         """
         heads = self.roi_heads
         rois, image = flatten_boxes(proposals)
-        logits, deltas = heads.box_predictor(heads.box_head(heads.box_roi_pool.pool(features.table, rois, image)))
+        logits, deltas = heads.box_predictor(heads.box_head(heads.box_roi_pool(features.table, rois, image)))
         classes = logits.softmax(-1)  # (P, 1 + K)
         scores, class_index = classes[:, 1:].sum(1), classes[:, 1:].argmax(1)
         deltas = _of_class(deltas.view(*logits.shape, 4), class_index)  # (P, 4)
@@ -184,24 +200,42 @@ class NucleusDetector(nn.Module):
         heads = self.roi_heads
         rois, image = flatten_boxes(boxes)
         # torchvision samples the masks it trains on half a pixel beyond their boxes (RoIAlign without `aligned`)
-        pooled = heads.mask_roi_pool.pool(features.table, rois * self.architecture.upscale - 0.5, image)
+        pooled = heads.mask_roi_pool(features.table, rois * self.architecture.upscale - 0.5, image)
         logits = heads.mask_predictor(heads.mask_head(pad_rows(pooled)))[: len(pooled)]  # (sum N, 1 + K, M, M)
         return sigmoid(_of_class(logits, torch.cat(class_index)).float())
 
-    def forward(self, images: Tensor, targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-        """Losses of a training step, on crops that were cut at the enlarged scale: (B, 3, S, S) in 0..1.
-
-        targets, in the crops' own pixels: boxes float32 (N, 4), labels int64 (N,) from 1, masks uint8 (N, S, S),
-        and for the semantic branch regions uint8 (S, S): 0 background, 1 inside a nucleus, 2 its edge.
-        """
-        features, semantic = self._maps(_inputs(images))
-        features = {level: map_.float() for level, map_ in features.items()}
-        sizes = [_size(images)] * len(images)
-        proposals, losses = self.rpn(ImageList(images, sizes), features, targets)
-        _, head_losses = self.roi_heads(features, proposals, sizes, targets)
+    def forward(self, images: Tensor, targets: Targets) -> dict[str, Tensor]:
+        """Losses of a training step, on crops that were cut at the enlarged scale: (B, 3, S, S) in 0..1."""
+        levels, semantic = self._maps(_inputs(images))
+        maps = list(levels.values())
+        logits, deltas = self.rpn.head(maps)
+        features = Pyramid(maps, FeatureTable.of([m.float() for m in maps], torch.float32), _size(images))
+        losses = proposal_losses(self.rpn, logits, deltas, self._anchor_grids(features.table), targets.boxes)
+        with torch.no_grad():  # neither head learns from where the proposals are
+            proposals = self._proposals(logits, deltas, features, _limits(self.architecture.sampling))
+        losses |= self._head_losses(features, proposals, targets)
         if self.semantic is not None and semantic is not None:
-            losses["loss_semantic"] = self.semantic.loss(semantic, torch.stack([t["regions"] for t in targets]))
-        return {**losses, **head_losses}
+            losses["loss_semantic"] = self.semantic.loss(semantic, targets.regions)
+        return losses
+
+    def _head_losses(self, features: Pyramid, proposals: list[Tensor], targets: Targets) -> dict[str, Tensor]:
+        heads = self.roi_heads
+        sampled = sample_proposals(heads, proposals, targets)
+        pooled = heads.box_roi_pool(features.table, sampled.boxes, sampled.image)
+        logits, deltas = heads.box_predictor(heads.box_head(pooled))
+        positive = torch.where(sampled.labels > 0)[0]
+        losses = box_losses(heads, logits, deltas, sampled, positive)
+        masked = Sampled(*(column[positive] for column in sampled))
+        pooled = heads.mask_roi_pool(features.table, masked.boxes, masked.image)
+        logits = heads.mask_predictor(heads.mask_head(pooled))
+        return {**losses, "loss_mask": mask_loss(logits, masked, targets.nuclei)}
+
+
+def _limits(sampling: Sampling) -> Limits:
+    """Of the proposals in training."""
+    return Limits(
+        anchors=sampling.before_nms, objectness=0.0, proposals=sampling.after_nms, instances=0, score=0.0, nms=1.0
+    )
 
 
 def _inputs(images: Tensor) -> Tensor:
@@ -271,12 +305,12 @@ def _proposal_network(architecture: Architecture) -> RegionProposalNetwork:
     sampling = architecture.sampling
     return RegionProposalNetwork(
         AnchorGenerator(architecture.anchors, (architecture.ratios,) * len(architecture.anchors)),
-        _ProposalHead(architecture.channels, len(architecture.ratios) * len(architecture.anchors[0])),
+        RPNHead(architecture.channels, len(architecture.ratios) * len(architecture.anchors[0])),
         fg_iou_thresh=sampling.anchor_positive_iou,
         bg_iou_thresh=sampling.anchor_negative_iou,
         batch_size_per_image=sampling.anchors,
         positive_fraction=sampling.anchors_positive,
-        # `propose` sets those of inference
+        # not used: see `_proposals`
         pre_nms_top_n={"training": sampling.before_nms, "testing": sampling.before_nms},
         post_nms_top_n={"training": sampling.after_nms, "testing": sampling.after_nms},
         nms_thresh=architecture.proposal_nms,
@@ -305,7 +339,7 @@ def _heads(architecture: Architecture) -> RoIHeads:
         detections_per_img=1,
         mask_roi_pool=_pool(architecture, architecture.mask_size // 2),
         mask_head=nn.Sequential(*mask_layers),
-        mask_predictor=nn.Sequential(
+        mask_predictor=_MaskPredictor(
             nn.ConvTranspose2d(hidden, hidden, 2, 2), nn.ReLU(inplace=True), nn.Conv2d(hidden, classes, 1)
         ),
     )
@@ -313,16 +347,6 @@ def _heads(architecture: Architecture) -> RoIHeads:
 
 def _pool(architecture: Architecture, size: int) -> RoIPool:
     return RoIPool(size, STRIDES, architecture.canonical_px, architecture.canonical_level)
-
-
-class _ProposalHead(RPNHead):  # type: ignore[misc] # torchvision is not typed
-    """Under autocast torchvision would compute the boxes and targets of training in bfloat16's 8 bits."""
-
-    def forward(self, x: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        scores, deltas = super().forward(x)
-        if not self.training:
-            return scores, deltas
-        return [s.float() for s in scores], [d.float() for d in deltas]
 
 
 class _Semantic(nn.Module):
@@ -359,6 +383,32 @@ class _BoxHead(nn.Module):
     def forward(self, pooled: Tensor) -> Tensor:  # (P, C, 7, 7) -> (P, hidden)
         out: Tensor = self.layers(pad_rows(pooled.flatten(1)))[: len(pooled)]
         return out
+
+
+class _MaskPredictor(nn.Sequential):
+    """Doubles the resolution, and scores every class: (N, C, m, m) -> (N, classes, 2m, 2m).
+
+    Training takes matrix products, which give the same values: on a CPU the backward pass of a transposed convolution
+    takes many times as long. Kernels of 2 px, 2 px apart, do not overlap, so the four pixels that one becomes are four
+    parts of a row until they have been scored.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            out: Tensor = super().forward(x)
+            return out
+        double, _, score = self
+        assert isinstance(double, nn.ConvTranspose2d)
+        assert isinstance(score, nn.Conv2d)
+        assert double.bias is not None
+        assert score.bias is not None
+        count, channels, side, _ = x.shape
+        rows = x.permute(0, 2, 3, 1).reshape(-1, channels)  # (N * m * m, C)
+        weight = double.weight.permute(2, 3, 1, 0).flatten(0, 2)  # (C, H, 2, 2) -> (2 * 2 * H, C)
+        hidden = F.relu(F.linear(rows, weight, double.bias.repeat(4)), inplace=True)
+        scores = F.linear(hidden.view(-1, len(double.bias)), score.weight.flatten(1), score.bias)
+        scores = scores.view(count, side, side, 2, 2, len(score.bias))
+        return scores.permute(0, 5, 1, 3, 2, 4).reshape(count, len(score.bias), 2 * side, 2 * side)
 
 
 class _BoxPredictor(nn.Module):
@@ -441,19 +491,24 @@ def fold(model: NucleusDetector) -> NucleusDetector:
             # timm's norm layers carry the activation that follows
             setattr(model.get_submodule(parent), own, getattr(module, "act", nn.Identity()))
             before = None
-    for name, module in model.backbone.named_modules():
-        if isinstance(module, InvertedResidual) and _Sliced.fits(module):
-            model.backbone.set_submodule(name, _Sliced(module))
-            break  # the next ones are a quarter of its size
     return model.to(memory_format=torch.channels_last)
 
 
-class _Sliced(nn.Module):
-    """A block of timm's that halves the resolution, folded: on a CPU its wide layers are a few channels at a time.
+def slice_widest(model: NucleusDetector) -> NucleusDetector:
+    """Have the block of timm's with the widest map compute it a few channels at a time, in place: for a CPU.
 
-    Widened before it is halved, the first map of a patch of 1280 px takes 177 MB, and as much again with its padding.
-    Law: to the bit what the block gives.
+    Widened before its resolution is halved, that map takes 177 MB for a patch of 1280 px. The model is folded.
+    Law: the same bits.
     """
+    for name, module in model.backbone.named_modules():
+        if type(module) is InvertedResidual and _Sliced.fits(module):
+            model.backbone.set_submodule(name, _Sliced(module))
+            break  # the next ones are a quarter of its size
+    return model
+
+
+class _Sliced(nn.Module):
+    """A folded block that expands its channels, halves the resolution of each, and projects them."""
 
     CHANNELS = 32  # at a time
 
@@ -463,20 +518,20 @@ class _Sliced(nn.Module):
 
     @staticmethod
     def fits(block: InvertedResidual) -> bool:
-        """Whether the block is an expansion, a strided convolution of each channel, and a projection, with no more."""
+        """Whether a block does that and no more; its batch norms, which differ by channel, were folded."""
         conv, others = block.conv_dw, (block.conv_s2d, block.aa, block.se)
+        by_channel = (*block.bn1.parameters(), *block.bn2.parameters())
         return bool(
-            conv.stride == (2, 2)
+            type(conv) is nn.Conv2d
+            and conv.stride == (2, 2)
             and conv.groups == conv.in_channels
             and not block.has_skip
+            and not by_channel
             and all(other is None or isinstance(other, nn.Identity) for other in others)
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        block = self.block
-        if x.device.type != "cpu":
-            return cast(Tensor, block(x))
-        parts = []
+        block, parts = self.block, []
         for first in range(0, block.conv_dw.in_channels, self.CHANNELS):
             some = slice(first, first + self.CHANNELS)
             wide = block.bn1(_convolve(block.conv_pw, x, some))
@@ -486,8 +541,7 @@ class _Sliced(nn.Module):
 
 
 def _convolve(conv: nn.Conv2d, x: Tensor, some: slice) -> Tensor:
-    """Some of the output channels of a convolution; of one that is channel by channel, from so many inputs."""
+    """Some of the output channels of a convolution; of one that is channel by channel, from as many inputs."""
     weight, bias = conv.weight[some], None if conv.bias is None else conv.bias[some]
     groups = 1 if conv.groups == 1 else len(weight)
-    how: Any = (conv.stride, conv.padding, conv.dilation, groups)
-    return cast(Tensor, (conv2d_same if isinstance(conv, Conv2dSame) else F.conv2d)(x, weight, bias, *how))
+    return F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, groups)

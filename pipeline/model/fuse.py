@@ -142,7 +142,8 @@ def infer(
         shown = apply(view, images)
         features = model.features(shown)
         per_view.append(_undone(view, candidates(model, shown, features, in_view, margin), size))
-        pyramids.append(features._replace(maps=[]))  # masks are pooled from the table alone
+        features = features._replace(maps=[])  # masks need the table only
+        pyramids.append(features)
     per_patch = list(zip(*per_view, strict=True))
     fused = fuse(per_patch, limits, len(model.architecture.classes))
     in_views = (_masks(model, features, view, fused, size) for view, features in zip(chosen, pyramids, strict=True))

@@ -104,10 +104,10 @@ class _Networks(Generic[M]):
 
 def _load_detector(path: Path, device: torch.device) -> "NucleusDetector":
     # the workers that plan start in half the time without it
-    from pipeline.model.detector import fold, load_weights, widen_kernels
+    from pipeline.model.detector import fold, load_weights, slice_widest, widen_kernels
 
     model = fold(load_weights(path))
-    return widen_kernels(model) if device.type == "cpu" else model
+    return slice_widest(widen_kernels(model)) if device.type == "cpu" else model
 
 
 def _load_stain_network(path: Path, _device: torch.device) -> ClusterNet:

@@ -8,7 +8,7 @@ torchvision's (aligned=False, two samples a side); a test compares them.
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -27,12 +27,12 @@ class FeatureTable(NamedTuple):
     shapes: tuple[tuple[int, int], ...]  # height and width of each level's maps, finest first
 
     @classmethod
-    def of(cls, maps: Sequence[Tensor], dtype: torch.dtype) -> "FeatureTable":
-        """maps: of each level, (B, C, h, w); best in channels_last. dtype: of the table."""
+    def of(cls, maps: Sequence[Tensor], dtype: torch.dtype | None = None) -> "FeatureTable":
+        """maps: of each level, (B, C, h, w); best in channels_last. dtype: of the table, by default theirs."""
         rows = [m.permute(0, 2, 3, 1).flatten(0, 2) for m in maps]
-        if dtype == rows[0].dtype:
+        if dtype in (None, rows[0].dtype):
             pixels = torch.cat(rows)
-        else:  # converted on the way, rather than in a copy of every map
+        else:  # in one pass; training needs no other dtype, and could not derive this
             pixels = rows[0].new_empty((sum(map(len, rows)), rows[0].shape[1]), dtype=dtype)
             torch.cat(rows, out=pixels)
         return cls(pixels, len(maps[0]), tuple((m.shape[2], m.shape[3]) for m in maps))
@@ -60,7 +60,7 @@ def flatten_boxes(boxes: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 class RoIPool(nn.Module):
     """Pools boxes from the pyramid level of their size (Lin et al. 2017, equation 1) to a grid of `size` x `size`.
 
-    Called like torchvision's MultiScaleRoIAlign, whose place it takes in RoIHeads; inference calls `pool`.
+    What torchvision's MultiScaleRoIAlign does.
     """
 
     def __init__(self, size: int, strides: Sequence[int], canonical_px: float, canonical_level: int) -> None:
@@ -68,17 +68,7 @@ class RoIPool(nn.Module):
         self.size, self.strides = size, tuple(strides)
         self.canonical_px, self.canonical_level = canonical_px, canonical_level
 
-    def forward(
-        self, features: Mapping[str, Tensor], boxes: Sequence[Tensor], sides: Sequence[tuple[int, int]]
-    ) -> Tensor:
-        """features: level -> float32 (B, C, h, w); boxes: B tensors (N, 4) in image px -> (sum N, C, size, size).
-
-        `sides`, of the images, are part of torchvision's call and not used: the stride of every level is known.
-        """
-        maps = list(features.values())
-        return self.pool(FeatureTable.of(maps, maps[0].dtype), *flatten_boxes(boxes))
-
-    def pool(self, table: FeatureTable, rois: Tensor, image: Tensor) -> Tensor:
+    def forward(self, table: FeatureTable, rois: Tensor, image: Tensor) -> Tensor:
         """rois: float32 (R, 4) in image px; image: int32 (R,), of each -> (R, C, size, size), in the table's dtype."""
         step = _BINS_AT_ONCE // self.size**2
         parts = [

@@ -39,6 +39,7 @@ def write_report(folder: RunFolder, rows: Sequence[Mapping[str, Any]]) -> Path:
         f'<p class="soft">Nightslide, written {datetime.now().astimezone():%Y-%m-%d %H:%M}{_main_settings(run)}</p>',
         _viewer(folder),
         _numbers(slides),
+        _detector_use(slides),
         _failures(slides),
         f'<section class="plots">{_seams(slides)}{_stages(slides)}{_spread(slides)}</section>',
         slide_table(slides),
@@ -112,21 +113,21 @@ def _numbers(slides: Sequence[SlideResult]) -> str:
         *([(f"{lost:,.3f}", "mm² lost", "bad")] if lost else []),
     ]
     items = (f'<li><b class="{kind}">{value}</b><span>{words}</span></li>' for value, words, kind in figures)
-    use = html.escape(device_use(_work(done)))
-    return f'<ul class="figures">{"".join(items)}</ul><p class="soft">{use}</p>'
+    return f'<ul class="figures">{"".join(items)}</ul>'
 
 
-def _work(done: Iterable[SlideResult]) -> StageRecord:
-    """What the detectors did, and waited for."""
+def _detector_use(slides: Sequence[SlideResult]) -> str:
+    """How busy the detectors were, and what they waited for."""
     records = (
         StageRecord(
             {"detect": s.number("seconds_detect")},
             computed_on=(str(s.row.get("computed_on") or ""),),
             waited={name: s.number(f"seconds_idle_{name}") for name in WAITS},
         )
-        for s in done
+        for s in slides
     )
-    return sum(records, StageRecord())
+    use = device_use(sum(records, StageRecord()))
+    return f'<p class="soft">On all slides {html.escape(use)}.</p>' if use else ""
 
 
 def _busy_seconds(done: Iterable[SlideResult]) -> float:

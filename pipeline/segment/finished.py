@@ -42,6 +42,7 @@ def finish_slide(job: Job, record: SlideRecord) -> SlideRecord:
         "has_icc": plan.has_icc,
         "stain": plan.normalisation.source.to_json(),
         "stain_target": plan.normalisation.target.to_json(),
+        "stain_trial_scores": plan.trial_scores,
         "files": _describe(job.folder, job.settings.export),
         "record": record.to_json(),
         "summary": summary,

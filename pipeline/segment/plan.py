@@ -12,6 +12,7 @@ from pipeline.errors import ScratchLost, StainError
 from pipeline.layout import SlideFolder
 from pipeline.model.fitted_stain import UNCHANGED, Normalisation
 from pipeline.model.weights import detector_architecture, find_weights
+from pipeline.segment import stain_trial
 from pipeline.segment.regions import RegionFile, read_regions
 from pipeline.segment.slide_stain import fit_slide, template_stain
 from pipeline.segment.tissue_map import find_tissue_and_artefacts
@@ -42,6 +43,8 @@ class Plan(NamedTuple):
     normalisation: Normalisation
     has_icc: bool  # the pixels are taken as stored; the profile is not applied
     notes: tuple[str, ...]  # warnings, such as why it is not normalised
+    trials: tuple[Box, ...] = ()  # work px: where the normalisation is to be tried; () once it is chosen or dropped
+    trial_scores: tuple[float, float] | None = None  # the mean scores without and with it, where it was tried
 
     @property
     def tiles(self) -> tuple[Tile, ...]:
@@ -90,7 +93,11 @@ def plan_slide(slide: Slide, settings: Settings, regions: RegionFile | None = No
         settings.detector.largest_shift_px,
     )
     artefacts, glass, notes = find_tissue_and_artefacts(slide, settings.tissue, tiling.mpp)
-    normalisation, unfitted = _normalisation(slide, artefacts, settings)
+    clean = artefacts.clean_tissue()
+    stained = clean if clean.mask.any() else artefacts.tissue
+    normalisation, unfitted = _normalisation(slide, stained, settings)
+    step = grid_step(detector_architecture(find_weights(settings.detector.weights)).upscale)
+    undecided = settings.stain.method == "auto" and normalisation.source.method != "none"
     notes = (*notes, *unfitted)
     whole_tissue = _reported(artefacts, settings)
     if regions is not None:
@@ -110,7 +117,7 @@ def plan_slide(slide: Slide, settings: Settings, regions: RegionFile | None = No
         slide.bounds,
         frame,
         grid,
-        grid_step(detector_architecture(find_weights(settings.detector.weights)).upscale),
+        step,
         tissue,
         whole_tissue,
         artefacts,
@@ -118,6 +125,7 @@ def plan_slide(slide: Slide, settings: Settings, regions: RegionFile | None = No
         normalisation,
         slide.has_icc,
         notes,
+        stain_trial.squares(stained, step) if undecided else (),
     )
 
 
@@ -126,7 +134,7 @@ def _reported(artefacts: ArtefactMap, settings: Settings) -> TissueMap:
     return artefacts.clean_tissue() if settings.tissue.artefacts == "skip" else artefacts.tissue
 
 
-def _normalisation(slide: Slide, artefacts: ArtefactMap, settings: Settings) -> tuple[Normalisation, tuple[str, ...]]:
+def _normalisation(slide: Slide, tissue: TissueMap, settings: Settings) -> tuple[Normalisation, tuple[str, ...]]:
     """How the slide is normalised; and a note where it cannot be, although the settings ask for it."""
     if settings.stain.method == "none":
         return UNCHANGED, ()
@@ -134,8 +142,6 @@ def _normalisation(slide: Slide, artefacts: ArtefactMap, settings: Settings) -> 
 
     target = template_stain(settings.stain, settings.tissue, settings.tiling.mpp)
     network = stain_network(settings.stain)
-    clean = artefacts.clean_tissue()
-    tissue = clean if clean.mask.any() else artefacts.tissue
     try:
         fitted = fit_slide(slide, tissue, settings.stain, network)
     except StainError as error:
@@ -174,6 +180,8 @@ def write_plan(plan: Plan, folder: SlideFolder, digest: str) -> None:
         "normalisation": plan.normalisation.to_json(),
         "has_icc": plan.has_icc,
         "notes": plan.notes,
+        "trials": plan.trials,
+        "trial_scores": plan.trial_scores,
     }
     files.write_checked_json(folder.plan, content)
 
@@ -205,6 +213,8 @@ def load_plan(folder: SlideFolder, digest: str) -> Plan | None:
         Normalisation.from_json(content["normalisation"]),
         content["has_icc"],
         tuple(content["notes"]),
+        tuple(Box(*box) for box in content["trials"]),
+        None if content["trial_scores"] is None else (content["trial_scores"][0], content["trial_scores"][1]),
     )
 
 

@@ -115,6 +115,7 @@ class SlideRecord:
     mpp_source: str = ""
     tissue_mm2: float = 0.0
     tiles: int = 0
+    stain: str = ""  # the method by which it was normalised
     work: StageRecord = StageRecord()
     elapsed_seconds: float = 0.0  # from start to end, waiting included
     remarks: tuple[str, ...] = ()  # warnings about the slide

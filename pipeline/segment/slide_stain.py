@@ -31,26 +31,33 @@ def fit_slide(slide: Slide, tissue: TissueMap, settings: Stain, network: "Cluste
 
     network: see `stain.fit`. Raises StainError where no stain can be fitted.
     """
-    if settings.method == "none":
+    if settings.fitted == "none":
         return TEMPLATE["none"]
     from pipeline.model import stain
 
-    rows, columns = np.nonzero(tissue.mask)
-    if not len(rows):
-        raise StainError("no tissue was found to fit the stain on")
-    chosen = np.unique(np.linspace(0, len(rows) - 1, settings.patches).astype(int))
-    ratio, side = tissue.frame.mpp / tissue.work.mpp, REGION_PX
-    size = tissue.work.size
-    regions, masks = [], []
-    for index in chosen:
-        x, y = int((columns[index] + 0.5) * ratio) - side // 2, int((rows[index] + 0.5) * ratio) - side // 2
+    size, regions, masks = tissue.work.size, [], []
+    for box in spread(tissue, settings.patches, REGION_PX):
+        pixels, lost = slide.read_decodable(box, tissue.work)
         # what lies beyond the slide's edge is read as white, and is no glass
-        x, y = (max(0, min(corner, extent - side)) for corner, extent in ((x, size.width), (y, size.height)))
-        pixels, lost = slide.read_decodable(Box(x, y, x + side, y + side), tissue.work)
-        lost[max(0, size.height - y) :], lost[:, max(0, size.width - x) :] = True, True
+        lost[max(0, size.height - box.y0) :], lost[:, max(0, size.width - box.x0) :] = True, True
         regions.append(pixels)
         masks.append(~lost)
-    return stain.fit(np.stack(regions), np.stack(masks), settings.method, network)
+    if not regions:
+        raise StainError("no tissue was found to fit the stain on")
+    return stain.fit(np.stack(regions), np.stack(masks), settings.fitted, network)
+
+
+def spread(tissue: TissueMap, count: int, side: int) -> list[Box]:
+    """At most `count` squares spread evenly over the tissue, in work px; within the slide where it is large enough."""
+    rows, columns = np.nonzero(tissue.mask)
+    if not len(rows):
+        return []
+    ratio, size, boxes = tissue.frame.mpp / tissue.work.mpp, tissue.work.size, []
+    for index in np.unique(np.linspace(0, len(rows) - 1, count).astype(int)):
+        x, y = (int((at[index] + 0.5) * ratio) - side // 2 for at in (columns, rows))
+        x, y = (max(0, min(corner, extent - side)) for corner, extent in ((x, size.width), (y, size.height)))
+        boxes.append(Box(x, y, x + side, y + side))
+    return boxes
 
 
 def fit_template(
@@ -99,4 +106,4 @@ def _template_stain(
         from pipeline.model import load
 
         return fit_template(files["template"], settings, tissue_settings, mpp, load.stain_network(settings))
-    return read_template(files["weights"]) if "weights" in files else TEMPLATE[settings.method]
+    return read_template(files["weights"]) if "weights" in files else TEMPLATE[settings.fitted]

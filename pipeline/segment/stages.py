@@ -1,6 +1,6 @@
 """The stages of a slide, as a list: each reads one store and writes the next.
 
-    slide --plan--> work/plan.json --tile--> work/patches.zarr --detect--> work/predictions/<block>.npz
+    slide --plan, stain--> work/plan.json --tile--> work/patches.zarr --detect--> work/predictions/<block>.npz
           --outline--> work/instances/<block>.parquet --stitch--> nuclei.parquet --export--> nuclei.geojson.zip, ...
 
 `STAGES` is what a run works through, and what the ledger's columns, the report and the estimate of the time are
@@ -26,11 +26,12 @@ from numpy.typing import NDArray
 from pipeline import files
 from pipeline.config import Settings
 from pipeline.errors import ScratchLost, SlideChanged
+from pipeline.model.allocator import return_freed_memory
 from pipeline.model.device import computes_on, device_lock
-from pipeline.model.fitted_stain import Normalisation
+from pipeline.model.fitted_stain import UNCHANGED, Normalisation
 from pipeline.model.instances import HostInstances, Patches, select
 from pipeline.model.weights import detector_architecture, find_weights
-from pipeline.segment import annotations, arrow, pictures, polygons, stitch, tables
+from pipeline.segment import annotations, arrow, pictures, polygons, stain_trial, stitch, tables
 from pipeline.segment.finished import check_exports, write_exports
 from pipeline.segment.job import Job
 from pipeline.segment.plan import (
@@ -125,6 +126,32 @@ def remove_work(job: Job) -> None:
         shutil.rmtree(leftover, ignore_errors=True)
 
 
+# --------------------------------------------------------------------------------------------------- stain
+
+
+def choose_stain(job: Job, detect: Detect | None = None) -> StageRecord:
+    """With --stain auto: drop the plan's normalisation unless it raises the mean score; committed in the plan.
+
+    detect: replaces the detector.
+    """
+    started, plan = time.perf_counter(), read_plan(job.folder, job.digest)
+    if not plan.trials:
+        return StageRecord()
+    with job.open() as slide:
+        patches = [slide.read_decodable(square, plan.frame)[0] for square in plan.trials]
+    settings = stain_trial.one_view(job.settings)
+
+    def mean_score(tried: Normalisation) -> float:
+        return stain_trial.mean_score(job.while_leased((detect or _detector())(patches, tried, settings)))
+
+    with device_lock():
+        scores = mean_score(UNCHANGED), mean_score(plan.normalisation)
+    chosen = plan.normalisation if scores[1] > scores[0] else UNCHANGED
+    job.check_lease()
+    write_plan(plan._replace(normalisation=chosen, trials=(), trial_scores=scores), job.folder, job.digest)
+    return _worked("stain", started)
+
+
 # ---------------------------------------------------------------------------------------------------- tile
 
 
@@ -187,6 +214,7 @@ def detect_block(job: Job, block: int, before: StageRecord, detect: Detect | Non
             started = time.perf_counter()
             instances = list(job.while_leased((detect or _detector())(trimmed, plan.normalisation, job.settings)))
             device = () if detect else (computes_on(job.settings.detector),)
+            return_freed_memory()
             before += _worked("detect", started, computed_on=device)
         job.check_lease()
         write_predictions(job.folder.predictions(block), instances, lost, sharpness, before)
@@ -239,11 +267,11 @@ def outline(instances: HostInstances, tile: Tile, plan: Plan, settings: Settings
     A claimed instance is anchored (by its centroid) in the tile's core and in the tissue, and no better one covers it.
     """
     outlines = polygons.from_masks(instances.mask_probs, instances.boxes, level=0.5)
-    core = tile.core.shift(-tile.read.x0, -tile.read.y0)
+    patch = plan.trimmed(tile)
+    core = tile.core.shift(-patch.x0, -patch.y0)
     decisive = stitch.reaches(instances.boxes, core, tolerance=settings.stitching.tolerance_px)
     instances, shapes = select(instances, decisive), polygons.solid(outlines[decisive])
     shapes = polygons.simplify(shapes, settings.stitching.simplify_px)
-    patch = plan.trimmed(tile)
     shapes = shapely.transform(shapes, lambda xy: xy + np.array(patch[:2], float))
     anchors = polygons.centroids(shapes)  # NaN where nothing was outlined
     mine = stitch.claim(anchors, tile.core, tolerance=settings.stitching.tolerance_px)
@@ -406,16 +434,20 @@ class Stage(NamedTuple):
     """A step in the processing of a slide.
 
     run: a function of a job; per_block: of a job, a block and the record of what was done for the block before.
+    on_device: it computes where the detector does; it takes a stand-in for the detector as its last argument.
+    needed: whether there is anything to do with these settings; else it is left out, and waits for no device.
     """
 
     name: str
     run: Callable[..., StageRecord]
     per_block: bool = False
-    on_device: bool = False  # it computes where the detector does
+    on_device: bool = False
+    needed: Callable[[Settings], bool] = lambda settings: True
 
 
 STAGES = (
     Stage("plan", make_plan),
+    Stage("stain", choose_stain, on_device=True, needed=lambda settings: settings.stain.method == "auto"),
     Stage("tile", tile_block, per_block=True),
     Stage("detect", detect_block, per_block=True, on_device=True),
     Stage("outline", outline_block, per_block=True),

@@ -1,6 +1,9 @@
 """The commands of training: every flag is explained, and what is skipped or missing is said."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +52,29 @@ def test_every_flag_is_explained_and_in_a_group(command: str) -> None:
         assert isinstance(parameter.group, tuple)
         assert {getattr(group, "name", group) for group in parameter.group} <= GROUPS, argument.name
         assert not any("empty" in name for name in argument.names), argument.names
+
+
+# Prints the variable when torch is about to be loaded, whose OpenMP reads it.
+WATCH = """
+import os, sys
+class Watch:
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch":
+            print(os.environ.get("GOMP_SPINCOUNT"))
+sys.meta_path.insert(0, Watch())
+from pipeline.cli import main
+main(["train", "--data", "nowhere", "--out", "nowhere"])
+"""
+
+
+@pytest.mark.parametrize(("chosen", "seen"), [({}, "2000"), ({"OMP_WAIT_POLICY": "active"}, "None")])
+def test_threads_that_wait_leave_the_cores_to_others(chosen: dict[str, str], seen: str, tmp_path: Path) -> None:
+    """OpenMP is told before torch is loaded; a user's own choice stands."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("GOMP_", "OMP_"))}
+    environment |= {"PYTHONPATH": os.pathsep.join(sys.path), **chosen}
+    command = [sys.executable, "-c", WATCH]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=240)
+    assert done.stdout.split() == [seen], done.stderr
 
 
 def test_train_without_nuclei_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

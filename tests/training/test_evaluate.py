@@ -32,6 +32,7 @@ from training.evaluate import (
     gather,
     predict,
     report,
+    report_breakdown,
     summarise,
     tally_image,
     write_outputs,
@@ -266,6 +267,26 @@ def test_more_detections_than_a_label_map_holds_are_refused(tmp_path: Path) -> N
     with pytest.raises(AnnotationError, match="leads out of"):
         write_outputs(Outputs(tmp_path / "in"), "../out", pixels, found % 9)
     write_outputs(Outputs(), "big", pixels, found)
+
+
+def test_a_breakdown_of_every_dataset_and_of_all(tmp_path: Path, settings: Settings) -> None:
+    """Law: what is counted there are the nuclei and detections that the scores are of."""
+    data = [draw_dataset(tmp_path / name, {"a1": 12}, classes=False) for name in ("one", "two")]
+    images = gather(data)
+    scores = evaluate(images, settings, ONE)
+    for counts, summary in [
+        (scores.breakdown, scores.overall),
+        *((b, scores.within["data"][name]) for name, b in scores.breakdown_within["data"].items()),
+    ]:
+        pooled = summary.pooled
+        assert sum(part.annotated for part in counts.sizes.values()) == pooled.annotated
+        assert sum(counts.misses.values()) == counts.misses["none"] == round(pooled.annotated * (1 - pooled.recall)) > 0
+        assert sum(counts.false.values()) == round(pooled.detected * (1 - pooled.precision))
+    written = as_json(scores, images.images, "")["breakdown"]
+    assert written["within"]["data"].keys() == {"one", "two"}
+    assert written["overall"]["misses"] == scores.breakdown.misses
+    headings = [line for line in report_breakdown(scores).splitlines() if line.startswith("#")]
+    assert headings == ["## data one", "## data two", "## all"]
 
 
 def test_groups_of_one_image_are_left_out_of_the_table() -> None:

@@ -303,17 +303,18 @@ def test_crops_are_the_same_in_every_process(data: Path) -> None:
     first, second = (Crops([images], 64, 0.25, settings) for _ in range(2))
     for number in (0, 7, 10**6):
         assert torch.equal(first[number].image, second[number].image)
-        assert torch.equal(first[number].masks, second[number].masks)
+        assert torch.equal(first[number].nuclei, second[number].nuclei)
     assert not torch.equal(first[0].image, first[1].image)
 
 
 def test_targets_box_every_instance_and_leave_out_specks() -> None:
     labels = np.zeros((32, 32), np.int32)
     labels[2:9, 5:15], labels[20:30, 20:24], labels[0, 0] = 1, 3, 2
-    boxes, classes, masks = targets(labels, np.array([7, 8, 9]))
+    boxes, classes, nuclei = targets(labels, np.array([7, 8, 9]))
     assert boxes.tolist() == [[5, 2, 15, 9], [20, 20, 24, 30]]
     assert classes.tolist() == [7, 9]
-    assert masks.sum((1, 2)).tolist() == [70, 40]
+    assert [int((nuclei == number).sum()) for number in (1, 2)] == [70, 40]
+    assert set(nuclei.unique().tolist()) == {0, 1, 2}
     assert targets(np.zeros((8, 8), np.int32), np.array([], np.int64))[0].shape == (0, 4)
 
 

@@ -28,8 +28,28 @@ class Crop(NamedTuple):
     image: Tensor
     boxes: Tensor  # float32 (N, 4)
     labels: Tensor  # int64 (N,), 1-based
-    masks: Tensor  # uint8 (N, S, S)
+    nuclei: Tensor  # int32 (S, S): 0 background, i + 1 the nucleus of box i
     regions: Tensor  # uint8 (S, S): 0 background, 1 inside a nucleus, 2 its edge
+
+
+class Batch(NamedTuple):
+    """Crops as a training step takes them: in few tensors, so that there is little to upload."""
+
+    images: Tensor  # float32 (B, 3, S, S) in 0..1
+    boxes: Tensor  # float32 (sum N, 4), crop after crop
+    labels: Tensor  # int64 (sum N,)
+    nuclei: Tensor  # int32 (B, S, S), the numbers of each crop from 1
+    regions: Tensor  # uint8 (B, S, S)
+    counts: list[int]  # N of each crop
+
+
+def collate(crops: Sequence[Crop]) -> Batch:
+    """The crops one after another."""
+    images, boxes, labels, nuclei, regions = zip(*crops, strict=True)
+    counts = [len(b) for b in boxes]
+    return Batch(
+        torch.stack(images), torch.cat(boxes), torch.cat(labels), torch.stack(nuclei), torch.stack(regions), counts
+    )
 
 
 class TrainingImage:
@@ -106,22 +126,22 @@ class Crops(data.Dataset[Crop]):
 
 
 def targets(labels: NDArray[np.int32], class_index: NDArray[np.int64]) -> tuple[Tensor, Tensor, Tensor]:
-    """Instance map (S, S) -> boxes (N, 4), labels (N,), masks (N, S, S); N may be 0.
+    """Instance map (S, S) -> boxes (N, 4), labels (N,), and the map (S, S) with numbers from 1 to N; N may be 0.
 
     class_index[i - 1]: class of nucleus i, from 1
     """
-    ids, areas = np.unique(labels[labels > 0], return_counts=True)
-    ids = ids[areas >= MIN_AREA_PX]
-    masks = labels[None] == ids[:, None, None]  # (N, S, S)
-    columns, rows = masks.any(1), masks.any(2)  # (N, S) each
-    side = labels.shape[0]
-    boxes = np.stack(
-        [columns.argmax(1), rows.argmax(1), side - columns[:, ::-1].argmax(1), side - rows[:, ::-1].argmax(1)], 1
-    )
+    areas = np.bincount(labels.ravel())
+    areas[0] = 0
+    ids = np.flatnonzero(areas >= MIN_AREA_PX)
+    number = np.zeros(len(areas), np.int32)
+    number[ids] = np.arange(1, 1 + len(ids))
+    nuclei = number[labels]
+    windows = ndimage.find_objects(nuclei)
+    boxes = np.array([(x.start, y.start, x.stop, y.stop) for y, x in windows], np.float32)
     return (
-        torch.from_numpy(boxes.astype(np.float32)).reshape(-1, 4),
+        torch.from_numpy(boxes).reshape(-1, 4),
         torch.from_numpy(class_index[ids - 1]),
-        torch.from_numpy(masks.astype(np.uint8)),
+        torch.from_numpy(nuclei),
     )
 
 

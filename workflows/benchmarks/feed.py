@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("slide", type=Path)
     parser.add_argument("work", type=Path)
     parser.add_argument("--scales", type=int, nargs="+", choices=MPP, default=list(MPP), help="magnifications")
-    parser.add_argument("--tiles", type=int, default=9, help="tiles along a side of the giant slides (%(default)s)")
+    parser.add_argument("--tiles", type=int, default=12, help="tiles along a side of the giant slides (%(default)s)")
     parser.add_argument("--processes", type=int, default=0, help="worker processes; 0: all in this one (%(default)s)")
     parser.add_argument("--profile", action="store_true", help="the functions that cost most, too; in this process")
     given = parser.parse_args()
@@ -149,7 +149,7 @@ class Clock:
 
     def _switch(self) -> None:
         now = time.process_time()
-        self.seconds[self._within[-1] if self._within else "between stages"] += now - self._since
+        self.seconds[self._within[-1] if self._within else "start, and between stages"] += now - self._since
         self._since = now
 
     def timed(self, step: str, function: Callable[..., Any]) -> Callable[..., Any]:

@@ -62,12 +62,13 @@ def test_every_executor_gives_the_same(client: Any) -> None:
     """Law: loop, threads and Dask give the same records, and the same errors."""
     items = list(range(20))
     expected = ["thirteen" if i == 13 else str(2 * i) for i in items]
-    for running, given_client in (
-        (Execution(cluster=False, workers=1), None),
-        (Execution(cluster=False, workers=3), None),
-        (HERE, client),
+    for running, given_client, feeders in (
+        (Execution(cluster=False, workers=1), None, 1),
+        (Execution(cluster=False, workers=3), None, 3),
+        (HERE, client, 1),
     ):
         with open_executor(running, client=given_client) as where:
+            assert where.feeders == feeders
             assert doubled(where, items) == expected
 
 

@@ -135,7 +135,7 @@ def test_a_full_disk_is_told_whatever_stage_meets_it(
         except OSError as error:
             raise ValueError("the library failed") from error
 
-    failing = tuple(s._replace(run=fail) if s.name == stage else s for s in stages.STAGES)
+    failing = tuple(s._replace(run=fail, needed=lambda settings: True) if s.name == stage else s for s in stages.STAGES)
     monkeypatch.setattr(archive_run, "STAGES", failing)
     rows = segment(archive, tmp_path / "out")
     remedy = "free some space, and run the same command again"

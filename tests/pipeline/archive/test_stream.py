@@ -67,9 +67,9 @@ class Machine:
 
 
 class Costs:
-    """Seconds per mm2 of tissue, but for the plan."""
+    """Seconds per mm2 of tissue, as `workflows/benchmarks/feed.py` gave them, but for the detector, and the plan."""
 
-    tile, reading, detect, outline, rest = 0.45, 0.06, 0.1, 0.13, 0.12
+    tile, reading, detect, outline, rest = 0.48, 0.07, 0.1, 0.17, 0.26
     plan = 1.0  # seconds a slide
 
 
@@ -139,7 +139,7 @@ def test_slow_detectors_have_few_blocks_in_flight(detectors: int) -> None:
 @pytest.mark.parametrize(
     ("feeders", "window", "costs", "cause"),
     [
-        (3, 0, {"outline": 0.02}, "tile"),
+        (3, 0, {"outline": 0.02, "rest": 0.02}, "tile"),
         (3, 0, {"tile": 0.1, "outline": 0.9}, "outline"),
         (15, 0, {"reading": 0.5}, "disk"),
         (15, 3, {}, "window"),
@@ -152,7 +152,7 @@ def test_a_device_says_what_it_waits_for(feeders: int, window: int, costs: dict[
     idle = span - work.seconds["detect"]
     assert sum(work.waited.values()) == pytest.approx(idle, rel=0.02)
     assert max(WAITS, key=lambda name: work.waited.get(name, 0.0)) == cause
-    assert work.waited[cause] > 0.6 * idle
+    assert work.waited[cause] > 0.5 * idle
 
 
 def test_the_use_of_the_device_is_said_in_a_line() -> None:

@@ -44,6 +44,28 @@ def test_a_second_large_array_needs_no_pages_of_the_kernel() -> None:
     assert int(count) < 100
 
 
+RETURNED = """
+import numpy as np, psutil
+from pipeline.model.allocator import keep_freed_memory, return_freed_memory
+keep_freed_memory()
+process = psutil.Process()
+before = process.memory_info().rss
+large = [np.ones(12_500_000), np.ones(1_000), np.ones(12_500_000), np.ones(1_000)]
+del large[2], large[0]
+free = process.memory_info().rss
+return_freed_memory()
+print(free - before, process.memory_info().rss - before)
+"""
+
+
+def test_pages_between_arrays_that_stay_are_returned() -> None:
+    environment = {"PYTHONPATH": ":".join(sys.path)}
+    code = [sys.executable, "-c", RETURNED]
+    kept, returned = subprocess.run(code, env=environment, capture_output=True, text=True, check=True).stdout.split()
+    assert int(kept) > 180e6
+    assert int(returned) < 30e6
+
+
 def test_the_users_own_choice_stands() -> None:
     kept, _ = faults(KEEP, {"PYTHONPATH": ":".join(sys.path), "MALLOC_ARENA_MAX": "4"})
     assert kept == "False"

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 from torchvision.models.detection.image_list import ImageList
 
 from pipeline.config import STRIDES, Architecture, Detector, Sampling, side_step
@@ -21,10 +22,12 @@ from pipeline.model.detector import (
     Limits,
     NucleusDetector,
     _largest_around,
+    _MaskPredictor,
     _peaks,
     fold,
     load_weights,
     save_weights,
+    slice_widest,
     widen_kernels,
 )
 from pipeline.model.roi_align import FeatureTable
@@ -113,6 +116,22 @@ class Crowd(torch.nn.Module):
         return scores, [torch.zeros(1, 24, *level.shape[-2:]) for level in levels]
 
 
+@pytest.mark.parametrize("count", [0, 3])
+def test_masks_are_trained_as_they_are_predicted(count: int) -> None:
+    """Law: the matrix products of training give the values and gradients of the layers that they stand for."""
+    torch.manual_seed(0)
+    predictor = _MaskPredictor(nn.ConvTranspose2d(8, 6, 2, 2), nn.ReLU(inplace=True), nn.Conv2d(6, 3, 1))
+    features = torch.rand(count, 8, 5, 5)
+    results = []
+    for training in (False, True):
+        given = features.clone().requires_grad_()
+        logits = predictor.train(training)(given)
+        gradients = torch.autograd.grad(logits.pow(3).sum(), [given, *predictor.parameters()])
+        results.append([logits, *gradients])
+    assert results[0][0].shape == (count, 3, 10, 10)
+    torch.testing.assert_close(results[1], results[0])
+
+
 def test_clear_nuclei_do_not_displace_the_others() -> None:
     """Each nucleus has several anchors: all must enter the NMS for 50 nuclei to get the 60 proposals there may be."""
     torch.manual_seed(0)
@@ -173,7 +192,9 @@ def test_anchors_are_torchvision_s(tiny: NucleusDetector) -> None:
     counts = [6 * height * width for height, width in shapes]
     index = torch.cat([torch.arange(count) for count in counts])[None]
     level = torch.arange(len(shapes)).repeat_interleave(torch.tensor(counts))
-    assert torch.equal(tiny._anchors(FeatureTable.of(maps, torch.float32), index, level)[0], expected)
+    table = FeatureTable.of(maps, torch.float32)
+    assert torch.equal(tiny._anchors(table, index, level)[0], expected)
+    assert torch.equal(torch.cat([grid.flatten(0, 2) for grid in tiny._anchor_grids(table)]), expected)
 
 
 def test_anchors_beside_a_better_one_are_dropped() -> None:
@@ -204,6 +225,20 @@ def test_wider_kernels_change_nothing(precision: torch.dtype) -> None:
     images = torch.rand(1, 3, 128, 192)
     with torch.inference_mode(), torch.autocast("cpu", precision, enabled=precision != torch.float32):
         assert torch.equal(wide.features(images).table.pixels, model.features(images).table.pixels)
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_the_widest_map_in_slices_is_the_same(precision: torch.dtype) -> None:
+    """Law: the same bits, for the shipped backbone, whose block of 96 channels is computed in three parts."""
+    torch.manual_seed(1)
+    architecture = detector_architecture(find_weights("nuclei"))
+    model = widen_kernels(fold(NucleusDetector(architecture).eval()))
+    sliced = slice_widest(copy.deepcopy(model))
+    changed = [n for n, _ in sliced.backbone.named_modules() if n not in dict(model.backbone.named_modules())]
+    assert {name.partition(".block")[0] for name in changed} == {"blocks.1.0"}
+    images = torch.rand(1, 3, 128, 192)
+    with torch.inference_mode(), torch.autocast("cpu", precision, enabled=precision != torch.float32):
+        assert torch.equal(sliced.features(images).table.pixels, model.features(images).table.pixels)
 
 
 def test_limits_follow_the_area() -> None:

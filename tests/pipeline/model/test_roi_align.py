@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchvision.ops import MultiScaleRoIAlign
 
-from pipeline.model.roi_align import RoIPool
+from pipeline.model.roi_align import FeatureTable, RoIPool, flatten_boxes
 
 STRIDES = (4, 8, 16, 32)
 
@@ -27,7 +27,8 @@ def test_it_is_torchvisions_roi_align(seed: int, images: int, count: int, size: 
     reference = MultiScaleRoIAlign(list(features), size, 2, canonical_scale=64, canonical_level=3)
     reference.scales, reference.map_levels = None, None
     expected = reference(features, boxes, [(96, 128)] * images)
-    pooled = RoIPool(size, STRIDES, canonical_px=64, canonical_level=3)(features, boxes, [(96, 128)] * images)
+    pool = RoIPool(size, STRIDES, canonical_px=64, canonical_level=3)
+    pooled = pool(FeatureTable.of(maps, torch.float64), *flatten_boxes(boxes))
     assert pooled.shape == (images * count, 5, size, size)
     torch.testing.assert_close(pooled, expected, rtol=0, atol=1e-9)
     if count:

@@ -12,6 +12,7 @@ from PIL import Image
 from pipeline.layout import RunFolder
 from pipeline.report.page import write_report
 from pipeline.segment.record import SlideRecord
+from pipeline.segment.stages import STAGES
 from pipeline.segment.summary import AREA_EDGES_UM2, SEAM_EDGES_PX, VERSION, seam_verdict
 
 HOSTILE = [
@@ -224,6 +225,13 @@ def test_settings_are_shown(tmp_path):
     assert all(word in text for word in ("score0.35", "weights_sha2565ha", "torch2.9"))
 
 
+def test_every_stage_has_a_colour_of_its_own(tmp_path):
+    page = write_report(RunFolder(tmp_path), [row("a")]).read_text(encoding="utf-8")
+    for number in range(len(STAGES)):
+        assert f".c{number} {{ fill: var(--c{number})" in page
+        assert page.count(f"--c{number}: #") == 2  # on light and on dark ground
+
+
 def test_the_page_gives_the_command_of_the_viewer(tmp_path):
     folder = tmp_path / "it's <b>here"
     folder.mkdir()
@@ -238,3 +246,15 @@ def test_a_thousand_slides_make_a_page_that_opens(tmp_path):
         (tmp_path / f"case {i}").symlink_to("one")
     path = write_report(RunFolder(tmp_path), rows)
     assert path.stat().st_size < 15_000_000 - 1000 * 8_000  # beside pictures of 8 kB, which real ones have
+
+
+def test_the_page_says_what_detectors_waited_for(tmp_path):
+    rows = [
+        row("a", seconds_detect=80.0, seconds_idle_tile=15.0),
+        row("b", "failed", seconds_detect=0, seconds_idle_disk=5.0),
+    ]
+    text = Page(write_report(RunFolder(tmp_path), rows).read_text("utf-8")).text
+    assert (
+        "the detector computed 80% of the time, and was idle 20%: 15% waiting for tiles, "
+        "5% reading the patches or writing the instances; add CPU workers (--workers)." in text
+    )

@@ -66,6 +66,14 @@ def test_many_masks_are_outlined_as_few(monkeypatch):
     assert shapely.equals_exact(from_masks(mask_probs, unit_boxes(40, 7), level=0.5), once, 1e-9).all()
 
 
+def test_a_tall_mosaic_has_coordinates_too():
+    """More rows than are usually made at once, then few again."""
+    mask_probs = np.random.default_rng(2).random((3000, 4, 4)).astype(np.float32)
+    many = from_masks(mask_probs, unit_boxes(3000, 4), level=0.5)
+    few = from_masks(mask_probs[-3:], unit_boxes(3, 4), level=0.5)
+    assert shapely.equals_exact(many[-3:], few, 1e-9).all()
+
+
 def test_a_pixel_is_a_unit_square():
     one = from_masks(np.ones((1, 1, 1), dtype=bool), np.array([[3, 4, 4, 5]], dtype=np.float32), level=0.5)
     assert one[0].equals(shapely.box(3, 4, 4, 5))

@@ -1,0 +1,174 @@
+"""`--stain auto`: a stand-in for the detector scores higher with or without normalisation, and a run follows it."""
+
+import csv
+import dataclasses
+import functools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipeline.archive.run import run
+from pipeline.config import Execution, Settings, Stain, Stitching, Tiling, Tissue
+from pipeline.layout import RunFolder
+from pipeline.model.fitted_stain import UNCHANGED, Normalisation
+from pipeline.model.instances import HostInstances, Patches, empty
+from pipeline.segment import stages, stain_trial, tables
+from pipeline.segment.job import Job
+from pipeline.segment.plan import Plan, plan_slide, read_plan
+from pipeline.segment.record import StageRecord
+from pipeline.segment.regions import RegionFile
+from pipeline.segment.stages import Detect
+from slides.slide import GivenScale, open_slide
+
+
+def chosen(method: Any = "auto", tile: int = 256) -> Settings:
+    return Settings(
+        tissue=Tissue(everywhere=True),
+        tiling=Tiling(tile=tile, margin=64, block=1),
+        stain=Stain(method=method, patches=8),
+        stitching=Stitching(max_diameter_um=10),
+    )
+
+
+def scoring(
+    scores: dict[str, float], patches: Patches, normalisation: Normalisation, settings: Settings
+) -> Iterator[HostInstances]:
+    """One nucleus in the middle of every patch, with the score of the stain normalisation; none for a score of 0."""
+    score = scores[normalisation.source.method]
+    for side in (len(patch) for patch in patches):
+        one = empty(8)._replace(
+            boxes=np.array([[side / 2 - 4, side / 2 - 4, side / 2 + 4, side / 2 + 4]], np.float32),
+            mask_probs=np.ones((1, 8, 8), np.float32),
+            scores=np.array([score], np.float32),
+            class_index=np.zeros(1, np.int64),
+            votes=np.ones(1, np.int64),
+            stain_density=np.zeros((1, 2, 5), np.float32),
+        )
+        yield one if score else empty(8)
+
+
+def detector(**scores: float) -> Detect:
+    return functools.partial(scoring, scores)
+
+
+@pytest.fixture(scope="module")
+def slide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Discs of haematoxylin in eosin, 900 x 700 px, with a stripe of glass."""
+    rng = np.random.default_rng(0)
+    y, x = np.mgrid[:700, :900]
+    density = np.full((700, 900, 3), (0.1, 0.5, 0.25))
+    for row, column in rng.integers(0, 700, (150, 2)):
+        density[(y - row) ** 2 + (x - column) ** 2 < 80] = (0.9, 1.0, 0.5)
+    density[:80] = 0
+    path = tmp_path_factory.mktemp("slide") / "slide.png"
+    Image.fromarray((230 * np.exp(-density) + rng.normal(0, 2, density.shape)).clip(0, 255).astype(np.uint8)).save(path)
+    return path
+
+
+def segment(slide: Path, out: Path, settings: Settings, detect: Detect) -> tuple[dict[str, Any], dict[str, str]]:
+    """slide.json, and the row of the ledger."""
+    execution = Execution(cluster=False, workers=1)
+    (record,) = run([slide], out, settings, execution, mpp=0.25, detect=detect, say=lambda line: None)
+    assert record.status == "done", record.cause
+    with (out / "ledger.csv").open(newline="") as file:
+        (row,) = csv.DictReader(file)
+    return json.loads((out / slide.stem / "slide.json").read_text()), row
+
+
+def planned(slide: Path, settings: Settings, regions: RegionFile | None = None) -> Plan:
+    with open_slide(slide, mpp=0.25) as opened:
+        return plan_slide(opened, settings, regions)
+
+
+@pytest.mark.parametrize(
+    ("scores", "method"),
+    [
+        ({"none": 0.8, "macenko": 0.9}, "macenko"),
+        ({"none": 0.9, "macenko": 0.8}, "none"),
+        ({"none": 0.8, "macenko": 0.8}, "none"),
+        ({"none": 0.0, "macenko": 0.0}, "none"),
+    ],
+)
+def test_the_detector_decides(slide: Path, tmp_path: Path, scores: dict[str, float], method: str) -> None:
+    """Law: the nuclei are those of a run with the chosen method; the choice is in slide.json and in the ledger."""
+    about, row = segment(slide, tmp_path / "auto", chosen(), detector(**scores))
+    assert about["stain"]["method"] == about["stain_target"]["method"] == row["stain"] == method
+    assert about["stain_trial_scores"] == [pytest.approx(scores["none"]), pytest.approx(scores["macenko"])]
+    again, named = segment(slide, tmp_path / method, chosen(method), detector(**scores))
+    assert again["stain"] == about["stain"]
+    assert (again["stain_trial_scores"], named["stain"]) == (None, method)
+    nuclei = [tables.read_nuclei(tmp_path / out / "slide" / "nuclei.parquet") for out in ("auto", method)]
+    assert nuclei[0].equals(nuclei[1])
+    assert bool(nuclei[0].num_rows) == any(scores.values())
+
+
+def test_where_it_is_tried_depends_on_the_slide_alone(slide: Path, tmp_path: Path) -> None:
+    """Law: not on the tiling, nor on the regions to which a run is restricted: their nuclei are the whole slide's."""
+    squares = planned(slide, chosen()).trials
+    assert 1 < len(squares) <= stain_trial.MOST
+    for square in squares:
+        assert square.size == (stain_trial.SIDE_PX, stain_trial.SIDE_PX)
+        assert square.x0 >= 0 <= square.y0
+        assert square.x1 <= 900
+        assert square.y1 <= 700
+    ring = [[500, 300], [600, 300], [600, 400], [500, 400], [500, 300]]
+    area = {"type": "Feature", "geometry": {"type": "Polygon", "coordinates": [ring]}, "properties": {}}
+    drawn = tmp_path / "slide.geojson"
+    drawn.write_text(json.dumps({"type": "FeatureCollection", "features": [area]}))
+    assert planned(slide, chosen(tile=512)).trials == squares
+    restricted = planned(slide, chosen(), RegionFile.of(drawn, crop=True))
+    assert restricted.tissue.area_mm2 < 0.1 * planned(slide, chosen()).tissue.area_mm2
+    assert restricted.trials == squares
+
+
+@pytest.mark.parametrize("method", ["none", "macenko", "reinhard"])
+def test_nothing_is_tried_where_the_method_is_named(slide: Path, method: str) -> None:
+    """And no slide waits for the device before it is cut into tiles."""
+    assert planned(slide, chosen(method)).trials == ()
+    needed = [stage.name for stage in stages.STAGES if stage.needed(chosen(method))]
+    assert needed == [stage.name for stage in stages.STAGES if stage.name != "stain"]
+    assert all(stage.needed(chosen("auto")) for stage in stages.STAGES)
+
+
+def test_a_slide_that_cannot_be_fitted_is_not_tried(tmp_path: Path) -> None:
+    Image.new("RGB", (300, 300), (200, 200, 200)).save(tmp_path / "grey.png")
+    plan = planned(tmp_path / "grey.png", chosen())
+    assert (plan.normalisation, plan.trials) == (UNCHANGED, ())
+    assert plan.notes[0].startswith("not normalised: ")
+
+
+def test_it_is_decided_once(slide: Path, tmp_path: Path) -> None:
+    """A run that is killed before the choice makes it again; after it, every process reads it from the plan."""
+    folder = RunFolder(tmp_path).slide("slide")
+    folder.path.mkdir()
+    job = Job(slide, folder, chosen(), GivenScale(default_mpp=0.25))
+    stages.make_plan(job)
+    undecided = read_plan(folder, job.digest)
+    stages.make_plan(job)
+    assert read_plan(folder, job.digest).trials == undecided.trials != ()
+    record = stages.choose_stain(job, detector(none=0.9, macenko=0.8))
+    assert record.seconds.keys() == {"stain"}
+    decided = read_plan(folder, job.digest)
+    assert decided.normalisation == UNCHANGED
+    stages.make_plan(job)
+    assert stages.choose_stain(job, detector()) == StageRecord()  # it asks no detector: this one knows no score
+    assert read_plan(folder, job.digest).trial_scores == decided.trial_scores == (0.9, 0.8)
+
+
+def test_one_view_is_tried(slide: Path, tmp_path: Path) -> None:
+    seen: list[tuple[int, tuple[int, ...]]] = []
+
+    def detect(patches: Patches, normalisation: Normalisation, settings: Settings) -> Iterator[HostInstances]:
+        seen.append((settings.detector.views, patches[0].shape))
+        return scoring({"none": 0.7, "macenko": 0.6}, patches, normalisation, settings)
+
+    settings = chosen()
+    several = dataclasses.replace(settings, detector=dataclasses.replace(settings.detector, views=4))
+    segment(slide, tmp_path, several, detect)
+    assert seen[:2] == [(1, (512, 512, 3))] * 2
+    assert {views for views, _ in seen[2:]} == {4}
