@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import oracle
@@ -45,18 +45,23 @@ def discs(tmp_path_factory: pytest.TempPathFactory) -> Slide:
 
 
 def outlined(slide: Slide, plan: Plan) -> pa.Table:
-    """What the tiles of a plan claim of what the oracle detects in their trimmed patches."""
+    """What the tiles of a plan claim, in their cores alone, of what the oracle detects in their trimmed patches."""
+    exact = dataclasses.replace(chosen(), stitching=dataclasses.replace(chosen().stitching, tolerance_px=0.0))
     patches = [slide.read(plan.trimmed(tile), plan.frame) for tile in plan.tiles]
-    detected = oracle.detect(patches, plan.normalisation, chosen())
-    rows = [outline(f, tile, plan, chosen()) for f, tile in zip(detected, plan.tiles, strict=True)]
+    detected = oracle.detect(patches, plan.normalisation, exact)
+    rows = [outline(f, tile, plan, exact) for f, tile in zip(detected, plan.tiles, strict=True)]
     assert not any(touching for _, touching in rows)
     return pa.concat_tables([table for table, _ in rows])
 
 
 @given(st.integers(0, 2**32 - 1), st.sampled_from([2, 8, 64]))
+@example(seed=485418, step=2)
 @settings(max_examples=20, deadline=None)
 def test_what_a_tile_claims_does_not_depend_on_how_its_patch_is_trimmed(discs: Slide, seed: int, step: int) -> None:
-    """Law: wherever the tissue lies, and by whatever step, the same polygons as from patches that hold all cores."""
+    """Law: wherever the tissue lies, and by whatever step, the same polygons as from patches that hold all cores.
+
+    In its core: what lies beyond it, on tissue that the core has none of, is the neighbour's alone.
+    """
     plan = plan_slide(discs, chosen())
     some = np.random.default_rng(seed).random(plan.tissue.mask.shape) < 0.02
     tissue = TissueMap(some, plan.tissue.frame, plan.tissue.work)
