@@ -43,11 +43,10 @@ def keep_freed_memory() -> bool:
     return all(library.mallopt(*option) for option in ((_ARENA_MAX, 1), (_MMAP_MAX, 0), (_TRIM_THRESHOLD, 2**31 - 1)))
 
 
-def return_freed_memory(above_bytes: float = 1.5e9) -> None:
-    """Give back the pages that are free, if the process has more resident: to be called after each block.
+def return_freed_memory(above_bytes: float = 1.7e9) -> None:
+    """Give back the pages that are free, if more are resident than this: to be called after each patch.
 
-    Patches of other sizes leave gaps between arrays. Pages that are needed again are cleared by the kernel: 0.4 s of its
-    CPU time after a block.
+    Patches of other sizes leave gaps between arrays. The kernel clears the pages that are needed again: 0.2 s of CPU.
     """
     library = _glibc()
     if library is not None and psutil.Process().memory_info().rss > above_bytes:
