@@ -14,6 +14,8 @@ import ctypes
 import functools
 import os
 
+import psutil
+
 ENVIRONMENT = {
     "MALLOC_ARENA_MAX": "1",
     "MALLOC_MMAP_MAX_": "0",
@@ -41,13 +43,13 @@ def keep_freed_memory() -> bool:
     return all(library.mallopt(*option) for option in ((_ARENA_MAX, 1), (_MMAP_MAX, 0), (_TRIM_THRESHOLD, 2**31 - 1)))
 
 
-def return_freed_memory() -> None:
-    """Give back the pages that are free, to be called now and then: patches of other sizes leave gaps between arrays.
+def return_freed_memory(above_bytes: float = 1.7e9) -> None:
+    """Give back the pages that are free, if more are resident than this: to be called after each patch.
 
-    Those that are needed again are cleared by the kernel.
+    Patches of other sizes leave gaps between arrays. The kernel clears the pages that are needed again: 0.2 s of CPU.
     """
     library = _glibc()
-    if library is not None:
+    if library is not None and psutil.Process().memory_info().rss > above_bytes:
         library.malloc_trim(0)
 
 

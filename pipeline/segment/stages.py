@@ -212,9 +212,11 @@ def detect_block(job: Job, block: int, before: StageRecord, detect: Detect | Non
         ]
         with device_lock():
             started = time.perf_counter()
-            instances = list(job.while_leased((detect or _detector())(trimmed, plan.normalisation, job.settings)))
+            instances = []
+            for of_patch in job.while_leased((detect or _detector())(trimmed, plan.normalisation, job.settings)):
+                instances.append(of_patch)
+                return_freed_memory()
             device = () if detect else (computes_on(job.settings.detector),)
-            return_freed_memory()
             before += _worked("detect", started, computed_on=device)
         job.check_lease()
         write_predictions(job.folder.predictions(block), instances, lost, sharpness, before)

@@ -53,7 +53,9 @@ before = process.memory_info().rss
 large = [np.ones(12_500_000), np.ones(1_000), np.ones(12_500_000), np.ones(1_000)]
 del large[2], large[0]
 free = process.memory_info().rss
-return_freed_memory()
+return_freed_memory(above_bytes=1e12)
+free = min(free, process.memory_info().rss)
+return_freed_memory(above_bytes=0)
 print(free - before, process.memory_info().rss - before)
 """
 
