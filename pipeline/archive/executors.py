@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 from pipeline.config import Execution
 from pipeline.errors import ClusterLost, ConfigError, WorkersDied
-from pipeline.model.allocator import ENVIRONMENT, keep_freed_memory
+from pipeline.model.allocator import ENVIRONMENT, keep_few_prepared_layers, keep_freed_memory
 from pipeline.model.device import choose_device, count_gpus, device_kind, has_gpu_driver
 
 T = TypeVar("T")
@@ -243,6 +243,7 @@ def _use_this_process(device: str) -> None:
     """Prepare this process for the detector, before it has other threads."""
     if choose_device(device).type == "cpu":
         keep_freed_memory()
+        keep_few_prepared_layers()
 
 
 @contextmanager

@@ -26,6 +26,7 @@ from pipeline.archive.lease import Leases
 from pipeline.archive.manifest import check_seams, check_worker, open_run, resolve, versions
 from pipeline.archive.progress import Progress
 from pipeline.archive.region_files import region_file, with_regions
+from pipeline.archive.slots import FairSlots
 from pipeline.archive.sources import Archive, Inputs, Source, find_slides
 from pipeline.archive.staging import Room, Staging
 from pipeline.archive.stream import Stream, Waits
@@ -182,9 +183,7 @@ class ArchiveRun:
         """Process every slide of the archive."""
         self.since_ns = files.now_ns(self.folder.path)
         self.stream = Stream(self.executor, self.execution.window)
-        # enough slides are started that the next ones are planned and tiled when a detector is free; with one block in
-        # flight, one slide is held at a time
-        self.open = asyncio.Semaphore(2 * self.stream.most - 1)
+        self.open = FairSlots(self._open_slides())
         watch = asyncio.create_task(self._watch())
         try:
             async with asyncio.TaskGroup() as slides:
@@ -211,12 +210,19 @@ class ArchiveRun:
         names = (source.name for source in self.archive.sources)
         return [self.done.get(name) or SlideRecord(name, left[name in self.started]) for name in names]
 
+    def _open_slides(self) -> int:
+        """Slides that are held at a time: the next ones are planned and tiled when a detector is free.
+
+        No more than the blocks in flight ask for, as other runs could process the others; one where one is in flight.
+        """
+        return 2 * self.stream.size - 1
+
     async def _watch(self) -> None:
         """Check workers that join, follow the number of detectors, and keep the ledger up to date."""
         written, detectors, silent = 0, 1, False
         while True:
             await asyncio.sleep(_POLL_S)
-            self.stream.slots.size = self.stream.size
+            self.stream.slots.size, self.open.size = self.stream.size, self._open_slides()
             if self.executor.detectors == 0 < detectors:
                 self.progress.say(
                     "WARNING: no worker offers the GPU resource: start one with --resources GPU=1; waiting"
@@ -240,8 +246,11 @@ class ArchiveRun:
     async def _slide(self, source: Source) -> None:
         folder = self.folder.slide(source.name)
         while True:
-            async with self.open:
+            await self.open.take(0)
+            try:
                 record = await self._attempt(source, folder)
+            finally:
+                self.open.give_back()
             if record is not None:
                 break
             if self.stopped:  # a task group in which a task fails forgets that it was cancelled

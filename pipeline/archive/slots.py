@@ -6,7 +6,7 @@ from collections import deque
 
 
 class FairSlots:
-    """At most `size` blocks in flight, over all slides; the next slot goes to the slide with the least left to do.
+    """At most `size` blocks or slides at a time; the next slot goes to the slide with the least left to do.
 
     So a small slide overtakes a large one, and the last large slide has all the slots. Used by one event loop.
     """
@@ -17,7 +17,7 @@ class FairSlots:
         self._waiting: list[tuple[int, int, asyncio.Future[None]]] = []
 
     async def take(self, left: int) -> None:
-        """Wait for a slot; `left`: blocks that its slide has to do. To be given back by `give_back`."""
+        """Wait for a slot; `left`: what its slide has to do, such as blocks. To be given back by `give_back`."""
         self._number += 1
         mine: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         heapq.heappush(self._waiting, (left, self._number, mine))

@@ -20,11 +20,9 @@ ENVIRONMENT = {
     "MALLOC_ARENA_MAX": "1",
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": str(2**34),
-    # oneDNN keeps what it has prepared for an image's size, by itself of 1024 layers: many small arrays, at the place
-    # where each was made, between large ones. A detector has about a hundred
-    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128",
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128",  # see `keep_few_prepared_layers`
 }
-"Variables to start such a process with: threads that are there before `keep_freed_memory` have arenas already."
+"Variables to start a process with that detects: threads that are there before `keep_freed_memory` have arenas already."
 
 _ONEDNN = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"  # read when the first layer is computed
 _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8  # of glibc's malloc.h
@@ -32,15 +30,23 @@ _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8  # of glibc's malloc.h
 
 @functools.cache
 def keep_freed_memory() -> bool:
-    """Do the same for this process, as early as can be. Returns whether it was done.
+    """Set up the allocator of this process so, as early as can be. Returns whether it was done.
 
-    It is not where the user's environment sets one of the variables itself.
+    It is not where the user's environment sets one of its variables itself.
     """
     library = _glibc()
-    if library is None or ENVIRONMENT.keys() & os.environ.keys():
+    if library is None or (ENVIRONMENT.keys() - {_ONEDNN}) & os.environ.keys():
         return False
-    os.environ[_ONEDNN] = ENVIRONMENT[_ONEDNN]
     return all(library.mallopt(*option) for option in ((_ARENA_MAX, 1), (_MMAP_MAX, 0), (_TRIM_THRESHOLD, 2**31 - 1)))
+
+
+def keep_few_prepared_layers() -> None:
+    """For a process that detects: have oneDNN keep what it has prepared for 128 layers, by itself for 1024.
+
+    These are many small arrays for every size of image, at the place where each was made, between large ones. A
+    detector has about a hundred. A training step has 300, and would prepare all of them again each time.
+    """
+    os.environ.setdefault(_ONEDNN, ENVIRONMENT[_ONEDNN])
 
 
 def return_freed_memory(above_bytes: float = 1.7e9) -> None:

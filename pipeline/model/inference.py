@@ -11,7 +11,9 @@ from torchvision.ops import roi_align
 
 from pipeline.config import Settings, side_step
 from pipeline.model import fuse, instances, load, stain, views
+from pipeline.model.allocator import return_freed_memory
 from pipeline.model.detector import Limits
+from pipeline.model.device import choose_device
 from pipeline.model.fitted_stain import Normalisation
 from pipeline.model.instances import HostInstances, Instances, Patches
 from pipeline.model.roi_align import flatten_boxes
@@ -26,6 +28,7 @@ def detect_patches(patches: Patches, normalisation: Normalisation, settings: Set
     on its own is detected in quarters (`split`), and where it has none for the smallest of those either it is `lost`.
     Law: the instances of a patch that fits do not depend on whether others did.
     """
+    on_cpu = choose_device(settings.detector.device).type == "cpu"
     done: dict[int, HostInstances] = {}
     for first, patch in enumerate(patches):
         while first not in done:
@@ -40,6 +43,8 @@ def detect_patches(patches: Patches, normalisation: Normalisation, settings: Set
                 detected = None if parts is None else [parts]
             done.update(zip(chosen, map(_as_numpy, detected) if detected else [_lost(settings)], strict=True))
         yield done.pop(first)
+        if on_cpu:
+            return_freed_memory()
 
 
 def _batch_size(settings: Settings) -> int:

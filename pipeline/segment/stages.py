@@ -26,7 +26,6 @@ from numpy.typing import NDArray
 from pipeline import files
 from pipeline.config import Settings
 from pipeline.errors import ScratchLost, SlideChanged
-from pipeline.model.allocator import return_freed_memory
 from pipeline.model.device import computes_on, device_lock
 from pipeline.model.fitted_stain import UNCHANGED, Normalisation
 from pipeline.model.instances import HostInstances, Patches, select
@@ -134,7 +133,7 @@ def choose_stain(job: Job, detect: Detect | None = None) -> StageRecord:
 
     detect: replaces the detector.
     """
-    started, plan = time.perf_counter(), read_plan(job.folder, job.digest)
+    plan = read_plan(job.folder, job.digest)
     if not plan.trials:
         return StageRecord()
     with job.open() as slide:
@@ -145,6 +144,7 @@ def choose_stain(job: Job, detect: Detect | None = None) -> StageRecord:
         return stain_trial.mean_score(job.while_leased((detect or _detector())(patches, tried, settings)))
 
     with device_lock():
+        started = time.perf_counter()
         scores = mean_score(UNCHANGED), mean_score(plan.normalisation)
     chosen = plan.normalisation if scores[1] > scores[0] else UNCHANGED
     job.check_lease()
@@ -212,10 +212,7 @@ def detect_block(job: Job, block: int, before: StageRecord, detect: Detect | Non
         ]
         with device_lock():
             started = time.perf_counter()
-            instances = []
-            for of_patch in job.while_leased((detect or _detector())(trimmed, plan.normalisation, job.settings)):
-                instances.append(of_patch)
-                return_freed_memory()
+            instances = list(job.while_leased((detect or _detector())(trimmed, plan.normalisation, job.settings)))
             device = () if detect else (computes_on(job.settings.detector),)
             before += _worked("detect", started, computed_on=device)
         job.check_lease()

@@ -23,11 +23,10 @@ import torch
 
 from pipeline.config import Detector, Settings, Tiling
 from pipeline.model import detector, inference, load
-from pipeline.model.allocator import keep_freed_memory
+from pipeline.model.allocator import keep_few_prepared_layers, keep_freed_memory
 from pipeline.model.fitted_stain import UNCHANGED
 from pipeline.model.roi_align import FeatureTable
 from pipeline.segment.plan import plan_slide
-from slides.patches import cut
 from slides.slide import open_slide
 
 
@@ -102,14 +101,14 @@ def main() -> None:
     parser.add_argument("--tile", type=int, default=Tiling.tile)
     given = parser.parse_args()
     keep_freed_memory()  # before there are threads, as in a worker
+    keep_few_prepared_layers()
     settings = dataclasses.replace(
         Settings(), tiling=Tiling(tile=given.tile), detector=Detector(device="cpu", views=given.views)
     )
     with open_slide(given.slide) as slide:
         plan = plan_slide(slide, settings)
-        patches, _ = cut(slide, plan.tiles, plan.grid, plan.frame)
+        patches = [slide.read(plan.trimmed(tile), plan.frame) for tile in plan.tiles]
     densest = np.argsort([patch[..., 1].mean() for patch in patches])[: given.patches]
-    patches = patches[densest].copy()
     model = load.detector(settings.detector).model
     with Watch() as watch:
         for owner, name, step in (
@@ -122,10 +121,10 @@ def main() -> None:
             (model, "features", "features, else"),
             (model.rpn.head, "forward", "proposals: head"),
             (model, "propose", "proposals, else"),
-            (model.roi_heads.box_roi_pool, "pool", "boxes: pool"),
+            (model.roi_heads.box_roi_pool, "forward", "boxes: pool"),
             (model.roi_heads.box_head, "forward", "boxes: head"),
             (model, "classify", "boxes, else"),
-            (model.roi_heads.mask_roi_pool, "pool", "masks: pool"),
+            (model.roi_heads.mask_roi_pool, "forward", "masks: pool"),
             (model.roi_heads.mask_head, "forward", "masks: head"),
             (model.roi_heads.mask_predictor, "forward", "masks: predictor"),
             (model, "masks", "masks, else"),
@@ -133,9 +132,9 @@ def main() -> None:
         ):
             watched(watch, owner, name, step)
         seconds, nuclei = [], 0
-        for patch in patches:
+        for number in densest:
             started = time.process_time()
-            (detected,) = inference.detect_patches(patch[None], UNCHANGED, settings)
+            (detected,) = inference.detect_patches([patches[number]], UNCHANGED, settings)
             nuclei += len(detected.boxes)
             seconds.append(time.process_time() - started)
     for step, (occupied, allocated) in watch.peaks.items():

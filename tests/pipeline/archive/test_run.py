@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ from oracle import RADIUS, chosen, files, outlines, paint
 from pipeline.archive import run as archive_run
 from pipeline.config import Execution, Export, ExportFormat, Settings, Stitching, Tiling
 from pipeline.errors import ConfigError, RunError
+from pipeline.model.fitted_stain import Normalisation
+from pipeline.model.instances import HostInstances, Patches
 from pipeline.segment.export import FORMATS
 
 ONE = Execution(cluster=False, workers=1)
@@ -236,3 +239,22 @@ def test_a_slide_that_fails_does_not_stop_the_others(slide: tuple[Path, int], tm
     failure = json.loads((tmp_path / "out" / "broken" / "failure.json").read_text())
     assert failure["cause"] == rows[0].cause
     assert "SlideUnreadable" in "".join(failure["traceback"])
+
+
+def test_slides_that_are_not_needed_soon_are_left_to_other_runs(slide: tuple[Path, int], tmp_path: Path) -> None:
+    """However many cores there are: those that are held follow the blocks that detectors ask for."""
+    slides, out, held = [tmp_path / f"{number}.png" for number in range(10)], tmp_path / "out", list[int]()
+    for path in slides:
+        path.write_bytes(slide[0].read_bytes())
+
+    def detect(patches: Patches, normalisation: Normalisation, settings: Settings) -> Iterator[HostInstances]:
+        if not held:
+            held.append(0)
+            time.sleep(0.5)  # in which all that are wanted are locked
+            held.append(len(list(out.glob("*/.lease*"))))
+        return oracle.detect(patches, normalisation, settings)
+
+    execution = Execution(cluster=False, workers=16)
+    rows = archive_run.run(slides, out, chosen(block=5), execution, mpp=0.25, say=lambda line: None, detect=detect)
+    assert [row.status for row in rows] == ["done"] * 10
+    assert 1 < held[1] < 10

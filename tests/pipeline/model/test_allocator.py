@@ -71,3 +71,28 @@ def test_pages_between_arrays_that_stay_are_returned() -> None:
 def test_the_users_own_choice_stands() -> None:
     kept, _ = faults(KEEP, {"PYTHONPATH": ":".join(sys.path), "MALLOC_ARENA_MAX": "4"})
     assert kept == "False"
+
+
+PREPARED = """
+import os
+from training.config import Training
+from {module} import {function}
+{function}({argument})
+print(os.environ.get("ONEDNN_PRIMITIVE_CACHE_CAPACITY"))
+"""
+
+
+@pytest.mark.parametrize(
+    ("module", "function", "argument", "layers"),
+    [
+        ("pipeline.archive.executors", "_use_this_process", '"cpu"', "128"),
+        ("training.fit", "_this_process", 'Training(device="cpu")', "None"),  # else each step would prepare all again
+    ],
+)
+def test_few_prepared_layers_are_kept_by_processes_that_detect_and_do_not_train(
+    module: str, function: str, argument: str, layers: str
+) -> None:
+    code = PREPARED.format(module=module, function=function, argument=argument)
+    environment = {"PYTHONPATH": ":".join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [layers]

@@ -323,3 +323,15 @@ def test_neither_threads_nor_batches_show(method: Any, precision: torch.dtype, m
     assert len(expected[0].boxes) > 5
     for detected in others:
         assert all(same(a, b) for a, b in zip(detected, expected, strict=True))
+
+
+@pytest.mark.parametrize(("kind", "times"), [("cpu", 3), ("cuda", 0)])
+def test_freed_pages_are_returned_where_a_processor_computes(
+    device: Callable[..., Device], monkeypatch: pytest.MonkeyPatch, kind: str, times: int
+) -> None:
+    """After each patch; beside a GPU a process is large by its libraries alone, and patches take milliseconds."""
+    one, returned = device(), []
+    monkeypatch.setattr(inference, "choose_device", lambda name: torch.device(kind))
+    monkeypatch.setattr(inference, "return_freed_memory", lambda: returned.append(None))
+    one.detect([np.full((256, 256, 3), 255, np.uint8)] * 3)
+    assert len(returned) == times
