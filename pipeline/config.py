@@ -316,7 +316,7 @@ class Execution:
     gpus: int = -1
     "GPUs of this machine to use, one process each; -1: all."
     memory_limit: str = "auto"
-    "Memory at which a worker process is restarted, such as 8GB, at least 1GB; auto: its share of this machine's."
+    "Memory at which a worker process is restarted, such as 8GB, at least 1GB; auto: its share of this machine's, with a GPU four times as much."
     cluster: bool = True
     "Start worker processes on this machine, so that the crash of one is survived; --no-cluster: work in threads of one process."
     scheduler: str = ""

@@ -1,4 +1,4 @@
-"""Where detections go wrong: by size, by crowding, by cause; and what their scores are worth.
+"""Where detections go wrong: by size, by crowding, by cause; and how many of each score are right.
 
 An image gives a row for each annotated nucleus and each detection (`break_down`); the rows of images are joined
 (`join`) and counted (`count`). All are of the label map in which each pixel belongs to one detection, as PQ and AJI.
@@ -19,7 +19,7 @@ from pipeline.segment.polygons import Floats, Ints, centroids
 from training.measures import Bools, Detections, Labels, Overlap
 
 NEIGHBOUR_UM = 10.0  # between centroids
-PX_UM2 = 0.25**2  # sizes are also told in pixels of 0.25 um, as in the literature
+PX_UM2 = 0.25**2  # sizes are also given in pixels of 0.25 um, as in the literature
 AREA_EDGES_UM2 = tuple(px * PX_UM2 for px in (50, 100, 200, 400, 800))
 NEIGHBOUR_EDGES = (1, 3, 5, 8)
 SCORE_BINS = 10

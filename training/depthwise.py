@@ -18,7 +18,7 @@ _PART = 3  # side of the kernels whose gradient oneDNN is fast at
 
 
 def use_fast_gradients(model: nn.Module) -> None:
-    """Has every depthwise convolution of a model on a CPU, in place, use `Depthwise`."""
+    """Have every depthwise convolution of a model on a CPU use `Depthwise`, in place."""
     for module in model.modules():
         if isinstance(module, nn.Conv2d) and _is_depthwise(module):
             module.forward = functools.partial(_forward, module)  # type: ignore[method-assign]

@@ -13,7 +13,7 @@ import logging
 import multiprocessing
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -198,17 +198,17 @@ def check_execution(execution: Execution, device: str) -> None:
         _gpus(execution, device)  # one that is not there is refused now, not slide by slide
 
 
-def detects_here(execution: Execution, client: Any = None) -> bool:
-    """Whether `open_executor` of the same arguments has this process detect."""
-    return client is None and not (execution.scheduler or execution.scheduler_file or execution.cluster)
+def starts_processes(execution: Execution, client: Any = None) -> bool:
+    """Whether `open_executor` of the same arguments does: a script that calls it must be prepared for that."""
+    return client is None and execution.cluster and not (execution.scheduler or execution.scheduler_file)
 
 
-def ask(here: bool, function: Callable[..., T], *args: Any) -> T:
-    """What a function that loads torch returns or raises: called here, or in a process of its own.
+def ask(apart: bool, function: Callable[..., T], *args: Any) -> T:
+    """What a function that loads torch returns or raises: called in a process of its own (`apart`), or here.
 
     A process that only distributes work is half the size without torch.
     """
-    if here:
+    if not apart:
         return function(*args)
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(function, *args).result()
@@ -348,6 +348,14 @@ def worker_specs(workers: int, cores: int, gpus: list[str]) -> list[WorkerSpec]:
     return [WorkerSpec(2 + beside, {"GPU": 1, "CPU": beside}, {"OMP_NUM_THREADS": str(share)})] * count
 
 
+def memory_shares(specs: Sequence[WorkerSpec]) -> list[int]:
+    """How the memory of the machine is divided among these processes: a share is where one is restarted.
+
+    One that only detects may take four times as much as those that feed it: it holds CUDA's libraries and batches.
+    """
+    return [4 if spec.resources == {"GPU": 1} else 1 for spec in specs]
+
+
 @contextmanager
 def _start(execution: Execution, device: str) -> Iterator[Any]:
     """A client of a cluster on this machine, which ends with it."""
@@ -357,7 +365,9 @@ def _start(execution: Execution, device: str) -> Iterator[Any]:
 
     gpus = _gpus(execution, device)
     chosen = worker_specs(execution.workers, _cores(), gpus)
-    limit = parse_memory_limit(execution.memory_limit, 1, len(chosen), logger=logging.getLogger(__name__))
+    shares = memory_shares(chosen)
+    log = logging.getLogger(__name__)
+    limits = [parse_memory_limit(execution.memory_limit, share, sum(shares), logger=log) for share in shares]
     workers = {
         number: {
             "cls": Nanny,
@@ -365,7 +375,7 @@ def _start(execution: Execution, device: str) -> Iterator[Any]:
                 "nthreads": spec.threads,
                 "resources": spec.resources,
                 "env": spec.environment,
-                "memory_limit": limit,
+                "memory_limit": limits[number],
                 "host": "127.0.0.1",  # else its ports are open to the network, without authentication
                 "dashboard": False,
                 "silence_logs": logging.CRITICAL,  # a task that fails is a row of the ledger
@@ -401,7 +411,7 @@ def _cores() -> int:
 
 def _gpus(execution: Execution, device: str) -> list[str]:
     """The GPUs to use, as CUDA_VISIBLE_DEVICES names them. Raises ConfigError for those that are not there."""
-    count = 0 if device == "cpu" or not has_gpu_driver() else _count_gpus(detects_here(execution))
+    count = 0 if device == "cpu" or not has_gpu_driver() else _count_gpus(execution.cluster)
     device_kind(device, count)
     if execution.gpus > count:
         raise ConfigError(f"gpus={execution.gpus}: this machine has {count} to use with --detector.device {device}")
@@ -413,5 +423,5 @@ def _gpus(execution: Execution, device: str) -> list[str]:
 
 
 @functools.cache
-def _count_gpus(here: bool) -> int:
-    return ask(here, count_gpus)
+def _count_gpus(apart: bool) -> int:
+    return ask(apart, count_gpus)

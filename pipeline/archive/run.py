@@ -21,7 +21,7 @@ from typing import Any
 
 from pipeline import files
 from pipeline.archive import ledger
-from pipeline.archive.executors import Executor, ask, check_execution, detects_here, open_executor, run_task
+from pipeline.archive.executors import Executor, ask, check_execution, open_executor, run_task, starts_processes
 from pipeline.archive.lease import Leases
 from pipeline.archive.manifest import check_seams, check_worker, open_run, resolve, versions
 from pipeline.archive.progress import Progress
@@ -86,8 +86,8 @@ def run(
     if client is None:
         check_execution(execution, settings.detector.device)
     # a template that shows no stain is refused, too, before anything is started; without a file it is known
-    here = not settings.stain.template or detects_here(execution, client)
-    ask(here, template_stain, settings.stain, settings.tissue, settings.tiling.mpp)
+    apart = bool(settings.stain.template) and starts_processes(execution, client)
+    ask(apart, template_stain, settings.stain, settings.tissue, settings.tiling.mpp)
     warnings = open_run(folder, settings, execution.overwrite)
     weights = Path(settings.detector.weights)
     with Progress(folder.logs, len(archive.sources), say) as progress:

@@ -57,7 +57,7 @@ class Stream:
 
     @contextmanager
     def inside(self, stage: Stage, waited: Waits) -> Iterator[Callable[[float], None]]:
-        """While a block is in a stage. Gives a function that is to be told the seconds of processing, at the end.
+        """While a block is in a stage. Gives a function to call at the end, with the seconds of processing.
 
         waited: of the block; what detectors waited for before they got it is added, and while they had it.
         """

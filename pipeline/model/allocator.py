@@ -52,7 +52,7 @@ def keep_few_prepared_layers() -> None:
 def return_freed_memory(above_bytes: float = 1.7e9) -> None:
     """Give back the pages that are free, if more are resident than this: to be called after each patch.
 
-    Patches of other sizes leave gaps between arrays. The kernel clears the pages that are needed again: 0.2 s of CPU.
+    Patches of different sizes leave gaps between arrays. What is needed again the kernel clears: 0.2 s of CPU.
     """
     library = _glibc()
     if library is not None and psutil.Process().memory_info().rss > above_bytes:

@@ -123,7 +123,7 @@ def _whole_nuclei(donor: LabelledImage, most: int, rng: np.random.Generator) -> 
 
 
 def _place(mask: NDArray[np.bool_], crop: LabelledImage, boxes: Sequence[Box], rng: np.random.Generator) -> Box | None:
-    """Where in the crop a nucleus comes to lie on tissue, almost free and in one part; None where no place was seen."""
+    """Where in the crop a nucleus comes to lie on tissue, almost free and in one part; None where it cannot."""
     side, area, least = len(crop.labels), mask.sum(), 1 - rng.uniform(0, HIDDEN)
     if rng.random() < BESIDE:
         corners = _outwards(boxes[int(rng.integers(len(boxes)))], mask.shape, rng)

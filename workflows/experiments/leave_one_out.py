@@ -23,6 +23,7 @@ from cyclopts import App, Parameter
 from pipeline.config import Architecture, Detector, Execution, Settings
 from pipeline.errors import ConfigError
 from pipeline.files import read_json, write_json
+from slides.errors import NightslideError
 from training.cli import Flat, Network
 from training.config import Training
 from training.data.datasets import read_datasets
@@ -125,8 +126,8 @@ def leave_one_out(
     objectness
         --detector.objectness of the scoring: lower it for very short trainings, which are less certain.
     """
-    if strange := set(sets) - SETS.keys():
-        raise ConfigError(f"no set '{min(strange)}': need some of {', '.join(SETS)}")
+    if unknown := set(sets) - SETS.keys():
+        raise ConfigError(f"no set '{min(unknown)}': need some of {', '.join(SETS)}")
     out.mkdir(parents=True, exist_ok=True)
     folds = {}
     for name in sets:
@@ -146,6 +147,6 @@ def leave_one_out(
 if __name__ == "__main__":
     try:
         sys.exit(app())
-    except ConfigError as error:
+    except NightslideError as error:
         print(f"leave_one_out: {error}", file=sys.stderr)
         sys.exit(2)

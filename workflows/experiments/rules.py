@@ -6,7 +6,7 @@
 DIR: the sets of leave_one_out.py. With --weights the images are those that the trainer put aside, and all of a set
 that the weights' recipe does not name; with --folds those of each set are detected by the weights that
 leave_one_out.py trained without it. Of kumar only the split `train` is used. One inference for each stain, with one
-view and a low score; what a rule needs to be told it learns from the other sets, each of which counts the same.
+view and a low score; what a rule must know it learns from the other sets, each of which counts the same.
 Prints markdown tables: how many detections of each score are right, then PQ / AJI as image means of every rule for
 the threshold and for the stain; their last rows choose by the truth, so that no rule can do better.
 """
@@ -28,11 +28,11 @@ from leave_one_out import SETS, some
 from scipy.stats import spearmanr
 
 from pipeline.config import Detector, Execution, Settings, Stain, StainMethod
-from pipeline.errors import ConfigError
 from pipeline.files import read_json
 from pipeline.model.fitted_stain import TEMPLATE
 from pipeline.model.weights import find_weights, read_notes
 from pipeline.segment.polygons import Floats
+from slides.errors import NightslideError
 from training.breakdown import AREA_EDGES_UM2, reliability
 from training.evaluate import EvaluationSet, gather, predict, read_detections, results_of, whole_images
 from training.measures import Bools, Overlap, aji_sums, overlap, select
@@ -105,9 +105,9 @@ def reliability_table(sets: Sets) -> str:
     for images in sets.values():
         score, right = (np.concatenate([getattr(image, name) for image in images]) for name in ("score", "right"))
         bins, error = reliability(score, right)
-        for name, found in bins.items():
-            share = f"{found.share_right:.2f} " if found.detected else ""
-            table.setdefault(name, []).append(f"{share}({found.detected})")
+        for name, counted in bins.items():
+            share = f"{counted.share_right:.2f} " if counted.detected else ""
+            table.setdefault(name, []).append(f"{share}({counted.detected})")
         table.setdefault("expected calibration error", []).append(f"{error:.2f}")
     return markdown(["share right (detections), by score", *sets], table)
 
@@ -221,10 +221,10 @@ def stain_table(none: Sets, macenko: Sets) -> str:
 def rank_correlation(none: Sequence[Detected], macenko: Sequence[Detected]) -> str:
     """Of the change of the mean score with the change of PQ, over the images of a set (Spearman)."""
     pairs = list(zip(none, macenko, strict=True))
-    found = spearmanr(
+    correlation = spearmanr(
         [certainty(m) - certainty(n) for n, m in pairs], [at_default(m)[0] - at_default(n)[0] for n, m in pairs]
     )
-    return f"{found.statistic:.2f} (p = {found.pvalue:.3f}, {len(pairs)} images)"
+    return f"{correlation.statistic:.2f} (p = {correlation.pvalue:.3f}, {len(pairs)} images)"
 
 
 def rules_table(what: str, table: Mapping[str, Mapping[str, Any]]) -> str:
@@ -271,6 +271,6 @@ def compare_rules(*, data: Path, weights: str = Detector.weights, folds: Path | 
 if __name__ == "__main__":
     try:
         sys.exit(app())
-    except ConfigError as error:
+    except NightslideError as error:
         print(f"rules: {error}", file=sys.stderr)
         sys.exit(2)

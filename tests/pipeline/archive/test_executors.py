@@ -21,8 +21,10 @@ from pipeline.archive.executors import (
     ask,
     check_execution,
     exposed,
+    memory_shares,
     open_executor,
     run_task,
+    starts_processes,
     worker_specs,
 )
 from pipeline.config import Execution
@@ -90,13 +92,21 @@ def test_a_gpu_has_two_tasks_at_once_and_no_more(client: Any) -> None:
     assert max(sum(a <= started < b for a, b in spans) for started, _ in spans) == 2
 
 
-@pytest.mark.parametrize("here", [True, False])
-def test_a_question_is_answered_here_or_in_another_process(here: bool) -> None:
+@pytest.mark.parametrize("apart", [True, False])
+def test_a_question_is_answered_here_or_in_another_process(apart: bool) -> None:
     """The same answer, the same error; and torch, which the other process may load, stays there."""
-    assert ask(here, double, 3) == 6
-    assert (ask(here, os.getpid) == os.getpid()) == here
+    assert ask(apart, double, 3) == 6
+    assert (ask(apart, os.getpid) == os.getpid()) != apart
     with pytest.raises(ValueError, match="thirteen"):
-        ask(here, double, 13)
+        ask(apart, double, 13)
+
+
+@pytest.mark.parametrize("execution", [Execution(scheduler="tcp://127.0.0.1:8786"), Execution(cluster=False)])
+def test_a_script_whose_run_starts_no_workers_needs_no_main(execution: Execution) -> None:
+    """Nothing is asked in a process of its own, which would import the script again."""
+    assert starts_processes(Execution())
+    assert not starts_processes(execution)
+    assert not starts_processes(Execution(), client=object())
 
 
 def test_when_cancelled_what_waits_is_cancelled_too() -> None:
@@ -138,6 +148,15 @@ def test_machines_are_sized(
     assert [s.threads for s in chosen] == threads
     assert [s.resources for s in chosen] == offers
     assert [s.environment["CUDA_VISIBLE_DEVICES"] for s in chosen if s.resources == {"GPU": 1}] == gpus
+
+
+@pytest.mark.parametrize(("gpus", "gpu_gb"), [([], 16), (["0"], 7.6), (["0", "1"], 7.3)])
+def test_a_gpus_process_has_memory_however_many_feed_it(gpus: list[str], gpu_gb: float) -> None:
+    """Of 64 cores with 2 GB each; without a GPU all processes have the same."""
+    shares = memory_shares(worker_specs(0, 64, gpus))
+    gb = [128 * share / sum(shares) for share in shares]
+    assert gb[0] == pytest.approx(gpu_gb, abs=0.1)
+    assert min(gb) > 1.7
 
 
 def test_a_scheduler_that_is_not_there_is_named() -> None:

@@ -330,7 +330,7 @@ def test_freed_pages_are_returned_where_a_processor_computes(
     device: Callable[..., Device], monkeypatch: pytest.MonkeyPatch, kind: str, times: int
 ) -> None:
     """After each patch; beside a GPU a process is large by its libraries alone, and patches take milliseconds."""
-    one, returned = device(), []
+    one, returned = device(), list[None]()
     monkeypatch.setattr(inference, "choose_device", lambda name: torch.device(kind))
     monkeypatch.setattr(inference, "return_freed_memory", lambda: returned.append(None))
     one.detect([np.full((256, 256, 3), 255, np.uint8)] * 3)
