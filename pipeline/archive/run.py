@@ -174,7 +174,7 @@ class ArchiveRun:
     progress: Progress
     detect: Detect | None = None
     staging: Staging | None = None
-    work: StageRecord = field(default_factory=StageRecord)  # of the blocks that this run did
+    work: StageRecord = field(default_factory=StageRecord)  # of what this run did by block or on a device
     done: dict[str, SlideRecord] = field(default_factory=dict)
     started: set[str] = field(default_factory=set)
     stopped: bool = False
@@ -442,8 +442,19 @@ class ArchiveRun:
                 work += await self._blocks(name, job, tuple(group), plan)
             else:
                 for stage in (stage for stage in group if stage.needed(job.settings)):
-                    work += await run_task(self.executor, stage.on_device, stage.run, job, *self._stand_in(stage))
+                    work += await self._slide_stage(stage, job)
         return work
+
+    async def _slide_stage(self, stage: Stage, job: Job) -> StageRecord:
+        """A stage of the whole slide."""
+        if not stage.on_device:
+            record: StageRecord = await run_task(self.executor, False, stage.run, job)
+            return record
+        waited: Waits = defaultdict(float)
+        record = await self._in_stream(stage, waited, StageRecord(), job)
+        record += StageRecord(waited=waited)
+        self.work += record
+        return record
 
     async def _blocks(self, name: str, job: Job, stages: Sequence[Stage], plan: Plan) -> StageRecord:
         """All blocks of a slide, each when it gets a slot."""
@@ -458,7 +469,7 @@ class ArchiveRun:
             if known[block] is None:
                 waited: Waits = defaultdict(float)
                 for stage in stages:
-                    record = await self._block_stage(stage, job, block, record, waited)
+                    record = await self._in_stream(stage, waited, record, job, block, record)
                 record += StageRecord(waited=waited)
                 self.work += record
                 self.progress.block(mm2)
@@ -472,10 +483,12 @@ class ArchiveRun:
                 tasks[-1].add_done_callback(lambda _: self.stream.slots.give_back())
         return sum((task.result() for task in tasks), StageRecord())
 
-    async def _block_stage(self, stage: Stage, job: Job, block: int, before: StageRecord, waited: Waits) -> StageRecord:
-        arguments = job, block, before, *self._stand_in(stage)
+    async def _in_stream(self, stage: Stage, waited: Waits, before: StageRecord, *arguments: Any) -> StageRecord:
+        """What a stage gives for these arguments. waited: as in `Stream.inside`; before: the record until then."""
         with self.stream.inside(stage, waited) as took:
-            record: StageRecord = await run_task(self.executor, stage.on_device, stage.run, *arguments)
+            record: StageRecord = await run_task(
+                self.executor, stage.on_device, stage.run, *arguments, *self._stand_in(stage)
+            )
             took(record.seconds.get(stage.name, 0.0) - before.seconds.get(stage.name, 0.0))
         return record
 

@@ -57,7 +57,7 @@ class Stream:
 
     @contextmanager
     def inside(self, stage: Stage, waited: Waits) -> Iterator[Callable[[float], None]]:
-        """While a block is in a stage. Gives a function to call at the end, with the seconds of processing.
+        """While a block is in a stage, or a slide on a device. Gives a function to call at the end, with its seconds.
 
         waited: of the block; what detectors waited for before they got it is added, and while they had it.
         """
@@ -72,7 +72,7 @@ class Stream:
             self._idle = defaultdict(float)
 
         def took(seconds: float) -> None:
-            if seconds:  # else it was done before
+            if seconds and stage.per_block:  # without seconds it was done before
                 self._mean[place] = _RECENT * seconds + (1 - _RECENT) * self._mean.get(place, seconds)
             if stage.on_device:
                 self._count_time()

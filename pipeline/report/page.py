@@ -18,7 +18,7 @@ from pipeline.report import charts
 from pipeline.report.regions import region_table
 from pipeline.report.results import FEWEST_SLIDES, OUTLIER_Z, SlideResult, read_results
 from pipeline.report.table import linked, slide_table
-from pipeline.segment.record import ARTEFACT_AREAS, WAITS, StageRecord, device_use
+from pipeline.segment.record import ARTEFACT_AREAS, DETECTING, WAITS, StageRecord, device_use
 from pipeline.segment.stages import STAGES
 from pipeline.segment.summary import NEAR_PX, SEAM_EDGES_PX, seam_verdict
 
@@ -120,7 +120,7 @@ def _detector_use(slides: Sequence[SlideResult]) -> str:
     """How busy the detectors were, and what they waited for."""
     records = (
         StageRecord(
-            {"detect": s.number("seconds_detect")},
+            {name: s.number(f"seconds_{name}") for name in DETECTING},
             computed_on=(str(s.row.get("computed_on") or ""),),
             waited={name: s.number(f"seconds_idle_{name}") for name in WAITS},
         )

@@ -33,6 +33,9 @@ WAITS = {
 }
 "Why a detector had nothing to compute: words, and the remedy where it is a GPU."
 
+DETECTING = ("stain", "detect")
+"The stages in which a detector computes."
+
 _LEAST_WAIT = 0.01  # of the detectors' time that is mentioned
 
 
@@ -151,7 +154,7 @@ def device_use(work: StageRecord) -> str:
 
     `the detector computed 88% of the time, and was idle 12%: waiting for tiles; add CPU workers (--workers)`
     """
-    computed = work.seconds.get("detect", 0.0)
+    computed = sum(work.seconds.get(name, 0.0) for name in DETECTING)
     idle = {name: max(0.0, work.waited.get(name, 0.0)) for name in WAITS}
     total = computed + sum(idle.values())
     if not computed:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from pipeline.archive.stream import Stream, Waits
-from pipeline.segment.record import WAITS, StageRecord, device_use
+from pipeline.segment.record import DETECTING, WAITS, StageRecord, device_use
 from pipeline.segment.stages import STAGES
 
 TILE, DETECT, OUTLINE = (stage for stage in STAGES if stage.per_block)
@@ -172,3 +172,10 @@ def test_a_record_without_waits_is_read() -> None:
     assert StageRecord.from_json({"seconds": {"tile": 1.0}}).waited == {}
     record = StageRecord(waited={"tile": 1.5})
     assert StageRecord.from_json(record.to_json()) == record
+
+
+def test_what_computes_where_the_detector_does_is_its_work() -> None:
+    assert tuple(stage.name for stage in STAGES if stage.on_device) == DETECTING
+    assert device_use(StageRecord({"stain": 3.0, "detect": 5.0}, waited={"plan": 2.0})).startswith(
+        "the detector computed 80% of the time"
+    )

@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import functools
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -172,3 +173,20 @@ def test_one_view_is_tried(slide: Path, tmp_path: Path) -> None:
     segment(slide, tmp_path, several, detect)
     assert seen[:2] == [(1, (512, 512, 3))] * 2
     assert {views for views, _ in seen[2:]} == {4}
+
+
+def test_a_trial_is_no_time_in_which_the_detector_waits(slide: Path, tmp_path: Path) -> None:
+    """That of a second slide, once the detector has had blocks of the first."""
+    other = tmp_path / "other.png"
+    other.write_bytes(slide.read_bytes())
+
+    def slow(patches: Patches, normalisation: Normalisation, settings: Settings) -> Iterator[HostInstances]:
+        if len(patches[0]) == stain_trial.SIDE_PX:
+            time.sleep(1.5)
+        return detector(none=0.8, macenko=0.9)(patches, normalisation, settings)
+
+    execution = Execution(cluster=False, workers=1, window=1)
+    records = run([slide, other], tmp_path / "out", chosen(), execution, mpp=0.25, detect=slow, say=lambda line: None)
+    for record in records:
+        assert record.work.seconds["stain"] >= 3
+        assert record.work.waited.get("plan", 0) < 3
