@@ -1,8 +1,8 @@
 """glibc's allocator in processes whose networks compute on the CPU: what is freed is kept, in one arena.
 
 glibc gets every large array from the kernel and gives it back when it is freed; the kernel clears its pages each time.
-Threads that find no room in their own arena do so too, whatever the limits. So one arena is used, and it never shrinks:
-the process stays at the size of its peak. CMU-1-Small-Region.svs with `--no-cluster` on two cores of an AMD EPYC:
+Threads that find no room in their own arena do so too, whatever the limits. So one arena is used, which shrinks in
+`return_freed_memory` only. CMU-1-Small-Region.svs with `--no-cluster` on two cores of an AMD EPYC:
 
     glibc's own choice    detect 26 s, 16 s in the kernel, peak 2.2 GB
     ENVIRONMENT           detect 16 s, 1 s in the kernel, peak 2.0 GB
