@@ -15,12 +15,13 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 from pipeline.config import Execution
-from pipeline.errors import ClusterLost, ConfigError, WorkersDied
+from pipeline.errors import ClusterLost, ConfigError, RunError, WorkersDied
 from pipeline.model.allocator import ENVIRONMENT, keep_few_prepared_layers, keep_freed_memory
 from pipeline.model.device import choose_device, count_gpus, device_kind, has_gpu_driver
 
@@ -206,12 +207,15 @@ def starts_processes(execution: Execution, client: Any = None) -> bool:
 def ask(apart: bool, function: Callable[..., T], *args: Any) -> T:
     """What a function that loads torch returns or raises: called in a process of its own (`apart`), or here.
 
-    A process that only distributes work is half the size without torch.
+    A process that only distributes work is half the size without torch. Raises RunError where that process is killed.
     """
     if not apart:
         return function(*args)
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(function, *args).result()
+        try:
+            return pool.submit(function, *args).result()
+        except BrokenProcessPool as error:
+            raise RunError("a process that loads torch ended early: need about 0.5 GB of free memory for it") from error
 
 
 @contextmanager

@@ -523,7 +523,7 @@ def _check_space(job: Job, window: int) -> None:
     if free < needed:
         raise RunError(
             f"{free / 1e9:.2f} GB are free in {job.folder.path.parent}, {needed / 1e9:.2f} GB are needed for the "
-            f"blocks in flight: free some space, or lower --window, and run the same command again"
+            f"blocks in flight: free some space, or give a smaller --window, and run the same command again"
         )
 
 

@@ -28,7 +28,7 @@ from pipeline.archive.executors import (
     worker_specs,
 )
 from pipeline.config import Execution
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, RunError
 
 HERE = Execution(cluster=False)
 
@@ -99,6 +99,11 @@ def test_a_question_is_answered_here_or_in_another_process(apart: bool) -> None:
     assert (ask(apart, os.getpid) == os.getpid()) != apart
     with pytest.raises(ValueError, match="thirteen"):
         ask(apart, double, 13)
+
+
+def test_a_process_that_is_killed_before_it_answers_is_said() -> None:
+    with pytest.raises(RunError, match="ended early: need about"):
+        ask(True, os._exit, 1)
 
 
 @pytest.mark.parametrize("execution", [Execution(scheduler="tcp://127.0.0.1:8786"), Execution(cluster=False)])
