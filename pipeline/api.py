@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from pipeline.archive.sources import Inputs
     from pipeline.segment.export import Exported
 
-CPU_SECONDS_PER_MM2 = 25.0
+CPU_SECONDS_PER_MM2 = 18.0
 "Of tissue, all stages, in one view: measured on two cores of an AMD EPYC in bfloat16 (workflows/benchmarks/stages.sh)."
 
 
