@@ -261,8 +261,8 @@ def test_weights_survive_a_round_trip(tiny: NucleusDetector, tmp_path: Path) -> 
 
 
 def test_files_older_than_a_setting_load_with_its_default() -> None:
-    """The shipped one states fewer settings than there are now; what it does not state is as it was then."""
-    file = find_weights("nuclei")
+    """`research` states fewer settings than there are now; what it does not state is as it was then."""
+    file = find_weights("research")
     stated = json.loads(read_notes(file)["architecture"])
     assert {"ratios", "box_pool", "proposal_nms", "sampling"}.isdisjoint(stated)
     architecture = detector_architecture(file)
