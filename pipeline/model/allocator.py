@@ -7,7 +7,7 @@ Threads that find no room in their own arena do so too, whatever the limits. So 
     glibc's own choice    detect 26 s, 16 s in the kernel, peak 2.2 GB
     ENVIRONMENT           detect 16 s, 1 s in the kernel, peak 2.0 GB
 
-(before patches were trimmed to their tissue, which takes a quarter off both). Other C libraries are left alone.
+(measured before patches were trimmed to their tissue). Other C libraries are left alone.
 """
 
 import ctypes
