@@ -22,7 +22,7 @@ class Training:
     """How the detector is trained. Defaults are those of the shipped weights, chosen on two CPU cores."""
 
     steps: Annotated[int, Parameter(group=SCHEDULE)] = 4000
-    "Optimiser steps of the whole schedule: about 70 minutes on two CPU cores; held-out scores level off long before."
+    "Optimiser steps of the whole schedule, 2 a second on two CPU cores; 0: as many as `minutes` allow, by the clock."
     minutes: Annotated[float, Parameter(group=SCHEDULE)] = 0.0
     "Stop after so many minutes, to be continued by the same command; 0: stop at the last step only."
     init: Annotated[str, Parameter(group=SCHEDULE)] = "imagenet"
@@ -81,6 +81,9 @@ class Training:
 
     def __post_init__(self) -> None:
         _check_schedule(self)
+        require(
+            self.steps > 0 or self.minutes > 0, f"steps={self.steps}, minutes={self.minutes:g}: need one of both above 0"
+        )
         require(self.decay >= 0, f"decay={self.decay}: need 0 or more")
         require(0 <= self.strength <= 2, f"strength={self.strength}: need 0 to 2")
         require(0 < self.shrink <= 1, f"shrink={self.shrink}: need more than 0, up to 1")
@@ -121,12 +124,13 @@ class StainTraining:
 
     def __post_init__(self) -> None:
         _check_schedule(self)
+        require(self.steps >= 1, f"steps={self.steps}: need 1 or more")
 
 
 def _check_schedule(training: Training | StainTraining) -> None:
-    for name in ("steps", "batch", "save_every"):
+    for name in ("batch", "save_every"):
         require(getattr(training, name) >= 1, f"{name}={getattr(training, name)}: need 1 or more")
-    for name in ("minutes", "warmup", "seed"):
+    for name in ("steps", "minutes", "warmup", "seed"):
         require(getattr(training, name) >= 0, f"{name}={getattr(training, name)}: need 0 or more")
     require(training.crop_px >= 32, f"crop_px={training.crop_px}: need 32 or more")
     require(training.rate > 0, f"rate={training.rate}: need more than 0")

@@ -5,6 +5,7 @@ step), and the first one writes.
 """
 
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -31,7 +32,7 @@ from pipeline.model.weights import find_weights, licence
 from training import checkpoint
 from training.config import StainTraining, Training
 from training.data.crops import Batch, Crops, collate
-from training.data.sample import Dataset, Sample
+from training.data.sample import NO_CLASSES, Dataset, Sample
 from training.depthwise import use_fast_gradients
 from training.monitor import HeldOutCrop, Log, held_out_crop, score_held_out
 
@@ -53,15 +54,13 @@ class ScheduleSampler(Sampler[int]):
     """Numbers of the crops of this process, from step `first` (from 0) to the end of the schedule."""
 
     def __init__(self, first: int, training: Training, process: Process) -> None:
-        self.steps, self.batch, self.process = range(first, training.steps), training.batch, process
+        self.first, self.training, self.process = first, training, process
 
     def __iter__(self) -> Iterator[int]:
-        for step in self.steps:
-            start = (step * self.process.size + self.process.rank) * self.batch
-            yield from range(start, start + self.batch)
-
-    def __len__(self) -> int:
-        return len(self.steps) * self.batch
+        batch = self.training.batch
+        for step in range(self.first, self.training.steps) if self.training.steps else itertools.count(self.first):
+            start = (step * self.process.size + self.process.rank) * batch
+            yield from range(start, start + batch)
 
 
 def fit(
@@ -99,7 +98,7 @@ def fit(
     step, skipped, started = first, 0, time.monotonic()
     for step, batch in enumerate(loader, first + 1):
         for group in optimiser.param_groups:
-            group["lr"] = group["scale"] * learning_rate(step, training)
+            group["lr"] = group["scale"] * learning_rate(step, training, time.monotonic() - started)
         # torchvision draws its samples from the global state
         torch.manual_seed((training.seed * 1_000_003 + step) * process.size + process.rank)
         losses, norm = _optimise(wrapped, optimiser, batch, process.device)
@@ -114,7 +113,7 @@ def fit(
         if stop:
             break
     if process.rank == 0:
-        say(f"stopped at step {step} of {training.steps}: {out / WEIGHTS_FILE}")
+        say(f"stopped at step {step} of {training.steps or 'as many'}: {out / WEIGHTS_FILE}")
     _leave(process)
     return out / WEIGHTS_FILE
 
@@ -177,7 +176,8 @@ def split_held_out(images: Sequence[Sample], hold_out: int, seed: int) -> tuple[
 def initial_model(init: str, architecture: Architecture) -> NucleusDetector:
     """A detector before training: ImageNet's backbone, random, or another file's weights.
 
-    A file may have other classes. Where it has one, each of the new ones starts with the weights of that one, and the
+    A file may be of another scale or size of anchors, to start from: what is learned carries over in part. It may have
+    other classes. Where it has one, each of the new ones starts with the weights of that one, and the
     network detects what it detected before; else what does not fit starts at random. Raises WeightsError where the
     architecture differs in more.
     """
@@ -188,8 +188,14 @@ def initial_model(init: str, architecture: Architecture) -> NucleusDetector:
         return model.train()
     other = load_weights(find_weights(init))
     comparable = dataclasses.replace(
-        other.architecture, classes=architecture.classes, sampling=architecture.sampling
-    )  # both may differ: the classes are dealt with below, and sampling shapes nothing
+        other.architecture,
+        classes=architecture.classes,  # dealt with below
+        sampling=architecture.sampling,  # this shapes nothing, nor do the next ones
+        mpp=architecture.mpp,
+        anchors=architecture.anchors
+        if len(architecture.anchors[0]) == len(other.architecture.anchors[0])
+        else other.architecture.anchors,
+    )
     theirs = dataclasses.asdict(comparable)
     differing = {k: v for k, v in dataclasses.asdict(architecture).items() if theirs[k] != v}
     if differing:
@@ -242,20 +248,27 @@ def imagenet(wanted: dict[str, Tensor], backbone: str) -> dict[str, Tensor]:
     return {**wanted, **dict(zip(keys, values, strict=True))}
 
 
-def learning_rate(step: int, training: Training | StainTraining) -> float:
-    """Learning rate: linear warm-up, then a half cosine to 1 % of the highest."""
+def learning_rate(step: int, training: Training | StainTraining, seconds: float = 0.0) -> float:
+    """Learning rate: linear warm-up, then a half cosine to 1 % of the highest.
+
+    seconds: since the start, which decide instead of the step where no number of steps is given
+    """
     if step < training.warmup:
         return training.rate * step / training.warmup
-    done = (step - training.warmup) / max(1, training.steps - training.warmup)
+    if training.steps:
+        done = (step - training.warmup) / max(1, training.steps - training.warmup)
+    else:
+        done = seconds / (60 * training.minutes)
     return training.rate * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
 
 
 def _common_classes(datasets: Sequence[Dataset]) -> tuple[str, ...]:
-    classes = {d.classes for d in datasets}
+    """Of the datasets that tell classes apart; the nuclei of the others may be of any."""
+    classes = {d.classes for d in datasets if d.classes != NO_CLASSES} or {NO_CLASSES}
     if len(classes) > 1:
-        named = "; ".join(f"{s.name}: {', '.join(s.classes)}" for s in datasets)
+        named = "; ".join(f"{s.name}: {', '.join(s.classes)}" for s in datasets if s.classes != NO_CLASSES)
         raise ConfigError(
-            f"the datasets have different classes ({named}): need the same, or one dataset, or no --by-class"
+            f"the datasets have different classes ({named}): need the same in all that have any, or no --by-class"
         )
     return classes.pop()
 
@@ -312,7 +325,7 @@ def _losses(model: nn.Module, batch: Batch, device: torch.device) -> dict[str, T
     targets = Targets(list(boxes.split(batch.counts)), list(labels.split(batch.counts)), nuclei, regions)
     precision = choose_precision("auto", device)
     with torch.autocast(device.type, precision, enabled=precision != torch.float32):
-        losses: dict[str, Tensor] = model(images, targets)
+        losses: dict[str, Tensor] = model(images.float() / 255, targets)
     return losses
 
 

@@ -87,24 +87,24 @@ class Log:
 
     def __init__(self, out: Path, say: Callable[[str], None]) -> None:
         self.out, self.say = out, say
-        self.sums: dict[str, float] = {}
+        self.sums: dict[str, Tensor] = {}  # they stay on the device, which would be waited for in every step
         self.count, self.since = 0, time.monotonic()
 
     def losses(self, step: int, steps: int, losses: Mapping[str, Tensor], norm: Tensor, skipped: int) -> None:
         """Means of the losses since the last row."""
         for name, value in {**losses, "norm": norm}.items():
-            self.sums[name] = self.sums.get(name, 0.0) + float(value.detach())
+            self.sums[name] = self.sums.get(name, torch.zeros_like(value)) + value.detach()
         self.count += 1
         if step % LOG_EVERY:
             return
-        means = {name: total / self.count for name, total in self.sums.items()}
+        means = {name: float(total) / self.count for name, total in self.sums.items()}
         seconds = (time.monotonic() - self.since) / self.count
         append_row(self.out / LOSSES_FILE, {"step": step, **means, "skipped": skipped, "seconds": seconds})
-        left = (steps - step) * seconds / 60
+        left = f", {(steps - step) * seconds / 60:.0f} min left" if steps else ""
         self.say(
-            f"step {step}/{steps}  "
+            f"step {step}/{steps or '-'}  "
             + "  ".join(f"{k.removeprefix('loss_')} {v:.3f}" for k, v in means.items())
-            + f"  skipped {skipped}  {seconds:.2f} s, {left:.0f} min left"
+            + f"  skipped {skipped}  {seconds:.2f} s{left}"
         )
         self.sums, self.count, self.since = {}, 0, time.monotonic()
 

@@ -28,7 +28,15 @@ from pipeline.config import STRIDES, Architecture, Detector, Sampling
 from pipeline.errors import ConfigError, WeightsError
 from pipeline.model import tensors, weights
 from pipeline.model.deterministic import pad_rows, sigmoid, topk, upsample
-from pipeline.model.losses import Sampled, Targets, box_losses, mask_loss, proposal_losses, sample_proposals
+from pipeline.model.losses import (
+    Sampled,
+    Targets,
+    box_losses,
+    likely_labels,
+    mask_loss,
+    proposal_losses,
+    sample_proposals,
+)
 from pipeline.model.roi_align import FeatureTable, RoIPool, flatten_boxes
 from pipeline.model.suppress import suppress
 
@@ -226,6 +234,7 @@ class NucleusDetector(nn.Module):
         positive = torch.where(sampled.labels > 0)[0]
         losses = box_losses(heads, logits, deltas, sampled, positive)
         masked = Sampled(*(column[positive] for column in sampled))
+        masked = masked._replace(labels=likely_labels(logits[positive], masked.labels))
         pooled = heads.mask_roi_pool(features.table, masked.boxes, masked.image)
         logits = heads.mask_predictor(heads.mask_head(pooled))
         return {**losses, "loss_mask": mask_loss(logits, masked, targets.nuclei)}

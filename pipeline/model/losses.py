@@ -5,7 +5,6 @@ over whole images that took most of the time: the overlap of anchors with nuclei
 y, offsets are encoded for the sampled anchors only, and masks are cut from one map of all nuclei.
 """
 
-import itertools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -13,12 +12,14 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torchvision.models.detection._utils import Matcher, encode_boxes
 from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.models.detection.rpn import RegionProposalNetwork
 
 from pipeline.model.roi_align import flatten_boxes
 
+UNKNOWN = 1 << 20  # the label of a nucleus of whatever class; larger than any class
 _BETA = 1 / 9  # offsets that are off by more have a linear loss; torchvision's
 _WINDOWS = (32, 64, 128)  # sides, px, in which masks are cut out; larger ones from the whole image
 _PIXELS_AT_ONCE = 1 << 21  # of masks in float32: 8 MiB, which stay in a processor's cache
@@ -28,7 +29,7 @@ class Targets(NamedTuple):
     """The nuclei of a batch of images (S, S), in pixels of the network's input."""
 
     boxes: list[Tensor]  # of each image, float32 (N, 4)
-    labels: list[Tensor]  # int64 (N,), the class from 1
+    labels: list[Tensor]  # int64 (N,), the class from 1, or UNKNOWN
     nuclei: Tensor  # int32 (B, S, S): 0 background, i + 1 the nucleus of box i
     regions: Tensor  # uint8 (B, S, S): 0 background, 1 inside a nucleus, 2 its edge
 
@@ -38,7 +39,7 @@ class Sampled(NamedTuple):
 
     boxes: Tensor  # float32 (P, 4)
     image: Tensor  # int32 (P,), ascending
-    labels: Tensor  # int64 (P,), the class, 0 the background
+    labels: Tensor  # int64 (P,), the class, 0 the background, or UNKNOWN
     nucleus: Tensor  # int64 (P,): number in its image, from 0, of the nucleus that the proposal overlaps most
     matched: Tensor  # float32 (P, 4): that nucleus's box
 
@@ -60,11 +61,11 @@ def proposal_losses(
     boxes: of the nuclei of each image, (N, 4)
     """
     with torch.no_grad():
-        nucleus = [match_anchors(b, grids, rpn.proposal_matcher) for b in boxes]  # each (sum h * w * A,)
-        sample = rpn.fg_bg_sampler([torch.where(n >= 0, 1, n + 1) for n in nucleus])
+        nucleus = match_anchors(boxes, grids, rpn.proposal_matcher)  # (B, sum h * w * A)
+        sample = rpn.fg_bg_sampler(list(torch.where(nucleus >= 0, 1, nucleus + 1)))
         positive, negative = (torch.where(torch.stack(chosen)) for chosen in sample)  # image, anchor
-        number = torch.stack([n + first for n, first in zip(nucleus, _firsts(boxes), strict=True)])
-        matched, every = torch.cat(list(boxes))[number[positive]], torch.cat([grid.flatten(0, 2) for grid in grids])
+        matched = pad_sequence(list(boxes), batch_first=True)[positive[0], nucleus[positive]]
+        every = torch.cat([grid.flatten(0, 2) for grid in grids])
         offsets = encode_boxes(matched, every[positive[1]], rpn.box_coder.weights)
     score = torch.cat([s.permute(0, 2, 3, 1).flatten(1) for s in logits], 1)
     delta = torch.cat([d.permute(0, 2, 3, 1).reshape(len(d), -1, 4) for d in deltas], 1)
@@ -78,43 +79,51 @@ def proposal_losses(
     }
 
 
-def match_anchors(boxes: Tensor, grids: Sequence[Tensor], matcher: Matcher) -> Tensor:
-    """The nucleus of each anchor: its number, -1 for the background, -2 for neither. int64 (sum h * w * A,).
+def match_anchors(boxes: Sequence[Tensor], grids: Sequence[Tensor], matcher: Matcher) -> Tensor:
+    """The nucleus of each anchor: its number in its image, -1 for the background, -2 for neither.
 
-    boxes: (N, 4); grids: as in `proposal_losses`
+    boxes: of the nuclei of each image, (N, 4); grids: as in `proposal_losses`
+    Returns int64 (B, sum h * w * A).
     What torchvision's Matcher gives for their matrix of IoU, with low-quality matches: the anchors that overlap a
-    nucleus most are positive, however little that is.
+    nucleus most are positive, however little that is. Images are compared one by one, which suits a processor's cache;
+    on a GPU together, for there each call costs more than its work.
     """
-    if len(boxes) == 0:
-        return boxes.new_full((sum(g[..., 0].numel() for g in grids),), matcher.BELOW_LOW_THRESHOLD, dtype=torch.int64)
-    overlaps = [_grid_iou(boxes, grid) for grid in grids]  # each (N, h * w * A)
-    most = torch.stack([o.amax(1) for o in overlaps]).amax(0)  # (N,), of each nucleus
-    best = torch.cat([(o == most[:, None]).any(0) for o in overlaps])
-    iou, nearest = (torch.cat(columns) for columns in zip(*(o.max(0) for o in overlaps), strict=True))
+    if boxes[0].device.type == "cpu":
+        return torch.cat([_match(b[None], torch.ones(1, len(b), dtype=torch.bool), grids, matcher) for b in boxes])
+    padded = pad_sequence(list(boxes), batch_first=True)  # (B, N, 4)
+    there = pad_sequence([torch.ones_like(b[:, 0], dtype=torch.bool) for b in boxes], batch_first=True)
+    return _match(padded, there, grids, matcher)
+
+
+def _match(boxes: Tensor, there: Tensor, grids: Sequence[Tensor], matcher: Matcher) -> Tensor:
+    """`match_anchors` of boxes (B, N, 4), of which those that are not `there`, bool (B, N), are only padding."""
+    if boxes.shape[1] == 0:
+        anchors = sum(g[..., 0].numel() for g in grids)
+        return boxes.new_full((len(boxes), anchors), matcher.BELOW_LOW_THRESHOLD, dtype=torch.int64)
+    overlaps = [_grid_iou(boxes, grid) for grid in grids]  # each (B, N, h * w * A)
+    most = torch.stack([o.amax(2) for o in overlaps]).amax(0)  # (B, N), of each nucleus
+    most = most.where(there, torch.inf)  # of padding, none
+    best = torch.cat([(o == most[..., None]).any(1) for o in overlaps], 1)
+    iou, nearest = (torch.cat(columns, 1) for columns in zip(*(o.max(1) for o in overlaps), strict=True))
     doubtful = torch.where(iou < matcher.low_threshold, matcher.BELOW_LOW_THRESHOLD, matcher.BETWEEN_THRESHOLDS)
     return torch.where(best | (iou >= matcher.high_threshold), nearest, doubtful)
 
 
 def _grid_iou(boxes: Tensor, grid: Tensor) -> Tensor:
-    """IoU of boxes (N, 4) with the anchors (h, w, A, 4) of a level: (N, h * w * A); the bits of torchvision's."""
+    """IoU of boxes (B, N, 4) with the anchors (h, w, A, 4) of a level: (B, N, h * w * A); the bits of torchvision's."""
     columns, rows = grid[0, :, :, 0::2], grid[:, 0, :, 1::2]  # x (w, A, 2), y (h, A, 2)
-    across, down = _shared(boxes[:, 0::2], columns), _shared(boxes[:, 1::2], rows)  # (N, w, A), (N, h, A)
-    shared = across[:, None] * down[:, :, None]  # (N, h, w, A)
-    sides = boxes[:, 2:] - boxes[:, :2]
+    across, down = _shared(boxes[..., 0::2], columns), _shared(boxes[..., 1::2], rows)  # (B, N, w, A), (B, N, h, A)
+    shared = across[:, :, None] * down[:, :, :, None]  # (B, N, h, w, A)
+    sides = boxes[..., 2:] - boxes[..., :2]
     anchor_area = (columns[..., 1] - columns[..., 0]) * (rows[..., 1] - rows[..., 0])[:, None]
-    area = (sides[:, 0] * sides[:, 1])[:, None, None, None] + anchor_area
-    return shared.div_(area.sub_(shared)).flatten(1)
+    area = (sides[..., 0] * sides[..., 1])[..., None, None, None] + anchor_area
+    return shared.div_(area.sub_(shared)).flatten(2)
 
 
 def _shared(a: Tensor, b: Tensor) -> Tensor:
-    """Length that intervals a (N, 2) and b (w, A, 2) share: (N, w, A)."""
-    a = a[:, None, None]
+    """Length that intervals a (B, N, 2) and b (w, A, 2) share: (B, N, w, A)."""
+    a = a[:, :, None, None]
     return (torch.minimum(a[..., 1], b[..., 1]) - torch.maximum(a[..., 0], b[..., 0])).clamp_(min=0)
-
-
-def _firsts(parts: Sequence[Tensor]) -> list[int]:
-    """Where each of the parts begins when they are put together."""
-    return list(itertools.accumulate(map(len, parts[:-1]), initial=0))
 
 
 # ------------------------------------------------------------------------------------------------- box and mask
@@ -137,15 +146,30 @@ def _at(boxes: Tensor, index: Tensor) -> Tensor:
     return boxes[index] if len(boxes) else boxes.new_zeros(len(index), 4)
 
 
+def likely_labels(logits: Tensor, labels: Tensor) -> Tensor:
+    """int64 (P,): labels, where they are UNKNOWN the likeliest class. logits: (P, 1 + K)."""
+    return torch.where(labels == UNKNOWN, logits[:, 1:].argmax(1) + 1, labels)
+
+
+def classification_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross entropy; what is UNKNOWN should be a nucleus, of whatever class. logits: (P, 1 + K); labels: (P,)."""
+    if logits.shape[1] == 2:
+        return F.cross_entropy(logits, labels.clamp(max=1))
+    likelihood = logits.log_softmax(1)
+    unknown = labels == UNKNOWN
+    of_class = likelihood.gather(1, labels.masked_fill(unknown, 0)[:, None])[:, 0]
+    return -torch.where(unknown, likelihood[:, 1:].logsumexp(1), of_class).mean()
+
+
 def box_losses(
     heads: RoIHeads, logits: Tensor, deltas: Tensor, sampled: Sampled, positive: Tensor
 ) -> dict[str, Tensor]:
     """Losses of class and offsets. logits: (P, 1 + K); deltas: (P, (1 + K) * 4); positive: indices, int64."""
     offsets = encode_boxes(sampled.matched[positive], sampled.boxes[positive], heads.box_coder.weights)
-    deltas = deltas.view(*logits.shape, 4)[positive, sampled.labels[positive]]
+    deltas = deltas.view(*logits.shape, 4)[positive, likely_labels(logits, sampled.labels)[positive]]
     off = F.smooth_l1_loss(deltas, offsets, beta=_BETA, reduction="sum")
     return {
-        "loss_classifier": F.cross_entropy(logits, sampled.labels),
+        "loss_classifier": classification_loss(logits, sampled.labels),
         "loss_box_reg": off / len(logits),
     }
 

@@ -12,22 +12,23 @@ from torch.utils import data
 
 from pipeline.errors import AnnotationError
 from pipeline.model.fitted_stain import FittedStain
+from pipeline.model.losses import UNKNOWN
 from training.config import Training
 from training.data import augment
 from training.data.paste import paste
 from training.data.restain import choose_method, fit_image, restain
-from training.data.sample import Dataset, LabelledImage, Sample
+from training.data.sample import NO_CLASSES, Dataset, LabelledImage, Sample
 
 EDGE_PX = 3  # of the crop: two at the working scale
 MIN_AREA_PX = 24  # smaller pieces, as the crop's edge cuts them off, are background
 
 
 class Crop(NamedTuple):
-    """image: float32 (3, S, S) in 0..1 at the crop's size; targets in the same pixels."""
+    """image: uint8 (3, S, S) at the crop's size; targets in the same pixels."""
 
     image: Tensor
     boxes: Tensor  # float32 (N, 4)
-    labels: Tensor  # int64 (N,), 1-based
+    labels: Tensor  # int64 (N,), the class from 1, or UNKNOWN
     nuclei: Tensor  # int32 (S, S): 0 background, i + 1 the nucleus of box i
     regions: Tensor  # uint8 (S, S): 0 background, 1 inside a nucleus, 2 its edge
 
@@ -35,7 +36,7 @@ class Crop(NamedTuple):
 class Batch(NamedTuple):
     """Crops as a training step takes them: in few tensors, so that there is little to upload."""
 
-    images: Tensor  # float32 (B, 3, S, S) in 0..1
+    images: Tensor  # uint8 (B, 3, S, S)
     boxes: Tensor  # float32 (sum N, 4), crop after crop
     labels: Tensor  # int64 (sum N,)
     nuclei: Tensor  # int32 (B, S, S), the numbers of each crop from 1
@@ -55,8 +56,11 @@ def collate(crops: Sequence[Crop]) -> Batch:
 class TrainingImage:
     """A training image in memory, with its stains, fitted when they are first asked for."""
 
-    def __init__(self, sample: Sample) -> None:
+    def __init__(self, sample: Sample, classes: bool) -> None:
+        """classes: whether its dataset tells classes apart; else those of its nuclei are not known."""
         self.labelled, self.mpp = sample.read(), sample.mpp
+        if not classes:
+            self.labelled = self.labelled._replace(class_index=np.zeros_like(self.labelled.class_index))
         self._stains: dict[str, FittedStain | None] = {}
 
     def stain(self, method: str) -> FittedStain | None:
@@ -80,8 +84,9 @@ class Crops(data.Dataset[Crop]):
         self.sets: list[list[list[TrainingImage]]] = []  # set -> group -> image
         for dataset in datasets:
             groups: dict[str, list[TrainingImage]] = {}
+            classes = dataset.classes != NO_CLASSES
             for sample in dataset.images:
-                groups.setdefault(sample.group, []).append(TrainingImage(sample))
+                groups.setdefault(sample.group, []).append(TrainingImage(sample, classes))
             self.sets.append(list(groups.values()))
         nuclei = [sum(len(image.labelled.class_index) for g in groups for image in g) for groups in self.sets]
         if 0 in nuclei:
@@ -106,9 +111,11 @@ class Crops(data.Dataset[Crop]):
         image = augment.recolour(image, training, rng)
         if training.rescan and rng.random() < training.rescan:
             image = augment.rescan(image, mpp, training, rng)
-        light = torch.from_numpy(image.transpose(2, 0, 1).copy()).float() / 255
-        class_index = crop.class_index if training.by_class else np.ones_like(crop.class_index)
-        return Crop(light, *targets(crop.labels, class_index), torch.from_numpy(regions(crop.labels)))
+        pixels = torch.from_numpy(image.transpose(2, 0, 1).copy())
+        class_index = np.where(crop.class_index, crop.class_index, UNKNOWN)
+        if not training.by_class:
+            class_index = np.ones_like(class_index)
+        return Crop(pixels, *targets(crop.labels, class_index), torch.from_numpy(regions(crop.labels)))
 
     def _cut(self, drawn: TrainingImage, rng: np.random.Generator) -> tuple[LabelledImage, float]:
         """A random square of an image at the crops' size; um of tissue per pixel of it."""
@@ -128,7 +135,7 @@ class Crops(data.Dataset[Crop]):
 def targets(labels: NDArray[np.int32], class_index: NDArray[np.int64]) -> tuple[Tensor, Tensor, Tensor]:
     """Instance map (S, S) -> boxes (N, 4), labels (N,), and the map (S, S) with numbers from 1 to N; N may be 0.
 
-    class_index[i - 1]: class of nucleus i, from 1
+    class_index[i - 1]: class of nucleus i, from 1, or UNKNOWN
     """
     areas = np.bincount(labels.ravel())
     areas[0] = 0

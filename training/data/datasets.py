@@ -2,14 +2,19 @@
 
 A dataset is a folder, or one annotation file with its images near it, in one of `FORMS`. Optional files beside them:
     splits.json    {"train": [id, ...], "test": [...]}; see `named_splits`
-    dataset.json   {"mpp": 0.25 or {id: 0.25}, "classes": ["Tumour", ...], "groups": {id: "bladder"}}; all optional;
-                   each overrides what the source says, and --mpp overrides all
+    dataset.json   {"mpp": 0.25 or {id: 0.25}, "classes": ["Tumour", ...], "groups": {id: "bladder"},
+                    "merge": {"Muscle": "Connective", "Other": null}}; all optional; each overrides what the source says,
+                   and --mpp overrides all; `merge` renames classes, several to one, or to null: a nucleus of no known class
 """
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
 
 from pipeline.errors import AnnotationError
 from slides.slide import BELIEVABLE_MPP
@@ -23,6 +28,7 @@ from training.data.sample import (
     Catalogue,
     Dataset,
     Entry,
+    LabelledImage,
     Metadata,
     Sample,
     read_json_file,
@@ -72,16 +78,37 @@ def read_dataset(data: Path, splits: Sequence[str] = (), mpp: float | None = Non
         raise AnnotationError(
             f"{beside / DATASET_FILE} names '{strange[0]}', which is no image of {data}: need the names of its images"
         )
+    classes, number = _merged(catalogue.classes, metadata.merge, beside)
     images = tuple(
         Sample(
             id_,
             metadata.groups.get(id_, group_of(id_) if entries[id_].group is None else entries[id_].group or ""),
             _scale(entries[id_], metadata, mpp, data),
-            entries[id_].read,
+            partial(_renumbered, entries[id_].read, number) if metadata.merge else entries[id_].read,
         )
         for id_ in _chosen(entries, splits, beside, data)
     )
-    return Dataset(_name(data), images, catalogue.classes, catalogue.skipped)
+    return Dataset(_name(data), images, classes, catalogue.skipped)
+
+
+def _merged(
+    classes: tuple[str, ...], merge: Mapping[str, str | None], beside: Path
+) -> tuple[tuple[str, ...], NDArray[np.int64]]:
+    """The names of classes as `merge` renames them, and the new number, or 0, of each number from 0 on."""
+    if strange := [name for name in merge if name not in classes]:
+        raise AnnotationError(
+            f"{beside / DATASET_FILE} merges '{strange[0]}', which is none of the classes {', '.join(classes)}"
+        )
+    renamed = [merge.get(name, name) for name in classes]
+    names = tuple(dict.fromkeys(name for name in renamed if name is not None))
+    if not names:
+        raise AnnotationError(f"{beside / DATASET_FILE} merges every class into null: need one that is known")
+    return names, np.array([0, *(0 if name is None else 1 + names.index(name) for name in renamed)], np.int64)
+
+
+def _renumbered(read: Callable[[], LabelledImage], number: NDArray[np.int64]) -> LabelledImage:
+    labelled = read()
+    return labelled._replace(class_index=number[labelled.class_index])
 
 
 def read_datasets(data: Sequence[Path], splits: Sequence[str] = (), mpp: Sequence[float] = ()) -> list[Dataset]:
@@ -211,8 +238,8 @@ def _read_metadata(path: Path) -> Metadata:
     if not isinstance(content, dict) or (strange := content.keys() - Metadata._fields):
         what = f"'{min(strange)}'" if isinstance(content, dict) else "no object"
         raise AnnotationError(f"{path} holds {what}: need an object with {', '.join(Metadata._fields)}, all optional")
-    mpp, classes, groups = (
-        content.get(name, empty) for name, empty in (("mpp", {}), ("classes", None), ("groups", {}))
+    mpp, classes, groups, merge = (
+        content.get(name, empty) for name, empty in (("mpp", {}), ("classes", None), ("groups", {}), ("merge", {}))
     )
     mpp = {"": mpp} if isinstance(mpp, int | float) else mpp
     if not isinstance(mpp, dict) or not all(type(v) in (int, float) for v in mpp.values()):
@@ -225,4 +252,6 @@ def _read_metadata(path: Path) -> Metadata:
         raise AnnotationError(f"{path}: classes names one twice: need different names")
     if not isinstance(groups, dict) or not all(isinstance(g, str) for g in groups.values()):
         raise AnnotationError(f"{path}: groups is {groups!r}: need the name of a group for each id")
-    return Metadata({k: float(v) for k, v in mpp.items()}, tuple(classes or ()), groups)
+    if not isinstance(merge, dict) or not all(v is None or (isinstance(v, str) and v) for v in merge.values()):
+        raise AnnotationError(f"{path}: merge is {merge!r}: need a class, or null, for each that has another name")
+    return Metadata({k: float(v) for k, v in mpp.items()}, tuple(classes or ()), groups, merge)

@@ -34,7 +34,7 @@ class LabelledImage(NamedTuple):
 
     image: NDArray[np.uint8]  # (h, w, 3), RGB
     labels: NDArray[np.int32]  # (h, w): 0 background, 1..N, every number one nucleus, in one part or several
-    class_index: NDArray[np.int64]  # (N,): index into the dataset's classes, from 1, of nucleus i + 1
+    class_index: NDArray[np.int64]  # (N,): index into the dataset's classes, from 1, of nucleus i + 1; 0: not known
     contested_px: int = 0  # pixels in several outlines: they belong to the last one
 
 
@@ -66,6 +66,7 @@ class Metadata(NamedTuple):
     mpp: Mapping[str, float]  # by id; "" is for all others
     classes: tuple[str, ...]  # empty: as the source says
     groups: Mapping[str, str]
+    merge: Mapping[str, str | None] = MappingProxyType({})  # other names of classes; None: not known
 
 
 class Entry(NamedTuple):

@@ -33,7 +33,7 @@ app = App(help=__doc__, help_format="plaintext")
 
 def painted(crop: Crop, *, plain: bool) -> NDArray[np.uint8]:
     """The crop's pixels (S, S, 3), with the nuclei's outlines along their inner edge unless `plain`."""
-    pixels: NDArray[np.uint8] = (crop.image * 255).byte().permute(1, 2, 0).numpy().copy()
+    pixels: NDArray[np.uint8] = crop.image.permute(1, 2, 0).numpy().copy()
     numbers = () if plain else range(1, 1 + len(crop.boxes))
     for mask in (crop.nuclei.numpy() == number for number in numbers):
         pixels[mask & ~ndimage.binary_erosion(mask)] = OUTLINE

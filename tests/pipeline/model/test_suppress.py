@@ -29,7 +29,7 @@ def test_it_is_that_of_each_patch_and_level(seed: int, count: int, patches: int,
         counts.append(len(kept))
     given_ = (boxes, scores, patch, level)
     with pytest.MonkeyPatch.context() as patched, PretendedCuda():
-        patched.setattr(suppress, "_BOXES_AT_ONCE", 10 if crowded else 1000)
+        patched.setattr(suppress, "_BOXES_AT_ONCE", 60 if crowded else 1000)
         there = [t.to("cuda") for t in given_] if on_gpu else given_
         keep, sizes = suppress.suppress(*there, patches, iou=0.4)  # type: ignore[misc]
         assert keep.device.type == ("cuda" if on_gpu else "cpu")
