@@ -82,7 +82,8 @@ class Training:
     def __post_init__(self) -> None:
         _check_schedule(self)
         require(
-            self.steps > 0 or self.minutes > 0, f"steps={self.steps}, minutes={self.minutes:g}: need one of both above 0"
+            self.steps > 0 or self.minutes > 0,
+            f"steps={self.steps}, minutes={self.minutes:g}: need one of both above 0",
         )
         require(self.decay >= 0, f"decay={self.decay}: need 0 or more")
         require(0 <= self.strength <= 2, f"strength={self.strength}: need 0 to 2")

@@ -18,6 +18,7 @@ from PIL import Image
 from pipeline.config import Architecture, Detector
 from pipeline.errors import AnnotationError, ConfigError, WeightsError
 from pipeline.model.detector import Limits, NucleusDetector, load_weights, save_weights
+from pipeline.model.losses import UNKNOWN
 from pipeline.model.weights import licence, read_notes
 from training.config import Training
 from training.data.crops import Crops, regions, targets
@@ -135,6 +136,30 @@ def test_it_continues_exactly_and_shows_what_it_does(data: Path, tmp_path: Path)
     assert all(torch.equal(first[k], again[k]) for k in first)
 
 
+def test_the_clock_can_be_the_schedule(data: Path, tmp_path: Path) -> None:
+    """Without a number of steps it trains until the minutes are over, and the learning rate falls with them."""
+    images, said = read_dataset(data, [], 0.25), list[str]()
+    settings = dataclasses.replace(QUICK, steps=0, minutes=0.02, save_every=1000)
+    fit([images], tmp_path, settings, TINY, say=said.append)
+    assert 1 <= json.loads((tmp_path / "checkpoint" / "state.json").read_text())["step"] < 1000
+    assert said[-1].startswith("stopped at step ")
+    rates = [learning_rate(9, settings, 60 * 0.02 * done) for done in (0, 0.5, 1, 2)]
+    assert rates == pytest.approx([2e-3, 2e-3 * 0.505, 2e-5, 2e-5])
+    with pytest.raises(ConfigError, match="steps=0, minutes=0: need one of both above 0"):
+        dataclasses.replace(QUICK, steps=0)
+
+
+def test_a_detector_begins_as_one_of_another_scale(data: Path, tmp_path: Path) -> None:
+    one = fit([read_dataset(data, [], 0.25)], tmp_path, dataclasses.replace(QUICK, steps=1), TINY, say=silent)
+    coarse = dataclasses.replace(TINY, mpp=0.5, anchors=((6,), (12,), (24,), (48,)))
+    initial, before = initial_model(str(one), coarse), load_weights(one).state_dict()
+    assert initial.architecture == coarse
+    assert all(torch.equal(initial.state_dict()[name], value) for name, value in before.items())
+    more = dataclasses.replace(TINY, anchors=((6, 9), (12, 18), (24, 36), (48, 72)))
+    with pytest.raises(WeightsError, match=r"has anchors .*: need --architecture\.anchors as the file has it"):
+        initial_model(str(one), more)
+
+
 def test_a_damaged_checkpoint_is_named(data: Path, tmp_path: Path) -> None:
     images = read_dataset(data, [], 0.25)
     settings = dataclasses.replace(QUICK, steps=2)
@@ -244,9 +269,17 @@ def test_classes_are_learnt_when_asked_for(data: Path, tmp_path: Path) -> None:
     for ours, theirs in zip(*seen, strict=True):
         torch.testing.assert_close(ours, theirs)
     with pytest.raises(ConfigError, match="different classes"):
-        fit([two, images], tmp_path / "both", settings, TINY, say=silent)
+        fit([two, two._replace(classes=("Round",))], tmp_path / "both", settings, TINY, say=silent)
     crops = Crops([two], 96, 0.25, settings)
     assert set(torch.cat([crops[i].labels for i in range(4)]).tolist()) == {1, 2}
+    # beside a set that does not tell them apart
+    mixed = load_weights(fit([images, two], tmp_path / "mixed", settings, TINY, say=silent))
+    assert mixed.architecture.classes == ("Round", "Other")
+    assert set(torch.cat([Crops([images, two], 96, 0.25, settings)[i].labels for i in range(12)]).tolist()) == {
+        1,
+        2,
+        UNKNOWN,
+    }
 
 
 def test_the_mean_of_weights_is_that_of_their_tensors(tmp_path: Path) -> None:

@@ -3,8 +3,9 @@
 A dataset is a folder, or one annotation file with its images near it, in one of `FORMS`. Optional files beside them:
     splits.json    {"train": [id, ...], "test": [...]}; see `named_splits`
     dataset.json   {"mpp": 0.25 or {id: 0.25}, "classes": ["Tumour", ...], "groups": {id: "bladder"},
-                    "merge": {"Muscle": "Connective", "Other": null}}; all optional; each overrides what the source says,
-                   and --mpp overrides all; `merge` renames classes, several to one, or to null: a nucleus of no known class
+                    "merge": {"Muscle": "Connective", "Other": null}}; all optional;
+                   each overrides what the source says, and --mpp overrides all. `merge` gives classes other names,
+                   several one name, or none (null): the class of such a nucleus is not known
 """
 
 import re

@@ -11,7 +11,19 @@ from torchvision.ops import roi_align
 
 from pipeline.config import Architecture
 from pipeline.model.detector import NucleusDetector
-from pipeline.model.losses import Sampled, Targets, box_losses, mask_targets, proposal_losses, sample_proposals
+from pipeline.model.losses import (
+    UNKNOWN,
+    Sampled,
+    Targets,
+    box_losses,
+    classification_loss,
+    likely_labels,
+    mask_targets,
+    match_anchors,
+    proposal_losses,
+    sample_proposals,
+)
+from pretend_cuda import PretendedCuda
 
 SIDE, SHAPES = 160, ((40, 40), (20, 20), (10, 10), (5, 5))
 MODEL = NucleusDetector(
@@ -47,6 +59,38 @@ def test_losses_of_the_proposals_are_torchvisions(counts: tuple[int, ...]) -> No
     losses = proposal_losses(rpn, logits, deltas, grids, nuclei)
     assert losses["loss_objectness"] == expected[0]
     assert losses["loss_rpn_box_reg"] == expected[1]
+
+
+@given(st.integers(0, 2**31), st.lists(st.integers(0, 20), min_size=1, max_size=4))
+@settings(max_examples=8, deadline=None)
+def test_anchors_are_matched_alike_on_a_gpu(seed: int, counts: list[int]) -> None:
+    """Law: of images together, padded to the most nuclei, and one by one."""
+    torch.manual_seed(seed)
+    rpn, nuclei = MODEL.rpn, [boxes(count) for count in counts]
+    grids = []
+    for shapes, (height, width) in zip(rpn.anchor_generator.cell_anchors, SHAPES, strict=True):
+        y, x = (torch.arange(n) * (SIDE // height) for n in (height, width))
+        corner = torch.stack([x.expand(height, -1), y[:, None].expand(-1, width)], -1)
+        grids.append(shapes + corner.repeat(1, 1, 2)[:, :, None])
+    expected = match_anchors(nuclei, grids, rpn.proposal_matcher)
+    with PretendedCuda():
+        there = match_anchors([n.to("cuda") for n in nuclei], [g.to("cuda") for g in grids], rpn.proposal_matcher)
+        assert there.device.type == "cuda"
+        assert there.tolist() == expected.tolist()
+
+
+@given(st.integers(0, 2**31), st.integers(1, 40), st.integers(1, 5))
+@settings(max_examples=25, deadline=None)
+def test_a_nucleus_of_unknown_class_may_be_of_any(seed: int, count: int, classes: int) -> None:
+    """Laws: known classes have the cross entropy; of an unknown one, the probabilities of all classes are added."""
+    torch.manual_seed(seed)
+    logits, labels = torch.randn(count, 1 + classes), torch.randint(0, 1 + classes, (count,))
+    torch.testing.assert_close(classification_loss(logits, labels), torch.nn.functional.cross_entropy(logits, labels))
+    unknown = torch.full_like(labels, UNKNOWN)
+    expected = -logits.softmax(1)[:, 1:].sum(1).log().mean()
+    torch.testing.assert_close(classification_loss(logits, unknown), expected, rtol=1e-4, atol=1e-6)
+    assert torch.equal(likely_labels(logits, labels), labels)
+    assert torch.equal(likely_labels(logits, unknown), 1 + logits[:, 1:].argmax(1))
 
 
 @pytest.mark.parametrize("counts", [(3, 40), (5, 0), (0, 0)])

@@ -161,9 +161,29 @@ def test_dataset_json_has_the_last_word(tmp_path: Path) -> None:
         read_dataset(tmp_path, mpp=9)
 
 
+def test_dataset_json_merges_classes(tmp_path: Path) -> None:
+    """Several to one, and to none that is known."""
+    (tmp_path / "classes").mkdir()
+    labels = np.array([[1, 2], [3, 4]])
+    put(tmp_path, "x", labels.astype(np.uint16))
+    Image.fromarray(labels.astype(np.uint8)).save(tmp_path / "classes" / "x.png")
+    metadata: dict[str, object] = {"mpp": 0.25, "classes": ["Other", "Muscle", "Tumour", "Fibroblast"]}
+    metadata["merge"] = {"Other": None, "Muscle": "Connective", "Fibroblast": "Connective"}
+    (tmp_path / "dataset.json").write_text(json.dumps(metadata))
+    found = read_dataset(tmp_path)
+    assert found.classes == ("Connective", "Tumour")
+    assert found.images[0].read().class_index.tolist() == [0, 1, 2, 1]
+    for merge, message in (({"Glia": "x"}, "merges 'Glia', which is none of"), (dict.fromkeys("abc"), "merges 'a'")):
+        (tmp_path / "dataset.json").write_text(json.dumps({**metadata, "merge": merge}))
+        with pytest.raises(AnnotationError, match=message):
+            read_dataset(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
+        ('{"merge": {"Nucleus": 3}}', "merge is {'Nucleus': 3}: need a class, or null"),
+        ('{"merge": {"Nucleus": null}}', "merges every class into null"),
         ('{"mmp": 0.25}', "holds 'mmp': need an object with mpp, classes, groups"),
         ("[]", "holds no object"),
         ('{"mpp": "fine"}', "mpp is 'fine': need a number"),
