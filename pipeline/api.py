@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.config import Execution, Export, Regions, Settings, build, require
+from pipeline.config import Architecture, Execution, Export, Regions, Settings, build, require
 from pipeline.errors import RunError
 
 if TYPE_CHECKING:
@@ -51,15 +51,20 @@ def plan(
 def speed(settings: Settings, seconds_per_mm2: float | None = None) -> float:
     """Seconds for 1 mm2 of tissue in one view on the device of `settings`.
 
-    That is `seconds_per_mm2` where it is given, else what was measured for a CPU; NaN for a GPU, for which nothing
-    has been measured. Raises ConfigError for a device that is not there, and for a speed that is not above 0.
+    That is `seconds_per_mm2` where it is given, else what was measured for a CPU, in proportion to the pixels that the
+    weights take; NaN for a GPU, for which nothing has been measured. Raises ConfigError for a device that is not there,
+    and for a speed that is not above 0; WeightsError.
     """
     from pipeline.model.device import count_gpus, device_kind
+    from pipeline.model.weights import detector_architecture, find_weights
 
     if seconds_per_mm2 is not None:
         require(0 < seconds_per_mm2 < float("inf"), f"seconds-per-mm2={seconds_per_mm2}: need more than 0")
         return seconds_per_mm2
-    return CPU_SECONDS_PER_MM2 if device_kind(settings.detector.device, count_gpus()) == "cpu" else float("nan")
+    if device_kind(settings.detector.device, count_gpus()) != "cpu":
+        return float("nan")
+    taken, measured = detector_architecture(find_weights(settings.detector.weights)), Architecture()
+    return CPU_SECONDS_PER_MM2 * (taken.upscale / taken.mpp * measured.mpp / measured.upscale) ** 2
 
 
 def export(

@@ -94,8 +94,8 @@ class Tissue:
 class Tiling:
     """The grid of tiles, in work pixels. `plan_slide` checks the margin against nuclei and views."""
 
-    mpp: float = 0.25
-    "Working scale, micrometres per pixel: every slide is resampled to it. It must be the weights' own."
+    mpp: float = 0.0
+    "Working scale, micrometres per pixel: every slide is resampled to it; 0: that of the weights, which it must be near."
     tile: int = 1280
     "Side of a tile with its border, px at the working scale."
     margin: int = 128
@@ -104,7 +104,7 @@ class Tiling:
     "Blocks of this many by this many tiles are stored, scheduled and resumed together."
 
     def __post_init__(self) -> None:
-        require(0.05 <= self.mpp <= 5, f"mpp={self.mpp}: need 0.05 to 5 um per pixel")
+        require(self.mpp == 0 or 0.05 <= self.mpp <= 5, f"mpp={self.mpp}: need 0.05 to 5 um per pixel, or 0")
         require(
             self.tile % side_step() == 0 and self.tile > 0,
             f"tile={self.tile}: need a positive multiple of {side_step()}",

@@ -76,7 +76,7 @@ def paint(path: Path, seed: int) -> int:
 def chosen(tile: int = 128, margin: int = 20, block: int = 2) -> Settings:
     return Settings(
         tissue=Tissue(everywhere=True),
-        tiling=Tiling(tile=tile, margin=margin, block=block),
+        tiling=Tiling(mpp=0.25, tile=tile, margin=margin, block=block),
         stitching=Stitching(max_diameter_um=2 * RADIUS * 0.25, simplify_px=0.0),
     )
 

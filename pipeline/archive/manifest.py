@@ -15,7 +15,14 @@ from pipeline import files
 from pipeline.config import CONTEXT_PX, STRIDES, Architecture, Settings, Stain, Tiling, grid_step
 from pipeline.errors import RunError
 from pipeline.layout import LEASE, RunFolder
-from pipeline.model.weights import check_content, detector_architecture, find_weights, read_notes, stain_files
+from pipeline.model.weights import (
+    at_working_scale,
+    check_content,
+    detector_architecture,
+    find_weights,
+    read_notes,
+    stain_files,
+)
 
 VERSIONED = (
     "nightslide",
@@ -36,12 +43,12 @@ def versions() -> dict[str, str]:
 
 
 def resolve(settings: Settings) -> Settings:
-    """The same settings, with the path and the checksum of every file that they name.
+    """The same settings, with the path and the checksum of every file that they name, and the working scale.
 
     Raises WeightsError, RunError where they cannot work together, and WeightsError for a file whose checksum is not the
     one that the settings state already.
     """
-    weights = find_weights(settings.detector.weights)
+    weights, settings = find_weights(settings.detector.weights), at_working_scale(settings)
     _check_fit(settings.tiling, detector_architecture(weights), weights.name)
     detector, stain = settings.detector, settings.stain
     detector = dataclasses.replace(

@@ -4,6 +4,7 @@ Nothing is unpickled. A network is built from the architecture in its file; a fi
 raises WeightsError.
 """
 
+import dataclasses
 import functools
 import json
 from importlib import resources
@@ -12,7 +13,7 @@ from typing import TypeVar
 
 import safetensors
 
-from pipeline.config import Architecture, Stain, build
+from pipeline.config import Architecture, Settings, Stain, build
 from pipeline.errors import WeightsError
 from pipeline.files import file_sha256
 from slides.errors import SlideNotFound
@@ -38,6 +39,14 @@ def find_weights(name: str) -> Path:
             f"no weights '{name}': need a .safetensors file or one of the shipped names ({', '.join(shipped())})"
         )
     return path
+
+
+def at_working_scale(settings: Settings) -> Settings:
+    """The settings with the working scale of their weights, where they state none. Raises WeightsError."""
+    if settings.tiling.mpp:
+        return settings
+    architecture = detector_architecture(find_weights(settings.detector.weights))
+    return dataclasses.replace(settings, tiling=dataclasses.replace(settings.tiling, mpp=architecture.mpp))
 
 
 def stain_files(settings: Stain) -> dict[str, Path]:

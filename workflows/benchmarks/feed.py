@@ -30,7 +30,7 @@ from PIL import Image
 
 import pipeline
 from pipeline.archive import run as archive_run
-from pipeline.config import Execution, Settings, Tissue
+from pipeline.config import Architecture, Execution, Settings, Tissue
 from pipeline.model.fitted_stain import UNCHANGED, Normalisation
 from pipeline.model.instances import HostInstances, Instances, Patches, select
 from pipeline.segment import stages, tables
@@ -67,7 +67,7 @@ def main() -> None:
 def square(slide: Slide, mpp: float) -> NDArray[np.uint8]:
     """The darkest square of the slide that is as large as the core of a tile: uint8 (side, side, 3)."""
     stride = Settings().tiling.tile - 2 * Settings().tiling.margin
-    frame = slide.frame(Settings().tiling.mpp)
+    frame = slide.frame(Architecture().mpp)
     corners = [
         (x, y)
         for y in range(0, frame.size.height - stride + 1, stride // 4)

@@ -64,7 +64,7 @@ def cut(given: argparse.Namespace, count: int) -> NDArray[np.uint8]:
 
 def settings(given: argparse.Namespace, **detection: Any) -> Settings:
     detector = Detector(**{"device": given.device, **detection})
-    return Settings(tiling=Tiling(tile=given.tile), detector=detector)
+    return Settings(tiling=Tiling(mpp=0.25, tile=given.tile), detector=detector)
 
 
 def detect(patches: NDArray[np.uint8], chosen: Settings) -> list[HostInstances]:

@@ -103,7 +103,7 @@ def main() -> None:
     keep_freed_memory()  # before there are threads, as in a worker
     keep_few_prepared_layers()
     settings = dataclasses.replace(
-        Settings(), tiling=Tiling(tile=given.tile), detector=Detector(device="cpu", views=given.views)
+        Settings(), tiling=Tiling(mpp=0.25, tile=given.tile), detector=Detector(device="cpu", views=given.views)
     )
     with open_slide(given.slide) as slide:
         plan = plan_slide(slide, settings)

@@ -61,7 +61,7 @@ def red_squares(patches: Patches, normalisation: Normalisation, settings: Settin
 
 
 def segment(slide: Path, out: Path, artefacts: Artefacts, tile: int = 512) -> tuple[SlideRecord, SlideFolder]:
-    settings = Settings(tissue=Tissue(artefacts=artefacts), tiling=Tiling(tile=tile, margin=64, block=2))
+    settings = Settings(tissue=Tissue(artefacts=artefacts), tiling=Tiling(mpp=0.25, tile=tile, margin=64, block=2))
     execution = Execution(cluster=False)
     (record,) = run([slide], out, settings, execution, mpp=0.25, detect=red_squares, say=lambda line: None)
     assert record.status == "done", record.cause

@@ -4,10 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.archive.manifest import check_seams
+from pipeline.api import CPU_SECONDS_PER_MM2, speed
+from pipeline.archive.manifest import check_seams, resolve
 from pipeline.archive.run import run
-from pipeline.config import Execution, Settings, Tiling
+from pipeline.config import Architecture, Detector, Execution, Settings, Tiling
 from pipeline.errors import RunError
+from pipeline.model.detector import NucleusDetector, save_weights
 
 
 @pytest.mark.parametrize(
@@ -39,3 +41,17 @@ def test_a_margin_too_small_for_the_detector_is_said() -> None:
 
 def test_the_default_tiling_needs_no_warning() -> None:
     assert check_seams(Settings()) == ()
+
+
+def test_the_weights_set_the_working_scale(tmp_path: Path) -> None:
+    """Unless a scale is given, which must be near theirs. The estimated time follows it."""
+    assert resolve(Settings()).tiling.mpp == 0.25
+    coarse = Architecture(mpp=0.5, channels=8, box_hidden=8, mask_channels=8, backbone="test_efficientnet")
+    save_weights(NucleusDetector(coarse), tmp_path / "coarse.safetensors", {})
+    detector = Detector(weights=str(tmp_path / "coarse.safetensors"), device="cpu")
+    assert resolve(Settings(detector=detector)).tiling == Tiling(mpp=0.5)
+    assert resolve(Settings(tiling=Tiling(mpp=0.48), detector=detector)).tiling.mpp == 0.48
+    with pytest.raises(RunError, match=r"tiling\.mpp=0\.25, but coarse\.safetensors was trained at 0\.5"):
+        resolve(Settings(tiling=Tiling(mpp=0.25), detector=detector))
+    assert speed(Settings(detector=Detector(device="cpu"))) == CPU_SECONDS_PER_MM2
+    assert speed(Settings(detector=detector)) == CPU_SECONDS_PER_MM2 / 4

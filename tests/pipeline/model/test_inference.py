@@ -26,7 +26,7 @@ NO_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 
 
 
 def chosen(batch: int = 1) -> Settings:
-    return Settings(tiling=Tiling(tile=SIDE, margin=MARGIN), detector=Detector(batch=batch, score=0.1))
+    return Settings(tiling=Tiling(mpp=0.25, tile=SIDE, margin=MARGIN), detector=Detector(batch=batch, score=0.1))
 
 
 def painted(squares: list[tuple[int, int]], weight: int = 0) -> np.ndarray:

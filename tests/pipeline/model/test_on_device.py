@@ -81,7 +81,7 @@ def patches() -> list[np.ndarray]:
 
 def chosen(device: str, method: Any = "none", **detection: Any) -> Settings:
     detector = Detector(**{"device": device, "precision": "float32", **detection})
-    return Settings(tiling=Tiling(tile=SIDE, margin=32), stain=Stain(method=method), detector=detector)
+    return Settings(tiling=Tiling(mpp=0.25, tile=SIDE, margin=32), stain=Stain(method=method), detector=detector)
 
 
 def normalisation(method: str) -> Normalisation:

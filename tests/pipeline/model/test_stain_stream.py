@@ -41,7 +41,7 @@ def picture(path: Path, seed: int, side: int = 300) -> Path:
 def chosen(**staining: Any) -> Settings:
     return Settings(
         tissue=Tissue(everywhere=True),
-        tiling=Tiling(tile=256, margin=64, block=1),
+        tiling=Tiling(mpp=0.25, tile=256, margin=64, block=1),
         stain=Stain(patches=8, **staining),
         stitching=Stitching(max_diameter_um=10),
     )

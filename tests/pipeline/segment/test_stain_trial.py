@@ -30,7 +30,7 @@ from slides.slide import GivenScale, open_slide
 def chosen(method: Any = "auto", tile: int = 256) -> Settings:
     return Settings(
         tissue=Tissue(everywhere=True),
-        tiling=Tiling(tile=tile, margin=64, block=1),
+        tiling=Tiling(mpp=0.25, tile=tile, margin=64, block=1),
         stain=Stain(method=method, patches=8),
         stitching=Stitching(max_diameter_um=10),
     )
