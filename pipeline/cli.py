@@ -269,9 +269,13 @@ def export(folder: Path, *, settings: Annotated[Export, Parameter(name="*", grou
         The --out folder of a run, or the folder of one slide in it.
     """
     from pipeline.api import export_files
+    from pipeline.layout import RunFolder
+    from pipeline.segment.finished import unnoted_exports
 
     for path, exported in export_files(folder, settings):
         print(f"{path}: {exported}")
+    for problem in filter(None, map(unnoted_exports, RunFolder(folder).with_nuclei())):
+        print(f"WARNING: {problem}", file=sys.stderr)
     return 0
 
 

@@ -150,6 +150,13 @@ def _read_whole(folder: SlideFolder) -> dict[str, Any] | None:
     return content if content is not None and files.fits_checksum(content) else None
 
 
+def unnoted_exports(folder: SlideFolder) -> str:
+    """Why slide.json does not note the exports that `rewrite_exports` makes, and the remedy; empty where it does."""
+    if _read_whole(folder) is not None or not folder.slide_json.exists():
+        return ""
+    return f"{folder.slide_json} is damaged, so it does not note the exports: {_remedy(folder.slide_json.name)}"
+
+
 def damaged_results(folder: SlideFolder, content: Mapping[str, Any], *, thorough: bool) -> Iterator[str]:
     """What is wrong with the results of a finished slide, a line each, with the remedy.
 

@@ -168,6 +168,9 @@ def test_every_bit_of_a_slide_json_counts(out: Path, capsys: pytest.CaptureFixtu
     assert segment(out) == ["failed", "done before"]
     assert list(export_files(out / "a", SETTINGS.export))
     assert said(capsys, out)[0] == 1, "an export does not make damage valid"
+    with pytest.raises(SystemExit, match="0"):
+        main(["export", str(out)])
+    assert f"WARNING: {file} is damaged, so it does not note the exports: put the file back" in capsys.readouterr().err
     file.write_bytes(whole)
     assert segment(out) == ["done before"] * 2
     assert said(capsys, out)[0] == 0
