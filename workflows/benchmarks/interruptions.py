@@ -8,8 +8,9 @@ zeroed or has a bit flipped. Then the same command runs again. It must give the 
 result that is damaged in one line, or `nightslide verify` must name it where its size is unchanged or it is a picture;
 in both cases --overwrite must give those bytes.
 
-With --power-cuts (as root, on Linux) the output folder lies on an ext4 file system in a file, which is copied while the
-run goes on: the copy is a disk after a power cut. It is mounted, and the same command runs there.
+With --power-cuts (as root, on Linux) the output folder lies on an ext4 file system in a file, which is copied at a
+random moment: the copy is a disk after a power cut. It is mounted, and the same command runs there. The run is suspended
+for the copy, which takes a while: else its beginning would be of an earlier moment than its end, which no disk's is.
 
 Exit status 1 if any trial failed; its folder stays.
 """
@@ -23,6 +24,7 @@ import multiprocessing
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -86,6 +88,21 @@ def finish(process: BaseProcess) -> int | None:
     status = process.exitcode
     kill(process)
     return status
+
+
+def suspend(process: BaseProcess) -> None:
+    """Stop every thread, once the kernel has done what it was asked for; nothing for a process that has ended."""
+    assert process.pid is not None
+    tasks, since = Path(f"/proc/{process.pid}/task"), time.monotonic()
+    with contextlib.suppress(OSError):  # it has ended
+        os.kill(process.pid, signal.SIGSTOP)
+        while any(_state(task) not in "TtZX" for task in tasks.iterdir()) and time.monotonic() - since < PATIENCE_S:
+            time.sleep(0.001)
+
+
+def _state(task: Path) -> str:
+    """A letter, as proc(5) has it."""
+    return (task / "stat").read_text(encoding="utf-8").rpartition(") ")[2][0]
 
 
 def kill(process: BaseProcess) -> None:
@@ -165,6 +182,7 @@ def without_power(slide: Path, image: Path, longest_s: float, rng: random.Random
     with mounted(image, image.with_name("live")) as disk:
         process = start(slide, disk / "out")
         time.sleep(rng.uniform(0, longest_s))
+        suspend(process)
         shutil.copyfile(image, after)
         kill(process)
     return after
