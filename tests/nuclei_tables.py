@@ -29,6 +29,7 @@ def write(path: Path, shapes: np.ndarray, seed: int = 0, provenance: tables.Prov
             score=rng.random(count),
             votes=rng.integers(1, 9, count),
             stains=rng.random((count, len(tables.STAINS))),
+            class_score=rng.random(count),
         )
     return path
 

@@ -41,6 +41,7 @@ def detect(patches: Patches, normalisation: Normalisation, settings: Settings) -
             masks,
             (0.5 + ids % 97 / 200).astype(np.float32),
             np.zeros(len(ids), np.int64),
+            np.ones(len(ids), np.float32),
             np.ones(len(ids), np.int64),
             np.zeros((len(ids), 2, 5), np.float32),
             False,

@@ -44,6 +44,7 @@ def one_square(patches: Patches, normalisation: Normalisation, settings: Setting
             np.ones((1, 28, 28), np.float32),
             np.array([0.9], np.float32),
             np.zeros(1, np.int64),
+            np.ones(1, np.float32),
             np.ones(1, np.int64),
             np.zeros((1, 2, len(STATISTICS)), np.float32),
             False,

@@ -86,6 +86,7 @@ class Candidates(NamedTuple):
     boxes: Tensor  # float32 (N, 4)
     scores: Tensor  # float32 (N,)
     class_index: Tensor  # int64 (N,), from 0
+    class_scores: Tensor  # float32 (N,), the probability of the class for what is a nucleus
     saturated: bool  # a limit was reached: nuclei may be missing
 
 
@@ -182,25 +183,28 @@ class NucleusDetector(nn.Module):
         """Proposals -> boxes with class and score, after class-agnostic NMS, in patch px.
 
         The score is the probability of being a nucleus, of whatever class: doubt between two classes does not lower it.
+        The score of the class is its share in that probability.
         """
         heads = self.roi_heads
         rois, image = flatten_boxes(proposals)
         logits, deltas = heads.box_predictor(heads.box_head(heads.box_roi_pool(features.table, rois, image)))
         classes = logits.softmax(-1)  # (P, 1 + K)
-        scores, class_index = classes[:, 1:].sum(1), classes[:, 1:].argmax(1)
+        scores, (best, class_index) = classes[:, 1:].sum(1), classes[:, 1:].max(1)
+        class_scores = best / scores.clamp(min=torch.finfo(scores.dtype).tiny)
         deltas = _of_class(deltas.view(*logits.shape, 4), class_index)  # (P, 4)
         boxes = clip_boxes_to_image(_decode(deltas, rois, heads.box_coder), features.size)
         shorter = (boxes[:, 2:] - boxes[:, :2]).amin(1)
         likely = torch.where((scores >= limits.score) & (shorter >= _LEAST_SIDE_PX))[0]
-        boxes, scores, class_index, image = boxes[likely], scores[likely], class_index[likely], image[likely]
+        boxes, scores, class_index, class_scores, image = (
+            column[likely] for column in (boxes, scores, class_index, class_scores, image)
+        )
         keep, counts = suppress(boxes, scores, image, torch.zeros_like(class_index), len(proposals), iou=limits.nms)
         boxes = boxes[keep] / self.architecture.upscale
-        columns = (c.split(counts) for c in (boxes, scores[keep], class_index[keep]))
+        columns = (c.split(counts) for c in (boxes, scores[keep], class_index[keep], class_scores[keep]))
+        most = limits.instances
         return [
-            Candidates(
-                b[: limits.instances], s[: limits.instances], c[: limits.instances], _saturated(len(b), len(p), limits)
-            )
-            for b, s, c, p in zip(*columns, proposals, strict=True)
+            Candidates(b[:most], s[:most], c[:most], p[:most], _saturated(len(b), len(offered), limits))
+            for b, s, c, p, offered in zip(*columns, proposals, strict=True)
         ]
 
     def masks(self, features: Pyramid, boxes: list[Tensor], class_index: list[Tensor]) -> Tensor:

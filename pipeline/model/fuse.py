@@ -28,6 +28,7 @@ class Fused(NamedTuple):
     boxes: Tensor  # float32 (N, 4)
     scores: Tensor  # float32 (N,): the mean over all views, where one that did not detect it counts 0
     class_index: Tensor  # int64 (N,)
+    class_scores: Tensor  # float32 (N,): the mean over the views that detected it; one that gave another class counts 0
     votes: Tensor  # int64 (N,): how many views detected it
 
 
@@ -46,12 +47,15 @@ def fuse(patches: Sequence[Sequence[Candidates]], limits: Limits, classes: int) 
     if views == 1:
         once = torch.ones_like(torch.cat([c.class_index for (c,) in patches]))
         votes = once.split([len(c.boxes) for (c,) in patches])
-        return [Fused(c.boxes, c.scores, c.class_index, v) for (c,), v in zip(patches, votes, strict=True)]
+        return [
+            Fused(c.boxes, c.scores, c.class_index, c.class_scores, v) for (c,), v in zip(patches, votes, strict=True)
+        ]
     rows = [candidates for patch in patches for candidates in patch]
     every, number = flatten_boxes([c.boxes for c in rows])  # number: of the patch and the view
     score, class_ = torch.cat([c.scores for c in rows]), torch.cat([c.class_index for c in rows])
-    order = _canonical(every, score, class_, number // views)
-    every, score, class_, number = every[order], score[order], class_[order], number[order]
+    class_score = torch.cat([c.class_scores for c in rows])
+    order = _canonical(every, score, class_, class_score, number // views)
+    every, score, class_, class_score, number = (c[order] for c in (every, score, class_, class_score, number))
     patch = number // views
     leaders, sizes = suppress(every, score, patch, torch.zeros_like(class_), len(patches), iou=limits.nms)
     leaders = leaders.sort().values  # canonical order is falling score
@@ -64,24 +68,27 @@ def fuse(patches: Sequence[Sequence[Candidates]], limits: Limits, classes: int) 
     total = weight.sum(1)
     lead = every[leaders].double()
     offset = every[members].double() - lead[:, None]  # (L, V, 4); exactly 0 for a box equal to its leader
+    chosen = (F.one_hot(class_[members], classes) * weight[..., None]).sum(1).argmax(1)
+    certain = (class_score[members] * weight * (class_[members] == chosen[:, None])).sum(1)
     fused = Fused(
         (lead + (offset * weight[..., None]).sum(1) / total.clamp(min=1e-12)[:, None]).to(every.dtype),
         (total / views).to(score.dtype),
-        (F.one_hot(class_[members], classes) * weight[..., None]).sum(1).argmax(1),
+        chosen,
+        (certain / total.clamp(min=1e-12)).to(score.dtype),
         detected.sum(1),
     )
     enough = torch.where(fused.scores >= limits.score)[0]
     fused, patch = select(fused, enough), patch[leaders][enough]
-    fused = select(fused, _canonical(fused.boxes, fused.scores, fused.class_index, patch))
+    fused = select(fused, _canonical(*fused[:4], patch))
     sizes = counts(patch, len(patches))
     columns = (column.split(sizes) for column in fused)
     return [Fused(*of_patch) for of_patch in zip(*columns, strict=True)]
 
 
-def _canonical(boxes: Tensor, scores: Tensor, class_index: Tensor, patch: Tensor) -> Tensor:
+def _canonical(boxes: Tensor, scores: Tensor, class_index: Tensor, class_scores: Tensor, patch: Tensor) -> Tensor:
     """Indices by patch, falling score, then coordinates and class: the same order whatever the order of the input."""
     order = torch.arange(len(boxes), device=boxes.device)
-    for key in (class_index, boxes[:, 3], boxes[:, 2], boxes[:, 1], boxes[:, 0], -scores, patch):
+    for key in (class_scores, class_index, boxes[:, 3], boxes[:, 2], boxes[:, 1], boxes[:, 0], -scores, patch):
         order = order[key[order].argsort(stable=True)]
     return order
 
@@ -156,6 +163,7 @@ def infer(
             mask_probs=mask_probs,
             scores=f.scores,
             class_index=f.class_index,
+            class_scores=f.class_scores,
             votes=f.votes,
             stain_density=density,
             saturated=any(c.saturated for c in patch),

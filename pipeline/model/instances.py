@@ -27,6 +27,7 @@ class Instances(NamedTuple, Generic[A]):
     mask_probs: A  # float32 (N, M, M), 0..1: the grid spans the box
     scores: A  # float32 (N,), the mean over the views
     class_index: A  # int64 (N,), from 0
+    class_scores: A  # float32 (N,), the probability of that class for what is a nucleus; 1 where there is one class
     votes: A  # int64 (N,): how many views detected it
     stain_density: A  # float32 (N, 2, 5): haematoxylin and eosin, log10, where the mask exceeds a half; `STATISTICS`
     saturated: bool = False  # a limit was reached even in quarters: nuclei may be missing
@@ -73,6 +74,7 @@ def empty(mask_size: int) -> HostInstances:
         mask_probs=np.zeros((0, mask_size, mask_size), np.float32),
         scores=np.zeros(0, np.float32),
         class_index=np.zeros(0, np.int64),
+        class_scores=np.zeros(0, np.float32),
         votes=np.zeros(0, np.int64),
         stain_density=np.zeros((0, 2, len(STATISTICS)), np.float32),
     )

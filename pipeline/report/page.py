@@ -3,7 +3,7 @@
 import html
 import re
 import shlex
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from importlib import resources
@@ -16,7 +16,7 @@ from pipeline import files
 from pipeline.layout import RunFolder
 from pipeline.report import charts
 from pipeline.report.regions import region_table
-from pipeline.report.results import FEWEST_SLIDES, OUTLIER_Z, SlideResult, read_results
+from pipeline.report.results import FEWEST_SLIDES, OUTLIER_Z, SlideResult, class_shares, read_results
 from pipeline.report.table import linked, slide_table
 from pipeline.segment.record import ARTEFACT_AREAS, DETECTING, WAITS, StageRecord, device_use
 from pipeline.segment.stages import STAGES
@@ -40,6 +40,7 @@ def write_report(folder: RunFolder, rows: Sequence[Mapping[str, Any]]) -> Path:
         _viewer(folder),
         _numbers(slides),
         _detector_use(slides),
+        _classes(slides),
         _failures(slides),
         f'<section class="plots">{_seams(slides)}{_stages(slides)}{_spread(slides)}</section>',
         slide_table(slides),
@@ -114,6 +115,12 @@ def _numbers(slides: Sequence[SlideResult]) -> str:
     ]
     items = (f'<li><b class="{kind}">{value}</b><span>{words}</span></li>' for value, words, kind in figures)
     return f'<ul class="figures">{"".join(items)}</ul>'
+
+
+def _classes(slides: Sequence[SlideResult]) -> str:
+    """The share of each class in the nuclei of all slides."""
+    shares = class_shares(sum((Counter(s.classes) for s in slides), Counter()))
+    return f'<p class="soft">Classes of the nuclei: {html.escape(shares)}.</p>' if shares else ""
 
 
 def _detector_use(slides: Sequence[SlideResult]) -> str:

@@ -73,6 +73,11 @@ class SlideResult:
         return self.number("nuclei") / area if self.state == "done" and area else np.nan
 
     @property
+    def classes(self) -> Mapping[str, int]:
+        """How many of its nuclei are of each class; empty where that is not known."""
+        return {str(name): int(count) for name, count in (self.summary or {}).get("classes", {}).items()}
+
+    @property
     def median_area(self) -> float:
         """Of its nuclei, in um2; NaN where that is not known."""
         quantiles = self.summary["area_um2"]["quantiles"] if self.summary else []
@@ -81,6 +86,13 @@ class SlideResult:
     def number(self, name: str) -> float:
         """A number of the row; 0 where it has none."""
         return float(self.row.get(name) or 0)
+
+
+def class_shares(classes: Mapping[str, int]) -> str:
+    """The classes with their shares, the most frequent first; empty where all nuclei are of one."""
+    total = sum(classes.values())
+    ordered = sorted(classes.items(), key=lambda item: (-item[1], item[0]))
+    return ", ".join(f"{name} {count / total:.1%}" for name, count in ordered) if len(ordered) > 1 else ""
 
 
 def read_results(run: RunFolder, rows: Sequence[Mapping[str, Any]]) -> list[SlideResult]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from pipeline.report import charts
-from pipeline.report.results import SlideResult
+from pipeline.report.results import SlideResult, class_shares
 from pipeline.segment.record import ARTEFACT_AREAS
 from pipeline.segment.stages import STAGES
 from pipeline.segment.summary import AREA_EDGES_UM2
@@ -61,7 +61,7 @@ def _row(slide: SlideResult, number: int) -> str:
         f'<td class="name" data-v="{name}">{linked(slide)}</td>',
         f'<td data-v="{status}"><span class="status {slide.state}">{status}</span></td>',
         _cell(known("tissue_mm2"), ",.2f"),
-        _cell(known("nuclei"), ",.0f"),
+        _cell(known("nuclei"), ",.0f", _classes(slide)),
         _cell(slide.density, ",.0f"),
         _cell(slide.median_area, ".1f"),
         _sizes(slide),
@@ -75,6 +75,11 @@ def _row(slide: SlideResult, number: int) -> str:
     ]
     warned = "yes" if slide.remarks else "no"
     return f'<tr id="slide-{number}" data-state="{slide.state}" data-warned="{warned}">{"".join(cells)}</tr>\n'
+
+
+def _classes(slide: SlideResult) -> str:
+    shares = class_shares(slide.classes)
+    return f'<p class="soft">{html.escape(shares)}</p>' if shares else ""
 
 
 def _density_map(slide: SlideResult) -> str:

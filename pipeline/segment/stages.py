@@ -332,6 +332,7 @@ def stitch_slide(job: Job) -> StageRecord:
                 class_name=[classes[i] for i in arrow.values(rows["class_index"])],
                 score=arrow.values(rows["score"]),
                 votes=arrow.values(rows["votes"]),
+                class_score=arrow.values(rows["class_score"]),
                 stains=np.stack([arrow.values(rows[name]) for name in tables.STAINS], 1),
                 artefact=kinds[kind].tolist(),
             )

@@ -48,6 +48,7 @@ INSTANCES = pa.schema(
         ("score", pa.float32()),
         ("votes", pa.uint8()),
         ("class_index", pa.uint8()),  # index of the class
+        ("class_score", pa.float32()),
         *((name, pa.float32()) for name in STAINS),
     ]
 )
@@ -73,6 +74,7 @@ NUCLEI = pa.schema(
         ("max_diameter_um", pa.float32()),
         ("min_diameter_um", pa.float32()),
         *((name, pa.float32()) for name in STAINS if "_" in name),
+        ("class_score", pa.float32()),  # the probability of the class for what is a nucleus; 1 where there is one class
     ]
 )
 
@@ -97,7 +99,7 @@ def instance_rows(tile: Tile, outlines: Polygons, instances: HostInstances) -> p
     rows, columns = np.full(len(outlines), tile.row), np.full(len(outlines), tile.col)
     bounds = shapely.bounds(outlines).reshape(-1, 4)
     stains = instances.stain_density.reshape(len(outlines), len(STAINS))
-    measured = (instances.scores, instances.votes, instances.class_index, *stains.T)
+    measured = (instances.scores, instances.votes, instances.class_index, instances.class_scores, *stains.T)
     values = [rows, columns, _wkb(outlines), *bounds.T, *measured]
     return pa.table([arrow.array(v, f.type) for v, f in zip(values, INSTANCES, strict=True)], schema=INSTANCES)
 
@@ -190,13 +192,14 @@ class NucleiWriter:
         score: NDArray[np.floating],
         votes: NDArray[np.integer],
         stains: NDArray[np.floating],
+        class_score: NDArray[np.floating] | None = None,
         artefact: Sequence[str] = (),
     ) -> None:
         """Append nuclei; the shape of each is measured here.
 
         polygons: object (N,), slide px, each a valid, non-empty Polygon without holes (`polygons.solid`)
         class_name: (N,) names; artefact: (N,) kinds, each empty where there is none, or () where there is none at all
-        stains: float (N, 10), in the order of `STAINS`; score, votes: (N,)
+        stains: float (N, 10), in the order of `STAINS`; score, votes, class_score: (N,), the last None where all are 1
         Raises ValueError for any other geometry, and for a class that has no colour.
         """
         self._check(polygons, class_name)
@@ -213,6 +216,7 @@ class NucleiWriter:
             "centroid_x": shapes.centroid[:, 0],
             "centroid_y": shapes.centroid[:, 1],
             **dict(zip(STAINS, stains.T, strict=True)),
+            "class_score": np.ones(len(polygons)) if class_score is None else class_score,
             "bbox": pa.StructArray.from_arrays(list(map(arrow.numbers, extent.T)), fields=list(_BBOX)),
         }
         rows = pa.table([arrow.array(columns[f.name], f.type) for f in _STORED], schema=_STORED)
@@ -263,7 +267,15 @@ class NucleiWriter:
 def read_nuclei(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
     """All nuclei of a slide, all columns of `NUCLEI` or some; `geometry` decodes the outlines."""
     with pq.ParquetFile(path) as file:
-        return file.read(NUCLEI.names if columns is None else columns)
+        return _complete(file.read(columns or NUCLEI.names), columns)
+
+
+def _complete(rows: pa.Table, columns: Sequence[str] | None) -> pa.Table:
+    """The columns asked for: tables of the first versions have no `class_score`."""
+    wanted = NUCLEI.names if columns is None else list(columns)
+    if "class_score" in wanted and "class_score" not in rows.column_names:
+        rows = rows.append_column(NUCLEI.field("class_score"), arrow.numbers(np.ones(rows.num_rows, np.float32)))
+    return rows.select(wanted)
 
 
 _check: ContextVar[Callable[[], None]] = ContextVar("check", default=lambda: None)
@@ -287,7 +299,7 @@ def iter_nuclei(path: Path, columns: Sequence[str] | None = None) -> Iterator[pa
     with pq.ParquetFile(path) as file:
         for group in range(file.num_row_groups):
             _check.get()()
-            yield file.read_row_group(group, NUCLEI.names if columns is None else columns)
+            yield _complete(file.read_row_group(group, columns or NUCLEI.names), columns)
 
 
 def take_nuclei(path: Path, rows: Ints, columns: Sequence[str] | None = None) -> pa.Table:
@@ -296,12 +308,13 @@ def take_nuclei(path: Path, rows: Ints, columns: Sequence[str] | None = None) ->
     rows: int64 (N,), numbers of rows from 0, ascending
     """
     with pq.ParquetFile(path) as file:
-        taken, first = [file.schema_arrow.empty_table().select(columns or NUCLEI.names)], 0
+        taken, first = [_STORED.empty_table().select(columns or NUCLEI.names)], 0
         for group in range(file.num_row_groups):
             stop = first + file.metadata.row_group(group).num_rows
             here = rows[np.searchsorted(rows, first) : np.searchsorted(rows, stop)] - first
             if len(here):
-                taken.append(file.read_row_group(group, columns or NUCLEI.names).take(arrow.numbers(here)))
+                rows_here = _complete(file.read_row_group(group, columns or NUCLEI.names), columns)
+                taken.append(rows_here.take(arrow.numbers(here)))
             first = stop
     return pa.concat_tables(taken)
 

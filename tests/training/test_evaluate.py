@@ -55,6 +55,7 @@ def oracle(patches: Patches, normalisation: Normalisation, settings: Settings) -
             np.ones((len(ids), SIDE, SIDE), bool),
             (1 - ids / 500).astype(np.float32),
             np.where(ids % 6, (ids + 1) % 2, 0),
+            np.ones(len(ids), np.float32),
             np.ones(len(ids), np.int64),
             np.zeros((len(ids), 2, len(STATISTICS)), np.float32),
             False,

@@ -23,7 +23,7 @@ from pipeline.segment.tables import NUCLEI, Provenance, iter_nuclei, read_proven
 CHUNK = 50_000
 "Rows of a chunk: those of a row group of nuclei.parquet, so that a chunk is written once."
 
-_MEASUREMENTS = [field.name for field in NUCLEI if field.type == pa.float32() and field.name != "score"]
+_MEASUREMENTS = [field.name for field in NUCLEI if field.type == pa.float32() and "score" not in field.name]
 _PLACE = ("id", "geometry", "centroid_x", "centroid_y")
 _OBSERVED = [name for name in NUCLEI.names if name not in (*_PLACE, *_MEASUREMENTS)]
 

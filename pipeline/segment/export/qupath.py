@@ -119,6 +119,8 @@ def _features(rows: pa.Table, nuclei: Polygons, cells: Polygons | None, provenan
     known = arrow.text(list(classes))
     classification = arrow.text(list(classes.values())).take(pc.index_in(rows["class"], known))
     numbers = _measured(rows, "" if cells is None else "Nucleus: ")
+    if len(classes) > 1:
+        numbers["Class probability"] = rows["class_score"]
     outlines: tuple[pa.Array | str, ...] = (_polygons(nuclei),)
     if cells is not None:
         outlines = (_polygons(cells), ',"nucleusGeometry":', _polygons(nuclei))

@@ -54,6 +54,7 @@ def red_squares(patches: Patches, normalisation: Normalisation, settings: Settin
             np.ones((count, 16, 16), bool),
             np.full(count, 0.9, np.float32),
             np.zeros(count, np.int64),
+            np.ones(count, np.float32),
             np.ones(count, np.int64),
             np.zeros((count, 10), np.float32),
             False,

@@ -206,7 +206,7 @@ def test_what_the_device_had_no_memory_for_is_area_lost(archive: Path, tmp_path:
         for number, found in enumerate(oracle.detect(patches, normalisation, settings)):
             nothing = {
                 name: getattr(found, name)[:0]
-                for name in ("boxes", "mask_probs", "scores", "class_index", "votes", "stain_density")
+                for name in ("boxes", "mask_probs", "scores", "class_index", "class_scores", "votes", "stain_density")
             }
             yield found if number else found._replace(**nothing, lost=True)
 
@@ -232,6 +232,7 @@ def test_a_mask_that_covers_nothing_is_no_nucleus(archive: Path, tmp_path: Path)
                 mask_probs=np.zeros((1, 20, 20), bool),
                 scores=np.array([0.9], np.float32),
                 class_index=np.zeros(1, np.int64),
+                class_scores=np.ones(1, np.float32),
                 votes=np.ones(1, np.int64),
                 stain_density=np.zeros((1, 2, 5), np.float32),
             )

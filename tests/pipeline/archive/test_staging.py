@@ -17,7 +17,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 import oracle
@@ -30,7 +29,7 @@ from pipeline.archive.staging import LocalSlide, Part, Room, Staging
 from pipeline.config import Execution
 from pipeline.errors import ConfigError, LeaseLost, RunError, SlideChanged
 from pipeline.layout import SlideFolder
-from pipeline.model.instances import HostInstances
+from pipeline.model.instances import HostInstances, empty
 from pipeline.segment.job import Job
 from slides.errors import SlideTooLarge, SlideUnreadable
 from slides.slide import GivenScale
@@ -119,8 +118,7 @@ def test_staged_slides_give_the_same_bytes_within_the_space(
 
 def no_nuclei(patches: Any, normalisation: Any, settings: Any) -> Iterator[HostInstances]:
     for _ in patches:
-        empty = np.zeros((0, 4), np.float32), np.zeros((0, 20, 20), bool), np.zeros(0, np.float32)
-        yield HostInstances(*empty, np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros((0, 2), np.float32), False)
+        yield empty(20)
 
 
 def test_a_mirax_slide_is_staged_with_its_folder(shared: Path, tmp_path: Path) -> None:

@@ -28,10 +28,10 @@ boxes_ = st.tuples(
 one_view = st.lists(boxes_, max_size=6)
 
 
-def tensors(view: Sequence[tuple[float, ...]]) -> tuple[Tensor, Tensor, Tensor]:
+def tensors(view: Sequence[tuple[float, ...]]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     table = torch.tensor(view, dtype=torch.float32).reshape(-1, 6)
     boxes = torch.stack([table[:, 0], table[:, 1], table[:, 0] + table[:, 2], table[:, 1] + table[:, 3]], 1)
-    return boxes, table[:, 4], table[:, 5].long()
+    return boxes, table[:, 4], table[:, 5].long(), 0.5 + table[:, 2] / 16
 
 
 EVERY = Limits.of_patch(Detector(score=0, nms=0.4, objectness=0.3), (128, 128), 0.25)
@@ -45,11 +45,12 @@ def fused(by_view: Sequence[Sequence[tuple[float, ...]]]) -> tuple[Tensor, ...]:
 @given(one_view)
 def test_one_view_is_returned_as_it_is(view: list[tuple[float, ...]]) -> None:
     """Law: fusing one view changes nothing."""
-    boxes, scores, classes = tensors(view)
-    fused_boxes, fused_scores, class_index, votes = fused([view])
+    boxes, scores, classes, certain = tensors(view)
+    fused_boxes, fused_scores, class_index, class_scores, votes = fused([view])
     assert torch.equal(fused_boxes, boxes)
     assert torch.equal(fused_scores, scores)
     assert torch.equal(class_index, classes)
+    assert torch.equal(class_scores, certain)
     assert votes.tolist() == [1] * len(view)
 
 
@@ -75,25 +76,30 @@ def test_the_order_of_views_does_not_matter(by_view: list[list[tuple[float, ...]
 @given(st.lists(one_view, min_size=2, max_size=4))
 def test_votes_are_views_and_scores_are_means(by_view: list[list[tuple[float, ...]]]) -> None:
     result = fused(by_view)
-    assert ((result[3] >= 1) & (result[3] <= len(by_view))).all()
-    assert (result[1] <= 0.75 * result[3] / len(by_view) + 1e-6).all()
+    assert ((result[4] >= 1) & (result[4] <= len(by_view))).all()
+    assert (result[1] <= 0.75 * result[4] / len(by_view) + 1e-6).all()
+    assert ((result[3] >= 0) & (result[3] <= 1)).all()
     assert (result[1].diff() <= 0).all()
 
 
 def test_copies_of_a_view_agree() -> None:
     view = [(0, 0, 6, 6, 0.75, 0), (20, 20, 5, 5, 0.5, 1)]
-    boxes, scores, classes, votes = fused([view] * 4)
+    boxes, scores, classes, certain, votes = fused([view] * 4)
     assert torch.equal(boxes, tensors(view)[0])
     assert torch.equal(scores, tensors(view)[1])
     assert classes.tolist() == [0, 1]
+    torch.testing.assert_close(certain, tensors(view)[3])
     assert votes.tolist() == [4, 4]
 
 
 def test_known_answer() -> None:
-    """Two views see one nucleus a pixel apart; a third sees another one only."""
-    boxes, scores, _, votes = fused([[(0, 0, 10, 10, 0.75, 0)], [(1, 0, 10, 10, 0.25, 0)], [(50, 0, 8, 8, 0.5, 0)]])
-    torch.testing.assert_close(boxes, torch.tensor([[0.25, 0, 10.25, 10], [50, 0, 58, 8]]))
+    """Two views see one nucleus a pixel apart, and give it other classes; a third sees another one only."""
+    views = [[(0, 0, 6, 6, 0.75, 0)], [(1, 0, 6, 6, 0.25, 1)], [(50, 0, 8, 8, 0.5, 0)]]
+    boxes, scores, classes, certain, votes = fused(views)
+    torch.testing.assert_close(boxes, torch.tensor([[0.25, 0, 6.25, 6], [50, 0, 58, 8]]))
     torch.testing.assert_close(scores, torch.tensor([1 / 3, 1 / 6]))
+    assert classes.tolist() == [0, 0]
+    torch.testing.assert_close(certain, torch.tensor([0.75 * (0.5 + 6 / 16), 1.0]))
     assert votes.tolist() == [2, 1]
 
 

@@ -61,7 +61,9 @@ class Device:
         count = len(boxes)
         masks = torch.tensor(scores)[:, None, None].expand(-1, MASK, MASK)
         ones, unknown = torch.ones(count, dtype=torch.int64), torch.full((count, 2, 5), torch.nan)
-        return Instances(torch.tensor(boxes).reshape(-1, 4), masks, torch.tensor(scores), ones, ones, unknown)
+        return Instances(
+            torch.tensor(boxes).reshape(-1, 4), masks, torch.tensor(scores), ones, ones.float(), ones, unknown
+        )
 
     def detect(self, patches: Patches, batch: int = 1) -> list[HostInstances]:
         return list(detect_patches(patches, NONE, chosen(batch)))
@@ -241,14 +243,15 @@ def test_what_leaves_the_device_is_what_was_detected(
         boxes[:, 2:] += boxes[:, :2]
         class_index, votes = (torch.randint(high, (count,), generator=random) for high in (7, 9))
         scores, unknown = torch.rand(count, generator=random), torch.full((count, 2, 5), torch.nan)
-        return Instances(boxes, masks, scores, class_index, votes, unknown, saturated=count == 1)
+        certain = torch.rand(count, generator=random)
+        return Instances(boxes, masks, scores, class_index, certain, votes, unknown, saturated=count == 1)
 
     batch = [instances(5), instances(0), instances(1)]
     one = device()
     monkeypatch.setattr(fuse, "infer", lambda *_: batch)
     glass = [np.full((SIDE, SIDE, 3), 255, np.uint8)] * 3
     for f, expected in zip(one.detect(glass, batch=3), batch, strict=True):
-        for name in ("boxes", "mask_probs", "scores", "class_index", "votes"):
+        for name in ("boxes", "mask_probs", "scores", "class_index", "class_scores", "votes"):
             given, wanted = getattr(f, name), getattr(expected, name).numpy()
             assert given.dtype == wanted.dtype
             assert np.array_equal(given, wanted)

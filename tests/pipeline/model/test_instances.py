@@ -18,6 +18,7 @@ def some(count: int, seed: int) -> HostInstances:
         mask_probs=random.random((count, 5, 5)).astype(np.float32),
         scores=random.random(count).astype(np.float32),
         class_index=random.integers(0, 3, count),
+        class_scores=random.random(count).astype(np.float32),
         votes=random.integers(1, 9, count),
         stain_density=random.random((count, 2, 5)).astype(np.float32),
     )
@@ -29,7 +30,7 @@ def on_device(rows: HostInstances) -> Instances[torch.Tensor]:
 
 
 def test_columns_are_all_but_the_flags() -> None:
-    assert instances.columns(Instances) == Instances._fields[:6]
+    assert instances.columns(Instances) == Instances._fields[:7]
 
 
 def test_parts_put_together_are_the_whole() -> None:

@@ -60,7 +60,7 @@ def test_quarters_are_put_together_in_the_patch() -> None:
     def rows(*boxes: tuple[float, float, float], saturated: bool = False) -> Candidates:
         x, y, score = torch.tensor(boxes).unbind(1)
         corners = torch.stack([x, y, x + 10, y + 10], 1)
-        return Candidates(corners, score, torch.arange(len(boxes)), saturated)
+        return Candidates(corners, score, torch.arange(len(boxes)), torch.ones(len(boxes)), saturated)
 
     detected = [
         rows((10, 10, 0.9), (122, 60, 0.5), (140, 10, 0.99)),  # the last lies in its neighbour

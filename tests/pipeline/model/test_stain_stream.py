@@ -147,6 +147,7 @@ def nothing_found(patches: np.ndarray, _normalisation: Normalisation, _settings:
             np.zeros((0, 8, 8), np.float32),
             np.zeros(0, np.float32),
             np.zeros(0, np.int64),
+            np.zeros(0, np.float32),
             np.zeros(0, np.int64),
             np.zeros((0, 2, len(STATISTICS)), np.float32),
             False,

@@ -258,3 +258,16 @@ def test_the_page_says_what_detectors_waited_for(tmp_path):
         "the detector computed 80% of the time, and was idle 20%: 15% waiting for tiles, "
         "5% reading the patches or writing the instances; add CPU workers (--workers)." in text
     )
+
+
+def test_classes_have_their_shares(tmp_path):
+    """Of each slide and of all; where all nuclei are of one class, nothing is said."""
+    for name, classes in (("a", {"Inflammatory": 30, "<Connective>": 10}), ("b", {"Inflammatory": 60})):
+        finish(tmp_path / name, {**found(), "classes": classes})
+    page = read(tmp_path, [row("a", nuclei=40), row("b", nuclei=60)])
+    assert "Classes of the nuclei: Inflammatory 90.0%, <Connective> 10.0%." in page.text
+    cells = {cell for cells in page.rows for cell in cells}
+    assert "40Inflammatory 75.0%, <Connective> 25.0%" in cells
+    assert "60" in cells
+    page = read(tmp_path, [row("b", nuclei=60)])
+    assert "Classes of" not in page.text

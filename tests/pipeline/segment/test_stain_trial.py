@@ -47,6 +47,7 @@ def scoring(
             mask_probs=np.ones((1, 8, 8), np.float32),
             scores=np.array([score], np.float32),
             class_index=np.zeros(1, np.int64),
+            class_scores=np.ones(1, np.float32),
             votes=np.ones(1, np.int64),
             stain_density=np.zeros((1, 2, 5), np.float32),
         )

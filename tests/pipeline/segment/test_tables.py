@@ -64,6 +64,7 @@ def rows_of(row: int, col: int, count: int) -> pa.Table:
         scores=rng.random(count, dtype=np.float32),
         votes=rng.integers(1, 9, count),
         class_index=rng.integers(0, 3, count),
+        class_scores=rng.random(count, dtype=np.float32),
         stain_density=rng.random((count, 2, len(instances.STATISTICS)), dtype=np.float32),
     )
     tile = Tile(row, col, Box(0, 0, 10, 10), Box(-1, -1, 11, 11))
@@ -237,3 +238,18 @@ def test_a_class_without_a_colour_is_refused(tmp_path):
     columns = rest(2) | {"class_name": ["Nucleus", "Mitosis"]}
     with pytest.raises(ValueError, match="class 'Mitosis' has no colour"):
         write(tmp_path / "nuclei.parquet", squares(2), columns)
+
+
+def test_a_table_of_before_has_certain_classes(tmp_path):
+    """The first versions wrote no class_score, for there was one class."""
+    write(tmp_path / "nuclei.parquet", squares(9), rest(9))
+    older = pq.read_table(tmp_path / "nuclei.parquet").drop_columns("class_score")
+    pq.write_table(older, tmp_path / "older.parquet", row_group_size=4)
+    whole = tables.read_nuclei(tmp_path / "older.parquet")
+    groups = pa.concat_tables(tables.iter_nuclei(tmp_path / "older.parquet"))
+    some = tables.take_nuclei(tmp_path / "older.parquet", np.array([2, 7]))
+    for rows in (whole, groups, some):
+        assert rows.schema.names == tables.NUCLEI.names
+        assert set(rows["class_score"].to_pylist()) == {1.0}
+    assert some["id"].to_pylist() == [older["id"][2].as_py(), older["id"][7].as_py()]
+    assert tables.read_nuclei(tmp_path / "older.parquet", ["score"]).column_names == ["score"]

@@ -37,10 +37,10 @@ def check_table(table: anndata.AnnData, rows: pa.Table) -> None:
     assert table.obsm["spatial"].dtype == np.float64
     np.testing.assert_array_equal(table.obsm["spatial"], np.stack([rows["centroid_x"], rows["centroid_y"]], axis=1))
 
-    assert list(table.obs.columns) == ["class", "artefact", "score", "votes", "region", "instance_id"]
+    assert list(table.obs.columns) == ["class", "artefact", "score", "votes", "class_score", "region", "instance_id"]
     assert table.obs["class"].tolist() == rows["class"].to_pylist()
     assert list(table.obs["class"].cat.categories) == list(PROVENANCE.colours)
-    for name in ("score", "votes"):
+    for name in ("score", "votes", "class_score"):
         np.testing.assert_array_equal(table.obs[name], rows[name])
     assert table.obs["region"].tolist() == ["nuclei"] * count
     assert list(table.obs["region"].cat.categories) == ["nuclei"]

@@ -194,7 +194,14 @@ def squares(patches: Patches, normalisation: Normalisation, settings: Settings) 
     one = np.ones(1, np.int64)
     for _ in patches:
         yield HostInstances(
-            box, mask, one.astype(np.float32), 0 * one, one, np.zeros((1, 2, len(STATISTICS)), np.float32), False
+            box,
+            mask,
+            one.astype(np.float32),
+            0 * one,
+            one.astype(np.float32),
+            one,
+            np.zeros((1, 2, len(STATISTICS)), np.float32),
+            False,
         )
 
 

@@ -1,5 +1,6 @@
 """What was exported reads back equal, and QuPath's reader would take every feature of it."""
 
+import dataclasses
 import json
 import math
 import uuid
@@ -42,6 +43,7 @@ NAMES = {
     "eosin_min": "Eosin: Min",
     "eosin_max": "Eosin: Max",
     "eosin_sd": "Eosin: Std.Dev.",
+    "class_score": "Class probability",
 }
 
 
@@ -117,6 +119,13 @@ def test_what_was_exported_reads_back_equal(tmp_path, crop):
     assert {tuple(m) for m in measured} == {tuple(NAMES.values())}
     for column, name in NAMES.items():
         np.testing.assert_array_equal(np.array([m[name] for m in measured], np.float32), rows[column])
+
+
+def test_one_class_has_no_probability_of_its_own(tmp_path):
+    provenance = dataclasses.replace(PROVENANCE, colours={"Nucleus": (200, 30, 30)})
+    qupath.write_qupath(write(tmp_path / "nuclei.parquet", blobs(3), 0, provenance), tmp_path / "n.zip", Export())
+    for feature in check_zip(tmp_path / "n.zip"):
+        assert list(feature["properties"]["measurements"]) == list(NAMES.values())[:-1]
 
 
 def test_geopandas_opens_a_shard(tmp_path):
