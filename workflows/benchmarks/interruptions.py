@@ -9,8 +9,9 @@ result that is damaged in one line, or `nightslide verify` must name it where it
 in both cases --overwrite must give those bytes.
 
 With --power-cuts (as root, on Linux) the output folder lies on an ext4 file system in a file, which is copied at a
-random moment: the copy is a disk after a power cut. It is mounted, and the same command runs there. The run is suspended
-for the copy, which takes a while: else its beginning would be of an earlier moment than its end, which no disk's is.
+random moment: the copy is a disk after a power cut. It is mounted, and the same command runs there. The run is
+suspended for the copy, which takes a while: else its beginning would be of an earlier moment than its end, which no
+disk's is.
 
 Exit status 1 if any trial failed; its folder stays.
 """
