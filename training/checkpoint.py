@@ -21,7 +21,8 @@ from pipeline.files import read_json, write_json
 FOLDER = "checkpoint"
 PART_BYTES = 12 * 2**20
 
-# A training may be continued with other values of these: they do not decide what is learnt.
+# A training may be continued with other values of these: they do not decide what is learnt. But `minutes` do where they
+# take the place of a number of steps.
 MAY_DIFFER = frozenset(["minutes", "device", "loaders", "save_every", "licence"])
 
 _STATE = "state.json"
@@ -34,8 +35,9 @@ def save(
     optimiser: torch.optim.Optimizer,
     step: int,
     recipe: Mapping[str, object],
+    seconds: float = 0.0,
 ) -> None:
-    """Write a checkpoint. Adam's moments are rounded to bfloat16, also in memory.
+    """Write a checkpoint, after so many seconds of training. Adam's moments are rounded to bfloat16, also in memory.
 
     That halves the file, and a training that goes on and one that is continued still give the same bits.
     """
@@ -54,7 +56,7 @@ def save(
         names.append(f"{number:02}.safetensors")
         whole = {k: v.detach().cpu().clone().contiguous() for k, v in part.items()}
         (new / names[-1]).write_bytes(safetensors.torch.save(whole))
-    write_json(new / _STATE, {"step": step, "parts": names, "recipe": recipe})
+    write_json(new / _STATE, {"step": step, "seconds": seconds, "parts": names, "recipe": recipe})
     if folder.exists():
         folder.rename(old)
     new.rename(folder)
@@ -67,8 +69,8 @@ def resume(
     average: Mapping[str, Tensor],
     optimiser: torch.optim.Optimizer,
     recipe: Mapping[str, object],
-) -> int:
-    """Load a checkpoint's state, and return its step; 0 without a checkpoint.
+) -> tuple[int, float]:
+    """Load a checkpoint's state, and return its step and its seconds of training; 0 without a checkpoint.
 
     Raises ConfigError where the checkpoint's recipe differs from `recipe` in more than MAY_DIFFER, WeightsError for a
     checkpoint that is damaged or of another architecture.
@@ -77,11 +79,12 @@ def resume(
     if not folder.exists() and old.exists():  # killed between the two renames
         old.rename(folder)
     if not folder.exists():
-        return 0
+        return 0, 0.0
     try:
         content = _read_state(folder)
         _check_recipe(folder, content.get("recipe", {}), recipe)
-        step, parts = int(content["step"]), [folder / Path(str(name)).name for name in content["parts"]]
+        step, seconds = int(content["step"]), float(content.get("seconds", 0))
+        parts = [folder / Path(str(name)).name for name in content["parts"]]
         tensors = {k: v for part in parts for k, v in safetensors.torch.load_file(part).items()}
         model.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
         for name in average:
@@ -95,7 +98,7 @@ def resume(
             f"or another --out"
         ) from error
     optimiser.load_state_dict({**optimiser.state_dict(), "state": state})
-    return step
+    return step, seconds
 
 
 def _moments(tensors: Mapping[str, Tensor], optimiser: torch.optim.Optimizer) -> dict[int, dict[str, Tensor]]:
@@ -133,7 +136,8 @@ def _check_recipe(folder: Path, saved: Mapping[str, Any], wanted: Mapping[str, o
     Only what both of them state is compared: an older version may have recorded less.
     """
     stated = json.loads(json.dumps(wanted))  # as it would be read back
-    shared = [name for name in stated if name in saved and name not in MAY_DIFFER]
+    free = MAY_DIFFER if stated.get("steps") else MAY_DIFFER - {"minutes"}
+    shared = [name for name in stated if name in saved and name not in free]
     if different := [name for name in shared if saved[name] != stated[name]]:
         name = different[0]
         raise ConfigError(

@@ -22,9 +22,9 @@ class Training:
     """How the detector is trained. Defaults are those of the shipped weights, chosen on two CPU cores."""
 
     steps: Annotated[int, Parameter(group=SCHEDULE)] = 4000
-    "Optimiser steps of the whole schedule, 2 a second on two CPU cores; 0: as many as `minutes` allow, by the clock."
+    "Optimiser steps, 2 a second on two CPU cores; 0: as many as `minutes` allow, which then decide the learning rate."
     minutes: Annotated[float, Parameter(group=SCHEDULE)] = 0.0
-    "Stop after so many minutes, to be continued by the same command; 0: stop at the last step only."
+    "Stop after so many minutes, to be continued by the same command; 0: stop at the last step only. See `steps`."
     init: Annotated[str, Parameter(group=SCHEDULE)] = "imagenet"
     "Weights to start from: imagenet (the backbone only; needs nightslide[train]), random, shipped ones, or a file."
     by_class: Annotated[bool, Parameter(group=SCHEDULE, negative="")] = False
@@ -43,9 +43,9 @@ class Training:
     average: Annotated[float, Parameter(group=OPTIMISER)] = 0.998
     "Decay per step of the running average of the weights, which is what is saved: it spans about 500 steps."
     batch: Annotated[int, Parameter(group=OPTIMISER)] = 4
-    "Crops per step, of each process: about a second on two CPU cores."
+    "Crops per step, of each process."
     seed: Annotated[int, Parameter(group=OPTIMISER)] = 0
-    "Seed of all that is random: the same seed on the same machine gives the same weights."
+    "Seed of all that is random: the same seed and steps on the same machine give the same weights."
 
     crop_px: Annotated[int, Parameter(group=AUGMENTATION)] = 192
     "Side of a training crop, in work pixels: 48 um at 0.25 um, tens of nuclei."

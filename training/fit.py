@@ -76,7 +76,8 @@ def fit(
     returned), losses.csv, scores.csv and held_out/ (detections of the averaged weights in held-out images), curves.png.
     Raises AnnotationError for a dataset without nuclei, ConfigError for a checkpoint of another recipe, WeightsError
     for weights or a checkpoint that do not fit.
-    Law: stopped and continued, the weights are those of an uninterrupted training (on one kind of machine).
+    Law: stopped and continued, the weights are those of an uninterrupted training (on one kind of machine), where a
+    number of steps is given. Without one it continues for the minutes that are left, and no two are the same.
     """
     out.mkdir(parents=True, exist_ok=True)
     process = _this_process(training)
@@ -84,36 +85,40 @@ def fit(
         architecture = dataclasses.replace(architecture, classes=_common_classes(datasets))
     split = [split_held_out(d.images, training.hold_out, training.seed) for d in datasets]
     torch.manual_seed(training.seed)  # what is not pretrained starts from random weights
-    model = initial_model(training.init, architecture).to(process.device).to(memory_format=torch.channels_last)
+    initial = initial_model(training.init, architecture, say if process.rank == 0 else _silent)
+    model = initial.to(process.device).to(memory_format=torch.channels_last)
     average = {k: v.detach().clone() for k, v in model.state_dict().items()}
     optimiser = torch.optim.AdamW(_parameter_groups(model, training.decay), lr=training.rate, fused=True)
     recipe = _recipe(datasets, training, architecture, process)
-    first = checkpoint.resume(out / checkpoint.FOLDER, model, average, optimiser, recipe)
+    first, spent_s = checkpoint.resume(out / checkpoint.FOLDER, model, average, optimiser, recipe)
     trained = [d._replace(images=tuple(trained)) for d, (trained, _) in zip(datasets, split, strict=True)]
     loader = _loader(trained, first, training, model.architecture, process)
     held_out = [(d.name, s) for d, (_, held) in zip(datasets, split, strict=True) for s in held]
     crops = [held_out_crop(*one, model.architecture.mpp) for one in held_out] if process.rank == 0 else []
     results = _Results(out, recipe, _notes(datasets, training), crops, Log(out, say))
     wrapped = _wrapped(model, process)
-    step, skipped, started = first, 0, time.monotonic()
-    for step, batch in enumerate(loader, first + 1):
+    step, skipped, limit_s = first, 0, 60 * training.minutes
+    spent_s = 0.0 if training.steps else spent_s  # of a number of steps, each call has its minutes
+    started = time.monotonic() - spent_s
+    for step, batch in enumerate(loader if training.steps or spent_s < limit_s else (), first + 1):
+        seconds = _agreed(time.monotonic() - started, process)
+        rate = learning_rate(step, training, seconds)
         for group in optimiser.param_groups:
-            group["lr"] = group["scale"] * learning_rate(step, training, time.monotonic() - started)
+            group["lr"] = group["scale"] * rate
         # torchvision draws its samples from the global state
         torch.manual_seed((training.seed * 1_000_003 + step) * process.size + process.rank)
         losses, norm = _optimise(wrapped, optimiser, batch, process.device)
         skipped += not torch.isfinite(norm)
         _update_average(average, model, min(training.average, step / (step + 10)))
-        over_time = 0 < training.minutes * 60 <= time.monotonic() - started
-        stop = _agree_to_stop(step == training.steps or over_time, process)
+        stop = step == training.steps or 0 < limit_s <= seconds
         if process.rank == 0:
             results.log.losses(step, training.steps, losses, norm, skipped)
             if stop or step % training.save_every == 0:
-                results.write(model, average, optimiser, step)
+                results.write(model, average, optimiser, step, seconds)
         if stop:
             break
     if process.rank == 0:
-        say(f"stopped at step {step} of {training.steps or 'as many'}: {out / WEIGHTS_FILE}")
+        say(f"stopped at step {step}{f' of {training.steps}' if training.steps else ''}: {out / WEIGHTS_FILE}")
     _leave(process)
     return out / WEIGHTS_FILE
 
@@ -128,10 +133,15 @@ class _Results(NamedTuple):
     log: Log
 
     def write(
-        self, model: NucleusDetector, average: Mapping[str, Tensor], optimiser: torch.optim.Optimizer, step: int
+        self,
+        model: NucleusDetector,
+        average: Mapping[str, Tensor],
+        optimiser: torch.optim.Optimizer,
+        step: int,
+        seconds: float,
     ) -> None:
         """The checkpoint, the averaged weights, and how those do on the held-out images."""
-        checkpoint.save(self.out / checkpoint.FOLDER, model, average, optimiser, step, self.recipe)
+        checkpoint.save(self.out / checkpoint.FOLDER, model, average, optimiser, step, self.recipe, seconds)
         averaged = _averaged(model.architecture, average)
         with committed(self.out / WEIGHTS_FILE) as part:
             save_weights(averaged, part, {**self.notes, "step": str(step)})
@@ -173,7 +183,11 @@ def split_held_out(images: Sequence[Sample], hold_out: int, seed: int) -> tuple[
     return [a for i, a in enumerate(images) if i not in chosen], [a for i, a in enumerate(images) if i in chosen]
 
 
-def initial_model(init: str, architecture: Architecture) -> NucleusDetector:
+def _silent(_: str) -> None:
+    pass
+
+
+def initial_model(init: str, architecture: Architecture, say: Callable[[str], None] = _silent) -> NucleusDetector:
     """A detector before training: ImageNet's backbone, random, or another file's weights.
 
     A file may be of another scale or size of anchors, to start from: what is learned carries over in part. It may have
@@ -201,6 +215,11 @@ def initial_model(init: str, architecture: Architecture) -> NucleusDetector:
     if differing:
         names = ", ".join(f"{k} {theirs[k]}, not {v}" for k, v in differing.items())
         raise WeightsError(f"{init} has {names}: need --architecture.{next(iter(differing))} as the file has it")
+    if (other.architecture.mpp, other.architecture.anchors) != (architecture.mpp, architecture.anchors):
+        say(
+            f"{init} was trained at {other.architecture.mpp:g} um per pixel with anchors {other.architecture.anchors}; "
+            f"this training is at {architecture.mpp:g} with {architecture.anchors}"
+        )
     model = NucleusDetector(architecture)
     wanted, known = model.state_dict(), other.state_dict()
     if len(other.architecture.classes) == 1:
@@ -251,24 +270,25 @@ def imagenet(wanted: dict[str, Tensor], backbone: str) -> dict[str, Tensor]:
 def learning_rate(step: int, training: Training | StainTraining, seconds: float = 0.0) -> float:
     """Learning rate: linear warm-up, then a half cosine to 1 % of the highest.
 
-    seconds: since the start, which decide instead of the step where no number of steps is given
+    seconds: since the start. Where no number of steps is given, the cosine is that of the minutes from the start on.
     """
-    if step < training.warmup:
-        return training.rate * step / training.warmup
+    warm = min(1.0, step / max(1, training.warmup))
     if training.steps:
-        done = (step - training.warmup) / max(1, training.steps - training.warmup)
+        done = max(0.0, (step - training.warmup) / max(1, training.steps - training.warmup))
     else:
         done = seconds / (60 * training.minutes)
-    return training.rate * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
+    return training.rate * warm * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
 
 
 def _common_classes(datasets: Sequence[Dataset]) -> tuple[str, ...]:
     """Of the datasets that tell classes apart; the nuclei of the others may be of any."""
-    classes = {d.classes for d in datasets if d.classes != NO_CLASSES} or {NO_CLASSES}
+    several = [d for d in datasets if len(d.classes) > 1]
+    classes = {d.classes for d in several} or {NO_CLASSES}
     if len(classes) > 1:
-        named = "; ".join(f"{s.name}: {', '.join(s.classes)}" for s in datasets if s.classes != NO_CLASSES)
+        named = "; ".join(f"{d.name}: {', '.join(d.classes)}" for d in several)
         raise ConfigError(
-            f"the datasets have different classes ({named}): need the same in all that have any, or no --by-class"
+            f"the datasets have different classes ({named}): need the same, in the same order, in "
+            f"all that have several ('merge' in dataset.json gives them other names), or no --by-class"
         )
     return classes.pop()
 
@@ -374,13 +394,13 @@ def _wrapped(model: NucleusDetector, process: Process) -> nn.Module:
     return DistributedDataParallel(model) if process.size > 1 else model
 
 
-def _agree_to_stop(stop: bool, process: Process) -> bool:
-    """The decision of the first process: clocks differ, and all processes stop at the same step."""
+def _agreed(seconds: float, process: Process) -> float:
+    """The first process's: clocks differ, and all processes learn at the same rate, and stop at the same step."""
     if process.size == 1:
-        return stop
-    flag = torch.tensor(int(stop), device=process.device)
-    dist.broadcast(flag, 0)
-    return bool(flag.item())
+        return seconds
+    shared = torch.tensor(seconds, dtype=torch.float64, device=process.device)
+    dist.broadcast(shared, 0)
+    return float(shared.item())
 
 
 def _leave(process: Process) -> None:

@@ -92,7 +92,7 @@ def _train(
     optimiser = torch.optim.Adam(network.parameters(), lr=training.rate)
     recipe = {**asdict(training), **checkpoint.named_fields("architecture", network.architecture)}
     recipe["images"] = [len(of_set) for of_set in images]
-    first = checkpoint.resume(out / checkpoint.FOLDER, network, {}, optimiser, recipe)
+    first, _ = checkpoint.resume(out / checkpoint.FOLDER, network, {}, optimiser, recipe)
     started, since, step, losses = time.monotonic(), time.monotonic(), first, []
     for step in range(first + 1, training.steps + 1):
         for group in optimiser.param_groups:

@@ -325,8 +325,10 @@ def compare_detections(
 ) -> tuple[Comparison, tuple[Comparison, ...]]:
     """The annotations of an image against its detections: over all nuclei, and for each of `classes` alone.
 
-    truth: (h, w) with labels 1..N, class_index: (N,) 1-based index of the class of nucleus i + 1
-    A class is compared as if the other classes were in neither map, so its PQ, pooled over images and averaged over
+    truth: (h, w) with labels 1..N
+    class_index: (N,) 1-based index of the class of nucleus i + 1, 0 where it is not known
+    A class is compared as if the other classes were in neither map, nor what was detected of nuclei of no known class
+    (IoU above .5). So its PQ, pooled over images and averaged over
     classes, is the mPQ+ of Graham et al. 2021 (CoNIC, arXiv:2111.14485).
     """
     apart = overlap_apart(truth, detected.polygons)
@@ -340,10 +342,10 @@ def compare_detections(
 
 
 def _of_class(whole: Comparison, apart: Overlap, detected: Detections, kind: int) -> Comparison:
-    truth, painted = whole.truth_class == kind, whole.detected_class == kind
-    pairs = whole.painted
+    pairs, truth = whole.painted, whole.truth_class == kind
+    painted = (whole.detected_class == kind) & ~_of_unknown_class(pairs, whole.truth_class)
     kept = truth[pairs.truth] & painted[pairs.detected]
-    chosen = detected.class_index == kind
+    chosen = (detected.class_index == kind) & ~_of_unknown_class(apart, whole.truth_class)
     return Comparison(
         select(pairs, truth, painted),
         whole.distance_um[kept],
@@ -351,6 +353,13 @@ def _of_class(whole: Comparison, apart: Overlap, detected: Detections, kind: int
         np.zeros(painted.sum(), np.int64),
         rank(select(apart, truth, chosen), detected.scores[chosen]),
     )
+
+
+def _of_unknown_class(pairs: Overlap, truth_class: Ints) -> Bools:
+    """bool (F,): the detections of nuclei whose class is not known."""
+    hits = np.zeros(len(pairs.detected_ids), bool)
+    hits[pairs.detected[(truth_class[pairs.truth] == 0) & (pairs.iou > 0.5)]] = True
+    return hits
 
 
 # ------------------------------------------------------------------------------------------ sums and ratios

@@ -87,13 +87,13 @@ class Log:
 
     def __init__(self, out: Path, say: Callable[[str], None]) -> None:
         self.out, self.say = out, say
-        self.sums: dict[str, Tensor] = {}  # they stay on the device, which would be waited for in every step
+        self.sums: dict[str, Tensor] = {}  # on the device, which so is waited for once a row and not once a number
         self.count, self.since = 0, time.monotonic()
 
     def losses(self, step: int, steps: int, losses: Mapping[str, Tensor], norm: Tensor, skipped: int) -> None:
         """Means of the losses since the last row."""
         for name, value in {**losses, "norm": norm}.items():
-            self.sums[name] = self.sums.get(name, torch.zeros_like(value)) + value.detach()
+            self.sums[name] = self.sums.get(name, torch.zeros((), device=value.device)) + value.detach()
         self.count += 1
         if step % LOG_EVERY:
             return
@@ -102,7 +102,7 @@ class Log:
         append_row(self.out / LOSSES_FILE, {"step": step, **means, "skipped": skipped, "seconds": seconds})
         left = f", {(steps - step) * seconds / 60:.0f} min left" if steps else ""
         self.say(
-            f"step {step}/{steps or '-'}  "
+            f"step {step}{f'/{steps}' if steps else ''}  "
             + "  ".join(f"{k.removeprefix('loss_')} {v:.3f}" for k, v in means.items())
             + f"  skipped {skipped}  {seconds:.2f} s{left}"
         )

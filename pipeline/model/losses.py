@@ -155,7 +155,7 @@ def classification_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """Mean cross entropy; what is UNKNOWN should be a nucleus, of whatever class. logits: (P, 1 + K); labels: (P,)."""
     if logits.shape[1] == 2:
         return F.cross_entropy(logits, labels.clamp(max=1))
-    likelihood = logits.log_softmax(1)
+    likelihood = logits.float().log_softmax(1)  # autocast does so in cross_entropy
     unknown = labels == UNKNOWN
     of_class = likelihood.gather(1, labels.masked_fill(unknown, 0)[:, None])[:, 0]
     return -torch.where(unknown, likelihood[:, 1:].logsumexp(1), of_class).mean()

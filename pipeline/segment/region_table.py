@@ -60,7 +60,7 @@ def measure_regions(slide: SlideFolder, file: RegionFile) -> RegionTable:
         "nuclei_in_artefacts": [len(rows) - len(clean) for rows, clean in zip(inside, kept, strict=True)],
         "per_mm2": counts / np.where(tissue_px > 0, tissue_px * mm2, np.nan),
         **_fractions(slide.nuclei, kept, sorted(provenance.colours)),
-        **_statistics(slide.nuclei, kept),
+        **_statistics(slide.nuclei, kept, several_classes=len(provenance.colours) > 1),
     }
     rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
     return RegionTable(regions, rows, () if slide.tissue_annotation.exists() else (unknown,))
@@ -99,10 +99,12 @@ def _fractions(nuclei: Path, members: Sequence[Ints], classes: Sequence[str]) ->
     return {f"fraction_{name}": share for name, share in zip(classes, shares, strict=True)}
 
 
-def _statistics(nuclei: Path, members: Sequence[Ints]) -> dict[str, Floats]:
+def _statistics(nuclei: Path, members: Sequence[Ints], *, several_classes: bool) -> dict[str, Floats]:
     """Mean and quartiles of every measurement in each region; values that are not finite do not count."""
     columns: dict[str, Floats] = {}
     for field in pq.read_schema(nuclei):
+        if field.name == "class_score" and not several_classes:
+            continue
         if field.name in _PLACE or not (pa.types.is_floating(field.type) or pa.types.is_integer(field.type)):
             continue
         values = tables.read_nuclei(nuclei, [field.name])[field.name].to_numpy()

@@ -267,14 +267,16 @@ class NucleiWriter:
 def read_nuclei(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
     """All nuclei of a slide, all columns of `NUCLEI` or some; `geometry` decodes the outlines."""
     with pq.ParquetFile(path) as file:
-        return _complete(file.read(columns or NUCLEI.names), columns)
+        return _complete(file, file.read(columns or NUCLEI.names), columns)
 
 
-def _complete(rows: pa.Table, columns: Sequence[str] | None) -> pa.Table:
-    """The columns asked for: tables of the first versions have no `class_score`."""
+def _complete(file: pq.ParquetFile, rows: pa.Table, columns: Sequence[str] | None) -> pa.Table:
+    """The columns asked for. Tables of the first versions have no `class_score`: 1 of one class, NaN of several."""
     wanted = NUCLEI.names if columns is None else list(columns)
     if "class_score" in wanted and "class_score" not in rows.column_names:
-        rows = rows.append_column(NUCLEI.field("class_score"), arrow.numbers(np.ones(rows.num_rows, np.float32)))
+        several = len(json.loads(file.metadata.metadata[_KEY])["colours"]) > 1
+        score = np.full(rows.num_rows, np.nan if several else 1, np.float32)
+        rows = rows.append_column(NUCLEI.field("class_score"), arrow.numbers(score))
     return rows.select(wanted)
 
 
@@ -299,7 +301,7 @@ def iter_nuclei(path: Path, columns: Sequence[str] | None = None) -> Iterator[pa
     with pq.ParquetFile(path) as file:
         for group in range(file.num_row_groups):
             _check.get()()
-            yield _complete(file.read_row_group(group, columns or NUCLEI.names), columns)
+            yield _complete(file, file.read_row_group(group, columns or NUCLEI.names), columns)
 
 
 def take_nuclei(path: Path, rows: Ints, columns: Sequence[str] | None = None) -> pa.Table:
@@ -313,7 +315,7 @@ def take_nuclei(path: Path, rows: Ints, columns: Sequence[str] | None = None) ->
             stop = first + file.metadata.row_group(group).num_rows
             here = rows[np.searchsorted(rows, first) : np.searchsorted(rows, stop)] - first
             if len(here):
-                rows_here = _complete(file.read_row_group(group, columns or NUCLEI.names), columns)
+                rows_here = _complete(file, file.read_row_group(group, columns or NUCLEI.names), columns)
                 taken.append(rows_here.take(arrow.numbers(here)))
             first = stop
     return pa.concat_tables(taken)

@@ -26,9 +26,9 @@ def trained(seed: int) -> tuple[nn.Module, dict[str, torch.Tensor], torch.optim.
 def test_everything_comes_back(tmp_path: Path) -> None:
     model, average, optimiser = trained(0)
     other, other_average, other_optimiser = trained(1)
-    assert checkpoint.resume(tmp_path / "c", other, other_average, other_optimiser, RECIPE) == 0
+    assert checkpoint.resume(tmp_path / "c", other, other_average, other_optimiser, RECIPE) == (0, 0.0)
     checkpoint.save(tmp_path / "c", model, average, optimiser, 7, RECIPE)
-    assert checkpoint.resume(tmp_path / "c", other, other_average, other_optimiser, RECIPE) == 7
+    assert checkpoint.resume(tmp_path / "c", other, other_average, other_optimiser, RECIPE) == (7, 0.0)
     for ours, theirs in ((model.state_dict(), other.state_dict()), (average, other_average)):
         assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     moments = (o.state_dict()["state"][0]["exp_avg"] for o in (optimiser, other_optimiser))
@@ -52,13 +52,13 @@ def test_another_recipe_is_refused_with_both_values(changed: dict[str, object], 
 def test_what_does_not_decide_the_weights_may_differ(tmp_path: Path) -> None:
     checkpoint.save(tmp_path / "c", *trained(0), 7, RECIPE)
     changed = RECIPE | {"minutes": 5.0, "device": "cuda", "loaders": 3, "save_every": 9, "licence": "CC0"}
-    assert checkpoint.resume(tmp_path / "c", *trained(1), changed) == 7
+    assert checkpoint.resume(tmp_path / "c", *trained(1), changed) == (7, 0.0)
 
 
 def test_a_checkpoint_that_recorded_less_is_continued(tmp_path: Path) -> None:
     """Older versions recorded the settings only, neither data nor architecture."""
     checkpoint.save(tmp_path / "c", *trained(0), 7, {"steps": 8, "rate": 1e-3})
-    assert checkpoint.resume(tmp_path / "c", *trained(1), RECIPE) == 7
+    assert checkpoint.resume(tmp_path / "c", *trained(1), RECIPE) == (7, 0.0)
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"step": 1}', '{"step": 1, "parts": 3}', '{"step": "x", "parts": []}'])

@@ -20,6 +20,7 @@ from pipeline.errors import AnnotationError, ConfigError, WeightsError
 from pipeline.model.detector import Limits, NucleusDetector, load_weights, save_weights
 from pipeline.model.losses import UNKNOWN
 from pipeline.model.weights import licence, read_notes
+from training import fit as trainer
 from training.config import Training
 from training.data.crops import Crops, regions, targets
 from training.data.datasets import read_dataset
@@ -136,23 +137,46 @@ def test_it_continues_exactly_and_shows_what_it_does(data: Path, tmp_path: Path)
     assert all(torch.equal(first[k], again[k]) for k in first)
 
 
-def test_the_clock_can_be_the_schedule(data: Path, tmp_path: Path) -> None:
-    """Without a number of steps it trains until the minutes are over, and the learning rate falls with them."""
-    images, said = read_dataset(data, [], 0.25), list[str]()
-    settings = dataclasses.replace(QUICK, steps=0, minutes=0.02, save_every=1000)
+def test_the_minutes_can_be_the_schedule(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a number of steps it trains until the minutes are over, and the learning rate falls with them.
+
+    Done, the same command does nothing more; killed, it goes on for the minutes that are left.
+    """
+    images, said, rates = read_dataset(data, [], 0.25), list[str](), list[float]()
+    settings = dataclasses.replace(QUICK, steps=0, minutes=0.02, save_every=1, warmup=1)
+
+    def watched(step: int, training: Training, seconds: float) -> float:
+        rates.append(learning_rate(step, training, seconds))
+        return rates[-1]
+
+    monkeypatch.setattr(trainer, "learning_rate", watched)
     fit([images], tmp_path, settings, TINY, say=said.append)
-    assert 1 <= json.loads((tmp_path / "checkpoint" / "state.json").read_text())["step"] < 1000
-    assert said[-1].startswith("stopped at step ")
-    rates = [learning_rate(9, settings, 60 * 0.02 * done) for done in (0, 0.5, 1, 2)]
-    assert rates == pytest.approx([2e-3, 2e-3 * 0.505, 2e-5, 2e-5])
+    state = json.loads((tmp_path / "checkpoint" / "state.json").read_text())
+    assert 1 < state["step"] == len(rates) < 1000
+    assert state["seconds"] >= 60 * 0.02
+    assert said[-1].startswith(f"stopped at step {state['step']}:")
+    assert rates == sorted(rates, reverse=True)
+    assert rates[-1] == pytest.approx(2e-5)
+    fit([images], tmp_path, settings, TINY, say=silent)
+    assert len(rates) == state["step"]
+    for changed in ({"minutes": 0.05}, {"steps": 9}):
+        with pytest.raises(ConfigError, match="continue it with the recipe"):
+            fit([images], tmp_path, dataclasses.replace(settings, **changed), TINY, say=silent)
+    (tmp_path / "checkpoint" / "state.json").write_text(json.dumps({**state, "seconds": 0.6}))
+    fit([images], tmp_path, settings, TINY, say=silent)
+    assert rates[state["step"]] < 1.1e-3, "half of the time is over"
+    assert learning_rate(3, dataclasses.replace(settings, warmup=10), 0.6) == pytest.approx(2e-3 * 0.3 * 0.505)
     with pytest.raises(ConfigError, match="steps=0, minutes=0: need one of both above 0"):
         dataclasses.replace(QUICK, steps=0)
 
 
 def test_a_detector_begins_as_one_of_another_scale(data: Path, tmp_path: Path) -> None:
     one = fit([read_dataset(data, [], 0.25)], tmp_path, dataclasses.replace(QUICK, steps=1), TINY, say=silent)
-    coarse = dataclasses.replace(TINY, mpp=0.5, anchors=((6,), (12,), (24,), (48,)))
-    initial, before = initial_model(str(one), coarse), load_weights(one).state_dict()
+    coarse, said = dataclasses.replace(TINY, mpp=0.5, anchors=((6,), (12,), (24,), (48,))), list[str]()
+    initial, before = initial_model(str(one), coarse, said.append), load_weights(one).state_dict()
+    assert (
+        "was trained at 0.25 um per pixel with anchors ((12,), (24,), (48,), (96,)); this training is at 0.5" in said[0]
+    )
     assert initial.architecture == coarse
     assert all(torch.equal(initial.state_dict()[name], value) for name, value in before.items())
     more = dataclasses.replace(TINY, anchors=((6, 9), (12, 18), (24, 36), (48, 72)))
@@ -269,10 +293,11 @@ def test_classes_are_learnt_when_asked_for(data: Path, tmp_path: Path) -> None:
     for ours, theirs in zip(*seen, strict=True):
         torch.testing.assert_close(ours, theirs)
     with pytest.raises(ConfigError, match="different classes"):
-        fit([two, two._replace(classes=("Round",))], tmp_path / "both", settings, TINY, say=silent)
+        fit([two, two._replace(classes=("Other", "Round"))], tmp_path / "both", settings, TINY, say=silent)
     crops = Crops([two], 96, 0.25, settings)
     assert set(torch.cat([crops[i].labels for i in range(4)]).tolist()) == {1, 2}
     # beside a set that does not tell them apart
+    images = images._replace(classes=("cell nucleus",))
     mixed = load_weights(fit([images, two], tmp_path / "mixed", settings, TINY, say=silent))
     assert mixed.architecture.classes == ("Round", "Other")
     assert set(torch.cat([Crops([images, two], 96, 0.25, settings)[i].labels for i in range(12)]).tolist()) == {

@@ -206,6 +206,17 @@ def test_classes_by_hand() -> None:
     assert tally(third)._replace(ranking=NO_RANKING) == pool([])._replace(images=1, ranking=NO_RANKING)
 
 
+def test_a_nucleus_of_no_known_class_counts_for_none() -> None:
+    """What is detected of it is neither right nor wrong within a class, in any ranking."""
+    truth = squares((1, 1, 1), (8, 8, 2), (15, 15, 3))
+    detections = squares_found((1, 1, 0.7), (8, 8, 0.9), (15, 15, 0.8), class_index=(1, 1, 2))
+    whole, (first, second) = compare_detections(truth, np.array([1, 0, 2]), detections, 1.0, classes=2)
+    assert measure(tally(whole)).pq == 1
+    for one in (measure(tally(first)), measure(tally(second))):
+        assert (one.precision, one.recall, one.pq) == (1, 1, 1)
+        assert one.ap50 == pytest.approx(1)
+
+
 def test_numbers_need_not_follow_each_other_and_a_number_may_have_several_parts() -> None:
     truth, detected = squares((1, 1, 40_000), (10, 10, 40_000), (1, 10, 7)), squares((1, 1, 3), (10, 10, 3))
     scores = score(truth, detected)

@@ -25,6 +25,7 @@ from training.data.sample import (
     LabelledImage,
     Metadata,
     class_names,
+    known_classes,
     labelled_image,
     read_image,
     read_json_file,
@@ -87,7 +88,7 @@ def write_coco(dataset: Dataset, path: Path) -> Conversion:
     nuclei: list[dict[str, Any]] = []
     contested = 0
     for number, sample in enumerate(dataset.images, 1):
-        read = sample.read()
+        read = known_classes(sample)
         name = f"images/{sample.id}.png"
         with committed(path.parent / name) as part:
             Image.fromarray(read.image).save(part)

@@ -17,7 +17,7 @@ from training.config import Training
 from training.data import augment
 from training.data.paste import paste
 from training.data.restain import choose_method, fit_image, restain
-from training.data.sample import NO_CLASSES, Dataset, LabelledImage, Sample
+from training.data.sample import Dataset, LabelledImage, Sample
 
 EDGE_PX = 3  # of the crop: two at the working scale
 MIN_AREA_PX = 24  # smaller pieces, as the crop's edge cuts them off, are background
@@ -84,7 +84,7 @@ class Crops(data.Dataset[Crop]):
         self.sets: list[list[list[TrainingImage]]] = []  # set -> group -> image
         for dataset in datasets:
             groups: dict[str, list[TrainingImage]] = {}
-            classes = dataset.classes != NO_CLASSES
+            classes = len(dataset.classes) > 1
             for sample in dataset.images:
                 groups.setdefault(sample.group, []).append(TrainingImage(sample, classes))
             self.sets.append(list(groups.values()))

@@ -5,7 +5,8 @@ A dataset is a folder, or one annotation file with its images near it, in one of
     dataset.json   {"mpp": 0.25 or {id: 0.25}, "classes": ["Tumour", ...], "groups": {id: "bladder"},
                     "merge": {"Muscle": "Connective", "Other": null}}; all optional;
                    each overrides what the source says, and --mpp overrides all. `merge` gives classes other names,
-                   several one name, or none (null): the class of such a nucleus is not known
+                   several one name, or none (null): the class of such a nucleus is not known. Merged classes are
+                   sorted by name, so that those of two sets are in the same order
 """
 
 import re
@@ -101,7 +102,7 @@ def _merged(
             f"{beside / DATASET_FILE} merges '{strange[0]}', which is none of the classes {', '.join(classes)}"
         )
     renamed = [merge.get(name, name) for name in classes]
-    names = tuple(dict.fromkeys(name for name in renamed if name is not None))
+    names = tuple(sorted({name for name in renamed if name is not None})) if merge else classes
     if not names:
         raise AnnotationError(f"{beside / DATASET_FILE} merges every class into null: need one that is known")
     return names, np.array([0, *(0 if name is None else 1 + names.index(name) for name in renamed)], np.int64)

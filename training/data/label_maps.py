@@ -27,6 +27,7 @@ from training.data.sample import (
     Metadata,
     by_stem,
     class_numbers,
+    known_classes,
     labelled_image,
     pair_up,
     read_image,
@@ -85,7 +86,7 @@ def write_folder(dataset: Dataset, folder: Path) -> Conversion:
         (folder / name).mkdir(parents=True, exist_ok=True)
     nuclei, contested = 0, 0
     for sample in dataset.images:
-        read = sample.read()
+        read = known_classes(sample)
         if len(read.class_index) > _MOST_NUCLEI:
             raise AnnotationError(
                 f"'{sample.id}' has {len(read.class_index)} nuclei, a 16-bit map numbers {_MOST_NUCLEI}: "

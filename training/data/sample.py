@@ -95,6 +95,17 @@ class Conversion(NamedTuple):
     contested_px: int  # where nuclei overlapped in the source; the later one has the pixel
 
 
+def known_classes(sample: Sample) -> LabelledImage:
+    """The image of a sample, to be written. Raises AnnotationError where the class of a nucleus is not known."""
+    read = sample.read()
+    if not read.class_index.all():
+        raise AnnotationError(
+            f"'{sample.id}' has nuclei of no known class, which the form cannot state: leave 'merge' out of "
+            f"{DATASET_FILE}, or give them a class there"
+        )
+    return read
+
+
 def labelled_image(
     image: NDArray[np.uint8], labels: NDArray[Any], class_index: NDArray[np.int64] | None, contested_px: int = 0
 ) -> LabelledImage:

@@ -11,7 +11,7 @@ in both cases --overwrite must give those bytes.
 With --power-cuts (as root, on Linux) the output folder lies on an ext4 file system in a file, which is copied at a
 random moment: the copy is a disk after a power cut. It is mounted, and the same command runs there. The run is
 suspended for the copy, which takes a while: else its beginning would be of an earlier moment than its end, which no
-disk's is.
+disk's is. (The kernel goes on to write what the run did not wait for.)
 
 Exit status 1 if any trial failed; its folder stays.
 """
@@ -102,8 +102,11 @@ def suspend(process: BaseProcess) -> None:
 
 
 def _state(task: Path) -> str:
-    """A letter, as proc(5) has it."""
-    return (task / "stat").read_text(encoding="utf-8").rpartition(") ")[2][0]
+    """A letter, as proc(5) has it; X for a thread that has ended."""
+    try:
+        return (task / "stat").read_text(encoding="utf-8").rpartition(") ")[2][0]
+    except OSError:
+        return "X"
 
 
 def kill(process: BaseProcess) -> None:

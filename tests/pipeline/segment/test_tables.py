@@ -1,5 +1,6 @@
 """A file that exists is complete; what is written reads back; the same rows are the same bytes."""
 
+import dataclasses
 import json
 import os
 import uuid
@@ -240,10 +241,22 @@ def test_a_class_without_a_colour_is_refused(tmp_path):
         write(tmp_path / "nuclei.parquet", squares(2), columns)
 
 
+def _of_before(path) -> pa.Table:
+    kept = {key: value for key, value in pq.read_metadata(path).metadata.items() if key != b"ARROW:schema"}
+    return pq.read_table(path).drop_columns("class_score").replace_schema_metadata(kept)
+
+
 def test_a_table_of_before_has_certain_classes(tmp_path):
-    """The first versions wrote no class_score, for there was one class."""
-    write(tmp_path / "nuclei.parquet", squares(9), rest(9))
-    older = pq.read_table(tmp_path / "nuclei.parquet").drop_columns("class_score")
+    """The first versions wrote no class_score: it is certain where there was one class, and else not known."""
+    write(tmp_path / "several.parquet", squares(9), rest(9))
+    older = _of_before(tmp_path / "several.parquet")
+    pq.write_table(older, tmp_path / "several.parquet")
+    of_several = tables.read_nuclei(tmp_path / "several.parquet", ["class_score"])["class_score"].to_numpy()
+    assert np.isnan(of_several).tolist() == [True] * 9
+    one = dataclasses.replace(PROVENANCE, colours={"Nucleus": (200, 30, 30)})
+    with tables.NucleiWriter(tmp_path / "nuclei.parquet", one) as writer:
+        writer.write(squares(9), **{**rest(9), "class_name": ["Nucleus"] * 9})
+    older = _of_before(tmp_path / "nuclei.parquet")
     pq.write_table(older, tmp_path / "older.parquet", row_group_size=4)
     whole = tables.read_nuclei(tmp_path / "older.parquet")
     groups = pa.concat_tables(tables.iter_nuclei(tmp_path / "older.parquet"))
