@@ -159,7 +159,7 @@ class Detector:
     "Name of shipped weights, or a .safetensors file."
     views: Annotated[Literal[1, 2, 4, 8], Parameter(name=["--detector.views", "--views"], group=COMMON)] = 1
     "Test-time-augmentation views per patch (flips, quarter-turns, shifts), fused by overlap with votes."
-    score: float = 0.5
+    score: float = 0.6
     "Detections below this (fused) score are dropped."
     nms: float = 0.3
     "Boxes of one tile, or of several views, that overlap by more than this IoU are one nucleus."

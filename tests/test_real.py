@@ -107,4 +107,6 @@ def test_the_shipped_weights_segment_an_image_they_never_saw(shared: Path, tmp_p
 def test_the_shipped_weights_say_how_they_came_to_be() -> None:
     notes = read_notes(find_weights("nuclei"))
     assert json.loads(notes["recipe"])["seed"] == 0
-    assert len(json.loads(notes["mean_of"])) == 2  # checksums of the weights that they are the mean of
+    assert int(notes["step"]) == 3016
+    # checksums of the weights that it is the mean of
+    assert len(json.loads(read_notes(find_weights("classes"))["mean_of"])) == 2

@@ -340,8 +340,12 @@ def test_shipped_detectors_say_what_they_may_be_used_for() -> None:
     """The default may be used by everyone; weights that may not have another name, and state it themselves."""
     assert licence(find_weights("nuclei")).startswith("CC BY 4.0")
     assert "no commercial use" in licence(find_weights("research"))
-    assert {"nuclei", "research"} <= set(shipped())
-    for name in ("nuclei", "research"):
+    detectors = {"nuclei", "classes", "fast", "research"}
+    assert detectors == set(shipped()) - {"stain"}
+    assert detector_architecture(find_weights("fast")).mpp == 0.5
+    classes = ("Connective", "Epithelial", "Inflammatory", "Neoplastic")
+    assert tuple(sorted(detector_architecture(find_weights("classes")).classes)) == classes
+    for name in detectors:
         notes = read_notes(find_weights(name))
         assert json.loads(notes["data"])
         assert "/" not in notes["data"] + json.loads(notes["recipe"])["init"]
