@@ -16,7 +16,7 @@ import shapely
 from numpy.typing import NDArray
 
 import pipeline
-from pipeline.config import Execution, Settings, Tiling
+from pipeline.config import Architecture, Execution, Settings, Tiling
 from pipeline.layout import RunFolder
 from pipeline.segment.tables import geometry, read_nuclei
 from slides.slide import open_slide
@@ -58,7 +58,7 @@ def main() -> None:
     parser.add_argument("--mpp", type=float)
     given = parser.parse_args()
     sizes = [tuple(map(int, text.split("/"))) for text in given.tilings]
-    tilings = [Tiling(tile=tile, margin=margin) for tile, margin in sizes]
+    tilings = [Tiling(mpp=Architecture().mpp, tile=tile, margin=margin) for tile, margin in sizes]
     nuclei = [nuclei_of(given.slide, given.out, tiling, given.mpp) for tiling in tilings]
     with open_slide(given.slide, mpp=given.mpp) as slide:
         scale = slide.scale.x / tilings[0].mpp
