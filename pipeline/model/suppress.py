@@ -32,7 +32,9 @@ def suppress(
         # what must not be compared lies apart: patches side by side, levels one below the other
         boxes = boxes + torch.stack([patch, level, patch, level], 1) * (boxes.max() + 1)
         sizes = [len(boxes)] if len(boxes) <= _BOXES_AT_ONCE else _grouped(counts(patch, patches))
-        kept = [nms(b, s, iou) for b, s in zip(boxes.split(sizes), scores.split(sizes), strict=True)]
+        kept = []
+        for of_group in zip(boxes.split(sizes), scores.split(sizes), strict=True):
+            kept.append(nms(*of_group, iou))
     firsts = itertools.accumulate(sizes, initial=0)
     keep = torch.cat([first + k for k, first in zip(kept, firsts, strict=False)])
     if boxes.device.type == "cpu":

@@ -97,7 +97,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def settings(weights: Path) -> Settings:
     return Settings(
         tissue=Tissue(everywhere=True),
-        tiling=Tiling(tile=192, margin=64),
+        tiling=Tiling(mpp=0.25, tile=192, margin=64),
         stitching=Stitching(max_diameter_um=5.0, simplify_px=0.0),
         detector=Detector(weights=str(weights)),
     )

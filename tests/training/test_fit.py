@@ -417,7 +417,7 @@ def test_weights_to_start_from_must_exist_and_fit(data: Path, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"steps": 0}, "steps=0: need 1 or more"),
+        ({"steps": 0}, "steps=0, minutes=0: need one of both above 0"),
         ({"batch": 0}, "batch=0: need 1 or more"),
         ({"minutes": -1.0}, "minutes=-1.0: need 0 or more"),
         ({"rate": 0.0}, "rate=0.0: need more than 0"),

@@ -60,9 +60,11 @@ class Watch:
 
     def _sample(self) -> None:
         while not self._ended.wait(0.002):
-            step, now = self.steps[-1], (pss(), LIBRARY.mallinfo2().used)
-            before = self.peaks.get(step, (0, 0))
-            self.peaks[step] = max(before[0], now[0]), max(before[1], now[1])
+            self._note(self.steps[-1])
+
+    def _note(self, step: str) -> None:
+        now, before = (pss(), LIBRARY.mallinfo2().used), self.peaks.get(step, (0, 0))
+        self.peaks[step] = max(before[0], now[0]), max(before[1], now[1])
 
     @contextmanager
     def step(self, name: str) -> Iterator[None]:
@@ -70,6 +72,7 @@ class Watch:
         try:
             yield
         finally:
+            self._note(name)  # it may have been too short for a sample
             self.steps.pop()
 
     def __enter__(self) -> "Watch":

@@ -51,13 +51,13 @@ TRAINING = {
     "blocking upload: pipeline/model/roi_align.py _layout": 1,
     "blocking upload: training/fit.py _losses.<locals>.<genexpr>": 5,  # the loader pins its batches; here nothing does
     "download: pipeline/model/losses.py mask_targets": 1,
-    "download: pipeline/model/suppress.py counts": 1,
+    "download: pipeline/model/suppress.py counts": 2,  # more boxes than a call takes, as the wait below
     "wait: pipeline/model/detector.py NucleusDetector._head_losses": 1,
     "wait: pipeline/model/detector.py NucleusDetector._proposals": 1,
     "wait: pipeline/model/losses.py proposal_losses": 4,
     "wait: pipeline/model/losses.py proposal_losses.<locals>.<genexpr>": 2,
     "wait: pipeline/model/losses.py sample_proposals": 6,
-    "wait: pipeline/model/suppress.py suppress": 1,
+    "wait: pipeline/model/suppress.py suppress": 2,
     "wait: training/fit.py _optimise": 1,
 }
 
@@ -98,7 +98,7 @@ def assert_same(there: list[HostInstances], here: list[HostInstances]) -> None:
     """Shapes, dtypes, and values within rounding."""
     assert len(there) == len(here)
     for a, b in zip(there, here, strict=True):
-        assert a[6:] == b[6:]  # flags
+        assert a[7:] == b[7:]  # flags
         for name in columns(Instances):
             x, y = getattr(a, name), getattr(b, name)
             assert (x.dtype, x.shape) == (y.dtype, y.shape), name
@@ -155,7 +155,7 @@ def test_the_cost_of_a_batch(patches: list[np.ndarray]) -> None:
     assert cuda.uploads == [(8, SIDE, SIDE, 3)]
     assert cuda.total(WAIT, DOWNLOAD, BLOCKING) <= 7
     assert cuda.total(UPLOAD) == 1
-    assert cuda.total(LAUNCH) <= 439  # 29 of them for the statistics of the stains, 12 to thin the anchors
+    assert cuda.total(LAUNCH) <= 447  # 29 of them for the statistics of the stains, 12 to thin the anchors
 
 
 def assert_no_more(counted: Mapping[str, int], expected: Mapping[str, int]) -> None:
