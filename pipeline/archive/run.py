@@ -14,7 +14,7 @@ import shutil
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,7 @@ from pipeline.segment.stages import STAGES, Detect, Stage, block_record, remove_
 from pipeline.text import one_line
 from slides.slide import BY_DEFAULT
 
+_SIGNAL_S = 0.2  # until a signal is noticed
 _POLL_S = 5.0  # between checks of a slide that another run holds, of the workers, and of the ledger
 _ATTEMPTS = 3  # at a slide whose scratch is damaged while it is processed
 
@@ -140,6 +141,9 @@ def _in_a_thread(work: Callable[[], Any], stop: Callable[[], None]) -> None:
     with ThreadPoolExecutor(1) as pool:
         future = pool.submit(asyncio.run, main())
         try:
+            # A signal that the kernel gives another thread does not wake this one, whose turn it is to handle it.
+            while not wait([future], _SIGNAL_S).done:
+                pass
             future.result()
         except KeyboardInterrupt:
             stop()
