@@ -19,7 +19,7 @@ NETWORK = Group("Network", sort_key=7)
 
 @dataclass(frozen=True)
 class Training:
-    """How the detector is trained. Defaults are those of the shipped weights, chosen on two CPU cores."""
+    """How the detector is trained. Defaults suit two CPU cores; model cards say what the shipped weights had."""
 
     steps: Annotated[int, Parameter(group=SCHEDULE)] = 4000
     "Optimiser steps, 2 a second on two CPU cores; 0: as many as `minutes` allow, which then decide the learning rate."

@@ -99,7 +99,8 @@ def _merged(
     """The names of classes as `merge` renames them, and the new number, or 0, of each number from 0 on."""
     if strange := [name for name in merge if name not in classes]:
         raise AnnotationError(
-            f"{beside / DATASET_FILE} merges '{strange[0]}', which is none of the classes {', '.join(classes)}"
+            f"{beside / DATASET_FILE} merges '{strange[0]}', which is no class of this dataset: need some of "
+            f"{', '.join(classes)}"
         )
     renamed = [merge.get(name, name) for name in classes]
     names = tuple(sorted({name for name in renamed if name is not None})) if merge else classes

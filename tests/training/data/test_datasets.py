@@ -176,7 +176,10 @@ def test_dataset_json_merges_classes(tmp_path: Path) -> None:
     for convert in (write_folder, write_coco):
         with pytest.raises(AnnotationError, match="'x' has nuclei of no known class, which the form cannot state"):
             convert(found, tmp_path / "written.json")
-    for merge, message in (({"Glia": "x"}, "merges 'Glia', which is none of"), (dict.fromkeys("abc"), "merges 'a'")):
+    for merge, message in (
+        ({"Glia": "x"}, "merges 'Glia', which is no class of this dataset"),
+        (dict.fromkeys("abc"), "merges 'a'"),
+    ):
         (tmp_path / "dataset.json").write_text(json.dumps({**metadata, "merge": merge}))
         with pytest.raises(AnnotationError, match=message):
             read_dataset(tmp_path)
