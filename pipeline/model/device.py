@@ -1,17 +1,21 @@
 """The device that computes, and its precision. torch is loaded by what asks it: not every process needs it."""
 
 import ctypes
+import functools
 import os
 import sys
 import threading
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from pipeline.config import Detector, check_device_name
 from pipeline.errors import ConfigError
 
 if TYPE_CHECKING:
     import torch
+
+T = TypeVar("T")
 
 
 def device_kind(name: str, gpus: int) -> Literal["cpu", "cuda"]:
@@ -89,9 +93,21 @@ def _cpu_has_bfloat16() -> bool:
 _computing = threading.Lock()
 
 
-def device_lock() -> threading.Lock:
-    """The lock of this process's device: to be held while computing on it."""
-    return _computing
+def compute(device: str, function: Callable[[], T]) -> T:
+    """What `function` returns, or raises; one at a time in this process. device: as in `choose_device`.
+
+    For a GPU it is called in the same thread every time. PyTorch keeps the plans of cuDNN's convolutions by thread, and
+    to plan a network for one more thread, or one more size of its input, took two seconds on an H200.
+    """
+    with _computing:
+        if device_kind(device, count_gpus()) == "cpu":
+            return function()
+        return _thread_of_gpu().submit(function).result()
+
+
+@functools.cache
+def _thread_of_gpu() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(1, "gpu")
 
 
 def computes_on(detector: Detector) -> str:

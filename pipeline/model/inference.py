@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 from torchvision.ops import roi_align
@@ -24,35 +25,88 @@ def detect_patches(patches: Patches, normalisation: Normalisation, settings: Set
     """The instances of each of the patches uint8 (h, w, 3), as numpy arrays, in the order of the patches.
 
     normalisation: of the slide that the patches were cut from. A batch is of patches of one size, wherever they stand.
+    On a GPU all are filled up to one size: see `_one_size`.
     Where the device has no memory for a batch, batches are smaller from then on. A patch that it has no memory for
     on its own is detected in quarters (`split`), and where it has none for the smallest of those either it is `lost`.
     Law: the instances of a patch that fits do not depend on whether others did.
     """
     on_cpu = choose_device(settings.detector.device).type == "cpu"
+    shown = patches if on_cpu else _one_size(patches, settings)
     done: dict[int, HostInstances] = {}
-    for first, patch in enumerate(patches):
+    for first, patch in enumerate(shown):
         while first not in done:
-            alike = [n for n in range(first, len(patches)) if n not in done and patches[n].shape == patch.shape]
+            alike = [n for n in range(first, len(shown)) if n not in done and shown[n].shape == patch.shape]
             chosen = alike[: _batch_size(settings)]
-            detected = _attempt(np.stack([patches[n] for n in chosen]), normalisation, settings)
+            batch = np.stack([shown[n] for n in chosen])
+            detected = _attempt(batch if on_cpu else _filled(batch, settings), normalisation, settings)
             if detected is None and len(chosen) > 1:
                 _batch_that_fits[settings] = len(chosen) // 2
                 continue
             if detected is None:
                 parts = _in_quarters(patch, normalisation, settings)
                 detected = None if parts is None else [parts]
-            done.update(zip(chosen, map(_as_numpy, detected) if detected else [_lost(settings)], strict=True))
-        yield done.pop(first)
+            every = map(_as_numpy, detected[: len(chosen)]) if detected else [_lost(settings)]
+            done.update(zip(chosen, every, strict=True))
+        own = done.pop(first)
+        yield own if patch.shape == patches[first].shape else _cropped(own, patches[first].shape[:2])
         if on_cpu:
             return_freed_memory()
 
 
 def _batch_size(settings: Settings) -> int:
-    wanted = settings.detector.batch or (4 if load.detector(settings.detector).device.type == "cuda" else 1)
+    wanted = settings.detector.batch or (16 if load.detector(settings.detector).device.type == "cuda" else 1)
     return min(wanted, _batch_that_fits.get(settings, wanted))
 
 
 _batch_that_fits: dict[Settings, int] = {}  # patches per inference, where more of them were too many for this process
+
+
+# ----------------------------------------------------------------------------------- few sizes, for a GPU
+
+
+def _one_size(patches: Patches, settings: Settings) -> Patches:
+    """Patches of any sizes -> all of one, glass appended on the right and below.
+
+    cuDNN plans every convolution anew for each size of its input, which takes the network two seconds on an H200, and
+    patches that are trimmed to their tissue have a size each. The sides are of half a tile or a whole one, or more.
+    """
+    step = side_step(load.detector(settings.detector).model.architecture.upscale)
+    half = -(-settings.tiling.tile // (2 * step)) * step
+    height, width = (-(-max(patch.shape[axis] for patch in patches) // half) * half for axis in (0, 1))
+    return [_appended(patch, (height - patch.shape[0], width - patch.shape[1], 0)) for patch in patches]
+
+
+def _filled(batch: NDArray[np.uint8], settings: Settings) -> NDArray[np.uint8]:
+    """A batch of 1, 2, 4, 8, ... patches, up to the largest batch: those (B, H, W, 3) that are given, and glass."""
+    count = min(1 << (len(batch) - 1).bit_length(), _batch_size(settings))
+    return _appended(batch, (count - len(batch), 0, 0, 0))
+
+
+def _appended(pixels: NDArray[np.uint8], counts: tuple[int, ...]) -> NDArray[np.uint8]:
+    """So many rows of white pixels after the last, along each axis."""
+    return np.pad(pixels, [(0, count) for count in counts], constant_values=255) if any(counts) else pixels
+
+
+def _cropped(patch: HostInstances, size: tuple[int, int]) -> HostInstances:
+    """The instances without what lies right of or below a patch of this height and width."""
+    edge = np.array(size[::-1], np.float32)
+    patch = instances.select(patch, np.flatnonzero((patch.boxes[:, :2] < edge).all(1)))
+    crossing = np.flatnonzero((patch.boxes[:, 2:] > edge).any(1))
+    if len(crossing) == 0:
+        return patch
+    boxes, masks = torch.from_numpy(patch.boxes[crossing]), torch.from_numpy(patch.mask_probs[crossing])
+    low, sides = boxes[:, :2], boxes[:, 2:] - boxes[:, :2]
+    inside = torch.minimum(boxes[:, 2:], torch.from_numpy(edge)) - low
+    centres = (torch.arange(masks.shape[-1]) + 0.5) / masks.shape[-1]  # of the grid's pixels
+    x, y = (2 * centres * (inside / sides)[:, i : i + 1] - 1 for i in (0, 1))  # (N, M), -1..1 of the whole box
+    grid = torch.stack([x[:, None].expand(-1, masks.shape[-1], -1), y[..., None].expand(-1, -1, masks.shape[-1])], -1)
+    remaining = F.grid_sample(masks[:, None], grid, padding_mode="border", align_corners=False)[:, 0]
+    cut = patch._replace(boxes=patch.boxes.copy(), mask_probs=patch.mask_probs.copy())
+    cut.boxes[crossing, 2:], cut.mask_probs[crossing] = (low + inside).numpy(), remaining.numpy()
+    return cut
+
+
+# ------------------------------------------------------------------------------------------------- a batch
 
 
 def _detect(batch: NDArray[np.uint8], normalisation: Normalisation, settings: Settings) -> list[Instances[Tensor]]:

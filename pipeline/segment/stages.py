@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from pipeline import files
 from pipeline.config import Settings
 from pipeline.errors import ScratchLost, SlideChanged
-from pipeline.model.device import computes_on, device_lock
+from pipeline.model.device import compute, computes_on
 from pipeline.model.fitted_stain import UNCHANGED, Normalisation
 from pipeline.model.instances import HostInstances, Patches, select
 from pipeline.model.weights import detector_architecture, find_weights
@@ -143,13 +143,15 @@ def choose_stain(job: Job, detect: Detect | None = None) -> StageRecord:
     def mean_score(tried: Normalisation) -> float:
         return stain_trial.mean_score(job.while_leased((detect or _detector())(patches, tried, settings)))
 
-    with device_lock():
+    def both() -> tuple[float, float, StageRecord]:
         started = time.perf_counter()
-        scores = mean_score(UNCHANGED), mean_score(plan.normalisation)
-    chosen = plan.normalisation if scores[1] > scores[0] else UNCHANGED
+        return mean_score(UNCHANGED), mean_score(plan.normalisation), _worked("stain", started)
+
+    without, with_it, worked = compute(settings.detector.device, both)
+    chosen = plan.normalisation if with_it > without else UNCHANGED
     job.check_lease()
-    write_plan(plan._replace(normalisation=chosen, trials=(), trial_scores=scores), job.folder, job.digest)
-    return _worked("stain", started)
+    write_plan(plan._replace(normalisation=chosen, trials=(), trial_scores=(without, with_it)), job.folder, job.digest)
+    return worked
 
 
 # ---------------------------------------------------------------------------------------------------- tile
@@ -192,8 +194,8 @@ def block_record(job: Job, block: int) -> StageRecord | None:
 def detect_block(job: Job, block: int, before: StageRecord, detect: Detect | None = None) -> StageRecord:
     """Patches of one block, trimmed to the tissue -> their instances, committed in one rename; then they are deleted.
 
-    detect: replaces the detector. The device is locked only once the patches are in memory: two of these in one
-    process take turns, and while one computes the other one reads.
+    detect: replaces the detector. It is called once the patches are in memory: two of these in one process take turns,
+    and while one computes the other one reads.
     Raises LeaseLost between two patches once the slide is not ours any more, as when the run is interrupted.
     """
     plan = read_plan(job.folder, job.digest)
@@ -210,16 +212,23 @@ def detect_block(job: Job, block: int, before: StageRecord, detect: Detect | Non
             patch[plan.trimmed(tile).within((tile.read.x0, tile.read.y0))]
             for patch, tile in zip(patches, tiles, strict=True)
         ]
-        with device_lock():
-            started = time.perf_counter()
-            instances = list(job.while_leased((detect or _detector())(trimmed, plan.normalisation, job.settings)))
-            device = () if detect else (computes_on(job.settings.detector),)
-            before += _worked("detect", started, computed_on=device)
+        computing = functools.partial(_detected, job, trimmed, plan.normalisation, detect)
+        instances, worked = compute(job.settings.detector.device, computing)
+        before += worked
         job.check_lease()
         write_predictions(job.folder.predictions(block), instances, lost, sharpness, before)
         break
     store.discard(block)
     return before
+
+
+def _detected(
+    job: Job, patches: Patches, normalisation: Normalisation, detect: Detect | None
+) -> tuple[list[HostInstances], StageRecord]:
+    """The instances of each patch, and the work that was. Raises LeaseLost between two patches."""
+    started = time.perf_counter()
+    instances = list(job.while_leased((detect or _detector())(patches, normalisation, job.settings)))
+    return instances, _worked("detect", started, computed_on=() if detect else (computes_on(job.settings.detector),))
 
 
 def _detector() -> Detect:

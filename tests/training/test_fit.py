@@ -184,6 +184,21 @@ def test_a_detector_begins_as_one_of_another_scale(data: Path, tmp_path: Path) -
         initial_model(str(one), more)
 
 
+def test_a_detector_begins_with_another_backbone(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which has ImageNet's weights; all that fits else is that of the file."""
+    one = fit([read_dataset(data, [], 0.25)], tmp_path, dataclasses.replace(QUICK, steps=1), TINY, say=silent)
+    larger, said = dataclasses.replace(TINY, backbone="test_efficientnet_ln"), list[str]()
+    monkeypatch.setattr(
+        "training.fit.imagenet", lambda wanted, _: {k: torch.full_like(v, 7) for k, v in wanted.items()}
+    )
+    initial, before = initial_model(str(one), larger, said.append).state_dict(), load_weights(one).state_dict()
+    assert said == [f"{one} has the backbone {TINY.backbone}: test_efficientnet_ln starts from ImageNet"]
+    assert all((value == 7).all() for name, value in initial.items() if name.startswith("backbone."))
+    kept = [n for n in before if not n.startswith("backbone.") and before[n].shape == initial[n].shape]
+    assert len(kept) > 20
+    assert all(torch.equal(initial[name], before[name]) for name in kept)
+
+
 def test_a_damaged_checkpoint_is_named(data: Path, tmp_path: Path) -> None:
     images = read_dataset(data, [], 0.25)
     settings = dataclasses.replace(QUICK, steps=2)

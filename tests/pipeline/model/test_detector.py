@@ -21,6 +21,7 @@ from pipeline.model import load
 from pipeline.model.detector import (
     Limits,
     NucleusDetector,
+    _convolvable,
     _largest_around,
     _MaskPredictor,
     _peaks,
@@ -114,6 +115,15 @@ class Crowd(torch.nn.Module):
             # squares of 18 px, 4 px apart: an IoU of .64; the next nucleus is 32 px away
             scores[0][0, 2, 8 * y + 2, 8 * x + 2 : 8 * x + 4] = 9 - nucleus / 10
         return scores, [torch.zeros(1, 24, *level.shape[-2:]) for level in levels]
+
+
+@given(st.integers(0, 5000))
+def test_a_gpu_convolves_few_numbers_of_rows(count: int) -> None:
+    """No fewer than there are, and less than twice as many; on a CPU as many as there are."""
+    there = len(_convolvable(torch.empty(count, 2, 1, 1, device="meta")))
+    assert there in {0, 64, 128, 256, 512, 1024, 2048, 3072, 4096, 5120}
+    assert count <= there < max(2 * count, 65)
+    assert len(_convolvable(torch.empty(count, 2, 1, 1))) == count
 
 
 @pytest.mark.parametrize("count", [0, 3])

@@ -1,6 +1,9 @@
 """The device that computes, and its precision."""
 
+import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import pytest
@@ -34,6 +37,32 @@ def test_gpus_are_counted_by_torch_where_there_is_a_driver(monkeypatch: pytest.M
     for driver, count in ((True, 3), (False, 0)):
         monkeypatch.setattr(device, "has_gpu_driver", lambda driver=driver: driver)
         assert count_gpus() == count
+
+
+def test_one_computes_at_a_time_and_on_a_gpu_always_the_same_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In which what PyTorch keeps by thread is found again."""
+    inside, most = [0], [0]
+
+    def function() -> str:
+        inside[0] += 1
+        most[0] = max(most[0], inside[0])
+        time.sleep(0.01)
+        inside[0] -= 1
+        return threading.current_thread().name
+
+    for gpus, names in ((0, {f"asks_{n}" for n in range(4)}), (1, {"gpu_0"})):
+        monkeypatch.setattr(device, "count_gpus", lambda gpus=gpus: gpus)
+        waiting = threading.Barrier(4)
+
+        def ask(_: int, waiting: threading.Barrier = waiting) -> str:
+            waiting.wait()
+            return device.compute("auto", function)
+
+        with ThreadPoolExecutor(4, "asks") as pool:
+            assert set(pool.map(ask, range(4))) == names
+    assert most == [1]
+    with pytest.raises(ZeroDivisionError):
+        device.compute("auto", lambda: 1 // 0)
 
 
 def test_bfloat16_is_chosen_where_the_chosen_device_computes_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
