@@ -159,8 +159,8 @@ class Detector:
     "Name of shipped weights, or a .safetensors file."
     views: Annotated[Literal[1, 2, 4, 8], Parameter(name=["--detector.views", "--views"], group=COMMON)] = 1
     "Test-time-augmentation views per patch (flips, quarter-turns, shifts), fused by overlap with votes."
-    score: float = 0.6
-    "Detections below this (fused) score are dropped."
+    score: float = 0.0
+    "Detections below this (fused) score are dropped; 0: below the one that the weights state as theirs."
     nms: float = 0.3
     "Boxes of one tile, or of several views, that overlap by more than this IoU are one nucleus."
     overlap: float = 0.5
@@ -479,6 +479,8 @@ class Architecture:
     "Side of the grid that a mask is predicted on, whatever the size of its box."
     mpp: float = 0.25
     "Working scale it is trained for, in micrometres per pixel."
+    score: float = 0.6
+    "The score threshold that suits it: that of `--detector.score 0`."
     classes: Annotated[tuple[str, ...], Parameter(negative="")] = ("Nucleus",)
     "Names of the classes, in the order of the class index."
     sampling: Sampling = field(default_factory=Sampling)
@@ -519,6 +521,7 @@ class Architecture:
             f"mask_size={self.mask_size}: need an even number, 4 to 128",
         )
         require(0 < self.mpp <= 10, f"mpp={self.mpp}: need more than 0, to 10 um")
+        require(0 < self.score < 1, f"score={self.score}: need more than 0, below 1")
         require(
             len(self.classes) > 0 and len(set(self.classes)) == len(self.classes) and all(self.classes),
             f"classes={self.classes}: need one or more, with different names",

@@ -207,6 +207,7 @@ def initial_model(init: str, architecture: Architecture, say: Callable[[str], No
         backbone=architecture.backbone,
         sampling=architecture.sampling,  # this shapes nothing, nor do the next ones
         mpp=architecture.mpp,
+        score=architecture.score,
         anchors=architecture.anchors
         if len(architecture.anchors[0]) == len(other.architecture.anchors[0])
         else other.architecture.anchors,

@@ -8,7 +8,7 @@ from pipeline.archive.region_files import region_file
 from pipeline.archive.sources import Source
 from pipeline.config import Settings, Stain
 from pipeline.errors import RunError
-from pipeline.model.weights import at_working_scale
+from pipeline.model.weights import as_weights_state
 from pipeline.segment.finished import check_exports
 from pipeline.segment.plan import plan_slide
 from pipeline.segment.record import NO_TISSUE
@@ -33,7 +33,7 @@ class SlideEstimate(NamedTuple):
 def estimate_slide(source: Source, settings: Settings, seconds_per_mm2: float) -> SlideEstimate:
     """Open a slide, find its tissue, and say what a run would take. Reads a thumbnail only."""
     try:
-        unnormalised = dataclasses.replace(at_working_scale(settings), stain=Stain())
+        unnormalised = dataclasses.replace(as_weights_state(settings), stain=Stain())
         if source.problem:
             raise RunError(source.problem)
         with open_slide(source.path, **source.scale._asdict()) as slide:

@@ -16,7 +16,7 @@ from pipeline.config import CONTEXT_PX, STRIDES, Architecture, Settings, Stain, 
 from pipeline.errors import RunError
 from pipeline.layout import LEASE, RunFolder
 from pipeline.model.weights import (
-    at_working_scale,
+    as_weights_state,
     check_content,
     detector_architecture,
     find_weights,
@@ -43,12 +43,12 @@ def versions() -> dict[str, str]:
 
 
 def resolve(settings: Settings) -> Settings:
-    """The same settings, with the path and the checksum of every file that they name, and the working scale.
+    """The same settings, with the path and the checksum of every file that they name, and `as_weights_state`.
 
     Raises WeightsError, RunError where they cannot work together, and WeightsError for a file whose checksum is not the
     one that the settings state already.
     """
-    weights, settings = find_weights(settings.detector.weights), at_working_scale(settings)
+    weights, settings = find_weights(settings.detector.weights), as_weights_state(settings)
     _check_fit(settings.tiling, detector_architecture(weights), weights.name)
     detector, stain = settings.detector, settings.stain
     detector = dataclasses.replace(

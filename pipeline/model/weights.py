@@ -41,12 +41,17 @@ def find_weights(name: str) -> Path:
     return path
 
 
-def at_working_scale(settings: Settings) -> Settings:
-    """The settings with the working scale of their weights, where they state none. Raises WeightsError."""
-    if settings.tiling.mpp:
-        return settings
+def as_weights_state(settings: Settings) -> Settings:
+    """The settings with the working scale and score threshold of their weights, where they have none of their own.
+
+    Raises WeightsError.
+    """
     architecture = detector_architecture(find_weights(settings.detector.weights))
-    return dataclasses.replace(settings, tiling=dataclasses.replace(settings.tiling, mpp=architecture.mpp))
+    return dataclasses.replace(
+        settings,
+        tiling=dataclasses.replace(settings.tiling, mpp=settings.tiling.mpp or architecture.mpp),
+        detector=dataclasses.replace(settings.detector, score=settings.detector.score or architecture.score),
+    )
 
 
 def stain_files(settings: Stain) -> dict[str, Path]:

@@ -331,8 +331,9 @@ def test_the_mean_of_weights_is_that_of_their_tensors(tmp_path: Path) -> None:
     save_weights(NucleusDetector(other), tmp_path / "other.safetensors", {})
     script = Path(__file__).parents[2] / "workflows" / "experiments" / "average.py"
 
-    def average(*files: str) -> subprocess.CompletedProcess[str]:
+    def average(*files: str, score: float = 0.0) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, str(script), *(str(tmp_path / f"{file}.safetensors") for file in files)]
+        command += ["--score", str(score)]
         return subprocess.run(command, capture_output=True, text=True, timeout=240)
 
     assert average("mean", "a", "b").returncode == 0
@@ -342,6 +343,9 @@ def test_the_mean_of_weights_is_that_of_their_tensors(tmp_path: Path) -> None:
     torch.testing.assert_close(mean[name], (a[name] + b[name]) / 2, rtol=2**-10, atol=1e-6)  # stored in half precision
     assert licence(tmp_path / "mean.safetensors") == "CC0 1.0; CC BY 4.0"
     assert read_notes(tmp_path / "mean.safetensors")["recipe"] == "b"
+    assert average("strict", "a", "b", score=0.8).returncode == 0
+    assert load_weights(tmp_path / "strict.safetensors").architecture.score == 0.8
+    assert "score=1.5: need more than 0, below 1" in average("no", "a", "b", score=1.5).stderr
     refused = average("no", "a", "other")
     assert refused.returncode == 2
     assert "differ in architecture" in refused.stderr

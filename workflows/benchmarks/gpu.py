@@ -25,6 +25,7 @@ from pipeline.config import Detector, Settings, Tiling
 from pipeline.model import inference
 from pipeline.model.fitted_stain import TEMPLATE, Normalisation
 from pipeline.model.instances import HostInstances
+from pipeline.model.weights import as_weights_state
 from slides.geometry import Box
 from slides.slide import open_slide
 
@@ -64,7 +65,7 @@ def cut(given: argparse.Namespace, count: int) -> NDArray[np.uint8]:
 
 def settings(given: argparse.Namespace, **detection: Any) -> Settings:
     detector = Detector(**{"device": given.device, **detection})
-    return Settings(tiling=Tiling(mpp=0.25, tile=given.tile), detector=detector)
+    return as_weights_state(Settings(tiling=Tiling(tile=given.tile), detector=detector))
 
 
 def detect(patches: NDArray[np.uint8], chosen: Settings) -> list[HostInstances]:

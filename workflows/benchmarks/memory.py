@@ -9,7 +9,6 @@ all, and the CPU seconds of detection after the first tile.
 
 import argparse
 import ctypes
-import dataclasses
 import functools
 import threading
 import time
@@ -26,6 +25,7 @@ from pipeline.model import detector, inference, load
 from pipeline.model.allocator import keep_few_prepared_layers, keep_freed_memory
 from pipeline.model.fitted_stain import UNCHANGED
 from pipeline.model.roi_align import FeatureTable
+from pipeline.model.weights import as_weights_state
 from pipeline.segment.plan import plan_slide
 from slides.slide import open_slide
 
@@ -105,8 +105,8 @@ def main() -> None:
     given = parser.parse_args()
     keep_freed_memory()  # before there are threads, as in a worker
     keep_few_prepared_layers()
-    settings = dataclasses.replace(
-        Settings(), tiling=Tiling(mpp=0.25, tile=given.tile), detector=Detector(device="cpu", views=given.views)
+    settings = as_weights_state(
+        Settings(tiling=Tiling(tile=given.tile), detector=Detector(device="cpu", views=given.views))
     )
     with open_slide(given.slide) as slide:
         plan = plan_slide(slide, settings)

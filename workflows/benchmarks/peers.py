@@ -67,7 +67,7 @@ from pipeline.config import Detector, Settings, Tiling
 from pipeline.model import allocator, inference, load
 from pipeline.model.device import choose_precision
 from pipeline.model.instances import Patches
-from pipeline.model.weights import detector_architecture, find_weights
+from pipeline.model.weights import as_weights_state
 from pipeline.segment import polygons, stages
 from pipeline.segment.plan import Plan, plan_slide
 from pipeline.segment.tables import geometry
@@ -137,8 +137,7 @@ class Network:
 
 
 def settings_for(weights: str) -> Settings:
-    mpp = detector_architecture(find_weights(weights)).mpp
-    return Settings(tiling=Tiling(mpp=mpp), detector=Detector(weights=weights, device="cpu"))
+    return as_weights_state(Settings(detector=Detector(weights=weights, device="cpu")))
 
 
 def patch(slide: Slide, plan: Plan, tile: Tile) -> Patches:

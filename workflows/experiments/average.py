@@ -1,27 +1,35 @@
 """The mean of weights files that come from one another: a "model soup" (Wortsman et al. 2022).
 
-    python workflows/experiments/average.py OUT FILE-OR-NAME FILE-OR-NAME... [--licence TEXT]
+    python workflows/experiments/average.py OUT FILE-OR-NAME... [--score SCORE] [--licence TEXT]
 
-Every tensor becomes the mean of the files' tensors. They must have the same architecture, and one must have been
-trained from another, or all from the same weights: else the mean is of no use. The new file states the licences of
-all, if no other is given, and the recipe of the last one (in which `choose.py` reads what was held out).
+Every tensor becomes the mean of the files' tensors. They must have the same architecture, but for the score threshold,
+and one must have been trained from another, or all from the same weights: else the mean is of no use. The new file
+states the licences of all, if no other is given, and the recipe of the last one, in which `choose.py` reads what was
+held out. One file alone gets another threshold or licence so.
 """
 
 import argparse
+import dataclasses
 import json
 import sys
 from pathlib import Path
 
 import torch
 
-from pipeline.errors import WeightsError
+from pipeline.errors import ConfigError, WeightsError
 from pipeline.model.detector import load_weights, save_weights
 from pipeline.model.weights import find_weights, licence, read_notes
 
 
-def average(files: list[Path], out: Path, terms: str = "") -> None:
-    """Write the mean of `files` to `out`. Raises WeightsError where they differ in architecture."""
+def average(files: list[Path], out: Path, terms: str = "", score: float = 0.0) -> None:
+    """Write the mean of `files` to `out`. Raises WeightsError where they differ in architecture, ConfigError.
+
+    score: the threshold that the new file states; 0: that of the first
+    """
     models = [load_weights(file) for file in files]
+    score = score or models[0].architecture.score
+    for model in models:
+        model.architecture = dataclasses.replace(model.architecture, score=score)
     if any(model.architecture != models[0].architecture for model in models):
         raise WeightsError(f"{', '.join(map(str, files))} differ in architecture: need the same")
     states = [model.state_dict() for model in models]
@@ -42,11 +50,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("weights", nargs="+", help="names of shipped weights, or .safetensors files")
+    parser.add_argument("--score", type=float, default=0.0, help="threshold to state (that of the first file)")
     parser.add_argument("--licence", default="", help="what others may do with the mean")
     arguments = parser.parse_args()
     try:
-        average([find_weights(w) for w in arguments.weights], arguments.out, arguments.licence)
-    except WeightsError as error:
+        average([find_weights(w) for w in arguments.weights], arguments.out, arguments.licence, arguments.score)
+    except (ConfigError, WeightsError) as error:
         print(f"average: {error}", file=sys.stderr)
         return 2
     return 0

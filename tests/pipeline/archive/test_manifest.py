@@ -1,5 +1,6 @@
 """What a run refuses, or warns of, before anything is started."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -43,13 +44,15 @@ def test_the_default_tiling_needs_no_warning() -> None:
     assert check_seams(Settings()) == ()
 
 
-def test_the_weights_set_the_working_scale(tmp_path: Path) -> None:
-    """Unless a scale is given, which must be near theirs. The estimated time follows it."""
+def test_the_weights_set_the_working_scale_and_the_score(tmp_path: Path) -> None:
+    """Unless they are given; the scale must be near theirs. The estimated time follows it."""
     assert resolve(Settings()).tiling.mpp == 0.25
-    coarse = Architecture(mpp=0.5, channels=8, box_hidden=8, mask_channels=8, backbone="test_efficientnet")
+    coarse = Architecture(mpp=0.5, score=0.35, channels=8, box_hidden=8, mask_channels=8, backbone="test_efficientnet")
     save_weights(NucleusDetector(coarse), tmp_path / "coarse.safetensors", {})
     detector = Detector(weights=str(tmp_path / "coarse.safetensors"), device="cpu")
     assert resolve(Settings(detector=detector)).tiling == Tiling(mpp=0.5)
+    assert resolve(Settings(detector=detector)).detector.score == 0.35
+    assert resolve(Settings(detector=dataclasses.replace(detector, score=0.8))).detector.score == 0.8
     assert resolve(Settings(tiling=Tiling(mpp=0.48), detector=detector)).tiling.mpp == 0.48
     with pytest.raises(RunError, match=r"tiling\.mpp=0\.25, but coarse\.safetensors was trained at 0\.5"):
         resolve(Settings(tiling=Tiling(mpp=0.25), detector=detector))
