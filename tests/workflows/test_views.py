@@ -1,0 +1,43 @@
+"""Comparing views: each choice is what the detector would be shown."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipeline.config import Settings
+from pipeline.errors import ConfigError
+from pipeline.model import views
+from training.measures import score
+
+SCRIPTS = Path(__file__).parents[2] / "workflows" / "experiments"
+
+
+def test_each_choice_is_what_the_detector_is_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    import views as script
+
+    labels = np.zeros((64, 64), np.uint16)
+    labels[20:40, 20:40] = 1
+    for kind in ("images", "labels"):
+        (tmp_path / kind).mkdir()
+    Image.new("RGB", (64, 64), "pink").save(tmp_path / "images" / "a.png")
+    Image.fromarray(labels).save(tmp_path / "labels" / "a.png")
+    shown, every = [], views.choose_views(8)
+
+    def grid(images: Any, settings: Settings, scores: tuple[float, ...], execution: Any) -> list[Any]:
+        assert [image.sample.id for image in images.images] == ["a"]
+        shown.append((settings.detector.views, views.choose_views(settings.detector.views)))
+        return [score(labels, labels), score(labels, np.zeros_like(labels))]
+
+    monkeypatch.setattr(script, "grid", grid)
+    assert script.compare(data=[tmp_path], mpp=(0.25,), choice=("0", "0,5"), score=(0.6, 0.7)) == 0
+    assert shown == [(1, every[:1]), (2, (every[0], every[5]))]
+    assert capsys.readouterr().out.splitlines()[-1] == "| 0,5 | 1.000 | 1.000 | 0.000 | 0.000 |"
+    for wrong in ("0,0", "0,8", "0,1,2", "", "0,x"):
+        with pytest.raises(ConfigError, match=f"choice={wrong}: need 1, 2, 4 or 8 different numbers, 0 to 7"):
+            script.parse(wrong)
