@@ -159,8 +159,8 @@ class Detector:
     "Name of shipped weights, or a .safetensors file."
     views: Annotated[Literal[1, 2, 4, 8], Parameter(name=["--detector.views", "--views"], group=COMMON)] = 1
     "Test-time-augmentation views per patch (flips, quarter-turns, shifts), fused by overlap with votes."
-    score: float = 0.0
-    "Detections below this (fused) score are dropped; 0: below the one that the weights state as theirs."
+    score: float | None = None
+    "Detections below this (fused) score are dropped; without it, below the one that the weights state as theirs."
     nms: float = 0.3
     "Boxes of one tile, or of several views, that overlap by more than this IoU are one nucleus."
     overlap: float = 0.5
@@ -174,7 +174,7 @@ class Detector:
     instances_per_mm2: int = 30_000
     "Most nuclei per mm2 of a patch; one that reaches it is detected in quarters, and reported if they reach it too."
     batch: int = 0
-    "Patches per inference; 0 chooses 1 on a CPU and 16 on a GPU, or fewer where its memory does not suffice."
+    "Patches per inference; 0: 1 on a CPU, and a block's on a GPU, or fewer where its memory does not suffice."
     device: Annotated[str, Parameter(group=COMMON)] = "auto"
     "Where the detector runs: cpu, cuda, cuda:N, or auto, the GPU if there is one."
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -183,7 +183,7 @@ class Detector:
     "SHA-256 that the file of the weights must have; a run sets it for its workers."
 
     def __post_init__(self) -> None:
-        require(0 <= self.score < 1, f"score={self.score}: need 0 <= score < 1")
+        require(self.score is None or 0 <= self.score < 1, f"score={self.score}: need 0 <= score < 1")
         require(0 < self.nms < 1, f"nms={self.nms}: need 0 < nms < 1")
         require(0 < self.overlap <= 1, f"overlap={self.overlap}: need 0 < overlap <= 1")
         require(0 <= self.objectness < 1, f"objectness={self.objectness}: need 0 <= objectness < 1")
@@ -480,7 +480,7 @@ class Architecture:
     mpp: float = 0.25
     "Working scale it is trained for, in micrometres per pixel."
     score: float = 0.6
-    "The score threshold that suits it: that of `--detector.score 0`."
+    "The score threshold that suits it: what `--detector.score` is where it is not given."
     classes: Annotated[tuple[str, ...], Parameter(negative="")] = ("Nucleus",)
     "Names of the classes, in the order of the class index."
     sampling: Sampling = field(default_factory=Sampling)

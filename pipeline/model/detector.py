@@ -59,7 +59,11 @@ class Limits(NamedTuple):
 
     @classmethod
     def of_patch(cls, settings: Detector, size: tuple[int, int], mpp: float) -> "Limits":
-        """The limits of a patch of this height and width, px: the densities of the settings times its area."""
+        """The limits of a patch of this height and width, px: the densities of the settings times its area.
+
+        The settings have a score threshold: that of their weights, where the user gave none (`as_weights_state`).
+        """
+        assert settings.score is not None
         area_mm2 = size[0] * size[1] * (mpp / 1000) ** 2
         proposals = max(_LEAST_PROPOSALS, round(settings.proposals_per_mm2 * area_mm2))
         return cls(

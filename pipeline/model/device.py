@@ -100,7 +100,7 @@ def compute(device: str, function: Callable[[], T]) -> T:
     to plan a network for one more thread, or one more size of its input, took two seconds on an H200.
     """
     with _computing:
-        if device_kind(device, count_gpus()) == "cpu":
+        if device == "cpu" or device_kind(device, count_gpus()) == "cpu":
             return function()
         return _thread_of_gpu().submit(function).result()
 

@@ -24,37 +24,41 @@ from pipeline.model.split import join, quarters
 def detect_patches(patches: Patches, normalisation: Normalisation, settings: Settings) -> Iterator[HostInstances]:
     """The instances of each of the patches uint8 (h, w, 3), as numpy arrays, in the order of the patches.
 
-    normalisation: of the slide that the patches were cut from. A batch is of patches of one size, wherever they stand.
-    On a GPU all are filled up to one size: see `_one_size`.
+    normalisation: of the slide that the patches were cut from. A batch is of patches of one size, wherever they stand;
+    on a GPU they are filled up to few sizes (`_of_few_sizes`).
     Where the device has no memory for a batch, batches are smaller from then on. A patch that it has no memory for
     on its own is detected in quarters (`split`), and where it has none for the smallest of those either it is `lost`.
-    Law: the instances of a patch that fits do not depend on whether others did.
+    Law: the instances of a patch that fits depend neither on the other patches nor on whether those fit.
     """
     on_cpu = choose_device(settings.detector.device).type == "cpu"
-    shown = patches if on_cpu else _one_size(patches, settings)
+    shown = patches if on_cpu else [_of_few_sizes(patch, settings) for patch in patches]
     done: dict[int, HostInstances] = {}
     for first, patch in enumerate(shown):
         while first not in done:
             alike = [n for n in range(first, len(shown)) if n not in done and shown[n].shape == patch.shape]
             chosen = alike[: _batch_size(settings)]
             batch = np.stack([shown[n] for n in chosen])
-            detected = _attempt(batch if on_cpu else _filled(batch, settings), normalisation, settings)
-            if detected is None and len(chosen) > 1:
-                _batch_that_fits[settings] = len(chosen) // 2
+            batch = batch if on_cpu else _of_few_numbers(batch, settings)
+            detected = _attempt(batch, normalisation, settings)
+            if detected is None and len(batch) > 1:
+                _batch_that_fits[settings] = len(batch) // 2
                 continue
             if detected is None:
-                parts = _in_quarters(patch, normalisation, settings)
-                detected = None if parts is None else [parts]
+                own = patches[first]
+                detected = None if own.shape == patch.shape else _attempt(own[None], normalisation, settings)
+                if detected is None and (parts := _in_quarters(own, normalisation, settings)) is not None:
+                    detected = [parts]
             every = map(_as_numpy, detected[: len(chosen)]) if detected else [_lost(settings)]
             done.update(zip(chosen, every, strict=True))
-        own = done.pop(first)
-        yield own if patch.shape == patches[first].shape else _cropped(own, patches[first].shape[:2])
+        found = done.pop(first)
+        yield found if patches[first].shape == patch.shape else _cropped(found, patches[first].shape[:2])
         if on_cpu:
             return_freed_memory()
 
 
 def _batch_size(settings: Settings) -> int:
-    wanted = settings.detector.batch or (16 if load.detector(settings.detector).device.type == "cuda" else 1)
+    on_gpu = load.detector(settings.detector).device.type == "cuda"
+    wanted = settings.detector.batch or (settings.tiling.block**2 if on_gpu else 1)
     return min(wanted, _batch_that_fits.get(settings, wanted))
 
 
@@ -64,31 +68,31 @@ _batch_that_fits: dict[Settings, int] = {}  # patches per inference, where more 
 # ----------------------------------------------------------------------------------- few sizes, for a GPU
 
 
-def _one_size(patches: Patches, settings: Settings) -> Patches:
-    """Patches of any sizes -> all of one, glass appended on the right and below.
+def _of_few_sizes(patch: NDArray[np.uint8], settings: Settings) -> NDArray[np.uint8]:
+    """A patch (h, w, 3) with glass appended on the right and below: its sides are of half a tile or a whole one.
 
     cuDNN plans every convolution anew for each size of its input, which takes the network two seconds on an H200, and
-    patches that are trimmed to their tissue have a size each. The sides are of half a tile or a whole one, or more.
+    patches that are trimmed to their tissue have a size each. One that is larger than a tile stays as it is.
     """
     step = side_step(load.detector(settings.detector).model.architecture.upscale)
-    half = -(-settings.tiling.tile // (2 * step)) * step
-    height, width = (-(-max(patch.shape[axis] for patch in patches) // half) * half for axis in (0, 1))
-    return [_appended(patch, (height - patch.shape[0], width - patch.shape[1], 0)) for patch in patches]
+    half, whole = -(-settings.tiling.tile // (2 * step)) * step, settings.tiling.tile
+    sides = [next((usual for usual in (half, whole) if side <= usual), side) for side in patch.shape[:2]]
+    return _appended(patch, (sides[0] - patch.shape[0], sides[1] - patch.shape[1], 0))
 
 
-def _filled(batch: NDArray[np.uint8], settings: Settings) -> NDArray[np.uint8]:
-    """A batch of 1, 2, 4, 8, ... patches, up to the largest batch: those (B, H, W, 3) that are given, and glass."""
+def _of_few_numbers(batch: NDArray[np.uint8], settings: Settings) -> NDArray[np.uint8]:
+    """A batch (B, H, W, 3) with patches of glass appended, up to 1, 2, 4, 8, ... or the largest batch."""
     count = min(1 << (len(batch) - 1).bit_length(), _batch_size(settings))
     return _appended(batch, (count - len(batch), 0, 0, 0))
 
 
 def _appended(pixels: NDArray[np.uint8], counts: tuple[int, ...]) -> NDArray[np.uint8]:
-    """So many rows of white pixels after the last, along each axis."""
+    """So many rows of white pixels after the last, along each axis; the same array where there are none."""
     return np.pad(pixels, [(0, count) for count in counts], constant_values=255) if any(counts) else pixels
 
 
 def _cropped(patch: HostInstances, size: tuple[int, int]) -> HostInstances:
-    """The instances without what lies right of or below a patch of this height and width."""
+    """The instances of a patch that was filled up, without what lies right of this width or below this height."""
     edge = np.array(size[::-1], np.float32)
     patch = instances.select(patch, np.flatnonzero((patch.boxes[:, :2] < edge).all(1)))
     crossing = np.flatnonzero((patch.boxes[:, 2:] > edge).any(1))

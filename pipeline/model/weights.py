@@ -47,10 +47,11 @@ def as_weights_state(settings: Settings) -> Settings:
     Raises WeightsError.
     """
     architecture = detector_architecture(find_weights(settings.detector.weights))
+    score = architecture.score if settings.detector.score is None else settings.detector.score
     return dataclasses.replace(
         settings,
         tiling=dataclasses.replace(settings.tiling, mpp=settings.tiling.mpp or architecture.mpp),
-        detector=dataclasses.replace(settings.detector, score=settings.detector.score or architecture.score),
+        detector=dataclasses.replace(settings.detector, score=score),
     )
 
 

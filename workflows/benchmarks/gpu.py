@@ -98,7 +98,7 @@ def measure_speed(given: argparse.Namespace) -> None:
             _reset_peak()
             started, done = time.perf_counter(), 0
             while (passed := time.perf_counter() - started) < given.seconds:
-                detect(np.roll(patches, done, 0)[:batch], chosen)
+                detect(patches[(done + np.arange(batch)) % len(patches)], chosen)
                 done += batch
             fits = inference._batch_that_fits.get(chosen, batch)
             row(

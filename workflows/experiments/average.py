@@ -40,7 +40,8 @@ def average(files: list[Path], out: Path, terms: str = "", score: float = 0.0) -
     models[0].load_state_dict(mean)
     last = read_notes(files[-1])
     notes: dict[str, str] = {name: last[name] for name in ("recipe", "data") if name in last}
-    notes["mean_of"] = json.dumps([read_notes(file)["sha256"] for file in files])
+    if len(files) > 1:
+        notes["mean_of"] = json.dumps([read_notes(file)["sha256"] for file in files])
     if terms := terms or "; ".join(dict.fromkeys(filter(None, map(licence, files)))):
         notes["licence"] = terms
     save_weights(models[0], out, notes)

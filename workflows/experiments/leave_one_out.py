@@ -20,7 +20,7 @@ from typing import Annotated, Any, NamedTuple
 
 from cyclopts import App, Parameter
 
-from pipeline.config import Architecture, Detector, Execution, Settings
+from pipeline.config import Architecture, Detector, Execution, Settings, build
 from pipeline.errors import ConfigError
 from pipeline.files import read_json, write_json
 from slides.errors import NightslideError
@@ -104,6 +104,14 @@ def table(folds: dict[str, Any]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def _same(fold: Fold, stated: Any) -> bool:
+    """Whether a file is of a fold; what it does not state, for it is older, has the default."""
+    try:
+        return build(Fold, stated, "fold") == fold
+    except ConfigError:
+        return False
+
+
 @app.default
 def leave_one_out(
     *,
@@ -136,7 +144,7 @@ def leave_one_out(
         if not file.exists():
             run_fold(fold, data, out)
         folds[name] = content = read_json(file) or {}
-        if content.get("fold") != fold.plain():
+        if not _same(fold, content.get("fold")):
             raise ConfigError(f"{file} is of another recipe, or damaged: give the same flags, or choose another --out")
         seconds = content["training_seconds"] + content["scoring_seconds"]
         print(f"{name}: {seconds / 60:.1f} minutes", file=sys.stderr)

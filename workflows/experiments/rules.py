@@ -30,7 +30,7 @@ from scipy.stats import spearmanr
 from pipeline.config import Detector, Execution, Settings, Stain, StainMethod
 from pipeline.files import read_json
 from pipeline.model.fitted_stain import TEMPLATE
-from pipeline.model.weights import find_weights, read_notes
+from pipeline.model.weights import detector_architecture, find_weights, read_notes
 from pipeline.segment.polygons import Floats
 from slides.errors import NightslideError
 from training.breakdown import AREA_EDGES_UM2, reliability
@@ -52,6 +52,7 @@ class Detected(NamedTuple):
     size: Floats  # (F,) index of the size class
     right: Bools  # (F,)
     haematoxylin: float  # strength by Macenko's fit, to the template's; NaN where none was fitted
+    threshold: float  # the score that the weights state
 
 
 Sets = Mapping[str, Sequence[Detected]]
@@ -63,6 +64,7 @@ Rule = Callable[[Detected], Bools]  # which detections to keep
 
 def detect(images: EvaluationSet, weights: str, method: StainMethod) -> list[Detected]:
     detector = Detector(weights=weights, score=LOWEST_SCORE)
+    stated = detector_architecture(find_weights(weights)).score
     settings = whole_images(replace(Settings(), detector=detector, stain=Stain(method=method)))
     detected = []
     with tempfile.TemporaryDirectory() as name:
@@ -77,7 +79,7 @@ def detect(images: EvaluationSet, weights: str, method: StainMethod) -> list[Det
             fitted = (read_json(nuclei.parent / "slide.json") or {})["stain"]
             strength = fitted["numbers"]["strength"][0] if fitted["method"] == "macenko" else np.nan
             relative = strength / TEMPLATE["macenko"].numbers["strength"][0]
-            detected.append(Detected(pairs, detections.scores[pairs.detected_ids - 1], size, right, relative))
+            detected.append(Detected(pairs, detections.scores[pairs.detected_ids - 1], size, right, relative, stated))
     return detected
 
 
@@ -184,10 +186,9 @@ def threshold_table(sets: Sets) -> str:
 
 
 def certainty(image: Detected) -> float:
-    """Mean score of what is detected at the default score."""
-    return (
-        float(image.score[image.score >= Detector.score].mean()) if image.score.max(initial=0) >= Detector.score else 0
-    )
+    """Mean score of what is detected at the weights' threshold."""
+    kept = image.score[image.score >= image.threshold]
+    return float(kept.mean()) if len(kept) else 0
 
 
 STAIN_RULES: dict[str, Callable[[Detected, Detected], bool]] = {
@@ -202,7 +203,7 @@ STAIN_RULES: dict[str, Callable[[Detected, Detected], bool]] = {
 
 
 def at_default(image: Detected) -> tuple[float, float]:
-    return scores(image, above(Detector.score, image))
+    return scores(image, above(image.threshold, image))
 
 
 def stain_table(none: Sets, macenko: Sets) -> str:
@@ -215,7 +216,7 @@ def stain_table(none: Sets, macenko: Sets) -> str:
         }
         for rule, choose in STAIN_RULES.items()
     }
-    return rules_table(f"macenko, score {Detector.score:g}", table)
+    return rules_table("macenko, at the score that the weights state", table)
 
 
 def rank_correlation(none: Sequence[Detected], macenko: Sequence[Detected]) -> str:

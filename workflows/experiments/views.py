@@ -46,14 +46,17 @@ def compare(
     execution: Annotated[Execution, Flat] = Execution(cluster=False),
 ) -> int:
     """Score choices of views."""
+    if execution.cluster or execution.scheduler or execution.scheduler_file or settings.stain.method == "auto":
+        raise ConfigError("--cluster, --scheduler and --stain auto do not know of other choices: leave them out")
     chosen = {c: parse(c) for c in choice}
     sets = [gather([s.data], s.splits, [s.mpp] if s.mpp else []) for s in requested_sets(data, split, mpp)]
     images = EvaluationSet(tuple(image for one in sets for image in one.images), ())
     print("| views | " + " | ".join(f"AJI at {at:g} | PQ at {at:g}" for at in score) + " |")
     print("|---" * (1 + 2 * len(score)) + "|", flush=True)
     for name, some in chosen.items():
-        detector = dataclasses.replace(settings.detector, views=cast(Literal[1, 2, 4, 8], len(some)))
-        with mock.patch.object(views, "choose_views", return_value=some):
+        count = cast(Literal[1, 2, 4, 8], len(some))
+        detector = dataclasses.replace(settings.detector, views=count)
+        with mock.patch.object(views, "choose_views", {count: some}.__getitem__):
             scores = grid(images, whole_images(dataclasses.replace(settings, detector=detector)), score, execution)
         print(f"| {name} | " + " | ".join(f"{s.aji:.3f} | {s.pq:.3f}" for s in scores) + " |", flush=True)
     return 0

@@ -18,7 +18,7 @@ from oracle import chosen, files, paint
 from pipeline.archive import run as archive_run
 from pipeline.archive.lease import Leases
 from pipeline.archive.ledger import mixed_computation, row_of
-from pipeline.config import Execution, Export, Settings
+from pipeline.config import Execution, Export, Settings, Stain
 from pipeline.errors import LeaseLost, RunError, ScratchLost
 from pipeline.layout import RunFolder, SlideFolder
 from pipeline.segment import job as job_module
@@ -127,6 +127,35 @@ def test_scratch_that_is_damaged_while_a_run_goes_on_is_made_again(
     (record,) = archive_run.run([slide], out, chosen(), ONE, mpp=0.25, say=lambda line: None, detect=detect)
     assert (record.status, done) == ("done", [1])
     assert files(out / "discs") == whole
+
+
+@pytest.mark.parametrize("method", ["none", "auto"])
+def test_a_detector_is_called_where_this_process_computes(
+    slide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: Any
+) -> None:
+    """In the trial of a stain, and in every block."""
+    job, inside, computed = job_of(slide, tmp_path), [False], []
+    job = dataclasses.replace(job, settings=dataclasses.replace(job.settings, stain=Stain(method=method)))
+
+    def compute(device: str, function: Any) -> Any:
+        assert device == job.settings.detector.device
+        inside[0] = True
+        try:
+            return function()
+        finally:
+            inside[0] = False
+
+    def detect(patches: Any, normalisation: Any, settings: Settings) -> Any:
+        computed.append(inside[0])
+        return oracle.detect(patches, normalisation, settings)
+
+    monkeypatch.setattr(stages, "compute", compute)
+    stages.make_plan(job)
+    stages.choose_stain(job, detect)
+    blocks = read_plan(job.folder, job.digest).blocks
+    for block in blocks:
+        stages.detect_block(job, block, stages.tile_block(job, block, StageRecord()), detect)
+    assert computed == [True] * (len(blocks) + (2 if method == "auto" else 0))
 
 
 def test_outlining_twice_at_once_changes_nothing(slide: Path, tmp_path: Path) -> None:

@@ -81,9 +81,9 @@ def patches() -> list[np.ndarray]:
     return [*cut, np.full_like(cut[0], 243)]
 
 
-def chosen(device: str, method: Any = "none", **detection: Any) -> Settings:
-    detector = Detector(**{"device": device, "precision": "float32", **detection})
-    return Settings(tiling=Tiling(mpp=0.25, tile=SIDE, margin=32), stain=Stain(method=method), detector=detector)
+def chosen(device: str, method: Any = "none", tile: int = SIDE, **detection: Any) -> Settings:
+    detector = Detector(**{"device": device, "precision": "float32", "score": 0.6, **detection})
+    return Settings(tiling=Tiling(mpp=0.25, tile=tile, margin=32), stain=Stain(method=method), detector=detector)
 
 
 def normalisation(method: str) -> Normalisation:
@@ -121,26 +121,29 @@ def test_a_device_gives_what_a_cpu_gives(patches: list[np.ndarray], method: Any,
     assert_no_more(cuda.by_function(*COSTS), costs(views))  # of the last: constants of its size were uploaded before
 
 
-def test_patches_of_several_sizes_are_filled_up_to_one() -> None:
+def test_patches_of_several_sizes_are_filled_up_to_few() -> None:
     """With glass, as a CPU detects in that, without what lies beyond; also in the views that turn a patch by a quarter.
 
-    Each size would cost a GPU seconds; so would each number of patches, of which there are few.
+    Each size would cost a GPU seconds; so would each number of patches, of which there are few, too. The tile has
+    192 px, a half of it 96 or, in steps that the network needs, 128.
     """
-    sizes = [(128, 192), (192, 128), (128, 160)]
+    sizes = [(128, 160), (192, 128), (128, 192), (100, 150)]
     patches = [
-        IMAGE[y : y + height, 448 : 448 + width] for y, (height, width) in zip((256, 448, 640), sizes, strict=True)
+        IMAGE[y : y + height, 448 : 448 + width] for y, (height, width) in zip((256, 448, 640, 300), sizes, strict=True)
     ]
-    filled = [np.full((192, 192, 3), 255, np.uint8) for _ in sizes]
+    filled = [np.full((192 if h > 128 else 128, 192 if w > 128 else 128, 3), 255, np.uint8) for h, w in sizes]
     for square, patch in zip(filled, patches, strict=True):
         square[: patch.shape[0], : patch.shape[1]] = patch
+    expected = detect(filled, chosen("cpu", tile=192, views=8))
     within = [
-        inference._cropped(found, size)
-        for found, size in zip(detect(filled, chosen("cpu", views=8)), sizes, strict=True)
+        found if patch.shape == square.shape else inference._cropped(found, patch.shape[:2])
+        for found, patch, square in zip(expected, patches, filled, strict=True)
     ]
     assert all(len(patch.boxes) for patch in within)
     with PretendedCuda() as cuda:
-        assert_same(detect(patches, chosen("cuda", views=8, batch=4)), within)
-    assert [shape for shape in cuda.uploads if shape[-1] == 3] == [(4, 192, 192, 3)]
+        assert_same(detect(patches, chosen("cuda", tile=192, views=8, batch=4)), within)
+    uploaded = [shape for shape in cuda.uploads if len(shape) == 4 and shape[-1] == 3 and shape[1] > 100]
+    assert uploaded == [(4, 128, 192, 3), (1, 192, 128, 3)]
 
 
 @given(st.integers(0, 2**31), st.integers(20, 60), st.integers(20, 60))
