@@ -352,7 +352,8 @@ def test_the_mean_of_weights_is_that_of_their_tensors(tmp_path: Path) -> None:
     """workflows/experiments/average.py, which the shipped research weights came from."""
     torch.manual_seed(0)
     for name, terms in (("a", "CC0 1.0"), ("b", "CC BY 4.0")):
-        save_weights(NucleusDetector(TINY), tmp_path / f"{name}.safetensors", {"licence": terms, "recipe": name})
+        notes = {"licence": terms, "recipe": name, "data": json.dumps({"of_both": 1, f"of_{name}": 2})}
+        save_weights(NucleusDetector(TINY), tmp_path / f"{name}.safetensors", notes)
     other = dataclasses.replace(TINY, channels=8)
     save_weights(NucleusDetector(other), tmp_path / "other.safetensors", {})
     script = Path(__file__).parents[2] / "workflows" / "experiments" / "average.py"
@@ -369,6 +370,7 @@ def test_the_mean_of_weights_is_that_of_their_tensors(tmp_path: Path) -> None:
     torch.testing.assert_close(mean[name], (a[name] + b[name]) / 2, rtol=2**-10, atol=1e-6)  # stored in half precision
     assert licence(tmp_path / "mean.safetensors") == "CC0 1.0; CC BY 4.0"
     assert read_notes(tmp_path / "mean.safetensors")["recipe"] == "b"
+    assert json.loads(read_notes(tmp_path / "mean.safetensors")["data"]) == {"of_both": 1, "of_a": 2, "of_b": 2}
     assert average("strict", "a", "b", score=0.8).returncode == 0
     assert load_weights(tmp_path / "strict.safetensors").architecture.score == 0.8
     assert "score=1.5: need more than 0, below 1" in average("no", "a", "b", score=1.5).stderr

@@ -4,8 +4,8 @@
 
 Every tensor becomes the mean of the files' tensors. They must have the same architecture, but for the score threshold,
 and one must have been trained from another, or all from the same weights: else the mean is of no use. The new file
-states the licences of all, if no other is given, and the recipe of the last one, in which `choose.py` reads what was
-held out. One file alone gets another threshold or licence so.
+states the licences of all, if no other is given, the data of all, and the recipe of the last one, in which `choose.py`
+reads what was held out. One file alone gets another threshold or licence so.
 """
 
 import argparse
@@ -39,7 +39,10 @@ def average(files: list[Path], out: Path, terms: str = "", score: float = 0.0) -
     }
     models[0].load_state_dict(mean)
     last = read_notes(files[-1])
-    notes: dict[str, str] = {name: last[name] for name in ("recipe", "data") if name in last}
+    own = ("recipe", *(["step", "mean_of"] if len(files) == 1 else []))
+    notes: dict[str, str] = {name: last[name] for name in own if name in last}
+    data = [json.loads(read_notes(file).get("data", "{}")) for file in files]
+    notes["data"] = json.dumps({name: count for of_file in data for name, count in of_file.items()})
     if len(files) > 1:
         notes["mean_of"] = json.dumps([read_notes(file)["sha256"] for file in files])
     if terms := terms or "; ".join(dict.fromkeys(filter(None, map(licence, files)))):
