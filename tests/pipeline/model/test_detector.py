@@ -270,15 +270,20 @@ def test_weights_survive_a_round_trip(tiny: NucleusDetector, tmp_path: Path) -> 
     assert not loaded.training
 
 
-def test_files_older_than_a_setting_load_with_its_default() -> None:
-    """`research` states fewer settings than there are now; what it does not state is as it was then."""
-    file = find_weights("research")
-    stated = json.loads(read_notes(file)["architecture"])
-    assert {"ratios", "box_pool", "proposal_nms", "sampling"}.isdisjoint(stated)
+def test_files_older_than_a_setting_load_with_its_default(tiny: NucleusDetector, tmp_path: Path) -> None:
+    """What a file does not state is as it was before there was a setting for it; `classes` states no score."""
+    file = tmp_path / "tiny.safetensors"
+    save_weights(tiny, file, {})
+    notes, later = read_notes(file), {"ratios", "box_pool", "proposal_nms", "sampling", "score"}
+    stated = {name: value for name, value in json.loads(notes["architecture"]).items() if name not in later}
+    notes["architecture"] = json.dumps(stated)
+    safetensors.torch.save_file(safetensors.torch.load_file(file), file, notes)
     architecture = detector_architecture(file)
     assert (architecture.ratios, architecture.box_pool, architecture.proposal_nms) == ((0.5, 1.0, 2.0), 7, 0.7)
-    assert architecture.sampling == Sampling()
+    assert (architecture.sampling, architecture.score) == (Sampling(), 0.6)
     load_weights(file)
+    assert "score" not in json.loads(read_notes(find_weights("classes"))["architecture"])
+    assert detector_architecture(find_weights("classes")).score == 0.6
 
 
 def test_a_damaged_file_is_refused(tiny: NucleusDetector, tmp_path: Path) -> None:
