@@ -99,7 +99,7 @@ def settings(weights: Path) -> Settings:
         tissue=Tissue(everywhere=True),
         tiling=Tiling(mpp=0.25, tile=192, margin=64),
         stitching=Stitching(max_diameter_um=5.0, simplify_px=0.0),
-        detector=Detector(weights=str(weights)),
+        detector=Detector(weights=str(weights), score=0.6),
     )
 
 

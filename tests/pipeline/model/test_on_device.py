@@ -29,7 +29,7 @@ from training.data.crops import Crop, collate, regions, targets
 from training.fit import _optimise, _parameter_groups, initial_model
 
 SIDE = 128
-IMAGE = draw(Size(1024, 1024), 3).image
+IMAGE = draw(Size(1024, 1024), 4).image
 LARGER = [IMAGE[256:512, 256:512], IMAGE[640:896, 256:512]]
 METHODS: tuple[Any, ...] = ("none", "reinhard", "macenko", "dcgmm")
 COARSE = 1 / 255  # masks leave the device in 256 levels

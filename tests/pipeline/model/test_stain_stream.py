@@ -117,7 +117,7 @@ def test_planning_needs_no_gpu(slide: Path, tmp_path: Path, device: str) -> None
 
 
 def test_the_detector_is_given_normalised_patches(slide: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = chosen(method="dcgmm")
+    settings = dataclasses.replace(chosen(method="dcgmm"), detector=Detector(score=0.6))
     plan, seen = planned(slide, settings), []
 
     def look(_model: Any, images: torch.Tensor, *_: Any) -> list[Instances[torch.Tensor]]:
