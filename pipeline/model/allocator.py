@@ -2,12 +2,20 @@
 
 glibc gets every large array from the kernel and gives it back when it is freed; the kernel clears its pages each time.
 Threads that find no room in their own arena do so too, whatever the limits. So one arena is used, which shrinks in
-`return_freed_memory` only. CMU-1-Small-Region.svs with `--no-cluster` on two cores of an AMD EPYC:
+`return_freed_memory` only.
 
-    glibc's own choice    detect 26 s, 16 s in the kernel, peak 2.2 GB
-    ENVIRONMENT           detect 16 s, 1 s in the kernel, peak 2.0 GB
+PyTorch asks for arrays at multiples of 64 bytes. glibc takes one that is larger by up to 96 bytes and cuts off what
+is too much. Before glibc 2.38 these cuttings go to a cache of each thread (tcache), so they are not joined to the
+array again when it is freed: the next array of the same size does not fit there, and the heap grows. Without the cache
+they are joined.
 
-(measured before patches were trimmed to their tissue). Other C libraries are left alone.
+A worker on CMU-1-Small-Region.svs (`workflows/benchmarks/watch.py`, two cores of an AMD EPYC, glibc 2.36):
+
+    one arena that is kept      detect 12.5 to 13.0 s, peak 2.0 to 2.3 GB
+    and no cache: ENVIRONMENT   detect 11.8 to 12.4 s, peak 1.4 to 1.5 GB
+
+The cache cannot be turned off in a process that runs, so `keep_freed_memory` does the first of these. Other C libraries
+are left alone.
 """
 
 import ctypes
@@ -16,15 +24,16 @@ import os
 
 import psutil
 
+_ONEDNN = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"  # read when the first layer is computed
+_KEEP = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**34)}
+
 ENVIRONMENT = {
-    "MALLOC_ARENA_MAX": "1",
-    "MALLOC_MMAP_MAX_": "0",
-    "MALLOC_TRIM_THRESHOLD_": str(2**34),
-    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128",  # see `keep_few_prepared_layers`
+    **_KEEP,
+    "GLIBC_TUNABLES": "glibc.malloc.tcache_count=0",
+    _ONEDNN: "128",  # see `keep_few_prepared_layers`
 }
 "Variables to start a process with that detects: threads that are there before `keep_freed_memory` have arenas already."
 
-_ONEDNN = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"  # read when the first layer is computed
 _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8  # of glibc's malloc.h
 
 
@@ -35,7 +44,7 @@ def keep_freed_memory() -> bool:
     It is not where the user's environment sets one of its variables itself.
     """
     library = _glibc()
-    if library is None or (ENVIRONMENT.keys() - {_ONEDNN}) & os.environ.keys():
+    if library is None or _KEEP.keys() & os.environ.keys():
         return False
     return all(library.mallopt(*option) for option in ((_ARENA_MAX, 1), (_MMAP_MAX, 0), (_TRIM_THRESHOLD, 2**31 - 1)))
 
