@@ -13,19 +13,23 @@ from slides.partial import PREFIX, partial_path
 
 
 @contextlib.contextmanager
-def committed(path: Path) -> Iterator[Path]:
+def committed(path: Path, *, synced: bool = True) -> Iterator[Path]:
     """A path beside `path` for a new file or folder (same suffix), which becomes `path` when the block ends well.
 
     Synced, then renamed over what was there, then the folder is synced: a reader, or a machine that lost
     power, has all of it or nothing. On an error the partial file is removed; a killed process leaves
     it to `sweep`. Writers of the same file do not disturb each other; the last one stays.
+    synced: False for scratch that has a checksum, as many disks take longer to sync than to write it; what a machine
+    that lost power has of it may be damaged.
     """
     partial = partial_path(path)
     try:
         yield partial
-        _sync(partial)
+        if synced:
+            _sync(partial)
         _replace(partial, path)
-        _sync_names(path.parent)
+        if synced:
+            _sync_names(path.parent)
     finally:
         remove(partial)
 
@@ -101,9 +105,9 @@ def mtime_ns(path: Path) -> int | None:
         return None
 
 
-def write_json(path: Path, content: Any) -> None:
+def write_json(path: Path, content: Any, *, synced: bool = True) -> None:
     """Commit `content` (what JSON holds; tuples become lists) to `path`, in UTF-8, indented."""
-    with committed(path) as partial:
+    with committed(path, synced=synced) as partial:
         partial.write_text(json.dumps(content, indent=1), encoding="utf-8")
 
 
@@ -119,9 +123,9 @@ def read_json(path: Path) -> dict[str, Any] | None:
 # ----------------------------------------------------------------------------------- files with a checksum
 
 
-def write_checked_json(path: Path, content: dict[str, Any]) -> None:
+def write_checked_json(path: Path, content: dict[str, Any], *, synced: bool = True) -> None:
     """Commit `content` with a checksum of its own; see `read_checked_json`."""
-    write_json(path, {"sha256": _digest(content), "content": content})
+    write_json(path, {"sha256": _digest(content), "content": content}, synced=synced)
 
 
 def read_checked_json(path: Path) -> dict[str, Any] | None:
@@ -148,14 +152,14 @@ def _digest(content: dict[str, Any]) -> str:
 
 @contextlib.contextmanager
 def checked(path: Path, about: dict[str, Any]) -> Iterator[Path]:
-    """As `committed`, with a second file beside it that holds its checksum and `about` (what JSON holds).
+    """As `committed`, with a second file beside it that holds its checksum and `about` (what JSON holds). Not synced.
 
     Two writers of equal bytes do not disturb each other: the checksum of one fits the file of the other.
     """
-    with committed(path) as partial:
+    with committed(path, synced=False) as partial:
         yield partial
         checksum = file_sha256(partial)
-    write_checked_json(_checksum_file(path), {"file": checksum, "about": about})
+    write_checked_json(_checksum_file(path), {"file": checksum, "about": about}, synced=False)
 
 
 def read_checked(path: Path) -> dict[str, Any] | None:

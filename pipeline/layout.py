@@ -118,6 +118,10 @@ class SlideFolder:
     def patches(self) -> Path:
         return self.work / "patches.zarr"
 
+    def focus(self, block: int) -> Path:
+        """How sharp a block's patches are."""
+        return self.work / "focus" / f"{block:06d}.json"
+
     def predictions(self, block: int) -> Path:
         """The instances in a block's patches, in patch px."""
         return self.work / "predictions" / f"{block:06d}.npz"

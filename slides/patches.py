@@ -133,8 +133,14 @@ class PatchStore:
         region = files.region if files.region.size else np.full(side * side * 3, _WHITE, np.uint8)
         lost = files.lost if files.lost.size else np.zeros(grid.block * grid.block * 4, np.uint8)
         region, shares = region.reshape(side, side, 3), lost.view("<f4").reshape(grid.block, grid.block)
-        corners = zip((rows * grid.stride).tolist(), (cols * grid.stride).tolist(), strict=True)
-        return [region[y : y + grid.tile, x : x + grid.tile] for y, x in corners], shares[rows, cols]
+        return self.windows(block, tiles, region), shares[rows, cols]
+
+    def windows(self, block: int, tiles: tuple[Tile, ...], region: Pixels) -> list[Pixels]:
+        """The patches of some tiles of a block, each uint8 (tile, tile, 3), as windows of its region."""
+        rows, cols = self._within(block, tiles)
+        stride, tile = self.grid.stride, self.grid.tile
+        corners = zip((rows * stride).tolist(), (cols * stride).tolist(), strict=True)
+        return [region[y : y + tile, x : x + tile] for y, x in corners]
 
     def discard(self, block: int) -> None:
         """Delete the block's patches, so that the store stays small. The block is not done any more."""

@@ -98,15 +98,15 @@ def _cropped(patch: HostInstances, size: tuple[int, int]) -> HostInstances:
     crossing = np.flatnonzero((patch.boxes[:, 2:] > edge).any(1))
     if len(crossing) == 0:
         return patch
-    boxes, masks = torch.from_numpy(patch.boxes[crossing]), torch.from_numpy(patch.mask_probs[crossing])
+    boxes, masks = torch.from_numpy(patch.boxes[crossing]), torch.from_numpy(patch.mask_probs[crossing]).float()
     low, sides = boxes[:, :2], boxes[:, 2:] - boxes[:, :2]
     inside = torch.minimum(boxes[:, 2:], torch.from_numpy(edge)) - low
     centres = (torch.arange(masks.shape[-1]) + 0.5) / masks.shape[-1]  # of the grid's pixels
     x, y = (2 * centres * (inside / sides)[:, i : i + 1] - 1 for i in (0, 1))  # (N, M), -1..1 of the whole box
     grid = torch.stack([x[:, None].expand(-1, masks.shape[-1], -1), y[..., None].expand(-1, -1, masks.shape[-1])], -1)
-    remaining = F.grid_sample(masks[:, None], grid, padding_mode="border", align_corners=False)[:, 0]
+    remaining = F.grid_sample(masks[:, None], grid, padding_mode="border", align_corners=False)[:, 0].round()
     cut = patch._replace(boxes=patch.boxes.copy(), mask_probs=patch.mask_probs.copy())
-    cut.boxes[crossing, 2:], cut.mask_probs[crossing] = (low + inside).numpy(), remaining.numpy()
+    cut.boxes[crossing, 2:], cut.mask_probs[crossing] = (low + inside).numpy(), remaining.byte().numpy()
     return cut
 
 
@@ -153,14 +153,12 @@ def _stain_density(images: Tensor, boxes: Sequence[Tensor], masks: Tensor) -> Te
 def _download(batch: Sequence[Instances[Tensor]], images: Tensor) -> list[Instances[Tensor]]:
     """A batch's instances on the host, with the stain density that each has in `images`, in one copy.
 
-    The device waits for every copy, so all columns go as the bytes of one table. Masks leave a GPU in 256 levels.
+    A GPU waits for every copy, so all columns go as the bytes of one table. Masks have 256 levels from here on.
     """
     whole = instances.concat(batch)
     density = _stain_density(images, [patch.boxes for patch in batch], whole.mask_probs)
-    whole = whole._replace(stain_density=density)
-    on_gpu = images.device.type != "cpu"
-    if on_gpu:
-        whole = whole._replace(mask_probs=(whole.mask_probs * 255).round().to(torch.uint8))
+    levels = (whole.mask_probs * 255).round().byte()
+    whole = whole._replace(stain_density=density, mask_probs=levels)
     columns = {name: getattr(whole, name) for name in instances.columns(Instances)}
     flat = [column.flatten(1) if column.dim() > 1 else column[:, None] for column in columns.values()]
     table = torch.cat([values.contiguous().view(torch.uint8) for values in flat], 1).cpu()
@@ -169,8 +167,6 @@ def _download(batch: Sequence[Instances[Tensor]], images: Tensor) -> list[Instan
         name: values.clone(memory_format=torch.contiguous_format).view(column.dtype).view(column.shape)
         for (name, column), values in zip(columns.items(), table.split(widths, 1), strict=True)
     }
-    if on_gpu:
-        host["mask_probs"] = host["mask_probs"].float() / 255
     counts = [len(patch.boxes) for patch in batch]
     per_patch = zip(*(column.split(counts) for column in host.values()), strict=True)
     return [

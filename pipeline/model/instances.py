@@ -24,7 +24,7 @@ class Instances(NamedTuple, Generic[A]):
     """
 
     boxes: A  # float32 (N, 4), x0 y0 x1 y1, half-open
-    mask_probs: A  # float32 (N, M, M), 0..1: the grid spans the box
+    mask_probs: A  # (N, M, M), the grid spans the box: float32, 0..1, where they are made, and uint8, 0..255, elsewhere
     scores: A  # float32 (N,), the mean over the views
     class_index: A  # int64 (N,), from 0
     class_scores: A  # float32 (N,), the probability of that class for what is a nucleus; 1 where there is one class
@@ -71,7 +71,7 @@ def empty(mask_size: int) -> HostInstances:
     """A tile without instances. mask_size: M, the side of the detector's masks."""
     return Instances(
         boxes=np.zeros((0, 4), np.float32),
-        mask_probs=np.zeros((0, mask_size, mask_size), np.float32),
+        mask_probs=np.zeros((0, mask_size, mask_size), np.uint8),
         scores=np.zeros(0, np.float32),
         class_index=np.zeros(0, np.int64),
         class_scores=np.zeros(0, np.float32),

@@ -26,8 +26,9 @@ _PAIRS = 1 << 20  # of an edge and a vertex, compared at once: 8 MiB a number
 def from_masks(mask_probs: NDArray[Any], boxes: NDArray[np.floating], *, level: float) -> Polygons:
     """Outline every mask at `level`, in the frame of `boxes`.
 
-    mask_probs: float32 (N, M, M), probabilities at the centres of an M x M grid of cells stretched over each box.
-        Outside the box they are 0; outlines are interpolated between cell centres (marching squares).
+    mask_probs: float32 (N, M, M), probabilities at the centres of an M x M grid of cells stretched over each box, or
+        uint8, 255 times as much. Outside the box they are 0; outlines are interpolated between cell centres (marching
+        squares).
         bool (N, M, M) instead is outlined along cell edges: a mask of one pixel is a unit square
     boxes: float32 (N, 4), x0 y0 x1 y1
     level: 0 < level < 1
@@ -65,7 +66,7 @@ def _outline(mask_probs: NDArray[Any], boxes: Floats, level: float) -> Polygons:
         name="serial",
         fill_type=contourpy.FillType.ChunkCombinedOffsetOffset,
     )
-    filled: Any = generator.filled(level, np.inf)
+    filled: Any = generator.filled(level * (255 if mask_probs.dtype == np.uint8 else 1), np.inf)
     points, ring_starts, part_starts = (chunk[0] for chunk in filled)
     if points is None:
         return np.full(count, shapely.Polygon(), dtype=object)

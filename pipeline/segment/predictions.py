@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 from pipeline import files
 from pipeline.model.instances import HostInstances, Instances, columns, concat
 from pipeline.segment.record import StageRecord
-from slides.focus import Focus
 
 
 class Predictions(NamedTuple):
@@ -18,14 +17,11 @@ class Predictions(NamedTuple):
 
     tiles: list[HostInstances]
     lost: NDArray[np.float32]  # share of each tile's core without a result: unreadable, or no memory
-    focus: Focus
     work: StageRecord
 
 
-def write_predictions(
-    path: Path, tiles: Sequence[HostInstances], lost: NDArray[np.float32], focus: Focus, work: StageRecord
-) -> None:
-    """Commit the instances of a block's tiles, with how sharp it is and what was done for it so far.
+def write_predictions(path: Path, tiles: Sequence[HostInstances], lost: NDArray[np.float32], work: StageRecord) -> None:
+    """Commit the instances of a block's tiles, with what was done for it so far.
 
     lost: float32 (tiles,), the share of each core that could not be read
     """
@@ -39,8 +35,6 @@ def write_predictions(
             counts=np.array([len(f.boxes) for f in tiles]),
             saturated=np.array([f.saturated for f in tiles]),
             split=np.array([f.split for f in tiles]),
-            focus_corner=focus.corner,
-            focus_sums=focus.sums,
             lost=np.where([f.lost for f in tiles], np.float32(1), lost),
         )
 
@@ -61,6 +55,4 @@ def read_predictions(path: Path) -> Predictions | None:
             Instances(**dict(zip(columns(Instances), tile, strict=True)), saturated=bool(saturated), split=bool(split))
             for tile, saturated, split in zip(parts, stored["saturated"], stored["split"], strict=True)
         ]
-        column, row = stored["focus_corner"].tolist()
-        focus = Focus((column, row), stored["focus_sums"])
-        return Predictions(tiles, stored["lost"], focus, StageRecord.from_json(work))
+        return Predictions(tiles, stored["lost"], StageRecord.from_json(work))

@@ -1,7 +1,8 @@
 """The stages of a slide, as a list: each reads one store and writes the next.
 
-    slide --plan, stain--> work/plan.json --tile--> work/patches.zarr --detect--> work/predictions/<block>.npz
-          --outline--> work/instances/<block>.parquet --stitch--> nuclei.parquet --export--> nuclei.geojson.zip, ...
+    slide --plan, stain--> work/plan.json --tile--> work/patches.zarr, work/focus/<block>.json
+          --detect--> work/predictions/<block>.npz --outline--> work/instances/<block>.parquet
+          --stitch--> nuclei.parquet --export--> nuclei.geojson.zip, ...
 
 `STAGES` is what a run works through, and what the ledger's columns, the report and the estimate of the time are
 made from. A stage is a function of a job, and of a block where it is done block by block; it may run in any process,
@@ -89,7 +90,7 @@ def make_plan(job: Job) -> StageRecord:
         check_exports(job.source, folder.path.name, plan, job.settings.export)
     job.check_lease()
     PatchStore.create(folder.patches, plan.grid, job.digest)
-    stores = (folder.predictions(0).parent, folder.instances(0).parent)
+    stores = (folder.focus(0).parent, folder.predictions(0).parent, folder.instances(0).parent)
     for store in stores:
         store.mkdir(exist_ok=True)
     for place in (folder.path, folder.work, *stores):
@@ -158,16 +159,18 @@ def choose_stain(job: Job, detect: Detect | None = None) -> StageRecord:
 
 
 def tile_block(job: Job, block: int, before: StageRecord) -> StageRecord:
-    """Cut a block's patches from the slide into the Zarr store."""
+    """Cut a block's patches from the slide into the Zarr store, and measure how sharp they are."""
     started = time.perf_counter()
     if _is_detected(job, block):
         return before
     plan = read_plan(job.folder, job.digest)
     store = PatchStore.create(job.folder.patches, plan.grid, job.digest)
-    if not store.is_done(block):
+    if not store.is_done(block) or _focus(job, block) is None:
         tiles = plan.of_block(block)
         region, lost = cut(_slide(job.source, job.scale), tiles, plan.grid, plan.frame)
+        sharpness = focus.measure(store.windows(block, tiles, region), tiles, plan.grid.size, plan.frame.mpp)
         job.check_lease()
+        files.write_checked_json(job.folder.focus(block), focus.to_json(sharpness), synced=False)
         store.write(block, tiles, region, lost)
     return before + _worked("tile", started)
 
@@ -179,7 +182,14 @@ def _slide(source: Path, scale: GivenScale) -> Slide:
 
 
 def _is_detected(job: Job, block: int) -> bool:
-    return block_record(job, block) is not None or files.read_checked(job.folder.predictions(block)) is not None
+    if block_record(job, block) is not None:
+        return True
+    return _focus(job, block) is not None and files.read_checked(job.folder.predictions(block)) is not None
+
+
+def _focus(job: Job, block: int) -> dict[str, Any] | None:
+    """How sharp a block is, as `tile_block` measured it; None where that is missing or damaged."""
+    return files.read_checked_json(job.folder.focus(block))
 
 
 def block_record(job: Job, block: int) -> StageRecord | None:
@@ -207,7 +217,6 @@ def detect_block(job: Job, block: int, before: StageRecord, detect: Detect | Non
             before = tile_block(job, block, before)
             continue
         patches, lost = stored
-        sharpness = focus.measure(patches, tiles, plan.grid.size, plan.frame.mpp)
         trimmed = [
             patch[plan.trimmed(tile).within((tile.read.x0, tile.read.y0))]
             for patch, tile in zip(patches, tiles, strict=True)
@@ -216,7 +225,7 @@ def detect_block(job: Job, block: int, before: StageRecord, detect: Detect | Non
         instances, worked = compute(job.settings.detector.device, computing)
         before += worked
         job.check_lease()
-        write_predictions(job.folder.predictions(block), instances, lost, sharpness, before)
+        write_predictions(job.folder.predictions(block), instances, lost, before)
         break
     store.discard(block)
     return before
@@ -247,10 +256,11 @@ def outline_block(job: Job, block: int, before: StageRecord) -> StageRecord:
     """
     started, target = time.perf_counter(), job.folder.instances(block)
     predictions = read_predictions(job.folder.predictions(block))
-    record = block_record(job, block)
+    record, sharpness = block_record(job, block), _focus(job, block)
     if record is None:
-        if predictions is None:
-            raise ScratchLost(f"{job.folder.predictions(block)} is missing or damaged")
+        if predictions is None or sharpness is None:
+            missing = job.folder.predictions(block) if predictions is None else job.folder.focus(block)
+            raise ScratchLost(f"{missing} is missing or damaged")
         plan = read_plan(job.folder, job.digest)
         tiles = plan.of_block(block)
         done = [outline(f, tile, plan, job.settings) for tile, f in zip(tiles, predictions.tiles, strict=True)]
@@ -263,9 +273,10 @@ def outline_block(job: Job, block: int, before: StageRecord) -> StageRecord:
         )
         record = predictions.work + _worked("outline", started, counts)
         job.check_lease()
-        about = {**record.to_json(), "focus": focus.to_json(predictions.focus)}
+        about = {**record.to_json(), "focus": sharpness}
         tables.write_instances(target, pa.concat_tables([table for table, _ in done]), about)
     files.remove_checked(job.folder.predictions(block))
+    job.folder.focus(block).unlink(missing_ok=True)
     return record
 
 

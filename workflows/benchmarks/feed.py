@@ -175,7 +175,7 @@ def watch(clock: Clock) -> None:
         (PatchStore, "write", "tile: write the store"),
         (PatchStore, "read", "detect: read the store"),
         (PatchStore, "discard", "detect: remove from the store"),
-        (focus, "measure", "sharpness"),
+        (focus, "measure", "tile: sharpness"),
         (stages, "write_predictions", "detect: write predictions"),
         (stages, "read_predictions", "outline: read predictions"),
         (stages, "outline", "outline: polygons"),

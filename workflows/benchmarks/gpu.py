@@ -82,7 +82,8 @@ def compare_patches(given: argparse.Namespace) -> None:
             iou, index = box_iou(torch.from_numpy(a.boxes), torch.from_numpy(b.boxes)).max(1)
             same = (iou > 0.9).numpy()
             matched, nuclei = matched + int(same.sum()), nuclei + max(len(a.boxes), len(b.boxes))
-            difference.append(np.abs(a.mask_probs[same] - b.mask_probs[index.numpy()[same]]).mean((1, 2)))
+            levels = a.mask_probs[same].astype(float) - b.mask_probs[index.numpy()[same]]
+            difference.append(np.abs(levels).mean((1, 2)) / 255)
         row(given, f"boxes as the CPU's at IoU .9, {precision}", f"{matched / nuclei:.4f} of {nuclei}")
         row(given, f"mean difference of their masks, {precision}", f"{np.concatenate(difference).mean():.5f}")
 

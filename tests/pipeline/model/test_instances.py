@@ -15,7 +15,7 @@ def some(count: int, seed: int) -> HostInstances:
     random = np.random.default_rng(seed)
     return Instances(
         boxes=random.random((count, 4)).astype(np.float32),
-        mask_probs=random.random((count, 5, 5)).astype(np.float32),
+        mask_probs=random.integers(0, 256, (count, 5, 5)).astype(np.uint8),
         scores=random.random(count).astype(np.float32),
         class_index=random.integers(0, 3, count),
         class_scores=random.random(count).astype(np.float32),

@@ -47,6 +47,14 @@ def test_a_mask_is_outlined_alone_as_among_others(mask_probs, alone):
     assert shapely.equals_exact(together[alone], single[0], 1e-9) or together[alone].equals(single[0])
 
 
+@given(hnp.arrays(np.uint8, (3, 5, 5)), st.sampled_from([0.25, 0.5, 0.75]))
+def test_a_mask_in_256_levels_is_outlined_as_its_probabilities(levels, level):
+    coarse = from_masks(levels, unit_boxes(3, 5), level=level)
+    fine = from_masks((levels / 255).astype(np.float64), unit_boxes(3, 5), level=level)
+    assert list(shapely.is_empty(coarse)) == list(shapely.is_empty(fine))
+    assert shapely.equals_exact(coarse, fine, 1e-6).all()
+
+
 @given(hnp.arrays(np.float32, (3, 5, 5), elements=st.floats(0, 1, width=16)), st.sampled_from([0.5, 0.75]))
 def test_outlines_stay_in_their_boxes(mask_probs, level):
     boxes = np.array([[0, 0, 5, 5], [10, 20, 40, 30], [-7, -3, -1, 9]], dtype=np.float32)

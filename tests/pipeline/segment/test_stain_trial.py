@@ -44,7 +44,7 @@ def scoring(
     for side in (len(patch) for patch in patches):
         one = empty(8)._replace(
             boxes=np.array([[side / 2 - 4, side / 2 - 4, side / 2 + 4, side / 2 + 4]], np.float32),
-            mask_probs=np.ones((1, 8, 8), np.float32),
+            mask_probs=np.full((1, 8, 8), 255, np.uint8),
             scores=np.array([score], np.float32),
             class_index=np.zeros(1, np.int64),
             class_scores=np.ones(1, np.float32),
