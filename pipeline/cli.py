@@ -293,6 +293,8 @@ def qupath(folder: Path) -> int:
 
     written = write_project(RunFolder(folder))
     print(f"{written.file}: {written.images} images, {written.added} of them new")
+    for name in written.left_out:
+        print(f"WARNING: {name} is left out: it was read from a URL, which QuPath does not open", file=sys.stderr)
     print(f"their nuclei: QuPath script workflows/qupath/import.groovy -p {written.file} -s")
     return 0
 

@@ -9,7 +9,7 @@ import math
 import re
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -265,10 +265,16 @@ def summarise(
         {kind: {n: _summary(t) for n, t in sorted(named.items())} for kind, named in within.items()},
         _summary(tallies),
         summaries,
-        Summary(*(mean(of) for of in zip(*summaries.values(), strict=True))) if summaries else None,
+        _over_classes(summaries, len(tallies)) if summaries else None,
         _breakdown(tallies),
         {kind: {n: _breakdown(t) for n, t in sorted(named.items())} for kind, named in within.items()},
     )
+
+
+def _over_classes(summaries: Mapping[str, Summary], images: int) -> Summary:
+    """The mean over the classes; an image counts once, of whatever classes its nuclei are."""
+    means = (mean(of) for of in zip(*summaries.values(), strict=True))
+    return Summary(*(scores._replace(images=images) for scores in means))
 
 
 def _summary(images: Sequence[ImageTallies]) -> Summary:

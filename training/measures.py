@@ -358,7 +358,7 @@ def _of_class(whole: Comparison, apart: Overlap, detected: Detections, kind: int
 def _of_unknown_class(pairs: Overlap, truth_class: Ints) -> Bools:
     """bool (F,): the detections of nuclei whose class is not known."""
     hits = np.zeros(len(pairs.detected_ids), bool)
-    hits[pairs.detected[(truth_class[pairs.truth] == 0) & (pairs.iou > 0.5)]] = True
+    hits[pairs.detected[(truth_class[pairs.truth] == 0) & (pairs.iou > HIT_IOU)]] = True
     return hits
 
 

@@ -21,35 +21,44 @@ class Written(NamedTuple):
     file: Path
     images: int
     added: int
+    left_out: tuple[str, ...]  # folders of finished slides that are no files of this machine
 
 
 def write_project(run: RunFolder) -> Written:
     """Write the project of a run, or add to it what it lacks: what is in a project stays as it is.
 
-    Raises RunError for a folder without finished slides, and for a project that cannot be extended.
+    Raises RunError for a folder without finished slides, or with none whose slide QuPath could open, and for a project
+    that cannot be extended.
     """
     slides = run.finished()
     if not run.run_json.is_file() or not slides:
         raise RunError(f"{run.path} has no finished slides: need the --out folder of a run")
     project = _read(run.qupath_project)
     present = {_path(uri) for entry in project["images"] for uri in _uris(entry)}
-    added = 0
+    added, left_out = 0, []
     colours: dict[str, tuple[int, int, int]] = {}
     for slide in slides:
         content = files.read_json(slide.slide_json) or {}
         source = Path(str(content.get("source_path", "")))
         if slide.nuclei.is_file():
             colours |= tables.read_provenance(slide.nuclei).colours
-        if source.is_absolute() and str(source) not in present:
+        if not source.is_absolute():  # a URL
+            left_out.append(slide.path.relative_to(run.path).as_posix())
+        elif str(source) not in present:
             project["lastID"] += 1
             project["images"].append(_entry(source, project["lastID"]))
             added += 1
+    if not project["images"]:
+        raise RunError(
+            f"the slides of {run.path} were read from URLs, which QuPath does not open: "
+            f"copy them to this machine and make the project there"
+        )
     run.qupath_classes.parent.mkdir(parents=True, exist_ok=True)
     _add_classes(run.qupath_classes, colours)
     if added:
         project |= {"modifyTimestamp": _now_ms(), "uri": run.qupath_project.absolute().as_uri()}
         files.write_json(run.qupath_project, project)
-    return Written(run.qupath_project, len(project["images"]), added)
+    return Written(run.qupath_project, len(project["images"]), added, tuple(left_out))
 
 
 def _read(file: Path) -> dict[str, Any]:

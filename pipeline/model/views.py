@@ -68,11 +68,6 @@ def undo_masks(view: View, masks: Tensor) -> Tensor:
     return _turn_back(view, masks)
 
 
-def apply_masks(view: View, masks: Tensor) -> Tensor:
-    """The inverse of `undo_masks`."""
-    return apply(view._replace(shift=(0, 0)), masks)
-
-
 def _turn_back(view: View, images: Tensor) -> Tensor:
     if view.turns:
         images = torch.rot90(images, -view.turns, (-2, -1))

@@ -110,7 +110,7 @@ def _numbers(slides: Sequence[SlideResult]) -> str:
         (f"{seconds / 3600:,.2f}", "hours of processing", ""),
         (f"{area / seconds:,.3f}" if seconds else "?", "mm² per second", ""),
         (f"{3600 * area / seconds:,.0f}" if seconds else "?", "mm² per hour", ""),
-        *([(f"{artefacts:,.2f}", "mm² of it under artefacts", "")] if artefacts else []),
+        *([(f"{artefacts:,.2f}", "mm² under artefacts", "")] if artefacts else []),
         *([(f"{lost:,.3f}", "mm² lost", "bad")] if lost else []),
     ]
     items = (f'<li><b class="{kind}">{value}</b><span>{words}</span></li>' for value, words, kind in figures)

@@ -48,7 +48,7 @@ class SlideResult:
     density_map: str = ""
     "The density of its nuclei as a picture, a data URL; empty where it was not exported."
     densest: float = 0.0
-    "Nuclei per mm2 where that picture is brightest."
+    "Nuclei per mm2 where that picture is darkest, in a whole square."
     regions: tuple[Mapping[str, str], ...] = ()
     "Rows of its regions.csv; empty where there is none."
     remarks: tuple[str, ...] = ()
@@ -144,13 +144,16 @@ def _small(overlay: Path) -> str:
 
 
 def _density(picture: Path) -> dict[str, Any]:
-    """The first channel of density.ome.tif in colour, and its largest value; nothing where it cannot be read."""
+    """The first channel of density.ome.tif in colour, and its largest value; nothing where it cannot be read.
+
+    Squares at the right and lower border may be cut off to slivers, whose densities say nothing: they do not count.
+    """
     try:
         with Image.open(picture) as image:
             density = np.nan_to_num(np.asarray(image, np.float32))
     except (OSError, ValueError):
         return {}
-    top = float(density.max(initial=0.0))
+    top = float(density[: max(1, len(density) - 1), : max(1, density.shape[1] - 1)].max(initial=0.0))
     steps = np.linspace(0, top or 1.0, len(_HEAT))
     colours = np.stack([np.interp(density, steps, channel) for channel in np.transpose(_HEAT)], -1)
     small = ImageOps.contain(Image.fromarray(colours.astype(np.uint8)), _PICTURE_PX, Image.Resampling.BOX)

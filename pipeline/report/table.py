@@ -127,7 +127,7 @@ def _ratio(slide: SlideResult) -> str:
 
 
 def _seconds(slide: SlideResult) -> str:
-    """Seconds from start to end, and the share of each stage in the work."""
+    """Seconds of work, and the share of each stage in the work."""
     parts = {stage.name: slide.number(f"seconds_{stage.name}") for stage in STAGES}
     if slide.state != "done":
         return _cell(np.nan, "")

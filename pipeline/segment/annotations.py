@@ -20,6 +20,10 @@ KIND_COLOURS = dict(
     zip(KINDS, ((30, 60, 220), (150, 60, 170), (0, 170, 200), (240, 140, 0), (120, 120, 120)), strict=True)
 )
 
+TISSUE = "Tissue"
+ARTEFACTS = {kind: f"Artefact: {kind}" for kind in KINDS}
+"Classes of the annotations."
+
 _NAMESPACE = uuid.uuid5(uuid.NAMESPACE_DNS, "nightslide.annotations")
 
 
@@ -29,7 +33,7 @@ def write_tissue(path: Path, slide: str, tissue: TissueMap, bounds: Box, crop: b
     slide: its quick hash; bounds: slide px; crop: as `Export.crop`, coordinates from the corner of the bounds
     """
     shape = outline(tissue.mask, tissue.frame, bounds, crop)
-    _write(path, [_feature(slide, "Tissue", TISSUE_COLOUR, shape, locked=True)])
+    _write(path, [_feature(slide, TISSUE, TISSUE_COLOUR, shape, locked=True)])
 
 
 def write_artefacts(path: Path, slide: str, artefacts: ArtefactMap, bounds: Box, crop: bool) -> None:
@@ -37,7 +41,7 @@ def write_artefacts(path: Path, slide: str, artefacts: ArtefactMap, bounds: Box,
     features = []
     for number, kind in enumerate(KINDS, 1):
         shape = outline(artefacts.kinds == number, artefacts.tissue.frame, bounds, crop)
-        features.append(_feature(slide, f"Artefact: {kind}", KIND_COLOURS[kind], shape, locked=False))
+        features.append(_feature(slide, ARTEFACTS[kind], KIND_COLOURS[kind], shape, locked=False))
     _write(path, features)
 
 

@@ -38,7 +38,7 @@ def finish_slide(job: Job, record: SlideRecord) -> SlideRecord:
         "vendor": plan.vendor,
         "size": plan.size,
         "bounds": plan.bounds,
-        "um_per_px": plan.scale,
+        "um_per_px": plan.scale[:2],
         "has_icc": plan.has_icc,
         "stain": plan.normalisation.source.to_json(),
         "stain_target": plan.normalisation.target.to_json(),

@@ -103,7 +103,7 @@ def plan_slide(slide: Slide, settings: Settings, regions: RegionFile | None = No
     if regions is not None:
         drawn = read_regions(regions, slide.bounds)
         artefacts = artefacts._replace(tissue=drawn.restrict(artefacts.tissue))
-        notes = (f"restricted to {drawn.describe(regions.path)}", *notes)
+        notes = (f"restricted to {drawn.describe_chosen(regions.path)}", *notes)
     tissue = _reported(artefacts, settings)
     if slide.scale.source == FORCED:
         notes = (f"its scale is {slide.scale.x:g} µm/px by --force-mpp, whatever it states", *notes)

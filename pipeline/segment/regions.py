@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from pipeline import files
 from pipeline.errors import AnnotationError, SlideChanged
+from pipeline.segment.annotations import ARTEFACTS, TISSUE
 from pipeline.segment.geojson import read_objects
 from pipeline.segment.polygons import Floats, Polygons, rasterise
 from slides.geometry import Box
@@ -65,7 +66,7 @@ class SlideRegions(NamedTuple):
 
         These two are annotations of ours, which an export of a whole image from QuPath holds, too.
         """
-        ours = np.array([name == "Tissue" or name.startswith("Artefact") for name in self.classes], bool)
+        ours = np.isin(self.classes, [TISSUE, *ARTEFACTS.values()])
         drawn = ~self.ignored & ~ours
         return drawn if drawn.any() else ~self.ignored
 
@@ -90,8 +91,20 @@ class SlideRegions(NamedTuple):
 
     def describe(self, path: Path) -> str:
         """The regions in words, such as `3 regions of case7.geojson (1 invalid one mended)`."""
-        count = len(self.names)
-        remarks = [f"{self.mended} invalid one{'s' * (self.mended > 1)} mended"] if self.mended else []
+        return self._in_words(path, len(self.names), [])
+
+    def describe_chosen(self, path: Path) -> str:
+        """The same of a run that is restricted to them, such as `1 region of case7.geojson (2 ignored)`."""
+        chosen, ignored = int(self.chosen.sum()), int(self.ignored.sum())
+        if not chosen:
+            return f"what lies outside of {self._in_words(path, ignored, [])}, of ignored classes"
+        own = len(self.names) - chosen - ignored
+        remarks = [f"{ignored} ignored"] if ignored else []
+        remarks += [f"{own} of the classes {TISSUE} and Artefact not counted"] if own else []
+        return self._in_words(path, chosen, remarks)
+
+    def _in_words(self, path: Path, count: int, remarks: list[str]) -> str:
+        remarks += [f"{self.mended} invalid one{'s' * (self.mended > 1)} mended"] if self.mended else []
         remarks += [f"{self.skipped} other object{'s' * (self.skipped > 1)} left out"] if self.skipped else []
         return f"{count} region{'s' * (count != 1)} of {path.name}" + (f" ({', '.join(remarks)})" if remarks else "")
 

@@ -142,6 +142,7 @@ def test_every_score_of_an_oracle_is_known(tmp_path: Path, settings: Settings) -
     assert (even.pooled.precision, even.pooled.recall) == (1, 5 / 8)
     assert odd.mean.images == 2  # the empty image says nothing of a class
     assert found.over_classes is not None
+    assert found.over_classes.mean.images == found.over_classes.pooled.images == found.overall.pooled.images
     assert found.over_classes.pooled.pq == pytest.approx((odd.pooled.pq + even.pooled.pq) / 2)
 
     for image in images.images:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.archive.search import SUFFIXES
+from pipeline.layout import RESULTS, RunFolder
 
 FOLDER = Path(__file__).parents[2] / "workflows" / "launchers" / "nextflow"
 PARSE = """
@@ -71,6 +72,21 @@ def test_slides_are_known_by_the_suffixes_that_a_run_searches_for() -> None:
     named = re.search(r"params\.suffixes = '([\w,]+)'", (FOLDER / "main.nf").read_text())
     assert named
     assert {f".{suffix}" for suffix in named[1].split(",")} == SUFFIXES - {".dcm"}
+
+
+def test_every_result_of_a_slide_is_published() -> None:
+    """And nothing that a task writes of its one slide where the run of all slides has its own."""
+    text = (FOLDER / "main.nf").read_text()
+    assert "path 'results/**'" in text
+    assert "file ==~ OF_ALL_SLIDES ? null : file - 'results/'" in text
+    pattern = re.search(r"OF_ALL_SLIDES = /(.*)/\n", text)
+    assert pattern
+    left_out = re.compile(pattern[1].replace("\\/", "/"))
+    own = ["run.json", *(f"a/b/{name}" for name in (*RESULTS, "slide.json", "failure.json", "density/density.geojson"))]
+    assert not [name for name in own if left_out.fullmatch(f"results/{name}")]
+    run = RunFolder(Path("results"))
+    for name in (run.ledger, run.report, run.logs / "x.log"):
+        assert left_out.fullmatch(name.as_posix())
 
 
 def test_failures_are_tried_again_and_stop_no_other_slide() -> None:

@@ -25,6 +25,7 @@ from pipeline.segment.tables import Provenance, iter_nuclei, read_provenance
 from slides.geometry import Box
 
 _NAMESPACE = uuid.uuid5(uuid.NAMESPACE_DNS, "nightslide.density")
+_ROUNDING = 1e-6  # of a square
 _PER_MM2, _AREA = "Nuclei per mm^2", "Mean area \u00b5m^2"
 
 
@@ -79,9 +80,10 @@ def write_density(nuclei: Path, out: Path, options: Export) -> Exported:
 def _squares(provenance: Provenance, options: Export) -> _Squares:
     area = provenance.bounds if options.crop else Box(0, 0, *provenance.size)
     side = options.density_um / provenance.um_per_px[0], options.density_um / provenance.um_per_px[1]
-    columns, rows = (max(1, math.ceil(extent / step)) for extent, step in zip(area.size, side, strict=True))
+    # an extent that is a whole number of squares, but for rounding, has no column of almost no width after them
+    columns, rows = (max(1, math.ceil(extent / step - _ROUNDING)) for extent, step in zip(area.size, side, strict=True))
     edges_x, edges_y = (
-        np.minimum(np.arange(count + 1) * step, extent)
+        np.append(np.arange(count) * step, extent)
         for count, step, extent in zip((columns, rows), side, area.size, strict=True)
     )
     return _Squares(origin(provenance, options.crop), side, (rows, columns), edges_x, edges_y)

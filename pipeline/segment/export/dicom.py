@@ -18,7 +18,7 @@ from pipeline.config import Export
 from pipeline.errors import RunError
 from pipeline.files import committed
 from pipeline.segment.export.exported import Exported, Rings, open_rings, shards
-from pipeline.segment.tables import Provenance, geometry, read_provenance
+from pipeline.segment.tables import STAINS, Provenance, geometry, read_provenance
 from slides.dicom import Header, read_header
 from slides.geometry import Box, Size
 
@@ -47,15 +47,23 @@ _MAY_BE_EMPTY = (
 # Columns that are measurements: code, scheme and meaning of each, and the code of its unit in UCUM. What DICOM has
 # no code for has one of our own, in a scheme whose name starts with 99 (PS3.16, 8).
 _OWN = "99NIGHTSLIDE"
+_CLASS_SCORE = "class_score"  # a measurement where there are several classes
 _MEASUREMENTS = {
     "area_um2": ("42798000", "SCT", "Area", "um2"),
     "perimeter_um": ("131191004", "SCT", "Perimeter", "um"),
     "major_axis_um": ("131187009", "SCT", "Major Axis", "um"),
     "minor_axis_um": ("131188004", "SCT", "Minor Axis", "um"),
+    "max_diameter_um": ("max_diameter", _OWN, "Max diameter", "um"),
+    "min_diameter_um": ("min_diameter", _OWN, "Min diameter", "um"),
     "circularity": ("circularity", _OWN, "Circularity", "1"),
+    "solidity": ("solidity", _OWN, "Solidity", "1"),
     "score": ("score", _OWN, "Detection probability", "1"),
-    "haematoxylin": ("haematoxylin", _OWN, "Hematoxylin OD mean", "1"),
-    "eosin": ("eosin", _OWN, "Eosin OD mean", "1"),
+    _CLASS_SCORE: (_CLASS_SCORE, _OWN, "Class probability", "1"),
+    "votes": ("votes", _OWN, "Votes", "1"),
+    **{
+        column: (column, _OWN, f"{'Eosin' if stain == 'eosin' else 'Hematoxylin'} OD {statistic or 'mean'}", "1")
+        for column, (stain, _, statistic) in zip(STAINS, (name.partition("_") for name in STAINS), strict=True)
+    },
 }
 _UNITS = {"um2": "square micrometer", "um": "micrometer", "1": "no units"}
 
@@ -235,20 +243,20 @@ def _groups(
                 family=codes.DCM.ArtificialIntelligence,
                 version=metadata.version("nightslide"),
             ),
-            measurements=list(_measurements(rows.take(pa.array(chosen)))),
+            measurements=list(_measurements(rows.take(pa.array(chosen)), several_classes=len(provenance.colours) > 1)),
             display_color=CIELabColor.from_rgb(*colour),
         )
 
 
-def _measurements(rows: pa.Table) -> Iterator["Measurements"]:
+def _measurements(rows: pa.Table, *, several_classes: bool) -> Iterator["Measurements"]:
     """Of every row; a number that is not finite is left out, and a measurement without any number."""
     from highdicom.ann import Measurements
     from highdicom.sr import CodedConcept
 
     for column, (code, scheme, meaning, unit) in _MEASUREMENTS.items():
-        values = rows[column].to_numpy()
+        values = rows[column].to_numpy().astype(np.float32)
         finite = np.isfinite(values)
-        if finite.any():
+        if finite.any() and (several_classes or column != _CLASS_SCORE):
             yield Measurements(
                 name=CodedConcept(code, scheme, meaning),
                 values=np.where(finite, values, np.nan),

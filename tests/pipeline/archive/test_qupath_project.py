@@ -76,7 +76,7 @@ def test_what_is_in_a_project_stays(run: RunFolder) -> None:
     project |= {"version": "0.6.0", "images": [mine, other], "createTimestamp": 5}
     run.qupath_project.write_text(json.dumps(project))
     run.qupath_classes.write_text(json.dumps({"pathClasses": [{"name": "Nucleus", "color": -1}, {"name": "Tumor"}]}))
-    assert write_project(run)[1:] == (4, 2)
+    assert write_project(run)[1:] == (4, 2, ())
     extended = content(run)
     assert extended["images"][:2] == [mine, other]
     assert [entry["entryID"] for entry in extended["images"][2:]] == [9, 10]
@@ -89,7 +89,7 @@ def test_what_is_in_a_project_stays(run: RunFolder) -> None:
 def test_a_second_run_writes_nothing(run: RunFolder) -> None:
     write_project(run)
     before = {path: path.stat().st_mtime_ns for path in (run.qupath_project, run.qupath_classes)}
-    assert write_project(run)[1:] == (3, 0)
+    assert write_project(run)[1:] == (3, 0, ())
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
@@ -103,3 +103,18 @@ def test_what_cannot_be_a_project_is_refused(run: RunFolder, tmp_path: Path) -> 
         run.qupath_project.write_text(text)
         with pytest.raises(RunError, match="is no QuPath project: move it away"):
             write_project(run)
+
+
+def test_slides_of_urls_are_named(run: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
+    """QuPath opens files; a project of nothing is not written."""
+    finished(run, "c/z", "s3://bucket/z.svs")
+    assert write_project(run)[1:] == (3, 3, ("c/z",))
+    with pytest.raises(SystemExit):
+        cli.main(["qupath", str(run.path)])
+    assert "WARNING: c/z is left out" in capsys.readouterr().err
+    remote = RunFolder(run.path / "remote")
+    finished(remote, "z", "s3://bucket/z.svs")
+    remote.run_json.write_text("{}")
+    with pytest.raises(RunError, match="URLs"):
+        write_project(remote)
+    assert not remote.qupath_project.exists()

@@ -12,7 +12,6 @@ from pipeline.model.views import (
     View,
     apply,
     apply_boxes,
-    apply_masks,
     apply_points,
     choose_views,
     undo,
@@ -20,6 +19,12 @@ from pipeline.model.views import (
     undo_masks,
     undo_points,
 )
+
+
+def apply_masks(view: View, masks: torch.Tensor) -> torch.Tensor:
+    """The inverse of `undo_masks`."""
+    return apply(view._replace(shift=(0, 0)), masks)
+
 
 shown = st.builds(View, st.booleans(), st.integers(0, 3), st.tuples(st.integers(-6, 6), st.integers(-6, 6)))
 sizes = st.tuples(st.integers(8, 20), st.integers(8, 20))  # height, width

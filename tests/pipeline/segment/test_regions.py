@@ -175,10 +175,24 @@ PROBES = np.array([(15, 15), (25, 25), (11, 11), (6, 6), (50, 50)], float)
         (regions(INNER, OUTER, classes=("Tumor", "Tissue")), [True, False, True, False, False]),
         (regions(LEFT_OUT, OUTER, classes=("Artefact: pen", "")), [True, True, True, True, False]),
         (regions(INNER, classes=("Tissue",)), [True, False, True, False, False]),
+        (regions(INNER, OUTER, classes=("Tumor", "Artefact-free stroma")), [True, True, True, True, False]),
     ],
 )
 def test_a_run_is_restricted_to_regions_without_ignored_areas(drawn: SlideRegions, expected: list[bool]) -> None:
     assert drawn.select(PROBES).tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("classes", "words"),
+    [
+        (("Tumor", "", "Tumor"), "3 regions of x.geojson"),
+        (("Tumor", "Ignore*", "Tissue"), "1 region of x.geojson (1 ignored, 1 of the classes Tissue and Artefact not"),
+        (("Artefact: pen", "Artefact-free", "Tumor"), "2 regions of x.geojson (1 of the classes Tissue and Artefact"),
+        (("Ignore*",) * 3, "what lies outside of 3 regions of x.geojson, of ignored classes"),
+    ],
+)
+def test_a_note_says_how_many_regions_a_run_is_restricted_to(classes: tuple[str, ...], words: str) -> None:
+    assert regions(INNER, OUTER, LEFT_OUT, classes=classes).describe_chosen(Path("x.geojson")).startswith(words)
 
 
 @given(

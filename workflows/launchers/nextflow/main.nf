@@ -17,16 +17,18 @@ params.out = 'results'
 params.flags = ''
 params.suffixes = 'bif,czi,mrxs,ndpi,scn,svs,svslide,tif,tiff,vms,vmu'
 
+// what each task writes of its one slide, and the run of all
+OF_ALL_SLIDES = /results\/(ledger\.csv|report\.html|logs\/.*)/
+
 process SLIDE {
     tag "${slide}"
-    publishDir params.out, mode: 'copy', saveAs: { file -> file.startsWith('results/') ? file - 'results/' : null }
+    publishDir params.out, mode: 'copy', saveAs: { file -> file ==~ OF_ALL_SLIDES ? null : file - 'results/' }
 
     input:
     tuple env('FOLDER'), path(slide)
 
     output:
-    path 'results/**/{slide.json,nuclei.*,*.jpg}'
-    path 'results/run.json'
+    path 'results/**'
     path 'results/ledger.csv', emit: ledger
 
     // a link to the slide itself, whose siblings lie beside it there, in the folder that gives it its name

@@ -1,6 +1,7 @@
 """density/: counted by hand, summed to the whole, and read by tifffile and as GeoJSON."""
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,28 @@ def test_uncropped_squares_start_at_the_corner_of_the_whole_slide(tmp_path: Path
     assert picture(tmp_path / "density")[0].shape == (4, 1, 2)
     (tile,) = tiles(tmp_path / "density")
     assert shapely.from_geojson(json.dumps(tile["geometry"])).bounds == (0, 0, 100, 100)
+
+
+@pytest.mark.parametrize(("um_per_px", "width"), [(0.23, 10_000), (0.26, 5000), (0.114, 50_000), (0.25, 1004)])
+def test_the_last_square_is_no_sliver_made_by_rounding(um_per_px: float, width: int, tmp_path: Path) -> None:
+    """A width that is a whole number of squares has as many; then a nucleus on the border is in one of real size."""
+    provenance = tables.Provenance(
+        "s", (um_per_px, um_per_px), Size(width, 400), Box(0, 0, width, 400), "d", {"A": (1, 2, 3)}
+    )
+    shape = np.asarray([shapely.box(width - 8, 10, width + 8, 26)], dtype=object)
+    with tables.NucleiWriter(tmp_path / "n.parquet", provenance) as writer:
+        writer.write(
+            shape,
+            class_name=["A"],
+            score=np.ones(1),
+            votes=np.ones(1, int),
+            stains=np.zeros((1, len(tables.STAINS))),
+        )
+    write_density(tmp_path / "n.parquet", tmp_path / "density", Export(density_um=100.0))
+    exact = width * um_per_px / 100
+    assert picture(tmp_path / "density")[0].shape[2] == math.ceil(round(exact, 6))
+    (tile,) = tiles(tmp_path / "density")
+    assert shapely.from_geojson(json.dumps(tile["geometry"])).area > 1
 
 
 @given(side_um=st.floats(10, 3000), crop=st.booleans())

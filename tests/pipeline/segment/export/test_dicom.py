@@ -73,6 +73,7 @@ def test_the_annotations_read_back_equal(tmp_path: Path, image: Path) -> None:
         assert [n.meaning for n in names][:2] == ["Area", "Perimeter"]
         assert [u.value for u in units][:2] == ["um2", "um"]
         columns = [own[column].to_numpy() for column in dicom._MEASUREMENTS]
+        assert len(names) == len({n.meaning for n in names}) == 21
         np.testing.assert_array_equal(values, np.stack(columns, axis=1))
 
 
