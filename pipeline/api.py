@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from pipeline.archive.estimate import SlideEstimate
     from pipeline.archive.measure import Measured
-    from pipeline.archive.sources import Inputs
+    from pipeline.archive.sources import Archive, Inputs
     from pipeline.segment.export import Exported
 
 CPU_SECONDS_PER_MM2 = 18.0
@@ -35,17 +35,42 @@ def plan(
     seconds_per_mm2: of tissue in one view, from the ledger of a finished run; see `speed`
     follow_links: as in `Execution`
     Returns an estimate for each slide that is not skipped for want of regions: tissue, tiles, hours (NaN where no speed
-    is known), disk space, or the `problem` with which it would fail. Raises ConfigError for inputs that cannot be
-    searched.
+    is known), disk space, or the `problem` with which it would fail. Warns of folders that cannot be read. Raises
+    ConfigError for inputs that cannot be searched.
+    """
+    import warnings
+
+    seconds = speed(settings, seconds_per_mm2)
+    archive, estimates = estimate(inputs, settings, seconds, mpp=mpp, force_mpp=force_mpp, follow_links=follow_links)
+    for unread in archive.unread:
+        warnings.warn(unread, stacklevel=2)
+    return list(estimates)
+
+
+def estimate(
+    inputs: "Inputs",
+    settings: Settings,
+    seconds_per_mm2: float,
+    *,
+    mpp: float | None = None,
+    force_mpp: float | None = None,
+    follow_links: bool = Execution().follow_links,
+) -> "tuple[Archive, Iterator[SlideEstimate]]":
+    """The slides of `inputs`, and their estimates one by one; see `plan`.
+
+    Raises what `pipeline.archive.run.run` would raise for these settings.
     """
     from pipeline.archive.estimate import estimate_slide
+    from pipeline.archive.manifest import check_seams, resolve
     from pipeline.archive.region_files import with_regions
     from pipeline.archive.sources import find_slides
 
-    seconds = speed(settings, seconds_per_mm2)
+    settings = resolve(settings)
+    check_seams(settings)
     archive = find_slides(inputs, mpp=mpp, force_mpp=force_mpp, follow_links=follow_links)
-    sources = with_regions(archive, settings.regions).sources
-    return [estimate_slide(source, settings, seconds) for source in sources if not source.skip]
+    archive = with_regions(archive, settings.regions)
+    sources = (source for source in archive.sources if not source.skip)
+    return archive, (estimate_slide(source, settings, seconds_per_mm2) for source in sources)
 
 
 def speed(settings: Settings, seconds_per_mm2: float | None = None) -> float:
@@ -74,8 +99,8 @@ def export(
 
     folder: of a run, or of one slide of it
     formats, options: the fields of `Export`, such as crop=False
-    Returns the number of nuclei by file. Raises ConfigError for a folder without tables, a format that does not
-    exist and a table that is damaged.
+    Returns the number of nuclei by file. Raises ConfigError for a format that does not exist; RunError for a folder
+    without tables and, once all others are written, for tables that are damaged and slides that a run is working on.
     """
     return dict(export_files(folder, build(Export, {"formats": list(formats), **options}, where="export")))
 
@@ -84,19 +109,32 @@ def export_files(folder: str | os.PathLike[str], settings: Export) -> Iterator[t
     """`export`, a slide at a time: each file with its count, when the slide's files are written."""
     import pyarrow as pa
 
+    from pipeline.archive.lease import Leases
     from pipeline.layout import RunFolder
     from pipeline.segment.finished import rewrite_exports
 
     slides = RunFolder(Path(folder)).with_nuclei()
     if not slides:
         raise RunError(f"{folder} holds no nuclei.parquet: need the --out folder of a run")
-    for slide in slides:
-        try:
-            written = rewrite_exports(slide, settings)
-        except (OSError, KeyError, pa.ArrowException) as error:
-            raise RunError(f"{slide.nuclei} could not be exported: {type(error).__name__}: {error}") from error
-        for name, exported in written.items():
-            yield slide.export(name), exported
+    failed = []
+    with Leases() as leases:
+        for slide in slides:
+            try:
+                if not leases.take(slide.path):  # a run with --overwrite would remove what slide.json is written for
+                    who = leases.holder(slide.path)
+                    failed.append(f"{slide.path}: a run is working on it ({who}), try again when it is done")
+                    continue
+                try:
+                    written = rewrite_exports(slide, settings)
+                finally:
+                    leases.release(slide.path)
+            except (OSError, KeyError, pa.ArrowException, RunError) as error:
+                failed.append(f"{slide.nuclei} could not be exported: {type(error).__name__}: {error}")
+                continue
+            for name, exported in written.items():
+                yield slide.export(name), exported
+    if failed:
+        raise RunError("\n".join(failed))
 
 
 def measure(

@@ -8,13 +8,27 @@ import sys
 import typing
 from collections.abc import Sequence
 from importlib import metadata
+from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import App, CycloptsError, Group, Parameter, Token, convert
-from cyclopts.config import Toml
+from cyclopts.config import Dict
 
-from pipeline.config import COMMON, EXECUTION, EXPORT, REGIONS, Execution, Export, Regions, Settings, load, require
+from pipeline.config import (
+    COMMON,
+    EXECUTION,
+    EXPORT,
+    REGIONS,
+    Execution,
+    Export,
+    Regions,
+    Settings,
+    check,
+    read_toml,
+    require,
+)
+from pipeline.text import printable
 from slides.errors import NightslideError
 
 if TYPE_CHECKING:
@@ -63,6 +77,9 @@ def main(tokens: Sequence[str] | None = None) -> None:
     """Entry point. Exit status: 0 all done, 1 some slides failed, 2 wrong usage, 130 interrupted."""
     from pipeline.errors import ClusterLost, WorkersDied
 
+    for stream in (sys.stdout, sys.stderr):  # a name that the terminal's encoding lacks is no reason to stop
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     # batch systems send SIGTERM before they kill: it is treated like Ctrl-C
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
@@ -79,6 +96,9 @@ def main(tokens: Sequence[str] | None = None) -> None:
     except (NightslideError, CycloptsError) as error:
         print(f"nightslide: {error}", file=sys.stderr)
         sys.exit(1 if isinstance(error, ClusterLost | WorkersDied) else 2)
+    except BrokenPipeError:  # who reads what is printed has ended, such as `head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python fails once more at its end
+        sys.exit(128 + 13)
     except Exception as error:
         sys.exit(_unexpected(error))
 
@@ -118,8 +138,11 @@ def launch(
     if debug:
         os.environ["NIGHTSLIDE_DEBUG"] = "1"
     if config is not None:
-        load(config)  # an unknown key or a wrong value is an error that names the right ones
-        app.config = (Toml(config, must_exist=True, use_commands_as_keys=False),)
+        content = read_toml(config)
+        check(content, config)  # an unknown key or a wrong value is an error that names the right ones
+        execution = content.pop("execution", {})  # its flags have no prefix, and only one command has them
+        content |= execution if tokens[:1] == ("run",) else {}
+        app.config = (Dict(content, use_commands_as_keys=False, source=str(config)),)
     else:
         app.config = ()
     return app(tokens, result_action="return_value", exit_on_error=False, print_error=False)
@@ -190,23 +213,21 @@ def plan(
     from rich.console import Console
     from rich.progress import track
 
-    from pipeline.api import speed
-    from pipeline.archive.estimate import estimate_slide
-    from pipeline.archive.region_files import with_regions
-    from pipeline.archive.sources import find_slides
+    from pipeline.api import estimate, speed
 
-    archive = find_slides(inputs, mpp=mpp, force_mpp=force_mpp, follow_links=follow_links)
-    archive = with_regions(archive, settings.regions)
     seconds = speed(settings, seconds_per_mm2)
+    archive, estimates = estimate(inputs, settings, seconds, mpp=mpp, force_mpp=force_mpp, follow_links=follow_links)
     terminal = Console(stderr=True)
-    sources = track(
-        [source for source in archive.sources if not source.skip],
-        "opening slides",
-        console=terminal,
-        transient=True,
-        disable=not terminal.is_terminal,
+    rows = list(
+        track(
+            estimates,
+            "opening slides",
+            total=sum(not source.skip for source in archive.sources),
+            console=terminal,
+            transient=True,
+            disable=not terminal.is_terminal,
+        )
     )
-    rows = [estimate_slide(source, settings, seconds) for source in sources]
     print("\n".join(_table(rows)))
     for unread in archive.unread:
         print(f"WARNING: {unread}")
@@ -221,12 +242,12 @@ def plan(
 
 def _table(rows: Sequence["SlideEstimate"]) -> list[str]:
     """The lines of `plan`: a slide each, below their headings."""
-    names = [_shortened(row.slide) for row in rows]
+    names = [_shortened(printable(row.slide)) for row in rows]
     width = max(map(len, ["slide", *names]))
     lines = [f"{'slide':{width}}  {'um/px':>7}  {'tissue mm2':>10}  {'tiles':>6}  {'hours':>6}  {'disk GB':>7}"]
     for name, row in zip(names, rows, strict=True):
         if row.problem:
-            lines.append(f"{name:{width}}  WILL FAIL: {row.problem}")
+            lines.append(f"{name:{width}}  WILL FAIL: {printable(row.problem)}")
         else:
             lines.append(
                 f"{name:{width}}  {row.mpp:7.4f}  {row.tissue_mm2:10.2f}  {row.tiles:6}  {_hours([row], '.2f'):>6}  "
@@ -294,7 +315,7 @@ def qupath(folder: Path) -> int:
     written = write_project(RunFolder(folder))
     print(f"{written.file}: {written.images} images, {written.added} of them new")
     for name in written.left_out:
-        print(f"WARNING: {name} is left out: it was read from a URL, which QuPath does not open", file=sys.stderr)
+        print(f"WARNING: left out: {name}", file=sys.stderr)
     print(f"their nuclei: QuPath script workflows/qupath/import.groovy -p {written.file} -s")
     return 0
 

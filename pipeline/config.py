@@ -87,7 +87,7 @@ class Tissue:
     def __post_init__(self) -> None:
         require(1 <= self.thumbnail_mpp <= 100, f"thumbnail-mpp={self.thumbnail_mpp}: need 1 to 100 um")
         require(self.min_area_um2 >= 0, f"min-area-um2={self.min_area_um2}: need 0 or more")
-        require(self.margin_um >= 0, f"margin-um={self.margin_um}: need 0 or more")
+        require(0 <= self.margin_um <= 10_000, f"margin-um={self.margin_um}: need 0 to 10000 um")
 
 
 @dataclass(frozen=True)
@@ -501,7 +501,8 @@ class Architecture:
             "semantic": 0,
         }.items():
             value = getattr(self, name)
-            require(least <= value <= 4096, f"{name}={value}: need {least} to 4096")
+            most = 16 if name == "mask_layers" else 4096
+            require(least <= value <= most, f"{name}={value}: need {least} to {most}")
         require(0.25 <= self.upscale <= 8, f"upscale={self.upscale}: need 0.25 to 8")
         require(
             len(self.anchors) == len(STRIDES)
@@ -554,16 +555,26 @@ T = TypeVar("T")
 
 
 def load(path: Path) -> Settings:
-    """Settings from a TOML file, whose tables are the fields of `Settings`.
+    """Settings from a TOML file, whose tables are the fields of `Settings`; `execution` may be another one.
 
     Raises ConfigError for a file that is not TOML, an unknown key (it lists the right ones), a wrong type
     or a value out of range.
     """
+    return check(read_toml(path), path)
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The content of a TOML file. Raises ConfigError."""
     try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))  # some editors begin with a byte order mark
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ConfigError(f"{path} is not a readable TOML file: {error}") from error
-    return build(Settings, content, where=str(path))
+
+
+def check(content: dict[str, Any], path: Path) -> Settings:
+    """The settings in the content of a TOML file. Raises ConfigError, also for its table `execution`."""
+    build(Execution, content.get("execution", {}), where=f"{path}: execution")
+    return build(Settings, {key: value for key, value in content.items() if key != "execution"}, where=str(path))
 
 
 def build(kind: type[T], content: Any, where: str) -> T:

@@ -22,6 +22,9 @@ DENSITY = ("density.ome.tif", "density.geojson")
 
 LEASE = ".lease"  # hidden, as a slide's folder may hold the folders of other slides, whatever their names
 
+STAGED = ".nightslide-stage-"
+"How the names of folders begin that hold copies of slides, in the folder of --stage."
+
 _SLIDE, _FAILURE = "slide.json", "failure.json"
 _PICTURES = ("thumbnail.jpg", "overlay.jpg")
 _ANNOTATIONS = ("tissue.geojson", "artefacts.geojson")
@@ -105,6 +108,11 @@ class SlideFolder:
         return self.work / "plan.json"
 
     @property
+    def attempts(self) -> Path:
+        """When the slide was worked on."""
+        return self.work / "attempts.json"
+
+    @property
     def tissue(self) -> Path:
         """The masks of the plan: the tissue, and the artefacts that a thumbnail shows."""
         return self.work / "tissue.npz"
@@ -183,8 +191,21 @@ class RunFolder:
 
     def finished(self) -> list[SlideFolder]:
         """The folders of finished slides, sorted."""
-        return [SlideFolder(file.parent) for file in sorted(self.path.rglob(_SLIDE))]
+        return self._with(_SLIDE)
+
+    def failed(self) -> list[SlideFolder]:
+        """The folders of slides that failed, sorted."""
+        return self._with(_FAILURE)
 
     def with_nuclei(self) -> list[SlideFolder]:
         """The folders that hold a table of nuclei, sorted."""
-        return [SlideFolder(file.parent) for file in sorted(self.path.rglob(_NUCLEI))]
+        return self._with(_NUCLEI)
+
+    def _with(self, name: str) -> list[SlideFolder]:
+        """The folders of slides that hold a file of this name, sorted. Exports and scratch are not searched."""
+        found = []
+        for inside, folders, names in os.walk(self.path):
+            folders[:] = [folder for folder in folders if folder not in RESERVED and not folder.startswith(".")]
+            if name in names:
+                found.append(SlideFolder(Path(inside)))
+        return sorted(found, key=lambda folder: folder.path)

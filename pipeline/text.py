@@ -27,10 +27,13 @@ _FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what a spreadsheet evaluates
 
 
 def csv_cell(value: object) -> object:
-    """A value for a cell of a CSV file: text that a spreadsheet would evaluate gets an apostrophe in front."""
-    return f"'{value}" if isinstance(value, str) and value.startswith(_FORMULA) else value
+    """A value for a cell of a CSV file: text that a spreadsheet would evaluate gets an apostrophe in front.
+
+    So does text that has one already, or `from_csv_cell` would take it away.
+    """
+    return f"'{value}" if isinstance(value, str) and value.lstrip("'").startswith(_FORMULA) else value
 
 
 def from_csv_cell(text: str) -> str:
     """The inverse of `csv_cell` for text."""
-    return text[1:] if text.startswith("'") and text[1:].startswith(_FORMULA) else text
+    return text[1:] if text.startswith("'") and text.lstrip("'").startswith(_FORMULA) else text

@@ -11,6 +11,7 @@ import os
 import re
 import struct
 import threading
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, NamedTuple, Self, TypeVar
@@ -58,7 +59,7 @@ _COARSEST = 1024
 _CACHE_BYTES = 2**25
 
 # In the errors of OpenSlide and libtiff for sound files that use a feature which is not implemented.
-_UNSUPPORTED = re.compile("unsupported|not supported|not configured|not implemented", re.IGNORECASE)
+_UNSUPPORTED = re.compile("unsupported|not supported|not configured|not implemented|can ?not handle", re.IGNORECASE)
 _CONVERT = "convert it to a tiled pyramidal TIFF"
 
 # Side of the region that is read in one call, level px: it bounds the memory and changes no pixel.
@@ -116,7 +117,8 @@ class Slide:
     """A readable slide of known scale. Made by `open_slide`; safe to share between threads, fork and pickle.
 
     path, vendor (`image` for a plain picture), size (level 0), bounds (slide px; what the scanner recorded),
-    levels, scale, quick_hash (identifies the file), has_icc (recorded only: colours are left as stored).
+    levels, scale, quick_hash (identifies the file), has_icc (recorded only: colours are left as stored),
+    odd_levels (numbers of levels of another shape than the slide's, such as a label: they are not read from).
     OpenSlide's handles are not shared: each thread of each process has its own, opened on first use.
     """
 
@@ -132,6 +134,7 @@ class Slide:
             Level(Size(*size), downsample)
             for size, downsample in zip(handle.level_dimensions, handle.level_downsamples, strict=True)
         )
+        self.odd_levels = tuple(i for i, level in enumerate(self.levels) if not _shows_the_same(level.size, self.size))
         self.bounds = _bounds(properties, self.size)
         self._tile_sizes = tuple(_tile_size(properties, level) for level in range(len(self.levels)))
         self.has_icc = "openslide.icc-size" in properties
@@ -293,7 +296,9 @@ class Slide:
         With a tolerance of 1 %: pyramids round their sizes, and 4.0006 is meant to be 4.
         """
         wanted = min(frame.to_slide.scale_x, frame.to_slide.scale_y) * 1.01
-        fine_enough = [i for i, level in enumerate(self.levels) if level.downsample <= wanted]
+        fine_enough = [
+            i for i, level in enumerate(self.levels) if level.downsample <= wanted and i not in self.odd_levels
+        ]
         return max(fine_enough, key=lambda i: self.levels[i].downsample, default=0)
 
     def _to_level(self, frame: Frame, level: int) -> Affine:
@@ -371,10 +376,19 @@ class Slide:
         return _on_white(image)
 
     def _handle(self) -> openslide.AbstractSlide:
-        """This thread's handle, opened if need be; a forked child opens its own."""
-        key = (os.getpid(), threading.get_ident())
+        """This thread's handle, opened if need be; a forked child opens its own.
+
+        A plain picture is decoded as a whole, so all threads of a process share it; nothing changes its pixels.
+        """
+        process = os.getpid()
+        shared = self._handles.get((process, 0))
+        if shared is not None:
+            return shared
+        key = (process, threading.get_ident())
         if key not in self._handles:
-            self._handles[key] = _open_handle(self.path)
+            handle = _open_handle(self.path)
+            key = (process, 0) if isinstance(handle, _Picture) else key
+            return self._handles.setdefault(key, handle)
         return self._handles[key]
 
     def _check_readable(self) -> None:
@@ -383,7 +397,8 @@ class Slide:
         SlideUnsupported where that is because of how they are compressed.
         """
         cause: RegionUnreadable | None = None
-        for level in dict.fromkeys((len(self.levels) - 1, 0)):
+        coarsest = max(level for level in range(len(self.levels)) if level not in self.odd_levels)
+        for level in dict.fromkeys((coarsest, 0)):
             bounds = self._level_bounds(level)
             # From the middle outwards: on a sound slide the first read succeeds.
             for row, col in sorted(np.ndindex(7, 7), key=lambda place: abs(place[0] - 3) + abs(place[1] - 3)):
@@ -462,7 +477,7 @@ def _is_czi(path: Path) -> bool:
 def _open_picture(path: Path) -> openslide.ImageSlide:
     """A plain image as a slide of one level. Raises SlideUnreadable, SlideUnsupported, SlideTooLarge."""
     try:
-        with Image.open(path, formats=["PNG", "JPEG", "WEBP", "BMP", "TIFF"]) as picture:
+        with _open_quietly(path) as picture:
             count, mode = getattr(picture, "n_frames", 1), picture.mode
             # Of several images the first may be a label: then it is a slide in a format that OpenSlide lacks.
             if count == 1 and mode in _EIGHT_BIT_MODES:
@@ -479,6 +494,13 @@ def _open_picture(path: Path) -> openslide.ImageSlide:
         f"{path} holds {count} image(s) of mode {mode} in no format that OpenSlide knows: "
         f"need a slide, or one image of 8 bits a channel; {_CONVERT}"
     )
+
+
+def _open_quietly(path: Path) -> Image.Image:
+    """A picture, not decoded yet. Pillow warns of half as many pixels as it refuses; these are fine."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        return Image.open(path, formats=["PNG", "JPEG", "WEBP", "BMP", "TIFF"])
 
 
 class _Picture(openslide.ImageSlide):
@@ -561,6 +583,12 @@ def _bounds(properties: Mapping[str, str], size: Size) -> Box:
         return whole
     inside = Box(x, y, x + width, y + height).intersect(whole)
     return inside if inside.area else whole
+
+
+def _shows_the_same(level: Size, slide: Size) -> bool:
+    """Whether a level has the shape of the slide: within 2 %, or a pixel that was rounded."""
+    x, y = slide.width / level.width, slide.height / level.height
+    return abs(x - y) <= max(x, y) * max(0.02, 1.5 / min(level))
 
 
 def _scale(path: Path, properties: Mapping[str, str], given: GivenScale) -> Scale:

@@ -1,27 +1,32 @@
 """ledger.csv, a row a slide, and failure.json of a slide that failed.
 
 A finished slide has its record in slide.json, and one that failed the cause in failure.json, where other runs on the
-same folder, later or at the same time, read it.
+same folder, later or at the same time, read it: the ledger has all slides of the folder, whatever command did them.
 """
 
 import csv
 import dataclasses
 import traceback
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from pipeline import files
+from pipeline.config import Settings
 from pipeline.errors import RunError
 from pipeline.layout import RunFolder, SlideFolder
+from pipeline.segment.job import slide_digest
 from pipeline.segment.record import WAITS, SlideRecord
 from pipeline.text import csv_cell, from_csv_cell, one_line, printable
+
+_OF_OTHER_SETTINGS = "done with other settings than the folder's: run it again with --overwrite"
 
 
 def row_of(record: SlideRecord) -> dict[str, Any]:
     """A record as a row of ledger.csv: plain values by column.
 
-    seconds_work is the sum over the stages, without waiting; seconds_elapsed runs from start to end. seconds_idle_...
-    is how long detectors had nothing to compute before they got blocks of the slide, by the cause.
+    seconds_work is the sum over the stages, without waiting; seconds_elapsed runs from start to end, of every attempt.
+    seconds_idle_... is how long detectors had nothing to compute before they got blocks of the slide, by the cause.
+    Where there are several detectors, a slide may have less than 0, and another one too much: their sum counts.
     """
     work = record.work
     return {
@@ -35,7 +40,7 @@ def row_of(record: SlideRecord) -> dict[str, Any]:
         "stain": record.stain,
         **{name: round(value, 6) for name, value in dataclasses.asdict(work.counts).items()},
         **{f"seconds_{name}": round(work.seconds.get(name, 0.0), 3) for name in _stage_names()},
-        **{f"seconds_idle_{name}": round(max(0.0, work.waited.get(name, 0.0)), 3) for name in WAITS},
+        **{f"seconds_idle_{name}": round(work.waited.get(name, 0.0), 3) for name in WAITS},
         "seconds_work": round(record.work_seconds, 3),
         "seconds_elapsed": record.elapsed_seconds,
         "computed_on": " + ".join(work.computed_on),
@@ -58,6 +63,41 @@ def write_ledger(run: RunFolder, records: Iterable[SlideRecord]) -> None:
             writer.writerow({name: csv_cell(value) for name, value in row_of(record).items()})
 
 
+def other_records(run: RunFolder, own: Collection[str], settings: Settings) -> list[SlideRecord]:
+    """The finished and failed slides of a folder but those of these names, as other commands left them, by name.
+
+    settings: of the folder now; a slide that was done with others, before --overwrite, has a remark.
+    """
+    records = {}
+    for folder in run.failed():
+        records[_name(run, folder)] = read_failure(folder)
+    for folder in run.finished():
+        record, content = read_finished(folder)
+        if record is not None:
+            of_others = () if content["digest"] == _digest(content, settings) else (_OF_OTHER_SETTINGS,)
+            records[_name(run, folder)] = dataclasses.replace(record, remarks=(*of_others, *record.remarks))
+    return [dataclasses.replace(records[name], slide=name) for name in sorted(records) if name not in own]
+
+
+def read_finished(folder: SlideFolder) -> tuple[SlideRecord | None, dict[str, Any]]:
+    """The record of a finished slide, nameless, and what slide.json holds; None where that is missing or damaged."""
+    content = files.read_json(folder.slide_json) or {}
+    try:
+        complete = files.fits_checksum(content) and {"digest", "regions"} <= content.keys()
+        return (SlideRecord.from_json(content["record"]) if complete else None), content
+    except (KeyError, TypeError, AttributeError, ValueError):
+        return None, content
+
+
+def _digest(content: Mapping[str, Any], settings: Settings) -> str:
+    regions = content["regions"]
+    return slide_digest(settings, regions and (regions["sha256"], regions["crop"]))
+
+
+def _name(run: RunFolder, folder: SlideFolder) -> str:
+    return folder.path.relative_to(run.path).as_posix()
+
+
 def read_ledger(run: RunFolder) -> list[dict[str, Any]]:
     """The rows of ledger.csv, numbers as numbers. Raises RunError where there is none."""
     return read_columns(run, {name: type(value) for name, value in row_of(SlideRecord("", "")).items()})
@@ -69,7 +109,7 @@ def read_columns(run: RunFolder, kinds: Mapping[str, type]) -> list[dict[str, An
         with run.ledger.open(newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
         return [{name: kind(from_csv_cell(row[name])) for name, kind in kinds.items()} for row in rows]
-    except (OSError, KeyError, ValueError) as error:
+    except (OSError, KeyError, ValueError, TypeError, AttributeError, csv.Error) as error:
         raise RunError(f"{run.ledger} is not a run's ledger ({error}): need the --out folder of a run") from error
 
 
@@ -85,12 +125,9 @@ def write_failure(folder: SlideFolder, source: str, error: BaseException) -> Sli
     return SlideRecord("", "failed", cause)
 
 
-def read_failure(folder: SlideFolder, since_ns: int) -> SlideRecord | None:
-    """The failure of this slide, without its name, if another run has noted one since (mtime, ns)."""
-    content = files.read_json(folder.failure_json)
-    if content is None or (files.mtime_ns(folder.failure_json) or 0) <= since_ns:
-        return None
-    return SlideRecord("", "failed", str(content.get("cause", "")))
+def read_failure(folder: SlideFolder) -> SlideRecord:
+    """The failure that is noted for this slide, without its name."""
+    return SlideRecord("", "failed", str((files.read_json(folder.failure_json) or {}).get("cause", "")))
 
 
 def terminal_lines(record: SlideRecord) -> str:

@@ -5,11 +5,12 @@ import json
 import math
 import os
 import platform
+import uuid
 from collections.abc import Mapping
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pipeline import files
 from pipeline.config import CONTEXT_PX, STRIDES, Architecture, Settings, Stain, Tiling, grid_step
@@ -23,6 +24,7 @@ from pipeline.model.weights import (
     read_notes,
     stain_files,
 )
+from pipeline.text import printable
 
 VERSIONED = (
     "nightslide",
@@ -126,16 +128,31 @@ def check_worker(theirs: Mapping[str, str], run_json: Path, stage: Path | None) 
 # ------------------------------------------------------------------------------------------------ run.json
 
 
-def open_run(run: RunFolder, settings: Settings, overwrite: bool) -> tuple[str, ...]:
-    """Write run.json, or make sure that the folder's is of the same settings. Returns warnings.
+class OpenedRun(NamedTuple):
+    """A folder that takes the results of some settings."""
+
+    warnings: tuple[str, ...]
+    overwrite: str  # identifies the round of --overwrite that goes on, over interruptions; empty where there is none
+
+
+def open_run(run: RunFolder, settings: Settings, overwrite: bool) -> OpenedRun:
+    """Write run.json, or make sure that the folder's is of the same settings.
 
     A folder in which no slide was finished takes any settings. Raises RunError for a folder that cannot be written,
     and for one that holds results of other settings.
     """
     try:
+        str(run.path).encode()
+    except UnicodeEncodeError:
+        raise RunError(f"--out {printable(run.path)} is not UTF-8, as tables need it: choose another name") from None
+    try:
         run.path.mkdir(parents=True, exist_ok=True)
-        if overwrite or not run.run_json.exists():
-            _write(run.run_json, settings, keep_first=not overwrite)
+        if overwrite:
+            former = files.read_json(run.run_json) or {}
+            going_on = former.get("overwrite") if former.get("digest") == settings.digest else None
+            _write(run.run_json, settings, keep_first=False, overwrite=str(going_on or uuid.uuid4().hex))
+        elif not run.run_json.exists():
+            _write(run.run_json, settings, keep_first=True)
         before = _read(run.run_json)
         if before["digest"] != settings.digest and not _has_results(run):
             _write(run.run_json, settings, keep_first=False)
@@ -153,11 +170,28 @@ def open_run(run: RunFolder, settings: Settings, overwrite: bool) -> tuple[str, 
     then, now = before.get("versions", {}), versions()
     changed = [f"{name} {then[name]} -> {now[name]}" for name in now if then.get(name, now[name]) != now[name]]
     if changed:
-        return (f"versions changed since this run was started ({', '.join(changed)}): single nuclei may differ",)
-    return ()
+        warning = f"versions changed since this run was started ({', '.join(changed)}): single nuclei may differ"
+    return OpenedRun((warning,) if changed else (), str(before.get("overwrite", "")) if overwrite else "")
 
 
-def _write(path: Path, settings: Settings, *, keep_first: bool) -> None:
+def check_run(run: RunFolder, settings: Settings) -> None:
+    """Raise RunError where run.json is not of these settings any more: another run was started at the same time."""
+    digest = (files.read_json(run.run_json) or {}).get("digest")
+    if digest not in (None, settings.digest):
+        raise RunError(
+            f"another run was started in {run.path} with other settings ({digest}, these are {settings.digest}): "
+            f"give each its own --out"
+        )
+
+
+def end_overwriting(run: RunFolder, overwrite: str) -> None:
+    """Note in run.json that this round of --overwrite has done its slides: the next command starts a new one."""
+    content = files.read_json(run.run_json) or {}
+    if overwrite and content.get("overwrite") == overwrite:
+        files.write_json(run.run_json, {name: value for name, value in content.items() if name != "overwrite"})
+
+
+def _write(path: Path, settings: Settings, *, keep_first: bool, overwrite: str = "") -> None:
     """Commit run.json. keep_first: of two runs that start in one folder at once, the first one's stays."""
     weights = Path(settings.detector.weights)
     content = {
@@ -168,6 +202,7 @@ def _write(path: Path, settings: Settings, *, keep_first: bool) -> None:
         "host": platform.node(),
         "python": platform.python_version(),
         "versions": versions(),
+        **({"overwrite": overwrite} if overwrite else {}),
     }
     with files.committed(path) as partial:
         partial.write_text(json.dumps(content, indent=1), encoding="utf-8")

@@ -184,7 +184,8 @@ class Progress:
             if self._live is not None:
                 self._console.out(_writable(line, self._console.encoding), highlight=False)
             else:
-                print(_writable(line, sys.stdout.encoding), flush=True)
+                sys.stdout.write(f"{_writable(line, sys.stdout.encoding)}\n")  # in one piece: others write, too
+                sys.stdout.flush()
 
     def started(self, slide: str, blocks: int, mm2: float) -> None:
         """The plan of a slide is known: so many blocks to do, with so much tissue together."""

@@ -9,10 +9,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import unquote
 
+import pyarrow as pa
+
 from pipeline import files
 from pipeline.errors import RunError
 from pipeline.layout import RunFolder
 from pipeline.segment import tables
+from pipeline.text import one_line
+from slides.errors import NightslideError
 
 
 class Written(NamedTuple):
@@ -21,7 +25,7 @@ class Written(NamedTuple):
     file: Path
     images: int
     added: int
-    left_out: tuple[str, ...]  # folders of finished slides that are no files of this machine
+    left_out: tuple[str, ...]  # finished slides that are no images of it, and why
 
 
 def write_project(run: RunFolder) -> Written:
@@ -40,19 +44,22 @@ def write_project(run: RunFolder) -> Written:
     for slide in slides:
         content = files.read_json(slide.slide_json) or {}
         source = Path(str(content.get("source_path", "")))
-        if slide.nuclei.is_file():
-            colours |= tables.read_provenance(slide.nuclei).colours
-        if not source.is_absolute():  # a URL
-            left_out.append(slide.path.relative_to(run.path).as_posix())
+        name = slide.path.relative_to(run.path).as_posix()
+        try:
+            colours |= tables.read_provenance(slide.nuclei).colours if slide.nuclei.is_file() else {}
+        except (NightslideError, OSError, ValueError, KeyError, pa.ArrowException) as error:
+            left_out.append(f"{name}: {slide.nuclei.name} is damaged ({one_line(error)})")
+            continue
+        if "source_path" not in content:
+            left_out.append(f"{name}: {slide.slide_json.name} is damaged")
+        elif not source.is_absolute():
+            left_out.append(f"{name}: it was read from a URL, which QuPath does not open")
         elif str(source) not in present:
             project["lastID"] += 1
             project["images"].append(_entry(source, project["lastID"]))
             added += 1
     if not project["images"]:
-        raise RunError(
-            f"the slides of {run.path} were read from URLs, which QuPath does not open: "
-            f"copy them to this machine and make the project there"
-        )
+        raise RunError(f"no slide of {run.path} can be an image of a project: {'; '.join(left_out)}")
     run.qupath_classes.parent.mkdir(parents=True, exist_ok=True)
     _add_classes(run.qupath_classes, colours)
     if added:

@@ -80,7 +80,7 @@ def _exports(root: Path) -> dict[str, list[Path]]:
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(names):
             path = Path(place, name)
-            if not name.startswith(".") and (image := image_name(path, given=False)):
+            if not name.startswith(".") and path.is_file() and (image := image_name(path, given=False)):
                 exports[path.with_name(image).relative_to(root).as_posix()].append(path)
     return exports
 

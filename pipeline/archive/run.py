@@ -13,7 +13,7 @@ import os
 import shutil
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,19 +23,28 @@ from pipeline import files
 from pipeline.archive import ledger
 from pipeline.archive.executors import Executor, ask, check_execution, open_executor, run_task, starts_processes
 from pipeline.archive.lease import Leases
-from pipeline.archive.manifest import check_seams, check_worker, open_run, resolve, versions
+from pipeline.archive.manifest import (
+    check_run,
+    check_seams,
+    check_worker,
+    end_overwriting,
+    open_run,
+    resolve,
+    versions,
+)
 from pipeline.archive.progress import Progress
 from pipeline.archive.region_files import region_file, with_regions
 from pipeline.archive.slots import FairSlots
-from pipeline.archive.sources import Archive, Inputs, Source, find_slides
+from pipeline.archive.sources import IN_MANIFEST, Archive, Inputs, Source, find_slides
 from pipeline.archive.staging import Room, Staging
 from pipeline.archive.stream import Stream, Waits
 from pipeline.config import Execution, Settings
 from pipeline.errors import ClusterLost, LeaseLost, RunError, ScratchLost
-from pipeline.layout import RESULTS, RunFolder, SlideFolder
+from pipeline.layout import RunFolder, SlideFolder
 from pipeline.model.weights import licence
 from pipeline.report.page import write_report
-from pipeline.segment import finished
+from pipeline.segment import attempts, finished
+from pipeline.segment.attempts import Attempt
 from pipeline.segment.export import check_formats
 from pipeline.segment.job import Job
 from pipeline.segment.plan import Plan, read_plan
@@ -43,10 +52,11 @@ from pipeline.segment.record import SlideRecord, StageRecord, device_use
 from pipeline.segment.slide_stain import template_stain
 from pipeline.segment.stages import STAGES, Detect, Stage, block_record, remove_work
 from pipeline.text import one_line
-from slides.slide import BY_DEFAULT
+from slides.slide import BY_DEFAULT, FORCED
 
 _SIGNAL_S = 0.2  # until a signal is noticed
 _POLL_S = 5.0  # between checks of a slide that another run holds, of the workers, and of the ledger
+_LEDGER_SHARE = 20  # times as long as the ledger takes to write passes before the next: it looks at every slide
 _ATTEMPTS = 3  # at a slide whose scratch is damaged while it is processed
 
 
@@ -89,13 +99,13 @@ def run(
     # a template that shows no stain is refused, too, before anything is started; without a file it is known
     apart = bool(settings.stain.template) and starts_processes(execution, client)
     ask(apart, template_stain, settings.stain, settings.tissue, settings.tiling.mpp)
-    warnings = open_run(folder, settings, execution.overwrite)
+    opened = open_run(folder, settings, execution.overwrite)
     weights = Path(settings.detector.weights)
     with Progress(folder.logs, len(archive.sources), say) as progress:
         progress.say(f"{len(archive.sources)} slides, {archive.skipped} other files skipped; results in {out}")
         if terms := licence(weights):
             progress.say(f"weights {weights.stem}: {terms}")
-        for warning in (*seams, *warnings, *archive.unread):
+        for warning in (*seams, *opened.warnings, *archive.unread):
             progress.say(f"WARNING: {warning}")
         with (
             open_executor(execution, settings.detector.device, client) as executor,
@@ -106,16 +116,19 @@ def run(
                 progress.say(f"dashboard: {executor.dashboard}")
             if executor.warning:
                 progress.say(f"WARNING: {executor.warning}")
-            work = ArchiveRun(archive, folder, settings, execution, executor, leases, progress, detect, staging)
+            work = ArchiveRun(
+                archive, folder, settings, execution, executor, leases, progress, detect, staging, opened.overwrite
+            )
             for problem in work.check_workers():
                 raise RunError(problem)
             try:
                 _in_a_thread(work.process, work.stop)
+                end_overwriting(folder, opened.overwrite)
                 if use := device_use(work.work):
                     progress.say(use)
             finally:
                 records = work.records()
-                _publish(folder, records, progress)
+                _publish(folder, work.of_the_folder(records), progress)
     return records
 
 
@@ -178,14 +191,20 @@ class ArchiveRun:
     progress: Progress
     detect: Detect | None = None
     staging: Staging | None = None
+    overwrite: str = ""  # as in `Job`
     work: StageRecord = field(default_factory=StageRecord)  # of what this run did by block or on a device
     done: dict[str, SlideRecord] = field(default_factory=dict)
+    others: list[SlideRecord] = field(default_factory=list)  # what other commands have left in the folder
     started: set[str] = field(default_factory=set)
     stopped: bool = False
+    failures_ns: dict[str, int | None] = field(
+        default_factory=dict
+    )  # mtime of failure.json as each slide was first seen
 
     async def process(self) -> None:
         """Process every slide of the archive."""
-        self.since_ns = files.now_ns(self.folder.path)
+        own = {source.name for source in self.archive.sources}
+        self.others = await asyncio.to_thread(ledger.other_records, self.folder, own, self.settings)
         self.stream = Stream(self.executor, self.execution.window)
         self.open = FairSlots(self._open_slides())
         watch = asyncio.create_task(self._watch())
@@ -212,7 +231,24 @@ class ArchiveRun:
         """A record for every slide of the archive, whatever became of it."""
         left = {True: "interrupted", False: "waiting"}
         names = (source.name for source in self.archive.sources)
-        return [self.done.get(name) or SlideRecord(name, left[name in self.started]) for name in names]
+        return [
+            self.done.get(name) or self._elsewhere(name) or SlideRecord(name, left[name in self.started])
+            for name in names
+        ]
+
+    def _elsewhere(self, name: str) -> SlideRecord | None:
+        """The record of a slide that another run, at the same time, has finished, or failed at."""
+        folder = self.folder.slide(name)
+        record, content = ledger.read_finished(folder)
+        if record is None:
+            record = self._failed_elsewhere(name)
+        elif self.overwrite and not self._is_new(content):
+            return None  # it is to be done again
+        return record and dataclasses.replace(record, slide=name)
+
+    def of_the_folder(self, records: list[SlideRecord]) -> list[SlideRecord]:
+        """These, and those of the slides that other commands have left in the folder."""
+        return [*records, *self.others]
 
     def _open_slides(self) -> int:
         """Slides that are held at a time: the next ones are planned and tiled when a detector is free.
@@ -223,7 +259,7 @@ class ArchiveRun:
 
     async def _watch(self) -> None:
         """Check workers that join, follow the number of detectors, and keep the ledger up to date."""
-        written, detectors, silent = 0, 1, False
+        written, detectors, silent, due = 0, 1, False, 0.0
         while True:
             await asyncio.sleep(_POLL_S)
             self.stream.slots.size, self.open.size = self.stream.size, self._open_slides()
@@ -238,12 +274,16 @@ class ArchiveRun:
                 self.progress.say(f"WARNING: the Dask scheduler {said}")
             for problem in await asyncio.to_thread(self.check_workers):
                 self.progress.say(f"WARNING: {problem}")
-            if len(self.done) > written:
-                written = len(self.done)
+            if len(self.done) > written and time.monotonic() >= due:
+                written, started = len(self.done), time.monotonic()
                 try:
-                    await asyncio.to_thread(ledger.write_ledger, self.folder, self.records())
+                    await asyncio.to_thread(self._write_ledger)
                 except OSError as error:
                     self.progress.say(f"WARNING: ledger.csv could not be written: {error}")
+                due = time.monotonic() + _LEDGER_SHARE * (time.monotonic() - started)
+
+    def _write_ledger(self) -> None:
+        ledger.write_ledger(self.folder, self.of_the_folder(self.records()))
 
     # ------------------------------------------------------------------------------------------- one slide
 
@@ -273,7 +313,8 @@ class ArchiveRun:
                 return SlideRecord("", "skipped", source.skip)
             # of os.path, as pathlib refuses links in a circle
             regions = await asyncio.to_thread(region_file, source, self.settings.regions)
-            job = Job(Path(os.path.realpath(source.path)), folder, self.settings, source.scale, regions)
+            path = Path(os.path.realpath(source.path))
+            job = Job(path, folder, self.settings, source.scale, regions, overwrite=self.overwrite)
             known = await asyncio.to_thread(self._known, source, job)
             if known is not None:
                 return known
@@ -314,15 +355,14 @@ class ArchiveRun:
         if source.problem:
             raise RunError(source.problem)
         self.folder.run_json.stat()  # an output folder that was removed is not made again
+        check_run(self.folder, self.settings)
         for link in self.folder.links(source.name):
             raise RunError(f"{link} is a symbolic link, through which nothing is written: remove it")
         content = files.read_json(job.folder.slide_json)
         if content is None:
-            return ledger.read_failure(job.folder, self.since_ns)
-        if self.execution.overwrite:
-            # another run with --overwrite has just finished it
-            new = (files.mtime_ns(job.folder.slide_json) or 0) > self.since_ns
-            return finished.read_record(content) if new else None
+            return self._failed_elsewhere(source.name)
+        if self.overwrite and not self._is_new(content):
+            return self._failed_elsewhere(source.name)
         for damage in finished.damaged_results(job.folder, content, thorough=False):
             raise RunError(damage)
         if content["digest"] != job.digest:
@@ -332,15 +372,37 @@ class ArchiveRun:
             )
         record = finished.read_record(content)
         now = job.scale.default_mpp if record.mpp_source == BY_DEFAULT else job.scale.mpp
+        if now is None and record.mpp_source in (FORCED, IN_MANIFEST) and not source.remote:
+            now = finished.stated_mpp(job.source)
         if now is not None and record.mpp != round(now, 6):
-            raise RunError(f"it was done at mpp={record.mpp}, now mpp={now}: choose another --out, or --overwrite")
+            raise RunError(f"it was done at mpp={record.mpp}, now mpp={now:g}: choose another --out, or --overwrite")
         if not finished.is_unchanged(job.original or source.files.origin(), content):
             if source.remote and job.original is None:
                 return None  # only its content tells, so it is copied
             finished.check_same_source(job.source, content)
+            if lost := record.work.counts.area_lost_mm2:
+                raise RunError(
+                    f"the file has changed since it was done, when {lost:.3g} mm2 of it could not be read: "
+                    f"give --overwrite to do it again, or put the old file back"
+                )
         self._complete(source.name, job)
+        job.folder.failure_json.unlink(missing_ok=True)  # of a command that was refused
         self.progress.say(f"{source.name}: done before, {record.nuclei:,} nuclei")
         return dataclasses.replace(record, status="done before")
+
+    def _is_new(self, content: Mapping[str, Any]) -> bool:
+        """Whether the slide of a slide.json was done in this round of --overwrite, by this command or another."""
+        return content.get("overwrite") == self.overwrite
+
+    def _failed_elsewhere(self, name: str) -> SlideRecord | None:
+        """The record of a slide at which another run has failed since we first looked at it, which this call may be.
+
+        A failure from before is tried again. Times are only compared for being the same: the clocks of machines differ.
+        """
+        folder = self.folder.slide(name)
+        written = files.mtime_ns(folder.failure_json)
+        before = self.failures_ns.setdefault(name, written)
+        return ledger.read_failure(folder) if written not in (None, before) else None
 
     def _complete(self, name: str, job: Job) -> None:
         """Make the exports that a finished slide lacks, and remove what a killed run left beside it."""
@@ -384,11 +446,10 @@ class ArchiveRun:
     async def _owned(self, source: Source, job: Job) -> SlideRecord | None:
         """The record of a slide, which is ours, after all stages; None where another run has taken it over."""
         try:
-            if self.execution.overwrite:
-                self.folder.regions.unlink(missing_ok=True)  # it has rows of this slide
-                await asyncio.to_thread(_remove_results, job)
             self.started.add(source.name)
             record = await self._segment(source.name, job)
+            if self.overwrite:
+                self.folder.regions.unlink(missing_ok=True)  # it has rows of this slide as it was
             self.progress.say(ledger.terminal_lines(dataclasses.replace(record, slide=source.name)))
             return record
         except Exception as error:
@@ -399,7 +460,10 @@ class ArchiveRun:
 
     def _is_taken_over(self, job: Job) -> bool:
         """Whether a slide that we took is another run's now, or was done by one that we took it from."""
-        return not self.leases.ours(job.folder.path) or job.folder.slide_json.exists()
+        if not self.leases.ours(job.folder.path):
+            return True
+        content = files.read_json(job.folder.slide_json)
+        return content is not None and (not self.overwrite or self._is_new(content))
 
     async def _segment(self, name: str, job: Job) -> SlideRecord:
         """All stages of a slide; again where scratch is damaged or disappears: what is whole is not done again.
@@ -407,11 +471,11 @@ class ArchiveRun:
         A former owner that was suspended may remove work, and files being written, before it learns that it lost the
         lease.
         """
-        started = time.perf_counter()
+        started, before = time.time(), list[Attempt]()
         await asyncio.to_thread(_check_space, job, self.stream.most)
         for attempt in range(_ATTEMPTS):
             try:
-                work = await self._stages(name, job)
+                work, before = await self._stages(name, job, started)
                 break
             except* (ScratchLost, FileNotFoundError) as lost:
                 error = _first(lost)
@@ -429,7 +493,7 @@ class ArchiveRun:
             tiles=len(plan.tiles),
             stain=plan.normalisation.source.method,
             work=work,
-            elapsed_seconds=round(time.perf_counter() - started, 3),
+            attempts=(*before, (started, time.time())),
         )
         complete: SlideRecord = await run_task(self.executor, False, finished.finish_slide, job, record)
         job.folder.failure_json.unlink(missing_ok=True)
@@ -437,17 +501,21 @@ class ArchiveRun:
             await asyncio.to_thread(remove_work, job)
         return complete
 
-    async def _stages(self, name: str, job: Job) -> StageRecord:
-        """The stages in their order; those that are done block by block follow each other for every block."""
-        work = StageRecord()
+    async def _stages(self, name: str, job: Job, started: float) -> tuple[StageRecord, list[Attempt]]:
+        """The stages in their order; those that are done block by block follow each other for every block.
+
+        started: when this attempt began, seconds since 1970. Returns the work, and the attempts before.
+        """
+        work, before = StageRecord(), list[Attempt]()
         for per_block, group in itertools.groupby(STAGES, key=lambda stage: stage.per_block):
             if per_block:
                 plan = await asyncio.to_thread(read_plan, job.folder, job.digest)
+                before = await asyncio.to_thread(attempts.begin, job.folder, started)
                 work += await self._blocks(name, job, tuple(group), plan)
             else:
                 for stage in (stage for stage in group if stage.needed(job.settings)):
                     work += await self._slide_stage(stage, job)
-        return work
+        return work, before
 
     async def _slide_stage(self, stage: Stage, job: Job) -> StageRecord:
         """A stage of the whole slide."""
@@ -529,11 +597,3 @@ def _check_space(job: Job, window: int) -> None:
             f"{free / 1e9:.2f} GB are free in {job.folder.path.parent}, {needed / 1e9:.2f} GB are needed for the "
             f"blocks in flight: free some space, or give a smaller --window, and run the same command again"
         )
-
-
-def _remove_results(job: Job) -> None:
-    """Whatever an earlier run made of the slide, with other settings perhaps; its lease is ours."""
-    job.folder.slide_json.unlink(missing_ok=True)  # first: without it, nothing else counts as a result
-    for path in (job.folder.regions, *(job.folder.path / name for name in RESULTS)):
-        files.remove(path)
-    remove_work(job)

@@ -11,6 +11,7 @@ from typing import NamedTuple
 from pipeline.archive.naming import Place
 from pipeline.archive.remote import RemoteSlide, locate
 from pipeline.errors import RunError
+from pipeline.layout import STAGED, RunFolder
 from pipeline.text import printable
 from slides.dicom import read_header
 from slides.errors import SlideError
@@ -38,6 +39,7 @@ _SYSTEM = frozenset(
     ["$recycle.bin", ".trash", ".trashes", ".snapshot", ".snapshots", ".appledouble", "@eadir", "#recycle", "__macosx"]
 )
 _APPLE_DOUBLE = "._"  # macOS writes ._x.svs beside x.svs where a file system cannot store its attributes
+_OF_A_RUN = {RunFolder(Path()).run_json.name, RunFolder(Path()).ledger.name}  # mark a folder of results
 _MIRAX_PARTS = "slidedat.ini"  # marks the folder of a .mrxs file, which holds nothing but parts of that slide
 
 
@@ -148,7 +150,11 @@ class Search:
         except OSError as error:
             self.unread.append(printable(f"{path}: {error.strerror}"))
             return []
-        if any(entry.name.casefold() == _MIRAX_PARTS for entry in entries):
+        names = {entry.name for entry in entries}
+        if any(name.casefold() == _MIRAX_PARTS for name in names):
+            return []
+        if names >= _OF_A_RUN:
+            self.unread.append(printable(f"{path}: results of a run are not searched for slides"))
             return []
         inner = []
         for entry in entries:
@@ -224,7 +230,7 @@ def _is_slide(name: str) -> bool:
 
 
 def _is_system(name: str) -> bool:
-    return name.casefold() in _SYSTEM or name.startswith(".Trash-")
+    return name.casefold() in _SYSTEM or name.startswith((".Trash-", STAGED))
 
 
 def _missing(path: Path) -> str:

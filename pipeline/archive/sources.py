@@ -16,6 +16,8 @@ from pipeline.errors import RunError
 from pipeline.text import printable
 from slides.slide import BELIEVABLE_MPP, FORCED, GivenScale
 
+IN_MANIFEST = "manifest"  # source of a scale
+
 Inputs = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
 "Slides, folders (searched), URLs of either, and CSV manifests: one of them or several."
 
@@ -128,7 +130,7 @@ def _scale(in_manifests: set[float], mpp: float | None, force_mpp: float | None)
     if force_mpp is not None:
         return GivenScale(force_mpp, FORCED)
     if in_manifests:
-        return GivenScale(min(in_manifests), "manifest")
+        return GivenScale(min(in_manifests), IN_MANIFEST)
     return GivenScale(default_mpp=mpp)
 
 
@@ -174,6 +176,8 @@ def _manifest(path: Path) -> Iterator[_Given]:
     reader.fieldnames = [name.strip().lower() for name in reader.fieldnames or ()]
     if "path" not in reader.fieldnames:
         raise RunError(f"{path} has the columns {reader.fieldnames}: need path and, where wanted, mpp")
+    if any(reader.fieldnames.count(name) > 1 for name in ("path", "mpp")):
+        raise RunError(f"{path} has the columns {reader.fieldnames}: need one column path and one column mpp")
     folder = Path(os.path.abspath(path)).parent
     try:
         for row in reader:

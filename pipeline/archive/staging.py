@@ -25,12 +25,13 @@ from typing import NamedTuple, Protocol, Self
 from pipeline.archive.lease import Leases
 from pipeline.archive.slots import Space
 from pipeline.errors import RunError, SlideChanged
+from pipeline.layout import STAGED
 from pipeline.segment.job import Job, Origin
 from slides.errors import SlideNotFound, SlideTooLarge, SlideUnreadable
 from slides.partial import partial_path
 from slides.parts import LocalDirectory, parts
 
-_OWN = re.compile(r"\.nightslide-stage-[0-9a-f]{32}")
+_OWN = re.compile(re.escape(STAGED) + "[0-9a-f]{32}")
 _COPY = "slide"
 _COPIES = 2  # at a time: one hides the other's pauses, and more would delay the slide that is needed first
 _PIECE = 8 * 2**20  # bytes
@@ -137,7 +138,7 @@ class Staging:
 
     def _own_folder(self) -> Path:
         while True:
-            folder = self._home / f".nightslide-stage-{uuid.uuid4().hex}"
+            folder = self._home / f"{STAGED}{uuid.uuid4().hex}"
             folder.mkdir(mode=0o700)
             if self._leases.take(folder):
                 return folder

@@ -25,11 +25,12 @@ import os
 import psutil
 
 _ONEDNN = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"  # read when the first layer is computed
+_NO_CACHE = "glibc.malloc.tcache_count=0"
 _KEEP = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**34)}
 
 ENVIRONMENT = {
     **_KEEP,
-    "GLIBC_TUNABLES": "glibc.malloc.tcache_count=0",
+    "GLIBC_TUNABLES": _NO_CACHE,
     _ONEDNN: "128",  # see `keep_few_prepared_layers`
 }
 "Variables to start a process with that detects: threads that are there before `keep_freed_memory` have arenas already."
@@ -58,12 +59,14 @@ def keep_few_prepared_layers() -> None:
     os.environ.setdefault(_ONEDNN, ENVIRONMENT[_ONEDNN])
 
 
-def return_freed_memory(above_bytes: float = 2.5e9) -> None:
+def return_freed_memory(above_bytes: float = 0.0) -> None:
     """Give back the pages that are free, if more are resident than this: to be called after each patch.
 
-    Patches of different sizes leave gaps between arrays, so a process grows. What is needed again the kernel clears:
-    returned above 1.7 GB, detection in CMU-1-Small-Region.svs takes 13.6 s in place of 10.8 and peaks 0.3 GB lower.
+    Patches of different sizes leave gaps between arrays, so a process grows, by some 5 MB a block. What is needed again
+    the kernel clears, so the default, for 0, is a little above what a process has at first: 1.6 GB with ENVIRONMENT.
+    With 1.4 GB detection in CMU-1-Small-Region.svs takes 14 s in place of 12.
     """
+    above_bytes = above_bytes or (1.6e9 if _NO_CACHE in os.environ.get("GLIBC_TUNABLES", "") else 2.5e9)
     library = _glibc()
     if library is not None and psutil.Process().memory_info().rss > above_bytes:
         library.malloc_trim(0)

@@ -60,7 +60,7 @@ class ClusterNet(nn.Module):
         # log N(D; centre, spread), without the terms that all have in common. Wider bands overlap, and clusters become
         # empty.
         centre = torch.linspace(0.5, 1.7, architecture.clusters)
-        spread = float(centre[1] - centre[0]) / 3
+        spread = (1.7 - 0.5) / (architecture.clusters - 1) / 3
         self.bands.weight = nn.Parameter((centre / spread**2)[:, None, None, None])
         self.score.bias = nn.Parameter(-centre.square() / (2 * spread**2))
 
@@ -191,4 +191,4 @@ def load(path: Path) -> ClusterNet:
     Raises WeightsError where the file is damaged, of another kind, or does not fit the architecture it names.
     """
     architecture = weights.read_architecture(path, StainArchitecture, "nightslide fit-stain")
-    return tensors.load_into(ClusterNet(architecture), path).requires_grad_(False)
+    return tensors.load_into(lambda: ClusterNet(architecture), path).requires_grad_(False)

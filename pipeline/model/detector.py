@@ -475,11 +475,14 @@ def load_weights(path: Path) -> NucleusDetector:
     architecture that it names. Nothing is unpickled.
     """
     architecture = weights.detector_architecture(path)
-    try:
-        model = NucleusDetector(architecture)
-    except (ValueError, RuntimeError) as error:
-        raise WeightsError(f"{path} does not fit the architecture it names: {error}") from error
-    return tensors.load_into(model, path).to(memory_format=torch.channels_last)
+
+    def build() -> NucleusDetector:
+        try:
+            return NucleusDetector(architecture)
+        except (ValueError, RuntimeError) as error:
+            raise WeightsError(f"{path} does not fit the architecture it names: {error}") from error
+
+    return tensors.load_into(build, path).to(memory_format=torch.channels_last)
 
 
 def widen_kernels(model: NucleusDetector) -> NucleusDetector:

@@ -3,16 +3,17 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 from pipeline.errors import WeightsError
-from pipeline.model.weights import read_notes
+from pipeline.model.weights import notes_sha256, read_notes
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -29,15 +30,27 @@ def save(network: nn.Module, architecture: Any, path: Path, notes: Mapping[str, 
         "architecture": json.dumps(dataclasses.asdict(architecture)),
         "sha256": _tensors_sha256(tensors),
     }
+    metadata["notes_sha256"] = notes_sha256(metadata)
     # save_file would make a file that its owner alone may read
     path.write_bytes(safetensors.torch.save(tensors, metadata))
 
 
-def load_into(network: M, path: Path) -> M:
-    """The network with the file's tensors, in float32, ready for inference; the same object.
+def load_into(build: Callable[[], M], path: Path) -> M:
+    """A network with the file's tensors, in float32, ready for inference; `build` makes it.
 
-    Raises WeightsError where the file is damaged (checksum) or does not fit the network.
+    Raises WeightsError where the file is damaged (checksum) or does not fit the network. That is looked at before the
+    network takes any memory: a file may name one of any size.
     """
+    with torch.device("meta"):
+        wanted = {name: list(tensor.shape) for name, tensor in build().state_dict().items()}
+    with safetensors.safe_open(path, "pt") as file:
+        stated = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 - it is no dict
+    if differing := [name for name in wanted.keys() & stated.keys() if wanted[name] != stated[name]]:
+        name = min(differing)
+        raise WeightsError(
+            f"{path} does not fit the architecture it names: {name} has the shape {stated[name]}, not {wanted[name]}"
+        )
+    network = build()
     tensors = safetensors.torch.load_file(path)
     if _tensors_sha256(tensors) != read_notes(path).get("sha256"):
         raise WeightsError(f"{path} is damaged: its tensors do not match their checksum; download or copy it again")

@@ -6,7 +6,9 @@ raises WeightsError.
 
 import dataclasses
 import functools
+import hashlib
 import json
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from typing import TypeVar
@@ -19,6 +21,8 @@ from pipeline.files import file_sha256
 from slides.errors import SlideNotFound
 
 T = TypeVar("T")
+
+_NOTES_SHA256 = "notes_sha256"
 
 
 def shipped() -> tuple[str, ...]:
@@ -102,9 +106,18 @@ def read_notes(path: Path) -> dict[str, str]:
     """The notes of a weights file: architecture, checksum, recipe, data, licence. Raises WeightsError."""
     try:
         with safetensors.safe_open(path, "np") as file:
-            return dict(file.metadata() or {})
+            notes = dict(file.metadata() or {})
     except (OSError, safetensors.SafetensorError) as error:
         raise WeightsError(f"{path} is not a whole safetensors file ({error}): download or copy it again") from error
+    if notes.get(_NOTES_SHA256, notes_sha256(notes)) != notes_sha256(notes):  # older files have none
+        raise WeightsError(f"{path} is damaged: its notes do not match their checksum; download or copy it again")
+    return notes
+
+
+def notes_sha256(notes: Mapping[str, str]) -> str:
+    """The checksum of all notes of a weights file but itself."""
+    rest = {name: value for name, value in notes.items() if name != _NOTES_SHA256}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def licence(path: Path) -> str:

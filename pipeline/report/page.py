@@ -138,12 +138,12 @@ def _detector_use(slides: Sequence[SlideResult]) -> str:
 
 
 def _busy_seconds(done: Iterable[SlideResult]) -> float:
-    """Seconds in which at least one slide was processed: the union of their times, which end as slide.json is written.
+    """Seconds in which at least one slide was worked on: the union of all their attempts.
 
     So slides that run side by side count once, and the time between two runs does not count.
     """
     busy, until = 0.0, -np.inf
-    for started, ended in sorted((s.finished - s.number("seconds_elapsed"), s.finished) for s in done if s.finished):
+    for started, ended in sorted(attempt for slide in done for attempt in slide.attempts):
         busy += max(0.0, ended - max(started, until))
         until = max(until, ended)
     return busy

@@ -16,6 +16,7 @@ from PIL import Image, ImageOps
 
 from pipeline import files
 from pipeline.layout import DENSITY, RunFolder
+from pipeline.segment.attempts import Attempt
 from pipeline.segment.finished import read_record
 from pipeline.segment.polygons import Floats
 from pipeline.segment.summary import VERSION
@@ -41,8 +42,8 @@ class SlideResult:
     "Address of its overlay; empty where there is no folder."
     summary: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     "Of `pipeline.segment.summary`; empty where there is none."
-    finished: float | None = None
-    "When it was finished, seconds since 1970."
+    attempts: tuple[Attempt, ...] = ()
+    "When it was worked on."
     picture: str = ""
     "Its overlay, small, as a data URL; empty where there is none."
     density_map: str = ""
@@ -114,22 +115,20 @@ def _read(run: RunFolder, row: Mapping[str, Any]) -> SlideResult:
         return slide
     content = files.read_json(folder.slide_json) or {}
     summary = content.get("summary") or {}
+    try:
+        known = summary.get("version") == VERSION and {"area_um2", "seams"} <= summary.keys()
+        record = read_record(content)
+    except (KeyError, TypeError, ValueError, AttributeError):  # damaged, or of a version that had none
+        known, record = False, None
     return dataclasses.replace(
         slide,
-        summary=summary if summary.get("version") == VERSION else {},
-        remarks=read_record(content).remarks if "record" in content else slide.remarks,
-        finished=_written(folder.slide_json),
+        summary=summary if known else {},
+        remarks=record.remarks if record else slide.remarks,
+        attempts=record.attempts if record else (),
         picture=_small(folder.overlay),
         regions=_regions(folder.regions),
         **_density(folder.export("density") / DENSITY[0]),
     )
-
-
-def _written(path: Path) -> float | None:
-    try:
-        return path.stat().st_mtime
-    except OSError:
-        return None
 
 
 def _small(overlay: Path) -> str:

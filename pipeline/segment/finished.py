@@ -1,5 +1,6 @@
 """A finished slide: slide.json, written last, names every result with its size and checksum, and has one of itself."""
 
+import contextlib
 import dataclasses
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -7,14 +8,16 @@ from typing import Any
 
 from pipeline import files
 from pipeline.config import Export, ExportFormat
-from pipeline.errors import SlideChanged
+from pipeline.errors import AnnotationError, SlideChanged
 from pipeline.layout import EXPORTS, RESULTS, SlideFolder
+from pipeline.segment import annotations, tables
 from pipeline.segment.export import FORMATS, Exported, check_formats
 from pipeline.segment.job import Job, Origin
 from pipeline.segment.plan import Plan, read_artefacts, read_plan, reported_tissue
 from pipeline.segment.record import SlideRecord, remarks
 from pipeline.segment.summary import summarise
 from pipeline.segment.tables import checked_between_groups
+from slides.errors import ScaleUnknown
 from slides.slide import open_slide
 
 
@@ -26,9 +29,10 @@ def finish_slide(job: Job, record: SlideRecord) -> SlideRecord:
     with checked_between_groups(job.check_lease):
         summary = summarise(job.folder.nuclei, plan._replace(tissue=tissue))
     record = dataclasses.replace(record, remarks=remarks(record, summary, plan.notes))
-    original = job.original or Origin.of(job.source)
+    original = job.origin
     content = {
         "digest": job.digest,
+        "overwrite": job.overwrite,
         "regions": _regions(job),
         "source": job.source.name,
         "source_path": original.place,
@@ -70,6 +74,15 @@ def check_same_source(source: Path, content: Mapping[str, Any]) -> None:
                 f"{source.name} is not the file that these results are of ({slide.quick_hash[:12]}, was "
                 f"{content['quick_hash'][:12]}): put it back, or give --overwrite"
             )
+
+
+def stated_mpp(source: Path) -> float | None:
+    """What a slide states itself, um per px at level 0; None where it states none. Raises SlideError."""
+    try:
+        with open_slide(source) as slide:
+            return (slide.scale.x + slide.scale.y) / 2
+    except ScaleUnknown:
+        return None
 
 
 def difference(job: Job, content: Mapping[str, Any]) -> str:
@@ -134,14 +147,27 @@ def refresh_exports(folder: SlideFolder, export: Export) -> tuple[ExportFormat, 
 
 
 def rewrite_exports(folder: SlideFolder, export: Export) -> dict[str, Exported]:
-    """Make exports of a finished slide, there or not, and note them in slide.json."""
+    """Make exports of a finished slide, there or not, and note them in slide.json; its lease is ours.
+
+    The outlines of tissue and artefacts get the same origin.
+    """
     content = _read_whole(folder)
     exported = write_exports(folder, export, Path(content["source_path"]) if content is not None else None)
     if content is not None:
-        made = _describe(folder, export, tuple(EXPORTS[name] for name in export.formats))
+        made = _describe(folder, export, (*_placed(folder, export), *(EXPORTS[name] for name in export.formats)))
         content = {**content, "files": {**content.get("files", {}), **made}}
         files.write_json(folder.slide_json, files.with_checksum(content))
     return exported
+
+
+def _placed(folder: SlideFolder, export: Export) -> list[str]:
+    """The files of outlines that were given the origin of the exports."""
+    bounds, placed = tables.read_provenance(folder.nuclei).bounds, []
+    for path in (folder.tissue_annotation, folder.artefact_annotations):
+        with contextlib.suppress(AnnotationError):  # it is missing or damaged, which `nightslide verify` says
+            if annotations.place(path, bounds, export.crop):
+                placed.append(path.name)
+    return placed
 
 
 def _read_whole(folder: SlideFolder) -> dict[str, Any] | None:

@@ -35,6 +35,14 @@ class Origin(NamedTuple):
         return cls(str(path), stat.st_size, stat.st_mtime_ns)
 
 
+def slide_digest(settings: Settings, regions: tuple[str, bool] | None) -> str:
+    """The digest of a slide's results. regions: checksum of their file, and `RegionFile.crop`; None for all of it."""
+    if regions is None:
+        return settings.digest
+    content = f"{settings.digest} {regions[0]} {regions[1]}"
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
 @dataclass(frozen=True)
 class Job:
     """Paths and numbers only: it is sent with every task.
@@ -44,6 +52,7 @@ class Job:
     regions: to which the slide is restricted; None: all of it is processed.
     lease: the file of this run's lease of the slide; None where there are no other runs.
     original: what `source` is a copy of; None where it is the slide itself.
+    overwrite: the round of --overwrite, `OpenedRun.overwrite`, in which it is done again; empty where it is not.
     """
 
     source: Path
@@ -53,18 +62,21 @@ class Job:
     regions: RegionFile | None = None
     lease: Path | None = None
     original: Origin | None = None
+    overwrite: str = ""
 
     def open(self) -> Slide:
         """The slide. Raises what `open_slide` raises."""
         return open_slide(self.source, **self.scale._asdict())
 
     @property
+    def origin(self) -> Origin:
+        """The slide's own file. Raises OSError."""
+        return self.original or Origin.of(self.source)
+
+    @property
     def digest(self) -> str:
         """Names everything that the slide's nuclei.parquet depends on: the settings, and what its regions are."""
-        if self.regions is None:
-            return self.settings.digest
-        content = f"{self.settings.digest} {self.regions.sha256} {self.regions.crop}"
-        return hashlib.sha256(content.encode()).hexdigest()[:16]
+        return slide_digest(self.settings, self.regions and (self.regions.sha256, self.regions.crop))
 
     def read_regions(self, bounds: Box) -> SlideRegions | None:
         """The regions to which the slide, of these bounds (slide px), is restricted. Raises as `read_regions`."""

@@ -45,6 +45,8 @@ class Plan(NamedTuple):
     notes: tuple[str, ...]  # warnings, such as why it is not normalised
     trials: tuple[Box, ...] = ()  # work px: where the normalisation is to be tried; () once it is chosen or dropped
     trial_scores: tuple[float, float] | None = None  # the mean scores without and with it, where it was tried
+    file: tuple[int, int] = (0, 0)  # bytes and mtime (ns) of the slide's own file
+    overwrite: str = ""  # as in `Job`
 
     @property
     def tiles(self) -> tuple[Tile, ...]:
@@ -73,6 +75,12 @@ class Plan(NamedTuple):
         return sum(self.artefacts.tissue.any_in(t.core) and not self.tissue.any_in(t.core) for t in every)
 
 
+def _left_out(slide: Slide) -> tuple[str, ...]:
+    """A note on levels of the slide that show something else."""
+    sizes = [" x ".join(map(str, slide.levels[level].size)) for level in slide.odd_levels]
+    return (f"a level of {' and one of '.join(sizes)} px is of another shape: not read from",) if sizes else ()
+
+
 def plan_slide(slide: Slide, settings: Settings, regions: RegionFile | None = None) -> Plan:
     """The plan of a slide. Reads a thumbnail and, to fit its stain, a few regions.
 
@@ -98,7 +106,7 @@ def plan_slide(slide: Slide, settings: Settings, regions: RegionFile | None = No
     normalisation, unfitted = _normalisation(slide, stained, settings)
     step = grid_step(detector_architecture(find_weights(settings.detector.weights)).upscale)
     undecided = settings.stain.method == "auto" and normalisation.source.method != "none"
-    notes = (*notes, *unfitted)
+    notes = (*_left_out(slide), *notes, *unfitted)
     whole_tissue = _reported(artefacts, settings)
     if regions is not None:
         drawn = read_regions(regions, slide.bounds)
@@ -182,6 +190,8 @@ def write_plan(plan: Plan, folder: SlideFolder, digest: str) -> None:
         "notes": plan.notes,
         "trials": plan.trials,
         "trial_scores": plan.trial_scores,
+        "file": plan.file,
+        "overwrite": plan.overwrite,
     }
     files.write_checked_json(folder.plan, content)
 
@@ -215,6 +225,8 @@ def load_plan(folder: SlideFolder, digest: str) -> Plan | None:
         tuple(content["notes"]),
         tuple(Box(*box) for box in content["trials"]),
         None if content["trial_scores"] is None else (content["trial_scores"][0], content["trial_scores"][1]),
+        (content["file"][0], content["file"][1]),
+        content["overwrite"],
     )
 
 

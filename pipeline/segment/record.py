@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
 
+from pipeline.segment.attempts import Attempt
 from slides.artefacts import KINDS
 
 PLAUSIBLE_AREA_UM2 = (8.0, 150.0)  # of a slide's median nucleus; outside, the scale is probably wrong
@@ -120,7 +121,7 @@ class SlideRecord:
     tiles: int = 0
     stain: str = ""  # the method by which it was normalised
     work: StageRecord = StageRecord()
-    elapsed_seconds: float = 0.0  # from start to end, waiting included
+    attempts: tuple[Attempt, ...] = ()  # of a slide that was worked on; the last one ended it
     remarks: tuple[str, ...] = ()  # warnings about the slide
 
     @property
@@ -130,6 +131,11 @@ class SlideRecord:
     @property
     def nuclei(self) -> int:
         return self.work.counts.nuclei
+
+    @property
+    def elapsed_seconds(self) -> float:
+        """From start to end of all attempts, waiting included."""
+        return round(sum((until - since for since, until in self.attempts), 0.0), 3)
 
     @property
     def work_seconds(self) -> float:
@@ -146,6 +152,7 @@ class SlideRecord:
         values = {name: value for name, value in content.items() if name in known}
         values["work"] = StageRecord.from_json(content.get("work", {}))
         values["remarks"] = tuple(content.get("remarks", ()))
+        values["attempts"] = tuple((since, until) for since, until in content.get("attempts", ()))
         return cls(**values)
 
 

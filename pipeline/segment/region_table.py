@@ -13,10 +13,11 @@ import shapely
 from numpy.typing import NDArray
 
 from pipeline.layout import SlideFolder
-from pipeline.segment import tables
+from pipeline.segment import annotations, tables
 from pipeline.segment.geojson import read_objects
 from pipeline.segment.polygons import Floats, Ints, Polygons
 from pipeline.segment.regions import RegionFile, SlideRegions, contained, read_regions
+from slides.geometry import Box
 
 _STATISTICS, _QUARTILES = ("mean", "q25", "median", "q75"), (0.25, 0.5, 0.75)
 
@@ -47,7 +48,7 @@ def measure_regions(slide: SlideFolder, file: RegionFile) -> RegionTable:
     regions = read_regions(file, provenance.bounds)
     inside = _members(slide.nuclei, regions.polygons)
     kept = _outside_artefacts(slide.nuclei, inside)
-    tissue_px = _tissue_px(slide, regions.polygons, (provenance.bounds.x0, provenance.bounds.y0))
+    tissue_px = _tissue_px(slide, regions.polygons, provenance.bounds)
     unknown = f"mm2 of tissue are not known, as {slide.tissue_annotation.name} is missing: run the slide again"
     mm2 = math.prod(provenance.um_per_px) / 1e6  # of a px
     counts = np.array([len(rows) for rows in kept])
@@ -124,31 +125,32 @@ def _describe(values: NDArray[Any]) -> list[float]:
 # ------------------------------------------------------------------------------------------------- tissue
 
 
-def _tissue_px(slide: SlideFolder, regions: Polygons, corner: tuple[int, int]) -> Floats:
+def _tissue_px(slide: SlideFolder, regions: Polygons, bounds: Box) -> Floats:
     """The area of tissue without artefacts in each region, float64 (N,), px; NaN where no outline of it is there.
 
-    regions: object (N,), slide px; corner: of the slide's bounds, where the outlines start
+    regions: object (N,), slide px; bounds: of the slide
     """
     if not slide.tissue_annotation.exists():
         return np.full(len(regions), np.nan)
-    tissue = _outlines(slide.tissue_annotation, corner)
+    tissue = _outlines(slide.tissue_annotation, bounds)
     shared = _shared_px(regions, tissue)
     if not slide.artefact_annotations.exists():
         return shared
     # kinds of artefacts may overlap each other, pieces of tissue do not
-    artefacts = shapely.get_parts(shapely.union_all(_outlines(slide.artefact_annotations, corner)))
+    artefacts = shapely.get_parts(shapely.union_all(_outlines(slide.artefact_annotations, bounds)))
     artefact, piece = shapely.STRtree(tissue).query(artefacts)
     # in parts: two that share a line and an area give a geometry of both, on which older versions of GEOS raise
     without = shapely.get_parts(shapely.intersection(artefacts[artefact], tissue[piece]))
     return np.maximum(shared - _shared_px(regions, without), 0.0)
 
 
-def _outlines(path: Path, corner: tuple[int, int]) -> Polygons:
+def _outlines(path: Path, bounds: Box) -> Polygons:
     """The areas in a file of ours, piece by piece: object (N,), slide px."""
+    start = annotations.origin(path, bounds)
     polygons = read_objects(path)[0].polygons
     broken = ~shapely.is_valid(polygons)
     polygons[broken] = shapely.make_valid(polygons[broken])
-    pieces: Polygons = shapely.get_parts(shapely.transform(polygons, lambda xy: xy + corner))
+    pieces: Polygons = shapely.get_parts(shapely.transform(polygons, lambda xy: xy + start))
     return pieces
 
 

@@ -27,6 +27,8 @@ from numpy.typing import NDArray
 from pipeline import files
 from pipeline.config import Settings
 from pipeline.errors import ScratchLost, SlideChanged
+from pipeline.layout import RESULTS
+from pipeline.model.allocator import return_freed_memory
 from pipeline.model.device import compute, computes_on
 from pipeline.model.fitted_stain import UNCHANGED, Normalisation
 from pipeline.model.instances import HostInstances, Patches, select
@@ -53,6 +55,9 @@ from slides.grid import Tile
 from slides.patches import PatchStore, cut
 from slides.slide import GivenScale, Slide, open_slide
 
+_SLIDE_STAGE_BYTES = (
+    1e9  # a process of more gives back what detection left free: stages of a whole slide need their own
+)
 THUMBNAIL_PX, OVERLAY_PX = 1200, 3000  # longest sides of thumbnail.jpg and overlay.jpg
 
 
@@ -79,14 +84,18 @@ def make_plan(job: Job) -> StageRecord:
     """
     started, folder = time.perf_counter(), job.folder
     with job.open() as slide:
-        plan = load_plan(folder, job.digest)
-        if plan is None:
+        plan, origin = load_plan(folder, job.digest), job.origin
+        if plan is not None and job.overwrite not in ("", plan.overwrite):
+            plan = None
+        if plan is not None:
+            _check_same_slide(plan, slide, job)
+        file = (origin.bytes, origin.mtime_ns)
+        if plan is None or plan.file != file:  # a file that was repaired may hold what could not be read
             remove_work(job)
-            plan = plan_slide(slide, job.settings, job.regions)
+            plan = plan_slide(slide, job.settings, job.regions)._replace(file=file, overwrite=job.overwrite)
             job.check_lease()
             folder.work.mkdir(parents=True, exist_ok=True)
             write_plan(plan, folder, job.digest)
-        _check_same_slide(plan, slide, job)
         check_exports(job.source, folder.path.name, plan, job.settings.export)
     job.check_lease()
     PatchStore.create(folder.patches, plan.grid, job.digest)
@@ -322,10 +331,14 @@ def stitch_slide(job: Job) -> StageRecord:
     Two passes keep memory small: first the boxes of everything, and the polygons only of what could have a
     duplicate across a seam; then block by block into the table, without what is left out. Regions are looked at last,
     so the nuclei in them do not depend on them.
+    With --overwrite the former results are removed now, as late as can be: a slide that fails before keeps them.
     Raises ScratchLost where the instances of a block are missing or damaged; LeaseLost between two blocks.
     """
     started = time.perf_counter()
+    return_freed_memory(_SLIDE_STAGE_BYTES)
     plan, settings = read_plan(job.folder, job.digest), job.settings
+    if job.overwrite:
+        _remove_results(job)
     artefacts = _with_blur(job, plan)
     classes = class_names(settings)
     left_out = _left_out_at_seams(job, plan)
@@ -360,6 +373,14 @@ def stitch_slide(job: Job) -> StageRecord:
         job.check_lease()
     counts = Counts(nuclei=nuclei, seam_duplicates=sum(map(len, left_out.values())), flagged_nuclei=flagged)
     return _worked("stitch", started, counts + _areas(artefacts, skipped=settings.tissue.artefacts == "skip"))
+
+
+def _remove_results(job: Job) -> None:
+    """Whatever an earlier run made of the slide, with other settings perhaps."""
+    job.check_lease()
+    job.folder.slide_json.unlink(missing_ok=True)  # first: without it, nothing else counts as a result
+    for path in (job.folder.regions, *(job.folder.path / name for name in RESULTS)):
+        files.remove(path)
 
 
 def _with_blur(job: Job, plan: Plan) -> ArtefactMap:
@@ -430,6 +451,7 @@ def export_slide(job: Job) -> StageRecord:
     Raises LeaseLost, and ScratchLost where the artefacts are missing or damaged.
     """
     started, folder, plan = time.perf_counter(), job.folder, read_plan(job.folder, job.digest)
+    return_freed_memory(_SLIDE_STAGE_BYTES)
     artefacts, crop = read_artefacts(folder, plan), job.settings.export.crop
     tissue = reported_tissue(plan, artefacts, job.settings)
     with tables.checked_between_groups(job.check_lease):

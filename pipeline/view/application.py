@@ -17,6 +17,7 @@ from starlette.routing import Mount, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pipeline.layout import SlideFolder
+from pipeline.segment import annotations, tables
 from pipeline.view import deep_zoom, nuclei
 from pipeline.view.results import Results
 from slides.errors import NightslideError
@@ -224,9 +225,14 @@ def _about(results: Results, request: Request) -> Response:
 
 
 def _annotation(results: Results, request: Request) -> Response:
-    """GeoJSON as the run wrote it."""
-    path = _annotations(results.folder(request.path_params["slide"])).get(request.path_params["name"])
-    return _binary(path.read_bytes() if path is not None else None, "application/geo+json")
+    """GeoJSON with coordinates from the corner of the slide's bounds, as those of the picture."""
+    folder = results.folder(request.path_params["slide"])
+    path = _annotations(folder).get(request.path_params["name"])
+    if path is None:
+        raise HTTPException(404)
+    bounds = tables.read_provenance(folder.nuclei).bounds
+    features = annotations.features_from(path, (bounds.x0, bounds.y0), bounds)
+    return JSONResponse({"type": "FeatureCollection", "features": features}, media_type="application/geo+json")
 
 
 def _annotations(folder: SlideFolder) -> dict[str, Path]:

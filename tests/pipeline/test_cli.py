@@ -1,8 +1,11 @@
 """The command line says what the dataclasses say, and the README says what the command line says."""
 
 import dataclasses
+import os
 import re
 import shlex
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -350,3 +353,55 @@ def test_a_configuration_file_is_used_and_flags_come_on_top(tmp_path: Path, monk
         main(["run", "x.svs", "--out", "o"])
     assert (seen[0].detector.score, seen[0].detector.nms, seen[0].detector.views) == (0.75, 0.35, 4)
     assert seen[1] == Settings(), "a configuration must not outlive its command"
+
+
+def test_a_configuration_file_may_hold_the_settings_of_execution(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In a table of their own, and after the mark with which some editors begin a file; other commands pass it over."""
+    from pipeline.archive import run as run_module
+
+    seen: list[Execution] = []
+
+    def record(inputs: object, out: object, settings: Settings, running: Execution, **_: object) -> list[object]:
+        seen.append(running)
+        return []
+
+    monkeypatch.setattr(run_module, "run", record)
+    config = tmp_path / "c.toml"
+    config.write_text("\ufeff[execution]\nworkers = 3\nmemory_limit = '4GB'\ncluster = false\n", encoding="utf-8")
+    said(capsys, "run", "x.svs", "--out", "o", "--config", str(config), "--workers", "5")
+    assert seen == [Execution(workers=5, memory_limit="4GB", cluster=False)]
+    assert planned(capsys, monkeypatch, tmp_path, "--config", str(config), "--detector.device", "cpu")
+    config.write_text("[execution]\nwoorkers = 3\n")
+    status, _, err = said(capsys, "run", "x.svs", "--out", "o", "--config", str(config))
+    assert (status, "execution: unknown key 'woorkers'" in err) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--tiling.tile", "1056"), "tiling.tile=1056"),
+        (("--tiling.mpp", "1"), "tiling.mpp=1"),
+        (("--stain", "macenko", "--stain.template", "nope.png"), "nope.png"),
+    ],
+)
+def test_a_plan_refuses_what_a_run_refuses(
+    flags: tuple[str, ...], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "x.svs").touch()
+    status, _, err = said(capsys, "plan", str(tmp_path), "--detector.device", "cpu", *flags)
+    assert (status, words in err) == (2, True)
+
+
+def test_a_plan_is_printed_whatever_a_name_holds_and_whoever_reads_it(tmp_path: Path) -> None:
+    """Names that the terminal's encoding lacks, or that would turn its text round; a reader that ends early."""
+    for name in ("日本" * 40, "x\u202ey", *map(str, range(3000))):
+        (tmp_path / f"{name}.svs").write_bytes(b"no slide")
+    command = [sys.executable, "-c", "from pipeline.cli import main; main()", "plan", str(tmp_path)]
+    environment = {**os.environ, "PYTHONIOENCODING": "latin-1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(command, env=environment, capture_output=True)
+    assert (done.returncode, b"Traceback" in done.stderr, b"unexpected" in done.stderr) == (1, False, False)
+    assert rb"x\u202ey" in done.stdout
+    piped = subprocess.run(["bash", "-c", f"{shlex.join(command)} | head -1"], env=environment, capture_output=True)
+    assert (piped.stdout.split()[0], piped.stderr) == (b"slide", b"")

@@ -1,9 +1,11 @@
 """Slides of all sorts: scale, frames, pixels, damage."""
 
+import math
 import pickle
 import shutil
 import struct
 import threading
+import warnings
 import zlib
 from collections.abc import Callable
 from multiprocessing import get_context
@@ -28,7 +30,7 @@ from slides.errors import (
     SlideUnsupported,
 )
 from slides.geometry import Box, Size
-from slides.slide import FORCED, GivenScale, Slide, open_slide
+from slides.slide import FORCED, GivenScale, Slide, _shows_the_same, open_slide
 
 Writer = Callable[..., Path]
 WIDTH, HEIGHT = 613, 467  # neither is a multiple of anything, so pyramids have fractional downsamples
@@ -534,3 +536,55 @@ def test_shared_slides_read_as_openslide_reads(shared: Path) -> None:
     with open_slide(path) as slide, openslide.OpenSlide(path) as handle:
         expected = np.asarray(handle.read_region((700, 900), 0, (300, 200)).convert("RGB"))
         assert np.array_equal(slide.read(Box(700, 900, 1000, 1100), slide.frame(slide.scale.x)), expected)
+
+
+def test_a_level_of_another_shape_is_not_read_from(tmp_path: Path, picture: np.ndarray) -> None:
+    """Such as a white label, which a generic TIFF holds as one more reduced image."""
+    small = np.asarray(Image.fromarray(picture).resize((WIDTH // 4, HEIGHT // 4)))
+    label = np.full((150, 60, 3), 255, np.uint8)
+    with tifffile.TiffWriter(tmp_path / "x.tif") as tiff:
+        for level in (picture, small, label):
+            tiff.write(
+                level,
+                tile=(64, 64),
+                photometric="rgb",
+                subfiletype=int(level is not picture),
+                metadata=None,
+                resolution=(20_000, 20_000),
+                resolutionunit=3,
+            )
+    slide = open_slide(tmp_path / "x.tif")
+    (odd,) = slide.odd_levels
+    assert slide.levels[odd].size == (60, 150)
+    thumbnail = slide.thumbnail(slide.frame(0.5 * 12))
+    assert np.abs(thumbnail.mean((0, 1)) - picture.mean((0, 1))).max() < 5
+    assert open_slide(tmp_path / "x.tif", mpp=0.5).quick_hash == slide.quick_hash
+
+
+@given(st.integers(3, 5000), st.integers(3, 5000), st.integers(1, 64))
+def test_rounded_levels_have_the_shape_of_their_slide(width: int, height: int, factor: int) -> None:
+    """Law: whichever way a scanner rounds."""
+    for rounded in (math.floor, round, math.ceil):
+        level = Size(*(max(1, rounded(side / factor)) for side in (width, height)))
+        assert min(width, height) < 2 * factor or _shows_the_same(level, Size(width, height))
+
+
+def test_all_threads_share_a_plain_picture(tmp_path: Path, picture: np.ndarray) -> None:
+    """It is decoded as a whole; each thread would hold another copy. Large ones are no reason for a warning."""
+    Image.fromarray(picture).save(tmp_path / "x.png")
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        patch.setattr(Image, "MAX_IMAGE_PIXELS", WIDTH * HEIGHT - 1)
+        slide = open_slide(tmp_path / "x.png", mpp=0.5)
+    seen: list[tuple[int, bool]] = []
+
+    def read() -> None:
+        same = np.array_equal(slide.read(Box(10, 20, 90, 70), slide.frame(0.5)), picture[20:70, 10:90])
+        seen.append((len(slide._handles), same))
+
+    threads = [threading.Thread(target=read) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert seen == [(1, True)] * 4

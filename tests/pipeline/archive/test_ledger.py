@@ -2,9 +2,15 @@
 
 from pathlib import Path
 
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
 from pipeline.archive.ledger import read_ledger, row_of, write_ledger
+from pipeline.errors import RunError
 from pipeline.layout import RunFolder
 from pipeline.segment.record import SlideRecord, StageRecord
+from pipeline.text import csv_cell, from_csv_cell
 
 
 def test_the_ledger_reads_back_as_it_was_written(tmp_path: Path) -> None:
@@ -19,3 +25,31 @@ def test_the_ledger_reads_back_as_it_was_written(tmp_path: Path) -> None:
     write_ledger(RunFolder(tmp_path), records)
     assert [row_of(records[0])[f"seconds_idle_{name}"] for name in ("tile", "disk", "plan")] == [0.25, 0.0, 0.0]
     assert read_ledger(RunFolder(tmp_path)) == [row_of(record) for record in records]
+
+
+@pytest.mark.parametrize("damage", ["a", 'a,"', "a\0b", "a,done,,x"])
+def test_a_row_that_cannot_be_read_is_an_error_that_says_so(damage: str, tmp_path: Path) -> None:
+    """Edited by hand, perhaps."""
+    run = RunFolder(tmp_path)
+    write_ledger(run, [SlideRecord("a", "done"), SlideRecord("b", "done")])
+    head, _, last = run.ledger.read_text().splitlines()
+    run.ledger.write_text(f"{head}\n{last}\n{damage}\n")
+    with pytest.raises(RunError, match="is not a run's ledger"):
+        read_ledger(run)
+
+
+def test_idle_seconds_of_slides_add_up() -> None:
+    """Of two detectors, one slide has what another one lacks: only the sum says how idle they were."""
+    rows = [
+        row_of(SlideRecord(name, "done", work=StageRecord(waited={"disk": waited})))
+        for name, waited in (("long", -29.0), ("short", 30.0))
+    ]
+    assert sum(row["seconds_idle_disk"] for row in rows) == 1.0
+
+
+@given(st.text(st.sampled_from("'=+-@ab\t"), max_size=5))
+def test_a_cell_reads_back_as_the_text_that_it_was_made_from(text: str) -> None:
+    """Law: and what a spreadsheet would evaluate has an apostrophe in front."""
+    cell = csv_cell(text)
+    assert from_csv_cell(str(cell)) == text
+    assert not str(cell).startswith(("=", "+", "-", "@", "\t"))

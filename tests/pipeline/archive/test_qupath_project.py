@@ -105,16 +105,24 @@ def test_what_cannot_be_a_project_is_refused(run: RunFolder, tmp_path: Path) -> 
             write_project(run)
 
 
-def test_slides_of_urls_are_named(run: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
-    """QuPath opens files; a project of nothing is not written."""
+def test_slides_that_cannot_be_images_are_named(run: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of URLs, which QuPath does not open, and damaged ones; a project of nothing is not written."""
     finished(run, "c/z", "s3://bucket/z.svs")
-    assert write_project(run)[1:] == (3, 3, ("c/z",))
-    with pytest.raises(SystemExit):
+    finished(run, "d", "/data/d.svs")
+    run.slide("d").nuclei.write_bytes(b"PAR1")
+    finished(run, "e", "/data/e.svs")
+    run.slide("e").slide_json.write_text("{")
+    with pytest.raises(SystemExit) as ended:
         cli.main(["qupath", str(run.path)])
-    assert "WARNING: c/z is left out" in capsys.readouterr().err
+    said = capsys.readouterr()
+    assert (ended.value.code, said.out.splitlines()[0].endswith("3 images, 3 of them new")) == (0, True)
+    url, table, record = said.err.splitlines()
+    assert url == "WARNING: left out: c/z: it was read from a URL, which QuPath does not open"
+    assert table.startswith("WARNING: left out: d: nuclei.parquet is damaged (")
+    assert record == "WARNING: left out: e: slide.json is damaged"
     remote = RunFolder(run.path / "remote")
     finished(remote, "z", "s3://bucket/z.svs")
     remote.run_json.write_text("{}")
-    with pytest.raises(RunError, match="URLs"):
+    with pytest.raises(RunError, match="URL"):
         write_project(remote)
     assert not remote.qupath_project.exists()

@@ -1,5 +1,6 @@
 """Files of regions belong to the slides whose names they have; what is unclear is never guessed."""
 
+import os
 import zipfile
 from pathlib import Path
 
@@ -87,6 +88,13 @@ def test_other_archives_and_hidden_files_are_no_regions(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "z.zip", "w") as archive:
         archive.writestr("notes.txt", "")
     assert matched(tmp_path).files.keys() == {"a/x"}
+
+
+def test_what_is_no_file_is_no_region(tmp_path: Path) -> None:
+    """To read from a named pipe would wait for ever."""
+    os.mkfifo(tmp_path / "x.svs.geojson")
+    made(tmp_path, "a/x.geojson")
+    assert [file.name for file in matched(tmp_path).files.values()] == ["x.geojson"]
 
 
 def test_a_folder_that_cannot_be_meant_is_refused(tmp_path: Path) -> None:

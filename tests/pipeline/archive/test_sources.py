@@ -317,6 +317,7 @@ def test_what_is_no_manifest_is_refused(tmp_path: Path) -> None:
         ("path,mpp\n,0.5\n", "utf-8", "line 2: need the columns of the first line, and a path"),
         ("path\na, b.svs\nc,d\n", "utf-8", "no slides|line 2: need the columns"),
         ("path\na.svs\n", "utf-16", "holds zero bytes; save it as CSV in UTF-8"),
+        ("path,mpp,MPP\nx.svs,1,2\n", "utf-8", "need one column path and one column mpp"),
         ('path\n"' + "a" * 200_000 + '"\n', "utf-8", "field larger than field limit"),
     ):
         with pytest.raises(RunError, match=cause):
@@ -331,3 +332,12 @@ def test_inputs_that_are_not_there_are_named(tmp_path: Path) -> None:
         find_slides([tmp_path / "none.csv"])
     with pytest.raises(RunError, match=r"no slides in .*empty: 0 other files"):
         find_slides([tmp_path / "empty"])
+
+
+def test_what_nightslide_has_written_is_no_input(tmp_path: Path) -> None:
+    """Results of an earlier run among the slides hold TIFF files, and folders of staged slides copies."""
+    copy = ".nightslide-stage-" + "0" * 32
+    tree(tmp_path, "a.svs", "old/run.json", "old/ledger.csv", "old/a/density/density.ome.tif", f"{copy}/0/b.svs")
+    archive = find_slides([tmp_path])
+    assert names(archive) == ["a"]
+    assert archive.unread == (f"{tmp_path}/old: results of a run are not searched for slides",)

@@ -80,7 +80,7 @@ del large[2], large[0]
 free = process.memory_info().rss
 return_freed_memory(above_bytes=1e12)
 free = min(free, process.memory_info().rss)
-return_freed_memory(above_bytes=0)
+return_freed_memory(above_bytes=1)
 print(free - before, process.memory_info().rss - before)
 """
 

@@ -275,6 +275,7 @@ def test_files_older_than_a_setting_load_with_its_default(tiny: NucleusDetector,
     file = tmp_path / "tiny.safetensors"
     save_weights(tiny, file, {})
     notes, later = read_notes(file), {"ratios", "box_pool", "proposal_nms", "sampling", "score"}
+    del notes["notes_sha256"]
     stated = {name: value for name, value in json.loads(notes["architecture"]).items() if name not in later}
     notes["architecture"] = json.dumps(stated)
     safetensors.torch.save_file(safetensors.torch.load_file(file), file, notes)
@@ -297,6 +298,42 @@ def test_a_damaged_file_is_refused(tiny: NucleusDetector, tmp_path: Path) -> Non
     file.write_bytes(content[: len(content) // 2])
     with pytest.raises(WeightsError, match="not a whole safetensors file"):
         load_weights(file)
+
+
+def test_notes_that_were_changed_are_refused(tiny: NucleusDetector, tmp_path: Path) -> None:
+    """The architecture decides the result as the tensors do; older files have no checksum of it."""
+    file = tmp_path / "tiny.safetensors"
+    save_weights(tiny, file, {})
+    notes, content = read_notes(file), safetensors.torch.load_file(file)
+    notes["architecture"] = notes["architecture"].replace(f'"upscale": {TINY.upscale}', '"upscale": 8.0')
+    assert "8.0" in notes["architecture"]
+    safetensors.torch.save_file(content, file, notes)
+    with pytest.raises(WeightsError, match="its notes do not match their checksum"):
+        load_weights(file)
+    safetensors.torch.save_file(content, file, {k: v for k, v in notes.items() if k != "notes_sha256"})
+    load_weights(file)
+
+
+def test_a_network_is_not_built_before_its_shapes_fit_the_file(
+    tiny: NucleusDetector, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file may name a network of any size: it would fill the memory before the first tensor is compared."""
+    file = tmp_path / "tiny.safetensors"
+    save_weights(tiny, file, {})
+    notes = {k: v for k, v in read_notes(file).items() if k != "notes_sha256"}
+    notes["architecture"] = json.dumps({**json.loads(notes["architecture"]), "box_hidden": 4096, "mask_channels": 4096})
+    safetensors.torch.save_file(safetensors.torch.load_file(file), file, notes)
+    built: list[str] = []
+    build = NucleusDetector.__init__
+
+    def watched(self: NucleusDetector, architecture: Architecture) -> None:
+        build(self, architecture)
+        built.append(next(self.parameters()).device.type)
+
+    monkeypatch.setattr(NucleusDetector, "__init__", watched)
+    with pytest.raises(WeightsError, match=r"has the shape \[.*\], not \[.*4096"):
+        load_weights(file)
+    assert built == ["meta"]
 
 
 def test_foreign_files_are_refused(tmp_path: Path) -> None:
@@ -324,6 +361,7 @@ def test_foreign_files_are_refused(tmp_path: Path) -> None:
         ({"anchors": ()}, "need four levels"),
         ({"mask_size": 27}, "need an even number"),
         ({"channels": 10**9}, "channels=1000000000: need 1 to 4096"),
+        ({"mask_layers": 17}, "mask_layers=17: need 1 to 16"),
         ({"classes": ()}, "need one or more"),
         ({"classes": ("a", "a")}, "with different names"),
         ({"upscale": 0.0}, "upscale=0.0"),

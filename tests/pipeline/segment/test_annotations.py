@@ -10,7 +10,8 @@ import shapely
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.segment.annotations import outline, write_artefacts, write_tissue
+from pipeline.errors import AnnotationError
+from pipeline.segment.annotations import origin, outline, place, write_artefacts, write_tissue
 from slides.artefacts import KINDS, ArtefactMap
 from slides.geometry import Affine, Box, Frame, Size
 from slides.tissue import TissueMap
@@ -70,4 +71,29 @@ def test_tissue_and_artefacts_are_annotations(tmp_path: Path) -> None:
 def test_no_tissue_is_a_collection_without_features(tmp_path: Path) -> None:
     tissue = TissueMap(np.zeros((15, 25), bool), FRAME, WORK)
     write_tissue(tmp_path / "tissue.geojson", "hash", tissue, BOUNDS, crop=True)
-    assert json.loads((tmp_path / "tissue.geojson").read_text()) == {"type": "FeatureCollection", "features": []}
+    empty = {"type": "FeatureCollection", "origin_px": [100, 250], "features": []}
+    assert json.loads((tmp_path / "tissue.geojson").read_text()) == empty
+
+
+@given(seed=st.integers(0, 2**32 - 1), crop=st.booleans())
+@settings(max_examples=20)
+def test_outlines_with_another_origin_are_those_that_are_written_with_it(
+    seed: int, crop: bool, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Law: to the byte; with the origin that it has already a file stays as it is."""
+    folder = tmp_path_factory.mktemp("annotations")
+    tissue = TissueMap(np.random.default_rng(seed).random((15, 25)) < 0.5, FRAME, WORK)
+    write_tissue(folder / "a.geojson", "hash", tissue, BOUNDS, crop=crop)
+    write_tissue(folder / "b.geojson", "hash", tissue, BOUNDS, crop=not crop)
+    assert not place(folder / "a.geojson", BOUNDS, crop=crop)
+    assert place(folder / "a.geojson", BOUNDS, crop=not crop)
+    assert (folder / "a.geojson").read_bytes() == (folder / "b.geojson").read_bytes()
+    assert origin(folder / "a.geojson", BOUNDS) == ((0, 0) if crop else (100, 250))
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"features": 3}', '{"features": [3]}', '{"features": [{"geometry": {}}]}'])
+def test_a_damaged_file_of_outlines_is_named(tmp_path: Path, text: str) -> None:
+    (tmp_path / "tissue.geojson").write_text(text)
+    with pytest.raises(AnnotationError, match=r"tissue\.geojson is not as it was written"):
+        place(tmp_path / "tissue.geojson", BOUNDS, crop=False)
+    assert (tmp_path / "tissue.geojson").read_text() == text

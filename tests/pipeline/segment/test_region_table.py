@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from pipeline.layout import SlideFolder
 from pipeline.segment import tables
+from pipeline.segment.annotations import place
 from pipeline.segment.region_table import measure_regions
 from pipeline.segment.regions import RegionFile
 from slides.geometry import Box, Size
@@ -61,6 +62,21 @@ def draw(path: Path, *outlines: Any, names: tuple[str, ...] = (), class_: str = 
     ]
     path.write_text(json.dumps({"type": "FeatureCollection", "features": features}))
     return RegionFile.of(path, crop=True)
+
+
+def test_tissue_is_where_it_is_whatever_its_file_starts_at(tmp_path: Path) -> None:
+    """With --export.no-crop its coordinates start at the corner of the whole slide."""
+    folder = slide(tmp_path)
+    draw(folder.tissue_annotation, shapely.box(0, 0, 30, 100))
+    draw(folder.artefact_annotations, shapely.box(5, 5, 25, 15))
+    file = draw(tmp_path / "r.geojson", shapely.box(0, 0, 40, 20))
+    (cropped,) = measure_regions(folder, file).rows
+    bounds = tables.read_provenance(folder.nuclei).bounds
+    for path in (folder.tissue_annotation, folder.artefact_annotations):
+        assert place(path, bounds, crop=False)
+    (whole,) = measure_regions(folder, file).rows
+    assert whole == pytest.approx(cropped, nan_ok=True)
+    assert whole["tissue_mm2"] == pytest.approx((600 - 200) * 0.25e-6)
 
 
 def test_counts_worked_out_by_hand(tmp_path: Path) -> None:

@@ -1,0 +1,24 @@
+"""When a slide was worked on: attempts, all but the last of which were interrupted."""
+
+from pipeline import files
+from pipeline.layout import SlideFolder
+
+Attempt = tuple[float, float]
+"Start and end, seconds since 1970."
+
+
+def begin(folder: SlideFolder, started: float) -> list[Attempt]:
+    """Note in the work folder that an attempt began at `started`. Returns those before it; safe to repeat.
+
+    An attempt that was interrupted ended, as far as is known, with the last block that it finished; one that finished
+    none is left out.
+    """
+    noted = files.read_checked_json(folder.attempts) or {"before": [], "started": started}
+    before: list[Attempt] = [(since, until) for since, until in noted["before"]]
+    if noted["started"] != started:
+        blocks = folder.instances(0).parent.glob(f"*{folder.instances(0).suffix}")
+        ended = max((block.stat().st_mtime for block in blocks), default=0.0)
+        if ended > noted["started"]:
+            before.append((noted["started"], ended))
+    files.write_checked_json(folder.attempts, {"before": before, "started": started}, synced=False)
+    return before

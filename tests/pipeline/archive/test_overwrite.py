@@ -1,0 +1,289 @@
+"""--overwrite does every slide again, once, and loses none: whatever fails, stops it, or runs beside it."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import oracle
+import pipeline
+from oracle import chosen, files, paint
+from pipeline.archive import run as archive_run
+from pipeline.archive.lease import Leases
+from pipeline.archive.ledger import read_ledger
+from pipeline.archive.verify import verify_results
+from pipeline.config import Execution, Settings
+from pipeline.errors import ClusterLost, RunError
+from pipeline.layout import RunFolder
+from pipeline.model.fitted_stain import Normalisation
+from pipeline.model.instances import HostInstances, Patches
+from pipeline.segment.record import SlideRecord
+
+ONE = Execution(cluster=False, workers=1)
+AGAIN = dataclasses.replace(ONE, overwrite=True)
+
+
+def with_iou(iou: float) -> Settings:
+    """Settings that differ in their digest and in nothing that these slides show."""
+    return dataclasses.replace(chosen(), stitching=dataclasses.replace(chosen().stitching, iou=iou))
+
+
+def segment(
+    slides: Path, out: Path, settings: Settings = chosen(), execution: Execution = ONE, detect: Any = oracle.detect
+) -> dict[str, SlideRecord]:
+    rows = archive_run.run([slides], out, settings, execution, mpp=0.25, say=lambda line: None, detect=detect)
+    return {row.slide: row for row in rows}
+
+
+@pytest.fixture
+def archive(tmp_path: Path) -> Path:
+    folder = tmp_path / "slides"
+    folder.mkdir()
+    for seed, name in enumerate("ab"):
+        paint(folder / f"{name}.tif", seed)
+    return folder
+
+
+def digests(out: Path) -> list[str]:
+    return [json.loads((out / name / "slide.json").read_text())["digest"] for name in "ab"]
+
+
+def test_a_slide_that_cannot_be_done_again_keeps_its_results(archive: Path, tmp_path: Path) -> None:
+    """Its file is truncated now; for the other one, the detector fails."""
+    out = tmp_path / "out"
+    segment(archive, out)
+    before = {name: files(out / name) for name in "ab"}
+    (archive / "a.tif").write_bytes((archive / "a.tif").read_bytes()[:5000])
+
+    def fails(*_: Any) -> Iterator[HostInstances]:
+        raise RuntimeError("no")
+
+    rows = segment(archive, out, execution=AGAIN, detect=fails)
+    assert [row.status for row in rows.values()] == ["failed", "failed"]
+    assert {name: files(out / name) for name in "ab"} == before
+    assert all(not problems for _, problems in verify_results(out))
+
+
+def test_a_slide_that_is_exported_meanwhile_is_done_again(archive: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    segment(archive, out)
+    exported: list[Path] = []
+
+    def exports(patches: Patches, normalisation: Normalisation, settings: Settings) -> Iterator[HostInstances]:
+        if not exported:
+            exported.append(out)
+            with pytest.raises(RunError, match=r"/a: a run is working on it \(.*process \d+\)"):
+                pipeline.export(out, ["csv"])
+        yield from oracle.detect(patches, normalisation, settings)
+
+    rows = segment(archive, out, with_iou(0.4), AGAIN, exports)
+    assert [row.status for row in rows.values()] == ["done", "done"]
+    assert digests(out) == [json.loads((out / "run.json").read_text())["digest"]] * 2
+    assert exported
+
+
+def test_an_interrupted_round_continues_and_a_finished_one_does_not(archive: Path, tmp_path: Path) -> None:
+    """The same command does what is left, block by block; after the end it does everything again."""
+    out, patches_seen, limit = tmp_path / "out", [0], [0.0]
+    segment(archive, out)
+
+    def interrupted(patches: Patches, normalisation: Normalisation, settings: Settings) -> Iterator[HostInstances]:
+        for found in oracle.detect(patches, normalisation, settings):
+            patches_seen[0] += 1
+            if patches_seen[0] > limit[0]:
+                raise ClusterLost
+            yield found
+
+    def count(limited_to: float) -> int:
+        limit[0], patches_seen[0] = limited_to, 0
+        with contextlib.suppress(ClusterLost):
+            segment(archive, out, with_iou(0.4), AGAIN, interrupted)
+        return patches_seen[0]
+
+    whole = 2 * 20  # 5 x 4 tiles a slide
+    assert 30 < count(30) < whole
+    assert 10 <= count(np.inf) <= 25, "the slide that is done, and whole blocks of the other one, are not done again"
+    assert digests(out) == [json.loads((out / "run.json").read_text())["digest"]] * 2
+    assert count(np.inf) == whole
+
+
+@pytest.mark.parametrize("name", ["slide.json", "failure.json"])
+def test_what_a_wrong_clock_has_dated_is_not_new(name: str, archive: Path, tmp_path: Path) -> None:
+    out, tomorrow = tmp_path / "out", 4_000_000_000
+    segment(archive, out)
+    if name == "failure.json":
+        shutil.rmtree(out / "a")
+        (out / "a").mkdir()
+        (out / "a" / name).write_text('{"cause": "of yesterday"}')
+    os.utime(out / "a" / name, (tomorrow, tomorrow))
+    rows = segment(archive, out, execution=AGAIN)
+    assert [row.status for row in rows.values()] == ["done", "done"]
+    assert not (out / "a" / "failure.json").exists()
+
+
+def test_two_runs_with_other_settings_do_not_mix(archive: Path, tmp_path: Path) -> None:
+    """The second one starts when the first has nothing to show yet: the first one stops at its next slide."""
+    out = tmp_path / "out"
+    second: list[dict[str, SlideRecord]] = []
+
+    def starts_another(*_: Any) -> None:
+        if not second:
+            second.append({})
+            shutil.rmtree(out / "a" / ".lease")  # it was not there yet
+            second[0] = segment(archive / "b.tif", out, with_iou(0.4))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(archive_run, "_check_space", starts_another)
+        patch.setattr(archive_run.ArchiveRun, "_open_slides", lambda _: 1)
+        first = segment(archive, out)
+    assert [row.status for row in second[0].values()] == ["done"]
+    assert "another run was started" in first["b"].cause
+
+
+# ---------------------------------------------------------------------------------------------- what is in the ledger
+
+
+def test_the_ledger_has_the_slides_of_all_commands(archive: Path, tmp_path: Path) -> None:
+    """Done, failed, or done before --overwrite with other settings."""
+    out = tmp_path / "out"
+    (archive / "c.tif").write_bytes(b"no picture")
+    segment(archive / "a.tif", out)
+    segment(archive / "c.tif", out)
+    assert list(segment(archive / "b.tif", out)) == ["b"]
+    rows = {row["slide"]: row for row in read_ledger(RunFolder(out))}
+    assert {name: row["status"] for name, row in rows.items()} == {"a": "done", "b": "done", "c": "failed"}
+    assert "no such format" in rows["c"]["cause"]
+    segment(archive / "b.tif", out, with_iou(0.4), AGAIN)
+    rows = {row["slide"]: row for row in read_ledger(RunFolder(out))}
+    assert rows["a"]["remarks"].startswith("done with other settings than the folder's")
+    assert not rows["b"]["remarks"].startswith("done with other settings")
+
+
+def test_the_ledger_knows_what_another_run_has_done_meanwhile(archive: Path, tmp_path: Path) -> None:
+    """As one of several commands on one folder sees it, before it comes to that slide."""
+    out, seen = tmp_path / "out", list[list[tuple[str, str]]]()
+    started: list[archive_run.ArchiveRun] = []
+    process = archive_run.ArchiveRun.process
+
+    async def noted(run: archive_run.ArchiveRun) -> None:
+        started.append(run)
+        await process(run)
+
+    def starts_another(*_: Any) -> None:
+        if len(started) == 1 and not seen:
+            segment(archive / "b.tif", out)
+            seen.append([(record.slide, record.status) for record in started[0].records()])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(archive_run.ArchiveRun, "process", noted)
+        patch.setattr(archive_run, "_check_space", starts_another)
+        patch.setattr(archive_run.ArchiveRun, "_open_slides", lambda _: 1)
+        rows = segment(archive, out)
+    assert seen[0] == [("a", "interrupted"), ("b", "done")]
+    assert [row.status for row in rows.values()] == ["done", "done before"]
+
+
+def test_seconds_and_attempts_outlast_an_interruption(archive: Path, tmp_path: Path) -> None:
+    out, seen = tmp_path / "out", [0]
+
+    def slow(patches: Patches, normalisation: Normalisation, settings: Settings) -> Iterator[HostInstances]:
+        import time
+
+        for found in oracle.detect(patches, normalisation, settings):
+            seen[0] += 1
+            if seen[0] == 14:
+                raise ClusterLost
+            time.sleep(0.05)
+            yield found
+
+    with pytest.raises(ClusterLost):
+        segment(archive / "a.tif", out, detect=slow)
+    record = segment(archive / "a.tif", out, detect=slow)["a"]
+    (first, interrupted), (again, ended) = record.attempts
+    assert first < interrupted <= again < ended
+    assert interrupted - first >= 0.05 * 8, "two blocks of four patches were finished"
+    assert record.elapsed_seconds == pytest.approx(interrupted - first + ended - again, abs=0.002)
+    assert record.elapsed_seconds >= 0.9 * record.work.seconds["detect"]
+
+
+# ----------------------------------------------------------------------------------------- slides that have changed
+
+
+def test_a_file_that_is_repaired_is_not_taken_for_the_damaged_one(archive: Path, tmp_path: Path) -> None:
+    """Whether its results are finished or half done: what could not be read of it may be readable now."""
+    slide, out = archive / "a.tif", tmp_path / "out"
+    segment(slide, out)
+    content = json.loads((out / "a" / "slide.json").read_text())
+    content["record"]["work"]["counts"]["area_lost_mm2"] = 0.01
+    del content["sha256"]
+    (out / "a" / "slide.json").write_text(json.dumps(content))
+    assert segment(slide, out)["a"].status == "done before"
+    os.utime(slide)
+    assert "0.01 mm2 of it could not be read: give --overwrite" in segment(slide, out)["a"].cause
+    assert segment(slide, out, execution=AGAIN)["a"].status == "done"
+
+
+def test_half_done_work_of_a_file_that_has_changed_is_begun_again(archive: Path, tmp_path: Path) -> None:
+    slide, out, seen = archive / "a.tif", tmp_path / "out", [0]
+
+    def interrupted(patches: Patches, normalisation: Normalisation, settings: Settings) -> Iterator[HostInstances]:
+        for found in oracle.detect(patches, normalisation, settings):
+            seen[0] += 1
+            if seen[0] == 14:
+                raise ClusterLost
+            yield found
+
+    with pytest.raises(ClusterLost):
+        segment(slide, out, detect=interrupted)
+    os.utime(slide)
+    assert segment(slide, out, detect=interrupted)["a"].status == "done"
+    assert seen[0] == 14 + 20
+
+
+def test_a_scale_that_is_not_forced_any_more_is_noticed(archive: Path, tmp_path: Path) -> None:
+    slide, out = archive / "a.tif", tmp_path / "out"
+    Image.open(slide).save(slide, resolution=39_000, resolution_unit=3)  # a centimetre: 0.256 um
+
+    def again(**scale: float) -> SlideRecord:
+        (row,) = archive_run.run([slide], out, chosen(), ONE, say=lambda line: None, detect=oracle.detect, **scale)
+        return row
+
+    row = again(force_mpp=0.25)
+    assert row.status == "done", row.cause
+    assert again().cause.startswith("it was done at mpp=0.25, now mpp=0.256")
+    assert again(force_mpp=0.25).status == "done before"
+    assert not (out / "a" / "failure.json").exists(), "the refusal is over"
+
+
+# ------------------------------------------------------------------------------------------------------------ exports
+
+
+def test_one_damaged_table_stops_no_other_export(archive: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    segment(archive, out)
+    (out / "a" / "nuclei.parquet").write_bytes(b"PAR1")
+    with pytest.raises(RunError, match=r"/a/nuclei\.parquet could not be exported"):
+        pipeline.export(out, ["csv"])
+    assert (out / "b" / "nuclei.csv").exists()
+    assert not (out / "a" / "nuclei.csv").exists()
+
+
+def test_an_export_waits_for_no_run(archive: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    segment(archive, out)
+    with Leases() as leases:
+        assert leases.take(out / "a")
+        with pytest.raises(RunError, match="a run is working on it"):
+            pipeline.export(out, ["csv"])
+    assert (out / "b" / "nuclei.csv").exists()
+    assert not (out / "a" / "nuclei.csv").exists()
+    pipeline.export(out, ["csv"])
+    assert all(not problems for _, problems in verify_results(out))
