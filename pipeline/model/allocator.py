@@ -24,14 +24,15 @@ import os
 
 import psutil
 
-_ONEDNN = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"  # read when the first layer is computed
+# Read when the first layer is computed: layers that oneDNN, and PyTorch's use of it, keep prepared.
+_PREPARED = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128", "LRU_CACHE_CAPACITY": "128"}
 _NO_CACHE = "glibc.malloc.tcache_count=0"
 _KEEP = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**34)}
 
 ENVIRONMENT = {
     **_KEEP,
     "GLIBC_TUNABLES": _NO_CACHE,
-    _ONEDNN: "128",  # see `keep_few_prepared_layers`
+    **_PREPARED,  # see `keep_few_prepared_layers`
 }
 "Variables to start a process with that detects: threads that are there before `keep_freed_memory` have arenas already."
 
@@ -51,20 +52,22 @@ def keep_freed_memory() -> bool:
 
 
 def keep_few_prepared_layers() -> None:
-    """For a process that detects: have oneDNN keep what it has prepared for 128 layers, by itself for 1024.
+    """For a process that detects: have 128 layers kept prepared, in place of 1024.
 
-    These are many small arrays for every size of image, at the place where each was made, between large ones. A
-    detector has about a hundred. A training step has 300, and would prepare all of them again each time.
+    These are many small arrays for every size of image, where each was made, between large ones: in the second cache 2
+    to 10 MB for each size of patches. A detector has about a hundred layers. A training step has 300, and would prepare
+    all of them again each time.
     """
-    os.environ.setdefault(_ONEDNN, ENVIRONMENT[_ONEDNN])
+    for name, number in _PREPARED.items():
+        os.environ.setdefault(name, number)
 
 
 def return_freed_memory(above_bytes: float = 0.0) -> None:
     """Give back the pages that are free, if more are resident than this: to be called after each patch.
 
-    Patches of different sizes leave gaps between arrays, so a process grows, by some 5 MB a block. What is needed again
-    the kernel clears, so the default, for 0, is a little above what a process has at first: 1.6 GB with ENVIRONMENT.
-    With 1.4 GB detection in CMU-1-Small-Region.svs takes 14 s in place of 12.
+    Patches of different sizes leave gaps between arrays, so a process grows. What is needed again the kernel clears, so
+    the default, for 0, is a little above what a process has at first: 1.6 GB with ENVIRONMENT. With 1.4 GB detection
+    in CMU-1-Small-Region.svs takes 14 s in place of 12.
     """
     above_bytes = above_bytes or (1.6e9 if _NO_CACHE in os.environ.get("GLIBC_TUNABLES", "") else 2.5e9)
     library = _glibc()
