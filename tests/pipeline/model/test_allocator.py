@@ -117,7 +117,7 @@ print((used[-1] - used[199]) // 1000)
 
 
 def test_what_is_prepared_for_sizes_of_images_is_bounded() -> None:
-    """PyTorch's own bound is 1024: 4,700 kB more here, and ten times as much for a detector's hundred layers."""
+    """PyTorch's own bound is 1024: it is 4,700 kB then."""
     done = subprocess.run([sys.executable, "-c", SIZES], env=ENVIRONMENT, capture_output=True, text=True, check=True)
     assert int(done.stdout) < 500
 
