@@ -13,18 +13,17 @@ import os
 import shutil
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeline import files
 from pipeline.archive import ledger
 from pipeline.archive.executors import Executor, ask, check_execution, open_executor, run_task, starts_processes
+from pipeline.archive.known import KnownSlides
 from pipeline.archive.lease import Leases
 from pipeline.archive.manifest import (
-    check_run,
     check_seams,
     check_worker,
     end_overwriting,
@@ -35,7 +34,7 @@ from pipeline.archive.manifest import (
 from pipeline.archive.progress import Progress
 from pipeline.archive.region_files import region_file, with_regions
 from pipeline.archive.slots import FairSlots
-from pipeline.archive.sources import IN_MANIFEST, Archive, Inputs, Source, find_slides
+from pipeline.archive.sources import Archive, Inputs, Source, find_slides
 from pipeline.archive.staging import Room, Staging
 from pipeline.archive.stream import Stream, Waits
 from pipeline.config import Execution, Settings
@@ -52,7 +51,6 @@ from pipeline.segment.record import SlideRecord, StageRecord, device_use
 from pipeline.segment.slide_stain import template_stain
 from pipeline.segment.stages import STAGES, Detect, Stage, block_record, remove_work
 from pipeline.text import one_line
-from slides.slide import BY_DEFAULT, FORCED
 
 _SIGNAL_S = 0.2  # until a signal is noticed
 _POLL_S = 5.0  # between checks of a slide that another run holds, of the workers, and of the ledger
@@ -197,14 +195,14 @@ class ArchiveRun:
     others: list[SlideRecord] = field(default_factory=list)  # what other commands have left in the folder
     started: set[str] = field(default_factory=set)
     stopped: bool = False
-    failures_ns: dict[str, int | None] = field(
-        default_factory=dict
-    )  # mtime of failure.json as each slide was first seen
+
+    def __post_init__(self) -> None:
+        self.known = KnownSlides(self.folder, self.settings, self.overwrite)
 
     async def process(self) -> None:
         """Process every slide of the archive."""
         own = {source.name for source in self.archive.sources}
-        self.others = await asyncio.to_thread(ledger.other_records, self.folder, own, self.settings)
+        self.others = await asyncio.to_thread(self.known.others, own)
         self.stream = Stream(self.executor, self.execution.window)
         self.open = FairSlots(self._open_slides())
         watch = asyncio.create_task(self._watch())
@@ -232,19 +230,9 @@ class ArchiveRun:
         left = {True: "interrupted", False: "waiting"}
         names = (source.name for source in self.archive.sources)
         return [
-            self.done.get(name) or self._elsewhere(name) or SlideRecord(name, left[name in self.started])
+            self.done.get(name) or self.known.elsewhere(name) or SlideRecord(name, left[name in self.started])
             for name in names
         ]
-
-    def _elsewhere(self, name: str) -> SlideRecord | None:
-        """The record of a slide that another run, at the same time, has finished, or failed at."""
-        folder = self.folder.slide(name)
-        record, content = ledger.read_finished(folder)
-        if record is None:
-            record = self._failed_elsewhere(name)
-        elif self.overwrite and not self._is_new(content):
-            return None  # it is to be done again
-        return record and dataclasses.replace(record, slide=name)
 
     def of_the_folder(self, records: list[SlideRecord]) -> list[SlideRecord]:
         """These, and those of the slides that other commands have left in the folder."""
@@ -351,58 +339,12 @@ class ArchiveRun:
         return ledger.write_failure(self.folder.slide(source.name), source.place, error)
 
     def _known(self, source: Source, job: Job) -> SlideRecord | None:
-        """The record of a slide that is done, or at which another run has failed since this one was started."""
-        if source.problem:
-            raise RunError(source.problem)
-        self.folder.run_json.stat()  # an output folder that was removed is not made again
-        check_run(self.folder, self.settings)
-        for link in self.folder.links(source.name):
-            raise RunError(f"{link} is a symbolic link, through which nothing is written: remove it")
-        content = files.read_json(job.folder.slide_json)
-        if content is None:
-            return self._failed_elsewhere(source.name)
-        if self.overwrite and not self._is_new(content):
-            return self._failed_elsewhere(source.name)
-        for damage in finished.damaged_results(job.folder, content, thorough=False):
-            raise RunError(damage)
-        if content["digest"] != job.digest:
-            raise RunError(
-                f"{job.folder.path} holds results of other {finished.difference(job, content)}: "
-                f"choose another --out, or give --overwrite"
-            )
-        record = finished.read_record(content)
-        now = job.scale.default_mpp if record.mpp_source == BY_DEFAULT else job.scale.mpp
-        if now is None and record.mpp_source in (FORCED, IN_MANIFEST) and not source.remote:
-            now = finished.stated_mpp(job.source)
-        if now is not None and record.mpp != round(now, 6):
-            raise RunError(f"it was done at mpp={record.mpp}, now mpp={now:g}: choose another --out, or --overwrite")
-        if not finished.is_unchanged(job.original or source.files.origin(), content):
-            if source.remote and job.original is None:
-                return None  # only its content tells, so it is copied
-            finished.check_same_source(job.source, content)
-            if lost := record.work.counts.area_lost_mm2:
-                raise RunError(
-                    f"the file has changed since it was done, when {lost:.3g} mm2 of it could not be read: "
-                    f"give --overwrite to do it again, or put the old file back"
-                )
-        self._complete(source.name, job)
-        job.folder.failure_json.unlink(missing_ok=True)  # of a command that was refused
-        self.progress.say(f"{source.name}: done before, {record.nuclei:,} nuclei")
-        return dataclasses.replace(record, status="done before")
-
-    def _is_new(self, content: Mapping[str, Any]) -> bool:
-        """Whether the slide of a slide.json was done in this round of --overwrite, by this command or another."""
-        return content.get("overwrite") == self.overwrite
-
-    def _failed_elsewhere(self, name: str) -> SlideRecord | None:
-        """The record of a slide at which another run has failed since we first looked at it, which this call may be.
-
-        A failure from before is tried again. Times are only compared for being the same: the clocks of machines differ.
-        """
-        folder = self.folder.slide(name)
-        written = files.mtime_ns(folder.failure_json)
-        before = self.failures_ns.setdefault(name, written)
-        return ledger.read_failure(folder) if written not in (None, before) else None
+        """As `KnownSlides.look`; of a slide that is done, what it lacks is made."""
+        record = self.known.look(source, job)
+        if record is not None and record.done:
+            self._complete(source.name, job)
+            self.progress.say(f"{source.name}: done before, {record.nuclei:,} nuclei")
+        return record
 
     def _complete(self, name: str, job: Job) -> None:
         """Make the exports that a finished slide lacks, and remove what a killed run left beside it."""
@@ -460,10 +402,7 @@ class ArchiveRun:
 
     def _is_taken_over(self, job: Job) -> bool:
         """Whether a slide that we took is another run's now, or was done by one that we took it from."""
-        if not self.leases.ours(job.folder.path):
-            return True
-        content = files.read_json(job.folder.slide_json)
-        return content is not None and (not self.overwrite or self._is_new(content))
+        return not self.leases.ours(job.folder.path) or self.known.is_done(job)
 
     async def _segment(self, name: str, job: Job) -> SlideRecord:
         """All stages of a slide; again where scratch is damaged or disappears: what is whole is not done again.

@@ -1,0 +1,102 @@
+"""What the folder of results says of a slide: done before, done or failed in another run meanwhile, or still to do."""
+
+import dataclasses
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from pipeline import files
+from pipeline.archive import ledger
+from pipeline.archive.manifest import check_run
+from pipeline.archive.sources import IN_MANIFEST, Source
+from pipeline.config import Settings
+from pipeline.errors import RunError
+from pipeline.layout import RunFolder
+from pipeline.segment import finished
+from pipeline.segment.job import Job
+from pipeline.segment.record import SlideRecord
+from slides.slide import BY_DEFAULT, FORCED
+
+
+class KnownSlides:
+    """What is known of slides without processing them, as several commands on one folder leave it."""
+
+    def __init__(self, folder: RunFolder, settings: Settings, overwrite: str) -> None:
+        """overwrite: as in `Job`; results of other rounds are to be made again."""
+        self._folder, self._settings, self._overwrite = folder, settings, overwrite
+        self._failures_ns: dict[str, int | None] = {}  # mtime of failure.json as each slide was first looked at
+
+    def look(self, source: Source, job: Job) -> SlideRecord | None:
+        """The record of a slide that is done, or at which another run has failed meanwhile; None for one that is to do.
+
+        Raises RunError for a slide that must not be processed, and for results that are not those of this job.
+        """
+        if source.problem:
+            raise RunError(source.problem)
+        self._folder.run_json.stat()  # an output folder that was removed is not made again
+        check_run(self._folder, self._settings)
+        for link in self._folder.links(source.name):
+            raise RunError(f"{link} is a symbolic link, through which nothing is written: remove it")
+        content = files.read_json(job.folder.slide_json)
+        if content is None or not self._counts(content):
+            return self._failed(source.name)
+        for damage in finished.damaged_results(job.folder, content, thorough=False):
+            raise RunError(damage)
+        if content["digest"] != job.digest:
+            raise RunError(
+                f"{job.folder.path} holds results of other {finished.difference(job, content)}: "
+                f"choose another --out, or give --overwrite"
+            )
+        record = finished.read_record(content)
+        _check_scale(record, source, job)
+        if not finished.is_unchanged(job.original or source.files.origin(), content):
+            if source.remote and job.original is None:
+                return None  # only its content tells, so it is copied
+            finished.check_same_source(job.source, content)
+            if lost := record.work.counts.area_lost_mm2:
+                raise RunError(
+                    f"the file has changed since it was done, when {lost:.3g} mm2 of it could not be read: "
+                    f"give --overwrite to do it again, or put the old file back"
+                )
+        job.folder.failure_json.unlink(missing_ok=True)  # of a command that was refused
+        return dataclasses.replace(record, status="done before")
+
+    def is_done(self, job: Job) -> bool:
+        """Whether a slide has results that are not to be made again, whoever made them."""
+        content = files.read_json(job.folder.slide_json)
+        return content is not None and self._counts(content)
+
+    def elsewhere(self, name: str) -> SlideRecord | None:
+        """The record of a slide that another run has finished, or failed at; the results are not looked at."""
+        record, content = ledger.read_finished(self._folder.slide(name))
+        if record is None:
+            record = self._failed(name)
+        elif not self._counts(content):
+            return None
+        return record and dataclasses.replace(record, slide=name)
+
+    def others(self, own: Collection[str]) -> list[SlideRecord]:
+        """The records of the slides that other commands have left in the folder, all but those of these names."""
+        return ledger.other_records(self._folder, own, self._settings)
+
+    def _counts(self, content: Mapping[str, Any]) -> bool:
+        """Whether results are not to be made again: with --overwrite those of its round, by this command or another."""
+        return not self._overwrite or content.get("overwrite") == self._overwrite
+
+    def _failed(self, name: str) -> SlideRecord | None:
+        """The record of a slide at which another run has failed since it was first looked at, which may be now.
+
+        A failure from before is tried again. Times are only compared for being the same: the clocks of machines differ.
+        """
+        folder = self._folder.slide(name)
+        written = files.mtime_ns(folder.failure_json)
+        before = self._failures_ns.setdefault(name, written)
+        return ledger.read_failure(folder) if written not in (None, before) else None
+
+
+def _check_scale(record: SlideRecord, source: Source, job: Job) -> None:
+    """Raise RunError where a slide was done at another scale than it has now: as is given, or as it states."""
+    now = job.scale.default_mpp if record.mpp_source == BY_DEFAULT else job.scale.mpp
+    if now is None and record.mpp_source in (FORCED, IN_MANIFEST) and not source.remote:
+        now = finished.stated_mpp(job.source)
+    if now is not None and record.mpp != round(now, 6):
+        raise RunError(f"it was done at mpp={record.mpp}, now mpp={now:g}: choose another --out, or --overwrite")
