@@ -404,4 +404,4 @@ def test_a_plan_is_printed_whatever_a_name_holds_and_whoever_reads_it(tmp_path: 
     assert (done.returncode, b"Traceback" in done.stderr, b"unexpected" in done.stderr) == (1, False, False)
     assert rb"x\u202ey" in done.stdout
     piped = subprocess.run(["bash", "-c", f"{shlex.join(command)} | head -1"], env=environment, capture_output=True)
-    assert (piped.stdout.split()[0], piped.stderr) == (b"slide", b"")
+    assert (piped.stdout.split()[0], piped.stderr.strip()) == (b"slide", b"")
