@@ -55,9 +55,8 @@ from slides.grid import Tile
 from slides.patches import PatchStore, cut
 from slides.slide import GivenScale, Slide, open_slide
 
-_SLIDE_STAGE_BYTES = (
-    1e9  # a process of more gives back what detection left free: stages of a whole slide need their own
-)
+# A process of more returns what detection left free before a stage of the whole slide, which needs memory of its own.
+_SLIDE_STAGE_BYTES = 1e9
 THUMBNAIL_PX, OVERLAY_PX = 1200, 3000  # longest sides of thumbnail.jpg and overlay.jpg
 
 
@@ -376,8 +375,10 @@ def stitch_slide(job: Job) -> StageRecord:
 
 
 def _remove_results(job: Job) -> None:
-    """Whatever an earlier run made of the slide, with other settings perhaps."""
+    """Whatever an earlier run made of the slide, with other settings perhaps; not what this round has made already."""
     job.check_lease()
+    if (files.read_json(job.folder.slide_json) or {}).get("overwrite") == job.overwrite:
+        return  # a second call of this stage, by a worker that was given up for lost
     job.folder.slide_json.unlink(missing_ok=True)  # first: without it, nothing else counts as a result
     for path in (job.folder.regions, *(job.folder.path / name for name in RESULTS)):
         files.remove(path)

@@ -16,11 +16,13 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Mount, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from pipeline import files
 from pipeline.layout import SlideFolder
-from pipeline.segment import annotations, tables
+from pipeline.segment import annotations
 from pipeline.view import deep_zoom, nuclei
 from pipeline.view.results import Results
 from slides.errors import NightslideError
+from slides.geometry import Box
 
 _STATIC = Path(__file__).parent / "static"
 _TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
@@ -228,14 +230,17 @@ def _annotation(results: Results, request: Request) -> Response:
     """GeoJSON with coordinates from the corner of the slide's bounds, as those of the picture."""
     folder = results.folder(request.path_params["slide"])
     path = _annotations(folder).get(request.path_params["name"])
+    try:
+        bounds = Box(*(files.read_json(folder.slide_json) or {})["bounds"])
+    except (KeyError, TypeError) as error:  # it is not done, or damaged: the picture says so
+        raise HTTPException(404) from error
     if path is None:
         raise HTTPException(404)
-    bounds = tables.read_provenance(folder.nuclei).bounds
     features = annotations.features_from(path, (bounds.x0, bounds.y0), bounds)
     return JSONResponse({"type": "FeatureCollection", "features": features}, media_type="application/geo+json")
 
 
 def _annotations(folder: SlideFolder) -> dict[str, Path]:
     """The files of annotations that there are, by what they outline."""
-    files = {"tissue": folder.tissue_annotation, "artefacts": folder.artefact_annotations}
-    return {name: path for name, path in files.items() if path.is_file()}
+    paths = {"tissue": folder.tissue_annotation, "artefacts": folder.artefact_annotations}
+    return {name: path for name, path in paths.items() if path.is_file()}

@@ -19,13 +19,17 @@ from oracle import chosen, files, paint
 from pipeline.archive import run as archive_run
 from pipeline.archive.lease import Leases
 from pipeline.archive.ledger import read_ledger
+from pipeline.archive.manifest import resolve
 from pipeline.archive.verify import verify_results
 from pipeline.config import Execution, Settings
 from pipeline.errors import ClusterLost, RunError
 from pipeline.layout import RunFolder
 from pipeline.model.fitted_stain import Normalisation
 from pipeline.model.instances import HostInstances, Patches
+from pipeline.segment import stages
+from pipeline.segment.job import Job
 from pipeline.segment.record import SlideRecord
+from slides.slide import GivenScale
 
 ONE = Execution(cluster=False, workers=1)
 AGAIN = dataclasses.replace(ONE, overwrite=True)
@@ -69,6 +73,21 @@ def test_a_slide_that_cannot_be_done_again_keeps_its_results(archive: Path, tmp_
     rows = segment(archive, out, execution=AGAIN, detect=fails)
     assert [row.status for row in rows.values()] == ["failed", "failed"]
     assert {name: files(out / name) for name in "ab"} == before
+    assert all(not problems for _, problems in verify_results(out))
+
+
+def test_a_stage_that_runs_twice_removes_nothing_new(archive: Path, tmp_path: Path) -> None:
+    """Dask may start a task again, whose worker seemed lost: it may come to its end when the slide is done."""
+    out, kept = tmp_path / "out", dataclasses.replace(AGAIN, keep_work=True)
+    segment(archive, out)
+    segment(archive, out, execution=kept)
+    manifest, source = resolve(chosen()), archive / "a.tif"
+    overwrite = json.loads((out / "a" / "slide.json").read_text())["overwrite"]
+    assert overwrite
+    before = (out / "a" / "slide.json").read_bytes()
+    job = Job(source, RunFolder(out).slide("a"), manifest, GivenScale(default_mpp=0.25), overwrite=overwrite)
+    stages.stitch_slide(job)
+    assert (out / "a" / "slide.json").read_bytes() == before
     assert all(not problems for _, problems in verify_results(out))
 
 
