@@ -124,7 +124,7 @@ StainSetting = Literal[StainMethod, "auto"]
 class Stain:
     """Stain normalisation, fitted once per slide and applied on the detector's device."""
 
-    method: Annotated[StainSetting, Parameter(name=["--stain.method", "--stain"], group=COMMON)] = "none"
+    method: Annotated[StainSetting, Parameter(name=["--stain.method", "--stain"], group=COMMON)] = "auto"
     "Stain normalisation method, fitted once per slide; auto: macenko where that raises the mean score of the detections, else none."
     patches: Annotated[int, Parameter(name="--stain.patches")] = 64
     "Number of tissue regions of 256 x 256 px that the stain is fitted on."

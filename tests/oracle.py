@@ -15,7 +15,7 @@ import numpy as np
 import shapely
 from PIL import Image
 
-from pipeline.config import Settings, Stitching, Tiling, Tissue
+from pipeline.config import Settings, Stain, Stitching, Tiling, Tissue
 from pipeline.model.fitted_stain import Normalisation
 from pipeline.model.instances import HostInstances, Patches
 from pipeline.segment import tables
@@ -78,6 +78,7 @@ def chosen(tile: int = 128, margin: int = 20, block: int = 2) -> Settings:
     return Settings(
         tissue=Tissue(everywhere=True),
         tiling=Tiling(mpp=0.25, tile=tile, margin=margin, block=block),
+        stain=Stain(method="none"),
         stitching=Stitching(max_diameter_um=2 * RADIUS * 0.25, simplify_px=0.0),
     )
 

@@ -1,5 +1,6 @@
 """What a script or a notebook calls: light to import, and as the README shows it."""
 
+import math
 import re
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import pytest
 import pipeline
 import slides
 from pipeline.api import CPU_SECONDS_PER_MM2
-from pipeline.config import Detector
+from pipeline.config import Detector, Stain
 from pipeline.errors import ConfigError, RunError
 from slides import phantom
 from slides.geometry import Size
@@ -50,13 +51,24 @@ def test_a_run_returns_the_ledger_and_resumes(place: Path) -> None:
 
 
 def test_a_plan_is_an_estimate_for_each_slide(place: Path) -> None:
-    cpu = pipeline.Settings(detector=Detector(device="cpu", views=4))
+    cpu = pipeline.Settings(detector=Detector(device="cpu", views=4), stain=Stain(method="none"))
     (estimate,) = pipeline.plan(place / "slides", cpu)
     assert (estimate.slide, estimate.problem) == ("case7", "")
     assert estimate.mpp == pytest.approx(0.25, abs=1e-3)
     assert estimate.hours == pytest.approx(estimate.tissue_mm2 * CPU_SECONDS_PER_MM2 * 4 / 3600)
     (faster,) = pipeline.plan(place / "slides", cpu, seconds_per_mm2=CPU_SECONDS_PER_MM2 / 10)
     assert faster.hours == pytest.approx(estimate.hours / 10)
+
+
+def test_a_plan_counts_what_the_choice_of_the_stain_takes(place: Path) -> None:
+    """Squares of 512 px, twice in one view, whatever the number of views."""
+    detector = Detector(device="cpu", views=4)
+    named, chosen = (
+        pipeline.plan(place / "slides", pipeline.Settings(detector=detector, stain=Stain(method=method)))[0]
+        for method in ("macenko", "auto")
+    )
+    squares = (chosen.hours - named.hours) * 3600 / CPU_SECONDS_PER_MM2 / 2 / 0.128**2
+    assert squares == pytest.approx(min(4, math.ceil(chosen.tissue_mm2 / 0.128**2)))
 
 
 def test_an_export_counts_the_nuclei_by_file(place: Path) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from pipeline.config import Stain, StainArchitecture, Tissue
 from pipeline.errors import AnnotationError, StainError
 from pipeline.files import committed
-from pipeline.model import dcgmm, stain
+from pipeline.model import dcgmm, stain, stain_fit
 from pipeline.model.dcgmm import ClusterNet
 from pipeline.model.deterministic import pointwise
 from pipeline.model.device import choose_device
@@ -124,10 +124,10 @@ def _stain_images(images: Sequence[Sample], mpp: float, least_px: int, say: Call
         if min(pixels.shape[:2]) < least_px:
             continue
         try:
-            taken = stain.sample(pixels[None], np.ones((1, *pixels.shape[:2]), bool))
+            taken = stain_fit.sample(pixels[None], np.ones((1, *pixels.shape[:2]), bool))
         except StainError:
             continue
-        usable.append(StainImage(pixels, taken.white, stain.density_level(taken.cells)))
+        usable.append(StainImage(pixels, taken.white, stain_fit.density_level(taken.cells)))
     if len(usable) < len(images):
         left_out = len(images) - len(usable)
         say(f"{left_out} of {len(images)} images left out: smaller than {least_px} px, or without a stain")
@@ -152,7 +152,7 @@ def _batch(images: Sequence[Sequence[StainImage]], training: StainTraining, step
         light = torch.from_numpy(crop.transpose(2, 0, 1).copy()).float()[None] / 255
         light = light / light.new_tensor(image.white)[:, None, None]
         colours = dcgmm.to_hsd(stain.optical_density(light).clamp(min=0))
-        stained = colours[:, :1] > stain.TISSUE_OD
+        stained = colours[:, :1] > stain_fit.TISSUE_OD
         if stained.float().mean() >= LEAST_TISSUE or rng.random() < 0.02:  # an image may have next to none
             density.append(colours[:, :1] / image.level)
             hsd.append(colours)
@@ -174,7 +174,7 @@ def typical_stain(
         for index in np.unique(np.linspace(0, len(images) - 1, TEMPLATE_IMAGES).astype(int)):
             pixels = _at_scale(images[index], mpp)[None]
             with contextlib.suppress(StainError):
-                fits.append(stain.fit(pixels, np.ones(pixels.shape[:3], bool), method, network).numbers)
+                fits.append(stain_fit.fit(pixels, np.ones(pixels.shape[:3], bool), method, network).numbers)
     if not fits:
         raise AnnotationError(_NO_STAIN)
     medians = {name: np.median([numbers[name] for numbers in fits], axis=0).round(6).tolist() for name in fits[0]}

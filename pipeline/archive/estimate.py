@@ -9,6 +9,7 @@ from pipeline.archive.sources import Source
 from pipeline.config import Settings, Stain
 from pipeline.errors import RunError
 from pipeline.model.weights import as_weights_state
+from pipeline.segment import stain_trial
 from pipeline.segment.finished import check_exports
 from pipeline.segment.plan import plan_slide
 from pipeline.segment.record import NO_TISSUE
@@ -33,7 +34,7 @@ class SlideEstimate(NamedTuple):
 def estimate_slide(source: Source, settings: Settings, seconds_per_mm2: float) -> SlideEstimate:
     """Open a slide, find its tissue, and say what a run would take. Reads a thumbnail only."""
     try:
-        unnormalised = dataclasses.replace(as_weights_state(settings), stain=Stain())
+        unnormalised = dataclasses.replace(as_weights_state(settings), stain=Stain(method="none"))
         if source.problem:
             raise RunError(source.problem)
         with open_slide(source.path, **source.scale._asdict()) as slide:
@@ -42,6 +43,9 @@ def estimate_slide(source: Source, settings: Settings, seconds_per_mm2: float) -
     except Exception as error:
         return SlideEstimate(source.name, one_line(error), 0, "", 0, 0, 0, 0)
     area = plan.tissue.area_mm2
+    detected = area * settings.detector.views
+    if settings.stain.method == "auto" and area:
+        detected += stain_trial.inference_mm2(plan.whole_tissue, plan.step)
     # a dense slide has 6,000 nuclei per mm2; each takes 415 bytes in the table and 284 in the zip
     return SlideEstimate(
         source.name,
@@ -50,7 +54,7 @@ def estimate_slide(source: Source, settings: Settings, seconds_per_mm2: float) -
         plan.scale.source,
         area,
         len(plan.tiles),
-        area * seconds_per_mm2 * settings.detector.views / 3600,
+        detected * seconds_per_mm2 / 3600,
         area * 6000 * 700 / 1e9,
         plan.notes if area else (*plan.notes, NO_TISSUE),
     )

@@ -18,16 +18,19 @@ from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from pipeline.config import StainArchitecture
 from pipeline.model import tensors, weights
-from pipeline.model.deterministic import upsample
+from pipeline.model.deterministic import softmax, upsample
 
 _NO_DENSITY = 1e-4  # less than the smallest step of 8 bits from white: chroma is undefined
 _SHRINK = 2  # the network works at half the work scale: nuclei are large, and it takes a quarter of the time
+_CHUNK = 8  # images in one pass of the network
 _POOLED = 1e-4  # of all pixels, a share that is added to every cluster, so that an empty one has a mean
 
 
@@ -139,6 +142,22 @@ def maximise(sums: Tensor, floor: float) -> Mixture:
     mean = sums[..., 1:4] / count
     variance = (sums[..., 4:7] / count - mean.square()).clamp(min=0)
     return Mixture(share / share.sum(-1, keepdim=True), mean, (variance + floor**2).sqrt())
+
+
+def fit(density: NDArray[np.floating], tissue: NDArray[np.bool_], level: float, network: ClusterNet) -> Mixture:
+    """The mixture of one slide: the E-step by the network, once; the M-step on all stained pixels.
+
+    density: optical densities (B, H, W, 3), 0 and more; tissue: bool (B, H, W), the pixels that count
+    level: the slide's mean, to which the network's input is relative; network: on the CPU
+    """
+    sums: list[Tensor] = []
+    with torch.inference_mode():
+        for first in range(0, len(density), _CHUNK):
+            few = slice(first, first + _CHUNK)
+            hsd = to_hsd(torch.from_numpy(density[few]).permute(0, 3, 1, 2))
+            counted = torch.from_numpy(tissue[few])[:, None]
+            sums.append(moments(hsd, softmax(network(hsd[:, :1] / level), 1), counted).sum(0))
+    return maximise(torch.stack(sums).sum(0), network.architecture.floor)
 
 
 def bound(hsd: Tensor, logits: Tensor, tissue: Tensor, floor: float) -> Tensor:

@@ -14,7 +14,7 @@ from pipeline.model.fitted_stain import UNCHANGED, Normalisation
 from pipeline.model.weights import detector_architecture, find_weights
 from pipeline.segment import stain_trial
 from pipeline.segment.regions import RegionFile, read_regions
-from pipeline.segment.slide_stain import fit_slide, template_stain
+from pipeline.segment.slide_stain import fit_slide, network_of, template_stain
 from pipeline.segment.tissue_map import find_tissue_and_artefacts
 from slides.artefacts import ArtefactMap
 from slides.geometry import Affine, Box, Frame, Size
@@ -146,10 +146,8 @@ def _normalisation(slide: Slide, tissue: TissueMap, settings: Settings) -> tuple
     """How the slide is normalised; and a note where it cannot be, although the settings ask for it."""
     if settings.stain.method == "none":
         return UNCHANGED, ()
-    from pipeline.model.load import stain_network
-
     target = template_stain(settings.stain, settings.tissue, settings.tiling.mpp)
-    network = stain_network(settings.stain)
+    network = network_of(settings.stain)
     try:
         fitted = fit_slide(slide, tissue, settings.stain, network)
     except StainError as error:

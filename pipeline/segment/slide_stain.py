@@ -1,7 +1,7 @@
 """The stain of a slide, fitted on regions spread over its tissue, and the template's stain that it is normalised to.
 
 Everything here is computed on the CPU, whatever the detector's device: a worker that plans needs none. torch is loaded
-only where a stain is fitted.
+only for dcgmm.
 """
 
 import functools
@@ -12,6 +12,7 @@ import numpy as np
 
 from pipeline.config import Stain, Tissue
 from pipeline.errors import StainError
+from pipeline.model import stain_fit
 from pipeline.model.fitted_stain import TEMPLATE, FittedStain, read_template
 from pipeline.model.weights import check_content, stain_files, stamp
 from pipeline.segment.tissue_map import find_tissue
@@ -26,15 +27,22 @@ if TYPE_CHECKING:
 REGION_PX = 256  # side of the regions that a fit pools, work px
 
 
+def network_of(settings: Stain) -> "ClusterNet | None":
+    """The network that the stain is fitted with, which only dcgmm has. Raises WeightsError."""
+    if settings.method != "dcgmm":
+        return None
+    from pipeline.model.load import stain_network
+
+    return stain_network(settings)
+
+
 def fit_slide(slide: Slide, tissue: TissueMap, settings: Stain, network: "ClusterNet | None") -> FittedStain:
     """The slide's stain, from `settings.patches` regions spread evenly over its tissue.
 
-    network: see `stain.fit`. Raises StainError where no stain can be fitted.
+    network: see `stain_fit.fit`. Raises StainError where no stain can be fitted.
     """
     if settings.fitted == "none":
         return TEMPLATE["none"]
-    from pipeline.model import stain
-
     size, regions, masks = tissue.work.size, [], []
     for box in spread(tissue, settings.patches, REGION_PX):
         pixels, lost = slide.read_decodable(box, tissue.work)
@@ -44,7 +52,7 @@ def fit_slide(slide: Slide, tissue: TissueMap, settings: Stain, network: "Cluste
         masks.append(~lost)
     if not regions:
         raise StainError("no tissue was found to fit the stain on")
-    return stain.fit(np.stack(regions), np.stack(masks), settings.fitted, network)
+    return stain_fit.fit(np.stack(regions), np.stack(masks), settings.fitted, network)
 
 
 def spread(tissue: TissueMap, count: int, side: int) -> list[Box]:
@@ -103,7 +111,5 @@ def _template_stain(
 ) -> FittedStain:
     files = stain_files(settings)
     if "template" in files:
-        from pipeline.model import load
-
-        return fit_template(files["template"], settings, tissue_settings, mpp, load.stain_network(settings))
+        return fit_template(files["template"], settings, tissue_settings, mpp, network_of(settings))
     return read_template(files["weights"]) if "weights" in files else TEMPLATE[settings.fitted]

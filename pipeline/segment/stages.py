@@ -147,7 +147,7 @@ def choose_stain(job: Job, detect: Detect | None = None) -> StageRecord:
         return StageRecord()
     with job.open() as slide:
         patches = [slide.read_decodable(square, plan.frame)[0] for square in plan.trials]
-    settings = stain_trial.one_view(job.settings)
+    settings = stain_trial.own_settings(job.settings)
 
     def mean_score(tried: Normalisation) -> float:
         return stain_trial.mean_score(job.while_leased((detect or _detector())(patches, tried, settings)))

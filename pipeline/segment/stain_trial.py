@@ -9,15 +9,15 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from pipeline.config import Settings
+from pipeline.config import Settings, Tiling
 from pipeline.model.instances import HostInstances
 from pipeline.segment.slide_stain import spread
 from slides.geometry import Box
 from slides.tissue import TissueMap
 
-# Of the squares: four million px at most, thousands of nuclei. They do not depend on the tiling. On a CPU, nor does the
-# choice; for a GPU they are filled up to the sizes of tiles.
-SIDE_PX, MOST = 512, 16
+# Of the squares: four million px at most, thousands of nuclei; on a small slide a tenth of it, but a million px, as
+# many as the images have with which the rule was measured.
+SIDE_PX, MOST, FEWEST, SHARE = 512, 16, 4, 0.1
 
 
 def squares(tissue: TissueMap, step: int) -> tuple[Box, ...]:
@@ -25,14 +25,28 @@ def squares(tissue: TissueMap, step: int) -> tuple[Box, ...]:
 
     step: sides are a multiple of it, as the detector needs; `config.grid_step`
     """
-    area_px = tissue.area_mm2 * (1000 / tissue.work.mpp) ** 2
-    side = max(1, SIDE_PX // step) * step
-    return tuple(spread(tissue, min(MOST, math.ceil(area_px / side**2)), side))
+    side = _side(step)
+    cover = tissue.area_mm2 * (1000 / tissue.work.mpp) ** 2 / side**2
+    return tuple(spread(tissue, min(MOST, math.ceil(cover), max(FEWEST, math.ceil(SHARE * cover))), side))
 
 
-def one_view(settings: Settings) -> Settings:
-    """The settings of a trial: the rule was measured with one view, and more would take longer."""
-    return dataclasses.replace(settings, detector=dataclasses.replace(settings.detector, views=1))
+def _side(step: int) -> int:
+    return max(1, SIDE_PX // step) * step
+
+
+def inference_mm2(tissue: TissueMap, step: int) -> float:
+    """How much is detected for a trial: all squares, without normalisation and with it."""
+    return 2 * len(squares(tissue, step)) * (_side(step) * tissue.work.mpp / 1000) ** 2
+
+
+def own_settings(settings: Settings) -> Settings:
+    """The settings of a trial. It is of one view, with which the rule was measured; more would take longer.
+
+    Its tiling is its own, so that the choice does not depend on that of the run: for a GPU patches are filled up to the
+    sizes of tiles.
+    """
+    detector = dataclasses.replace(settings.detector, views=1)
+    return dataclasses.replace(settings, detector=detector, tiling=Tiling(mpp=settings.tiling.mpp, tile=2 * SIDE_PX))
 
 
 def mean_score(squares: Iterable[HostInstances]) -> float:

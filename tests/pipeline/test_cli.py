@@ -171,9 +171,15 @@ def test_shipped_configurations_are_valid() -> None:
         (["run", "x.svs", "--out", "o", "--mpp", "nan"], "mpp=nan: need 0.05 to 5"),
         (["plan", "x.svs", "--mpp", "1e9"], "mpp=1000000000.0: need 0.05 to 5"),
         (["plan", ".", "--seconds-per-mm2", "0"], "seconds-per-mm2=0.0: need more than 0"),
-        (["run", "x.svs", "--out", "o", "--stain.template", "y.png"], "has no effect without stain normalisation"),
-        (["plan", "x.svs", "--stain.template", "y.png"], "has no effect without stain normalisation"),
-        (["demo", "--stain.template", "y.png"], "has no effect without stain normalisation"),
+        (
+            ["run", "x.svs", "--out", "o", "--stain", "none", "--stain.template", "y.png"],
+            "has no effect without stain normalisation",
+        ),
+        (
+            ["plan", "x.svs", "--stain", "none", "--stain.template", "y.png"],
+            "has no effect without stain normalisation",
+        ),
+        (["demo", "--stain", "none", "--stain.template", "y.png"], "has no effect without stain normalisation"),
         (["run", "x.svs", "--out", "o", "--detector.device", "gpu"], "device='gpu': need cpu, cuda, cuda:N or auto"),
         (["run", "x.svs", "--out", "o", "--detector.device", "cuda:99"], "device='cuda:99': this machine shows"),
         (

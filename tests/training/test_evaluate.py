@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from pipeline.archive.sources import find_slides
-from pipeline.config import Architecture, Detector, Execution, Settings, Stitching, Tiling, Tissue
+from pipeline.config import Architecture, Detector, Execution, Settings, Stain, Stitching, Tiling, Tissue
 from pipeline.errors import AnnotationError
 from pipeline.model import inference
 from pipeline.model.detector import NucleusDetector, save_weights
@@ -98,6 +98,7 @@ def settings(weights: Path) -> Settings:
     return Settings(
         tissue=Tissue(everywhere=True),
         tiling=Tiling(mpp=0.25, tile=192, margin=64),
+        stain=Stain(method="none"),
         stitching=Stitching(max_diameter_um=5.0, simplify_px=0.0),
         detector=Detector(weights=str(weights), score=0.6),
     )

@@ -15,7 +15,7 @@ from pipeline.config import StainArchitecture
 from pipeline.errors import AnnotationError, ConfigError, StainError
 from pipeline.model import dcgmm
 from pipeline.model.fitted_stain import read_template
-from pipeline.model.stain import fit
+from pipeline.model.stain_fit import fit
 from pipeline.model.weights import read_notes
 from training.config import StainTraining
 from training.data.sample import LabelledImage, Sample

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.config import Execution
+from pipeline.config import Execution, Settings, Stain
 from pipeline.errors import ConfigError
 from pipeline.model import fuse, views
 
@@ -33,11 +33,14 @@ def test_each_choice_is_what_the_detector_is_shown(
         return infer(model, images, chosen, *others)
 
     monkeypatch.setattr(fuse, "infer", recorded)
-    assert script.compare(data=[tmp_path], mpp=(0.25,), choice=("0", "0,5"), score=(0.6, 0.7)) == 0
+    plain = Settings(stain=Stain(method="none"))
+    assert script.compare(data=[tmp_path], mpp=(0.25,), choice=("0", "0,5"), score=(0.6, 0.7), settings=plain) == 0
     assert shown == [every[:1], (every[0], every[5])]
     assert [line.split(" | ")[0] for line in capsys.readouterr().out.splitlines()[2:]] == ["| 0", "| 0,5"]
-    with pytest.raises(ConfigError, match="do not know of other choices"):
-        script.compare(data=[tmp_path], mpp=(0.25,), execution=Execution(cluster=True))
+    with pytest.raises(ConfigError, match="need --stain none"):
+        script.compare(data=[tmp_path], mpp=(0.25,), settings=plain, execution=Execution(cluster=True))
+    with pytest.raises(ConfigError, match="need --stain none"):
+        script.compare(data=[tmp_path], mpp=(0.25,))
     for wrong in ("0,0", "0,8", "0,1,2", "", "0,x"):
         with pytest.raises(ConfigError, match=f"choice={wrong}: need 1, 2, 4 or 8 different numbers, 0 to 7"):
             script.parse(wrong)

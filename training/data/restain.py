@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 
 from pipeline.errors import StainError
 from pipeline.model.fitted_stain import TEMPLATE, FittedStain, Normalisation
-from pipeline.model.stain import Normaliser, fit
+from pipeline.model.stain import Normaliser
+from pipeline.model.stain_fit import fit
 from training.config import Training
 
 MOST_GAIN = 1.5

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pipeline.errors import StainError
-from pipeline.model import dcgmm, stain
+from pipeline.model import dcgmm, stain, stain_fit
 from pipeline.model.dcgmm import ClusterNet
 from pipeline.model.fitted_stain import METHODS, FittedStain, Normalisation
 from pipeline.model.weights import find_weights
@@ -72,7 +72,7 @@ def at_scale(sample: Sample) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
 
 def fit(image: NDArray[np.uint8], method: str, network: ClusterNet | None) -> FittedStain | None:
     try:
-        return stain.fit(image[None], np.ones((1, *image.shape[:2]), bool), method, network)
+        return stain_fit.fit(image[None], np.ones((1, *image.shape[:2]), bool), method, network)
     except StainError:
         return None
 

@@ -4,7 +4,7 @@
 
 DIR holds nuinsseg, tnbc, consep_train, dsb2018_tissue and kumar. Of kumar only the split `train` is used, for training
 and for scoring: its test images choose nothing. Every fold is trained by the recipe of the shipped weights, but for the
-flags that are given, and scored with one view, no stain normalisation and the default thresholds. OUT gets a folder
+flags that are given, and scored with one view, the default stain normalisation and thresholds. OUT gets a folder
 for each training, and a JSON file of all scores, breakdown included, for each fold. The same command continues: a fold
 that has its file is not done again, a training that was interrupted goes on from its checkpoint. Prints a markdown
 table, with the mean over the sets; on the way, how long every fold took.

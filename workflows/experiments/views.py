@@ -47,7 +47,9 @@ def compare(
 ) -> int:
     """Score choices of views."""
     if execution.cluster or execution.scheduler or execution.scheduler_file or settings.stain.method == "auto":
-        raise ConfigError("--cluster, --scheduler and --stain auto do not know of other choices: leave them out")
+        raise ConfigError(
+            "--cluster, --scheduler and --stain auto know of no other views: need --stain none, and no cluster"
+        )
     chosen = {c: parse(c) for c in choice}
     sets = [gather([s.data], s.splits, [s.mpp] if s.mpp else []) for s in requested_sets(data, split, mpp)]
     images = EvaluationSet(tuple(image for one in sets for image in one.images), ())

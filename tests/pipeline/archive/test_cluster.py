@@ -29,7 +29,7 @@ PATHS = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
 SLIDES = 3
 FLAGS = [
     *("--mpp", "0.25", "--tissue.everywhere", "--tiling.tile", "128", "--tiling.margin", "20", "--tiling.block", "1"),
-    *("--stitching.max-diameter-um", "4.5", "--stitching.simplify-px", "0"),
+    *("--stitching.max-diameter-um", "4.5", "--stitching.simplify-px", "0", "--stain", "none"),
 ]
 
 

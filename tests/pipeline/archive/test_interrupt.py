@@ -20,6 +20,7 @@ ALL_IN_ONE = 8  # the slide's 20 tiles are one block
 FLAGS = [
     *("--mpp", "0.25", "--tissue.everywhere", "--tiling.tile", "128", "--tiling.margin", "20"),
     *("--tiling.block", str(ALL_IN_ONE), "--stitching.max-diameter-um", "4.5", "--stitching.simplify-px", "0"),
+    *("--stain", "none"),
 ]
 
 

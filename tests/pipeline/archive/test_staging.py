@@ -149,6 +149,7 @@ def test_a_slide_that_fails_leaves_no_copy_and_stops_no_other(archive: Path, tmp
 def command(archive: Path, out: Path, stage: Path, seconds: float) -> subprocess.Popen[str]:
     flags = ["--mpp", "0.25", "--tissue.everywhere", "--tiling.tile", "128", "--tiling.margin", "20"]
     flags += ["--tiling.block", "2", "--stitching.max-diameter-um", "4.5", "--stitching.simplify-px", "0"]
+    flags += ["--stain", "none"]
     flags += ["--no-cluster", "--workers", "3", "--stage", str(stage)]
     code = "import sys, oracle; oracle.command(*sys.argv[1:])"
     return subprocess.Popen(

@@ -4,6 +4,9 @@ import csv
 import dataclasses
 import functools
 import json
+import math
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +14,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import settings as checked
+from hypothesis import strategies as st
 from PIL import Image
 
 from pipeline.archive.run import run
@@ -24,7 +30,12 @@ from pipeline.segment.plan import Plan, plan_slide, read_plan
 from pipeline.segment.record import StageRecord
 from pipeline.segment.regions import RegionFile
 from pipeline.segment.stages import Detect
+from slides.geometry import Affine, Frame, Size
 from slides.slide import GivenScale, open_slide
+from slides.tissue import TissueMap
+
+ROOT = Path(stain_trial.__file__).parents[2]
+SAME = Affine(1.0, 1.0, 0.0, 0.0)
 
 
 def chosen(method: Any = "auto", tile: int = 256) -> Settings:
@@ -72,10 +83,10 @@ def slide(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def segment(slide: Path, out: Path, settings: Settings, detect: Detect) -> tuple[dict[str, Any], dict[str, str]]:
+def segment(slide: Path, out: Path, wanted: Settings, detect: Detect) -> tuple[dict[str, Any], dict[str, str]]:
     """slide.json, and the row of the ledger."""
     execution = Execution(cluster=False, workers=1)
-    (record,) = run([slide], out, settings, execution, mpp=0.25, detect=detect, say=lambda line: None)
+    (record,) = run([slide], out, wanted, execution, mpp=0.25, detect=detect, say=lambda line: None)
     assert record.status == "done", record.cause
     with (out / "ledger.csv").open(newline="") as file:
         (row,) = csv.DictReader(file)
@@ -126,6 +137,49 @@ def test_where_it_is_tried_depends_on_the_slide_alone(slide: Path, tmp_path: Pat
     restricted = planned(slide, chosen(), RegionFile.of(drawn, crop=True))
     assert restricted.tissue.area_mm2 < 0.1 * planned(slide, chosen()).tissue.area_mm2
     assert restricted.trials == squares
+
+
+@given(area_mm2=st.floats(0.001, 60), seed=st.integers(0, 9))
+@checked(max_examples=30)
+def test_a_large_slide_is_tried_in_a_few_places_and_a_small_one_in_a_tenth(area_mm2: float, seed: int) -> None:
+    """Law: at most 4 million px, at most a tenth where that is a million px or more, and never more than there is."""
+    side = math.ceil(math.sqrt(area_mm2) * 1000 / 8)  # of the mask, px of 8 um
+    mask = np.random.default_rng(seed).random((side, side)) < 0.9
+    tissue = TissueMap(mask, Frame(Size(side, side), 8.0, SAME), Frame(Size(side * 32, side * 32), 0.25, SAME))
+    count, cover = len(stain_trial.squares(tissue, 64)), math.ceil(tissue.area_mm2 / 0.128**2)
+    assert count == min(16, cover, max(4, math.ceil(tissue.area_mm2 / 0.128**2 / 10)))
+    assert stain_trial.inference_mm2(tissue, 64) == pytest.approx(2 * count * 0.128**2)
+
+
+def test_the_choice_does_not_depend_on_the_tiling_of_a_gpu(slide: Path, tmp_path: Path) -> None:
+    """There, patches are filled up to the sizes of tiles: a trial has its own, whatever the run's, and one view."""
+    seen: list[Settings] = []
+
+    def recording(patches: Patches, normalisation: Normalisation, settings: Settings) -> Iterator[HostInstances]:
+        seen.append(settings)
+        return detector(none=0.8, macenko=0.9)(patches, normalisation, settings)
+
+    for tile in (256, 512):
+        seen.clear()
+        wanted = chosen(tile=tile)
+        wanted = dataclasses.replace(wanted, detector=dataclasses.replace(wanted.detector, views=4))
+        segment(slide, tmp_path / str(tile), wanted, recording)
+        assert seen[0] == seen[1]
+        assert (seen[0].tiling, seen[0].detector.views) == (Tiling(mpp=0.25, tile=1024), 1)
+        assert {s.tiling.tile for s in seen[2:]} == {tile}
+
+
+def test_a_slide_is_planned_without_torch(slide: Path) -> None:
+    """Law: a process that plans and tiles, one for every core beside a GPU, need not load what detects."""
+    code = (
+        "import sys; from pathlib import Path; from pipeline.config import Settings, Tiling, Tissue; "
+        "from pipeline.segment.plan import plan_slide; from slides.slide import open_slide\n"
+        f"with open_slide(Path({str(slide)!r}), mpp=0.25) as opened:\n"
+        "    plan = plan_slide(opened, Settings(tissue=Tissue(everywhere=True), tiling=Tiling(mpp=0.25)))\n"
+        "print(plan.normalisation.source.method, len(plan.trials) > 0, 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["macenko", "True", "False"]
 
 
 @pytest.mark.parametrize("method", ["none", "macenko", "reinhard"])
