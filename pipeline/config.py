@@ -312,11 +312,11 @@ class Execution:
     """How the work is scheduled; none of it changes a result."""
 
     workers: int = 0
-    "Worker processes that read, tile and outline, or threads with --no-cluster; 0: as many as this machine can use."
+    "Worker processes that read, tile, outline and export, beside those that detect, or threads with --no-cluster; 0: as many as this machine can use."
     gpus: int = -1
     "GPUs of this machine to use, one process each; -1: all."
     memory_limit: str = "auto"
-    "Memory at which a worker process is restarted, such as 8GB, at least 1GB; auto: its share of this machine's, with a GPU four times as much."
+    "Memory at which a worker process is restarted, such as 8GB, at least 1GB; auto: its share of this machine's, twice as much for one that detects, four times on a GPU."
     cluster: bool = True
     "Start worker processes on this machine, so that the crash of one is survived; --no-cluster: work in threads of one process."
     scheduler: str = ""

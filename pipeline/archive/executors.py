@@ -13,7 +13,7 @@ import logging
 import multiprocessing
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
@@ -334,30 +334,32 @@ class WorkerSpec(NamedTuple):
     threads: int
     resources: dict[str, float]
     environment: dict[str, str]
+    memory: int  # its share of the machine's, at which it is restarted
 
 
 def worker_specs(workers: int, cores: int, gpus: list[str]) -> list[WorkerSpec]:
-    """The worker processes of a machine: one for every GPU, and others for the CPU.
+    """The worker processes of a machine: those that detect, and others beside them, which need no torch.
 
-    workers: processes for the CPU, 0: as many as the cores can use; gpus: as CUDA_VISIBLE_DEVICES names them.
-    GPUs are fed by all cores that are left. Without one, every process computes too, one for eight cores.
+    workers: processes that do not detect, 0: as many as the cores can use; gpus: as CUDA_VISIBLE_DEVICES names them.
+    One process detects on every GPU, which are fed by all cores that are left; without one, eight cores have one.
+    A process that detects may take more memory than one that does not: on a GPU, it holds CUDA's libraries and batches.
     """
     if gpus:
         beside = workers or max(1, cores - len(gpus))
-        computing = [WorkerSpec(2, {"GPU": 1}, {"CUDA_VISIBLE_DEVICES": gpu, "OMP_NUM_THREADS": "1"}) for gpu in gpus]
-        return computing + [WorkerSpec(1, {"CPU": 1}, {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})] * beside
-    count = workers or max(1, cores // 8)
-    share = max(1, cores // count)
-    beside = min(4, share)
-    return [WorkerSpec(2 + beside, {"GPU": 1, "CPU": beside}, {"OMP_NUM_THREADS": str(share)})] * count
+        detecting = [_detecting({"CUDA_VISIBLE_DEVICES": gpu, "OMP_NUM_THREADS": "1"}, memory=4) for gpu in gpus]
+        return detecting + [_beside(1)] * beside
+    count = max(1, cores // 8)
+    beside = workers or count
+    detecting = [_detecting({"OMP_NUM_THREADS": str(max(1, cores // count))}, memory=2)] * count
+    return detecting + [_beside(min(4, max(1, cores // beside)))] * beside
 
 
-def memory_shares(specs: Sequence[WorkerSpec]) -> list[int]:
-    """How the memory of the machine is divided among these processes: a share is where one is restarted.
+def _detecting(environment: dict[str, str], memory: int) -> WorkerSpec:
+    return WorkerSpec(2, {"GPU": 1}, environment, memory)
 
-    One that only detects may take four times as much as those that feed it: it holds CUDA's libraries and batches.
-    """
-    return [4 if spec.resources == {"GPU": 1} else 1 for spec in specs]
+
+def _beside(threads: int) -> WorkerSpec:
+    return WorkerSpec(threads, {"CPU": threads}, {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}, 1)
 
 
 @contextmanager
@@ -369,9 +371,8 @@ def _start(execution: Execution, device: str) -> Iterator[Any]:
 
     gpus = _gpus(execution, device)
     chosen = worker_specs(execution.workers, _cores(), gpus)
-    shares = memory_shares(chosen)
-    log = logging.getLogger(__name__)
-    limits = [parse_memory_limit(execution.memory_limit, share, sum(shares), logger=log) for share in shares]
+    log, whole = logging.getLogger(__name__), sum(spec.memory for spec in chosen)
+    limits = [parse_memory_limit(execution.memory_limit, spec.memory, whole, logger=log) for spec in chosen]
     workers = {
         number: {
             "cls": Nanny,

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Memory and scratch space stay bounded however large the slide: one replicated to 44,400 x 44,505 px, segmented with a
-# tiny detector by two worker processes, while their memory is sampled from outside.
+# tiny detector by two worker processes, of which one detects, while their memory is sampled from outside.
 #   workflows/benchmarks/giant.sh SLIDE TNBC WORK [flags of nightslide run]
 # SLIDE: CMU-1-Small-Region.svs. TNBC: the dataset that the tiny detector is trained on, in a minute; its detections are
 # right in number and size only. WORK: a folder for everything; its giant.tif and tiny.safetensors are reused.
@@ -28,4 +28,4 @@ fi
 results=$work/results-$(date +%Y%m%d-%H%M%S)
 python "$here/watch.py" --tsv "$results.tsv" --folder "$results/**/work" --folder "$results" -- \
     nightslide run "$work/giant.tif" --out "$results" --weights "$work/tiny.safetensors" \
-    --tiling.mpp 0.5 --detector.score 0.5 --detector.proposals-per-mm2 16000 --workers 2 "$@"
+    --tiling.mpp 0.5 --detector.score 0.5 --detector.proposals-per-mm2 16000 --workers 1 "$@"
