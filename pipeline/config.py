@@ -271,7 +271,7 @@ class Export:
         require(10 <= self.density_um <= 10_000, f"density-um={self.density_um}: need 10 to 10000 um")
 
 
-WORK_FORMAT = 10
+WORK_FORMAT = 11
 "Version of the files in a slide's work folder: raised with every change after which older ones must not be continued."
 
 

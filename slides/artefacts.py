@@ -294,7 +294,7 @@ def _folds(density: NDArray[np.float32], dark: Floats, own: _Own, mpp: float) ->
     alike = density[2] < (own.blue_shares[1] + _VIOLET_OF_TISSUE) * density.sum(axis=0)
     seeds = without_small(alike & (dark > _DARK), _FOLD_UM2 / mpp**2)
     rest = seeds | (alike & (dark > _CONTINUED))
-    folds: Mask = scipy.ndimage.binary_dilation(seeds, np.ones((3, 3)), round(_RIM_UM / mpp), mask=rest)
+    folds: Mask = scipy.ndimage.binary_dilation(seeds, np.ones((3, 3)), max(1, round(_RIM_UM / mpp)), mask=rest)
     return folds
 
 

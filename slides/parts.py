@@ -87,7 +87,7 @@ def _of_series(series: str, name: str, directory: Directory) -> Iterator[str]:
             continue
         try:
             header = _header(other, directory)
-        except SlideUnreadable:  # of an unknown series
+        except (SlideUnreadable, OSError):  # of an unknown series
             continue
         if header is not None and header.series == series:
             yield other

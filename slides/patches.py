@@ -40,6 +40,7 @@ _WHITE = 255
 # A block's entry in `done`: bytes of its region; sha256 of the store's metadata, the region's CRC-32 and the lost
 # shares. A sha256 of the region would take longer than writing it.
 _MARK = struct.Struct("<Q32s")
+_LARGEST_METADATA = 2**20  # bytes; ours has a few kB
 
 Pixels = NDArray[np.uint8]
 Shares = NDArray[np.float32]
@@ -97,7 +98,7 @@ class PatchStore:
                 )
         store = cls(path, grid, digest)
         for name, content in _metadata(grid, digest).items():
-            if _content(path / name).tobytes() != content:
+            if _content(path / name, len(content)).tobytes() != content:
                 store._replace(name, np.frombuffer(content, np.uint8))
         return store
 
@@ -151,10 +152,13 @@ class PatchStore:
     def _files(self, block: int) -> _Files | None:
         """The block's files, if they match its entry in `done`; else None."""
         names = _names(*self.grid.block_place(block))
-        mark = _content(self.path / names.mark).tobytes()
+        mark = _content(self.path / names.mark, _MARK.size).tobytes()
         if len(mark) != _MARK.size:
             return None
-        files = _Files(_content(self.path / names.region), _content(self.path / names.lost))
+        region_bytes, lost_bytes = _MARK.unpack(mark)[0], self.grid.block**2 * 4
+        if region_bytes not in (0, block_side(self.grid) ** 2 * 3):
+            return None
+        files = _Files(_content(self.path / names.region, region_bytes), _content(self.path / names.lost, lost_bytes))
         return files if self._mark(files) == mark else None
 
     def _mark(self, files: _Files) -> bytes:
@@ -227,11 +231,15 @@ def _stored(array: NDArray[Any], fill: int) -> Pixels:
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
 
 
-def _content(file: Path) -> Pixels:
-    """All bytes of a file, in a new array; none where it is missing, or the disk does not give them."""
+def _content(file: Path, most: int) -> Pixels:
+    """All bytes of a file, in a new array; none where it is missing, has more than `most`, or the disk gives none.
+
+    A damaged file may be of any size.
+    """
     try:
         with file.open("rb", buffering=0) as stream:
-            content = np.empty(os.fstat(stream.fileno()).st_size, np.uint8)
+            size = os.fstat(stream.fileno()).st_size
+            content = np.empty(size if size <= most else 0, np.uint8)
             filled = 0
             while filled < content.size and (count := stream.readinto(content[filled:].data)):
                 filled += count
@@ -285,7 +293,7 @@ def _identity(grid: TileGrid, digest: str) -> dict[str, Any]:
 def _stated_identity(path: Path) -> dict[str, Any] | None:
     """The identity that the store on disk records; None where there is no store, or its attributes are damaged."""
     try:
-        attributes = json.loads(_content(path / "zarr.json").tobytes())["attributes"]
+        attributes = json.loads(_content(path / "zarr.json", _LARGEST_METADATA).tobytes())["attributes"]
         identity = {name: attributes[name] for name in ("digest", "grid")}
         return identity if attributes["sha256"] == _checksum(identity) else None
     except (ValueError, TypeError, KeyError, RecursionError):

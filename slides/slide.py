@@ -553,6 +553,8 @@ def _directory_beyond(file: IO[bytes], size: int) -> int | None:
     visited: set[int] = set()
     while offset and offset not in visited:
         visited.add(offset)
+        if offset >= size:
+            return offset
         file.seek(offset)
         count_bytes = file.read(struct.calcsize(count_code))
         if len(count_bytes) < struct.calcsize(count_code):

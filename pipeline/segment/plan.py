@@ -13,6 +13,7 @@ from pipeline.layout import SlideFolder
 from pipeline.model.fitted_stain import UNCHANGED, Normalisation
 from pipeline.model.weights import detector_architecture, find_weights
 from pipeline.segment import stain_trial
+from pipeline.segment.record import StageRecord
 from pipeline.segment.regions import RegionFile, read_regions
 from pipeline.segment.slide_stain import fit_slide, network_of, template_stain
 from pipeline.segment.tissue_map import find_tissue_and_artefacts
@@ -45,6 +46,7 @@ class Plan(NamedTuple):
     notes: tuple[str, ...]  # warnings, such as why it is not normalised
     trials: tuple[Box, ...] = ()  # work px: where the normalisation is to be tried; () once it is chosen or dropped
     trial_scores: tuple[float, float] | None = None  # the mean scores without and with it, where it was tried
+    trial_work: StageRecord = StageRecord()  # what that took
     file: tuple[int, int] = (0, 0)  # bytes and mtime (ns) of the slide's own file
     overwrite: str = ""  # as in `Job`
 
@@ -111,7 +113,8 @@ def plan_slide(slide: Slide, settings: Settings, regions: RegionFile | None = No
     if regions is not None:
         drawn = read_regions(regions, slide.bounds)
         artefacts = artefacts._replace(tissue=drawn.restrict(artefacts.tissue))
-        notes = (f"restricted to {drawn.describe_chosen(regions.path)}", *notes)
+        judged = "" if settings.tissue.artefacts == "off" else ", and blur is judged within them"
+        notes = (f"restricted to {drawn.describe_chosen(regions.path)}{judged}", *notes)
     tissue = _reported(artefacts, settings)
     if slide.scale.source == FORCED:
         notes = (f"its scale is {slide.scale.x:g} µm/px by --force-mpp, whatever it states", *notes)
@@ -188,6 +191,7 @@ def write_plan(plan: Plan, folder: SlideFolder, digest: str) -> None:
         "notes": plan.notes,
         "trials": plan.trials,
         "trial_scores": plan.trial_scores,
+        "trial_work": plan.trial_work.to_json(),
         "file": plan.file,
         "overwrite": plan.overwrite,
     }
@@ -223,6 +227,7 @@ def load_plan(folder: SlideFolder, digest: str) -> Plan | None:
         tuple(content["notes"]),
         tuple(Box(*box) for box in content["trials"]),
         None if content["trial_scores"] is None else (content["trial_scores"][0], content["trial_scores"][1]),
+        StageRecord.from_json(content["trial_work"]),
         (content["file"][0], content["file"][1]),
         content["overwrite"],
     )
@@ -236,7 +241,8 @@ def _frame(stored: list[Any]) -> Frame:
 def read_plan(folder: SlideFolder, digest: str) -> Plan:
     """The same, read once per process. Raises ScratchLost where it is missing or damaged."""
     try:
-        return _read_plan(folder, digest, folder.plan.stat().st_mtime_ns)
+        stat = folder.plan.stat()
+        return _read_plan(folder, digest, (stat.st_mtime_ns, stat.st_size, stat.st_ino))
     except FileNotFoundError:
         raise ScratchLost(f"{folder.plan} is missing") from None
 
@@ -254,7 +260,7 @@ def reported_tissue(plan: Plan, artefacts: ArtefactMap, settings: Settings) -> T
 
 
 @functools.lru_cache(maxsize=32)
-def _read_plan(folder: SlideFolder, digest: str, _changed_ns: int) -> Plan:
+def _read_plan(folder: SlideFolder, digest: str, _file: tuple[int, ...]) -> Plan:
     plan = load_plan(folder, digest)
     if plan is None:
         raise ScratchLost(f"{folder.plan} or its tissue mask is damaged")

@@ -5,6 +5,7 @@ only for dcgmm.
 """
 
 import functools
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -56,15 +57,23 @@ def fit_slide(slide: Slide, tissue: TissueMap, settings: Stain, network: "Cluste
 
 
 def spread(tissue: TissueMap, count: int, side: int) -> list[Box]:
-    """At most `count` squares spread evenly over the tissue, in work px; within the slide where it is large enough."""
-    rows, columns = np.nonzero(tissue.mask)
-    if not len(rows):
+    """At most `count` squares spread evenly over the tissue, in work px; within the slide where it is large enough.
+
+    The tissue is divided into strips of rows of equal area, and each of these into as many parts, side by side; in the
+    middle of each part is a square.
+    """
+    rows, columns = np.nonzero(tissue.mask)  # row by row
+    count = min(count, len(rows))
+    if not count:
         return []
     ratio, size, boxes = tissue.frame.mpp / tissue.work.mpp, tissue.work.size, []
-    for index in np.unique(np.linspace(0, len(rows) - 1, count).astype(int)):
-        x, y = (int((at[index] + 0.5) * ratio) - side // 2 for at in (columns, rows))
-        x, y = (max(0, min(corner, extent - side)) for corner, extent in ((x, size.width), (y, size.height)))
-        boxes.append(Box(x, y, x + side, y + side))
+    for parts in np.array_split(np.arange(count), round(math.sqrt(count))):
+        first, stop = (end * len(rows) // count for end in (parts[0], parts[-1] + 1))
+        strip = first + np.argsort(columns[first:stop], kind="stable")
+        for index in strip[((np.arange(len(parts)) + 0.5) * len(strip) / len(parts)).astype(int)]:
+            x, y = (int((at[index] + 0.5) * ratio) - side // 2 for at in (columns, rows))
+            x, y = (max(0, min(corner, extent - side)) for corner, extent in ((x, size.width), (y, size.height)))
+            boxes.append(Box(x, y, x + side, y + side))
     return boxes
 
 

@@ -144,7 +144,7 @@ def choose_stain(job: Job, detect: Detect | None = None) -> StageRecord:
     """
     plan = read_plan(job.folder, job.digest)
     if not plan.trials:
-        return StageRecord()
+        return plan.trial_work
     with job.open() as slide:
         patches = [slide.read_decodable(square, plan.frame)[0] for square in plan.trials]
     settings = stain_trial.own_settings(job.settings)
@@ -154,12 +154,20 @@ def choose_stain(job: Job, detect: Detect | None = None) -> StageRecord:
 
     def both() -> tuple[float, float, StageRecord]:
         started = time.perf_counter()
-        return mean_score(UNCHANGED), mean_score(plan.normalisation), _worked("stain", started)
+        scores = mean_score(UNCHANGED), mean_score(plan.normalisation)
+        return *scores, _worked("stain", started, computed_on=() if detect else (computes_on(settings.detector),))
 
     without, with_it, worked = compute(settings.detector.device, both)
     chosen = plan.normalisation if with_it > without else UNCHANGED
+    notes = plan.notes if without or with_it else (*plan.notes, stain_trial.NOTHING_FOUND)
+    decided = plan._replace(
+        normalisation=chosen, notes=notes, trials=(), trial_scores=(without, with_it), trial_work=worked
+    )
     job.check_lease()
-    write_plan(plan._replace(normalisation=chosen, trials=(), trial_scores=(without, with_it)), job.folder, job.digest)
+    other = read_plan(job.folder, job.digest)
+    if not other.trials:  # another worker, of another device perhaps, has decided meanwhile, and blocks may follow that
+        return other.trial_work
+    write_plan(decided, job.folder, job.digest)
     return worked
 
 
@@ -415,32 +423,43 @@ def class_names(settings: Settings) -> tuple[str, ...]:
 
 def _left_out_at_seams(job: Job, plan: Plan) -> dict[int, NDArray[np.int64]]:
     """Rows of each block to leave out: duplicates, and what is anchored outside its core and unconfirmed."""
-    bounds, tile, score, place = [], [], [], []
+    stride, reach = plan.grid.stride, 0.0
     for block in job.while_leased(iter(plan.blocks)):
-        path = job.folder.instances(block)
-        rows = tables.read_instances(path, ["tile_row", "tile_col", "x0", "y0", "x1", "y1", "score"])
-        bounds.append(tables.bounds(rows))
-        tile.append(np.stack([arrow.values(rows["tile_row"]), arrow.values(rows["tile_col"])], 1))
-        score.append(arrow.values(rows["score"]))
-        place.append(np.stack([np.full(rows.num_rows, block), np.arange(rows.num_rows)], 1))
-    if not bounds:
+        boxes, tiles = _boxes(tables.read_instances(job.folder.instances(block), [*_TILE, *_BOX]))
+        reach = max(reach, float(stitch.overhang(boxes, _cores(tiles, stride)).max(initial=0.0)))
+    # only what lies near a seam is held of all blocks
+    places, shapes, tile, score = [], [], [], []
+    for block in job.while_leased(iter(plan.blocks)):
+        rows = tables.read_instances(job.folder.instances(block), [*_TILE, *_BOX, "score", "geometry"])
+        boxes, tiles = _boxes(rows)
+        near = np.flatnonzero(stitch.seam_candidates(boxes, _cores(tiles, stride), reach))
+        places.append(np.stack([np.full(len(near), block), near], 1))
+        shapes.append(tables.geometry(rows.take(arrow.numbers(near))))
+        tile.append(tiles[near])
+        score.append(arrow.values(rows["score"])[near])
+    if not places:
         return {}
-    boxes, tiles, scores, places = (np.concatenate(parts) for parts in (bounds, tile, score, place))
-    stride = plan.grid.stride
+    place, outline, of_tile = np.concatenate(places), np.concatenate(shapes), np.concatenate(tile)
+    everything = Size(plan.grid.cols * stride, plan.grid.rows * stride)
+    outside = stitch.anchored_outside(polygons.centroids(outline), _cores(of_tile, stride), everything)
+    number = of_tile[:, 0].astype(np.int64) * plan.grid.cols + of_tile[:, 1]
+    iou = job.settings.stitching.iou
+    lost = place[~stitch.resolve(outline, number, np.concatenate(score), iou=iou, outside=outside)]
+    return {int(b): lost[lost[:, 0] == b, 1] for b in np.unique(lost[:, 0])}
+
+
+_TILE, _BOX = ("tile_row", "tile_col"), ("x0", "y0", "x1", "y1")
+
+
+def _boxes(rows: pa.Table) -> tuple[polygons.Floats, polygons.Ints]:
+    """Of instances, x0 y0 x1 y1 in work px, (N, 4); and row and column of their tiles, (N, 2)."""
+    return tables.bounds(rows), np.stack([arrow.values(rows[name]) for name in _TILE], 1)
+
+
+def _cores(tiles: polygons.Ints, stride: int) -> polygons.Ints:
+    """The cores of tiles, x0 y0 x1 y1 in work px, (N, 4), not clipped to the slide; tiles: row and column, (N, 2)."""
     corners = tiles[:, ::-1] * stride
-    cores = np.concatenate([corners, corners + stride], 1)
-    reach = max(0.0, float(stitch.overhang(boxes, cores).max(initial=0.0)))
-    near = np.flatnonzero(stitch.seam_candidates(boxes, cores, reach))
-    shapes = np.full(len(near), None, dtype=object)
-    for block in job.while_leased(iter(np.unique(places[near, 0]))):
-        here = places[near, 0] == block
-        encoded = tables.read_instances(job.folder.instances(int(block)), ["geometry"])
-        shapes[here] = tables.geometry(encoded.take(arrow.numbers(places[near[here], 1])))
-    number = tiles[near, 0].astype(np.int64) * plan.grid.cols + tiles[near, 1]
-    anchors = polygons.centroids(shapes)
-    outside = stitch.anchored_outside(anchors, cores[near], Size(plan.grid.cols * stride, plan.grid.rows * stride))
-    lost = near[~stitch.resolve(shapes, number, scores[near], iou=job.settings.stitching.iou, outside=outside)]
-    return {int(b): places[lost[places[lost, 0] == b], 1] for b in np.unique(places[lost, 0])}
+    return np.concatenate([corners, corners + stride], 1)
 
 
 # -------------------------------------------------------------------------------------------------- export

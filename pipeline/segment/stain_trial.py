@@ -19,6 +19,8 @@ from slides.tissue import TissueMap
 # many as the images have with which the rule was measured.
 SIDE_PX, MOST, FEWEST, SHARE = 512, 16, 4, 0.1
 
+NOTHING_FOUND = "not normalised: where that was tried, nothing was detected either way"
+
 
 def squares(tissue: TissueMap, step: int) -> tuple[Box, ...]:
     """Where to try, in work px: spread over the tissue, and no more than cover its area.

@@ -135,6 +135,18 @@ def test_a_fold_is_a_dark_band_in_the_colour_of_the_tissue(tmp_path: Path) -> No
     assert not kinds.any()
 
 
+@pytest.mark.parametrize("mpp", [4.0, 20.0, 49.0])
+def test_a_fold_ends_where_its_tissue_ends_at_any_scale(mpp: float) -> None:
+    """However coarse the thumbnail: what is only a little darker than usual and touches the fold is none."""
+    own = artefacts._Own(0.3, 1.0, (0.2, 0.3), True, np.zeros((1, 1), bool), np.zeros((1, 1), bool))
+    dark = np.ones((100, 100), np.float32)
+    dark[50], dark[49:52, :60] = 1.1, 1.6
+    density = np.broadcast_to(np.array([0.25, 0.45, 0.25], np.float32)[:, None, None], (3, 100, 100))
+    found = artefacts._folds(density, dark, own, mpp)
+    assert found[49:52, :60].all()
+    assert found.sum() <= 3 * 60 + max(1, round(24 / mpp))
+
+
 def test_the_edge_of_a_coverslip_and_bubbles(tmp_path: Path) -> None:
     image = Image.fromarray(glass())
     pen = ImageDraw.Draw(image)

@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import pytest
@@ -52,6 +53,27 @@ def test_a_dicom_slide_is_the_files_of_its_series_whatever_their_names(tmp_path:
     assert_same_slide(folder / "a.dcm", copy(folder / "a.dcm", tmp_path / "copy"))
     with pytest.raises(SlideUnreadable, match="damaged header"):
         parts("z.dcm", LocalDirectory(folder))
+
+
+def test_a_neighbour_that_cannot_be_read_is_no_part(tmp_path: Path) -> None:
+    """Whose it is nobody can say; the slide itself must be readable."""
+
+    class Guarded(LocalDirectory):
+        guarded = ""
+
+        def open(self, name: str) -> BinaryIO:
+            if name == self.guarded:
+                raise PermissionError(13, "Permission denied", name)
+            return super().open(name)
+
+    for name, level in (("a.dcm", 0), ("b.dcm", 1), ("secret.dcm", 2)):
+        write(tmp_path / name, "1.2.3", level=level)
+    directory = Guarded(tmp_path)
+    directory.guarded = "secret.dcm"
+    assert parts("a.dcm", directory) == ["a.dcm", "b.dcm"]
+    directory.guarded = "a.dcm"
+    with pytest.raises(PermissionError):
+        parts("a.dcm", directory)
 
 
 KEY_FILE = """[Virtual Microscope Specimen]

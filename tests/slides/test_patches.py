@@ -1,5 +1,6 @@
 """The patch store: what is done reads back, whatever happens; blocks do not touch each other."""
 
+import os
 import subprocess
 import sys
 import time
@@ -290,6 +291,26 @@ def test_damage_is_never_read_and_is_made_good(tmp_path: Path, kind: str, reopen
         if reopen:
             group: Any = zarr.open_group(store.path, mode="r")
             assert np.array_equal(group["lost"][:3, :3].ravel(), contents[0][1])
+
+
+@pytest.mark.parametrize("file", ["done", "regions", "lost", "zarr.json"])
+def test_a_damaged_file_of_any_size_is_damage(tmp_path: Path, file: str) -> None:
+    """Its size is compared before memory is asked for."""
+    store = PatchStore.create(tmp_path / "patches.zarr", GRID, "digest")
+    content = _content(GRID.tiles_of(0), 0)
+    store.write(0, GRID.tiles_of(0), *content)
+    (damaged,) = (
+        [store.path / file] if file == "zarr.json" else [p for p in (store.path / file / "c").rglob("*") if p.is_file()]
+    )
+    try:
+        os.truncate(damaged, 2**43)
+    except OSError:
+        pytest.skip("this file system holds no file of 8 TiB")
+    store = PatchStore.create(store.path, GRID, "digest")
+    if file != "zarr.json":
+        assert not store.is_done(0)
+        store.write(0, GRID.tiles_of(0), *content)
+    _assert_reads(store, 0, GRID.tiles_of(0), content)
 
 
 # Cutting

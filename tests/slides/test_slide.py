@@ -300,6 +300,7 @@ def test_no_such_file(tmp_path: Path) -> None:
         ("text.svs", b"not a slide " * 100, "is not a slide"),
         ("short.tif", b"II*\0" + struct.pack("<I", 5000) + bytes(100), "is truncated: it has 108 bytes"),
         ("big.tif", b"MM\0+" + struct.pack(">HHQ", 8, 0, 9999) + bytes(100), "is truncated"),
+        ("huge.tif", b"MM\0+" + struct.pack(">HHQ", 8, 0, 2**64 - 1) + bytes(100), "is truncated"),
         ("alone.mrxs", b"\xff\xd8\xff" + bytes(100), "copy the folder 'alone' beside it"),
         ("broken.png", b"\x89PNG\r\n\x1a\n" + bytes(50), "is not a slide|is a damaged image"),
     ],

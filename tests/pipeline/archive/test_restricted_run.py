@@ -77,7 +77,7 @@ def test_the_nuclei_in_regions_are_those_of_the_whole_slide(place: Path) -> None
     assert segment(place, out="other", settings=chosen(tile=64, margin=14, block=1))["x"].status == "done"
     assert outlines(place / "other" / "x") == expected
     assert row.tissue_mm2 < whole.tissue_mm2
-    assert row.remarks[0] == "restricted to 2 regions of x.geojson"
+    assert row.remarks[0] == "restricted to 2 regions of x.geojson, and blur is judged within them"
 
 
 def test_tiles_outside_the_regions_are_not_read(place: Path) -> None:

@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import json
 import math
+import os
 import subprocess
 import sys
 import time
@@ -26,9 +27,9 @@ from pipeline.model.fitted_stain import UNCHANGED, Normalisation
 from pipeline.model.instances import HostInstances, Patches, empty
 from pipeline.segment import stages, stain_trial, tables
 from pipeline.segment.job import Job
-from pipeline.segment.plan import Plan, plan_slide, read_plan
-from pipeline.segment.record import StageRecord
+from pipeline.segment.plan import Plan, plan_slide, read_plan, write_plan
 from pipeline.segment.regions import RegionFile
+from pipeline.segment.slide_stain import spread
 from pipeline.segment.stages import Detect
 from slides.geometry import Affine, Frame, Size
 from slides.slide import GivenScale, open_slide
@@ -212,8 +213,51 @@ def test_it_is_decided_once(slide: Path, tmp_path: Path) -> None:
     decided = read_plan(folder, job.digest)
     assert decided.normalisation == UNCHANGED
     stages.make_plan(job)
-    assert stages.choose_stain(job, detector()) == StageRecord()  # it asks no detector: this one knows no score
+    assert stages.choose_stain(job, detector()) == record  # it asks no detector: this one knows no score
     assert read_plan(folder, job.digest).trial_scores == decided.trial_scores == (0.9, 0.8)
+
+
+def test_what_another_worker_has_decided_meanwhile_stays(slide: Path, tmp_path: Path) -> None:
+    """Blocks may follow its choice already. Where it is of another kind of device, it may have chosen otherwise."""
+    job = Job(slide, RunFolder(tmp_path).slide("slide"), chosen(), GivenScale(default_mpp=0.25))
+    stages.make_plan(job)
+
+    def slower(patches: Patches, normalisation: Normalisation, settings: Settings) -> Iterator[HostInstances]:
+        plan = read_plan(job.folder, job.digest)
+        write_plan(plan._replace(trials=(), trial_scores=(0.8, 0.9)), job.folder, job.digest)
+        return detector(none=0.9, macenko=0.8)(patches, normalisation, settings)
+
+    stages.choose_stain(job, slower)
+    decided = read_plan(job.folder, job.digest)
+    assert (decided.normalisation.source.method, decided.trial_scores) == ("macenko", (0.8, 0.9))
+
+
+def test_a_plan_that_was_written_within_one_tick_of_the_clock_is_read_again(slide: Path, tmp_path: Path) -> None:
+    """Time stamps of some network file systems are of whole seconds."""
+    job = Job(slide, RunFolder(tmp_path).slide("slide"), chosen(), GivenScale(default_mpp=0.25))
+    for stage in (lambda: stages.make_plan(job), lambda: stages.choose_stain(job, detector(none=0.9, macenko=0.8))):
+        stage()
+        os.utime(job.folder.plan, (1e9, 1e9))
+        undecided = read_plan(job.folder, job.digest).trials
+    assert undecided == ()
+
+
+def test_where_nothing_is_detected_it_is_said(slide: Path, tmp_path: Path) -> None:
+    about, _ = segment(slide, tmp_path, chosen(), detector(none=0.0, macenko=0.0))
+    assert stain_trial.NOTHING_FOUND in str(about)
+
+
+@given(width=st.integers(500, 4000), height=st.integers(500, 4000), count=st.sampled_from([4, 16, 64]))
+def test_squares_are_spread_over_both_axes(width: int, height: int, count: int) -> None:
+    """Law: of a field of any size, each half has some of them. Row by row, they may all lie in one column."""
+    frame = Frame(Size(width, height), 0.25, SAME)
+    tissue = TissueMap(np.ones((-(-height // 32), -(-width // 32)), bool), frame._replace(mpp=8.0), frame)
+    boxes = spread(tissue, count, 16)
+    for middle, positions in (
+        (width / 2, [(b.x0 + b.x1) / 2 for b in boxes]),
+        (height / 2, [(b.y0 + b.y1) / 2 for b in boxes]),
+    ):
+        assert min(positions) < middle < max(positions)
 
 
 def test_one_view_is_tried(slide: Path, tmp_path: Path) -> None:
