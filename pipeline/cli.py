@@ -73,6 +73,9 @@ for _name, _help in {
     app.command(f"training.cli:{_name.replace('-', '_')}", name=_name, help=_help)
 
 
+_RESUMED = frozenset(["run", "train", "fit-stain"])  # commands
+
+
 def main(tokens: Sequence[str] | None = None) -> None:
     """Entry point. Exit status: 0 all done, 1 some slides failed, 2 wrong usage, 130 interrupted."""
     from pipeline.errors import ClusterLost, WorkersDied
@@ -91,7 +94,9 @@ def main(tokens: Sequence[str] | None = None) -> None:
         )
         sys.exit(status)
     except KeyboardInterrupt:
-        print("interrupted; the same command continues where it stopped", file=sys.stderr)
+        given = sys.argv[1:] if tokens is None else tokens
+        left = "; the same command continues where it stopped" if _RESUMED.intersection(given) else ""
+        print(f"interrupted{left}", file=sys.stderr)
         sys.exit(130)
     except (NightslideError, CycloptsError) as error:
         print(f"nightslide: {error}", file=sys.stderr)

@@ -6,17 +6,17 @@ size of a file; a new one replaces the old one by renaming.
 
 import dataclasses
 import json
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from pipeline.errors import ConfigError, WeightsError
-from pipeline.files import read_json, write_json
+from pipeline.files import committed, read_json, remove, write_json
 
 FOLDER = "checkpoint"
 PART_BYTES = 12 * 2**20
@@ -37,30 +37,25 @@ def save(
     recipe: Mapping[str, object],
     seconds: float = 0.0,
 ) -> None:
-    """Write a checkpoint, after so many seconds of training. Adam's moments are rounded to bfloat16, also in memory.
-
-    That halves the file, and a training that goes on and one that is continued still give the same bits.
-    """
+    """Write a checkpoint, after so many seconds of training: all in full precision, so that saving changes nothing."""
     state = {f"model.{k}": v for k, v in model.state_dict().items()}
     state |= {f"average.{k}": v for k, v in average.items()}
     for index, entry in optimiser.state_dict()["state"].items():
-        for name, value in entry.items():
-            if value.ndim:
-                value.copy_(value.bfloat16())
-            state[f"optimiser.{index}.{name}"] = value.bfloat16() if value.ndim else value
+        state |= {f"optimiser.{index}.{name}": value for name, value in entry.items()}
     new, old = folder.with_name(folder.name + ".new"), _previous(folder)
-    shutil.rmtree(new, ignore_errors=True)
-    new.mkdir(parents=True)
-    names = []
-    for number, part in enumerate(_parts(state)):
-        names.append(f"{number:02}.safetensors")
-        whole = {k: v.detach().cpu().clone().contiguous() for k, v in part.items()}
-        (new / names[-1]).write_bytes(safetensors.torch.save(whole))
-    write_json(new / _STATE, {"step": step, "seconds": seconds, "parts": names, "recipe": recipe})
+    with committed(new) as partial:
+        partial.mkdir(parents=True)
+        names = []
+        for number, part in enumerate(_parts(state)):
+            names.append(f"{number:02}.safetensors")
+            whole = {k: v.detach().cpu().clone().contiguous() for k, v in part.items()}
+            (partial / names[-1]).write_bytes(safetensors.torch.save(whole))
+        write_json(partial / _STATE, {"step": step, "seconds": seconds, "parts": names, "recipe": recipe})
     if folder.exists():
+        remove(old)  # what a process that was killed while it removed it has left
         folder.rename(old)
     new.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+    remove(old)
 
 
 def resume(
@@ -84,6 +79,8 @@ def resume(
         content = _read_state(folder)
         _check_recipe(folder, content.get("recipe", {}), recipe)
         step, seconds = int(content["step"]), float(content.get("seconds", 0))
+        if step < 0 or not 0 <= seconds < float("inf"):
+            raise ValueError(f"step {step}, {seconds} seconds")
         parts = [folder / Path(str(name)).name for name in content["parts"]]
         tensors = {k: v for part in parts for k, v in safetensors.torch.load_file(part).items()}
         model.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
@@ -92,7 +89,7 @@ def resume(
         state = _moments(tensors, optimiser)
     except ConfigError:
         raise
-    except (OSError, ValueError, LookupError, RuntimeError, TypeError, safetensors.SafetensorError) as error:
+    except (OSError, ValueError, ArithmeticError, LookupError, RuntimeError, TypeError, SafetensorError) as error:
         raise WeightsError(
             f"{folder} cannot be continued ({error}): need the checkpoint of a training of this network, "
             f"or another --out"

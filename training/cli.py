@@ -9,6 +9,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from pipeline.config import Architecture, Execution, Settings, StainArchitecture
+from pipeline.errors import ConfigError
 from training.config import DATA, NETWORK, OUTPUT, StainTraining, Training
 
 _MPP = "Micrometres per pixel of the images, where neither dataset.json nor the files state it"
@@ -67,10 +68,19 @@ def train(
     """
     _share_the_cores()
     from training.data.datasets import read_datasets
+    from training.data.sample import NO_CLASSES
     from training.fit import fit
 
+    _make_folder(out)
     datasets = read_datasets(data, split, mpp)
     _warn(line for dataset in datasets for line in dataset.describe_skipped())
+    if training.by_class:
+        _warn(
+            f'{dataset.name}: objects without a class are a class of their own, "{NO_CLASSES[0]}"; where they may be '
+            f'of any, write "merge": {{"{NO_CLASSES[0]}": null}} into dataset.json'
+            for dataset in datasets
+            if len(dataset.classes) > 1 and NO_CLASSES[0] in dataset.classes
+        )
     fit(datasets, out, training, architecture)
     return 0
 
@@ -97,6 +107,7 @@ def convert(
 
     dataset = read_dataset(data, split, mpp)
     _warn(dataset.describe_skipped())
+    _make_folder(out.parent if out.suffix == ".json" else out)
     written = write_coco(dataset, out) if out.suffix == ".json" else write_folder(dataset, out)
     print(
         f"{out}: {written.images} images, {written.nuclei} nuclei; {written.contested_px} px were inside several "
@@ -144,6 +155,9 @@ def evaluate(
     from training.evaluate import Outputs, as_json, gather, report, report_breakdown, whole_images
     from training.evaluate import evaluate as score_images
 
+    for folder in (save_labels, pictures, None if json is None else json.parent):
+        if folder is not None:  # now, not when all images have been segmented
+            _make_folder(folder)
     images = gather(data, split, mpp)
     _warn(images.skipped)
     scores = score_images(
@@ -198,6 +212,14 @@ def _share_the_cores() -> None:
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+
+
+def _make_folder(folder: Path) -> None:
+    """Raises ConfigError for what cannot be a folder."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{folder} cannot be made a folder: {error.strerror}; choose another") from error
 
 
 def _warn(lines: Iterable[str]) -> None:

@@ -81,6 +81,8 @@ def gather(data: Sequence[Path], splits: Sequence[str] = (), mpp: Sequence[float
     classes = {part[0][1].classes for part in parts}
     same = classes.pop() if len(classes) == 1 else ()
     skipped = [line for part in parts for line in part[0][1].describe_skipped()]
+    if not same and any(len(part[0][1].classes) > 1 for part in parts):
+        skipped.append("classes are not scored, as the datasets do not have the same: score them one by one")
     return EvaluationSet(tuple(images), same if len(same) > 1 else (), tuple(skipped))
 
 

@@ -5,6 +5,7 @@ step), and the first one writes.
 """
 
 import dataclasses
+import hashlib
 import itertools
 import json
 import math
@@ -28,7 +29,7 @@ from pipeline.model.allocator import keep_freed_memory
 from pipeline.model.detector import NucleusDetector, load_weights, save_weights
 from pipeline.model.device import choose_device, choose_precision
 from pipeline.model.losses import Targets
-from pipeline.model.weights import find_weights, licence
+from pipeline.model.weights import find_weights, licence, read_notes
 from training import checkpoint
 from training.config import StainTraining, Training
 from training.data.crops import Batch, Crops, collate
@@ -100,6 +101,8 @@ def fit(
     crops = [held_out_crop(*one, model.architecture.mpp) for one in held_out] if process.rank == 0 else []
     results = _Results(out, recipe, _notes(datasets, training), crops, Log(out, say))
     wrapped = _wrapped(model, process)
+    if process.rank == 0 and first and not results.are_of(first):  # killed after the checkpoint, before the rest
+        results.write(model, average, optimiser, first, spent_s)
     step, skipped, limit_s = first, 0, 60 * training.minutes
     spent_s = 0.0 if training.steps else spent_s  # of a number of steps, each call has its minutes
     started = time.monotonic() - spent_s
@@ -135,6 +138,14 @@ class _Results(NamedTuple):
     crops: Sequence[HeldOutCrop]
     log: Log
 
+    def are_of(self, step: int) -> bool:
+        """Whether the weights and the last score on the held-out images are of this step."""
+        try:
+            of_weights = read_notes(self.out / WEIGHTS_FILE).get("step")
+        except (WeightsError, OSError):
+            return False
+        return of_weights == str(step) and (not self.crops or self.log.last_scored() == step)
+
     def write(
         self,
         model: NucleusDetector,
@@ -160,7 +171,12 @@ def _recipe(
     """All that decides the weights; see `checkpoint.resume`."""
     images = {d.name: len(d.images) for d in datasets}
     shape = checkpoint.named_fields("architecture", architecture)
-    return {**_noted_recipe(training), **shape, "data": images, "processes": process.size}
+    which = {"images": {d.name: _digest([[i.id, i.mpp, i.group] for i in d.images]) for d in datasets}}
+    return {**_noted_recipe(training), **shape, "data": images, **which, "processes": process.size}
+
+
+def _digest(content: object) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 
 def _noted_recipe(training: Training) -> dict[str, object]:
@@ -170,8 +186,10 @@ def _noted_recipe(training: Training) -> dict[str, object]:
 
 def _notes(datasets: Sequence[Dataset], training: Training) -> dict[str, str]:
     """What the weights file records of its training."""
+    aside = {d.name: [i.id for i in split_held_out(d.images, training.hold_out, training.seed)[1]] for d in datasets}
     notes = {
         "data": json.dumps({d.name: len(d.images) for d in datasets}),
+        "held_out": json.dumps(aside),
         "recipe": json.dumps(_noted_recipe(training)),
     }
     terms = training.licence or _licence_of(training.init)
@@ -194,9 +212,9 @@ def initial_model(init: str, architecture: Architecture, say: Callable[[str], No
     """A detector before training: ImageNet's backbone, random, or another file's weights.
 
     A file may be of another scale or size of anchors, to start from: what is learned carries over in part. It may have
-    another backbone: the new one starts from ImageNet. It may have other classes: where it has one, each of the new
-    ones starts with the weights of that one, and the network detects what it detected before. What else does not fit
-    starts at random. Raises WeightsError where the architecture differs in more.
+    another backbone: the new one starts from ImageNet. It may have other classes: those that it knows by their name
+    start with its weights, the others with the mean of its classes, and the network detects what it detected before.
+    What else does not fit starts at random. Raises WeightsError where the architecture differs in more.
     """
     if init in ("imagenet", "random"):
         model = NucleusDetector(architecture)
@@ -233,21 +251,29 @@ def initial_model(init: str, architecture: Architecture, say: Callable[[str], No
         say(f"{init} has the backbone {other.architecture.backbone}: {architecture.backbone} starts from ImageNet")
         model.backbone.load_state_dict(imagenet(model.backbone.state_dict(), architecture.backbone))
         wanted, known = model.state_dict(), {k: v for k, v in known.items() if not k.startswith("backbone.")}
-    if len(other.architecture.classes) == 1:
-        known = {
-            k: v if wanted[k].shape == v.shape else _for_each(v, len(architecture.classes)) for k, v in known.items()
-        }
-        if len(architecture.classes) > 1:  # together as likely as the one was
-            known["roi_heads.box_predictor.score.bias"][1:] -= math.log(len(architecture.classes))
+    known_classes, ours = other.architecture.classes, architecture.classes
+    if known_classes != ours and max(len(known_classes), len(ours)) > 1:
+        known = {k: _by_name(v, known_classes, ours) if k.startswith(_OF_CLASSES) else v for k, v in known.items()}
+        # together as likely as they were
+        known["roi_heads.box_predictor.score.bias"][1:] -= math.log(len(ours) / len(known_classes))
+        if new := [name for name in ours if name not in known_classes and len(known_classes) > 1]:
+            say(f"{init} tells {', '.join(known_classes)} apart: {', '.join(new)} begin as their mean")
     fitting = {k: v for k, v in known.items() if wanted[k].shape == v.shape}
     model.load_state_dict({**wanted, **fitting})
     return model.train()
 
 
-def _for_each(value: Tensor, classes: int) -> Tensor:
-    """Rows of background and of one class, in equal parts -> of background and of so many equal classes."""
-    background, foreground = value.chunk(2)
-    return torch.cat([background, *[foreground] * classes])
+_OF_CLASSES = ("roi_heads.box_predictor.", "roi_heads.mask_predictor.2.")  # layers with equal parts for each class
+
+
+def _by_name(value: Tensor, before: Sequence[str], after: Sequence[str]) -> Tensor:
+    """Parts of background and of the classes `before` -> of background and of those `after`.
+
+    A class that is new begins as the mean of all that were.
+    """
+    background, *parts = value.chunk(1 + len(before))
+    mean = torch.stack(parts).mean(0)
+    return torch.cat([background, *(parts[before.index(name)] if name in before else mean for name in after)])
 
 
 def _licence_of(init: str) -> str:

@@ -60,6 +60,10 @@ def fit_stain(
     the template). Returns the latter's path. Raises AnnotationError where no image shows a stain, StainError and
     SlideError where the template does not, ConfigError for a checkpoint of another recipe.
     """
+    if not all(sets):
+        raise AnnotationError("a dataset has no images in its split: need at least one of each")
+    if template is not None and not template.exists():
+        raise AnnotationError(f"{template}: there is no such file to take as the template")
     out.mkdir(parents=True, exist_ok=True)
     images = [_stain_images(samples, architecture.mpp, training.crop_px, say) for samples in sets]
     images = [of_set for of_set in images if of_set]

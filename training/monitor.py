@@ -41,7 +41,7 @@ class HeldOutCrop(NamedTuple):
 def held_out_crop(dataset: str, sample: Sample, mpp: float) -> HeldOutCrop:
     """At most HELD_OUT_PX square, from the middle of the image; its name is fit for a file."""
     labelled = sample.read()
-    height, width = (round(n * sample.mpp / mpp) for n in labelled.labels.shape)
+    height, width = (max(1, round(n * sample.mpp / mpp)) for n in labelled.labels.shape)
     image = Image.fromarray(labelled.image).resize((width, height), Image.Resampling.BICUBIC)
     labels = Image.fromarray(labelled.labels).resize((width, height), Image.Resampling.NEAREST)
     top, left = max(0, height - HELD_OUT_PX) // 2, max(0, width - HELD_OUT_PX) // 2
@@ -107,6 +107,11 @@ class Log:
             + f"  skipped {skipped}  {seconds:.2f} s{left}"
         )
         self.sums, self.count, self.since = {}, 0, time.monotonic()
+
+    def last_scored(self) -> int:
+        """The step of the last row of scores; 0 where there is none."""
+        rows = _rows(self.out / SCORES_FILE)
+        return int(rows[-1]["step"]) if rows else 0
 
     def scores(self, step: int, scores: Scores) -> None:
         shown = {name: getattr(scores, name) for name in SHOWN}

@@ -61,7 +61,18 @@ def test_a_checkpoint_that_recorded_less_is_continued(tmp_path: Path) -> None:
     assert checkpoint.resume(tmp_path / "c", *trained(1), RECIPE) == (7, 0.0)
 
 
-@pytest.mark.parametrize("content", ["", "[]", '{"step": 1}', '{"step": 1, "parts": 3}', '{"step": "x", "parts": []}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "[]",
+        '{"step": 1}',
+        '{"step": 1, "parts": 3}',
+        '{"step": "x", "parts": []}',
+        '{"step": -3, "parts": []}',
+        '{"step": 1e400, "parts": []}',
+    ],
+)
 def test_a_damaged_state_is_named(content: str, tmp_path: Path) -> None:
     checkpoint.save(tmp_path / "c", *trained(0), 7, RECIPE)
     (tmp_path / "c" / "state.json").write_text(content)
@@ -77,3 +88,24 @@ def test_the_state_names_no_folder_outside(tmp_path: Path) -> None:
     state.write_text(json.dumps(json.loads(state.read_text()) | {"parts": ["../00.safetensors"]}))
     with pytest.raises(WeightsError, match="cannot be continued"):
         checkpoint.resume(tmp_path / "c", *trained(1), RECIPE)
+
+
+def test_saving_changes_nothing(tmp_path: Path) -> None:
+    """Of several processes one saves: rounding in place would make their optimisers differ. Nor is anything rounded."""
+    model, average, optimiser = trained(0)
+    before = {name: value.clone() for name, value in optimiser.state_dict()["state"][0].items()}
+    checkpoint.save(tmp_path / "c", model, average, optimiser, 7, RECIPE)
+    other, other_average, other_optimiser = trained(1)
+    checkpoint.resume(tmp_path / "c", other, other_average, other_optimiser, RECIPE)
+    for loaded in (optimiser, other_optimiser):
+        state = loaded.state_dict()["state"][0]
+        assert all(torch.equal(value, state[name]) for name, value in before.items())
+
+
+def test_what_a_kill_in_the_removal_of_the_old_one_left_is_no_obstacle(tmp_path: Path) -> None:
+    checkpoint.save(tmp_path / "c", *trained(0), 7, RECIPE)
+    (tmp_path / "c.old").mkdir()
+    (tmp_path / "c.old" / "00.safetensors").write_bytes(b"half")
+    checkpoint.save(tmp_path / "c", *trained(0), 8, RECIPE)
+    assert checkpoint.resume(tmp_path / "c", *trained(1), RECIPE)[0] == 8
+    assert [p.name for p in tmp_path.iterdir()] == ["c"]

@@ -139,6 +139,31 @@ def test_it_continues_exactly_and_shows_what_it_does(data: Path, tmp_path: Path)
     assert all(torch.equal(first[k], again[k]) for k in first)
 
 
+def test_how_often_it_is_saved_changes_nothing(data: Path, tmp_path: Path) -> None:
+    """Law: so a training that is stopped at any step and continued gives the same weights, too."""
+    images, weights = read_dataset(data, [], 0.25), list[Path]()
+    for save_every in (1, 9):
+        settings = dataclasses.replace(QUICK, steps=3, save_every=save_every)
+        weights.append(fit([images], tmp_path / str(save_every), settings, TINY, say=silent))
+    first, second = (load_weights(path).state_dict() for path in weights)
+    assert all(torch.equal(first[k], second[k]) for k in first)
+
+
+@pytest.mark.parametrize("lost", ["nuclei.safetensors", "scores.csv"])
+def test_a_kill_between_checkpoint_and_weights_is_made_good(data: Path, tmp_path: Path, lost: str) -> None:
+    """The same command writes what the checkpoint's step lacks, although no step is left to do."""
+    images = read_dataset(data, [], 0.25)
+    settings = dataclasses.replace(QUICK, steps=2, hold_out=1)
+    whole = fit([images], tmp_path, settings, TINY, say=silent)
+    expected = load_weights(whole).state_dict()
+    (tmp_path / lost).unlink()
+    again = fit([images], tmp_path, settings, TINY, say=silent)
+    assert read_notes(again)["step"] == "2"
+    assert all(torch.equal(value, expected[name]) for name, value in load_weights(again).state_dict().items())
+    with (tmp_path / "scores.csv").open() as file:
+        assert [row["step"] for row in csv.DictReader(file)] == ["2"]
+
+
 def test_the_minutes_can_be_the_schedule(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a number of steps it trains until the minutes are over, and the learning rate falls with them.
 
@@ -248,6 +273,9 @@ def test_another_recipe_is_refused(data: Path, tmp_path: Path) -> None:
     fewer = images._replace(images=images.images[:1])
     with pytest.raises(ConfigError, match=f"data={{'{images.name}': 2}}, not {{'{images.name}': 1}}"):
         fit([fewer], tmp_path, settings, TINY, say=silent)
+    others = [sample._replace(id=f"other-{sample.id}") for sample in images.images]
+    with pytest.raises(ConfigError, match="is of a training with images="):  # of the same number, and name
+        fit([images._replace(images=tuple(others))], tmp_path, settings, TINY, say=silent)
     state = tmp_path / "checkpoint" / "state.json"
     content = json.loads(state.read_text())
     fields = {field.name for field in dataclasses.fields(QUICK)}
@@ -451,6 +479,27 @@ def test_held_out_images_are_never_trained_on(data: Path) -> None:
     assert len(held) == 2
     assert sorted(a.id for a in trained + held) == [str(i) for i in range(9)]
     assert split_held_out(images, 2, seed=0) == (trained, held)
+
+
+def test_the_weights_name_what_was_held_out(data: Path, tmp_path: Path) -> None:
+    images = read_dataset(data, [], 0.25)
+    weights = fit([images], tmp_path, dataclasses.replace(QUICK, steps=1, hold_out=1), TINY, say=silent)
+    _, held = split_held_out(images.images, 1, QUICK.seed)
+    assert json.loads(read_notes(weights)["held_out"]) == {images.name: [held[0].id]}
+
+
+def test_classes_begin_with_their_own_weights_whatever_their_order(tmp_path: Path) -> None:
+    """Those of the same name; one that is new begins as the mean of all."""
+    before, path = NucleusDetector(dataclasses.replace(TINY, classes=("A", "B", "C"))), tmp_path / "abc.safetensors"
+    save_weights(before, path, {})
+    said: list[str] = []
+    after = initial_model(str(path), dataclasses.replace(TINY, classes=("C", "New", "A")), said.append)
+    assert said == [f"{path} tells A, B, C apart: New begin as their mean"]
+    for name, parts in (("score.weight", 1), ("score.bias", 1), ("offset.weight", 4), ("offset.bias", 4)):
+        old, new = (m.state_dict()[f"roi_heads.box_predictor.{name}"] for m in (load_weights(path), after))
+        background, a, b, c = old.split(parts)
+        expected = torch.cat([background, c, torch.stack([a, b, c]).mean(0), a])
+        torch.testing.assert_close(new, expected)
 
 
 def test_weights_to_start_from_must_exist_and_fit(data: Path, tmp_path: Path) -> None:

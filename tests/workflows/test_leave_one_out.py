@@ -117,6 +117,24 @@ def test_a_part_of_the_images_is_drawn_by_the_seed(run: Callable[..., int], tmp_
     assert len(json.loads((tmp_path / "out" / "tnbc.json").read_text())["per_image"]) == 2
 
 
+def test_a_training_that_was_stopped_is_no_finished_fold(
+    run: Callable[..., int], trained: dict[str, dict[str, int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny = Architecture(channels=8, semantic=0, box_hidden=8, mask_channels=8, mask_layers=1)
+    save_weights(NucleusDetector(tiny), tmp_path / "tiny.safetensors", {"step": "3"})
+    assert run(sets=("tnbc",), training=Training(steps=4)) == 1
+    assert not (tmp_path / "out" / "tnbc.json").exists()
+    trained.clear()
+    save_weights(NucleusDetector(tiny), tmp_path / "tiny.safetensors", {"step": "4"})
+    assert run(sets=("tnbc",), training=Training(steps=4)) == 0
+    assert (tmp_path / "out" / "tnbc.json").exists()
+
+
+def test_weights_that_know_what_is_left_out_are_refused(run: Callable[..., int], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--init nuclei was trained on tnbc"):
+        run(sets=("tnbc",), training=Training(init="nuclei"))
+
+
 def test_an_unknown_set_is_refused_before_anything_is_trained(
     run: Callable[..., int], trained: dict[str, dict[str, int]]
 ) -> None:

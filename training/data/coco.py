@@ -81,8 +81,13 @@ def write_coco(dataset: Dataset, path: Path) -> Conversion:
     """A dataset -> COCO JSON at `path` with compressed run lengths, and its images as PNG in images/ beside it.
 
     Categories are numbered from 1 in the order of the classes; `mpp` and `group` stand in each image's entry.
-    Law: read back, the dataset is the same but for its name. A file that exists is complete.
+    Law: read back, the dataset is the same but for its name. A file that exists is complete. Raises AnnotationError
+    where there are such files already.
     """
+    if path.exists() or ((path.parent / "images").is_dir() and any((path.parent / "images").iterdir())):
+        raise AnnotationError(
+            f"{path.parent} holds {path.name} or images already: need a new folder, so that none is replaced"
+        )
     (path.parent / "images").mkdir(parents=True, exist_ok=True)
     images: list[dict[str, Any]] = []
     nuclei: list[dict[str, Any]] = []

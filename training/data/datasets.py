@@ -76,7 +76,8 @@ def read_dataset(data: Path, splits: Sequence[str] = (), mpp: float | None = Non
         if entry.id in entries:
             raise AnnotationError(f"{data} has two images called '{entry.id}': need one name for each")
         entries[entry.id] = entry
-    if strange := sorted({*metadata.groups, *metadata.mpp} - {"", *entries}):
+    strange = sorted({*metadata.groups, *metadata.mpp} - {"", *entries})
+    if strange and not data.is_file():  # beside one file there may be others
         raise AnnotationError(
             f"{beside / DATASET_FILE} names '{strange[0]}', which is no image of {data}: need the names of its images"
         )
@@ -151,7 +152,10 @@ def requested_sets(data: Sequence[Path], splits: Sequence[str] = (), mpp: Sequen
 
 
 def _name(data: Path) -> str:
-    return data.stem if data.is_file() else data.resolve().name
+    if data.is_file():
+        return data.stem
+    own = data.absolute().name  # of a link, that of the link
+    return data.resolve().name if own in ("", "..") else own
 
 
 def group_of(id_: str) -> str:
@@ -181,7 +185,10 @@ def named_splits(path: Path) -> dict[str, list[str]]:
 
 
 def _walk(content: Mapping[str, Any], at: str) -> Iterator[tuple[str, list[str]]]:
-    lists = {k: v for k, v in content.items() if isinstance(v, list) and all(isinstance(i, str) for i in v)}
+    lists = {k: v for k, v in content.items() if isinstance(v, list)}
+    for name, ids in lists.items():
+        if odd := [i for i in ids if not isinstance(i, str)]:
+            raise AnnotationError(f"{SPLITS_FILE}: '{at}{name}' holds {odd[0]!r}: need ids of images, which are text")
     yield from ((at + name, ids) for name, ids in lists.items())
     if at and lists:
         yield at.rstrip("/"), [i for ids in lists.values() for i in ids]

@@ -5,6 +5,7 @@ A pixel that two layers mark belongs to the later one.
 """
 
 import re
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pipeline.errors import AnnotationError
-from pipeline.files import write_json
+from pipeline.files import remove, write_json
 from training.data.mat5 import read_mat
 from training.data.sample import (
     DATASET_FILE,
@@ -84,6 +85,15 @@ def write_folder(dataset: Dataset, folder: Path) -> Conversion:
     folders = ("images", "labels", "classes") if len(dataset.classes) > 1 else ("images", "labels")
     for name in folders:
         (folder / name).mkdir(parents=True, exist_ok=True)
+    try:
+        return _write_maps(dataset, folder, folders)
+    except BaseException:  # also when interrupted: what is written by half would be taken for a dataset
+        for name in folders:
+            remove(folder / name)
+        raise
+
+
+def _write_maps(dataset: Dataset, folder: Path, folders: Sequence[str]) -> Conversion:
     nuclei, contested = 0, 0
     for sample in dataset.images:
         read = known_classes(sample)
@@ -254,11 +264,14 @@ def _majority(labels: NDArray[np.int32], classes: Path | NDArray[np.int32]) -> N
     count, width = int(labels.max()) + 1, int(values.max()) + 1
     if width > _MOST_CLASSES + 1:
         raise AnnotationError(f"{source} goes up to {width - 1}: need classes of 1 to {_MOST_CLASSES}")
-    votes = np.bincount(labels.ravel() * np.int64(width) + values.ravel(), minlength=count * width)
-    table = votes.reshape(count, width)[1:]
-    if (bare := table.any(1) & ~table[:, 1:].any(1)).any():
-        raise AnnotationError(f"{source} gives nucleus {bare.argmax() + 1} no class: need 1 or more on its pixels")
-    return np.asarray(table[:, 1:].argmax(1) + 1 if width > 1 else np.zeros(count - 1), np.int64)
+    ids, row = np.unique(labels, return_inverse=True)  # numbers may be large, and few
+    votes = np.bincount(row.ravel() * np.int64(width) + values.ravel(), minlength=len(ids) * width)
+    table, nuclei = votes.reshape(len(ids), width)[ids > 0], ids[ids > 0]
+    if (bare := ~table[:, 1:].any(1)).any():
+        raise AnnotationError(f"{source} gives nucleus {nuclei[bare.argmax()]} no class: need 1 or more on its pixels")
+    of_nuclei = np.zeros(count - 1, np.int64)
+    of_nuclei[nuclei - 1] = table[:, 1:].argmax(1) + 1 if len(nuclei) else 0
+    return of_nuclei
 
 
 def _numbered(data: Path, name: str) -> dict[str, Path]:

@@ -39,7 +39,7 @@ def average(files: list[Path], out: Path, terms: str = "", score: float = 0.0) -
     }
     models[0].load_state_dict(mean)
     last = read_notes(files[-1])
-    own = ("recipe", *(["step", "mean_of"] if len(files) == 1 else []))
+    own = ("recipe", "held_out", *(["step", "mean_of"] if len(files) == 1 else []))
     notes: dict[str, str] = {name: last[name] for name in own if name in last}
     data = [json.loads(read_notes(file).get("data", "{}")) for file in files]
     notes["data"] = json.dumps({name: count for of_file in data for name, count in of_file.items()})

@@ -34,12 +34,35 @@ SHOWN = {"pq": "PQ", "aji": "AJI", "dq": "DQ = F1", "sq": "SQ", "dice": "Dice", 
 app = App(help=__doc__, help_format="plaintext")
 
 
-def held_out(images: EvaluationSet, weights: str) -> EvaluationSet:
-    """The images of one dataset that the training of `weights` did not use. Raises ConfigError for none."""
+def held_out(images: EvaluationSet, weights: str, name: str) -> EvaluationSet:
+    """The images of the dataset of that name that the training of `weights` did not use.
+
+    The file names them; an older one states how many images there were, of which they are drawn again. Raises
+    ConfigError for none, and where the images are others than those of the training.
+    """
     notes = read_notes(find_weights(weights))
     if "recipe" not in notes:
         raise ConfigError(f"{weights} does not state how it was trained: need a file written by 'nightslide train'")
     recipe = json.loads(notes["recipe"])
+    if name not in (counts := json.loads(notes.get("data", "{}"))):
+        raise ConfigError(
+            f"{weights} was trained on {', '.join(counts) or 'unknown data'}, not on {name}: give --unseen"
+        )
+    if "held_out" in notes:
+        named = set(json.loads(notes["held_out"])[name])
+        if not named:
+            raise ConfigError(
+                f"{weights} was trained without held-out images: need a training with --hold-out 1 or more"
+            )
+        found = tuple(m for m in images.images if m.sample.id in named)
+        if len(found) < len(named):
+            raise ConfigError(f"{name} lacks some of the images that were held out: need the --split of the training")
+        return images._replace(images=found)
+    if counts[name] != len(images.images):
+        raise ConfigError(
+            f"{weights} was trained on {counts[name]} images of {name}, not on {len(images.images)}: need the --split "
+            f"of the training"
+        )
     _, aside = split_held_out([m.sample for m in images.images], recipe["hold_out"], recipe["seed"])
     if not aside:
         raise ConfigError(f"{weights} was trained without held-out images: need a training with --hold-out 1 or more")
@@ -87,8 +110,13 @@ def choose(
         Values of --detector.score.
     """
     settings = whole_images(settings)
-    sets = [gather([s.data], s.splits, [s.mpp] if s.mpp else []) for s in requested_sets(data, split, mpp)]
-    each = sets if unseen else [held_out(one, settings.detector.weights) for one in sets]
+    requested = requested_sets(data, split, mpp)
+    sets = [gather([s.data], s.splits, [s.mpp] if s.mpp else []) for s in requested]
+    each = (
+        sets
+        if unseen
+        else [held_out(of, settings.detector.weights, s.name) for s, of in zip(requested, sets, strict=True)]
+    )
     images = EvaluationSet(tuple(image for c in each for image in c.images), ())
     cells: dict[tuple[float, float], Scores] = {}
     for value in nms or (settings.detector.nms,):

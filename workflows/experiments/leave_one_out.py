@@ -23,6 +23,7 @@ from cyclopts import App, Parameter
 from pipeline.config import Architecture, Detector, Execution, Settings, build
 from pipeline.errors import ConfigError
 from pipeline.files import read_json, write_json
+from pipeline.model.weights import find_weights, read_notes
 from slides.errors import NightslideError
 from training.cli import Flat, Network
 from training.config import Training
@@ -66,12 +67,17 @@ class Fold:
 
 
 def run_fold(fold: Fold, data: Path, out: Path) -> None:
-    """Train without a set, score on it, write `out`/<set>.json."""
+    """Train without a set, score on it, write `out`/<set>.json; that only once the training has done all its steps."""
     started = time.monotonic()
     others = [name for name in SETS if name != fold.left_out]
     splits = [f"{name}:{split}" for name in others for split in SETS[name].splits]
     sets = read_datasets([data / name for name in others], splits, [SETS[name].mpp for name in others])
+    _check_unseen(fold)
     weights = fit(sets, out / fold.left_out, fold.training, fold.architecture)
+    wanted = fold.training.steps
+    if (done := int(read_notes(weights).get("step", wanted))) < wanted:
+        print(f"{fold.left_out}: stopped at step {done} of {wanted}; the same command continues", file=sys.stderr)
+        return
     trained = time.monotonic()
     of = SETS[fold.left_out]
     images = some(gather([data / fold.left_out], of.splits, [of.mpp]), fold.images, fold.training.seed)
@@ -80,6 +86,17 @@ def run_fold(fold: Fold, data: Path, out: Path) -> None:
     seconds = {"training_seconds": round(trained - started), "scoring_seconds": round(time.monotonic() - trained)}
     content = as_json(scores, images.images, shlex.join(["python", *sys.argv]))
     write_json(out / f"{fold.left_out}.json", {**content, **seconds, "fold": fold.plain()})
+
+
+def _check_unseen(fold: Fold) -> None:
+    """Raise ConfigError for a training that begins from weights which know the set that is left out."""
+    init = fold.training.init
+    if init in ("imagenet", "random"):
+        return
+    if fold.left_out in json.loads(read_notes(find_weights(init)).get("data", "{}")):
+        raise ConfigError(
+            f"--init {init} was trained on {fold.left_out}: need weights that have not seen what is left out"
+        )
 
 
 def some(images: EvaluationSet, number: int, seed: int) -> EvaluationSet:
@@ -143,13 +160,16 @@ def leave_one_out(
         file = out / f"{name}.json"
         if not file.exists():
             run_fold(fold, data, out)
+        if not file.exists():  # its training was stopped
+            continue
         folds[name] = content = read_json(file) or {}
         if not _same(fold, content.get("fold")):
             raise ConfigError(f"{file} is of another recipe, or damaged: give the same flags, or choose another --out")
         seconds = content["training_seconds"] + content["scoring_seconds"]
         print(f"{name}: {seconds / 60:.1f} minutes", file=sys.stderr)
-    print(f"`{shlex.join(['python', *sys.argv])}`\n\n{table(folds)}")
-    return 0
+    if folds:
+        print(f"`{shlex.join(['python', *sys.argv])}`\n\n{table(folds)}")
+    return 0 if len(folds) == len(sets) else 1
 
 
 if __name__ == "__main__":

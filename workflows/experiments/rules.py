@@ -87,7 +87,7 @@ def unseen(name: str, data: Path, weights: str) -> EvaluationSet:
     """The images of a set that the weights were not trained on."""
     images = gather([data / name], SETS[name].splits, [SETS[name].mpp])
     trained = json.loads(read_notes(find_weights(weights)).get("data", "{}"))
-    return held_out(images, weights) if name in trained else images
+    return held_out(images, weights, name) if name in trained else images
 
 
 def scores(image: Detected, kept: Bools) -> tuple[float, float]:

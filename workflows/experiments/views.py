@@ -1,7 +1,7 @@
 """Which views are worth their time: any choice of the eight, scored at several thresholds.
 
     python workflows/experiments/views.py --data DIR --split train --mpp 0.25 --weights nuclei \\
-        --choice 0 --choice 0,1 --choice 0,1,2,3 --score 0.6 --score 0.7
+        --stain none --choice 0 --choice 0,1 --choice 0,1,2,3 --score 0.6 --score 0.7
 
 A choice is of numbers of `pipeline.model.views`, 0 the patch as it is; `nightslide run --views 2` takes 0,1. The
 images must not be ones that the weights were trained on. Prints a markdown table of image means.

@@ -16,10 +16,11 @@ usage="usage: machine.sh start|join FILE [CERTIFICATES]"
 role=${1:?$usage} file=${2:?$usage} certificates=${3-}
 cores=$(nproc)
 
-if [ "${CUDA_VISIBLE_DEVICES-}" ]; then
+if [ "${CUDA_VISIBLE_DEVICES+set}" ]; then # none, where it is empty
     IFS=, read -ra gpus <<< "$CUDA_VISIBLE_DEVICES"
 else
-    mapfile -t gpus < <(nvidia-smi --query-gpu=index --format=csv,noheader 2> /dev/null)
+    # where it fails, it says so on its standard output
+    mapfile -t gpus < <(nvidia-smi --query-gpu=index --format=csv,noheader 2> /dev/null | grep -x '[0-9]\+')
 fi
 cpu_workers=$((cores - ${#gpus[@]} < 6 * ${#gpus[@]} ? cores - ${#gpus[@]} : 6 * ${#gpus[@]}))
 cpu_workers=$((cpu_workers < 1 ? 1 : cpu_workers))
@@ -37,7 +38,10 @@ case $role in
     start)
         rm -f "$file"
         "${scheduler[@]}" &
-        until [ -s "$file" ]; do sleep 0.2; done
+        until [ -s "$file" ]; do
+            kill -0 $! 2> /dev/null || { echo "machine.sh: the scheduler did not start" >&2 && exit 1; }
+            sleep 0.2
+        done
         ;;
     join) ;;
     *) echo "$usage" >&2 && exit 2 ;;

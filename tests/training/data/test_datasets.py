@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +14,9 @@ from numpy.typing import NDArray
 from PIL import Image, TiffImagePlugin
 
 from pipeline.errors import AnnotationError
+from training.data import label_maps
 from training.data.coco import write_coco
-from training.data.datasets import group_of, named_splits, read_dataset
+from training.data.datasets import group_of, named_splits, read_dataset, requested_sets
 from training.data.label_maps import write_folder
 from training.data.sample import Dataset, LabelledImage, Sample, labelled_image
 
@@ -173,9 +175,10 @@ def test_dataset_json_merges_classes(tmp_path: Path) -> None:
     found = read_dataset(tmp_path)
     assert found.classes == ("Connective", "Tumour")
     assert found.images[0].read().class_index.tolist() == [0, 1, 2, 1]
-    for convert in (write_folder, write_coco):
+    for convert, out in ((write_folder, tmp_path / "maps"), (write_coco, tmp_path / "coco" / "written.json")):
         with pytest.raises(AnnotationError, match="'x' has nuclei of no known class, which the form cannot state"):
-            convert(found, tmp_path / "written.json")
+            convert(found, out)
+    assert not list((tmp_path / "maps").iterdir()), "what is written by half would be in the way of another try"
     for merge, message in (
         ({"Glia": "x"}, "merges 'Glia', which is no class of this dataset"),
         (dict.fromkeys("abc"), "merges 'a'"),
@@ -242,9 +245,14 @@ def test_splits_are_lists_and_folds_of_lists(tmp_path: Path) -> None:
     assert [a.id for a in read_dataset(tmp_path, ["loo/p/not-1", "test"], 0.25).images] == ["b", "c"]
     with pytest.raises(AnnotationError, match="no split 'tets': its splits are test, loo/p/1"):
         read_dataset(tmp_path, ["tets"], 0.25)
-    for bad in ("[]", "{}", '{"test": [1]}'):
+    for bad, message in (
+        ("[]", "names no splits"),
+        ("{}", "names no splits"),
+        ('{"test": [1]}', "'test' holds 1: need ids of images"),
+        ('{"fold": {"1": ["a"], "2": ["b", 3]}}', "'fold/2' holds 3"),
+    ):
         path.write_text(bad)
-        with pytest.raises(AnnotationError, match="names no splits"):
+        with pytest.raises(AnnotationError, match=message):
             read_dataset(tmp_path, ["test"], 0.25)
     path.write_text('{"test": ["a", "z"]}')
     with pytest.raises(AnnotationError, match=r"'z' of splits.json has no image"):
@@ -299,3 +307,36 @@ def test_a_figure_is_not_taken_for_its_image(shared: Path) -> None:
     """nucls_sample's images are printed figures of three panels, 1500 x 500 px, with labels of 256 x 256."""
     with pytest.raises(AnnotationError, match=r"\(256, 256\), the image is \(500, 1500\): need one label per pixel"):
         read_dataset(shared / "data" / "nucls_sample", mpp=0.25).images[0].read()
+
+
+def test_nothing_is_written_over_images(tmp_path: Path) -> None:
+    """Neither the source's own nor those of another dataset, which would get other pictures."""
+    put(tmp_path / "own", "a", np.ones((30, 40), np.uint16))
+    found = read_dataset(tmp_path / "own", [], 0.25)
+    before = (tmp_path / "own" / "images" / "a.png").read_bytes()
+    with pytest.raises(AnnotationError, match=r"holds coco\.json or images already: need a new folder"):
+        write_coco(found, tmp_path / "own" / "coco.json")
+    assert (tmp_path / "own" / "images" / "a.png").read_bytes() == before
+    write_coco(found, tmp_path / "two" / "train.json")
+    for name in ("train.json", "test.json"):
+        with pytest.raises(AnnotationError, match="need a new folder"):
+            write_coco(found, tmp_path / "two" / name)
+
+
+def test_a_linked_dataset_has_the_name_of_the_link(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        put(tmp_path / name / "data", "a", np.ones((30, 40), np.uint16))
+        (tmp_path / f"{name}-set").symlink_to(tmp_path / name / "data")
+    assert [s.name for s in requested_sets([tmp_path / "one-set", tmp_path / "two-set"])] == ["one-set", "two-set"]
+
+
+def test_a_class_of_a_nucleus_with_a_large_number_takes_no_memory() -> None:
+    """As many votes as there are nuclei and classes, not as the largest number says."""
+    labels = np.zeros((20, 20), np.int32)
+    labels[2:9, 2:9], labels[12:18, 3:8] = 16_000_000, 7
+    tracemalloc.start()
+    of_nuclei = label_maps._majority(labels, np.where(labels == 7, 2, (labels > 0) * 250).astype(np.int32))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1e9
+    assert (of_nuclei[6], of_nuclei[-1], len(of_nuclei)) == (2, 250, 16_000_000)
