@@ -1,5 +1,6 @@
 """Every setting of training and its default: the only place where one is written."""
 
+import math
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -133,5 +134,8 @@ def _check_schedule(training: Training | StainTraining) -> None:
         require(getattr(training, name) >= 1, f"{name}={getattr(training, name)}: need 1 or more")
     for name in ("steps", "minutes", "warmup", "seed"):
         require(getattr(training, name) >= 0, f"{name}={getattr(training, name)}: need 0 or more")
+    for name, value in vars(training).items():
+        require(not isinstance(value, float) or math.isfinite(value), f"{name}={value}: need a finite number")
+    require(training.seed < 2**31, f"seed={training.seed}: need less than {2**31}")
     require(training.crop_px >= 32, f"crop_px={training.crop_px}: need 32 or more")
     require(training.rate > 0, f"rate={training.rate}: need more than 0")

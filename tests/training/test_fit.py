@@ -523,6 +523,9 @@ def test_weights_to_start_from_must_exist_and_fit(data: Path, tmp_path: Path) ->
         ({"enlarge": 0.9}, "enlarge=0.9: need 1 or more"),
         ({"gamma": -1.0}, "gamma=-1.0: need 0 or more"),
         ({"average": 1.0}, "average=1.0: need 0 or more, under 1"),
+        ({"enlarge": float("inf")}, "enlarge=inf: need a finite number"),
+        ({"minutes": float("inf")}, "minutes=inf: need a finite number"),
+        ({"seed": 10**14}, "seed=100000000000000: need less than 2147483648"),
     ],
 )
 def test_a_recipe_that_cannot_be_followed_is_refused(changed: dict[str, Any], message: str) -> None:

@@ -39,6 +39,7 @@ from training.data.sample import (
 _MAPS = (".png", ".tif", ".tiff")
 _MOST_CLASSES = 255  # of an 8-bit map
 _MOST_NUCLEI = 65_535  # of a 16-bit map
+_PIECES_OF_A_MASK = 10  # of one number, where there is no other: nobody annotates one nucleus so
 
 # The order of masks.npy in PanNuke (Gamper et al. 2020); the last channel is the background.
 _PANNUKE = ("Neoplastic", "Inflammatory", "Connective", "Dead", "Epithelial")
@@ -193,16 +194,28 @@ def pannuke(data: Path, metadata: Metadata) -> Catalogue | None:
 
 def _read_maps(image: Path, labels: Path, classes: Path | None = None) -> LabelledImage:
     labels_ = _read_map(labels)
+    values = np.unique(labels_)
+    if len(values) - (values[0] == 0) == 1 and (pieces := int(_pieces(labels_).max())) >= _PIECES_OF_A_MASK:
+        raise AnnotationError(
+            f"{labels} is a mask: its {pieces} pieces have one number, {values[-1]}: need another number for each "
+            f"nucleus"
+        )
     return _named(labels, read_image(image), labels_, None if classes is None else _majority(labels_, classes))
 
 
 def _read_mask(image: Path, mask: Path) -> LabelledImage:
     labels = _read_map(mask)
     if (values := np.unique(labels)).size - (values[0] == 0) == 1:
-        from scipy import ndimage
-
-        labels = ndimage.label(labels, structure=np.ones((3, 3)))[0]
+        labels = _pieces(labels)
     return _named(mask, read_image(image), labels, None)
+
+
+def _pieces(mask: NDArray[np.int32]) -> NDArray[np.int32]:
+    """The components of what is not 0, numbered; those that touch at a corner are one."""
+    from scipy import ndimage
+
+    pieces: NDArray[np.int32] = ndimage.label(mask, structure=np.ones((3, 3)))[0]
+    return pieces
 
 
 def _read_matlab(image: Path, path: Path, classes: int) -> LabelledImage:

@@ -121,6 +121,18 @@ def test_bad_folders_are_named(tmp_path: Path) -> None:
             read_dataset(folder, mpp=0.25).images[0].read()
 
 
+def test_a_binary_mask_is_no_map_of_one_nucleus(tmp_path: Path) -> None:
+    """Of a few pieces it may be one: an annotation that something lies across."""
+    mask = np.zeros((9, 9), np.uint16)
+    mask[::2, ::2] = 255
+    (one,) = read_dataset(maps(tmp_path / "mask", mask), mpp=0.25).images
+    with pytest.raises(AnnotationError, match="is a mask: its 25 pieces have one number, 255: need another number"):
+        one.read()
+    mask[:, 2:] = 0
+    (one,) = read_dataset(maps(tmp_path / "pieces", mask), mpp=0.25).images
+    assert len(one.read().class_index) == 1
+
+
 @settings(max_examples=30)
 @given(mask=arrays(np.uint8, st.tuples(st.integers(1, 9), st.integers(1, 9)), elements=st.sampled_from([0, 255])))
 def test_binary_masks_are_taken_apart_corners_joined(
