@@ -4,6 +4,7 @@ Masks are run lengths, column by column, background first (Lin et al. 2014; `mas
 they are decoded in numpy: the C code does not check the lengths that a file states.
 """
 
+import os
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -168,9 +169,11 @@ def _image_entry(entry: Mapping[str, Any], source: Path) -> _ImageEntry:
         raise AnnotationError(f"{source}: an image of {width!r} x {height!r} px: need 1 to {_LARGEST_SIDE_PX}")
     name = relative_name(entry["file_name"], source)
     places = [f / name for up in (source.parent, source.parent.parent) for f in (up, up / "images")]
-    path = next((p for p in places if p.is_file()), None)
+    path = next((p for p in places if os.path.isfile(p)), None)  # False also for names that no file can have
     if path is None:
-        raise AnnotationError(f"{source}: there is no image {name}: need it beside the file, or in images/ there")
+        raise AnnotationError(
+            f"{source}: there is no image {str(name)[:200]}: need it beside the file, or in images/ there"
+        )
     mpp, group = entry.get("mpp"), entry.get("group")
     return _ImageEntry(
         path,

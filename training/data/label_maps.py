@@ -170,7 +170,12 @@ def pannuke(data: Path, metadata: Metadata) -> Catalogue | None:
         pictures, layers = _mapped(images), _mapped(masks)
         if pictures.dtype.kind not in "uif" or layers.dtype.kind not in "uifb":
             raise AnnotationError(f"{images} is {pictures.dtype}, {masks} {layers.dtype}: need numbers")
-        if pictures.ndim != 4 or pictures.shape[3] != 3 or layers.shape != (*pictures.shape[:3], len(classes) + 1):
+        if (
+            not pictures.size
+            or pictures.ndim != 4
+            or pictures.shape[3] != 3
+            or layers.shape != (*pictures.shape[:3], len(classes) + 1)
+        ):
             raise AnnotationError(
                 f"{images} is {pictures.shape}, {masks} {layers.shape}: need (N, height, width, 3) and "
                 f"(N, height, width, {len(classes) + 1}), a channel for each of {', '.join(classes)}, and background"

@@ -41,14 +41,18 @@ def read_mat(path: Path, names: Collection[str]) -> dict[str, NDArray[Any]]:
         raise AnnotationError(f"{path} is a damaged MATLAB file ({error}): copy it again") from error
 
 
-def _arrays(content: memoryview, order: str, names: Collection[str]) -> Iterator[tuple[str, NDArray[Any]]]:
+def _arrays(
+    content: memoryview, order: str, names: Collection[str], unpacked_already: bool = False
+) -> Iterator[tuple[str, NDArray[Any]]]:
     for kind, data in _elements(content, order):
         if kind == _COMPRESSED:
+            if unpacked_already:
+                raise ValueError("a compressed array within another")
             unpacker = zlib.decompressobj()
             unpacked = memoryview(unpacker.decompress(data, _LARGEST_BYTES))
             if not unpacker.eof:
                 raise ValueError(f"an array of more than {_LARGEST_BYTES} bytes, or cut off")
-            yield from _arrays(unpacked, order, names)
+            yield from _arrays(unpacked, order, names, unpacked_already=True)
         elif kind == _MATRIX:
             parts = _elements(data, order)
             flags, shape, name = (bytes(part) for _, part in _take(parts, 3))

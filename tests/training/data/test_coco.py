@@ -149,6 +149,7 @@ def image(**changes: Any) -> dict[str, Any]:
         (image(file_name=""), "need a name within its folder"),
         (image(file_name=["x_1.png"]), "need a name within its folder"),
         (image(file_name="y.png"), r"there is no image y.png"),
+        (image(file_name="y" * 5000), r"there is no image yyy"),
         (image(width=-20), "need 1 to 32768"),
         (image(width=2**40), "need 1 to 32768"),
         (image(width="20"), "need 1 to 32768"),

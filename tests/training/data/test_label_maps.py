@@ -2,6 +2,8 @@
 
 import contextlib
 import pickle
+import struct
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -220,6 +222,7 @@ def test_bad_arrays_are_named_and_never_unpickled(tmp_path: Path) -> None:
         ((images, masks.astype(object)), "never unpickled"),
         ((images, masks, np.array(["Breast", "Colon"])), "need 1 texts"),
         ((images + 1j, masks), "complex128.*need numbers"),
+        ((images[:, :0], masks[:, :0]), r"is \(1, 0, 4, 3\).*need \(N, height, width, 3\)"),
     ):
         with pytest.raises(AnnotationError, match=message):
             read_dataset(put(*bad), mpp=0.25)
@@ -288,6 +291,16 @@ def test_no_damaged_matlab_file_brings_us_down(
     path.write_bytes(damaged[: max(stop, 1)])
     with contextlib.suppress(AnnotationError):
         assert all(isinstance(v, np.ndarray) for v in read_mat(path, ["inst_map", "inst_type"]).values())
+
+
+def test_compressed_arrays_in_one_another_are_damage(tmp_path: Path) -> None:
+    path, packed = tmp_path / "a.mat", b"\0" * 8
+    for _ in range(3000):
+        packed = zlib.compress(packed, 1)
+        packed = struct.pack("<II", 15, len(packed)) + packed
+    path.write_bytes(b"MATLAB 5.0 MAT-file".ljust(124) + b"\x00\x01IM" + packed)
+    with pytest.raises(AnnotationError, match="a compressed array within another"):
+        read_mat(path, ["inst_map"])
 
 
 def test_bad_matlab_files_are_named(tmp_path: Path) -> None:
