@@ -31,6 +31,8 @@ from training.data.sample import (
 
 # A field of 8192 px is 4 mm2 at 0.25 um and a quarter of a GB of labels: larger ones are not annotated by hand.
 _LARGEST_FIELD_PX = 8192
+_AREA = "an area: Tissue, Artefact, or an annotation around two or more nuclei, or far larger than they are"
+_FEWEST_TO_COMPARE, _LARGEST_TO_MEDIAN = 10, 50  # of nuclei; no nucleus has fifty times the area of the usual one
 _REGIONS = ("region", "training", "validation", "test")
 _WHITE = 255  # of glass
 
@@ -137,7 +139,7 @@ def _drawing(path: Path) -> Drawing:
     skipped["of an ignored class, whose name ends in *: the area is painted white"] += int(ignored.sum())
     nuclei = ~region & ~surplus & ~ignored
     areas = _areas(objects, nuclei)
-    skipped["an area: Tissue, Artefact, or an annotation around two or more nuclei"] += int(areas.sum())
+    skipped[_AREA] += int(areas.sum())
     nuclei &= ~areas
     named = tuple(c or NO_CLASSES[0] for c in classes[nuclei].tolist())
     return Drawing(Outlines(polygons[nuclei], named), polygons[region], polygons[ignored], skipped)
@@ -152,6 +154,9 @@ def _areas(objects: Objects, nuclei: NDArray[np.bool_]) -> NDArray[np.bool_]:
     around = around[annotations[around] != others[inside]]
     areas = np.zeros(len(polygons), bool)
     areas[annotations] = np.bincount(around, minlength=len(annotations)) > 1
+    sizes = shapely.area(polygons)
+    if len(others) >= _FEWEST_TO_COMPARE:  # else nobody knows how large nuclei are
+        areas[annotations] |= sizes[annotations] > _LARGEST_TO_MEDIAN * np.median(sizes[others])
     ours = (classes == "Tissue") | np.char.startswith(classes, "Artefact")  # of workflows/qupath/import.groovy
     areas |= ours & nuclei & (types == "annotation")
     return areas

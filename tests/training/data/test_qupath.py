@@ -329,7 +329,20 @@ def test_areas_around_nuclei_are_no_nuclei(tmp_path: Path) -> None:
     (tmp_path / "x.geojson").write_text(json.dumps(drawn))
     found = read_dataset(tmp_path, mpp=0.25)
     assert len(np.unique(only(found).labels)) == 1 + 4
-    assert found.skipped == {"an area: Tissue, Artefact, or an annotation around two or more nuclei": 3}
+    assert found.skipped == {
+        "an area: Tissue, Artefact, or an annotation around two or more nuclei, or far larger than they are": 3
+    }
+
+
+def test_an_annotation_far_larger_than_nuclei_is_an_area_whatever_is_in_it(tmp_path: Path) -> None:
+    picture(tmp_path / "x.png")
+    nuclei = [feature(shapely.box(x, 0.0, x + 1, 1.0), "Tumor", "annotation") for x in range(10)]
+    empty = feature(shapely.box(2, 3, 11, 11), "Stroma", "annotation")
+    (tmp_path / "x.geojson").write_text(json.dumps([*nuclei, empty]))
+    found = read_dataset(tmp_path, mpp=0.25)
+    assert found.classes == ("Tumor",)
+    assert len(only(found).class_index) == 10
+    assert sum(found.skipped.values()) == 1
 
 
 @pytest.mark.parametrize("cells", [0.0, 0.5])
