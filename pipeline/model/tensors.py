@@ -19,7 +19,10 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def save(network: nn.Module, architecture: Any, path: Path, notes: Mapping[str, str]) -> None:
-    """Write a network's tensors in half precision, with its architecture (a dataclass) and notes."""
+    """Write a network's tensors in half precision, with its architecture (a dataclass) and notes.
+
+    Law: equal tensors and notes give equal bytes.
+    """
     tensors = {
         name: (t.detach().cpu().half() if t.is_floating_point() else t.detach().cpu()).clone().contiguous()
         for name, t in network.state_dict().items()
@@ -32,7 +35,18 @@ def save(network: nn.Module, architecture: Any, path: Path, notes: Mapping[str, 
     }
     metadata["notes_sha256"] = notes_sha256(metadata)
     # save_file would make a file that its owner alone may read
-    path.write_bytes(safetensors.torch.save(tensors, metadata))
+    path.write_bytes(_in_order(safetensors.torch.save(tensors, metadata)))
+
+
+def _in_order(content: bytes) -> bytes:
+    """A safetensors file with the entries of its header sorted: the library writes notes in an order of chance.
+
+    The file is the header's length (8 bytes), the header in JSON, filled up with spaces to 8 bytes, and the tensors.
+    """
+    stop = 8 + int.from_bytes(content[:8], "little")
+    header = json.dumps(json.loads(content[8:stop]), sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header + content[stop:]
 
 
 def load_into(build: Callable[[], M], path: Path) -> M:

@@ -409,3 +409,15 @@ def test_a_missing_name_lists_what_there_is() -> None:
     assert "nuclei" in shipped()
     with pytest.raises(WeightsError, match=r"no weights 'nucleii'.*nuclei"):
         find_weights("nucleii")
+
+
+def test_equal_weights_are_equal_bytes(tmp_path: Path) -> None:
+    """A run refuses weights whose file has changed: writing the same ones again must not."""
+    network, notes = NucleusDetector(TINY), {name: name * 3 for name in ("recipe", "data", "step", "licence")}
+    files = [tmp_path / f"{number}.safetensors" for number in range(8)]
+    for file in files:
+        save_weights(network, file, notes)
+    assert len({file.read_bytes() for file in files}) == 1
+    assert notes.items() <= read_notes(files[0]).items()
+    for name, value in load_weights(files[0]).state_dict().items():
+        assert torch.equal(value, network.state_dict()[name].half().float()) or name.endswith("num_batches_tracked")
