@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from pipeline.archive.sources import Archive, Inputs
     from pipeline.segment.export import Exported
 
-CPU_SECONDS_PER_MM2 = 18.0
-"Of tissue, all stages, in one view: measured on two cores of an AMD EPYC in bfloat16 (workflows/benchmarks/stages.sh)."
+CPU_SECONDS_PER_MM2 = 13.0
+"Of tissue, all stages but the choice of the stain, in one view: on two cores of an AMD EPYC in bfloat16, 3.48 mm2."
 
 
 def plan(
