@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from pipeline.segment.export import Exported
 
 CPU_SECONDS_PER_MM2 = 13.0
-"Of tissue, all stages but the choice of the stain, in one view: on two cores of an AMD EPYC in bfloat16, 3.48 mm2."
+"Of tissue, all stages but the choice of the stain, in one view: 3.48 mm2 on two cores of an AMD EPYC (README, Cost)."
 
 
 def plan(

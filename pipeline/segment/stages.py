@@ -57,6 +57,7 @@ from slides.slide import GivenScale, Slide, open_slide
 
 # A process of more returns what detection left free before a stage of the whole slide, which needs memory of its own.
 _SLIDE_STAGE_BYTES = 1e9
+_TILE, _BOX = ("tile_row", "tile_col"), ("x0", "y0", "x1", "y1")  # columns of the instances
 THUMBNAIL_PX, OVERLAY_PX = 1200, 3000  # longest sides of thumbnail.jpg and overlay.jpg
 
 
@@ -446,9 +447,6 @@ def _left_out_at_seams(job: Job, plan: Plan) -> dict[int, NDArray[np.int64]]:
     iou = job.settings.stitching.iou
     lost = place[~stitch.resolve(outline, number, np.concatenate(score), iou=iou, outside=outside)]
     return {int(b): lost[lost[:, 0] == b, 1] for b in np.unique(lost[:, 0])}
-
-
-_TILE, _BOX = ("tile_row", "tile_col"), ("x0", "y0", "x1", "y1")
 
 
 def _boxes(rows: pa.Table) -> tuple[polygons.Floats, polygons.Ints]:
