@@ -4,47 +4,32 @@ Three kinds of pixels: slide px (level 0), level px (only in here), and the px o
 a chosen mpp. `Slide.frame` makes frames.
 """
 
-import functools
 import hashlib
 import math
 import os
-import re
-import struct
 import threading
-import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import IO, NamedTuple, Self, TypeVar
+from typing import NamedTuple, Self, TypeVar
 
 import numpy as np
 import openslide
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from slides.errors import (
     RegionUnreadable,
-    ScaleUnknown,
-    SlideError,
-    SlideNotFound,
     SlideTooLarge,
     SlideUnreadable,
-    SlideUnsupported,
 )
 from slides.geometry import Affine, Box, Frame, Size
+from slides.opening import CONVERT, UNSUPPORTED, Picture, check_tiles, open_handle, stated_tile, unsupported
+from slides.scale import GivenScale, find_scale
 
 T = TypeVar("T", bound=np.generic)
 Pixels = NDArray[np.uint8]
 Mask = NDArray[np.bool_]
 Window = tuple[float, float, float, float]  # x0 y0 x1 y1, px of the array that it is a part of
-
-# Micrometres per pixel that a microscope can have made; OpenSlide reports 1000 for a TIFF without resolution.
-BELIEVABLE_MPP = (0.05, 5.0)
-
-# Scales along x and y that differ by more are an error in the metadata: scanners' pixels are square.
-_LARGEST_ASPECT = 1.02
-
-# Pixels of a stored tile, which OpenSlide decodes whole, at four bytes each.
-_LARGEST_TILE_PX = 2**26
 
 # Pixels of a thumbnail: 46 x 46 mm at 8 um, or a glass of 26 x 76 mm. Finding tissue takes 32 bytes for each: 1 GB.
 _LARGEST_THUMBNAIL_PX = 2**25
@@ -54,13 +39,6 @@ _MOST_FOR_DISPLAY_PX = 2**23
 
 # Level px along a side of one pixel that is read; with the filter's reach this is 200 MB.
 _COARSEST = 1024
-
-# Decoded tiles that OpenSlide keeps: a few rows of those in a block's region, which is read in one go.
-_CACHE_BYTES = 2**25
-
-# In the errors of OpenSlide and libtiff for sound files that use a feature which is not implemented.
-_UNSUPPORTED = re.compile("unsupported|not supported|not configured|not implemented|can ?not handle", re.IGNORECASE)
-_CONVERT = "convert it to a tiled pyramidal TIFF"
 
 # Side of the region that is read in one call, level px: it bounds the memory and changes no pixel.
 _CHUNK = 2048
@@ -75,11 +53,6 @@ _USUAL_TILE = 256
 # Pillow's bicubic filter reaches 2 pixels, of the coarser raster, to either side; the third covers rounding.
 _REACH = 3
 
-# Suffixes of slide formats that OpenSlide does not read.
-_FORMATS_NOT_READ = frozenset((".ets", ".isyntax", ".kfb", ".lif", ".mds", ".nd2", ".oir", ".sdpc", ".vsi"))
-
-_EIGHT_BIT_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr")
-_MICROMETRES = {"inch": 25400.0, "centimeter": 10000.0}
 _WHITE = 255
 
 
@@ -88,29 +61,6 @@ class Level(NamedTuple):
 
     size: Size
     downsample: float
-
-
-BY_DEFAULT, FORCED = "default by --mpp", "forced by --force-mpp"  # sources of a scale
-
-
-class GivenScale(NamedTuple):
-    """What a user states of a slide's scale, um/px at level 0: the arguments of `open_slide`."""
-
-    mpp: float | None = None
-    mpp_source: str = "given"
-    default_mpp: float | None = None
-
-
-class Scale(NamedTuple):
-    """Micrometres per pixel at level 0, and where they come from.
-
-    source: `metadata`, `tiff resolution`, BY_DEFAULT (given for slides that state nothing), or what the caller of
-    `open_slide` named: `manifest`, FORCED, `given`.
-    """
-
-    x: float
-    y: float
-    source: str
 
 
 class Slide:
@@ -139,10 +89,10 @@ class Slide:
         self._tile_sizes = tuple(_tile_size(properties, level) for level in range(len(self.levels)))
         self.has_icc = "openslide.icc-size" in properties
         self.quick_hash: str = properties.get("openslide.quickhash-1") or _file_hash(self.path)
-        _check_tiles(self.path, properties, len(self.levels))
+        check_tiles(self.path, properties, len(self.levels))
         # Before the scale: a damaged file must be reported as damaged, whether or not it states a scale.
         self._check_readable()
-        self.scale = _scale(self.path, properties, given)
+        self.scale = find_scale(self.path, properties, given)
 
     def __reduce__(self) -> tuple[type["Slide"], tuple[Path, GivenScale]]:
         return Slide, (self.path, self._given)
@@ -233,7 +183,7 @@ class Slide:
         if max(to_level.scale_x, to_level.scale_y) > _COARSEST:
             raise SlideTooLarge(
                 f"{self.path} has no level coarser than {self.levels[level].size.width:,} x "
-                f"{self.levels[level].size.height:,} px to make a thumbnail from: {_CONVERT}"
+                f"{self.levels[level].size.height:,} px to make a thumbnail from: {CONVERT}"
             )
         inside = box.intersect(frame.box)
         if not inside.area:
@@ -386,8 +336,8 @@ class Slide:
             return shared
         key = (process, threading.get_ident())
         if key not in self._handles:
-            handle = _open_handle(self.path)
-            key = (process, 0) if isinstance(handle, _Picture) else key
+            handle = open_handle(self.path)
+            key = (process, 0) if isinstance(handle, Picture) else key
             return self._handles.setdefault(key, handle)
         return self._handles[key]
 
@@ -409,8 +359,8 @@ class Slide:
                     return
                 except RegionUnreadable as error:
                     cause = error
-        if cause is not None and _UNSUPPORTED.search(str(cause.__cause__)):
-            raise _unsupported(self.path, str(cause.__cause__)) from cause
+        if cause is not None and UNSUPPORTED.search(str(cause.__cause__)):
+            raise unsupported(self.path, str(cause.__cause__)) from cause
         raise SlideUnreadable(f"{self.path} opens, but nothing in it can be read: copy it again") from cause
 
 
@@ -433,148 +383,6 @@ def open_slide(
     return Slide(path, GivenScale(mpp, mpp_source, default_mpp))
 
 
-@functools.cache
-def _cache(_pid: int) -> openslide.OpenSlideCache:
-    """Decoded tiles of all slides that a process has open: else OpenSlide keeps as many for every handle."""
-    return openslide.OpenSlideCache(_CACHE_BYTES)
-
-
-def _open_handle(path: Path) -> openslide.AbstractSlide:
-    """OpenSlide's handle, or a plain image's with the same interface.
-
-    Raises SlideNotFound, SlideUnreadable, SlideUnsupported, SlideTooLarge.
-    """
-    if not path.is_file():
-        raise SlideNotFound(f"{path}: there is no such file")
-    try:
-        handle = openslide.OpenSlide(path)
-        handle.set_cache(_cache(os.getpid()))
-        return handle
-    except openslide.OpenSlideUnsupportedFormatError as error:
-        if complaint := _reason_unreadable(path):
-            raise SlideUnreadable(f"{path} {complaint}") from error
-        return _open_picture(path)
-    except openslide.OpenSlideError as error:
-        if _UNSUPPORTED.search(str(error)) or _is_czi(path):
-            raise _unsupported(path, str(error)) from error
-        raise SlideUnreadable(f"{path} is damaged or incomplete: {_explained(path, str(error))}") from error
-
-
-def _unsupported(path: Path, complaint: str) -> SlideError:
-    """The error for a file that other programs may read; where they do not either, it is damaged after all."""
-    return SlideUnsupported(
-        f"{path} is in a format that OpenSlide {openslide.__library_version__} does not read ({complaint}): "
-        f"{_CONVERT}; if no other program opens it, copy it again"
-    )
-
-
-def _is_czi(path: Path) -> bool:
-    """Whether it is a Zeiss CZI, of whose many forms OpenSlide reads a few; the rest it calls damaged."""
-    with path.open("rb") as file:
-        return file.read(10) == b"ZISRAWFILE"
-
-
-def _open_picture(path: Path) -> openslide.ImageSlide:
-    """A plain image as a slide of one level. Raises SlideUnreadable, SlideUnsupported, SlideTooLarge."""
-    try:
-        with _open_quietly(path) as picture:
-            count, mode = getattr(picture, "n_frames", 1), picture.mode
-            # Of several images the first may be a label: then it is a slide in a format that OpenSlide lacks.
-            if count == 1 and mode in _EIGHT_BIT_MODES:
-                return _Picture(picture)
-    except UnidentifiedImageError as error:
-        if path.suffix.lower() in _FORMATS_NOT_READ or _is_czi(path):
-            raise _unsupported(path, path.suffix) from error
-        raise SlideUnreadable(f"{path} is not a slide: OpenSlide and Pillow know no such format") from error
-    except Image.DecompressionBombError as error:
-        raise SlideTooLarge(f"{path}: {error}: {_CONVERT}") from error
-    except (OSError, SyntaxError, ValueError) as error:
-        raise SlideUnreadable(f"{path} is a damaged image ({error}): copy it again") from error
-    raise SlideUnsupported(
-        f"{path} holds {count} image(s) of mode {mode} in no format that OpenSlide knows: "
-        f"need a slide, or one image of 8 bits a channel; {_CONVERT}"
-    )
-
-
-def _open_quietly(path: Path) -> Image.Image:
-    """A picture, not decoded yet. Pillow warns of half as many pixels as it refuses; these are fine."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        return Image.open(path, formats=["PNG", "JPEG", "WEBP", "BMP", "TIFF"])
-
-
-class _Picture(openslide.ImageSlide):
-    """A plain image that states its TIFF resolution and colour profile in OpenSlide's properties."""
-
-    def __init__(self, picture: Image.Image) -> None:
-        tags = getattr(picture, "tag_v2", {})
-        unit = {2: "inch", 3: "centimeter"}.get(tags.get(296, 2), "none")
-        resolution = {"tiff.XResolution": tags.get(282), "tiff.YResolution": tags.get(283)}
-        self._stated = {name: str(float(value)) for name, value in resolution.items() if value}
-        self._stated["tiff.ResolutionUnit"] = unit
-        if profile := picture.info.get("icc_profile"):
-            self._stated["openslide.icc-size"] = str(len(profile))
-        super().__init__(picture.convert("RGBA"))
-
-    @property
-    def properties(self) -> Mapping[str, str]:
-        return self._stated
-
-
-def _reason_unreadable(path: Path) -> str | None:
-    """What is wrong with a file, as the end of a sentence that starts with its path; None if nothing is known."""
-    size = path.stat().st_size
-    if size == 0:
-        return "is empty (0 bytes): copy it again"
-    if path.suffix.lower() == ".mrxs" and not path.with_suffix("").is_dir():
-        return f"lacks its data: copy the folder {path.stem!r} beside it"
-    try:
-        with path.open("rb") as file:
-            beyond = _directory_beyond(file, size)
-    except OSError as error:
-        return f"cannot be read: {error.strerror}"
-    if beyond is not None:
-        return f"is truncated: it has {size} bytes, its directory is at byte {beyond}; copy it again"
-    return None
-
-
-def _directory_beyond(file: IO[bytes], size: int) -> int | None:
-    """Offset of the first TIFF directory beyond the end of the file; None if all are there, or no TIFF.
-
-    TIFF 6.0, section 2, and BigTIFF: byte order, 42 or 43, offset of the first directory; each directory is a
-    count, its entries, and the offset of the next.
-    """
-    head = file.read(16).ljust(16, b"\0")
-    order = {b"II": "<", b"MM": ">"}.get(head[:2])
-    if order is None or (version := struct.unpack(order + "H", head[2:4])[0]) not in (42, 43):
-        return None
-    start, count_code, entry, offset_code = (4, "H", 12, "I") if version == 42 else (8, "Q", 20, "Q")
-    offset: int = struct.unpack_from(order + offset_code, head, start)[0]
-    visited: set[int] = set()
-    while offset and offset not in visited:
-        visited.add(offset)
-        if offset >= size:
-            return offset
-        file.seek(offset)
-        count_bytes = file.read(struct.calcsize(count_code))
-        if len(count_bytes) < struct.calcsize(count_code):
-            return offset
-        after = file.tell() + entry * int(struct.unpack(order + count_code, count_bytes)[0])
-        if after + struct.calcsize(offset_code) > size:
-            return offset
-        file.seek(after)
-        offset = struct.unpack(order + offset_code, file.read(struct.calcsize(offset_code)))[0]
-    return None
-
-
-def _explained(path: Path, complaint: str) -> str:
-    """OpenSlide's complaint; a missing part of a slide of several files is named, with the remedy."""
-    if "No such file" not in complaint:
-        return f"{complaint}; copy it again"
-    missing = os.path.relpath(complaint.rpartition("open ")[2].partition(": No such file")[0], path.parent)
-    return f"its part {missing} is missing; copy everything that belongs to {path.name} beside it"
-
-
 def _bounds(properties: Mapping[str, str], size: Size) -> Box:
     """The part of the slide that was scanned, slide px: `openslide.bounds-*`, else everything."""
     whole = Box(0, 0, *size)
@@ -593,52 +401,6 @@ def _shows_the_same(level: Size, slide: Size) -> bool:
     return abs(x - y) <= max(x, y) * max(0.02, 1.5 / min(level))
 
 
-def _scale(path: Path, properties: Mapping[str, str], given: GivenScale) -> Scale:
-    """The scale by the rule of `open_slide`. Raises ScaleUnknown."""
-    low, high = BELIEVABLE_MPP
-    mpp, mpp_source, default_mpp = given
-    for value in (mpp, default_mpp):
-        if value is not None and not low <= value <= high:
-            raise ScaleUnknown(f"mpp={value:g} for {path}: need {low:g} to {high:g} micrometres per pixel")
-    if mpp is not None:
-        return Scale(mpp, mpp, mpp_source)
-    stated = (_stated_scale(properties), _resolution_scale(properties))
-    for x, y, source in filter(None, stated):
-        if not low <= min(x, y) <= max(x, y) <= high:
-            continue
-        if max(x, y) > _LARGEST_ASPECT * min(x, y):
-            raise ScaleUnknown(
-                f"{path} states {x:g} x {y:g} um/px ({source}): need square pixels, within 2 %; give its mpp in a "
-                f"manifest or by --force-mpp, or resample it to square pixels"
-            )
-        return Scale(x, y, source)
-    if default_mpp is not None:
-        return Scale(default_mpp, default_mpp, BY_DEFAULT)
-    said = next((f"{s.x:g} um/px, not between {low:g} and {high:g}" for s in stated if s), "no resolution")
-    raise ScaleUnknown(f"{path} states {said}: pass --mpp (micrometres per pixel at level 0)")
-
-
-def _stated_scale(properties: Mapping[str, str]) -> Scale | None:
-    """What the scanner wrote; nothing for a generic TIFF, where OpenSlide repeats the resolution tags."""
-    if properties.get("openslide.vendor") == "generic-tiff":
-        return None
-    try:
-        x, y = float(properties["openslide.mpp-x"]), float(properties["openslide.mpp-y"])
-    except (KeyError, ValueError):
-        return None
-    return Scale(x, y, "metadata")
-
-
-def _resolution_scale(properties: Mapping[str, str]) -> Scale | None:
-    """TIFF resolution tags: pixels per unit -> micrometres per pixel."""
-    try:
-        unit = _MICROMETRES[properties["tiff.ResolutionUnit"]]
-        x, y = float(properties["tiff.XResolution"]), float(properties["tiff.YResolution"])
-    except (KeyError, ValueError):
-        return None
-    return Scale(unit / x, unit / y, "tiff resolution") if x > 0 and y > 0 else None
-
-
 def _file_hash(path: Path) -> str:
     """sha256 of the file's size, first and last MiB: identifies a file that OpenSlide gives no quickhash."""
     size, mib = path.stat().st_size, 2**20
@@ -650,28 +412,11 @@ def _file_hash(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _stated_tile(properties: Mapping[str, str], level: int) -> Size:
-    """Size of the tiles in which a level is stored, level px; 0 x 0 where the slide does not state it."""
-    width, height = (properties.get(f"openslide.level[{level}].tile-{side}", "0") for side in ("width", "height"))
-    return Size(*(int(value) if value.isdecimal() else 0 for value in (width, height)))
-
-
 def _tile_size(properties: Mapping[str, str], level: int) -> Size:
     """Size of the cells in which a damaged level is read and lost, level px."""
-    width, height = stated = _stated_tile(properties, level)
+    width, height = stated = stated_tile(properties, level)
     # Strips, and whole levels stored as one tile, are too large to be lost as a whole.
     return stated if 64 <= min(width, height) <= max(width, height) <= _CHUNK else Size(_USUAL_TILE, _USUAL_TILE)
-
-
-def _check_tiles(path: Path, properties: Mapping[str, str], levels: int) -> None:
-    """Raise SlideTooLarge where OpenSlide would need gigabytes to decode one tile."""
-    for level in range(levels):
-        width, height = _stated_tile(properties, level)
-        if width * height > _LARGEST_TILE_PX:
-            raise SlideTooLarge(
-                f"{path} is stored in tiles of {width:,} x {height:,} px: need at most {_LARGEST_TILE_PX:,} px; "
-                f"{_CONVERT}, with tiles of 256 to 2048 px"
-            )
 
 
 def _cells(box: Box, side: tuple[int, int], *, lattice: bool = False) -> Iterator[Box]:

@@ -14,7 +14,7 @@ from pipeline.layout import RunFolder
 from pipeline.segment import finished
 from pipeline.segment.job import Job
 from pipeline.segment.record import SlideRecord
-from slides.slide import BY_DEFAULT, FORCED
+from slides.scale import BY_DEFAULT, FORCED
 
 
 class KnownSlides:

@@ -14,7 +14,7 @@ from pipeline.archive.search import SUFFIXES, Search
 from pipeline.archive.staging import LocalSlide, SlideFiles
 from pipeline.errors import RunError
 from pipeline.text import printable
-from slides.slide import BELIEVABLE_MPP, FORCED, GivenScale
+from slides.scale import BELIEVABLE_MPP, FORCED, GivenScale
 
 IN_MANIFEST = "manifest"  # source of a scale
 

@@ -14,7 +14,8 @@ from pipeline.errors import LeaseLost
 from pipeline.layout import SlideFolder
 from pipeline.segment.regions import RegionFile, SlideRegions, read_regions
 from slides.geometry import Box
-from slides.slide import GivenScale, Slide, open_slide
+from slides.scale import GivenScale
+from slides.slide import Slide, open_slide
 
 LEASE_CHECK_S = 1.0  # between two checks while patches are detected or a slide is copied: each asks the file server
 

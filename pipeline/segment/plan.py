@@ -20,7 +20,8 @@ from pipeline.segment.tissue_map import find_tissue_and_artefacts
 from slides.artefacts import ArtefactMap
 from slides.geometry import Affine, Box, Frame, Size
 from slides.grid import Tile, TileGrid, check_margin, trim
-from slides.slide import FORCED, Scale, Slide
+from slides.scale import FORCED, Scale
+from slides.slide import Slide
 from slides.tissue import TissueMap
 
 _LARGER_THAN_GLASS = "the slide is larger than any glass, so its scale may be wrong"

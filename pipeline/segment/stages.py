@@ -53,7 +53,8 @@ from slides.artefacts import KINDS, ArtefactMap
 from slides.geometry import Size
 from slides.grid import Tile
 from slides.patches import PatchStore, cut
-from slides.slide import GivenScale, Slide, open_slide
+from slides.scale import GivenScale
+from slides.slide import Slide, open_slide
 
 # A process of more returns what detection left free before a stage of the whole slide, which needs memory of its own.
 _SLIDE_STAGE_BYTES = 1e9

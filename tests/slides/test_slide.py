@@ -30,7 +30,8 @@ from slides.errors import (
     SlideUnsupported,
 )
 from slides.geometry import Box, Size
-from slides.slide import FORCED, GivenScale, Slide, _shows_the_same, open_slide
+from slides.scale import FORCED, GivenScale
+from slides.slide import Slide, _shows_the_same, open_slide
 
 Writer = Callable[..., Path]
 WIDTH, HEIGHT = 613, 467  # neither is a multiple of anything, so pyramids have fractional downsamples

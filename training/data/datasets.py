@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.errors import AnnotationError
-from slides.slide import BELIEVABLE_MPP
+from slides.scale import BELIEVABLE_MPP
 from training.data.coco import coco
 from training.data.label_maps import folder, matlab, pannuke, tnbc
 from training.data.outlines import aperio

@@ -29,7 +29,7 @@ from pipeline.segment.job import Job
 from pipeline.segment.plan import read_plan
 from pipeline.segment.record import SlideRecord, StageRecord
 from slides.patches import PatchStore
-from slides.slide import GivenScale
+from slides.scale import GivenScale
 
 ONE = Execution(cluster=False, workers=1)
 KEEP = dataclasses.replace(ONE, keep_work=True)

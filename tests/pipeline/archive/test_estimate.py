@@ -11,7 +11,7 @@ from pipeline.archive.estimate import estimate_slide
 from pipeline.archive.sources import Source
 from pipeline.config import Settings, Stain, Tissue
 from pipeline.segment.record import NO_TISSUE
-from slides.slide import GivenScale
+from slides.scale import GivenScale
 
 
 def source(path: Path, side: int, level: int = 128) -> Source:

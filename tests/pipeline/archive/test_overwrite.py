@@ -29,7 +29,7 @@ from pipeline.model.instances import HostInstances, Patches
 from pipeline.segment import stages
 from pipeline.segment.job import Job
 from pipeline.segment.record import SlideRecord
-from slides.slide import GivenScale
+from slides.scale import GivenScale
 
 ONE = Execution(cluster=False, workers=1)
 AGAIN = dataclasses.replace(ONE, overwrite=True)

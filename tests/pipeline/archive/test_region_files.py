@@ -10,7 +10,7 @@ from pipeline import config
 from pipeline.archive.region_files import Matches, match_regions, with_regions
 from pipeline.archive.sources import Archive, Source
 from pipeline.errors import RunError
-from slides.slide import GivenScale
+from slides.scale import GivenScale
 
 SLIDES = {"a/x": Path("/scans/a/x.svs"), "b/y": Path("/scans/b/y.ome.tif"), "z": Path("/scans/z.mrxs")}
 

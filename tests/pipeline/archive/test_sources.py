@@ -14,7 +14,7 @@ from pipeline.archive.naming import Place
 from pipeline.archive.search import Search
 from pipeline.archive.sources import Archive, Source, find_slides
 from pipeline.errors import RunError
-from slides.slide import GivenScale
+from slides.scale import GivenScale
 
 
 def touch(*paths: Path) -> None:

@@ -32,7 +32,7 @@ from pipeline.layout import SlideFolder
 from pipeline.model.instances import HostInstances, empty
 from pipeline.segment.job import Job
 from slides.errors import SlideTooLarge, SlideUnreadable
-from slides.slide import GivenScale
+from slides.scale import GivenScale
 
 ROOT = Path(oracle.__file__).parents[1]
 PATHS = os.pathsep.join([str(ROOT), str(ROOT / "tests")])

@@ -32,7 +32,8 @@ from pipeline.segment.regions import RegionFile
 from pipeline.segment.slide_stain import spread
 from pipeline.segment.stages import Detect
 from slides.geometry import Affine, Frame, Size
-from slides.slide import GivenScale, open_slide
+from slides.scale import GivenScale
+from slides.slide import open_slide
 from slides.tissue import TissueMap
 
 ROOT = Path(stain_trial.__file__).parents[2]

@@ -15,7 +15,7 @@ from pipeline.segment.summary import AREA_EDGES_UM2, SEAM_EDGES_PX, seam_counts,
 from slides.artefacts import ArtefactMap
 from slides.geometry import Affine, Box, Frame, Size
 from slides.grid import TileGrid
-from slides.slide import Scale
+from slides.scale import Scale
 from slides.tissue import TissueMap
 
 SIZE = Size(3000, 2500)

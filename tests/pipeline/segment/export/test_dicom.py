@@ -27,7 +27,7 @@ from pipeline.segment.export.dicom import Reference, find_reference, write_dicom
 from pipeline.segment.export.exported import Exported
 from pipeline.segment.finished import rewrite_exports
 from slides.geometry import Box, Size
-from slides.slide import GivenScale
+from slides.scale import GivenScale
 
 pytest.importorskip("highdicom", reason="the extra dicom is not installed")
 

@@ -1,0 +1,190 @@
+"""The file of a slide -> OpenSlide's handle of it, or what is wrong with the file."""
+
+import functools
+import os
+import re
+import struct
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO
+
+import openslide
+from PIL import Image, UnidentifiedImageError
+
+from slides.errors import SlideError, SlideNotFound, SlideTooLarge, SlideUnreadable, SlideUnsupported
+from slides.geometry import Size
+
+# Pixels of a stored tile, which OpenSlide decodes whole, at four bytes each.
+_LARGEST_TILE_PX = 2**26
+
+# Decoded tiles that OpenSlide keeps: a few rows of those in a block's region, which is read in one go.
+_CACHE_BYTES = 2**25
+
+# In the errors of OpenSlide and libtiff for sound files that use a feature which is not implemented.
+UNSUPPORTED = re.compile("unsupported|not supported|not configured|not implemented|can ?not handle", re.IGNORECASE)
+CONVERT = "convert it to a tiled pyramidal TIFF"
+
+# Suffixes of slide formats that OpenSlide does not read.
+_FORMATS_NOT_READ = frozenset((".ets", ".isyntax", ".kfb", ".lif", ".mds", ".nd2", ".oir", ".sdpc", ".vsi"))
+
+_EIGHT_BIT_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr")
+
+
+@functools.cache
+def _cache(_pid: int) -> openslide.OpenSlideCache:
+    """Decoded tiles of all slides that a process has open: else OpenSlide keeps as many for every handle."""
+    return openslide.OpenSlideCache(_CACHE_BYTES)
+
+
+def open_handle(path: Path) -> openslide.AbstractSlide:
+    """OpenSlide's handle, or a plain image's with the same interface.
+
+    Raises SlideNotFound, SlideUnreadable, SlideUnsupported, SlideTooLarge.
+    """
+    if not path.is_file():
+        raise SlideNotFound(f"{path}: there is no such file")
+    try:
+        handle = openslide.OpenSlide(path)
+        handle.set_cache(_cache(os.getpid()))
+        return handle
+    except openslide.OpenSlideUnsupportedFormatError as error:
+        if complaint := _reason_unreadable(path):
+            raise SlideUnreadable(f"{path} {complaint}") from error
+        return _open_picture(path)
+    except openslide.OpenSlideError as error:
+        if UNSUPPORTED.search(str(error)) or _is_czi(path):
+            raise unsupported(path, str(error)) from error
+        raise SlideUnreadable(f"{path} is damaged or incomplete: {_explained(path, str(error))}") from error
+
+
+def unsupported(path: Path, complaint: str) -> SlideError:
+    """The error for a file that other programs may read; where they do not either, it is damaged after all."""
+    return SlideUnsupported(
+        f"{path} is in a format that OpenSlide {openslide.__library_version__} does not read ({complaint}): "
+        f"{CONVERT}; if no other program opens it, copy it again"
+    )
+
+
+def _is_czi(path: Path) -> bool:
+    """Whether it is a Zeiss CZI, of whose many forms OpenSlide reads a few; the rest it calls damaged."""
+    with path.open("rb") as file:
+        return file.read(10) == b"ZISRAWFILE"
+
+
+def _open_picture(path: Path) -> openslide.ImageSlide:
+    """A plain image as a slide of one level. Raises SlideUnreadable, SlideUnsupported, SlideTooLarge."""
+    try:
+        with _open_quietly(path) as picture:
+            count, mode = getattr(picture, "n_frames", 1), picture.mode
+            # Of several images the first may be a label: then it is a slide in a format that OpenSlide lacks.
+            if count == 1 and mode in _EIGHT_BIT_MODES:
+                return Picture(picture)
+    except UnidentifiedImageError as error:
+        if path.suffix.lower() in _FORMATS_NOT_READ or _is_czi(path):
+            raise unsupported(path, path.suffix) from error
+        raise SlideUnreadable(f"{path} is not a slide: OpenSlide and Pillow know no such format") from error
+    except Image.DecompressionBombError as error:
+        raise SlideTooLarge(f"{path}: {error}: {CONVERT}") from error
+    except (OSError, SyntaxError, ValueError) as error:
+        raise SlideUnreadable(f"{path} is a damaged image ({error}): copy it again") from error
+    raise SlideUnsupported(
+        f"{path} holds {count} image(s) of mode {mode} in no format that OpenSlide knows: "
+        f"need a slide, or one image of 8 bits a channel; {CONVERT}"
+    )
+
+
+def _open_quietly(path: Path) -> Image.Image:
+    """A picture, not decoded yet. Pillow warns of half as many pixels as it refuses; these are fine."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        return Image.open(path, formats=["PNG", "JPEG", "WEBP", "BMP", "TIFF"])
+
+
+class Picture(openslide.ImageSlide):
+    """A plain image that states its TIFF resolution and colour profile in OpenSlide's properties."""
+
+    def __init__(self, picture: Image.Image) -> None:
+        tags = getattr(picture, "tag_v2", {})
+        unit = {2: "inch", 3: "centimeter"}.get(tags.get(296, 2), "none")
+        resolution = {"tiff.XResolution": tags.get(282), "tiff.YResolution": tags.get(283)}
+        self._stated = {name: str(float(value)) for name, value in resolution.items() if value}
+        self._stated["tiff.ResolutionUnit"] = unit
+        if profile := picture.info.get("icc_profile"):
+            self._stated["openslide.icc-size"] = str(len(profile))
+        super().__init__(picture.convert("RGBA"))
+
+    @property
+    def properties(self) -> Mapping[str, str]:
+        return self._stated
+
+
+def _reason_unreadable(path: Path) -> str | None:
+    """What is wrong with a file, as the end of a sentence that starts with its path; None if nothing is known."""
+    size = path.stat().st_size
+    if size == 0:
+        return "is empty (0 bytes): copy it again"
+    if path.suffix.lower() == ".mrxs" and not path.with_suffix("").is_dir():
+        return f"lacks its data: copy the folder {path.stem!r} beside it"
+    try:
+        with path.open("rb") as file:
+            beyond = _directory_beyond(file, size)
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"
+    if beyond is not None:
+        return f"is truncated: it has {size} bytes, its directory is at byte {beyond}; copy it again"
+    return None
+
+
+def _directory_beyond(file: IO[bytes], size: int) -> int | None:
+    """Offset of the first TIFF directory beyond the end of the file; None if all are there, or no TIFF.
+
+    TIFF 6.0, section 2, and BigTIFF: byte order, 42 or 43, offset of the first directory; each directory is a
+    count, its entries, and the offset of the next.
+    """
+    head = file.read(16).ljust(16, b"\0")
+    order = {b"II": "<", b"MM": ">"}.get(head[:2])
+    if order is None or (version := struct.unpack(order + "H", head[2:4])[0]) not in (42, 43):
+        return None
+    start, count_code, entry, offset_code = (4, "H", 12, "I") if version == 42 else (8, "Q", 20, "Q")
+    offset: int = struct.unpack_from(order + offset_code, head, start)[0]
+    visited: set[int] = set()
+    while offset and offset not in visited:
+        visited.add(offset)
+        if offset >= size:
+            return offset
+        file.seek(offset)
+        count_bytes = file.read(struct.calcsize(count_code))
+        if len(count_bytes) < struct.calcsize(count_code):
+            return offset
+        after = file.tell() + entry * int(struct.unpack(order + count_code, count_bytes)[0])
+        if after + struct.calcsize(offset_code) > size:
+            return offset
+        file.seek(after)
+        offset = struct.unpack(order + offset_code, file.read(struct.calcsize(offset_code)))[0]
+    return None
+
+
+def _explained(path: Path, complaint: str) -> str:
+    """OpenSlide's complaint; a missing part of a slide of several files is named, with the remedy."""
+    if "No such file" not in complaint:
+        return f"{complaint}; copy it again"
+    missing = os.path.relpath(complaint.rpartition("open ")[2].partition(": No such file")[0], path.parent)
+    return f"its part {missing} is missing; copy everything that belongs to {path.name} beside it"
+
+
+def stated_tile(properties: Mapping[str, str], level: int) -> Size:
+    """Size of the tiles in which a level is stored, level px; 0 x 0 where the slide does not state it."""
+    width, height = (properties.get(f"openslide.level[{level}].tile-{side}", "0") for side in ("width", "height"))
+    return Size(*(int(value) if value.isdecimal() else 0 for value in (width, height)))
+
+
+def check_tiles(path: Path, properties: Mapping[str, str], levels: int) -> None:
+    """Raise SlideTooLarge where OpenSlide would need gigabytes to decode one tile."""
+    for level in range(levels):
+        width, height = stated_tile(properties, level)
+        if width * height > _LARGEST_TILE_PX:
+            raise SlideTooLarge(
+                f"{path} is stored in tiles of {width:,} x {height:,} px: need at most {_LARGEST_TILE_PX:,} px; "
+                f"{CONVERT}, with tiles of 256 to 2048 px"
+            )
