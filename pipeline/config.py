@@ -61,6 +61,11 @@ def require(holds: bool, message: str) -> None:
         raise ConfigError(message)
 
 
+def _require_mpp(value: float) -> None:
+    """Of a working scale."""
+    require(0.05 <= value <= 5, f"mpp={value}: need 0.05 to 5 um per pixel")
+
+
 def check_device_name(name: str) -> None:
     """Raise ConfigError for what is no name of a device, there or not."""
     require(re.fullmatch(r"auto|cpu|cuda(:\d+)?", name) is not None, f"device={name!r}: need cpu, cuda, cuda:N or auto")
@@ -104,7 +109,8 @@ class Tiling:
     "Blocks of this many by this many tiles are stored, scheduled and resumed together."
 
     def __post_init__(self) -> None:
-        require(self.mpp == 0 or 0.05 <= self.mpp <= 5, f"mpp={self.mpp}: need 0.05 to 5 um per pixel, or 0")
+        if self.mpp:
+            _require_mpp(self.mpp)
         require(
             self.tile % side_step() == 0 and self.tile > 0,
             f"tile={self.tile}: need a positive multiple of {side_step()}",
@@ -187,9 +193,10 @@ class Detector:
         require(0 < self.nms < 1, f"nms={self.nms}: need 0 < nms < 1")
         require(0 < self.overlap <= 1, f"overlap={self.overlap}: need 0 < overlap <= 1")
         require(0 <= self.objectness < 1, f"objectness={self.objectness}: need 0 <= objectness < 1")
-        require(self.proposals_per_mm2 > 0, f"proposals-per-mm2={self.proposals_per_mm2}: need more than 0")
+        for name in ("proposals_per_mm2", "instances_per_mm2"):
+            value = getattr(self, name)
+            require(0 < value <= 1e7, f"{name.replace('_', '-')}={value}: need more than 0, to 1e7")
         require(self.anchors_per_proposal >= 1, f"anchors-per-proposal={self.anchors_per_proposal}: need 1 or more")
-        require(self.instances_per_mm2 > 0, f"instances-per-mm2={self.instances_per_mm2}: need more than 0")
         require(self.batch >= 0, f"batch={self.batch}: need 0 (automatic) or more")
         check_device_name(self.device)
 
@@ -213,10 +220,12 @@ class Stitching:
     "Tolerance of the simplification of outlines (Douglas and Peucker), px at the working scale; 0 keeps every vertex."
 
     def __post_init__(self) -> None:
-        require(self.max_diameter_um > 0, f"max-diameter-um={self.max_diameter_um}: need more than 0")
-        require(self.tolerance_px >= 0, f"tolerance-px={self.tolerance_px}: need 0 or more")
+        require(
+            0 < self.max_diameter_um <= 10_000, f"max-diameter-um={self.max_diameter_um}: need more than 0, to 10000 um"
+        )
+        require(0 <= self.tolerance_px <= 1000, f"tolerance-px={self.tolerance_px}: need 0 to 1000 px")
         require(0 < self.iou <= 1, f"iou={self.iou}: need 0 < iou <= 1")
-        require(self.simplify_px >= 0, f"simplify-px={self.simplify_px}: need 0 or more")
+        require(0 <= self.simplify_px <= 100, f"simplify-px={self.simplify_px}: need 0 to 100 px")
 
 
 @dataclass(frozen=True)
@@ -271,7 +280,7 @@ class Export:
         require(10 <= self.density_um <= 10_000, f"density-um={self.density_um}: need 10 to 10000 um")
 
 
-WORK_FORMAT = 11
+WORK_FORMAT = 12
 "Version of the files in a slide's work folder: raised with every change after which older ones must not be continued."
 
 
@@ -501,7 +510,7 @@ class Architecture:
             "semantic": 0,
         }.items():
             value = getattr(self, name)
-            most = 16 if name == "mask_layers" else 4096
+            most = {"mask_layers": 16, "box_pool": 64}.get(name, 4096)
             require(least <= value <= most, f"{name}={value}: need {least} to {most}")
         require(0.25 <= self.upscale <= 8, f"upscale={self.upscale}: need 0.25 to 8")
         require(
@@ -521,7 +530,7 @@ class Architecture:
             self.mask_size % 2 == 0 and 4 <= self.mask_size <= 128,
             f"mask_size={self.mask_size}: need an even number, 4 to 128",
         )
-        require(0 < self.mpp <= 10, f"mpp={self.mpp}: need more than 0, to 10 um")
+        _require_mpp(self.mpp)
         require(0 < self.score < 1, f"score={self.score}: need more than 0, below 1")
         require(
             len(self.classes) > 0 and len(set(self.classes)) == len(self.classes) and all(self.classes),
@@ -548,7 +557,8 @@ class StainArchitecture:
             1 <= len(self.channels) <= 5 and all(1 <= count <= 4096 for count in self.channels),
             f"channels={self.channels}: need 1 to 5 levels, of 1 to 4096 channels each",
         )
-        require(self.floor > 0, f"floor={self.floor}: need more than 0")
+        require(0 < self.floor <= 10, f"floor={self.floor}: need more than 0, to 10")
+        _require_mpp(self.mpp)
 
 
 T = TypeVar("T")
@@ -595,7 +605,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     origin, options = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
         require(
-            value in options and not isinstance(value, bool),
+            any(value == option and type(value) is type(option) for option in options),
             f"{where}={value!r}: need one of {', '.join(map(str, options))}",
         )
         return value

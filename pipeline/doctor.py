@@ -9,8 +9,10 @@ import openslide
 import torch
 
 from pipeline.archive.manifest import versions
-from pipeline.config import Detector
-from pipeline.model import load
+from pipeline.config import Detector, Stain
+from pipeline.errors import WeightsError
+from pipeline.model import dcgmm, load
+from pipeline.model.detector import load_weights
 from pipeline.model.weights import content_sha256, find_weights, licence, shipped
 from pipeline.text import one_line
 
@@ -27,9 +29,7 @@ def check_up(say: Callable[[str], None] = print) -> int:
         say(f"cuda:{index} {torch.cuda.get_device_name(index)}, {memory:.0f} GiB")
     if not torch.cuda.is_available():
         say("no CUDA device: the detector runs on the CPU")
-    for name in shipped():
-        say(f"weights {name}: {content_sha256(find_weights(name))[:16]} {licence(find_weights(name))}")
-    problems = [*_conflicts(), *_smoke_test(say)]
+    problems = [*_conflicts(), *_damaged_weights(say), *_smoke_test(say)]
     for problem in problems:
         say(f"PROBLEM: {problem}")
     say("no problems found" if not problems else f"problems found: {len(problems)}")
@@ -47,6 +47,19 @@ def _conflicts() -> list[str]:
                 f"{', '.join(sorted(others))} also provides a package '{package}': install nightslide in an "
                 f"environment of its own"
             )
+    return problems
+
+
+def _damaged_weights(say: Callable[[str], None]) -> list[str]:
+    """Load all shipped weights, and report each. Returns what is wrong with them."""
+    problems = []
+    for name in shipped():
+        path = find_weights(name)
+        try:
+            (dcgmm.load if name == Stain().weights else load_weights)(path)
+            say(f"weights {name}: {content_sha256(path)[:16]} {licence(path)}")
+        except WeightsError as error:
+            problems.append(f"{one_line(error)}; or install nightslide anew")
     return problems
 
 

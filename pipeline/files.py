@@ -40,7 +40,7 @@ def _replace(partial: Path, path: Path) -> None:
         try:
             return os.replace(partial, path)
         except OSError:
-            if not (partial.is_dir() or path.is_dir()) or not path.exists():
+            if not partial.exists() or not (partial.is_dir() or path.is_dir()) or not path.exists():
                 raise
             former = partial_path(path)
             with contextlib.suppress(FileNotFoundError):  # another writer was faster

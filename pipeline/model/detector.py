@@ -6,7 +6,7 @@ nuclei, the limits follow from density, and masks stay on their M x M grid until
 """
 
 import functools
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -458,14 +458,33 @@ def save_weights(model: NucleusDetector, path: Path, notes: Mapping[str, str]) -
 
 def _backbone(name: str) -> Any:
     """timm's network with feature maps at STRIDES, untrained. Raises ConfigError where timm has none of that name."""
+    return timm.create_model(name, features_only=True, out_indices=_maps_at_strides(name))
+
+
+@functools.cache
+def _maps_at_strides(name: str) -> tuple[int, ...]:
+    """Which of the feature maps of timm's network of that name are those at STRIDES. Raises ConfigError.
+
+    It is built and called without memory, as timm has networks for images of one size, or with maps in another order.
+    """
+    side = 3 * STRIDES[-1]
     try:
-        backbone: Any = timm.create_model(name, features_only=True, out_indices=(1, 2, 3, 4))
-    except (RuntimeError, IndexError) as error:
-        raise ConfigError(f"backbone={name!r}: timm {timm.__version__} cannot build it ({error})") from error
-    strides = tuple(backbone.feature_info.reduction())
-    if strides != STRIDES:
-        raise ConfigError(f"backbone={name!r} has maps at strides {strides}: need a model with {STRIDES}")
-    return backbone
+        with torch.device("meta"), torch.inference_mode():
+            probe: Any = timm.create_model(name, features_only=True).eval()
+            maps = [tuple(m.shape) for m in probe(torch.empty(1, 3, side, side))]
+            channels, strides = probe.feature_info.channels(), probe.feature_info.reduction()
+    except Exception as error:  # whatever a network of timm's does not do
+        raise ConfigError(
+            f"backbone={name!r}: timm {timm.__version__} cannot build it for images of any size ({error}): need a "
+            f"model with feature maps at strides {STRIDES}"
+        ) from error
+    wanted = [(1, c, side // stride, side // stride) for c, stride in zip(channels, strides, strict=True)]
+    if not set(STRIDES) <= set(strides) or maps != wanted:
+        raise ConfigError(
+            f"backbone={name!r} has maps at strides {tuple(strides)}, of shapes {maps} for {side} px: need a model "
+            f"with {STRIDES}, channels first"
+        )
+    return tuple(strides.index(stride) for stride in STRIDES)
 
 
 def load_weights(path: Path) -> NucleusDetector:
@@ -499,32 +518,53 @@ def widen_kernels(model: NucleusDetector) -> NucleusDetector:
                 module.in_channels, module.out_channels, size + 1, stride=2, padding=size // 2, groups=module.groups
             )
             wide.weight, wide.bias = nn.Parameter(F.pad(module.weight.detach(), (1, 0, 1, 0))), module.bias
-            parent, _, own = name.rpartition(".")
-            setattr(model.get_submodule(parent), own, wide)
+            model.set_submodule(name, wide)
     return model.to(memory_format=torch.channels_last)
 
 
 def fold(model: NucleusDetector) -> NucleusDetector:
     """Fold every batch norm into the convolution that feeds it, in place: for inference only, which it makes faster.
 
+    Which one that is, a small image shows: a network may register them in any order, and norm what it adds up. Such a
+    norm stays.
     Law: the folded model gives the same features, within rounding.
     """
-    before: nn.Conv2d | None = None
-    for name, module in list(model.named_modules()):
-        if isinstance(module, nn.Conv2d):
-            before = module
-        elif isinstance(module, nn.BatchNorm2d) and before is not None:
-            mean, variance = module.running_mean, module.running_var
-            assert mean is not None  # a batch norm without statistics cannot be saved, let alone loaded
-            assert variance is not None
-            before.weight, before.bias = fuse_conv_bn_weights(
-                before.weight, before.bias, mean, variance, module.eps, module.weight, module.bias
-            )
-            parent, _, own = name.rpartition(".")
-            # timm's norm layers carry the activation that follows
-            setattr(model.get_submodule(parent), own, getattr(module, "act", nn.Identity()))
-            before = None
+    pairs = _normed_convolutions(model)
+    for name, norm in list(model.named_modules()):
+        if not isinstance(norm, nn.BatchNorm2d) or norm not in pairs:
+            continue
+        convolution, mean, variance = pairs[norm], norm.running_mean, norm.running_var
+        assert mean is not None  # a batch norm without statistics cannot be saved, let alone loaded
+        assert variance is not None
+        convolution.weight, convolution.bias = fuse_conv_bn_weights(
+            convolution.weight, convolution.bias, mean, variance, norm.eps, norm.weight, norm.bias
+        )
+        # timm's norm layers carry the activation that follows
+        model.set_submodule(name, getattr(norm, "act", nn.Identity()))
     return model.to(memory_format=torch.channels_last)
+
+
+def _normed_convolutions(model: NucleusDetector) -> dict[nn.Module, nn.Conv2d]:
+    """Batch norms of the feature maps, each with the convolution whose output it takes, where both are used once."""
+    made: list[tuple[Tensor, nn.Conv2d]] = []  # held, so that no other tensor gets the identity of one
+    pairs: list[tuple[nn.Module, nn.Conv2d]] = []
+
+    def see(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        if isinstance(module, nn.Conv2d):
+            made.append((output, module))
+        else:
+            pairs.extend((module, convolution) for tensor, convolution in made if tensor is inputs[0])
+
+    layers = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.BatchNorm2d)]
+    hooks = [layer.register_forward_hook(see) for layer in layers]
+    try:
+        with torch.inference_mode():
+            model._maps(torch.zeros(1, 3, 3 * STRIDES[-1], 3 * STRIDES[-1], dtype=layers[0].weight.dtype))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    uses = Counter([convolution for _, convolution in made] + [norm for norm, _ in pairs])
+    return {norm: convolution for norm, convolution in pairs if uses[norm] == uses[convolution] == 1}
 
 
 def slice_widest(model: NucleusDetector) -> NucleusDetector:

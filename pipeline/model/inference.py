@@ -138,7 +138,8 @@ def _stain_density(images: Tensor, boxes: Sequence[Tensor], masks: Tensor) -> Te
     """
     rois, image = flatten_boxes(boxes)
     rois = torch.cat([image[:, None], rois], 1)  # as torchvision takes them
-    density = roi_align(stain.he_density(images), rois, masks.shape[-1], sampling_ratio=1)  # (N, 2, M, M)
+    # at the middle of each of the mask's pixels; without `aligned` half a pixel right of it and below
+    density = roi_align(stain.he_density(images), rois, masks.shape[-1], sampling_ratio=1, aligned=True)  # (N, 2, M, M)
     inside = (masks > 0.5)[:, None]
     count = inside.sum((2, 3))  # (N, 1)
     mean = (density * inside).sum((2, 3)) / count.clamp(min=1)  # (N, 2)

@@ -21,6 +21,7 @@ M = TypeVar("M", bound=nn.Module)
 def save(network: nn.Module, architecture: Any, path: Path, notes: Mapping[str, str]) -> None:
     """Write a network's tensors in half precision, with its architecture (a dataclass) and notes.
 
+    Raises WeightsError where one is not finite, or not in half precision.
     Law: equal tensors and notes give equal bytes.
     """
     tensors = {
@@ -28,6 +29,11 @@ def save(network: nn.Module, architecture: Any, path: Path, notes: Mapping[str, 
         for name, t in network.state_dict().items()
         if not name.endswith("num_batches_tracked")
     }
+    if (name := _not_finite(tensors)) is not None:
+        raise WeightsError(
+            f"{name} is not finite in half precision (below {torch.finfo(torch.half).max:g}): its training went wrong; "
+            f"train again, with a lower --rate"
+        )
     metadata = {
         **notes,
         "architecture": json.dumps(dataclasses.asdict(architecture)),
@@ -64,18 +70,23 @@ def load_into(build: Callable[[], M], path: Path) -> M:
         raise WeightsError(
             f"{path} does not fit the architecture it names: {name} has the shape {stated[name]}, not {wanted[name]}"
         )
+    missing = sorted(name for name in wanted.keys() - stated.keys() if not name.endswith("num_batches_tracked"))
+    unknown = sorted(stated.keys() - wanted.keys())
+    if missing or unknown:
+        raise WeightsError(f"{path} does not fit its architecture: missing {missing[:3]}, unknown {unknown[:3]}")
     network = build()
     tensors = safetensors.torch.load_file(path)
     if _tensors_sha256(tensors) != read_notes(path).get("sha256"):
         raise WeightsError(f"{path} is damaged: its tensors do not match their checksum; download or copy it again")
-    try:
-        missing, unknown = network.load_state_dict({k: v.float() for k, v in tensors.items()}, strict=False)
-    except RuntimeError as error:
-        raise WeightsError(f"{path} does not fit the architecture it names: {error}") from error
-    missing = [name for name in missing if not name.endswith("num_batches_tracked")]
-    if missing or unknown:
-        raise WeightsError(f"{path} does not fit its architecture: missing {missing[:3]}, unknown {list(unknown)[:3]}")
+    if (wrong := _not_finite(tensors)) is not None:
+        raise WeightsError(f"{path} holds values in {wrong} that are not finite: train it anew, or take other weights")
+    network.load_state_dict({k: v.float() for k, v in tensors.items()}, strict=False)
     return network.eval()
+
+
+def _not_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    """The name of the first tensor with a value that is not finite."""
+    return next((name for name in sorted(tensors) if not torch.isfinite(tensors[name]).all()), None)
 
 
 def _tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
