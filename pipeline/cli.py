@@ -176,6 +176,7 @@ def run(
     force_mpp
         Micrometres per pixel at level 0, of all slides, whatever they or a manifest state.
     """
+    from pipeline.archive.known import DONE_OTHERWISE
     from pipeline.archive.run import run as run_archive
     from pipeline.layout import RunFolder
 
@@ -186,8 +187,14 @@ def run(
     print(f"{len(done)} of {len(rows)} slides done, {nuclei:,} nuclei; ledger: {RunFolder(out).ledger}")
     for row in failed:
         print(f"  failed: {row.slide}: {row.cause}", file=sys.stderr)
-    left_out = [r for r in rows if r.status in ("locked", "skipped")]
-    return 0 if len(done) + len(left_out) == len(rows) else 1
+    otherwise = [r for r in rows if r.status == DONE_OTHERWISE]
+    for row in otherwise:
+        print(f"  not done again: {row.slide}: {row.cause}", file=sys.stderr)
+    locked = [r for r in rows if r.status == "locked"]
+    for row in locked:
+        print(f"  left to another run: {row.slide}: {row.cause}")
+    left_out = [r for r in rows if r.status == "skipped"] + locked
+    return 0 if len(done) + len(left_out) == len(rows) and not otherwise else 1
 
 
 @app.command

@@ -12,7 +12,6 @@ from pipeline.model.weights import as_weights_state
 from pipeline.segment import stain_trial
 from pipeline.segment.finished import check_exports
 from pipeline.segment.plan import plan_slide
-from pipeline.segment.record import NO_TISSUE
 from pipeline.text import one_line
 from slides.slide import open_slide
 
@@ -59,5 +58,5 @@ def estimate_slide(source: Source, settings: Settings, seconds_per_mm2: float) -
         len(plan.tiles),
         detected * seconds_per_mm2 / 3600,
         area * 6000 * 700 / 1e9,
-        plan.notes if area else (*plan.notes, NO_TISSUE),
+        plan.notes,
     )

@@ -12,11 +12,13 @@ import json
 import logging
 import multiprocessing
 import os
+import signal
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 
@@ -39,11 +41,13 @@ class Executor(Protocol):
     """Where tasks run. `dashboard`: address of its web page, `warning`: what is unsafe about it; each may be empty.
 
     silent: its scheduler did not answer when it was last asked, though its machine may: suspended, perhaps.
+    ended: how many of the worker processes that `run_on_new_workers` knew were not there when it was last called.
     """
 
     dashboard: str
     warning: str
     silent: bool
+    ended: int
 
     @property
     def detectors(self) -> int:
@@ -82,7 +86,7 @@ async def run_task(executor: Executor, on_device: bool, function: Callable[..., 
 class Loop:
     """Tasks one after the other, in the caller's thread."""
 
-    dashboard, warning, detectors, feeders, silent = "", "", 1, 1, False
+    dashboard, warning, detectors, feeders, silent, ended = "", "", 1, 1, False, 0
 
     def run_on_new_workers(self, function: Callable[..., Any], *args: Any) -> list[str]:
         return []
@@ -113,7 +117,7 @@ class Cluster:
     def __init__(self, client: Any) -> None:
         self._client = client
         self._asked, self._offered = float("-inf"), {"GPU": 0.0, "CPU": 0.0, "workers": 0.0}
-        self.silent = False
+        self.silent, self.ended = False, 0
         self._known: set[str] = set()  # workers on which `run_on_new_workers` has run
         scheduler = client.scheduler_info(n_workers=0)
         self.dashboard: str = client.dashboard_link if "dashboard" in scheduler.get("services", {}) else ""
@@ -153,7 +157,10 @@ class Cluster:
         return int(offers["CPU"] or offers["workers"])
 
     def run_on_new_workers(self, function: Callable[..., Any], *args: Any) -> list[str]:
-        new = [address for address in self._workers() or () if address not in self._known]
+        if (workers := self._workers()) is not None:
+            self.ended += len(self._known - workers.keys())
+            self._known &= workers.keys()
+        new = [address for address in workers or () if address not in self._known]
         self._known.update(new)
         answers = self._client.run(function, *args, workers=new, on_error="return") if new else {}
         return [f"the worker at {address} {answer}" for address, answer in answers.items() if answer is not None]
@@ -213,7 +220,9 @@ def ask(apart: bool, function: Callable[..., T], *args: Any) -> T:
         return function(*args)
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         try:
-            return pool.submit(function, *args).result()
+            with _interrupts_kept_from_children():
+                future = pool.submit(function, *args)
+            return future.result()
         except BrokenProcessPool as error:
             raise RunError("a process that loads torch ended early: need about 0.5 GB of free memory for it") from error
 
@@ -399,13 +408,31 @@ def _start(execution: Execution, device: str) -> Iterator[Any]:
         "distributed.nanny.pre-spawn-environ": {"MALLOC_ARENA_MAX": "2"} if gpus else ENVIRONMENT,
         "logging": {"distributed": "error"},
     }
-    with (
-        dask.config.set(quiet),
-        SpecCluster(workers, scheduler, name="nightslide", silence_logs=logging.ERROR) as cluster,
-        Client(cluster, set_as_default=False) as client,
-    ):
+    with ExitStack() as stack:
+        stack.enter_context(dask.config.set(quiet))
+        with _interrupts_kept_from_children():
+            cluster = SpecCluster(workers, scheduler, name="nightslide", silence_logs=logging.ERROR)
+            stack.enter_context(cluster)
+        client = stack.enter_context(Client(cluster, set_as_default=False))
         client.wait_for_workers(len(chosen), timeout=120)
         yield client
+
+
+@contextmanager
+def _interrupts_kept_from_children() -> Iterator[None]:
+    """Of processes that are started by threads which are made in this block: a terminal sends Ctrl-C to them, too.
+
+    They are this process's to end. Threads and processes inherit which signals are blocked where they are made.
+    """
+    if os.name != "posix":
+        yield
+        return
+    resource_tracker.ensure_running()  # Python unblocks the signal again in the thread that starts it
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _cores() -> int:

@@ -14,7 +14,12 @@ from pipeline.layout import RunFolder
 from pipeline.segment import finished
 from pipeline.segment.job import Job
 from pipeline.segment.record import SlideRecord
+from pipeline.text import one_line
+from slides.errors import NightslideError
 from slides.scale import BY_DEFAULT, FORCED
+
+DONE_OTHERWISE = "done otherwise"
+"The status of a slide whose results are kept, though the command asked for others, or its file is another: see cause."
 
 
 class KnownSlides:
@@ -28,7 +33,8 @@ class KnownSlides:
     def look(self, source: Source, job: Job) -> SlideRecord | None:
         """The record of a slide that is done, or at which another run has failed meanwhile; None for one that is to do.
 
-        Raises RunError for a slide that must not be processed, and for results that are not those of this job.
+        Raises RunError for a slide that must not be processed, and for results that are damaged. Those that are whole,
+        but not of this job, are DONE_OTHERWISE.
         """
         if source.problem:
             raise RunError(source.problem)
@@ -41,24 +47,37 @@ class KnownSlides:
             return self._failed(source.name)
         for damage in finished.damaged_results(job.folder, content, thorough=False):
             raise RunError(damage)
+        record = finished.read_record(content)
+        try:
+            if not self._is_of(job, source, record, content):
+                return None
+        except NightslideError as error:  # such as a slide of another name
+            cause = one_line(error)
+            return dataclasses.replace(
+                record, status=DONE_OTHERWISE, cause=cause, remarks=(f"not done again: {cause}", *record.remarks)
+            )
+        job.folder.failure_json.unlink(missing_ok=True)  # of a command that was refused
+        return dataclasses.replace(record, status="done before")
+
+    def _is_of(self, job: Job, source: Source, record: SlideRecord, content: Mapping[str, Any]) -> bool:
+        """Whether results are of this job; False where that is not known yet. Raises SlideError or RunError if not."""
         if content["digest"] != job.digest:
             raise RunError(
                 f"{job.folder.path} holds results of other {finished.difference(job, content)}: "
                 f"choose another --out, or give --overwrite"
             )
-        record = finished.read_record(content)
         _check_scale(record, source, job)
-        if not finished.is_unchanged(job.original or source.files.origin(), content):
-            if source.remote and job.original is None:
-                return None  # only its content tells, so it is copied
-            finished.check_same_source(job.source, content)
-            if lost := record.work.counts.area_lost_mm2:
-                raise RunError(
-                    f"the file has changed since it was done, when {lost:.3g} mm2 of it could not be read: "
-                    f"give --overwrite to do it again, or put the old file back"
-                )
-        job.folder.failure_json.unlink(missing_ok=True)  # of a command that was refused
-        return dataclasses.replace(record, status="done before")
+        if finished.is_unchanged(job.original or source.files.origin(), content):
+            return True
+        if source.remote and job.original is None:
+            return False  # only its content tells, so it is copied
+        finished.check_same_source(job.source, content)
+        if lost := record.work.counts.area_lost_mm2:
+            raise RunError(
+                f"the file has changed since it was done, when {lost:.3g} mm2 of it could not be read: "
+                f"give --overwrite to do it again, or put the old file back"
+            )
+        return True
 
     def is_done(self, job: Job) -> bool:
         """Whether a slide has results that are not to be made again, whoever made them."""

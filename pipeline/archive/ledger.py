@@ -7,6 +7,7 @@ same folder, later or at the same time, read it: the ledger has all slides of th
 import csv
 import dataclasses
 import traceback
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
@@ -109,6 +110,12 @@ def read_columns(run: RunFolder, kinds: Mapping[str, type]) -> list[dict[str, An
         with run.ledger.open(newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
         return [{name: kind(from_csv_cell(row[name])) for name, kind in kinds.items()} for row in rows]
+    except FileNotFoundError as error:
+        if run.run_json.exists():
+            raise RunError(
+                f"{run.path} holds a run that has not begun with its slides: try again in a moment"
+            ) from error
+        raise RunError(f"{run.ledger} does not exist: need the --out folder of a run") from error
     except (OSError, KeyError, ValueError, TypeError, AttributeError, csv.Error) as error:
         raise RunError(f"{run.ledger} is not a run's ledger ({error}): need the --out folder of a run") from error
 
@@ -149,3 +156,12 @@ def mixed_computation(rows: Iterable[Mapping[str, Any]]) -> str:
     if len(kinds) < 2:
         return ""
     return f"slides were computed on {', and others on '.join(kinds)}: single nuclei may differ between them"
+
+
+def mixed_stains(rows: Iterable[Mapping[str, Any]]) -> str:
+    """How many slides were normalised by which method, where they differ; else empty."""
+    counts = Counter(str(row["stain"]) for row in rows if row["stain"])
+    if len(counts) < 2:
+        return ""
+    shares = ", ".join(f"{method} for {count:,}" for method, count in counts.most_common())
+    return f"stain normalisation: {shares} slides; to compare slides, treat all alike: --stain none or --stain macenko"

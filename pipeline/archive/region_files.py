@@ -29,7 +29,8 @@ def match_regions(folder: str, slides: Mapping[str, Path]) -> Matches:
     slides: the path of each slide by its name in the results. A file has the name of its slide and one of the suffixes
     .geojson, .geojson.gz, .geojson.zip and .zip, and lies where the slide lies, or would: of a/x.svs, called a/x in the
     results, the regions are a/x.svs.geojson, a/x.geojson, x.svs.geojson or x.geojson, the first of these that is there.
-    QuPath calls x.ome.tif x, so that counts, too. Hidden files and folders are left out.
+    QuPath calls x.ome.tif x, so that counts, too; so do, after the slide's own, the name in the results and that of the
+    file to which a link leads. Hidden files and folders are left out.
     Raises RunError for a folder that does not exist and for one without such a file.
     """
     root = Path(os.path.abspath(folder))
@@ -68,8 +69,15 @@ def _keys(name: str, path: Path, root: Path) -> Iterator[str]:
     places = [Path(name).parent, Path()]
     if path.is_relative_to(root):  # the regions lie among the slides
         places.insert(0, path.relative_to(root).parent)
+    linked, result = Path(os.path.realpath(path)), Path(name).name
+    suffix = "".join(linked.suffixes[-2:] if linked.stem.endswith(".ome") else linked.suffixes[-1:])
+    images = dict.fromkeys(
+        image
+        for each in (path.name, f"{result}{suffix}", linked.name)
+        for image in (each, Path(each).stem, Path(each).stem.removesuffix(".ome"))
+    )
     for place in places:
-        for image in (path.name, path.stem, path.stem.removesuffix(".ome")):
+        for image in images:
             yield (place / image).as_posix()
 
 

@@ -21,7 +21,7 @@ from typing import Any
 
 from pipeline.archive import ledger
 from pipeline.archive.executors import Executor, ask, check_execution, open_executor, run_task, starts_processes
-from pipeline.archive.known import KnownSlides
+from pipeline.archive.known import DONE_OTHERWISE, KnownSlides
 from pipeline.archive.lease import Leases
 from pipeline.archive.manifest import (
     check_seams,
@@ -55,6 +55,7 @@ from pipeline.text import one_line
 _SIGNAL_S = 0.2  # until a signal is noticed
 _POLL_S = 5.0  # between checks of a slide that another run holds, of the workers, and of the ledger
 _LEDGER_SHARE = 20  # times as long as the ledger takes to write passes before the next: it looks at every slide
+_PATIENCE_S = 30.0  # for which a slide that another run holds is waited for without a word
 _ATTEMPTS = 3  # at a slide whose scratch is damaged while it is processed
 
 
@@ -169,6 +170,8 @@ def _publish(folder: RunFolder, records: Sequence[SlideRecord], progress: Progre
     rows = [ledger.row_of(record) for record in records]
     if warning := ledger.mixed_computation(rows):
         progress.say(f"WARNING: {warning}")
+    if stains := ledger.mixed_stains(rows):
+        progress.say(stains)
     try:
         ledger.write_ledger(folder, records)
         progress.say(f"report: {write_report(folder, rows)}")
@@ -195,6 +198,7 @@ class ArchiveRun:
     others: list[SlideRecord] = field(default_factory=list)  # what other commands have left in the folder
     started: set[str] = field(default_factory=set)
     stopped: bool = False
+    ended: bool = False
 
     def __post_init__(self) -> None:
         self.known = KnownSlides(self.folder, self.settings, self.overwrite)
@@ -213,6 +217,7 @@ class ArchiveRun:
         except ExceptionGroup as group:
             raise _first(group) from None
         finally:
+            self.ended = True
             watch.cancel()
 
     def stop(self) -> None:
@@ -227,12 +232,16 @@ class ArchiveRun:
 
     def records(self) -> list[SlideRecord]:
         """A record for every slide of the archive, whatever became of it."""
-        left = {True: "interrupted", False: "waiting"}
-        names = (source.name for source in self.archive.sources)
-        return [
-            self.done.get(name) or self.known.elsewhere(name) or SlideRecord(name, left[name in self.started])
-            for name in names
-        ]
+        return [self._record(source.name) for source in self.archive.sources]
+
+    def _record(self, name: str) -> SlideRecord:
+        own = self.done.get(name)
+        if own is not None and own.status != "locked":
+            return own
+        if (elsewhere := self.known.elsewhere(name)) is not None:
+            return elsewhere
+        begun = "interrupted" if self.ended else "unfinished"  # which it stays where this process is killed
+        return own or SlideRecord(name, begun if name in self.started else "waiting")
 
     def of_the_folder(self, records: list[SlideRecord]) -> list[SlideRecord]:
         """These, and those of the slides that other commands have left in the folder."""
@@ -247,8 +256,15 @@ class ArchiveRun:
 
     async def _watch(self) -> None:
         """Check workers that join, follow the number of detectors, and keep the ledger up to date."""
-        written, detectors, silent, due = 0, 1, False, 0.0
+        written, detectors, silent, ended, due = -1, 1, False, 0, 0.0
         while True:
+            if len(self.done) > written and time.monotonic() >= due:
+                written, started = len(self.done), time.monotonic()
+                try:
+                    await asyncio.to_thread(self._write_ledger)
+                except OSError as error:
+                    self.progress.say(f"WARNING: ledger.csv could not be written: {error}")
+                due = time.monotonic() + _LEDGER_SHARE * (time.monotonic() - started)
             await asyncio.sleep(_POLL_S)
             self.stream.slots.size, self.open.size = self.stream.size, self._open_slides()
             if self.executor.detectors == 0 < detectors:
@@ -262,13 +278,12 @@ class ArchiveRun:
                 self.progress.say(f"WARNING: the Dask scheduler {said}")
             for problem in await asyncio.to_thread(self.check_workers):
                 self.progress.say(f"WARNING: {problem}")
-            if len(self.done) > written and time.monotonic() >= due:
-                written, started = len(self.done), time.monotonic()
-                try:
-                    await asyncio.to_thread(self._write_ledger)
-                except OSError as error:
-                    self.progress.say(f"WARNING: ledger.csv could not be written: {error}")
-                due = time.monotonic() + _LEDGER_SHARE * (time.monotonic() - started)
+            if (lost := self.executor.ended - ended) > 0:
+                ended += lost
+                self.progress.say(
+                    f"WARNING: worker processes that ended before the run: {lost}; what they had not finished is done "
+                    f"again. If that goes on: is there memory enough?"
+                )
 
     def _write_ledger(self) -> None:
         ledger.write_ledger(self.folder, self.of_the_folder(self.records()))
@@ -276,7 +291,7 @@ class ArchiveRun:
     # ------------------------------------------------------------------------------------------- one slide
 
     async def _slide(self, source: Source) -> None:
-        folder = self.folder.slide(source.name)
+        folder, told, since = self.folder.slide(source.name), False, None
         while True:
             await self.open.take(0)
             try:
@@ -287,9 +302,14 @@ class ArchiveRun:
                 break
             if self.stopped:  # a task group in which a task fails forgets that it was cancelled
                 raise asyncio.CancelledError
+            holder = await asyncio.to_thread(self.leases.holder, folder.path)
             if not self.execution.wait:
-                record = SlideRecord("", "locked", f"by {self.leases.holder(folder.path)}")
+                record = SlideRecord("", "locked", f"by {holder}")
                 break
+            since = time.monotonic() if since is None else since
+            if holder and not told and time.monotonic() - since > _PATIENCE_S:
+                told = True
+                self.progress.say(f"{source.name}: waiting for {holder}, which has this slide; --no-wait leaves it")
             await asyncio.sleep(_POLL_S)
         self.done[source.name] = dataclasses.replace(record, slide=source.name)
         self.progress.ended(source.name, failed=record.status == "failed")
@@ -341,7 +361,9 @@ class ArchiveRun:
     def _known(self, source: Source, job: Job) -> SlideRecord | None:
         """As `KnownSlides.look`; of a slide that is done, what it lacks is made."""
         record = self.known.look(source, job)
-        if record is not None and record.done:
+        if record is not None and record.status == DONE_OTHERWISE:
+            self.progress.say(f"{source.name}: NOT DONE AGAIN: {record.cause}")
+        elif record is not None and record.done:
             self._complete(source.name, job)
             self.progress.say(f"{source.name}: done before, {record.nuclei:,} nuclei")
         return record
@@ -534,5 +556,6 @@ def _check_space(job: Job, window: int) -> None:
     if free < needed:
         raise RunError(
             f"{free / 1e9:.2f} GB are free in {job.folder.path.parent}, {needed / 1e9:.2f} GB are needed for the "
-            f"blocks in flight: free some space, or give a smaller --window, and run the same command again"
+            f"blocks in flight: free some space, or give a smaller --tiling.block{' or --window' * (window > 1)}, and "
+            f"run the same command again"
         )

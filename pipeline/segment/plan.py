@@ -5,6 +5,7 @@ from dataclasses import asdict
 from typing import Any, NamedTuple
 
 import numpy as np
+import shapely
 
 from pipeline import files
 from pipeline.config import Settings, grid_step
@@ -13,8 +14,8 @@ from pipeline.layout import SlideFolder
 from pipeline.model.fitted_stain import UNCHANGED, Normalisation
 from pipeline.model.weights import detector_architecture, find_weights
 from pipeline.segment import stain_trial
-from pipeline.segment.record import StageRecord
-from pipeline.segment.regions import RegionFile, read_regions
+from pipeline.segment.record import NO_TISSUE, StageRecord
+from pipeline.segment.regions import RegionFile, SlideRegions, read_regions
 from pipeline.segment.slide_stain import fit_slide, network_of, template_stain
 from pipeline.segment.tissue_map import find_tissue_and_artefacts
 from slides.artefacts import ArtefactMap
@@ -117,6 +118,11 @@ def plan_slide(slide: Slide, settings: Settings, regions: RegionFile | None = No
         judged = "" if settings.tissue.artefacts == "off" else ", and blur is judged within them"
         notes = (f"restricted to {drawn.describe_chosen(regions.path)}{judged}", *notes)
     tissue = _reported(artefacts, settings)
+    if artefacts.tissue.area_mm2 and not tissue.area_mm2:
+        notes = (*notes, "artefacts cover all tissue: --artefacts flag reports the nuclei there, too")
+    elif not tissue.area_mm2:
+        found = bool(whole_tissue.area_mm2)
+        notes = (*notes, NO_TISSUE if regions is None else _nothing_in(drawn, slide, regions, found=found))
     if slide.scale.source == FORCED:
         notes = (f"its scale is {slide.scale.x:g} µm/px by --force-mpp, whatever it states", *notes)
     if tissue.frame.mpp > (wanted := max(settings.tissue.thumbnail_mpp, tiling.mpp)):
@@ -139,6 +145,17 @@ def plan_slide(slide: Slide, settings: Settings, regions: RegionFile | None = No
         notes,
         stain_trial.squares(stained, step) if undecided else (),
     )
+
+
+def _nothing_in(drawn: SlideRegions, slide: Slide, file: RegionFile, *, found: bool) -> str:
+    """Why no tissue lies in regions. found: whether there is tissue elsewhere."""
+    if not shapely.intersects(shapely.box(*slide.bounds), drawn.polygons).any():
+        flag = "--regions.no-crop" if file.crop else "--regions.crop"
+        return (
+            f"the regions lie outside the slide ({slide.bounds.width} x {slide.bounds.height} px): are they another "
+            f"slide's, or is it {flag}?"
+        )
+    return "no tissue lies in the regions" if found else NO_TISSUE
 
 
 def _reported(artefacts: ArtefactMap, settings: Settings) -> TissueMap:

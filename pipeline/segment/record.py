@@ -113,7 +113,7 @@ class SlideRecord:
     """A slide's row in the ledger."""
 
     slide: str
-    status: str  # done, done before, skipped, failed, interrupted, locked (another run has it), waiting
+    status: str  # done, done before, done otherwise, skipped, failed, unfinished, interrupted, locked, waiting
     cause: str = ""
     mpp: float = 0.0
     mpp_source: str = ""
@@ -183,12 +183,13 @@ def remarks(record: SlideRecord, summary: Mapping[str, Any], notes: tuple[str, .
     summary: of `pipeline.segment.summary`; notes: of the plan, which come first.
     """
     counts, said = record.work.counts, list(notes)
-    if not record.tissue_mm2:
-        said.append(NO_TISSUE)
-    elif not counts.nuclei:
+    if record.tissue_mm2 and not counts.nuclei:
         said.append("no nuclei were found: look at overlay.jpg; is it stained with H&E, and is the scale right?")
     if counts.area_lost_mm2:
-        said.append(f"{counts.area_lost_mm2:.3g} mm² have no result: unreadable, or the device had no memory")
+        said.append(
+            f"{counts.area_lost_mm2:.3g} mm² of tiles, glass included, have no result: unreadable, or the device had "
+            f"no memory; the density of nuclei is of all tissue, so it is too low"
+        )
     if artefacts := _artefacts(record):
         said.append(artefacts)
     if counts.saturated_tiles:

@@ -12,11 +12,13 @@ import pyarrow.parquet as pq
 import shapely
 from numpy.typing import NDArray
 
+from pipeline import files
 from pipeline.layout import SlideFolder
 from pipeline.segment import annotations, tables
 from pipeline.segment.geojson import read_objects
 from pipeline.segment.polygons import Floats, Ints, Polygons
 from pipeline.segment.regions import RegionFile, SlideRegions, contained, read_regions
+from slides.errors import NightslideError
 from slides.geometry import Box
 
 _STATISTICS, _QUARTILES = ("mean", "q25", "median", "q75"), (0.25, 0.5, 0.75)
@@ -36,10 +38,10 @@ class RegionTable(NamedTuple):
 def measure_regions(slide: SlideFolder, file: RegionFile) -> RegionTable:
     """Count and measure the nuclei in each region of a finished slide.
 
-    Columns: region (its name), class, area_mm2, tissue_mm2 (NaN where it is not known), nuclei (all whose centroid lies
-    in the region, half-open), nuclei_in_artefacts, per_mm2 (of tissue), fraction_CLASS, and of every measurement in
-    nuclei.parquet its mean, q25, median and q75. Tissue is counted without artefacts, so per_mm2 and all that
-    follows are of the nuclei outside of artefacts; NaN where there are none.
+    Columns: region (its name), class, area_mm2, tissue_mm2 (of what was segmented; NaN where it is not known), nuclei
+    (all whose centroid lies in the region, half-open), nuclei_in_artefacts, per_mm2 (of tissue), fraction_CLASS, and of
+    every measurement in nuclei.parquet its mean, q25, median and q75. Tissue is counted without artefacts, so per_mm2
+    and all that follows are of the nuclei outside of artefacts; NaN where there are none.
     Memory holds one column of the table, and four bytes for each nucleus in each region.
     Law: counts and areas of regions that partition a slide sum to those of the slide.
     Raises AnnotationError for regions or outlines that cannot be read.
@@ -48,8 +50,10 @@ def measure_regions(slide: SlideFolder, file: RegionFile) -> RegionTable:
     regions = read_regions(file, provenance.bounds)
     inside = _members(slide.nuclei, regions.polygons)
     kept = _outside_artefacts(slide.nuclei, inside)
-    tissue_px = _tissue_px(slide, regions.polygons, provenance.bounds)
-    unknown = f"mm2 of tissue are not known, as {slide.tissue_annotation.name} is missing: run the slide again"
+    segmented, notes = _segmented(slide, regions.polygons, provenance.bounds)
+    tissue_px = _tissue_px(slide, segmented, provenance.bounds)
+    if not slide.tissue_annotation.exists():
+        notes += (f"mm2 of tissue are not known, as {slide.tissue_annotation.name} is missing: run the slide again",)
     mm2 = math.prod(provenance.um_per_px) / 1e6  # of a px
     counts = np.array([len(rows) for rows in kept])
     columns: dict[str, Iterable[Any]] = {
@@ -64,7 +68,7 @@ def measure_regions(slide: SlideFolder, file: RegionFile) -> RegionTable:
         **_statistics(slide.nuclei, kept, several_classes=len(provenance.colours) > 1),
     }
     rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-    return RegionTable(regions, rows, () if slide.tissue_annotation.exists() else (unknown,))
+    return RegionTable(regions, rows, notes)
 
 
 # ------------------------------------------------------------------------------------------------- nuclei
@@ -125,12 +129,37 @@ def _describe(values: NDArray[Any]) -> list[float]:
 # ------------------------------------------------------------------------------------------------- tissue
 
 
+def _segmented(slide: SlideFolder, regions: Polygons, bounds: Box) -> tuple[Polygons, tuple[str, ...]]:
+    """The part of each region that was segmented, object (N,), None where that is not known; and what to say of it.
+
+    regions: object (N,), slide px; bounds: of the slide. A run may have been restricted to other regions.
+    """
+    restricted = (files.read_json(slide.slide_json) or {}).get("regions")
+    if restricted is None:
+        return regions, ()
+    path = restricted["path"]
+    only = f"only what {path} says was segmented"
+    try:
+        only_these = read_regions(RegionFile(Path(path), restricted["crop"], restricted["sha256"]), bounds)
+    except (NightslideError, OSError):
+        note = f"{only}, and that file is gone or was changed: put it back, else mm2 of tissue are not known"
+        return np.full(len(regions), None), (note,)
+    parts = only_these.within(regions)
+    beyond = int(np.count_nonzero(shapely.area(parts) < 0.999 * shapely.area(regions)))
+    if not beyond:
+        return parts, ()
+    which = (
+        f"{beyond} of {len(regions)} regions reach beyond it" if len(regions) > 1 else "the region reaches beyond it"
+    )
+    return parts, (f"{only}: {which}, and has no nuclei there; mm2 of tissue are of what was segmented",)
+
+
 def _tissue_px(slide: SlideFolder, regions: Polygons, bounds: Box) -> Floats:
     """The area of tissue without artefacts in each region, float64 (N,), px; NaN where no outline of it is there.
 
-    regions: object (N,), slide px; bounds: of the slide
+    regions: object (N,), slide px, None where one is not known; bounds: of the slide
     """
-    if not slide.tissue_annotation.exists():
+    if not slide.tissue_annotation.exists() or any(region is None for region in regions):
         return np.full(len(regions), np.nan)
     tissue = _outlines(slide.tissue_annotation, bounds)
     shared = _shared_px(regions, tissue)

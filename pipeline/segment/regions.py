@@ -80,6 +80,12 @@ class SlideRegions(NamedTuple):
         inside = in_any(self.polygons[chosen], slide_xy) if chosen.any() else np.ones(len(slide_xy), bool)
         return inside & ~in_any(self.polygons[self.ignored], slide_xy)
 
+    def within(self, polygons: Polygons) -> Polygons:
+        """The part of each polygon in which `select` takes points: object (N,), as of `areal`; all in slide px."""
+        taken = shapely.intersection(polygons, shapely.union_all(self.polygons[self.chosen]))
+        left = taken if self.chosen.any() else polygons
+        return areal(shapely.difference(left, shapely.union_all(self.polygons[self.ignored])))
+
     def restrict(self, tissue: TissueMap) -> TissueMap:
         """The tissue in pixels that hold a point which `select` takes, and in a few beside them."""
         in_mask_px = shapely.transform(self.polygons, tissue.frame.to_slide.invert)
@@ -138,12 +144,15 @@ def read_regions(file: RegionFile, bounds: Box) -> SlideRegions:
 
 def _mended(polygons: Polygons) -> Polygons:
     """Invalid polygons made valid: object (N,), empty where no area is left."""
-    parts, owner = shapely.get_parts(
-        shapely.make_valid(polygons, method="structure", keep_collapsed=False), return_index=True
-    )
-    areal = np.isin(shapely.get_type_id(parts), _AREAL)
+    return areal(shapely.make_valid(polygons, method="structure", keep_collapsed=False))
+
+
+def areal(geometries: Polygons) -> Polygons:
+    """Geometries without points and lines: object (N,), Polygons and MultiPolygons, empty where no area is left."""
+    parts, owner = shapely.get_parts(geometries, return_index=True)
+    has_area = np.isin(shapely.get_type_id(parts), _AREAL)
     return np.array(
-        [shapely.union_all(parts[areal & (owner == number)]) for number in range(len(polygons))], dtype=object
+        [shapely.union_all(parts[has_area & (owner == number)]) for number in range(len(geometries))], dtype=object
     )
 
 

@@ -236,7 +236,7 @@ def test_results_of_other_settings_stay_when_run_json_is_gone(slide: Path, tmp_p
     before = files(tmp_path / "discs")
     (tmp_path / "run.json").unlink()
     record = segment(slide, tmp_path, chosen(tile=64, block=1))
-    assert record.status == "failed"
+    assert record.status == "done otherwise"
     assert "holds results of other settings" in record.cause
     assert files(tmp_path / "discs") == before
 

@@ -91,6 +91,30 @@ def test_a_gpu_has_two_tasks_at_once_and_no_more(client: Any) -> None:
     assert max(sum(a <= started < b for a, b in spans) for started, _ in spans) == 2
 
 
+class OfANetwork:
+    """A client of a scheduler that other machines reach."""
+
+    dashboard_link = ""
+
+    def scheduler_info(self, n_workers: int) -> dict[str, Any]:
+        return {"address": "tcp://10.0.0.5:8786", "workers": {}}
+
+    def run(self, function: Any, *args: Any, workers: list[str], on_error: str) -> dict[str, Any]:
+        return dict.fromkeys(workers)
+
+
+def test_workers_that_ended_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each once; a scheduler that does not answer has lost none."""
+    answers: list[dict[str, Any] | None] = [{"a": {}, "b": {}}, {"a": {}}, None, {"a": {}, "c": {}}, {}]
+    where = Cluster(OfANetwork())
+    monkeypatch.setattr(where, "_workers", lambda: answers.pop(0))
+    counts = []
+    while answers:
+        where.run_on_new_workers(double, 3)
+        counts.append(where.ended)
+    assert counts == [0, 1, 1, 1, 3]
+
+
 @pytest.mark.parametrize("apart", [True, False])
 def test_a_question_is_answered_here_or_in_another_process(apart: bool) -> None:
     """The same answer, the same error; and torch, which the other process may load, stays there."""
@@ -207,12 +231,6 @@ def test_a_scheduler_without_tls_on_a_network_is_warned_of(address: str, open_to
 
 def test_a_run_says_that_its_scheduler_is_exposed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The scheduler's own address counts: one reached as 127.0.0.1 may listen to the network all the same."""
-
-    class OfANetwork:
-        dashboard_link = ""
-
-        def scheduler_info(self, n_workers: int) -> dict[str, Any]:
-            return {"address": "tcp://10.0.0.5:8786", "workers": {}}
 
     warning = Cluster(OfANetwork()).warning
     assert warning == exposed("tcp://10.0.0.5:8786")

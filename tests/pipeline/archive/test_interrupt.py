@@ -64,3 +64,32 @@ def test_sigterm_stops_between_two_patches_and_the_same_command_resumes(workers:
     one = Execution(cluster=False, workers=1)
     run([slide], alone, chosen(block=ALL_IN_ONE), one, mpp=0.25, say=lambda line: None, detect=oracle.detect)
     assert files(out / "discs") == files(alone / "discs")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs groups of processes")
+def test_ctrl_c_in_a_terminal_ends_a_cluster_without_a_traceback(tmp_path: Path) -> None:
+    """A terminal interrupts all processes of the command at once, those of the workers, too."""
+    slide, out = tmp_path / "discs.png", tmp_path / "out"
+    paint(slide, 0)
+    code = "import sys, oracle; oracle.command(*sys.argv[1:])"
+    doomed = subprocess.Popen(
+        [sys.executable, "-c", f"if __name__ == '__main__': {code}", "run", str(slide), "--out", str(out), *FLAGS],
+        env={**os.environ, "PYTHONPATH": PATHS, oracle.SECONDS: "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        while not list(out.glob("discs/work/patches.zarr/done/c/*/*/*")):
+            assert doomed.poll() is None
+            time.sleep(0.05)
+        os.killpg(doomed.pid, signal.SIGINT)
+        said, _ = doomed.communicate(timeout=60)
+    finally:
+        if doomed.poll() is None:
+            os.killpg(doomed.pid, signal.SIGKILL)
+    assert doomed.returncode == 130, said
+    assert "the same command continues where it stopped" in said
+    assert "Traceback" not in said
+    assert "KeyboardInterrupt" not in said

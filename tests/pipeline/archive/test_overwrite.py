@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import shutil
@@ -21,6 +22,7 @@ from pipeline.archive.lease import Leases
 from pipeline.archive.ledger import read_ledger
 from pipeline.archive.manifest import resolve
 from pipeline.archive.verify import verify_results
+from pipeline.cli import main
 from pipeline.config import Execution, Settings
 from pipeline.errors import ClusterLost, RunError
 from pipeline.layout import RunFolder
@@ -206,7 +208,7 @@ def test_the_ledger_knows_what_another_run_has_done_meanwhile(archive: Path, tmp
         patch.setattr(archive_run, "_check_space", starts_another)
         patch.setattr(archive_run.ArchiveRun, "_open_slides", lambda _: 1)
         rows = segment(archive, out)
-    assert seen[0] == [("a", "interrupted"), ("b", "done")]
+    assert seen[0] == [("a", "unfinished"), ("b", "done")]
     assert [row.status for row in rows.values()] == ["done", "done before"]
 
 
@@ -306,3 +308,45 @@ def test_an_export_waits_for_no_run(archive: Path, tmp_path: Path) -> None:
     assert not (out / "a" / "nuclei.csv").exists()
     pipeline.export(out, ["csv"])
     assert all(not problems for _, problems in verify_results(out))
+
+
+def test_a_command_that_wants_other_results_leaves_those_that_are_there_in_the_ledger(
+    archive: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its rows, the report and `verify` still know them; the command says what it did not do, and fails."""
+    out = tmp_path / "out"
+    monkeypatch.setattr(archive_run, "run", functools.partial(archive_run.run, detect=oracle.detect))
+    nuclei = {name: row.nuclei for name, row in segment(archive, out).items()}
+    flags = "--mpp 0.26 --no-cluster --workers 1 --tissue.everywhere --tiling.tile 128 --tiling.margin 20 --stain none"
+    flags += " --tiling.mpp 0.25 --tiling.block 2 --stitching.max-diameter-um 4.5 --stitching.simplify-px 0"
+    with pytest.raises(SystemExit) as ended:
+        main(["run", str(archive), "--out", str(out), *flags.split()])
+    assert ended.value.code == 1
+    said = capsys.readouterr()
+    assert "2 of 2 slides done" in said.out
+    assert said.err.count("not done again: ") == 2
+    rows = read_ledger(RunFolder(out))
+    assert [(row["status"], row["nuclei"]) for row in rows] == [("done otherwise", nuclei[name]) for name in "ab"]
+    assert all("was done at mpp=0.25, now mpp=0.26" in row["remarks"] for row in rows)
+    assert not list(out.glob("*/failure.json"))
+    shutil.rmtree(out / "b")
+    assert [bool(problems) for _, problems in verify_results(out)] == [False, True]
+    assert segment(archive, out)["a"].status == "done before"
+
+
+def test_the_ledger_is_there_before_the_first_slide_is_done(archive: Path, tmp_path: Path) -> None:
+    """For the report and the viewer, which also says so where it is not yet; nothing is called interrupted."""
+    out, seen = tmp_path / "out", list[list[str]]()
+
+    def looks(patches: Patches, normalisation: Normalisation, settings: Settings) -> Iterator[HostInstances]:
+        seen.append([row["status"] for row in read_ledger(RunFolder(out))])
+        yield from oracle.detect(patches, normalisation, settings)
+
+    segment(archive, out, detect=looks)
+    assert seen[0] in (["unfinished", "waiting"], ["waiting", "waiting"])
+    assert {status for statuses in seen for status in statuses} <= {"unfinished", "waiting", "done"}
+    (out / "ledger.csv").unlink()
+    with pytest.raises(RunError, match="has not begun"):
+        read_ledger(RunFolder(out))
+    with pytest.raises(RunError, match="need the --out folder of a run"):
+        read_ledger(RunFolder(archive))

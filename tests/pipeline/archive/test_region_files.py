@@ -57,6 +57,19 @@ def test_regions_may_lie_beside_the_slides(tmp_path: Path) -> None:
     assert matched(tmp_path, slides).files == {"x": tmp_path / "site/deep/x.svs.geojson"}
 
 
+def test_a_link_s_regions_have_its_name_that_of_its_file_or_the_one_in_the_results(tmp_path: Path) -> None:
+    """In a run, which is given the link, and of its results, which know the file: the same files are found."""
+    real, link = tmp_path / "scans" / "S-0815.scn", tmp_path / "cases" / "case7.scn"
+    for folder in (real.parent, link.parent):
+        folder.mkdir()
+    real.touch()
+    link.symlink_to(real)
+    for name in ("case7.scn", "case7", "S-0815.scn", "S-0815"):
+        file = made(tmp_path / name, f"{name}.geojson") / f"{name}.geojson"
+        for path in (link, real):
+            assert matched(tmp_path / name, {"case7": path}).files == {"case7": file}
+
+
 def test_a_file_that_fits_two_slides_is_given_to_neither(tmp_path: Path) -> None:
     made(tmp_path, "x.geojson")
     slides = {"x": Path("/scans/x.svs"), "x.tif": Path("/scans/x.tif")}

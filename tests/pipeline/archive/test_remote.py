@@ -129,7 +129,7 @@ def test_a_slide_that_was_uploaded_again_is_done_and_another_one_is_refused(
     paint(tmp_path / "other.png", 1)
     put(bucket, "x.tif", tmp_path / "other.png")
     (row,) = run(*what, say=print)
-    assert row.status == "failed"
+    assert row.status == "done otherwise"
     assert "x.tif is not the file that these results are of" in row.cause
 
 

@@ -16,6 +16,7 @@ from oracle import chosen, files, outlines, paint
 from pipeline import config
 from pipeline.archive import run as archive_run
 from pipeline.archive.ledger import read_ledger
+from pipeline.archive.measure import Measured, measure_slides
 from pipeline.cli import main
 from pipeline.config import Execution, Settings
 from pipeline.layout import RunFolder
@@ -140,7 +141,7 @@ def test_the_same_regions_resume_and_others_are_refused(place: Path) -> None:
     assert segment(place, "copy")["x"].status == "done before"  # the content counts, not where it is
     draw(place / "drawn" / "x.geojson", CORNER)
     row = segment(place)["x"]
-    assert row.status == "failed"
+    assert row.status == "done otherwise"
     assert f"results of other regions (other content of {place}/drawn/x.geojson, now" in row.cause
     row = segment(place, "")["x"]
     assert f"results of other regions ({place}/drawn/x.geojson, now none): choose another --out" in row.cause
@@ -154,7 +155,7 @@ def test_the_same_regions_resume_and_others_are_refused(place: Path) -> None:
 def test_results_without_regions_are_not_taken_for_restricted_ones(place: Path) -> None:
     segment(place, "")
     row = segment(place)["x"]
-    assert row.status == "failed"
+    assert row.status == "done otherwise"
     assert f"results of other regions (none, now {place}/drawn/x.geojson)" in row.cause
 
 
@@ -197,3 +198,34 @@ def test_run_and_measure_count_the_same(place: Path) -> None:
     counts = [(place / out / "x" / "regions.csv").read_text() for out in ("whole", "out")]
     assert counts[0] == counts[1]
     assert pq.read_metadata(place / "out" / "x" / "nuclei.parquet").num_rows > 0
+
+
+def test_regions_beyond_what_was_segmented_are_measured_as_far_as_that_reaches(place: Path) -> None:
+    """Their density is that of the tissue that was looked at, and a note says so; without the file nothing is known."""
+    segment(place)
+    segment(place, "", out="whole")
+    whole = shapely.box(0, 0, 410, 330)
+    draw(place / "more" / "x.geojson", BLOB, whole)
+    draw(place / "same" / "x.geojson", BLOB, CORNER)
+
+    def measured(out: str, regions: str) -> Measured:
+        return next(m for m in measure_slides(place / out, config.Regions(str(place / regions))) if m.slide == "x")
+
+    inside, everything = measured("out", "more").rows
+    assert "1 of 2 regions reach beyond it" in measured("out", "more").words
+    mm2 = 0.25e-3**2
+    assert inside["tissue_mm2"] == pytest.approx(BLOB.area * mm2, rel=1e-3)
+    assert everything["tissue_mm2"] == pytest.approx((BLOB.area + CORNER.area) * mm2, rel=1e-3)
+    assert everything["per_mm2"] == pytest.approx(everything["nuclei"] / everything["tissue_mm2"])
+    assert "beyond" not in measured("out", "same").words
+    assert measured("whole", "more").rows[1]["tissue_mm2"] > 0.99 * whole.area * mm2
+    (place / "drawn" / "x.geojson").unlink()
+    assert "put it back" in measured("out", "more").words
+    assert all(np.isnan(row["tissue_mm2"]) and np.isnan(row["per_mm2"]) for row in measured("out", "more").rows)
+
+
+def test_regions_that_lie_off_the_slide_are_named(place: Path) -> None:
+    draw(place / "far" / "x.geojson", shapely.box(5000, 5000, 5100, 5100))
+    (said,) = [remark for remark in segment(place, "far")["x"].remarks if "outside" in remark]
+    assert said.startswith("the regions lie outside the slide (410 x 330 px)")
+    assert said.endswith("or is it --regions.no-crop?")

@@ -42,7 +42,7 @@ def simulate(work: Coroutine[Any, Any, Any]) -> None:
 class Machine:
     """A number of devices, each with two tasks that share it, and feeders."""
 
-    dashboard, warning, silent = "", "", False
+    dashboard, warning, silent, ended = "", "", False, 0
 
     def __init__(self, detectors: int, feeders: int) -> None:
         self.detectors, self.feeders = detectors, feeders

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.segment.record import NO_TISSUE, Counts, SlideRecord, StageRecord, remarks
+from pipeline.segment.record import Counts, SlideRecord, StageRecord, remarks
 
 COUNTS = st.builds(Counts, *(st.integers(0, 99) for _ in dataclasses.fields(Counts)))
 WORK = st.builds(
@@ -53,9 +53,8 @@ def test_a_slide_without_trouble_has_no_remarks() -> None:
 @pytest.mark.parametrize(
     ("record", "about", "said"),
     [
-        (done(tissue_mm2=0, nuclei=0), {}, NO_TISSUE),
         (done(nuclei=0), {}, "no nuclei were found"),
-        (done(area_lost_mm2=0.05), summary(), "0.05 mm² have no result"),
+        (done(area_lost_mm2=0.05), summary(), "0.05 mm² of tiles, glass included, have no result"),
         (done(saturated_tiles=3), summary(), "3 tiles hold more nuclei than allowed: raise"),
         (done(split_tiles=2), summary(), "2 tiles were done in quarters for want of device memory"),
         (done(touching_nuclei=7), summary(), "7 nuclei reach the edge of what their tile read"),
