@@ -109,13 +109,20 @@ def main(tokens: Sequence[str] | None = None) -> None:
 
 
 def _unexpected(error: Exception) -> int:
-    """Report an unexpected error in a line; in debug mode with its traceback. Returns the exit status."""
+    """Report a full disk, a missing right or another error in a line; in debug mode with its traceback.
+
+    Returns the exit status.
+    """
+    from pipeline.files import refusal
     from pipeline.text import one_line
 
     if os.environ.get("NIGHTSLIDE_DEBUG", "") not in ("", "0"):
         import traceback
 
         traceback.print_exception(error)
+    if isinstance(error, OSError) and (words := refusal(error)):
+        print(f"nightslide: {printable(words)}", file=sys.stderr)
+        return 1
     print(
         f"nightslide: unexpected {type(error).__name__}: {one_line(error)}\n"
         f"If this looks like a fault of nightslide, please report it with the output of the same command with --debug "

@@ -1,6 +1,7 @@
 """Files and folders that are complete or absent: written beside, synced, renamed. And JSON."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -17,8 +18,8 @@ def committed(path: Path, *, synced: bool = True) -> Iterator[Path]:
     """A path beside `path` for a new file or folder (same suffix), which becomes `path` when the block ends well.
 
     Synced, then renamed over what was there, then the folder is synced: a reader, or a machine that lost
-    power, has all of it or nothing. On an error the partial file is removed; a killed process leaves
-    it to `sweep`. Writers of the same file do not disturb each other; the last one stays.
+    power, has all of it or nothing. On an error the partial file is removed, and an OSError for which `refusal` has words
+    names `path`; a killed process leaves it to `sweep`. Writers of the same file do not disturb each other; the last one stays.
     synced: False for scratch that has a checksum, as many disks take longer to sync than to write it; what a machine
     that lost power has of it may be damaged.
     """
@@ -30,8 +31,29 @@ def committed(path: Path, *, synced: bool = True) -> Iterator[Path]:
         _replace(partial, path)
         if synced:
             _sync_names(path.parent)
+    except OSError as error:
+        if error.errno in _REMEDIES:  # it names the partial file, or none
+            error.filename = str(path)
+        raise
     finally:
         remove(partial)
+
+
+_FULL, _FORBIDDEN = "free some space there", "make it a file or folder that may be read and written"
+_REMEDIES = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), _FULL),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), _FORBIDDEN),
+}
+
+
+def refusal(error: OSError) -> str:
+    """In words: the path, what the system refused there, and the remedy. Empty for other errors than those of a full
+    disk, and of files and folders that may not be read or written.
+    """
+    if error.errno not in _REMEDIES:
+        return ""
+    where = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
+    return f"{where}{os.strerror(error.errno)}: {_REMEDIES[error.errno]}, and give the same command again"
 
 
 def _replace(partial: Path, path: Path) -> None:

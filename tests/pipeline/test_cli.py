@@ -1,6 +1,7 @@
 """The command line says what the dataclasses say, and the README says what the command line says."""
 
 import dataclasses
+import errno
 import os
 import re
 import shlex
@@ -13,10 +14,12 @@ import pytest
 
 from pipeline import cli
 from pipeline.archive.estimate import SlideEstimate
+from pipeline.archive.ledger import write_ledger
 from pipeline.archive.sources import Source
 from pipeline.cli import app, main
 from pipeline.config import Execution, Settings
 from pipeline.errors import ClusterLost
+from pipeline.layout import RunFolder
 
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 COMMANDS = (
@@ -260,7 +263,7 @@ def raiser(error: Exception) -> Callable[..., object]:
     return fail
 
 
-@pytest.mark.parametrize("error", [KeyError("x"), RuntimeError("two\nlines"), OSError(28, "No space left on device")])
+@pytest.mark.parametrize("error", [KeyError("x"), RuntimeError("two\nlines"), OSError(5, "Input/output error")])
 def test_an_unexpected_error_is_a_line_and_a_traceback_only_on_request(
     error: Exception, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -275,6 +278,27 @@ def test_an_unexpected_error_is_a_line_and_a_traceback_only_on_request(
     status, _, err = said(capsys, "run", "x.svs", "--out", "o")
     assert status == 1
     assert err.startswith("Traceback")
+
+
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [
+        (errno.ENOSPC, "No space left on device: free some space there, and give the same command again"),
+        (errno.EDQUOT, "Disk quota exceeded: free some space there, and give the same command again"),
+        (errno.EACCES, "Permission denied: make it a file or folder that may be read and written"),
+        (errno.EROFS, "Read-only file system: make it a file or folder that may be read and written"),
+    ],
+)
+def test_what_the_system_refuses_is_no_fault_of_ours(
+    number: int, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever file is being written, the message names it, and not the partial one; a library names none."""
+    write_ledger(RunFolder(tmp_path), [])
+    monkeypatch.setattr("pipeline.files._sync", raiser(OSError(number, "Error writing bytes to file")))
+    status, _, err = said(capsys, "report", str(tmp_path))
+    assert status == 1
+    assert err.startswith(f"nightslide: {tmp_path / 'report.html'}: {words}")
+    assert len(err.splitlines()) == 1
 
 
 def test_debug_is_a_flag_too(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
