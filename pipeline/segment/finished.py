@@ -180,7 +180,7 @@ def unnoted_exports(folder: SlideFolder) -> str:
     """Why slide.json does not note the exports that `rewrite_exports` makes, and the remedy; empty where it does."""
     if _read_whole(folder) is not None or not folder.slide_json.exists():
         return ""
-    return f"{folder.slide_json} is damaged, so it does not note the exports: {_remedy(folder.slide_json.name)}"
+    return f"{folder.slide_json} is damaged, so it does not note the exports: {remedy(folder.slide_json)}"
 
 
 def damaged_results(folder: SlideFolder, content: Mapping[str, Any], *, thorough: bool) -> Iterator[str]:
@@ -191,12 +191,12 @@ def damaged_results(folder: SlideFolder, content: Mapping[str, Any], *, thorough
     others can be made again from it.
     """
     if not _is_complete(content):
-        yield f"{folder.slide_json.name} is damaged: {_remedy(folder.slide_json.name)}"
+        yield f"{folder.slide_json.name} is damaged: {remedy(folder.slide_json)}"
         return
     known = content["files"]
     for name in known if thorough else {folder.nuclei.name} & known.keys():
         if problem := _damage(folder.path / name, known[name], thorough=thorough):
-            yield f"{name} {problem}: {_remedy(name)}"
+            yield f"{name} {problem}: {remedy(folder.path / name)}"
 
 
 def _is_complete(content: Mapping[str, Any]) -> bool:
@@ -224,10 +224,11 @@ def _damage(file: Path, known: Mapping[str, Any], *, thorough: bool) -> str:
     return ""
 
 
-def _remedy(name: str) -> str:
-    if name in EXPORTS.values():
-        return "delete it, and the same run command makes it again"
-    return "put the file back, or give --overwrite"
+def remedy(file: Path) -> str:
+    """What to do about a file or folder of a finished slide that is damaged or missing."""
+    if file.name not in EXPORTS.values():
+        return "put the file back, or run the slide again with --overwrite"
+    return f"{'delete it, and ' * file.exists()}the same run command makes it again"
 
 
 def _describe(folder: SlideFolder, export: Export, names: tuple[str, ...] = RESULTS) -> dict[str, Any]:

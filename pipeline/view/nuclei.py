@@ -27,8 +27,10 @@ import shapely
 from numpy.typing import NDArray
 
 from pipeline.errors import RunError
+from pipeline.segment.finished import remedy
 from pipeline.segment.polygons import Polygons
 from pipeline.segment.tables import geometry, iter_nuclei, read_provenance
+from pipeline.text import one_line
 
 TILE_PX = 2048
 "Side of a tile of outlines, slide px."
@@ -55,10 +57,7 @@ class NucleusTiles:
         try:
             self._read(path)
         except (OSError, KeyError, TypeError, ValueError, pa.ArrowException, shapely.GEOSException) as error:
-            raise RunError(
-                f"{path} cannot be read ({type(error).__name__}: {error}): `nightslide verify` says what is damaged; "
-                f"the same run command makes it again"
-            ) from error
+            raise RunError(f"{path} cannot be read ({one_line(error)}): {remedy(path)}") from error
 
     def _read(self, path: Path) -> None:
         provenance = read_provenance(path)

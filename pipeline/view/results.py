@@ -12,6 +12,7 @@ from pipeline.archive.ledger import read_columns
 from pipeline.config import require
 from pipeline.errors import RunError, SlideChanged
 from pipeline.layout import RunFolder, SlideFolder
+from pipeline.segment.finished import remedy
 from pipeline.text import printable
 from pipeline.view.deep_zoom import DeepZoom
 from pipeline.view.nuclei import NucleusTiles
@@ -92,7 +93,8 @@ class Results:
             source, quick_hash = Path(content["source_path"]), content["quick_hash"]
             mpp = float(content["um_per_px"][0])
         except (KeyError, IndexError, TypeError, ValueError) as error:
-            raise RunError(f"the slide.json of {self.name(number)} is damaged ({error!r}): run it again") from error
+            slide_json = self.folder(number).slide_json
+            raise RunError(f"{slide_json} is damaged ({error!r}): {remedy(slide_json)}") from error
         problems: list[SlideError] = []
         for path in self._places(source):
             try:
