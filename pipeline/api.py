@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config import Architecture, Execution, Export, Regions, Settings, build, require
-from pipeline.errors import RunError
+from pipeline.errors import ExportFailed, RunError
+from slides.errors import NightslideError
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -99,9 +100,16 @@ def export(
 
     folder: of a run, or of one slide of it
     formats, options: the fields of `Export`, such as crop=False
-    Returns the number of nuclei by file. Raises ConfigError for a format that does not exist; RunError for a folder
-    without tables and, once all others are written, for tables that are damaged and slides that a run is working on.
+    Returns the number of nuclei by file. Warns of slides whose table is missing. Raises ConfigError for a format that
+    does not exist, RunError for a folder without tables, and, once all others are written, ExportFailed for what could
+    not be: tables that are damaged, a full disk, slides that a run is working on.
     """
+    import warnings
+
+    from pipeline.archive.verify import without_nuclei
+
+    for problem in without_nuclei(Path(folder)):
+        warnings.warn(f"not exported: {problem}", stacklevel=2)
     return dict(export_files(folder, build(Export, {"formats": list(formats), **options}, where="export")))
 
 
@@ -111,8 +119,10 @@ def export_files(folder: str | os.PathLike[str], settings: Export) -> Iterator[t
 
     from pipeline.archive.lease import Leases
     from pipeline.layout import RunFolder
+    from pipeline.segment.export import check_formats
     from pipeline.segment.finished import rewrite_exports
 
+    check_formats(settings.formats)
     slides = RunFolder(Path(folder)).with_nuclei()
     if not slides:
         raise RunError(f"{folder} holds no nuclei.parquet: need the --out folder of a run")
@@ -128,13 +138,26 @@ def export_files(folder: str | os.PathLike[str], settings: Export) -> Iterator[t
                     written = rewrite_exports(slide, settings)
                 finally:
                     leases.release(slide.path)
-            except (OSError, KeyError, pa.ArrowException, RunError) as error:
-                failed.append(f"{slide.nuclei} could not be exported: {type(error).__name__}: {error}")
+            except (OSError, KeyError, pa.ArrowException, NightslideError) as error:
+                failed.append(f"{slide.nuclei} could not be exported: {_cause(error, slide.nuclei)}")
                 continue
             for name, exported in written.items():
                 yield slide.export(name), exported
     if failed:
-        raise RunError("\n".join(failed))
+        raise ExportFailed("\n".join(failed))
+
+
+def _cause(error: Exception, table: Path) -> str:
+    """Why a table could not be exported, and the remedy; what is neither said by us nor by the system is damage."""
+    from pipeline.files import refusal
+    from pipeline.segment.finished import remedy
+    from pipeline.text import one_line
+
+    if isinstance(error, OSError) and error.errno is not None:
+        return refusal(error) or one_line(error)
+    if isinstance(error, NightslideError):
+        return one_line(error)
+    return f"it is damaged ({one_line(error)}): {remedy(table)}"
 
 
 def measure(

@@ -78,7 +78,7 @@ _RESUMED = frozenset(["run", "train", "fit-stain"])  # commands
 
 def main(tokens: Sequence[str] | None = None) -> None:
     """Entry point. Exit status: 0 all done, 1 some slides failed, 2 wrong usage, 130 interrupted."""
-    from pipeline.errors import ClusterLost, WorkersDied
+    from pipeline.errors import ClusterLost, ExportFailed, WorkersDied
 
     for stream in (sys.stdout, sys.stderr):  # a name that the terminal's encoding lacks is no reason to stop
         if isinstance(stream, TextIOWrapper):
@@ -100,7 +100,7 @@ def main(tokens: Sequence[str] | None = None) -> None:
         sys.exit(130)
     except (NightslideError, CycloptsError) as error:
         print(f"nightslide: {error}", file=sys.stderr)
-        sys.exit(1 if isinstance(error, ClusterLost | WorkersDied) else 2)
+        sys.exit(1 if isinstance(error, ClusterLost | ExportFailed | WorkersDied) else 2)
     except BrokenPipeError:  # who reads what is printed has ended, such as `head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python fails once more at its end
         sys.exit(128 + 13)
@@ -309,9 +309,12 @@ def export(folder: Path, *, settings: Annotated[Export, Parameter(name="*", grou
         The --out folder of a run, or the folder of one slide in it.
     """
     from pipeline.api import export_files
+    from pipeline.archive.verify import without_nuclei
     from pipeline.layout import RunFolder
     from pipeline.segment.finished import unnoted_exports
 
+    for problem in without_nuclei(folder):
+        print(f"WARNING: not exported: {problem}", file=sys.stderr)
     for path, exported in export_files(folder, settings):
         print(f"{path}: {exported}")
     for problem in filter(None, map(unnoted_exports, RunFolder(folder).with_nuclei())):

@@ -8,6 +8,7 @@
     │   ├── WeightsError                             a weights file: missing, damaged, of another architecture
     │   └── AnnotationError                          annotations or a dataset that cannot be read
     ├── StainError           (ValueError)            pixels that show no stain, stains that do not fit together
+    ├── ExportFailed                                 slides whose files could not be written; those of the others are
     ├── LeaseLost                                    another process has taken the slide over
     ├── ScratchLost                                  scratch of a block is missing or damaged: it is made again
     ├── ClusterLost                                  the Dask scheduler is gone
@@ -41,6 +42,10 @@ class AnnotationError(ConfigError):
 
 class StainError(NightslideError, ValueError):
     """Pixels that show no stain, or stains that do not fit together or the method."""
+
+
+class ExportFailed(NightslideError):
+    """Slides whose files for other programs could not be written, a line each; those of the others are."""
 
 
 class LeaseLost(NightslideError):

@@ -18,8 +18,9 @@ def committed(path: Path, *, synced: bool = True) -> Iterator[Path]:
     """A path beside `path` for a new file or folder (same suffix), which becomes `path` when the block ends well.
 
     Synced, then renamed over what was there, then the folder is synced: a reader, or a machine that lost
-    power, has all of it or nothing. On an error the partial file is removed, and an OSError for which `refusal` has words
-    names `path`; a killed process leaves it to `sweep`. Writers of the same file do not disturb each other; the last one stays.
+    power, has all of it or nothing. On an error the partial file is removed, and an OSError for which `refusal` has
+    words names `path`; a killed process leaves it to `sweep`. Writers of the same file do not disturb each other; the
+    last one stays.
     synced: False for scratch that has a checksum, as many disks take longer to sync than to write it; what a machine
     that lost power has of it may be damaged.
     """

@@ -14,7 +14,7 @@ import pipeline
 import slides
 from pipeline.api import CPU_SECONDS_PER_MM2
 from pipeline.config import Detector, Stain
-from pipeline.errors import ConfigError, RunError
+from pipeline.errors import ConfigError, ExportFailed, RunError
 from slides import phantom
 from slides.geometry import Size
 
@@ -88,7 +88,7 @@ def test_a_damaged_table_is_named(place: Path, tmp_path: Path) -> None:
     whole = (place / "results" / "case7" / "nuclei.parquet").read_bytes()
     (tmp_path / "case8").mkdir()
     (tmp_path / "case8" / "nuclei.parquet").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(RunError, match=r"case8/nuclei\.parquet could not be exported"):
+    with pytest.raises(ExportFailed, match=r"case8/nuclei\.parquet could not be exported: it is damaged"):
         pipeline.export(tmp_path)
     with pytest.raises(RunError, match=r"case9.* does not exist"):
         pipeline.read_nuclei(tmp_path / "case9")

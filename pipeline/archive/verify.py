@@ -17,12 +17,27 @@ def verify_results(folder: Path) -> Iterator[tuple[str, list[str]]]:
     folder: of a run, or of one slide of it. Reads every byte of every result.
     Raises RunError for a folder without a finished slide.
     """
-    run = RunFolder(folder)
-    slides = {slide.path: slide for slide in [*run.finished(), *_in_the_ledger(run)]}
+    slides = _slides(folder)
     if not slides:
         raise RunError(f"{folder} holds no finished slide: need the --out folder of a run")
-    for path, slide in sorted(slides.items()):
-        yield printable(path.relative_to(folder) if path != folder else path.resolve().name), list(_problems(slide))
+    for name, slide in slides.items():
+        yield name, list(_problems(slide))
+
+
+def without_nuclei(folder: Path) -> list[str]:
+    """The slides that were finished and have no table of nuclei any more: a line each, with the remedy."""
+    lost = {name: slide for name, slide in _slides(folder).items() if not slide.nuclei.exists()}
+    return [f"{name}: {problem}" for name, slide in lost.items() for problem in _problems(slide, thorough=False)]
+
+
+def _slides(folder: Path) -> dict[str, SlideFolder]:
+    """The slides that were finished, there or not, by their names."""
+    run = RunFolder(folder)
+    paths = {slide.path: slide for slide in [*run.finished(), *_in_the_ledger(run)]}
+    return {
+        printable(path.relative_to(folder) if path != folder else path.resolve().name): slide
+        for path, slide in sorted(paths.items())
+    }
 
 
 def _in_the_ledger(run: RunFolder) -> list[SlideFolder]:
@@ -34,7 +49,7 @@ def _in_the_ledger(run: RunFolder) -> list[SlideFolder]:
     return [run.slide(row["slide"]) for row in rows if row["status"].startswith("done")]
 
 
-def _problems(slide: SlideFolder) -> Iterator[str]:
+def _problems(slide: SlideFolder, *, thorough: bool = True) -> Iterator[str]:
     name = slide.slide_json.name
     if not slide.slide_json.exists():
         yield f"{name} is missing, though ledger.csv says that the slide is done: the same run command does it again"
@@ -43,4 +58,4 @@ def _problems(slide: SlideFolder) -> Iterator[str]:
     if content is None:
         yield f"{name} is damaged: the same run command does the slide again"
     else:
-        yield from damaged_results(slide, content, thorough=True)
+        yield from damaged_results(slide, content, thorough=thorough)

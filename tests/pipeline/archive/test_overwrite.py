@@ -2,9 +2,11 @@
 
 import contextlib
 import dataclasses
+import errno
 import functools
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,7 +26,7 @@ from pipeline.archive.manifest import resolve
 from pipeline.archive.verify import verify_results
 from pipeline.cli import main
 from pipeline.config import Execution, Settings
-from pipeline.errors import ClusterLost, RunError
+from pipeline.errors import ClusterLost, ExportFailed
 from pipeline.layout import RunFolder
 from pipeline.model.fitted_stain import Normalisation
 from pipeline.model.instances import HostInstances, Patches
@@ -101,7 +103,7 @@ def test_a_slide_that_is_exported_meanwhile_is_done_again(archive: Path, tmp_pat
     def exports(patches: Patches, normalisation: Normalisation, settings: Settings) -> Iterator[HostInstances]:
         if not exported:
             exported.append(out)
-            with pytest.raises(RunError, match=r"/a: a run is working on it \(.*process \d+\)"):
+            with pytest.raises(ExportFailed, match=r"/a: a run is working on it \(.*process \d+\)"):
                 pipeline.export(out, ["csv"])
         yield from oracle.detect(patches, normalisation, settings)
 
@@ -291,10 +293,53 @@ def test_one_damaged_table_stops_no_other_export(archive: Path, tmp_path: Path) 
     out = tmp_path / "out"
     segment(archive, out)
     (out / "a" / "nuclei.parquet").write_bytes(b"PAR1")
-    with pytest.raises(RunError, match=r"/a/nuclei\.parquet could not be exported"):
+    with pytest.raises(ExportFailed) as failed:
         pipeline.export(out, ["csv"])
+    words = (
+        r"\S+/a/nuclei\.parquet could not be exported: it is damaged \(.+\): put the file back, or run the slide again"
+    )
+    assert re.fullmatch(f"{words} with --overwrite", str(failed.value))
     assert (out / "b" / "nuclei.csv").exists()
     assert not (out / "a" / "nuclei.csv").exists()
+
+
+def test_finished_slides_without_a_table_are_named(
+    archive: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Law: nothing is silent, be it the table that is gone or the slide's whole folder."""
+    out = tmp_path / "out"
+    segment(archive, out)
+    (out / "a" / "nuclei.parquet").unlink()
+    table = "not exported: a: nuclei.parquet is missing: put the file back, or run the slide again with --overwrite"
+    with pytest.warns(UserWarning, match=table):
+        assert pipeline.export(out, ["csv"]).keys() == {out / "b" / "nuclei.csv"}
+    shutil.rmtree(out / "b")
+    with pytest.raises(SystemExit, match="2"):
+        main(["export", str(out)])
+    folder = "slide.json is missing, though ledger.csv says that the slide is done: the same run command does it again"
+    said = capsys.readouterr().err.splitlines()
+    assert said[:2] == [f"WARNING: {table}", f"WARNING: not exported: b: {folder}"]
+    assert "holds no nuclei.parquet" in said[2]
+
+
+def test_a_full_disk_is_a_failed_export(
+    archive: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is no wrong usage, and no class of Python's is named."""
+    out = tmp_path / "out"
+    segment(archive, out)
+    capsys.readouterr()
+
+    def full(path: Path) -> None:
+        raise OSError(errno.ENOSPC, "Error writing bytes to file")
+
+    monkeypatch.setattr("pipeline.files._sync", full)
+    with pytest.raises(SystemExit, match="1"):
+        main(["export", str(out / "a"), "--formats", "csv"])
+    assert capsys.readouterr().err == (
+        f"nightslide: {out}/a/nuclei.parquet could not be exported: {out}/a/nuclei.csv: No space left on device: "
+        f"free some space there, and give the same command again\n"
+    )
 
 
 def test_an_export_waits_for_no_run(archive: Path, tmp_path: Path) -> None:
@@ -302,7 +347,7 @@ def test_an_export_waits_for_no_run(archive: Path, tmp_path: Path) -> None:
     segment(archive, out)
     with Leases() as leases:
         assert leases.take(out / "a")
-        with pytest.raises(RunError, match="a run is working on it"):
+        with pytest.raises(ExportFailed, match="a run is working on it"):
             pipeline.export(out, ["csv"])
     assert (out / "b" / "nuclei.csv").exists()
     assert not (out / "a" / "nuclei.csv").exists()

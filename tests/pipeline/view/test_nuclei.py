@@ -191,5 +191,8 @@ def test_a_damaged_table_is_an_error_with_the_remedy(tmp_path: Path, damage: str
         change(path, "centroid_x", pa.array([1.0, float("nan"), 3.0]))
     else:
         change(path, "geometry", pa.array([shapely.box(0, 0, 1e12, 1).wkb] * 3))
-    with pytest.raises(RunError, match=r"nuclei\.parquet cannot be read .*: put the file back, or run the slide again with --overwrite$"):
+    with pytest.raises(
+        RunError,
+        match=r"nuclei\.parquet cannot be read .*: put the file back, or run the slide again with --overwrite$",
+    ):
         NucleusTiles(path)
