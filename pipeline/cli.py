@@ -52,6 +52,9 @@ def _exactly(hint: Any, tokens: Sequence[Token]) -> Any:
 Inputs = Annotated[list[str], Parameter(negative="", consume_multiple=True)]
 Out = Annotated[Path, Parameter(group=COMMON)]
 Mpp = Annotated[float | None, Parameter(group=COMMON)]
+MovedSlides = Annotated[
+    Path | None, Parameter(group=COMMON, help="Folder that is searched for slides that have moved since the run.")
+]
 AllSettings = Annotated[Settings, Parameter(name="*")]
 
 app = App(
@@ -323,7 +326,7 @@ def export(folder: Path, *, settings: Annotated[Export, Parameter(name="*", grou
 
 
 @app.command
-def qupath(folder: Path) -> int:
+def qupath(folder: Path, *, slides: MovedSlides = None) -> int:
     """Write a QuPath project of all finished slides of a run, or add to it those that it lacks.
 
     Parameters
@@ -334,10 +337,10 @@ def qupath(folder: Path) -> int:
     from pipeline.archive.qupath_project import write_project
     from pipeline.layout import RunFolder
 
-    written = write_project(RunFolder(folder))
+    written = write_project(RunFolder(folder), slides)
     print(f"{written.file}: {written.images} images, {written.added} of them new")
-    for name in written.left_out:
-        print(f"WARNING: left out: {name}", file=sys.stderr)
+    for warning in written.warnings:
+        print(f"WARNING: {warning}", file=sys.stderr)
     print(f"their nuclei: QuPath script workflows/qupath/import.groovy -p {written.file} -s")
     return 0
 
@@ -383,7 +386,7 @@ def report(folder: Path) -> int:
 def view(
     folder: Path,
     *,
-    slides: Annotated[Path | None, Parameter(group=COMMON)] = None,
+    slides: MovedSlides = None,
     port: Annotated[int, Parameter(group=COMMON)] = 0,
 ) -> int:
     """Look at the slides of a run with their nuclei, in a browser on this machine.
@@ -392,8 +395,6 @@ def view(
     ----------
     folder
         The --out folder of a run.
-    slides
-        Folder that is searched for slides that have moved since the run.
     port
         Port of the loopback interface; 0: one that is free.
     """

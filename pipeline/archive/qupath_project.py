@@ -3,8 +3,11 @@
 The nuclei themselves are added by QuPath (workflows/qupath/import.groovy): its data files are Java's serialisation.
 """
 
+import contextlib
+import os
 import time
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import unquote
@@ -12,11 +15,14 @@ from urllib.parse import unquote
 import pyarrow as pa
 
 from pipeline import files
+from pipeline.archive.verify import without_nuclei
+from pipeline.config import require
 from pipeline.errors import RunError
 from pipeline.layout import RunFolder
 from pipeline.segment import tables
+from pipeline.segment.finished import check_same_source
 from pipeline.text import one_line
-from slides.errors import NightslideError
+from slides.errors import NightslideError, SlideError
 
 
 class Written(NamedTuple):
@@ -25,23 +31,26 @@ class Written(NamedTuple):
     file: Path
     images: int
     added: int
-    left_out: tuple[str, ...]  # finished slides that are no images of it, and why
+    warnings: tuple[str, ...]  # a line each: what is left out, and what is not as it was
 
 
-def write_project(run: RunFolder) -> Written:
+def write_project(run: RunFolder, slides: Path | None = None) -> Written:
     """Write the project of a run, or add to it what it lacks: what is in a project stays as it is.
 
+    slides: a folder in which slides are looked for before the place where the run read them. An image has the name of
+    its slide's results with the suffix of its file, as that of its regions may have: a/x.svs.
     Raises RunError for a folder without finished slides, or with none whose slide QuPath could open, and for a project
-    that cannot be extended.
+    that cannot be extended; ConfigError where `slides` is no folder.
     """
-    slides = run.finished()
-    if not run.run_json.is_file() or not slides:
+    finished = run.finished()
+    if not run.run_json.is_file() or not finished:
         raise RunError(f"{run.path} has no finished slides: need the --out folder of a run")
     project = _read(run.qupath_project)
     present = {_path(uri) for entry in project["images"] for uri in _uris(entry)}
-    added, left_out = 0, []
+    moved = _by_name(slides)
+    added, left_out, warnings = 0, [], without_nuclei(run.path)
     colours: dict[str, tuple[int, int, int]] = {}
-    for slide in slides:
+    for slide in finished:
         content = files.read_json(slide.slide_json) or {}
         source = Path(str(content.get("source_path", "")))
         name = slide.path.relative_to(run.path).as_posix()
@@ -54,9 +63,16 @@ def write_project(run: RunFolder) -> Written:
             left_out.append(f"{name}: {slide.slide_json.name} is damaged")
         elif not source.is_absolute():
             left_out.append(f"{name}: it was read from a URL, which QuPath does not open")
-        elif str(source) not in present:
+        elif str(source) in present:
+            if not source.exists():
+                warnings.append(
+                    f"{name}: {source}, its image in the project, does not exist: tell QuPath where it is now"
+                )
+        elif (image := _image(source, content, moved)) is None:
+            left_out.append(f"{name}: {source} does not exist: say with --slides DIR where the slide is now")
+        elif str(image) not in present:
             project["lastID"] += 1
-            project["images"].append(_entry(source, project["lastID"]))
+            project["images"].append(_entry(image, project["lastID"], Path(name).with_name(source.name).as_posix()))
             added += 1
     if not project["images"]:
         raise RunError(f"no slide of {run.path} can be an image of a project: {'; '.join(left_out)}")
@@ -65,7 +81,28 @@ def write_project(run: RunFolder) -> Written:
     if added:
         project |= {"modifyTimestamp": _now_ms(), "uri": run.qupath_project.absolute().as_uri()}
         files.write_json(run.qupath_project, project)
-    return Written(run.qupath_project, len(project["images"]), added, tuple(left_out))
+    warnings += [f"left out: {line}" for line in left_out]
+    return Written(run.qupath_project, len(project["images"]), added, tuple(warnings))
+
+
+def _by_name(folder: Path | None) -> dict[str, list[Path]]:
+    """The files in a folder, however deep, by their names; none without a folder."""
+    found: dict[str, list[Path]] = defaultdict(list)
+    if folder is not None:
+        require(folder.is_dir(), f"--slides {folder} is no folder: need the one that holds the slides")
+        for inside, _, names in os.walk(os.path.abspath(folder)):
+            for name in names:
+                found[name].append(Path(inside, name))
+    return found
+
+
+def _image(source: Path, content: Mapping[str, Any], moved: Mapping[str, Sequence[Path]]) -> Path | None:
+    """Where the slide of a slide.json is: among the files that may be it the one of its content, else where it was."""
+    for path in moved.get(source.name, ()):
+        with contextlib.suppress(SlideError):
+            check_same_source(path, content)
+            return path
+    return source if source.exists() else None
 
 
 def _read(file: Path) -> dict[str, Any]:
@@ -80,9 +117,9 @@ def _read(file: Path) -> dict[str, Any]:
         raise RunError(f"{file} is no QuPath project: move it away, and it is written again") from error
 
 
-def _entry(source: Path, number: int) -> dict[str, Any]:
-    builder = {"builderType": "uri", "uri": source.as_uri(), "args": []}
-    return {"serverBuilder": builder, "entryID": number, "imageName": source.name}
+def _entry(image: Path, number: int, name: str) -> dict[str, Any]:
+    builder = {"builderType": "uri", "uri": image.as_uri(), "args": []}
+    return {"serverBuilder": builder, "entryID": number, "imageName": name}
 
 
 def _uris(content: Any) -> Iterator[str]:

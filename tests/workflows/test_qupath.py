@@ -153,7 +153,7 @@ def test_a_project_has_every_slide_with_all_that_is_known_of_it(classes: Path, p
     done = build(classes, place)
     assert done.status == 0, done.lines
     assert done.images is not None
-    assert [image["name"] for image in done.images] == ["x.png", "x.png", "y.png"]
+    assert [image["name"] for image in done.images] == ["a/x.png", "b/x.png", "y.png"]
     for image, name in zip(done.images, ("a/x", "b/x", "y"), strict=True):
         assert image["uri"].endswith(f"/slides/{name}.png")
         assert image["type"] == "BRIGHTFIELD_H_E"

@@ -25,11 +25,12 @@ file.absoluteFile.parentFile.mkdirs()
 def project = file.exists() ? ProjectIO.loadProject(file, BufferedImage) : Projects.createProject(file, BufferedImage)
 def failed = 0
 importer.findSlides(results).sort { it.folder.path }.each { slide ->
+    def name = imageName(results, slide)
     try {
-        println "${slide.source}: ${addSlide(project, importer, slide, imageFile(importer, slide, moved))}"
+        println "${name}: ${addSlide(project, importer, slide, imageFile(importer, slide, moved), name)}"
     } catch (Exception error) {
         failed++
-        println "${slide.source}: FAILED: ${error.message}"
+        println "${name}: FAILED: ${error.message}"
     }
 }
 println "${file}: ${project.getImageList().size()} images"
@@ -49,8 +50,14 @@ File imageFile(def importer, Map slide, File moved) {
     throw new IllegalStateException("${file} does not exist, and ${fitting.size()} files of its name are in SLIDES: need one")
 }
 
+/** That of its results with its file's suffix, as that of its regions may have: a/x.svs. */
+String imageName(File results, Map slide) {
+    def folder = results.toPath().relativize(slide.folder.toPath()).parent
+    return (folder ? folder.toString().replace('\\', '/') + '/' : '') + slide.source
+}
+
 /** The results are read and checked before the image is added, and saved before the project is. */
-String addSlide(def project, def importer, Map slide, File image) {
+String addSlide(def project, def importer, Map slide, File image, String name) {
     def entry = project.getImageList().find { known ->
         known.getURIs().any { it.scheme == 'file' && importer.sameFile(new File(it.path), image.path) }
     }
@@ -60,7 +67,7 @@ String addSlide(def project, def importer, Map slide, File image) {
         def done = importer.importSlide(imageData, slide)
         if (entry == null) {
             entry = project.addImage(server.getBuilder())
-            entry.setImageName(slide.source)
+            entry.setImageName(name)
         }
         if (!done.startsWith('nothing to do')) {
             entry.saveImageData(imageData)

@@ -7,25 +7,43 @@ from typing import Any
 import pytest
 
 from nuclei_tables import PROVENANCE, blobs, write
+from oracle import paint
 from pipeline import cli
+from pipeline.archive.ledger import write_ledger
 from pipeline.archive.qupath_project import write_project
-from pipeline.errors import RunError
+from pipeline.archive.region_files import match_regions
+from pipeline.errors import ConfigError, RunError
 from pipeline.layout import RunFolder
+from pipeline.segment.record import SlideRecord
+from slides import open_slide
 
 
-def finished(run: RunFolder, name: str, source: str) -> None:
+def finished(run: RunFolder, name: str, source: str | Path) -> None:
     folder = run.slide(name)
     folder.path.mkdir(parents=True)
     write(folder.nuclei, blobs(2))
-    folder.slide_json.write_text(json.dumps({"source": Path(source).name, "source_path": source}))
+    content = {"source": Path(source).name, "source_path": str(source), "quick_hash": ""}
+    folder.slide_json.write_text(json.dumps(content))
+
+
+def slide(path: Path) -> Path:
+    """A file for a slide that is not opened."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()
+    return path
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> RunFolder:
+def data(tmp_path: Path) -> Path:
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def run(data: Path, tmp_path: Path) -> RunFolder:
     made = RunFolder(tmp_path / "results")
-    finished(made, "a/x", "/data/a/x.svs")
-    finished(made, "b/x", "/data/b/x.svs")
-    finished(made, "µ y", "/data/a µ#1/y.ome.tif")
+    finished(made, "a/x", slide(data / "a" / "x.svs"))
+    finished(made, "b/x", slide(data / "b" / "x.svs"))
+    finished(made, "µ y", slide(data / "a µ#1" / "y.ome.tif"))
     made.run_json.write_text("{}")
     return made
 
@@ -35,7 +53,7 @@ def content(run: RunFolder) -> dict[str, Any]:
     return project
 
 
-def test_every_finished_slide_is_an_image(run: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_finished_slide_is_an_image(run: RunFolder, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         cli.main(["qupath", str(run.path)])
     assert ended.value.code == 0
@@ -45,10 +63,10 @@ def test_every_finished_slide_is_an_image(run: RunFolder, capsys: pytest.Capture
     assert project["createTimestamp"] <= project["modifyTimestamp"]
     assert project["uri"] == run.qupath_project.as_uri()
     assert [entry["entryID"] for entry in project["images"]] == [1, 2, 3]
-    assert [entry["imageName"] for entry in project["images"]] == ["x.svs", "x.svs", "y.ome.tif"]
+    assert [entry["imageName"] for entry in project["images"]] == ["a/x.svs", "b/x.svs", "y.ome.tif"]
     assert [entry["serverBuilder"] for entry in project["images"]] == [
-        {"builderType": "uri", "uri": uri, "args": []}
-        for uri in ("file:///data/a/x.svs", "file:///data/b/x.svs", "file:///data/a%20%C2%B5%231/y.ome.tif")
+        {"builderType": "uri", "uri": f"file://{data}/{place}", "args": []}
+        for place in ("a/x.svs", "b/x.svs", "a%20%C2%B5%231/y.ome.tif")
     ]
 
 
@@ -62,11 +80,11 @@ def test_classes_have_the_colours_of_the_nuclei(run: RunFolder) -> None:
         assert (one["color"] % 2**32).to_bytes(4, "big") == bytes([255, *PROVENANCE.colours[one["name"]]])
 
 
-def test_what_is_in_a_project_stays(run: RunFolder) -> None:
+def test_what_is_in_a_project_stays(run: RunFolder, data: Path) -> None:
     """As QuPath writes it: URIs with one slash, servers within servers, fields that we do not know."""
     write_project(run)
     project = content(run)
-    rotated = {"builderType": "rotated", "builder": {"builderType": "uri", "uri": "file:/data/a/x.svs", "args": []}}
+    rotated = {"builderType": "rotated", "builder": {"builderType": "uri", "uri": f"file:{data}/a/x.svs", "args": []}}
     mine = {"serverBuilder": rotated, "entryID": 8, "imageName": "mine", "metadata": {"k": "v"}}
     other = {
         "serverBuilder": {"builderType": "uri", "uri": "https://example.org/1"},
@@ -105,12 +123,12 @@ def test_what_cannot_be_a_project_is_refused(run: RunFolder, tmp_path: Path) -> 
             write_project(run)
 
 
-def test_slides_that_cannot_be_images_are_named(run: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
+def test_slides_that_cannot_be_images_are_named(run: RunFolder, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Of URLs, which QuPath does not open, and damaged ones; a project of nothing is not written."""
     finished(run, "c/z", "s3://bucket/z.svs")
-    finished(run, "d", "/data/d.svs")
+    finished(run, "d", slide(data / "d.svs"))
     run.slide("d").nuclei.write_bytes(b"PAR1")
-    finished(run, "e", "/data/e.svs")
+    finished(run, "e", slide(data / "e.svs"))
     run.slide("e").slide_json.write_text("{")
     with pytest.raises(SystemExit) as ended:
         cli.main(["qupath", str(run.path)])
@@ -126,3 +144,68 @@ def test_slides_that_cannot_be_images_are_named(run: RunFolder, capsys: pytest.C
     with pytest.raises(RunError, match="URL"):
         write_project(remote)
     assert not remote.qupath_project.exists()
+
+
+def test_regions_are_found_by_the_names_of_the_images(run: RunFolder, data: Path, tmp_path: Path) -> None:
+    """Law: the files that the README's script writes, named after the images, are taken for the slides' regions."""
+    write_project(run)
+    for entry in content(run)["images"]:
+        slide(tmp_path / "drawn" / f"{entry['imageName']}.geojson")
+    places = {"a/x": data / "a" / "x.svs", "b/x": data / "b" / "x.svs", "µ y": data / "a µ#1" / "y.ome.tif"}
+    files, problems = match_regions(str(tmp_path / "drawn"), places)
+    assert not problems
+    assert {name: file.relative_to(tmp_path / "drawn").as_posix() for name, file in files.items()} == {
+        "a/x": "a/x.svs.geojson",
+        "b/x": "b/x.svs.geojson",
+        "µ y": "y.ome.tif.geojson",
+    }
+
+
+def test_slides_that_were_moved_are_looked_for(tmp_path: Path) -> None:
+    """The one of the right content among those of its name, or none: no image is of a file that is not there."""
+    run, slides = RunFolder(tmp_path / "results"), tmp_path / "slides"
+    for folder, seed in (("a", 1), ("b", 2)):
+        slide(slides / folder / "x.png")
+        paint(slides / folder / "x.png", seed)
+        finished(run, folder, slides / folder / "x.png")
+        with open_slide(slides / folder / "x.png", mpp=1.0) as opened:
+            fields = {"source_path": str(slides / folder / "x.png"), "quick_hash": opened.quick_hash}
+        run.slide(folder).slide_json.write_text(json.dumps(fields))
+    run.run_json.write_text("{}")
+    slides.rename(tmp_path / "moved")
+    with pytest.raises(
+        RunError, match=r"a: \S+/slides/a/x\.png does not exist: say with --slides DIR where the slide is"
+    ):
+        write_project(run)
+    with pytest.raises(ConfigError, match="need the one that holds the slides"):
+        write_project(run, slides)
+    (tmp_path / "moved" / "a").rename(tmp_path / "moved" / "c")
+    written = write_project(run, tmp_path / "moved" / "c")
+    assert written[1:] == (
+        1,
+        1,
+        (f"left out: b: {slides}/b/x.png does not exist: say with --slides DIR where the slide is now",),
+    )
+    assert write_project(run, tmp_path / "moved")[1:] == (2, 1, ())
+    uris = [entry["serverBuilder"]["uri"] for entry in content(run)["images"]]
+    assert uris == [f"file://{tmp_path}/moved/{place}/x.png" for place in ("c", "b")]
+    assert write_project(run, tmp_path / "moved")[1:] == (2, 0, ())
+
+
+def test_an_image_that_has_moved_since_is_said(run: RunFolder, data: Path) -> None:
+    write_project(run)
+    (data / "b").rename(data / "c")
+    said = f"b/x: {data}/b/x.svs, its image in the project, does not exist: tell QuPath where it is now"
+    assert write_project(run)[1:] == (3, 0, (said,))
+
+
+def test_slides_whose_results_are_gone_are_said(run: RunFolder) -> None:
+    """An image without nuclei is one that can get none; of a folder that is gone only the ledger knows."""
+    run.slide("a/x").nuclei.unlink()
+    fields = json.loads(run.slide("a/x").slide_json.read_text())
+    known = {"files": {"nuclei.parquet": {"bytes": 1, "sha256": ""}}, "digest": "", "record": {}}
+    run.slide("a/x").slide_json.write_text(json.dumps({**fields, **known}))
+    write_ledger(run, [SlideRecord("gone", "done")])
+    image, folder = write_project(run).warnings
+    assert image == "a/x: nuclei.parquet is missing: put the file back, or run the slide again with --overwrite"
+    assert folder.startswith("gone: slide.json is missing, though ledger.csv says that the slide is done: the same run")
