@@ -28,7 +28,7 @@ from pipeline.config import (
     read_toml,
     require,
 )
-from pipeline.text import printable
+from pipeline.text import counted, printable
 from slides.errors import NightslideError
 
 if TYPE_CHECKING:
@@ -253,10 +253,10 @@ def plan(
     print("\n".join(_table(rows)))
     for unread in archive.unread:
         print(f"WARNING: {unread}")
-    bad = sum(bool(row.problem) for row in rows)
+    bad, others = sum(bool(row.problem) for row in rows), counted(archive.skipped, "other file")
     print(
-        f"{len(rows)} slides ({bad} will fail), {sum(r.tissue_mm2 for r in rows):.1f} mm2 of tissue, "
-        f"{_hours(rows, '.2f')} hours, {sum(r.disk_gb for r in rows):.2f} GB; {archive.skipped} other files skipped"
+        f"{counted(len(rows), 'slide')} ({bad} will fail), {sum(r.tissue_mm2 for r in rows):.1f} mm2 of tissue, "
+        f"{_hours(rows, '.2f')} hours, {sum(r.disk_gb for r in rows):.2f} GB; {others} skipped"
     )
     print(_basis(seconds, seconds_per_mm2 is not None))
     return 1 if bad else 0
@@ -338,7 +338,7 @@ def qupath(folder: Path, *, slides: MovedSlides = None) -> int:
     from pipeline.layout import RunFolder
 
     written = write_project(RunFolder(folder), slides)
-    print(f"{written.file}: {written.images} images, {written.added} of them new")
+    print(f"{written.file}: {counted(written.images, 'image')}, {written.added} of them new")
     for warning in written.warnings:
         print(f"WARNING: {warning}", file=sys.stderr)
     print(f"their nuclei: QuPath script workflows/qupath/import.groovy -p {written.file} -s")

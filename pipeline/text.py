@@ -23,6 +23,11 @@ def one_line(error: BaseException) -> str:
     return printable(" ".join((str(error) or type(error).__name__).split()))
 
 
+def counted(number: int, singular: str, plural: str = "") -> str:
+    """A number and what it counts: 1 slide, 1,024 slides."""
+    return f"{number:,} {singular if number == 1 else plural or f'{singular}s'}"
+
+
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what a spreadsheet evaluates
 
 

@@ -10,6 +10,7 @@ from cyclopts import Parameter
 
 from pipeline.config import Architecture, Execution, Settings, StainArchitecture
 from pipeline.errors import ConfigError
+from pipeline.text import counted
 from training.config import DATA, NETWORK, OUTPUT, StainTraining, Training
 
 _MPP = "Micrometres per pixel of the images, where neither dataset.json nor the files state it"
@@ -74,6 +75,12 @@ def train(
     _make_folder(out)
     datasets = read_datasets(data, split, mpp)
     _warn(line for dataset in datasets for line in dataset.describe_skipped())
+    _warn(
+        f"{dataset.name} has {counted(len(dataset.images), 'image')}: --hold-out {training.hold_out} leaves none to "
+        f"train on, so {len(dataset.images) - 1} will be held out"
+        for dataset in datasets
+        if 0 < len(dataset.images) <= training.hold_out
+    )
     if training.by_class:
         _warn(
             f'{dataset.name}: objects without a class are a class of their own, "{NO_CLASSES[0]}"; where they may be '
@@ -110,7 +117,8 @@ def convert(
     _make_folder(out.parent if out.suffix == ".json" else out)
     written = write_coco(dataset, out) if out.suffix == ".json" else write_folder(dataset, out)
     print(
-        f"{out}: {written.images} images, {written.nuclei} nuclei; {written.contested_px} px were inside several "
+        f"{out}: {counted(written.images, 'image')}, {counted(written.nuclei, 'nucleus', 'nuclei')}; "
+        f"{written.contested_px} px were inside several "
         f"nuclei: they belong to the last one"
     )
     if not written.nuclei:

@@ -120,7 +120,8 @@ def predict(
     """Segment every image through `pipeline.archive.run`, as a slide of its own: the ledger's rows, in that order.
 
     Whatever an image was stored in, it is handed over as a lossless PNG in `folder`, and its scale with it in a
-    manifest; `results_of` says where the results are. Raises AnnotationError for an image that failed.
+    manifest; `results_of` says where the results are, and nothing else does. Raises AnnotationError for an image that
+    failed.
     """
     manifest = folder / "manifest.csv"
     with manifest.open("w", newline="", encoding="utf-8") as file:
@@ -131,7 +132,13 @@ def predict(
             name = f"{number:06}-{re.sub(r'[^A-Za-z0-9-]+', '_', image.name)[-80:]}.png"
             Image.fromarray(image.sample.read().image).save(folder / name, compress_level=1)
             writer.writerow([name, repr(image.sample.mpp)])
-    rows = run([manifest], _run_folder(folder).path, settings, execution, say=say)
+    results = _run_folder(folder).path
+
+    def pass_on(line: str) -> None:
+        if line.startswith("WARNING") or str(results) not in line:  # they are gone when the user could look
+            say(line)
+
+    rows = run([manifest], results, settings, execution, say=pass_on)
     for image, row in zip(images, rows, strict=True):
         if not row.done:
             raise AnnotationError(f"{image.name} could not be segmented: {row.cause or row.status}")

@@ -84,18 +84,19 @@ def test_train_without_nuclei_is_refused(tmp_path: Path, capsys: pytest.CaptureF
         "--device", "cpu", "--loaders", 0, "--architecture.channels", 16,
     )  # fmt: skip
     assert status == 2
-    assert "WARNING: none: 1 objects skipped: a cell without an outline of its nucleus\n" in err
-    assert "nightslide: none: 0 nuclei in its 1 training images: need at least one" in err
+    assert "WARNING: none: 1 object skipped: a cell without an outline of its nucleus\n" in err
+    assert "WARNING: none has 1 image: --hold-out 2 leaves none to train on, so 0 will be held out\n" in err
+    assert "nightslide: none: 0 nuclei in its 1 training image: need at least one" in err
 
 
 def test_convert_says_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = qupath_export(tmp_path / "none", ("cell", "Tumor"))
     status, out, err = run(capsys, "convert", "--data", data, "--mpp", 0.25, "--out", tmp_path / "maps")
     assert status == 0
-    assert ": 1 images, 0 nuclei" in out
-    assert "WARNING: none: 1 objects skipped: a cell without an outline of its nucleus\n" in err
+    assert ": 1 image, 0 nuclei" in out
+    assert "WARNING: none: 1 object skipped: a cell without an outline of its nucleus\n" in err
     assert f"WARNING: {data} holds no nucleus: need at least one to train" in err
     data = qupath_export(tmp_path / "one", ("detection", "Tumor"))
     status, out, err = run(capsys, "convert", "--data", data, "--mpp", 0.25, "--out", tmp_path / "coco.json")
     assert (status, err) == (0, "")
-    assert ": 1 images, 1 nuclei" in out
+    assert ": 1 image, 1 nucleus;" in out

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -117,7 +118,10 @@ def test_every_score_of_an_oracle_is_known(tmp_path: Path, settings: Settings) -
     data = draw_dataset(tmp_path / "data", {"a1": 12, "a2": 4, "b1": 0}, classes=True)
     images = gather([data], ["first", "rest"])
     outputs = Outputs(tmp_path / "labels", tmp_path / "pictures")
-    found = evaluate(images, settings, ONE, outputs=outputs)
+    said: list[str] = []
+    found = evaluate(images, settings, ONE, outputs=outputs, say=said.append)
+    assert said
+    assert not [line for line in said if tempfile.gettempdir() in line], "the results are gone at the end"
 
     first, second, empty = (found.images[i] for i in ("a1", "a2", "b1"))
     assert (first.annotated, first.detected, first.recall, first.precision) == (12, 10, 10 / 12, 1)

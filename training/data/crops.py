@@ -13,6 +13,7 @@ from torch.utils import data
 from pipeline.errors import AnnotationError
 from pipeline.model.fitted_stain import FittedStain
 from pipeline.model.losses import UNKNOWN
+from pipeline.text import counted
 from training.config import Training
 from training.data import augment
 from training.data.paste import paste
@@ -91,8 +92,9 @@ class Crops(data.Dataset[Crop]):
         nuclei = [sum(len(image.labelled.class_index) for g in groups for image in g) for groups in self.sets]
         if 0 in nuclei:
             empty = datasets[nuclei.index(0)]
+            images = counted(len(empty.images), "training image")
             raise AnnotationError(
-                f"{empty.name}: 0 nuclei in its {len(empty.images)} training images: need at least one; check the "
+                f"{empty.name}: 0 nuclei in its {images}: need at least one; check the "
                 f"annotations and their classes, or leave this dataset out"
             )
         roots = np.sqrt(nuclei)

@@ -53,7 +53,7 @@ def folder(data: Path, metadata: Metadata) -> Catalogue | None:
     images, labels, classes = (subfolder(data, name) for name in ("images", "labels", "classes"))
     if images is None or labels is None:
         return None
-    pairs = pair_up(by_stem(images.iterdir()), by_stem(labels.iterdir(), _MAPS), data)
+    pairs = pair_up(by_stem(images.iterdir()), by_stem(labels.iterdir(), _MAPS), data, _MAPS)
     if classes is None:
         if len(metadata.classes) > 1:
             raise AnnotationError(
@@ -62,7 +62,7 @@ def folder(data: Path, metadata: Metadata) -> Catalogue | None:
             )
         entries = [Entry(id_, partial(_read_maps, image, map_), image) for id_, image, map_ in pairs]
         return Catalogue(tuple(entries), metadata.classes or NO_CLASSES)
-    maps = pair_up(by_stem(images.iterdir()), by_stem(classes.iterdir(), _MAPS), classes)
+    maps = pair_up(by_stem(images.iterdir()), by_stem(classes.iterdir(), _MAPS), classes, _MAPS)
     largest = max((int(_read_map(path).max()) for _, _, path in maps), default=0)
     return Catalogue(
         tuple(
@@ -130,7 +130,7 @@ def tnbc(data: Path, metadata: Metadata) -> Catalogue | None:
         raise AnnotationError(f"{data} has no {'GT' if odd[0] in slides else 'Slide'}_{odd[0]}: need both")
     entries = []
     for number, slide in sorted(slides.items()):
-        pairs = pair_up(by_stem(slide.iterdir()), by_stem(truths[number].iterdir(), _MAPS), slide)
+        pairs = pair_up(by_stem(slide.iterdir()), by_stem(truths[number].iterdir(), _MAPS), slide, _MAPS)
         entries += [Entry(id_, partial(_read_mask, image, mask), image) for id_, image, mask in pairs]
     return Catalogue(tuple(entries), metadata.classes or NO_CLASSES)
 
@@ -144,7 +144,7 @@ def matlab(data: Path, metadata: Metadata) -> Catalogue | None:
     images, labels = subfolder(data, "images"), subfolder(data, "labels")
     if images is None or labels is None or not any(p.suffix.lower() == ".mat" for p in labels.iterdir()):
         return None
-    pairs = pair_up(by_stem(images.iterdir()), by_stem(labels.iterdir(), [".mat"]), data)
+    pairs = pair_up(by_stem(images.iterdir()), by_stem(labels.iterdir(), [".mat"]), data, [".mat"])
     if metadata.classes:
         classes = metadata.classes
     else:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from pipeline.errors import AnnotationError
 from pipeline.segment.geojson import parse_json
+from pipeline.text import counted
 from slides.errors import ScaleUnknown, SlideError
 from slides.geometry import Box, Size
 from slides.slide import open_slide
@@ -57,7 +58,7 @@ class Dataset(NamedTuple):
 
     def describe_skipped(self) -> list[str]:
         """A line for each reason for which objects were skipped; none where all are used."""
-        return [f"{self.name}: {count} objects skipped: {reason}" for reason, count in self.skipped.items()]
+        return [f"{self.name}: {counted(count, 'object')} skipped: {reason}" for reason, count in self.skipped.items()]
 
 
 class Metadata(NamedTuple):
@@ -208,10 +209,18 @@ def nearby(data: Path) -> list[Path]:
     return sorted(p for pattern in ("*", "*/*") for p in data.glob(pattern) if not p.name.startswith("."))
 
 
-def pair_up(images: Mapping[str, Path], labels: Mapping[str, Path], where: Path) -> list[tuple[str, Path, Path]]:
-    """(id, image, labels), sorted. Raises AnnotationError for an id that lacks one of them."""
+def pair_up(
+    images: Mapping[str, Path], labels: Mapping[str, Path], where: Path, suffixes: Iterable[str]
+) -> list[tuple[str, Path, Path]]:
+    """(id, image, labels), sorted. Raises AnnotationError for an id that lacks one of them.
+
+    suffixes: those that labels may have.
+    """
     for id_ in sorted(images.keys() ^ labels.keys()):
-        raise AnnotationError(f"{where}: '{id_}' has no {'labels' if id_ in images else 'image'}: need both")
+        lacking, known = ("labels", suffixes) if id_ in images else ("image", SUFFIXES)
+        raise AnnotationError(
+            f"{where}: '{id_}' has no {lacking}: need a file of its name, in {', '.join(sorted(known))}"
+        )
     return [(id_, images[id_], labels[id_]) for id_ in sorted(images)]
 
 

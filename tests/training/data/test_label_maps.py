@@ -102,11 +102,14 @@ def test_bad_folders_are_named(tmp_path: Path) -> None:
     with pytest.raises(AnnotationError, match="need classes of 1 to 255"):
         read_dataset(folder, mpp=0.25).images[0].read()
     (folder / "classes" / "x_1.png").unlink()
-    with pytest.raises(AnnotationError, match="'x_1' has no labels"):
+    with pytest.raises(
+        AnnotationError,
+        match=r"'x_1' has no labels: need a file of its name, in \.png, \.tif, \.tiff",
+    ):
         read_dataset(folder, mpp=0.25)
     (folder / "classes").rmdir()
     extra = save(folder / "labels" / "y.png", labels)
-    with pytest.raises(AnnotationError, match="'y' has no image"):
+    with pytest.raises(AnnotationError, match=r"'y' has no image: need a file of its name, in \.bmp, "):
         read_dataset(folder, mpp=0.25)
     extra.rename(folder / "labels" / ".hidden.png")
     save(folder / "images" / "x_1.jpg", RGB)
