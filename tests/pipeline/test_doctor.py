@@ -1,5 +1,6 @@
 """What `nightslide doctor` says of a machine that is well, and of one that is not."""
 
+import re
 from importlib import metadata
 
 import pytest
@@ -7,6 +8,7 @@ import pytest
 from pipeline import doctor
 from pipeline.archive.manifest import VERSIONED
 from pipeline.model import load
+from pipeline.model.weights import shipped
 
 
 def checked() -> tuple[int, list[str]]:
@@ -21,7 +23,8 @@ def test_versions_weights_and_devices_are_listed(monkeypatch: pytest.MonkeyPatch
     assert lines[-1] == "no problems found"
     for name in VERSIONED:
         assert sum(line.startswith(f"{name} ") for line in lines) == 1
-    assert any(line.startswith("weights nuclei: ") for line in lines)
+    for name in shipped():
+        assert any(re.match(rf"weights {name}: [0-9a-f]{{16}} CC BY", line) for line in lines), "with their licences"
     assert any(line.startswith("smoke test: the detector runs on ") for line in lines)
 
 
