@@ -15,7 +15,7 @@ from typing import TypeVar
 
 import safetensors
 
-from pipeline.config import Architecture, Settings, Stain, build
+from pipeline.config import Architecture, Settings, Stain, StainArchitecture, build
 from pipeline.errors import WeightsError
 from pipeline.files import file_sha256
 from slides.errors import SlideNotFound
@@ -39,8 +39,11 @@ def find_weights(name: str) -> Path:
         return Path(str(resources.files("pipeline") / "weights" / f"{name}.safetensors"))
     path = Path(name)
     if not path.is_file():
+        stain = Stain().weights
+        detectors = ", ".join(one for one in shipped() if one != stain)
         raise WeightsError(
-            f"no weights '{name}': need a .safetensors file or one of the shipped names ({', '.join(shipped())})"
+            f"no weights '{name}': need a .safetensors file or one of the shipped names ({detectors}; of the stain "
+            f"normalisation {stain})"
         )
     return path
 
@@ -137,11 +140,30 @@ def read_architecture(path: Path, kind: type[T], maker: str) -> T:
     if "architecture" not in notes or "sha256" not in notes:
         raise WeightsError(f"{path} holds no weights of Nightslide: need a file written by '{maker}'")
     try:
-        return build(kind, json.loads(notes["architecture"]), f"{path}: architecture")
+        content = json.loads(notes["architecture"])
+        if not (others := _of_another_kind(content, kind)):
+            return build(kind, content, f"{path}: architecture")
     except (ValueError, RecursionError) as error:  # ConfigError, JSONDecodeError; JSON of many levels
         raise WeightsError(
             f"{path} names no architecture that can be built ({error}): need a file written by '{maker}'"
         ) from error
+    raise WeightsError(f"{path} holds weights of {others}: need those of {_WHAT[kind]}, as '{maker}' writes them")
+
+
+_WHAT: Mapping[type, str] = {
+    Architecture: "a detector, for --weights",
+    StainArchitecture: "the stain normalisation, for --stain.weights",
+}
+
+
+def _of_another_kind(architecture: object, kind: type) -> str:
+    """What the weights are of where all keys of their architecture are those of another kind; else empty."""
+
+    def fits(one: type) -> bool:
+        names = {field.name for field in dataclasses.fields(one)}
+        return isinstance(architecture, dict) and architecture.keys() <= names
+
+    return "" if fits(kind) else next((what for one, what in _WHAT.items() if fits(one)), "")
 
 
 def detector_architecture(path: Path) -> Architecture:

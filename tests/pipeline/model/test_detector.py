@@ -17,7 +17,7 @@ from torchvision.models.detection.image_list import ImageList
 
 from pipeline.config import STRIDES, Architecture, Detector, Sampling, side_step
 from pipeline.errors import ConfigError, WeightsError
-from pipeline.model import load
+from pipeline.model import dcgmm, load
 from pipeline.model.detector import (
     Limits,
     NucleusDetector,
@@ -415,8 +415,24 @@ def test_shipped_detectors_say_what_they_may_be_used_for() -> None:
 
 def test_a_missing_name_lists_what_there_is() -> None:
     assert "nuclei" in shipped()
-    with pytest.raises(WeightsError, match=r"no weights 'nucleii'.*nuclei"):
+    names = r"classes, fast, nuclei, research; of the stain normalisation stain"
+    with pytest.raises(WeightsError, match=rf"no weights 'nucleii': need a \.safetensors file or .* \({names}\)"):
         find_weights("nucleii")
+
+
+def test_weights_of_the_other_kind_are_named() -> None:
+    """A detector for the stain normalisation, and the other way round."""
+    detector, stain = "a detector, for --weights", "the stain normalisation, for --stain.weights"
+    with pytest.raises(WeightsError) as refused:
+        load_weights(file := find_weights("stain"))
+    assert str(refused.value) == (
+        f"{file} holds weights of {stain}: need those of {detector}, as 'nightslide train' writes them"
+    )
+    with pytest.raises(WeightsError) as refused:
+        dcgmm.load(file := find_weights("fast"))
+    assert str(refused.value) == (
+        f"{file} holds weights of {detector}: need those of {stain}, as 'nightslide fit-stain' writes them"
+    )
 
 
 def test_equal_weights_are_equal_bytes(tmp_path: Path) -> None:
