@@ -113,7 +113,8 @@ class Tiling:
             _require_mpp(self.mpp)
         require(
             self.tile % side_step() == 0 and self.tile > 0,
-            f"tile={self.tile}: need a positive multiple of {side_step()}",
+            f"tile={self.tile}: need a positive multiple of {side_step()}, and with the shipped weights one of "
+            f"{grid_step(Architecture().upscale)}, as they enlarge what they see",
         )
         require(
             0 <= 2 * self.margin < self.tile,
@@ -577,7 +578,11 @@ def read_toml(path: Path) -> dict[str, Any]:
     """The content of a TOML file. Raises ConfigError."""
     try:
         return tomllib.loads(path.read_text(encoding="utf-8-sig"))  # some editors begin with a byte order mark
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except FileNotFoundError as error:
+        raise ConfigError(f"{path} does not exist: need a TOML file of settings") from error
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read ({error.strerror}): need a TOML file of settings") from error
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ConfigError(f"{path} is not a readable TOML file: {error}") from error
 
 
@@ -593,9 +598,10 @@ def build(kind: type[T], content: Any, where: str) -> T:
     hints = typing.get_type_hints(kind)
     for key in content:
         require(key in hints, f"{where}: unknown key '{key}'; the keys here are {', '.join(hints)}")
+    values = {key: _convert(hints[key], value, f"{where}: {key}") for key, value in content.items()}
     try:
-        return kind(**{key: _convert(hints[key], value, f"{where}: {key}") for key, value in content.items()})
-    except TypeError as error:
+        return kind(**values)
+    except (TypeError, ConfigError) as error:
         raise ConfigError(f"{where}: {error}") from error
 
 

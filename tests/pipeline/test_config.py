@@ -49,7 +49,8 @@ def test_toml_sets_what_it_names_and_leaves_the_rest(tmp_path: Path) -> None:
         ("[tiling]\ntile = 512.5", "tile=512.5: need int"),
         ("[tiling]\ntile = true", "tile=True: need int"),
         ("[detector]\nviews = 3", "views=3: need one of 1, 2, 4, 8"),
-        ("[tiling]\nmargin = 700", "margin=700 leaves no core in a tile of 1280 px: need 2 * margin < tile"),
+        ("[tiling]\nmargin = 700", "bad.toml: tiling: margin=700 leaves no core in a tile of 1280 px: need 2 * margin"),
+        ("[tiling]\ntile = 100", "tile=100: need a positive multiple of 32, and with the shipped weights one of 64"),
         ("tiling = 5", "5 is not a table"),
         ("[tiling", "is not a readable TOML file"),
     ],
@@ -60,6 +61,15 @@ def test_bad_settings_are_named(tmp_path: Path, text: str, said: str) -> None:
     with pytest.raises(ConfigError) as raised:
         load(file)
     assert said in str(raised.value)
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as raised:
+        load(tmp_path / "none.toml")
+    assert str(raised.value) == f"{tmp_path / 'none.toml'} does not exist: need a TOML file of settings"
+    with pytest.raises(ConfigError) as raised:
+        load(tmp_path)
+    assert str(raised.value) == f"{tmp_path} cannot be read (Is a directory): need a TOML file of settings"
 
 
 def test_the_digest_names_what_results_depend_on_and_nothing_else() -> None:
