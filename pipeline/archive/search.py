@@ -237,9 +237,17 @@ def _missing(path: Path) -> str:
     # of os.path, which answers where pathlib raises: names too long, folders that may not be entered
     if os.path.isdir(path):
         return printable(f"{path} is a folder: name the slides in it, or give the folder itself as an input")
+    if os.path.exists(path):
+        return printable(f"{path} is no regular file, but a pipe or a device: need the file of a slide")
     if os.path.islink(path):
         return printable(f"{path} is a link to {_target(path)}, which does not exist: restore it")
-    return printable(f"{path} does not exist: restore it, or correct the manifest")
+    remedy = "correct the manifest" if _is_text(path) else "save the manifest as CSV in UTF-8"
+    return printable(f"{path} does not exist: restore it, or {remedy}")
+
+
+def _is_text(path: Path) -> bool:
+    """Whether a name is Unicode, and holds no bytes that stand for themselves, as those of a manifest in Latin-1 do."""
+    return not any("\udc80" <= character <= "\udcff" for character in str(path))
 
 
 def _target(link: Path) -> str:

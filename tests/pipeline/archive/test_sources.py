@@ -282,6 +282,25 @@ def test_a_manifest_may_name_what_is_no_text(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.skipif(os.name != "posix", reason="file names are text there")
+def test_a_manifest_of_another_encoding_is_told_from_a_missing_slide(tmp_path: Path) -> None:
+    """As Excel writes it: bytes are looked for as file names, and when there are none, the remedy is the encoding."""
+    tree(tmp_path, "Fall ä.tif")
+    (source,) = find_slides([manifest(tmp_path, "path\nFall ä.tif\n", "cp1252")]).sources
+    assert source.problem == (
+        f"{tmp_path}/Fall \\udce4.tif does not exist: restore it, or save the manifest as CSV in UTF-8"
+    )
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes with names")
+def test_a_pipe_or_a_device_is_no_slide(tmp_path: Path) -> None:
+    """It is there, and is not opened: reading a pipe never ends."""
+    os.mkfifo(tmp_path / "pipe.svs")
+    device, pipe = (source.problem for source in find_slides([os.devnull, tmp_path / "pipe.svs"]).sources)
+    assert device == "/dev/null is no regular file, but a pipe or a device: need the file of a slide"
+    assert pipe == f"{tmp_path}/pipe.svs is no regular file, but a pipe or a device: need the file of a slide"
+
+
 def test_a_wrong_row_is_a_slide_that_fails_and_stops_no_other(tmp_path: Path) -> None:
     tree(tmp_path, "a.svs", "b.svs", "c.svs", "d.svs", "folder/x")
     (tmp_path / "gone.svs").symlink_to("nowhere.svs")
