@@ -20,7 +20,7 @@ from pipeline.config import require
 from pipeline.errors import RunError
 from pipeline.layout import RunFolder
 from pipeline.segment import tables
-from pipeline.segment.finished import check_same_source
+from pipeline.segment.finished import check_same_source, remedy
 from pipeline.text import one_line
 from slides.errors import NightslideError, SlideError
 
@@ -57,7 +57,7 @@ def write_project(run: RunFolder, slides: Path | None = None) -> Written:
         try:
             colours |= tables.read_provenance(slide.nuclei).colours if slide.nuclei.is_file() else {}
         except (NightslideError, OSError, ValueError, KeyError, pa.ArrowException) as error:
-            left_out.append(f"{name}: {slide.nuclei.name} is damaged ({one_line(error)})")
+            left_out.append(f"{name}: {slide.nuclei.name} is damaged ({one_line(error)}): {remedy(slide.nuclei)}")
             continue
         if "source_path" not in content:
             left_out.append(f"{name}: {slide.slide_json.name} is damaged")

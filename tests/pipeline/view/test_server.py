@@ -181,7 +181,7 @@ def test_what_is_wrong_with_a_slide_is_said(finished: Finished, tmp_path: Path) 
     folder.nuclei.write_bytes(folder.nuclei.read_bytes()[:-50])
     answer = client.get(f"/{TOKEN}/slides/0/nuclei.json")
     assert answer.status_code == 409
-    assert "nightslide verify" in answer.json()["problem"]
+    assert "run the slide again with --overwrite" in answer.json()["problem"]
     assert client.get(f"/{TOKEN}/slides/0/picture/9/0_0.jpg").status_code == 200
     files.write_json(folder.slide_json, {**content, "source_path": str(tmp_path / "gone.png")})
     answer = client.get(f"/{TOKEN}/slides/0/picture.json")
