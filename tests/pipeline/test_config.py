@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import inspect
 import itertools
+import math
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from pipeline.config import (
     Execution,
     Sampling,
     Settings,
+    StainArchitecture,
     Tiling,
     build,
     load,
@@ -51,6 +53,12 @@ def test_toml_sets_what_it_names_and_leaves_the_rest(tmp_path: Path) -> None:
         ("[detector]\nviews = 3", "views=3: need one of 1, 2, 4, 8"),
         ("[tiling]\nmargin = 700", "bad.toml: tiling: margin=700 leaves no core in a tile of 1280 px: need 2 * margin"),
         ("[tiling]\ntile = 100", "tile=100: need a positive multiple of 32, and with the shipped weights one of 64"),
+        ("[detector]\nviews = 4.0", "views=4.0: need one of 1, 2, 4, 8"),
+        ("[detector]\nviews = true", "views=True: need one of 1, 2, 4, 8"),
+        ("[tiling]\nmpp = 8", "mpp=8.0: need 0.05 to 5 um per pixel"),
+        ("[stitching]\nsimplify_px = inf", "simplify-px=inf: need 0 to 100 px"),
+        ("[stitching]\ntolerance_px = inf", "tolerance-px=inf: need 0 to 1000 px"),
+        ("[stitching]\nmax_diameter_um = inf", "max-diameter-um=inf: need more than 0, to 10000 um"),
         ("tiling = 5", "5 is not a table"),
         ("[tiling", "is not a readable TOML file"),
     ],
@@ -70,6 +78,21 @@ def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as raised:
         load(tmp_path)
     assert str(raised.value) == f"{tmp_path} cannot be read (Is a directory): need a TOML file of settings"
+
+
+@pytest.mark.parametrize(
+    ("kind", "wrong", "said"),
+    [
+        (Detector, {"proposals_per_mm2": math.inf}, "proposals-per-mm2=inf: need more than 0, to 1e7"),
+        (Detector, {"instances_per_mm2": math.inf}, "instances-per-mm2=inf: need more than 0, to 1e7"),
+        (StainArchitecture, {"floor": math.inf}, "floor=inf: need more than 0, to 10"),
+        (StainArchitecture, {"mpp": 8.0}, "mpp=8.0: need 0.05 to 5 um per pixel"),
+    ],
+)
+def test_numbers_that_no_slide_has_are_refused(kind: type, wrong: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        kind(**wrong)
+    assert said in str(raised.value)
 
 
 def test_the_digest_names_what_results_depend_on_and_nothing_else() -> None:

@@ -126,6 +126,15 @@ def test_an_error_leaves_the_old_folder(tmp_path):
     assert os.listdir(tmp_path) == ["t"]
 
 
+@pytest.mark.parametrize("synced", [True, False])
+def test_a_writer_that_makes_nothing_leaves_the_old_folder(tmp_path, synced):
+    make_folder(tmp_path / "t", "old")
+    with pytest.raises(FileNotFoundError), files.committed(tmp_path / "t", synced=synced):
+        pass
+    assert (tmp_path / "t" / "a" / "b" / "c.txt").read_text() == "old"
+    assert os.listdir(tmp_path) == ["t"]
+
+
 def test_sweeping_removes_half_a_folder(tmp_path):
     make_folder(tmp_path / ".partial-0123456789ab-t", "half")
     assert files.sweep(tmp_path) == 1

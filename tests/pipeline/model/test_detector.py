@@ -17,7 +17,7 @@ from torchvision.models.detection.image_list import ImageList
 
 from pipeline.config import STRIDES, Architecture, Detector, Sampling, side_step
 from pipeline.errors import ConfigError, WeightsError
-from pipeline.model import dcgmm, load
+from pipeline.model import dcgmm, load, tensors
 from pipeline.model.detector import (
     Limits,
     NucleusDetector,
@@ -320,15 +320,41 @@ def test_notes_that_were_changed_are_refused(tiny: NucleusDetector, tmp_path: Pa
     load_weights(file)
 
 
-def test_a_network_is_not_built_before_its_shapes_fit_the_file(
-    tiny: NucleusDetector, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def rewrite(file: Path, network: dict[str, Any], content: dict[str, torch.Tensor | None]) -> None:
+    """Change what a file says of its network, and tensors of it; None: without that tensor. The checksums fit."""
+    notes = {k: v for k, v in read_notes(file).items() if k != "notes_sha256"}
+    notes["architecture"] = json.dumps({**json.loads(notes["architecture"]), **network})
+    changed = {k: t for k, t in {**safetensors.torch.load_file(file), **content}.items() if t is not None}
+    notes["sha256"] = tensors._tensors_sha256(changed)
+    safetensors.torch.save_file(changed, file, notes)
+
+
+LARGE = ("roi_heads.box_head.layers.0.weight", "roi_heads.box_head.layers.2.weight")
+WIDE = {"box_hidden": 4096, "mask_channels": 4096}
+
+
+@pytest.mark.parametrize(
+    ("network", "content", "said"),
+    [
+        (WIDE, {}, r"has the shape \[.*\], not \[.*4096"),
+        ({"mask_layers": 16}, {}, r"missing \['roi_heads\.mask_head\..*unknown \[\]"),
+        ({}, dict.fromkeys(LARGE), rf"missing \['{LARGE[0]}', '{LARGE[1]}'\], unknown \[\]"),
+        ({}, {"huge": torch.zeros(3)}, r"missing \[\], unknown \['huge'\]"),
+    ],
+    ids=["shapes", "layers", "large tensors", "an unknown tensor"],
+)
+def test_a_network_is_not_built_before_its_tensors_fit_the_file(
+    tiny: NucleusDetector,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    network: dict[str, Any],
+    content: dict[str, torch.Tensor | None],
+    said: str,
 ) -> None:
     """A file may name a network of any size: it would fill the memory before the first tensor is compared."""
     file = tmp_path / "tiny.safetensors"
     save_weights(tiny, file, {})
-    notes = {k: v for k, v in read_notes(file).items() if k != "notes_sha256"}
-    notes["architecture"] = json.dumps({**json.loads(notes["architecture"]), "box_hidden": 4096, "mask_channels": 4096})
-    safetensors.torch.save_file(safetensors.torch.load_file(file), file, notes)
+    rewrite(file, network, content)
     built: list[str] = []
     build = NucleusDetector.__init__
 
@@ -337,9 +363,26 @@ def test_a_network_is_not_built_before_its_shapes_fit_the_file(
         built.append(next(self.parameters()).device.type)
 
     monkeypatch.setattr(NucleusDetector, "__init__", watched)
-    with pytest.raises(WeightsError, match=r"has the shape \[.*\], not \[.*4096"):
+    with pytest.raises(WeightsError, match=said):
         load_weights(file)
     assert built == ["meta"]
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), 1e5])
+def test_weights_that_are_not_finite_are_neither_written_nor_read(
+    tiny: NucleusDetector, tmp_path: Path, value: float
+) -> None:
+    """They would detect nothing, without a word; 1e5 is not finite in half precision."""
+    file, name = tmp_path / "tiny.safetensors", "roi_heads.box_predictor.score.bias"
+    wrong = copy.deepcopy(tiny)
+    wrong.get_parameter(name).data[1] = value
+    with pytest.raises(WeightsError, match=rf"{name} is not finite in half precision"):
+        save_weights(wrong, file, {})
+    assert not file.exists()
+    save_weights(tiny, file, {})
+    rewrite(file, {}, {name: wrong.get_parameter(name).data.half()})
+    with pytest.raises(WeightsError, match=rf"holds values in {name} that are not finite"):
+        load_weights(file)
 
 
 def test_foreign_files_are_refused(tmp_path: Path) -> None:
@@ -374,6 +417,8 @@ def test_foreign_files_are_refused(tmp_path: Path) -> None:
         ({"ratios": ()}, "need 1 to 16 of them"),
         ({"proposal_nms": 1.0}, "proposal_nms=1.0: need 0 < proposal_nms < 1"),
         ({"canonical_px": 0.0}, "canonical_px=0.0"),
+        ({"box_pool": 1500}, "box_pool=1500: need 1 to 64"),
+        ({"mpp": 8.0}, "mpp=8.0: need 0.05 to 5 um per pixel"),
     ],
 )
 def test_an_architecture_is_checked_before_it_is_built(wrong: dict[str, Any], said: str) -> None:

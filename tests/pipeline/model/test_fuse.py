@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torchvision.ops import box_iou, nms
@@ -14,9 +14,10 @@ from pipeline.config import Architecture, Detector
 from pipeline.model.detector import Candidates, Limits, NucleusDetector, Pyramid
 from pipeline.model.fuse import _best_leader, fuse, infer
 from pipeline.model.views import choose_views
+from pretend_cuda import PretendedCuda
 
 # coarse numbers, so that ties in scores and overlaps are common
-coordinates = st.integers(0, 12)
+coordinates = st.integers(-5, 12)  # a shifted view sees nuclei beyond the edge
 boxes_ = st.tuples(
     coordinates,
     coordinates,
@@ -37,8 +38,13 @@ def tensors(view: Sequence[tuple[float, ...]]) -> tuple[Tensor, Tensor, Tensor, 
 EVERY = Limits.of_patch(Detector(score=0, nms=0.4, objectness=0.3), (128, 128), 0.25)
 
 
+def seen(by_view: Sequence[Sequence[tuple[float, ...]]], device: str = "cpu") -> list[Candidates]:
+    columns = (tuple(column.to(device) for column in tensors(view)) for view in by_view)
+    return [Candidates(boxes, scores, classes, certain, False) for boxes, scores, classes, certain in columns]
+
+
 def fused(by_view: Sequence[Sequence[tuple[float, ...]]]) -> tuple[Tensor, ...]:
-    (result,) = fuse([[Candidates(*tensors(v), saturated=False) for v in by_view]], EVERY, 2)
+    (result,) = fuse([seen(by_view)], EVERY, 2)
     return result
 
 
@@ -54,10 +60,13 @@ def test_one_view_is_returned_as_it_is(view: list[tuple[float, ...]]) -> None:
     assert votes.tolist() == [1] * len(view)
 
 
-@given(st.lists(st.lists(one_view, min_size=3, max_size=3), min_size=2, max_size=4))
-def test_patches_of_a_batch_do_not_show(patches: list[list[list[tuple[float, ...]]]]) -> None:
+@given(st.lists(st.lists(one_view, min_size=3, max_size=3), min_size=2, max_size=4), st.sampled_from(["cpu", "cuda"]))
+@example([[[(-5, 0, 6, 6, 0.75, 0)], [], []], [[(12, 0, 8, 6, 0.5, 0)], [], []]] * 2, "cuda")
+@settings(max_examples=40)
+def test_patches_of_a_batch_do_not_show(patches: list[list[list[tuple[float, ...]]]], device: str) -> None:
     """Law: bitwise the same alone and in a batch."""
-    batch = fuse([[Candidates(*tensors(v), saturated=False) for v in p] for p in patches], EVERY, 2)
+    with PretendedCuda():
+        batch = [[c.cpu() for c in patch] for patch in fuse([seen(p, device) for p in patches], EVERY, 2)]
     for together, patch in zip(batch, patches, strict=True):
         for a, b in zip(together, fused(patch), strict=True):
             assert torch.equal(a, b)

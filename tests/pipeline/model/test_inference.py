@@ -277,24 +277,44 @@ def test_stain_densities_are_of_what_a_mask_covers(device: Callable[..., Device]
 
 
 def test_stain_statistics_are_numpy_s() -> None:
-    """Of masks of one pixel, an even and an odd number, and all; whatever lies outside the mask is ignored."""
+    """Of masks of one pixel, an even and an odd number, and all; whatever lies outside the mask is ignored.
+
+    In a box of as many pixels as the mask has, wherever it lies, they are those of the pixels to the last bit.
+    """
     random = torch.Generator().manual_seed(0)
-    image = torch.rand(3, 32, 32, generator=random)
+    image = torch.rand(3, 40, 48, generator=random)
     pixels = torch.stack([torch.randperm(64, generator=random) for _ in range(4)]).view(4, 8, 8)
     probs = torch.where(pixels < torch.tensor([1, 20, 33, 64]).view(4, 1, 1), 0.9, 0.2)
-    corners = 16.0 * torch.arange(4)  # in an image of twice the size, so that a cell of a mask is one colour
-    boxes = torch.stack([corners, corners, corners + 16, corners + 16], 1)
-    enlarged = image.repeat_interleave(2, 1).repeat_interleave(2, 2)
-    measured = inference._stain_density(enlarged[None], [boxes], probs).numpy()
+    corners = [(0, 32), (3, 7), (37, 1), (40, 32)]
+    boxes = torch.tensor([(x, y, x + 8, y + 8) for x, y in corners]).float()
+    measured = inference._stain_density(image[None], [boxes], probs).numpy()
     density = stain.he_density(image[None])[0].numpy()
-    for i, mask in enumerate(probs.numpy() > 0.5):
-        values = density[:, 8 * i : 8 * i + 8, 8 * i : 8 * i + 8][:, mask]
+    for i, (mask, (x, y)) in enumerate(zip(probs.numpy() > 0.5, corners, strict=True)):
+        values = density[:, y : y + 8, x : x + 8][:, mask]
         expected = [f(values, 1) for f in (np.mean, np.median, np.min, np.max)]
         np.testing.assert_allclose(measured[i, :, :4], np.transpose(expected), atol=1e-5)
+        np.testing.assert_array_equal(measured[i, :, 2:4], np.transpose(expected[2:]))
         if mask.sum() > 1:
             np.testing.assert_allclose(measured[i, :, 4], np.std(values, 1, ddof=1), atol=1e-5)
         else:
             assert np.isnan(measured[i, :, 4]).all()
+
+
+@given(st.integers(0, 2**31), st.sampled_from([-1, -2]))
+@settings(max_examples=30)
+def test_the_mirrored_picture_has_the_same_densities(seed: int, axis: int) -> None:
+    """Law: of boxes anywhere, with their masks mirrored too; so what is measured is not beside the mask."""
+    random, side = torch.Generator().manual_seed(seed), 40
+    image, probs = torch.rand(1, 3, side, side, generator=random), torch.rand(5, 7, 7, generator=random)
+    corner = torch.rand(5, 2, generator=random) * 20
+    boxes = torch.cat([corner, corner + 3 + torch.rand(5, 2, generator=random) * 15], 1)
+    mirrored, low = boxes.clone(), 0 if axis == -1 else 1
+    mirrored[:, low], mirrored[:, low + 2] = side - boxes[:, low + 2], side - boxes[:, low]
+    there, here = (
+        inference._stain_density(i, [b], m)
+        for i, b, m in ((image.flip(axis), mirrored, probs.flip(axis)), (image, boxes, probs))
+    )
+    torch.testing.assert_close(there, here, atol=1e-3, rtol=0)
 
 
 # ------------------------------------------------------------------------------------------ the same bits

@@ -10,12 +10,21 @@ from pipeline.model import suppress
 from pretend_cuda import PretendedCuda
 
 
-@given(st.integers(0, 2**31), st.integers(0, 300), st.integers(1, 5), st.booleans(), st.booleans())
-@settings(max_examples=40)
-def test_it_is_that_of_each_patch_and_level(seed: int, count: int, patches: int, on_gpu: bool, crowded: bool) -> None:
-    """Law: on a CPU and on a GPU, together and patch by patch; best first, and patch by patch."""
+@given(
+    st.integers(0, 2**31),
+    st.integers(0, 300),
+    st.integers(1, 5),
+    st.sampled_from([0, -40]),
+    st.booleans(),
+    st.booleans(),
+)
+@settings(max_examples=60)
+def test_it_is_that_of_each_patch_and_level(
+    seed: int, count: int, patches: int, least: int, on_gpu: bool, crowded: bool
+) -> None:
+    """Law: on a CPU and on a GPU, also of boxes left of the edge and above; best first, and patch by patch."""
     draw = torch.Generator().manual_seed(seed)
-    corner = torch.rand(count, 2, generator=draw) * 60
+    corner = torch.rand(count, 2, generator=draw) * 60 + least
     boxes = torch.cat([corner, corner + 5 + torch.rand(count, 2, generator=draw) * 20], 1)
     scores = torch.randperm(count, generator=draw) / 300
     patch = torch.randint(patches, (count,), generator=draw).sort().values
