@@ -90,6 +90,15 @@ def test_the_mixture_is_what_was_drawn_from() -> None:
     assert float(found.share.sum()) == pytest.approx(1)
 
 
+def test_likelihoods_are_those_of_gaussians() -> None:
+    """Of every pixel and cluster, with the cluster's share."""
+    hsd, one = noise(0, 1, 3, 4, 5), mixture(1)
+    found = dcgmm.log_likelihoods(hsd, Mixture(*(t[None] for t in one)))
+    gaussians = torch.distributions.Normal(one.mean, one.deviation)
+    expected = gaussians.log_prob(hsd[0].permute(1, 2, 0)[:, :, None].double()).sum(-1) + one.share.log()
+    torch.testing.assert_close(found[0].double(), expected.permute(2, 0, 1), atol=1e-3, rtol=1e-5)
+
+
 def test_an_empty_cluster_is_like_all_pixels_and_no_tissue_is_no_error() -> None:
     hsd, tissue = noise(0, 1, 3, 8, 8), torch.ones(1, 1, 8, 8, dtype=torch.bool)
     shares = torch.zeros(1, 2, 8, 8)

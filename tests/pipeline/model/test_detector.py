@@ -31,6 +31,7 @@ from pipeline.model.detector import (
     slice_widest,
     widen_kernels,
 )
+from pipeline.model.losses import Sampled, mask_targets
 from pipeline.model.roi_align import FeatureTable
 from pipeline.model.weights import detector_architecture, find_weights, licence, read_notes, shipped
 
@@ -112,7 +113,14 @@ def test_no_boxes_give_no_masks(tiny: NucleusDetector) -> None:
 
 
 class Crowd(torch.nn.Module):
-    """A proposal head with 50 nuclei, the first the clearest, of two anchors each; all other anchors see nothing."""
+    """A proposal head with 50 nuclei, the first the clearest, of two anchors each; all other anchors see nothing.
+
+    beside: how much less the second anchor of each sees.
+    """
+
+    def __init__(self, beside: float = 0.0) -> None:
+        super().__init__()
+        self.beside = beside
 
     def forward(self, levels: list[torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         scores = [torch.full((1, 6, *level.shape[-2:]), -9.0) for level in levels]
@@ -120,6 +128,7 @@ class Crowd(torch.nn.Module):
             y, x = divmod(nucleus, 8)
             # squares of 18 px, 4 px apart: an IoU of .64; the next nucleus is 32 px away
             scores[0][0, 2, 8 * y + 2, 8 * x + 2 : 8 * x + 4] = 9 - nucleus / 10
+            scores[0][0, 2, 8 * y + 2, 8 * x + 3] -= self.beside
         return scores, [torch.zeros(1, 24, *level.shape[-2:]) for level in levels]
 
 
@@ -168,6 +177,85 @@ class Ties(torch.nn.Module):
         every = torch.randint(1, 4, (1, 6, 128, 128), generator=torch.Generator().manual_seed(0)).bfloat16()
         scores = [every[..., : level.shape[2], : level.shape[3]] for level in levels]
         return scores, [torch.zeros(1, 24, *level.shape[-2:]) for level in levels]
+
+
+def test_an_anchor_beside_a_better_one_proposes_nothing(tiny: NucleusDetector) -> None:
+    """Two anchors see one nucleus, and overlap by less than what the suppression of proposals drops."""
+    model = copy.deepcopy(tiny)
+    model.rpn.head = Crowd(beside=1.0)
+    limits = LIMITS._replace(objectness=0.9, proposals=100)
+    with torch.inference_mode():
+        (proposals,) = model.propose(model.features(torch.zeros(1, 3, 192, 192)), limits)
+    assert len(proposals) == 50
+
+
+class Fixed(nn.Module):
+    """A box predictor whose scores are given, and which leaves proposals where they are."""
+
+    def __init__(self, logits: list[list[float]]) -> None:
+        super().__init__()
+        self.logits = torch.tensor(logits)
+
+    def forward(self, _: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.logits, torch.zeros(len(self.logits), 4 * self.logits.shape[1])
+
+
+def test_boxes_are_classified_as_they_are_scored() -> None:
+    """Doubt between two classes lowers the class's score alone; thin boxes are no nuclei; a limit may be met."""
+    torch.manual_seed(0)
+    model = NucleusDetector(dataclasses.replace(TINY, classes=("a", "b"), upscale=1.0)).eval()
+    probabilities = torch.tensor([[0.1, 0.6, 0.3], [0.5, 0.1, 0.4], [0.2, 0.1, 0.7], [0.2, 0.1, 0.7], [0.9, 0.1, 0.0]])
+    model.roi_heads.box_predictor = Fixed((probabilities + 1e-9).log().tolist())
+    proposals = torch.tensor([[4, 4, 20, 20], [40, 4, 60, 24], [4, 40, 5, 60], [40, 40, 60, 41], [4, 70, 20, 90]])
+    limits = LIMITS._replace(score=0.3, instances=2)
+    with torch.inference_mode():
+        features = model.features(torch.zeros(1, 3, 96, 96))
+        (some,) = model.classify(features, [proposals.float()], limits)
+        (one,) = model.classify(features, [proposals.float()], limits._replace(instances=1))
+    assert some.boxes.tolist() == proposals[:2].tolist()
+    torch.testing.assert_close(some.scores, torch.tensor([0.9, 0.5]))
+    assert some.class_index.tolist() == [0, 1]
+    torch.testing.assert_close(some.class_scores, torch.tensor([0.6 / 0.9, 0.4 / 0.5]))
+    assert (some.saturated, one.saturated, len(one.boxes)) == (False, True, 1)
+
+
+class Learnt(nn.Module):
+    """In the place of a mask head and its pool: gives each box what training would have it give, 40 or -40."""
+
+    def __init__(self, nuclei: torch.Tensor) -> None:
+        super().__init__()
+        self.nuclei = nuclei
+
+    def forward(self, _: Any, rois: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
+        zeros = torch.zeros(len(rois), dtype=torch.int64)
+        truth = mask_targets(Sampled(rois, image, zeros, zeros, rois), self.nuclei, 8)
+        return (80 * truth - 40)[:, None].expand(-1, 2, -1, -1)
+
+
+def test_a_mask_is_of_what_lies_in_its_box() -> None:
+    """Law: where the head has learnt its targets, to the pixel."""
+    torch.manual_seed(0)
+    model = NucleusDetector(dataclasses.replace(TINY, upscale=2.0)).eval()
+    enlarged = torch.randint(2, (1, 64, 64), dtype=torch.int32)  # at the scale that the network sees
+    model.roi_heads.mask_roi_pool = Learnt(enlarged)
+    model.roi_heads.mask_head = model.roi_heads.mask_predictor = nn.Identity()
+    boxes = [torch.tensor([[x, y, x + 4, y + 4] for x, y in ((0.0, 1.0), (3.5, 7.0), (21.0, 28.0))])]
+    with torch.inference_mode():
+        masks = model.masks(model.features(torch.zeros(1, 3, 32, 32)), boxes, [torch.zeros(3, dtype=torch.int64)])
+    for mask, (x, y, *_) in zip(masks, (2 * boxes[0]).int().tolist(), strict=True):
+        assert torch.equal(mask.round().int(), enlarged[0, y : y + 8, x : x + 8])
+
+
+def test_every_pixel_is_classified_by_what_lies_at_its_centre() -> None:
+    """The branch is right, for certain, where it says what the regions show there; no other is looked at."""
+    branch = NucleusDetector(TINY).semantic
+    assert branch is not None
+    branch.score = nn.Conv2d(3, 3, 1, bias=False)
+    branch.score.weight.data = 50 * torch.eye(3)[..., None, None]
+    regions = torch.randint(3, (2, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    features = F.one_hot(regions[:, 2::4, 2::4].long(), 3).permute(0, 3, 1, 2).float()
+    with torch.inference_mode():
+        assert float(branch.loss(features, regions)) < 1e-6
 
 
 def test_equal_proposals_are_chosen_alike_in_every_patch() -> None:
@@ -262,6 +350,8 @@ def test_limits_follow_the_area() -> None:
     limits = Limits.of_patch(settings, (1024, 1024), 0.25)
     assert limits == Limits(anchors=12058, objectness=0.85, proposals=6029, instances=1966, score=0.4, nms=0.2)
     assert Limits.of_patch(settings, (2048, 2048), 0.25).proposals == pytest.approx(4 * 6029, abs=4)
+    for long in ((512, 2048), (2048, 512)):
+        assert Limits.of_patch(settings, long, 0.25) == limits
 
 
 def test_weights_survive_a_round_trip(tiny: NucleusDetector, tmp_path: Path) -> None:

@@ -2,13 +2,14 @@
 
 import itertools
 from collections.abc import Sequence
+from typing import Any, cast
 
 import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torchvision.ops import box_iou, nms
+from torchvision.ops import box_iou, nms, roi_align
 
 from pipeline.config import Architecture, Detector
 from pipeline.model.detector import Candidates, Limits, NucleusDetector, Pyramid
@@ -133,6 +134,57 @@ def test_inference_in_several_views_gives_instances_in_the_patch(tiny: NucleusDe
         assert instances.mask_probs.shape == (len(instances.boxes), 28, 28)
         assert (instances.scores >= room.score).all()
         torch.testing.assert_close(instances.boxes, other.boxes, atol=1e-3, rtol=1e-3)
+
+
+class Exact:
+    """In the detector's place: sees a nucleus on black where it is, and its mask is what the image shows there.
+
+    Each view is as certain as `scores` says, and shows the mask as brightly; the third one reaches a limit.
+    """
+
+    architecture = Architecture(upscale=1.0, mask_size=6)
+
+    def __init__(self, scores: Sequence[float]) -> None:
+        self.scores, self.views = scores, list[Tensor]()
+
+    def features(self, images: Tensor) -> Any:
+        self.views.append(images)
+        return Pyramid([images], cast(Any, (images, len(self.views) - 1)), (48, 64))
+
+    def propose(self, features: Any, _: Limits) -> Any:
+        return features.table
+
+    def classify(self, _: Any, proposals: Any, limits: Limits) -> list[Candidates]:
+        images, number = proposals
+        y, x = torch.where(images[0, 0] > 0)
+        boxes = torch.stack([x.min(), y.min(), x.max() + 1, y.max() + 1]).float()[None]
+        score = torch.tensor([self.scores[number]])
+        enough, class_index = score >= limits.score, torch.zeros(1, dtype=torch.int64)
+        return [Candidates(boxes[enough], score[enough], class_index[enough], score[enough], number == 2)]
+
+    def masks(self, features: Any, boxes: list[Tensor], _: Any) -> Tensor:
+        images, number = features.table
+        shown = roi_align(images[:, :1], boxes, 6, sampling_ratio=1, aligned=True)[:, 0]
+        return torch.mul(shown, self.scores[number])
+
+
+@pytest.mark.parametrize("scores", [(0.9, 0.3, 0.6, 0.6), (0.9, 0.3, 0.6, 0.6, 0.7, 0.5, 0.8, 0.6)])
+def test_a_fused_nucleus_is_the_mean_of_its_views(scores: tuple[float, ...]) -> None:
+    """Law: its mask too, turned back, whatever its shape; in one view alone it may have half the score that it needs.
+
+    The patch may hold more where one of the views does.
+    """
+    shape = 0.1 + torch.rand(6, 6, generator=torch.Generator().manual_seed(0))
+    image = torch.zeros(1, 3, 48, 64)
+    image[..., 10:16, 31:37] = shape
+    mean = sum(scores) / len(scores)
+    model: Any = Exact(scores)
+    (patch,) = infer(model, image, choose_views(len(scores)), limits(40, 30, score=0.55), 16)
+    assert patch.boxes.tolist() == [[31, 10, 37, 16]]
+    assert patch.votes.tolist() == [len(scores)]
+    assert patch.scores.tolist() == pytest.approx([mean])
+    torch.testing.assert_close(patch.mask_probs[0], mean * shape)
+    assert patch.saturated
 
 
 def test_a_saturated_patch_is_detected_in_quarters(tiny: NucleusDetector) -> None:

@@ -1,5 +1,6 @@
 """Inference where memory is short: patches that fit are not affected, others are detected in quarters, or lost."""
 
+import dataclasses
 import weakref
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
@@ -274,6 +275,31 @@ def test_stain_densities_are_of_what_a_mask_covers(device: Callable[..., Device]
     assert np.allclose(mean, stain.he_density(colour).flatten(), atol=1e-4)
     assert np.allclose(others, mean, atol=1e-4)
     assert np.allclose(deviation, 0, atol=1e-4)
+
+
+def test_the_detector_sees_the_normalised_patch_and_densities_are_the_patch_s_own(
+    device: Callable[..., Device], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And it is told how much of the patch belongs to its neighbours too."""
+    seen: list[torch.Tensor | int] = []
+
+    def infer(_: Any, images: torch.Tensor, views: Any, limits: Any, margin: int) -> list[Instances[torch.Tensor]]:
+        seen.extend((images, margin))
+        return [one.see(torch.from_numpy(painted([(20, 30)])).permute(2, 0, 1) / 255)]
+
+    one = device()
+    monkeypatch.setattr(fuse, "infer", infer)
+    target = TEMPLATE["macenko"]
+    stronger = FittedStain("macenko", {**target.numbers, "strength": (4.0, 3.0)})
+    settings = dataclasses.replace(chosen(), stain=Stain(method="macenko"))
+    patch = np.full((SIDE, SIDE, 3), (90, 40, 120), np.uint8)
+    (detected,) = detect_patches([patch], Normalisation(stronger, target), settings)
+    raw = torch.from_numpy(patch).permute(2, 0, 1)[None] / 255
+    images, margin = seen
+    assert isinstance(images, torch.Tensor)
+    assert (images > raw + 0.05).all()
+    assert margin == MARGIN
+    np.testing.assert_allclose(detected.stain_density[0, :, 0], stain.he_density(raw)[0, :, 0, 0], atol=1e-5)
 
 
 def test_stain_statistics_are_numpy_s() -> None:

@@ -21,7 +21,7 @@ def test_it_is_torchvisions_roi_align(seed: int, images: int, count: int, size: 
     boxes = []
     for _ in range(images):
         corner = torch.rand(count, 2, generator=draw, dtype=torch.float64) * 140 - 10
-        side = 10 ** (torch.rand(count, 2, generator=draw, dtype=torch.float64) * 2.4 - 0.3)
+        side = 10 ** (torch.rand(count, 2, generator=draw, dtype=torch.float64) * 3.2 - 0.3)
         boxes.append(torch.cat([corner, corner + side], 1))
     features = {str(i): m for i, m in enumerate(maps)}
     reference = MultiScaleRoIAlign(list(features), size, 2, canonical_scale=64, canonical_level=3)

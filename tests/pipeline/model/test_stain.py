@@ -80,6 +80,39 @@ def test_white_stays_white_and_values_stay_in_range(method: str) -> None:
     assert out.max() <= 1
 
 
+@given(seed=st.integers(0, 1000), times=st.floats(0.6, 1.8))
+@settings(max_examples=15)
+def test_how_strongly_a_slide_is_stained_does_not_matter(seed: int, times: float) -> None:
+    """Law: with dcgmm, of densities so many times as high the clusters' are too; the normalised picture is the same."""
+    network, source = NETWORKS["dcgmm"], fitted(painted(13, BLUE, ORANGE, glass=0.1), "dcgmm")
+    assert network is not None
+    image = 0.2 + 0.45 * torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
+    density = -image.log().permute(0, 2, 3, 1).numpy()
+    tissue = np.ones((1, 32, 32), bool)
+    one, other = (dcgmm.fit(d, tissue, float(d.mean()), network) for d in (density, density * np.float32(times)))
+    torch.testing.assert_close(other.share, one.share, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(other.mean, one.mean * torch.tensor([times, 1, 1]), atol=1e-5, rtol=1e-4)
+    scaled = {name: np.reshape(source.numbers[name], (-1, 3)) * (times, 1, 1) for name in ("mean", "deviation")}
+    numbers = {name: tuple(values.flatten().tolist()) for name, values in scaled.items()}
+    stronger = FittedStain("dcgmm", {**source.numbers, **numbers, "density": (source.numbers["density"][0] * times,)})
+    expected = normalised(image, source, TARGETS["dcgmm"])
+    torch.testing.assert_close(normalised(image**times, stronger, TARGETS["dcgmm"]), expected, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("method", MOVING)
+@given(seed=st.integers(0, 1000))
+@settings(max_examples=10)
+def test_what_cannot_be_read_is_not_fitted(method: str, seed: int) -> None:
+    """Law: whatever stands there instead, a whole region or single pixels; dcgmm's network looks around each pixel."""
+    rng = np.random.default_rng(seed)
+    pixels = np.concatenate([painted(seed, PURPLE, PINK), painted(seed + 1, PURPLE, PINK)])
+    readable = rng.random(pixels.shape[:3]) > (0 if method == "dcgmm" else 0.02)
+    readable[1] = False
+    other = np.where(readable[..., None], pixels, rng.integers(0, 256, pixels.shape, np.uint8))
+    network = NETWORKS.get(method)
+    assert fit(other, readable, method, network) == fit(pixels, readable, method, network)
+
+
 @pytest.mark.parametrize("method", MOVING)
 def test_a_normalised_image_has_the_targets_stain(method: str) -> None:
     """What was painted in one pair of stains is fitted, after the transfer, as the other pair."""
