@@ -1,6 +1,7 @@
 """Settings: one place, strict, and a digest that names what results depend on."""
 
 import ast
+import copy
 import dataclasses
 import inspect
 import itertools
@@ -21,6 +22,7 @@ from pipeline.config import (
     StainArchitecture,
     Tiling,
     build,
+    grid_step,
     load,
     side_step,
 )
@@ -105,6 +107,25 @@ def test_the_digest_names_what_results_depend_on_and_nothing_else() -> None:
     assert len({settings.digest, other.digest, file.digest}) == 3
 
 
+@pytest.mark.parametrize("table", ["tissue", "tiling", "stain", "detector", "stitching"])
+def test_every_setting_but_where_and_in_what_portions_is_another_run(table: str) -> None:
+    """Law: the digest is another one for every value of every setting that may change a result."""
+    settings, unnamed = Settings(), {"detector": {"device", "batch", "weights"}, "stain": {"weights", "template"}}
+    for field in dataclasses.fields(getattr(settings, table)):
+        changed = copy.copy(getattr(settings, table))
+        object.__setattr__(changed, field.name, "another")  # whatever its rule
+        same = dataclasses.replace(settings, **{table: changed}).digest == settings.digest
+        assert same == (field.name in unnamed.get(table, set())), field.name
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [("8GB", 8e9), ("1.5 TB", 1.5e12), ("512 MiB", 2**29), ("500GiB", 500 * 2**30), ("8 G", 0), ("8gb", 0), ("", 0)],
+)
+def test_sizes_are_decimal_unless_they_say_binary(said: str, expected: float) -> None:
+    assert config._bytes(said) == expected
+
+
 def test_every_field_has_a_sane_type_and_settings_are_frozen() -> None:
     for field in dataclasses.fields(Settings):
         table = getattr(Settings(), field.name)
@@ -127,6 +148,8 @@ def test_sides_that_are_multiples_of_the_step_fit_the_strides(upscale: float, st
     fitting = [side for side in range(1, 2 * step + 1) if round(side * upscale, 6) % STRIDES[-1] == 0]
     assert side_step(upscale) == step
     assert fitting == [step, 2 * step]
+    tiles = [side for side in range(step, 32 * step + 1, step) if side % STRIDES[-1] == 0]
+    assert grid_step(upscale) == tiles[0]  # they fit with any detector's own sides, and before they are enlarged
 
 
 @pytest.mark.parametrize(

@@ -112,6 +112,28 @@ def test_discarding_frees_the_block_and_nothing_else(tmp_path: Path) -> None:
     _assert_reads(store, 0, GRID.tiles_of(0), _content(GRID.tiles_of(0), 7))
 
 
+@pytest.mark.parametrize("files", [1, 2])
+def test_a_block_is_not_marked_as_done_while_it_is_discarded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: int
+) -> None:
+    """However many files are gone: no reader of the store is told to look for them."""
+    store, unlink, removed = PatchStore.create(tmp_path / "patches.zarr", GRID, "digest"), Path.unlink, list[Path]()
+    store.write(0, GRID.tiles_of(0), *_content(GRID.tiles_of(0)))
+
+    def interrupted(path: Path, missing_ok: bool = False) -> None:
+        if len(removed) == files:
+            raise KeyboardInterrupt
+        removed.append(path)
+        unlink(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        store.discard(0)
+    group: Any = zarr.open_group(store.path, mode="r", zarr_format=3)
+    assert not np.asarray(group["done"]).any()
+    assert not store.is_done(0)
+
+
 def test_a_region_is_written_without_reading_the_old_one(tmp_path: Path) -> None:
     """What a killed process left behind does not matter, not even garbage."""
     store = PatchStore.create(tmp_path / "patches.zarr", GRID, "digest")

@@ -53,6 +53,7 @@ def test_the_weights_set_the_working_scale_and_the_score(tmp_path: Path) -> None
     assert resolve(Settings(detector=detector)).tiling == Tiling(mpp=0.5)
     assert resolve(Settings(detector=detector)).detector.score == 0.35
     assert resolve(Settings(detector=dataclasses.replace(detector, score=0.8))).detector.score == 0.8
+    assert resolve(Settings(detector=dataclasses.replace(detector, score=0.0))).detector.score == 0
     assert resolve(Settings(tiling=Tiling(mpp=0.48), detector=detector)).tiling.mpp == 0.48
     with pytest.raises(RunError, match=r"tiling\.mpp=0\.25, but coarse\.safetensors was trained at 0\.5"):
         resolve(Settings(tiling=Tiling(mpp=0.25), detector=detector))

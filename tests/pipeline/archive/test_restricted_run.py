@@ -14,6 +14,7 @@ import shapely
 import oracle
 from oracle import chosen, files, outlines, paint
 from pipeline import config
+from pipeline.api import plan
 from pipeline.archive import run as archive_run
 from pipeline.archive.ledger import read_ledger
 from pipeline.archive.measure import Measured, measure_slides
@@ -93,6 +94,16 @@ def test_a_slide_without_regions_is_skipped_and_said(place: Path) -> None:
     assert f"WARNING: 1 slide is skipped, as {place}/drawn has no regions of it: y" in (place / "said.txt").read_text()
     assert [row["status"] for row in read_ledger(RunFolder(place / "out"))] == ["done", "skipped"]
     assert "skipped" in (place / "out" / "report.html").read_text()
+
+
+def test_a_plan_estimates_what_a_run_would_do(place: Path) -> None:
+    """No slide without regions, and of the others the tissue in them."""
+    whole = plan(place / "slides", Settings(), mpp=0.25)
+    with pytest.warns(UserWarning, match="1 slide is skipped, as .* has no regions of it: y"):
+        (drawn,) = plan(place / "slides", Settings(regions=config.Regions(str(place / "drawn"))), mpp=0.25)
+    assert [estimate.slide for estimate in whole] == ["x", "y"]
+    assert (drawn.slide, drawn.problem) == ("x", "")
+    assert 0 < drawn.tissue_mm2 < whole[0].tissue_mm2
 
 
 def test_the_command_succeeds_without_skipped_slides_and_refuses_a_folder_without_regions(

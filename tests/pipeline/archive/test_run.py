@@ -258,3 +258,13 @@ def test_slides_that_are_not_needed_soon_are_left_to_other_runs(slide: tuple[Pat
     rows = archive_run.run(slides, out, chosen(block=5), execution, mpp=0.25, say=lambda line: None, detect=detect)
     assert [row.status for row in rows] == ["done"] * 10
     assert 1 < held[1] < 10
+
+
+def test_tiles_at_a_limit_and_tiles_in_quarters_are_counted_apart(slide: tuple[Path, int], tmp_path: Path) -> None:
+    def detect(patches: Patches, normalisation: Normalisation, settings: Settings) -> Iterator[HostInstances]:
+        for number, found in enumerate(oracle.detect(patches, normalisation, settings)):
+            yield found._replace(saturated=number == 0, split=number > 0)
+
+    (row,) = archive_run.run([slide[0]], tmp_path, chosen(block=9), ONE, mpp=0.25, detect=detect, say=lambda _: None)
+    assert (row.work.counts.saturated_tiles, row.work.counts.split_tiles) == (1, row.tiles - 1)
+    assert row.tiles > 5

@@ -1,12 +1,14 @@
 """Cells contain their nuclei, do not overlap, and do not depend on how a slide is divided."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import shapely
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from nuclei_tables import blobs, write
+from nuclei_tables import PROVENANCE, blobs, write
 from pipeline.segment import cells, tables
 from pipeline.segment.cells import cells_of, expand, read_bounds
 from pipeline.segment.polygons import solid
@@ -68,15 +70,17 @@ def test_two_discs_meet_halfway() -> None:
     assert alone.area == pytest.approx(np.pi * 64, rel=0.02)
 
 
-@pytest.mark.parametrize("group", [4, 16, 1000])
-def test_cells_do_not_depend_on_row_groups_and_parts(tmp_path, monkeypatch, group):
+@pytest.mark.parametrize(("group", "um_per_px"), [(4, (0.25, 0.25)), (16, (0.25, 0.5)), (1000, (0.5, 0.25))])
+def test_cells_do_not_depend_on_row_groups_and_parts(tmp_path, monkeypatch, group, um_per_px):
+    """And grow by micrometres, where a pixel is no square too."""
     monkeypatch.setattr(tables, "_ROW_GROUP", group)
     shapes = np.concatenate([blobs(30), blobs(30, seed=1)])
     shapes = shapely.transform(shapes, lambda xy: xy / 5)  # so that they are close together
-    path = write(tmp_path / "nuclei.parquet", shapes)
+    path = write(tmp_path / "nuclei.parquet", shapes, provenance=dataclasses.replace(PROVENANCE, um_per_px=um_per_px))
     bounds = read_bounds(path)
     np.testing.assert_array_equal(bounds, shapely.bounds(shapes))
-    whole = shapely.transform(everything(shapely.transform(shapes, lambda xy: xy * 0.25), 2.0), lambda xy: xy / 0.25)
+    in_um = shapely.transform(shapes, lambda xy: xy * um_per_px)
+    whole = shapely.transform(everything(in_um, 2.0), lambda xy: xy / um_per_px)
     parts = [cells_of(path, bounds, slice(first, min(first + 9, 60)), 2.0) for first in range(0, 60, 9)]
     assert shapely.equals_exact(np.concatenate(parts), whole, 0).all()
 

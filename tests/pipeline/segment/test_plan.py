@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 
 import oracle
 from oracle import HEIGHT, WIDTH, chosen, paint
-from pipeline.config import Tissue
+from pipeline.config import Detector, Tissue
 from pipeline.segment.plan import Plan, plan_slide
 from pipeline.segment.stages import outline
 from slides import slide as slide_module
+from slides.errors import GridError
 from slides.slide import Slide, open_slide
 from slides.tissue import TissueMap
 
@@ -42,6 +43,14 @@ def discs(tmp_path_factory: pytest.TempPathFactory) -> Slide:
     path = tmp_path_factory.mktemp("slides") / "discs.png"
     paint(path, 0)
     return open_slide(path, mpp=0.25)
+
+
+def test_views_that_are_shifted_need_a_wider_margin(discs: Slide) -> None:
+    """Half of a nucleus of 18 px and the tolerance of 2 px fit into 11 px; a shift of 5 px does not."""
+    settings = chosen(margin=11)
+    assert plan_slide(discs, settings).grid.margin == 11
+    with pytest.raises(GridError, match=r"margin=11 cuts objects of 18 px"):
+        plan_slide(discs, dataclasses.replace(settings, detector=Detector(views=2)))
 
 
 def outlined(slide: Slide, plan: Plan) -> pa.Table:

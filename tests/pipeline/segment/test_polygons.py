@@ -240,6 +240,7 @@ def test_a_triangle_and_an_l_measure_what_they_are():
     np.testing.assert_allclose(measured.solidity, [1, 3 / 3.5], rtol=1e-6)
     np.testing.assert_allclose(measured.max_diameter_um, [5, np.sqrt(8)], rtol=1e-6)
     np.testing.assert_allclose(measured.min_diameter_um, [12 / 5, 2], rtol=1e-6)
+    np.testing.assert_allclose(measured.centroid, shapely.get_coordinates(shapely.centroid(shapes)), rtol=0, atol=1e-6)
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(3, 40))
@@ -332,3 +333,13 @@ def test_an_outline_that_would_cross_itself_stays_one_polygon() -> None:
     assert after.is_valid
     assert not after.interiors
     assert 0.9 < after.area / before[0].area < 1.1
+
+
+def test_a_hole_smaller_than_the_tolerance_stays_a_hole() -> None:
+    """GEOS drops such a ring, unless it keeps the topology; a larger hole and none are as they were."""
+    disc = shapely.Point(10, 10).buffer(8, 16)
+    before = array(*(disc.difference(shapely.box(10, 10, 10 + side, 10 + side)) for side in (0.1, 4.0)), disc)
+    assert shapely.get_num_interior_rings(shapely.simplify(before, 0.25, preserve_topology=False)).tolist() == [0, 1, 0]
+    after = simplify(before, 0.25)
+    assert shapely.get_num_interior_rings(after).tolist() == [1, 1, 0]
+    assert shapely.is_valid(after).all()

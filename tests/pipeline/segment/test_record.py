@@ -47,7 +47,9 @@ def summary(median: float = 40.0, suspicious: bool = False) -> dict[str, object]
 
 
 def test_a_slide_without_trouble_has_no_remarks() -> None:
+    """Nor one with as many cut nuclei, or artefacts, as are usual."""
     assert remarks(done(touching_nuclei=3), summary()) == ()
+    assert remarks(done(blur_mm2=0.06, pen_mm2=0.03, flagged_nuclei=90), summary()) == ()
 
 
 @pytest.mark.parametrize(
@@ -58,6 +60,12 @@ def test_a_slide_without_trouble_has_no_remarks() -> None:
         (done(saturated_tiles=3), summary(), "3 tiles hold more nuclei than allowed: raise"),
         (done(split_tiles=2), summary(), "2 tiles were done in quarters for want of device memory"),
         (done(touching_nuclei=7), summary(), "7 nuclei reach the edge of what their tile read"),
+        (
+            done(blur_mm2=0.08, pen_mm2=0.04, flagged_nuclei=90),
+            summary(),
+            "artefacts cover 6% of the tissue (pen 0.04, blur 0.08 mm²); the 90 nuclei there",
+        ),
+        (done(blur_mm2=0.01, skipped_mm2=0.01), summary(), "0.01 mm² of tissue, 0 tiles, were skipped: blur 0.01 mm²"),
         (done(export_dropped=1), summary(), "1 nuclei are outside the slide, or too small for the exports"),
         (done(), summary(median=5.0), "the median nucleus has 5 µm², usual are 8 to 150: check the scale (0.5 µm/px"),
         (done(), summary(median=400.0), "the median nucleus has 400 µm²"),

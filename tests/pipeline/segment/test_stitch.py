@@ -297,6 +297,33 @@ def test_only_edges_inside_the_slide_cut():
     assert touching(bounds[:, [1, 0, 3, 2]], Box(-10, 40, 60, 110), slide).tolist() == expected
 
 
+def test_the_edges_of_the_slide_cut_nothing_and_others_cut_what_ends_near_them():
+    """A patch of the upper part, which touches three edges of the slide; mirrored and turned, any three."""
+    bounds = np.array([[0, 0, 100, 58], [0, 0, 100, 57.9], [0, 2, 100, 40], [40, 0, 50, 60]])
+    patch, slide = np.array([0, 0, 100, 60]), Size(100, 100)
+    for mirror in (False, True):
+        for turn in ([0, 1, 2, 3], [1, 0, 3, 2]):
+            shown = [((100 - at)[..., [2, 3, 0, 1]] if mirror else at)[..., turn] for at in (bounds, patch)]
+            assert touching(shown[0], Box(*shown[1].tolist()), slide).tolist() == [True, False, False, True]
+    assert not touching(bounds, Box(*patch.tolist()), Size(100, 60)).any()
+
+
+def test_a_duplicate_deep_inside_its_core_is_a_candidate():
+    """As deep as the other tile's instance reaches into that core, less the overlap."""
+    shapes, cores = squares((26, 15, 40, 25), (35, 15, 41, 25)), np.array([[0, 0, 30, 40], [30, 0, 60, 40]])
+    bounds, tile, score = shapely.bounds(shapes), np.array([0, 1]), np.array([0.9, 0.8])
+    near = seam_candidates(bounds, cores, overhang(bounds, cores).max())
+    assert near.all()
+    assert resolve(shapes[near], tile[near], score[near], iou=0.3).tolist() == [True, False]
+
+
+def test_equal_outlines_of_two_tiles_confirm_each_other():
+    """Also where both are anchored outside; one that is there alone is dropped."""
+    one, other = (0, 0, 10, 10), (40, 0, 50, 10)
+    shapes, tile = squares(one, one, other), np.array([0, 1, 1])
+    assert resolve(shapes, tile, np.full(3, 0.5), iou=0.3, outside=np.ones(3, bool)).tolist() == [True, False, False]
+
+
 def test_overhang_is_signed():
     bounds = np.array([[12, 12, 18, 18], [8, 12, 18, 18], [12, 12, 18, 25]], dtype=float)
     assert overhang(bounds, np.tile([10, 10, 20, 20], (3, 1))).tolist() == [-2, 2, 5]

@@ -1,0 +1,28 @@
+"""When a slide was worked on: what was interrupted ended with the last block that it finished."""
+
+import os
+from pathlib import Path
+
+from pipeline.layout import SlideFolder
+from pipeline.segment.attempts import begin
+
+
+def finish(folder: SlideFolder, block: int, when: float) -> None:
+    folder.instances(block).parent.mkdir(exist_ok=True)
+    folder.instances(block).touch()
+    os.utime(folder.instances(block), (when, when))
+
+
+def test_an_attempt_ended_with_its_last_block_and_without_one_was_none(tmp_path: Path) -> None:
+    """However often a beginning is noted; blocks of an earlier attempt are not those of a later one."""
+    folder = SlideFolder(tmp_path)
+    folder.work.mkdir()
+    assert begin(folder, 10.0) == []
+    assert begin(folder, 20.0) == []
+    finish(folder, 0, 24.0)
+    finish(folder, 1, 22.0)
+    for _ in range(2):
+        assert begin(folder, 30.0) == [(20.0, 24.0)]
+    assert begin(folder, 40.0) == [(20.0, 24.0)]
+    finish(folder, 2, 44.0)
+    assert begin(folder, 50.0) == [(20.0, 24.0), (40.0, 44.0)]
