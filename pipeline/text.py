@@ -20,7 +20,7 @@ def _escaped(character: str) -> str:
 
 def one_line(error: BaseException) -> str:
     """An exception's message as one printable line; its type where it has no message."""
-    return printable(" ".join((str(error) or type(error).__name__).split()))
+    return printable(" ".join(str(error).split()) or type(error).__name__)
 
 
 def counted(number: int, singular: str, plural: str = "") -> str:

@@ -50,7 +50,7 @@ from pipeline.segment.plan import Plan, read_plan
 from pipeline.segment.record import SlideRecord, StageRecord, device_use
 from pipeline.segment.slide_stain import template_stain
 from pipeline.segment.stages import STAGES, Detect, Stage, block_record, remove_work
-from pipeline.text import one_line
+from pipeline.text import counted, one_line
 
 _SIGNAL_S = 0.2  # until a signal is noticed
 _POLL_S = 5.0  # between checks of a slide that another run holds, of the workers, and of the ledger
@@ -101,7 +101,8 @@ def run(
     opened = open_run(folder, settings, execution.overwrite)
     weights = Path(settings.detector.weights)
     with Progress(folder.logs, len(archive.sources), say) as progress:
-        progress.say(f"{len(archive.sources)} slides, {archive.skipped} other files skipped; results in {out}")
+        found = f"{counted(len(archive.sources), 'slide')}, {counted(archive.skipped, 'other file')} skipped"
+        progress.say(f"{found}; results in {out}")
         if terms := licence(weights):
             progress.say(f"weights {weights.stem}: {terms}")
         for warning in (*seams, *opened.warnings, *archive.unread):

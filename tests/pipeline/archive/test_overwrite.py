@@ -26,7 +26,7 @@ from pipeline.archive.manifest import resolve
 from pipeline.archive.verify import verify_results
 from pipeline.cli import main
 from pipeline.config import Execution, Settings
-from pipeline.errors import ClusterLost, ExportFailed
+from pipeline.errors import ClusterLost, ExportFailed, RunError
 from pipeline.layout import RunFolder
 from pipeline.model.fitted_stain import Normalisation
 from pipeline.model.instances import HostInstances, Patches
