@@ -93,9 +93,9 @@ class KnownSlides:
             return None
         return record and dataclasses.replace(record, slide=name)
 
-    def others(self, own: Collection[str]) -> list[SlideRecord]:
-        """The records of the slides that other commands have left in the folder, all but those of these names."""
-        return ledger.other_records(self._folder, own, self._settings)
+    def others(self, own: Collection[str]) -> ledger.OtherSlides:
+        """The slides that other commands have left in the folder, all but those of these names."""
+        return ledger.other_slides(self._folder, own, self._settings)
 
     def _counts(self, content: Mapping[str, Any]) -> bool:
         """Whether results are not to be made again: with --overwrite those of its round, by this command or another."""

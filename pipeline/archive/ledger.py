@@ -9,7 +9,7 @@ import dataclasses
 import traceback
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from pipeline import files
 from pipeline.config import Settings
@@ -64,20 +64,31 @@ def write_ledger(run: RunFolder, records: Iterable[SlideRecord]) -> None:
             writer.writerow({name: csv_cell(value) for name, value in row_of(record).items()})
 
 
-def other_records(run: RunFolder, own: Collection[str], settings: Settings) -> list[SlideRecord]:
-    """The finished and failed slides of a folder but those of these names, as other commands left them, by name.
+class OtherSlides(NamedTuple):
+    """The slides of a folder that other commands have left there."""
+
+    records: list[SlideRecord]  # by name
+    names: dict[str, str]  # of those that are finished, by the places of their files
+
+
+def other_slides(run: RunFolder, own: Collection[str], settings: Settings) -> OtherSlides:
+    """The finished and failed slides of a folder but those of these names.
 
     settings: of the folder now; a slide that was done with others, before --overwrite, has a remark.
     """
-    records = {}
+    records, names = {}, dict[str, str]()
     for folder in run.failed():
         records[_name(run, folder)] = read_failure(folder)
     for folder in run.finished():
         record, content = read_finished(folder)
+        name = _name(run, folder)
         if record is not None:
             of_others = () if content["digest"] == _digest(content, settings) else (_OF_OTHER_SETTINGS,)
-            records[_name(run, folder)] = dataclasses.replace(record, remarks=(*of_others, *record.remarks))
-    return [dataclasses.replace(records[name], slide=name) for name in sorted(records) if name not in own]
+            records[name] = dataclasses.replace(record, remarks=(*of_others, *record.remarks))
+            if name not in own:
+                names[str(content.get("source_path"))] = name
+    others = [dataclasses.replace(records[name], slide=name) for name in sorted(records) if name not in own]
+    return OtherSlides(others, names)
 
 
 def read_finished(folder: SlideFolder) -> tuple[SlideRecord | None, dict[str, Any]]:

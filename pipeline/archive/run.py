@@ -207,7 +207,14 @@ class ArchiveRun:
     async def process(self) -> None:
         """Process every slide of the archive."""
         own = {source.name for source in self.archive.sources}
-        self.others = await asyncio.to_thread(self.known.others, own)
+        self.others, names = await asyncio.to_thread(self.known.others, own)
+        for source in self.archive.sources:
+            place = source.place if source.remote else os.path.realpath(source.path)
+            if (name := names.get(place)) is not None:
+                self.progress.say(
+                    f"WARNING: {source.name}: its file has results as {name}, by a command that was given another "
+                    f"folder: all its nuclei are there twice"
+                )
         self.stream = Stream(self.executor, self.execution.window)
         self.open = FairSlots(self._open_slides())
         watch = asyncio.create_task(self._watch())

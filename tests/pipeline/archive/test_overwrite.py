@@ -395,3 +395,16 @@ def test_the_ledger_is_there_before_the_first_slide_is_done(archive: Path, tmp_p
         read_ledger(RunFolder(out))
     with pytest.raises(RunError, match="need the --out folder of a run"):
         read_ledger(RunFolder(archive))
+
+
+def test_a_slide_that_has_results_under_another_name_is_named(archive: Path, tmp_path: Path) -> None:
+    """Given by itself, it loses the folder in its name: the folder of results would have it twice, in silence."""
+    (archive / "site").mkdir()
+    (archive / "b.tif").rename(archive / "site" / "b.tif")
+    out, said = tmp_path / "out", list[str]()
+    assert list(segment(archive, out)) == ["a", "site/b"]
+    for slides in (archive / "site" / "b.tif", archive):
+        archive_run.run([slides], out, chosen(), ONE, mpp=0.25, say=said.append, detect=oracle.detect)
+    (line, *_) = twice = [line for line in said if "there twice" in line]
+    assert line.startswith("WARNING: b: its file has results as site/b, by a command")
+    assert len(twice) == 2, "and the other way round"
