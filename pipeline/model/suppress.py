@@ -11,13 +11,16 @@ from torchvision.ops import nms
 # 2.5 ms together and 6 ms one patch at a time.
 _BOXES_AT_ONCE = 1 << 12
 
+# How far boxes may lie left of and above their patch's corner: views are shifted by less (`views`).
+_BEYOND_PX = 64
+
 
 def suppress(
     boxes: Tensor, scores: Tensor, patch: Tensor, level: Tensor, patches: int, *, iou: float
 ) -> tuple[Tensor, list[int]]:
     """Of boxes of one patch and level that overlap by more than `iou`, keep the best.
 
-    boxes: float32 (N, 4); patch: int64 (N,), ascending, below `patches`; level: int64 (N,)
+    boxes: float32 (N, 4), from -_BEYOND_PX; patch: int64 (N,), ascending, below `patches`; level: int64 (N,)
     Returns indices of what is kept, patch by patch, best first, and how many they are in each patch.
     On a CPU each patch is a call of its own, which takes less time there, and of equal scores the first is the best.
     On a GPU a call is of as many patches as have up to _BOXES_AT_ONCE boxes together, or of one.
@@ -30,8 +33,7 @@ def suppress(
         kept = [_by_level(*columns, iou) for columns in each]
     else:
         # what must not be compared lies apart: patches side by side, levels one below the other
-        apart = boxes.max() - boxes.min() + 1
-        boxes = boxes + torch.stack([patch, level, patch, level], 1) * apart
+        boxes = boxes + torch.stack([patch, level, patch, level], 1) * (boxes.max() + (1 + _BEYOND_PX))
         sizes = [len(boxes)] if len(boxes) <= _BOXES_AT_ONCE else _grouped(counts(patch, patches))
         kept = []
         for of_group in zip(boxes.split(sizes), scores.split(sizes), strict=True):
