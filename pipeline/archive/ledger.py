@@ -17,7 +17,7 @@ from pipeline.errors import RunError
 from pipeline.layout import RunFolder, SlideFolder
 from pipeline.segment.job import slide_digest
 from pipeline.segment.record import WAITS, SlideRecord
-from pipeline.text import csv_cell, from_csv_cell, one_line, printable
+from pipeline.text import counted, csv_cell, from_csv_cell, one_line, printable
 
 _OF_OTHER_SETTINGS = "done with other settings than the folder's: run it again with --overwrite"
 
@@ -174,5 +174,5 @@ def mixed_stains(rows: Iterable[Mapping[str, Any]]) -> str:
     counts = Counter(str(row["stain"]) for row in rows if row["stain"])
     if len(counts) < 2:
         return ""
-    shares = ", ".join(f"{method} for {count:,}" for method, count in counts.most_common())
-    return f"stain normalisation: {shares} slides; to compare slides, treat all alike: --stain none or --stain macenko"
+    shares = ", ".join(f"{method} for {counted(count, 'slide')}" for method, count in counts.most_common())
+    return f"stain normalisation: {shares}; to compare slides, treat all alike: --stain none or --stain macenko"

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.archive.ledger import read_ledger, row_of, write_ledger
+from pipeline.archive.ledger import mixed_stains, read_ledger, row_of, write_ledger
 from pipeline.errors import RunError
 from pipeline.layout import RunFolder
 from pipeline.segment.record import SlideRecord, StageRecord
@@ -45,6 +45,13 @@ def test_idle_seconds_of_slides_add_up() -> None:
         for name, waited in (("long", -29.0), ("short", 30.0))
     ]
     assert sum(row["seconds_idle_disk"] for row in rows) == 1.0
+
+
+def test_slides_that_were_normalised_in_several_ways_are_counted() -> None:
+    """With --stain auto they may be; those without results have none."""
+    rows = [row_of(SlideRecord(str(n), "done", stain=stain)) for n, stain in enumerate(["none", "macenko", "none", ""])]
+    assert mixed_stains(rows[::2]) == ""
+    assert mixed_stains(rows).startswith("stain normalisation: none for 2 slides, macenko for 1 slide; ")
 
 
 @given(st.text(st.sampled_from("'=+-@ab\t"), max_size=5))
