@@ -1,6 +1,7 @@
 """What a script or a notebook calls: light to import, and as the README shows it."""
 
 import math
+import os
 import re
 import subprocess
 import sys
@@ -121,3 +122,23 @@ def test_every_public_name_is_there_and_documented(package: object) -> None:
         assert name in dir(package)
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
         package.nothing  # type: ignore[attr-defined]  # noqa: B018
+
+
+def test_a_script_without_a_main_guard_is_told_so(tmp_path: Path) -> None:
+    """Its worker processes import it, and so call `run` again: in a line each, and not by what Python says of that."""
+    phantom.write(tmp_path / "a.tif", phantom.draw(Size(300, 300), 7))
+    (tmp_path / "script.py").write_text("import pipeline\npipeline.run('a.tif', 'out')\n")
+    ended = subprocess.run(
+        [sys.executable, "script.py"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert ended.returncode == 1
+    last = ended.stderr.splitlines()[-1]
+    assert last.startswith("pipeline.errors.RunError: the worker processes do not start")
+    assert 'needs `if __name__ == "__main__":`' in last
+    assert "bootstrapping" not in ended.stderr

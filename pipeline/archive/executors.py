@@ -211,6 +211,17 @@ def starts_processes(execution: Execution, client: Any = None) -> bool:
     return client is None and execution.cluster and not (execution.scheduler or execution.scheduler_file)
 
 
+_GUARD = (
+    'a script that calls `run` needs `if __name__ == "__main__":` before what it does, or `Execution(cluster=False)`'
+)
+
+
+def end_a_copy() -> None:
+    """End a process of ours that imports the script which started it, and so comes to the same call again."""
+    if getattr(multiprocessing.current_process(), "_inheriting", False):  # until its script is imported
+        raise SystemExit(f"nightslide: {_GUARD}: each worker process imports it")
+
+
 def ask(apart: bool, function: Callable[..., T], *args: Any) -> T:
     """What a function that loads torch returns or raises: called in a process of its own (`apart`), or here.
 
@@ -411,7 +422,10 @@ def _start(execution: Execution, device: str) -> Iterator[Any]:
     with ExitStack() as stack:
         stack.enter_context(dask.config.set(quiet))
         with _interrupts_kept_from_children():
-            cluster = SpecCluster(workers, scheduler, name="nightslide", silence_logs=logging.ERROR)
+            try:
+                cluster = SpecCluster(workers, scheduler, name="nightslide", silence_logs=logging.ERROR)
+            except RuntimeError as error:
+                raise RunError(f"the worker processes do not start ({error}): {_GUARD}") from None
             stack.enter_context(cluster)
         client = stack.enter_context(Client(cluster, set_as_default=False))
         client.wait_for_workers(len(chosen), timeout=120)

@@ -20,7 +20,15 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.archive import ledger
-from pipeline.archive.executors import Executor, ask, check_execution, open_executor, run_task, starts_processes
+from pipeline.archive.executors import (
+    Executor,
+    ask,
+    check_execution,
+    end_a_copy,
+    open_executor,
+    run_task,
+    starts_processes,
+)
 from pipeline.archive.known import DONE_OTHERWISE, KnownSlides
 from pipeline.archive.lease import Leases
 from pipeline.archive.manifest import (
@@ -80,6 +88,8 @@ def run(
     What is done is kept: a second call continues at the block. A slide that fails does not stop the others.
     Raises RunError, WeightsError, StainError or ConfigError before anything is started; ClusterLost.
     """
+    if starts_processes(execution, client):
+        end_a_copy()
     folder = RunFolder(Path(out).absolute())
     archive = find_slides(
         inputs,
