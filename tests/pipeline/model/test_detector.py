@@ -64,9 +64,7 @@ def test_boxes_are_inside_the_patch_and_masks_are_probabilities(tiny: NucleusDet
         assert candidates.saturated == (len(candidates.boxes) == LIMITS.instances)
 
 
-@pytest.mark.parametrize(
-    ("backbone", "left"), [(TINY.backbone, 0), ("res2net50_26w_4s", 0), ("densenet121", 1), ("resnetv2_18", 1)]
-)
+@pytest.mark.parametrize(("backbone", "left"), [(TINY.backbone, 0), ("res2net50_26w_4s", 0), ("densenet121", 1)])
 def test_folded_batch_norms_change_nothing(backbone: str, left: int) -> None:
     """Law: features before and after folding agree within rounding, with statistics that are not those of a new net.
 
@@ -523,7 +521,7 @@ def test_a_backbone_that_does_not_fit_is_named(backbone: str, said: str) -> None
         NucleusDetector(dataclasses.replace(TINY, backbone=backbone))
 
 
-@pytest.mark.parametrize("backbone", ["resnet10t", "vgg11", "convnext_atto"])
+@pytest.mark.parametrize("backbone", ["resnet10t", "vgg11"])
 def test_another_backbone_is_one_setting(backbone: str) -> None:
     """Whatever other feature maps it has."""
     model = NucleusDetector(dataclasses.replace(TINY, backbone=backbone)).eval()
