@@ -33,7 +33,8 @@ def committed(path: Path, *, synced: bool = True) -> Iterator[Path]:
         if synced:
             _sync_names(path.parent)
     except OSError as error:
-        if error.errno in _REMEDIES:  # it names the partial file, or none
+        named = error.filename is not None and partial.name in os.fsdecode(error.filename)
+        if named or (error.filename is None and _REMEDIES.get(error.errno or 0) == _FULL):
             error.filename = str(path)
         raise
     finally:
@@ -53,8 +54,11 @@ def refusal(error: OSError) -> str:
     """
     if error.errno not in _REMEDIES:
         return ""
-    where = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
-    return f"{where}{os.strerror(error.errno)}: {_REMEDIES[error.errno]}, and give the same command again"
+    if error.filename is None:
+        said = error.strerror or os.strerror(error.errno)  # of other libraries, which name the file in there
+    else:
+        said = f"{os.fsdecode(error.filename)}: {os.strerror(error.errno)}"
+    return f"{said}: {_REMEDIES[error.errno]}, and give the same command again"
 
 
 def _replace(partial: Path, path: Path) -> None:

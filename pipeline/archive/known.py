@@ -37,6 +37,8 @@ class KnownSlides:
         but not of this job, are DONE_OTHERWISE.
         """
         if source.problem:
+            if (record := self.finished(source.name)) is not None:
+                return _otherwise(record, source.problem)
             raise RunError(source.problem)
         self._folder.run_json.stat()  # an output folder that was removed is not made again
         check_run(self._folder, self._settings)
@@ -52,10 +54,7 @@ class KnownSlides:
             if not self._is_of(job, source, record, content):
                 return None
         except NightslideError as error:  # such as a slide of another name
-            cause = one_line(error)
-            return dataclasses.replace(
-                record, status=DONE_OTHERWISE, cause=cause, remarks=(f"not done again: {cause}", *record.remarks)
-            )
+            return _otherwise(record, one_line(error))
         job.folder.failure_json.unlink(missing_ok=True)  # of a command that was refused
         return dataclasses.replace(record, status="done before")
 
@@ -86,12 +85,15 @@ class KnownSlides:
 
     def elsewhere(self, name: str) -> SlideRecord | None:
         """The record of a slide that another run has finished, or failed at; the results are not looked at."""
-        record, content = ledger.read_finished(self._folder.slide(name))
-        if record is None:
-            record = self._failed(name)
-        elif not self._counts(content):
-            return None
+        if ledger.read_finished(self._folder.slide(name))[0] is not None:
+            return self.finished(name)
+        record = self._failed(name)
         return record and dataclasses.replace(record, slide=name)
+
+    def finished(self, name: str) -> SlideRecord | None:
+        """The record of a slide that has results which are not to be made again; they are not looked at."""
+        record, content = ledger.read_finished(self._folder.slide(name))
+        return dataclasses.replace(record, slide=name) if record is not None and self._counts(content) else None
 
     def others(self, own: Collection[str]) -> ledger.OtherSlides:
         """The slides that other commands have left in the folder, all but those of these names."""
@@ -110,6 +112,12 @@ class KnownSlides:
         written = files.mtime_ns(folder.failure_json)
         before = self._failures_ns.setdefault(name, written)
         return ledger.read_failure(folder) if written not in (None, before) else None
+
+
+def _otherwise(record: SlideRecord, cause: str) -> SlideRecord:
+    """The record of results that are kept, with the reason why those that were asked for are not made."""
+    remarks = (f"not done again: {cause}", *record.remarks)
+    return dataclasses.replace(record, status=DONE_OTHERWISE, cause=cause, remarks=remarks)
 
 
 def _check_scale(record: SlideRecord, source: Source, job: Job) -> None:

@@ -166,10 +166,11 @@ class Leases:
             file.parent.rmdir()
 
     def holder(self, folder: Path) -> str:
-        """Who has this folder, for a message; "" if nobody has."""
-        for file in _files(folder / LEASE):
-            owner = _read(file)
-            return f"{owner.host}, process {owner.pid}" if owner else "an unknown process"
+        """Who has this folder, for a message; "" if nobody has, or a file server does not say."""
+        with contextlib.suppress(OSError):
+            for file in _files(folder / LEASE):
+                owner = _read(file)
+                return f"{owner.host}, process {owner.pid}" if owner else "an unknown process"
         return ""
 
     def _beat(self) -> None:

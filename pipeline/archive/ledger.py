@@ -124,7 +124,8 @@ def read_columns(run: RunFolder, kinds: Mapping[str, type]) -> list[dict[str, An
     except FileNotFoundError as error:
         if run.run_json.exists():
             raise RunError(
-                f"{run.path} holds a run that has not begun with its slides: try again in a moment"
+                f"{run.path} has no {run.ledger.name}: where a run has just been started, try again in a moment; else "
+                f"give its command again"
             ) from error
         raise RunError(f"{run.ledger} does not exist: need the --out folder of a run") from error
     except (OSError, KeyError, ValueError, TypeError, AttributeError, csv.Error) as error:

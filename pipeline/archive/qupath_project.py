@@ -15,6 +15,7 @@ from urllib.parse import unquote
 import pyarrow as pa
 
 from pipeline import files
+from pipeline.archive.region_files import suffix
 from pipeline.archive.verify import without_nuclei
 from pipeline.config import require
 from pipeline.errors import RunError
@@ -37,8 +38,8 @@ class Written(NamedTuple):
 def write_project(run: RunFolder, slides: Path | None = None) -> Written:
     """Write the project of a run, or add to it what it lacks: what is in a project stays as it is.
 
-    slides: a folder in which slides are looked for before the place where the run read them. An image has the name of
-    its slide's results with the suffix of its file, as that of its regions may have: a/x.svs.
+    slides: a folder in which slides are looked for that are not where the run read them. An image has the name of its
+    slide's results with the suffix of its file, as that of its regions may have: a/x.svs.
     Raises RunError for a folder without finished slides, or with none whose slide QuPath could open, and for a project
     that cannot be extended; ConfigError where `slides` is no folder.
     """
@@ -54,6 +55,7 @@ def write_project(run: RunFolder, slides: Path | None = None) -> Written:
         content = files.read_json(slide.slide_json) or {}
         source = Path(str(content.get("source_path", "")))
         name = slide.path.relative_to(run.path).as_posix()
+        image_name = name if name.endswith(suffix(source)) else f"{name}{suffix(source)}"
         try:
             colours |= tables.read_provenance(slide.nuclei).colours if slide.nuclei.is_file() else {}
         except (NightslideError, OSError, ValueError, KeyError, pa.ArrowException) as error:
@@ -72,7 +74,7 @@ def write_project(run: RunFolder, slides: Path | None = None) -> Written:
             left_out.append(f"{name}: {source} does not exist: say with --slides DIR where the slide is now")
         elif str(image) not in present:
             project["lastID"] += 1
-            project["images"].append(_entry(image, project["lastID"], Path(name).with_name(source.name).as_posix()))
+            project["images"].append(_entry(image, project["lastID"], image_name))
             added += 1
     if not project["images"]:
         raise RunError(f"no slide of {run.path} can be an image of a project: {'; '.join(left_out)}")
@@ -97,12 +99,14 @@ def _by_name(folder: Path | None) -> dict[str, list[Path]]:
 
 
 def _image(source: Path, content: Mapping[str, Any], moved: Mapping[str, Sequence[Path]]) -> Path | None:
-    """Where the slide of a slide.json is: among the files that may be it the one of its content, else where it was."""
-    for path in moved.get(source.name, ()):
+    """Where the slide of a slide.json is: where it was, else the first file of its name that has its content."""
+    if source.exists():
+        return source
+    for path in sorted(moved.get(source.name, ())):
         with contextlib.suppress(SlideError):
             check_same_source(path, content)
             return path
-    return source if source.exists() else None
+    return None
 
 
 def _read(file: Path) -> dict[str, Any]:

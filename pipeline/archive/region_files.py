@@ -2,7 +2,7 @@
 
 import os
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,11 +38,14 @@ def match_regions(folder: str, slides: Mapping[str, Path]) -> Matches:
         raise RunError(f"regions={folder} is no folder: need one with QuPath's GeoJSON files, named after the slides")
     exports = _exports(root)
     fitting: dict[str, list[str]] = defaultdict(list)
-    for name, path in slides.items():
-        for key in _keys(name, path, root):
-            if key in exports:
-                fitting[key].append(name)
-                break
+    for images in (_own_names, _other_names):  # what a slide itself is called counts before what another one may be
+        taken, found = set(fitting), {name for names in fitting.values() for name in names}
+        for name, path in slides.items():
+            keys = _keys(images(name, path), name, path, root) if name not in found else ()
+            for key in keys:
+                if key in exports and key not in taken:
+                    fitting[key].append(name)
+                    break
     if not fitting:
         example = min(slides.values()).name
         raise RunError(
@@ -64,18 +67,29 @@ def match_regions(folder: str, slides: Mapping[str, Path]) -> Matches:
     return matches
 
 
-def _keys(name: str, path: Path, root: Path) -> Iterator[str]:
-    """Names that a file of regions may have, relative to its folder and without suffix, the most special first."""
+def _own_names(_: str, path: Path) -> list[str]:
+    return [path.name, path.stem, path.stem.removesuffix(".ome")]
+
+
+def _other_names(name: str, path: Path) -> list[str]:
+    """What a slide is called in the results, with the suffix of its file; and the file to which a link leads."""
+    linked = Path(os.path.realpath(path))
+    return [name for each in (f"{Path(name).name}{suffix(linked)}", linked.name) for name in _own_names("", Path(each))]
+
+
+def suffix(path: Path) -> str:
+    """That of a slide's file: .svs, or .ome.tif."""
+    return "".join(path.suffixes[-2:] if path.stem.endswith(".ome") else path.suffixes[-1:])
+
+
+def _keys(images: Iterable[str], name: str, path: Path, root: Path) -> Iterator[str]:
+    """Names that a file of regions may have, relative to its folder and without suffix, the most special first.
+
+    images: what the slide may be called; name, path: its name in the results, and its file
+    """
     places = [Path(name).parent, Path()]
     if path.is_relative_to(root):  # the regions lie among the slides
         places.insert(0, path.relative_to(root).parent)
-    linked, result = Path(os.path.realpath(path)), Path(name).name
-    suffix = "".join(linked.suffixes[-2:] if linked.stem.endswith(".ome") else linked.suffixes[-1:])
-    images = dict.fromkeys(
-        image
-        for each in (path.name, f"{result}{suffix}", linked.name)
-        for image in (each, Path(each).stem, Path(each).stem.removesuffix(".ome"))
-    )
     for place in places:
         for image in images:
             yield (place / image).as_posix()

@@ -218,15 +218,16 @@ class ArchiveRun:
         """Process every slide of the archive."""
         own = {source.name for source in self.archive.sources}
         self.others, names = await asyncio.to_thread(self.known.others, own)
-        for source in self.archive.sources:
+        for source in self.archive.sources if names else ():
             place = source.place if source.remote else os.path.realpath(source.path)
-            if (name := names.get(place)) is not None:
+            if (name := names.get(place)) is not None and not (source.skip or source.problem):
                 self.progress.say(
                     f"WARNING: {source.name}: its file has results as {name}, by a command that was given another "
-                    f"folder: all its nuclei are there twice"
+                    f"folder: all its nuclei will be there twice"
                 )
         self.stream = Stream(self.executor, self.execution.window)
         self.open = FairSlots(self._open_slides())
+        await self._write_ledger()  # for the report and the viewer
         watch = asyncio.create_task(self._watch())
         try:
             async with asyncio.TaskGroup() as slides:
@@ -274,16 +275,13 @@ class ArchiveRun:
 
     async def _watch(self) -> None:
         """Check workers that join, follow the number of detectors, and keep the ledger up to date."""
-        written, detectors, silent, ended, due = -1, 1, False, 0, 0.0
+        written, detectors, silent, ended, due = (0, 0), 1, False, 0, 0.0
         while True:
-            if len(self.done) > written and time.monotonic() >= due:
-                written, started = len(self.done), time.monotonic()
-                try:
-                    await asyncio.to_thread(self._write_ledger)
-                except OSError as error:
-                    self.progress.say(f"WARNING: ledger.csv could not be written: {error}")
-                due = time.monotonic() + _LEDGER_SHARE * (time.monotonic() - started)
             await asyncio.sleep(_POLL_S)
+            if (state := (len(self.started), len(self.done))) != written and time.monotonic() >= due:
+                written, started = state, time.monotonic()
+                await self._write_ledger()
+                due = time.monotonic() + _LEDGER_SHARE * (time.monotonic() - started)
             self.stream.slots.size, self.open.size = self.stream.size, self._open_slides()
             if self.executor.detectors == 0 < detectors:
                 self.progress.say(
@@ -299,12 +297,16 @@ class ArchiveRun:
             if (lost := self.executor.ended - ended) > 0:
                 ended += lost
                 self.progress.say(
-                    f"WARNING: worker processes that ended before the run: {lost}; what they had not finished is done "
-                    f"again. If that goes on: is there memory enough?"
+                    f"WARNING: {counted(lost, 'worker process', 'worker processes')} ended during the run; what they "
+                    f"had not finished is done again. If nobody ended them: is there memory enough?"
                 )
 
-    def _write_ledger(self) -> None:
-        ledger.write_ledger(self.folder, self.of_the_folder(self.records()))
+    async def _write_ledger(self) -> None:
+        """Of all slides as they are now; where it cannot be written the run goes on."""
+        try:
+            await asyncio.to_thread(lambda: ledger.write_ledger(self.folder, self.of_the_folder(self.records())))
+        except OSError as error:
+            self.progress.say(f"WARNING: ledger.csv could not be written: {error}")
 
     # ------------------------------------------------------------------------------------------- one slide
 
@@ -336,7 +338,8 @@ class ArchiveRun:
         """The slide's record, whatever happens to it; None where another run has it."""
         try:
             if source.skip:
-                return SlideRecord("", "skipped", source.skip)
+                known = await asyncio.to_thread(self.known.finished, source.name)
+                return known or SlideRecord("", "skipped", source.skip)
             # of os.path, as pathlib refuses links in a circle
             regions = await asyncio.to_thread(region_file, source, self.settings.regions)
             path = Path(os.path.realpath(source.path))

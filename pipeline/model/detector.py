@@ -546,24 +546,29 @@ def fold(model: NucleusDetector) -> NucleusDetector:
 
 def _normed_convolutions(model: NucleusDetector) -> dict[nn.Module, nn.Conv2d]:
     """Batch norms of the feature maps, each with the convolution whose output it takes, where both are used once."""
-    made: list[tuple[Tensor, nn.Conv2d]] = []  # held, so that no other tensor gets the identity of one
+    made: list[tuple[Tensor, int, nn.Conv2d]] = []  # held, so that no other tensor gets the identity of one
     pairs: list[tuple[nn.Module, nn.Conv2d]] = []
 
-    def see(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        if isinstance(module, nn.Conv2d):
-            made.append((output, module))
-        else:
-            pairs.extend((module, convolution) for tensor, convolution in made if tensor is inputs[0])
+    def give(module: nn.Module, _: tuple[Tensor, ...], output: Tensor) -> None:
+        assert isinstance(module, nn.Conv2d)
+        made.append((output, output._version, module))
 
-    layers = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.BatchNorm2d)]
-    hooks = [layer.register_forward_hook(see) for layer in layers]
+    def take(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        for output, version, convolution in made:
+            if output is inputs[0] and output._version == version:  # else it was changed in place meanwhile
+                pairs.append((module, convolution))
+
+    convolutions = [layer for layer in model.modules() if isinstance(layer, nn.Conv2d)]
+    hooks = [layer.register_forward_hook(give) for layer in convolutions]
+    hooks += [norm.register_forward_pre_hook(take) for norm in model.modules() if isinstance(norm, nn.BatchNorm2d)]
+    side = 3 * STRIDES[-1]
     try:
-        with torch.inference_mode():
-            model._maps(torch.zeros(1, 3, 3 * STRIDES[-1], 3 * STRIDES[-1], dtype=layers[0].weight.dtype))
+        with torch.inference_mode(False), torch.no_grad():  # tensors of inference mode have no version
+            model._maps(torch.zeros(1, 3, side, side, dtype=convolutions[0].weight.dtype))
     finally:
         for hook in hooks:
             hook.remove()
-    uses = Counter([convolution for _, convolution in made] + [norm for norm, _ in pairs])
+    uses = Counter([convolution for _, _, convolution in made] + [norm for norm, _ in pairs])
     return {norm: convolution for norm, convolution in pairs if uses[norm] == uses[convolution] == 1}
 
 

@@ -120,10 +120,11 @@ def _read(run: RunFolder, row: Mapping[str, Any]) -> SlideResult:
         record = read_record(content)
     except (KeyError, TypeError, ValueError, AttributeError):  # damaged, or of a version that had none
         known, record = False, None
+    asked = [f"not done again: {row['cause']}"] if row.get("cause") else []
     return dataclasses.replace(
         slide,
         summary=summary if known else {},
-        remarks=record.remarks if record else slide.remarks,
+        remarks=(*asked, *record.remarks) if record else slide.remarks,
         attempts=record.attempts if record else (),
         picture=_small(folder.overlay),
         regions=_regions(folder.regions),

@@ -54,7 +54,7 @@ def _row(slide: SlideResult, number: int) -> str:
     """A slide's row; `number` names it for links from the charts."""
     status, name = html.escape(str(slide.row["status"])), html.escape(slide.name)
     picture = f'<img src="{slide.picture}" alt="" loading="lazy">' if slide.picture else ""
-    remarks = [str(slide.row["cause"])] if slide.row.get("cause") else slide.remarks
+    remarks = slide.remarks or [str(cause) for cause in [slide.row.get("cause")] if cause]
     known = slide.number if slide.state == "done" else lambda _: np.nan
     cells = [
         f'<td><a href="{slide.overlay}">{picture}</a>{_density_map(slide)}</td>' if picture else "<td></td>",

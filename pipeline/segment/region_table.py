@@ -18,6 +18,7 @@ from pipeline.segment import annotations, tables
 from pipeline.segment.geojson import read_objects
 from pipeline.segment.polygons import Floats, Ints, Polygons
 from pipeline.segment.regions import RegionFile, SlideRegions, contained, read_regions
+from pipeline.text import counted
 from slides.errors import NightslideError
 from slides.geometry import Box
 
@@ -50,7 +51,7 @@ def measure_regions(slide: SlideFolder, file: RegionFile) -> RegionTable:
     regions = read_regions(file, provenance.bounds)
     inside = _members(slide.nuclei, regions.polygons)
     kept = _outside_artefacts(slide.nuclei, inside)
-    segmented, notes = _segmented(slide, regions.polygons, provenance.bounds)
+    segmented, notes = _segmented(slide, regions, file, provenance.bounds)
     tissue_px = _tissue_px(slide, segmented, provenance.bounds)
     if not slide.tissue_annotation.exists():
         notes += (f"mm2 of tissue are not known, as {slide.tissue_annotation.name} is missing: run the slide again",)
@@ -129,29 +130,31 @@ def _describe(values: NDArray[Any]) -> list[float]:
 # ------------------------------------------------------------------------------------------------- tissue
 
 
-def _segmented(slide: SlideFolder, regions: Polygons, bounds: Box) -> tuple[Polygons, tuple[str, ...]]:
+def _segmented(
+    slide: SlideFolder, regions: SlideRegions, file: RegionFile, bounds: Box
+) -> tuple[Polygons, tuple[str, ...]]:
     """The part of each region that was segmented, object (N,), None where that is not known; and what to say of it.
 
-    regions: object (N,), slide px; bounds: of the slide. A run may have been restricted to other regions.
+    regions: of `file`; bounds: of the slide, slide px. A run may have been restricted to the regions of another file.
     """
     restricted = (files.read_json(slide.slide_json) or {}).get("regions")
     if restricted is None:
-        return regions, ()
-    path = restricted["path"]
+        return regions.polygons, ()
+    path = Path(restricted["path"])
     only = f"only what {path} says was segmented"
+    before = RegionFile(path, restricted["crop"], restricted["sha256"])
+    if (file.sha256, file.crop) == (before.sha256, before.crop):  # wherever it lies now
+        return regions.within(regions.polygons), ()
     try:
-        only_these = read_regions(RegionFile(Path(path), restricted["crop"], restricted["sha256"]), bounds)
+        parts = read_regions(before, bounds).within(regions.polygons)
     except (NightslideError, OSError):
         note = f"{only}, and that file is gone or was changed: put it back, else mm2 of tissue are not known"
-        return np.full(len(regions), None), (note,)
-    parts = only_these.within(regions)
-    beyond = int(np.count_nonzero(shapely.area(parts) < 0.999 * shapely.area(regions)))
+        return np.full(len(regions.polygons), None), (note,)
+    beyond = int(np.count_nonzero(shapely.area(parts) < 0.999 * shapely.area(regions.polygons)))
     if not beyond:
         return parts, ()
-    which = (
-        f"{beyond} of {len(regions)} regions reach beyond it" if len(regions) > 1 else "the region reaches beyond it"
-    )
-    return parts, (f"{only}: {which}, and has no nuclei there; mm2 of tissue are of what was segmented",)
+    which = f"{beyond} of {counted(len(parts), 'region')} {'reaches' if beyond == 1 else 'reach'} beyond that"
+    return parts, (f"{only}: {which}; no nuclei are known there, and mm2 of tissue are of what was segmented",)
 
 
 def _tissue_px(slide: SlideFolder, regions: Polygons, bounds: Box) -> Floats:

@@ -1,5 +1,6 @@
 """Files and folders appear complete or not at all."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -155,3 +156,13 @@ def test_the_checksum_of_a_folder_is_of_names_and_content(tmp_path, change):
     else:
         file.with_name("d.txt").touch()
     assert files.sha256(tmp_path / "x") != files.sha256(tmp_path / "y")
+
+
+def test_a_file_that_may_not_be_read_keeps_its_name(tmp_path):
+    """While another one is written: the error is not about that."""
+    with pytest.raises(PermissionError) as raised, files.committed(tmp_path / "table.csv"):
+        raise PermissionError(errno.EACCES, "Permission denied", "/archive/nuclei.parquet")
+    assert files.refusal(raised.value).startswith("/archive/nuclei.parquet: Permission denied: make it")
+    with pytest.raises(OSError, match="No space") as full, files.committed(tmp_path / "table.csv") as partial:
+        raise OSError(errno.ENOSPC, "No space left on device", str(partial))
+    assert files.refusal(full.value).startswith(f"{tmp_path / 'table.csv'}: No space left on device: free")

@@ -52,8 +52,9 @@ File imageFile(def importer, Map slide, File moved) {
 
 /** That of its results with its file's suffix, as that of its regions may have: a/x.svs. */
 String imageName(File results, Map slide) {
-    def folder = results.toPath().relativize(slide.folder.toPath()).parent
-    return (folder ? folder.toString().replace('\\', '/') + '/' : '') + slide.source
+    def name = results.toPath().relativize(slide.folder.toPath()).toString().replace('\\', '/')
+    def suffix = (slide.source =~ /(\.ome)?\.[^.]*$/).with { it.find() ? it.group() : '' }
+    return name.endsWith(suffix) ? name : name + suffix
 }
 
 /** The results are read and checked before the image is added, and saved before the project is. */

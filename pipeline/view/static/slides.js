@@ -36,7 +36,7 @@ function show(slide) {
   cell(row, done ? number(slide.nuclei, 0) : "", "number");
   cell(row, done ? number(slide.tissue_mm2, 2) : "", "number");
   cell(row, done && slide.tissue_mm2 ? number(slide.nuclei / slide.tissue_mm2, 0) : "", "number");
-  cell(row, slide.cause || slide.remarks, "remarks");
+  cell(row, slide.remarks || slide.cause, "remarks");
   return row;
 }
 

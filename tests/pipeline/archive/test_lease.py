@@ -1,5 +1,6 @@
 """Of many processes that take a slide one gets it; leases of dead processes are taken over, of living ones never."""
 
+import errno
 import json
 import os
 import platform
@@ -369,3 +370,19 @@ def test_what_cannot_be_written_is_said(tmp_path: Path, monkeypatch: pytest.Monk
     with pytest.raises(OSError, match="No space left"):
         Leases().take(tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_who_has_a_slide_is_not_known_where_a_file_server_does_not_say(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is asked for a message, which ends no run."""
+    with Leases() as ours:
+        ours.take(tmp_path)
+        assert str(os.getpid()) in ours.holder(tmp_path)
+
+        def stale(_: Path) -> list[Path]:
+            raise OSError(errno.ESTALE, "Stale file handle")
+
+        monkeypatch.setattr(lease, "_files", stale)
+        assert ours.holder(tmp_path) == ""
+        monkeypatch.undo()

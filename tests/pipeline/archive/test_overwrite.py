@@ -25,7 +25,7 @@ from pipeline.archive.ledger import read_ledger
 from pipeline.archive.manifest import resolve
 from pipeline.archive.verify import verify_results
 from pipeline.cli import main
-from pipeline.config import Execution, Settings
+from pipeline.config import Execution, Regions, Settings
 from pipeline.errors import ClusterLost, ExportFailed, RunError
 from pipeline.layout import RunFolder
 from pipeline.model.fitted_stain import Normalisation
@@ -391,7 +391,7 @@ def test_the_ledger_is_there_before_the_first_slide_is_done(archive: Path, tmp_p
     assert seen[0] in (["unfinished", "waiting"], ["waiting", "waiting"])
     assert {status for statuses in seen for status in statuses} <= {"unfinished", "waiting", "done"}
     (out / "ledger.csv").unlink()
-    with pytest.raises(RunError, match="has not begun"):
+    with pytest.raises(RunError, match="where a run has just been started, try again in a moment"):
         read_ledger(RunFolder(out))
     with pytest.raises(RunError, match="need the --out folder of a run"):
         read_ledger(RunFolder(archive))
@@ -408,3 +408,21 @@ def test_a_slide_that_has_results_under_another_name_is_named(archive: Path, tmp
     (line, *_) = twice = [line for line in said if "there twice" in line]
     assert line.startswith("WARNING: b: its file has results as site/b, by a command")
     assert len(twice) == 2, "and the other way round"
+
+
+def test_a_slide_that_cannot_be_looked_for_keeps_its_row(archive: Path, tmp_path: Path) -> None:
+    """A manifest names it, but its file is gone; or regions are given, and none for it."""
+    out, manifest = tmp_path / "out", archive / "list.csv"
+    manifest.write_text("path\na.tif\nb.tif\n")
+    nuclei = {name: row.nuclei for name, row in segment(manifest, out).items()}
+    (archive / "b.tif").rename(tmp_path / "away.tif")
+    b = segment(manifest, out)["b"]
+    assert (b.status, b.nuclei) == ("done otherwise", nuclei["b"])
+    assert "does not exist" in b.cause
+    assert not (out / "b" / "failure.json").exists()
+    (tmp_path / "away.tif").rename(archive / "b.tif")
+    (tmp_path / "drawn").mkdir()
+    (tmp_path / "drawn" / "a.geojson").write_text("[]")
+    regions = dataclasses.replace(chosen(), regions=Regions(str(tmp_path / "drawn")))
+    b = segment(manifest, out, regions)["b"]
+    assert (b.status, b.nuclei) == ("done", nuclei["b"])

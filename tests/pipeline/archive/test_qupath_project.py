@@ -1,6 +1,7 @@
 """A QuPath project of a run has every slide once, keeps what is in it, and is written only where something is new."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,7 @@ def test_every_finished_slide_is_an_image(run: RunFolder, data: Path, capsys: py
     assert project["createTimestamp"] <= project["modifyTimestamp"]
     assert project["uri"] == run.qupath_project.as_uri()
     assert [entry["entryID"] for entry in project["images"]] == [1, 2, 3]
-    assert [entry["imageName"] for entry in project["images"]] == ["a/x.svs", "b/x.svs", "y.ome.tif"]
+    assert [entry["imageName"] for entry in project["images"]] == ["a/x.svs", "b/x.svs", "µ y.ome.tif"]
     assert [entry["serverBuilder"] for entry in project["images"]] == [
         {"builderType": "uri", "uri": f"file://{data}/{place}", "args": []}
         for place in ("a/x.svs", "b/x.svs", "a%20%C2%B5%231/y.ome.tif")
@@ -157,7 +158,7 @@ def test_regions_are_found_by_the_names_of_the_images(run: RunFolder, data: Path
     assert {name: file.relative_to(tmp_path / "drawn").as_posix() for name, file in files.items()} == {
         "a/x": "a/x.svs.geojson",
         "b/x": "b/x.svs.geojson",
-        "µ y": "y.ome.tif.geojson",
+        "µ y": "µ y.ome.tif.geojson",
     }
 
 
@@ -209,3 +210,10 @@ def test_slides_whose_results_are_gone_are_said(run: RunFolder) -> None:
     image, folder = write_project(run).warnings
     assert image == "a/x: nuclei.parquet is missing: put the file back, or run the slide again with --overwrite"
     assert folder.startswith("gone: slide.json is missing, though ledger.csv says that the slide is done: the same run")
+
+
+def test_a_folder_of_moved_slides_adds_none_twice(run: RunFolder, data: Path, tmp_path: Path) -> None:
+    """Copies of slides that are still where they were are not taken, in whatever order the commands are given."""
+    shutil.copytree(data, tmp_path / "copies")
+    assert write_project(run, tmp_path / "copies")[1:] == (3, 3, ())
+    assert write_project(run)[1:] == (3, 0, ())

@@ -70,6 +70,19 @@ def test_a_link_s_regions_have_its_name_that_of_its_file_or_the_one_in_the_resul
             assert matched(tmp_path / name, {"case7": path}).files == {"case7": file}
 
 
+def test_what_a_slide_is_called_counts_before_the_file_of_a_link(tmp_path: Path) -> None:
+    """Where all files are called slide.svs, in folders of their own, and links tell them apart."""
+    slides = {"slide": tmp_path / "slide.svs"}
+    for name in "AB":
+        (tmp_path / "store" / name).mkdir(parents=True)
+        (tmp_path / "store" / name / "slide.svs").touch()
+        slides[name] = tmp_path / f"{name}.svs"
+        slides[name].symlink_to(tmp_path / "store" / name / "slide.svs")
+    made(tmp_path / "drawn", "slide.geojson", "A.geojson")
+    files = {"slide": tmp_path / "drawn" / "slide.geojson", "A": tmp_path / "drawn" / "A.geojson"}
+    assert matched(tmp_path / "drawn", slides) == Matches(files, {})
+
+
 def test_a_file_that_fits_two_slides_is_given_to_neither(tmp_path: Path) -> None:
     made(tmp_path, "x.geojson")
     slides = {"x": Path("/scans/x.svs"), "x.tif": Path("/scans/x.tif")}

@@ -223,14 +223,17 @@ def test_regions_beyond_what_was_segmented_are_measured_as_far_as_that_reaches(p
         return next(m for m in measure_slides(place / out, config.Regions(str(place / regions))) if m.slide == "x")
 
     inside, everything = measured("out", "more").rows
-    assert "1 of 2 regions reach beyond it" in measured("out", "more").words
+    assert "1 of 2 regions reaches beyond that" in measured("out", "more").words
     mm2 = 0.25e-3**2
     assert inside["tissue_mm2"] == pytest.approx(BLOB.area * mm2, rel=1e-3)
     assert everything["tissue_mm2"] == pytest.approx((BLOB.area + CORNER.area) * mm2, rel=1e-3)
     assert everything["per_mm2"] == pytest.approx(everything["nuclei"] / everything["tissue_mm2"])
     assert "beyond" not in measured("out", "same").words
     assert measured("whole", "more").rows[1]["tissue_mm2"] > 0.99 * whole.area * mm2
-    (place / "drawn" / "x.geojson").unlink()
+    (place / "drawn").rename(place / "moved")
+    moved = measured("out", "moved")
+    assert "only what" not in moved.words, "the same regions, wherever they are"
+    assert moved.rows[0]["tissue_mm2"] == inside["tissue_mm2"]
     assert "put it back" in measured("out", "more").words
     assert all(np.isnan(row["tissue_mm2"]) and np.isnan(row["per_mm2"]) for row in measured("out", "more").rows)
 

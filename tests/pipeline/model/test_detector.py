@@ -90,6 +90,19 @@ def test_folded_batch_norms_change_nothing(backbone: str, left: int) -> None:
         torch.testing.assert_close(after, before, rtol=1e-3, atol=1e-4)
 
 
+def test_a_norm_of_what_was_changed_in_place_is_not_folded() -> None:
+    """Law: the same features, whatever changes a convolution's output before the norm takes it."""
+    torch.manual_seed(1)
+    model = NucleusDetector(TINY).double().eval()
+    norm = next(module for module in model.backbone.modules() if isinstance(module, torch.nn.BatchNorm2d))
+    norm.register_forward_pre_hook(lambda _, inputs: (inputs[0].mul_(3),))
+    images = torch.rand(1, 3, 64, 64, dtype=torch.float64)
+    with torch.inference_mode():
+        expected = model.features(images).table.pixels
+        assert torch.allclose(fold(model).features(images).table.pixels, expected, atol=1e-5)
+    assert norm in list(model.modules())
+
+
 def test_no_proposals_give_no_boxes(tiny: NucleusDetector) -> None:
     """On glass there are no proposals: in none of the patches, or in one of them."""
     with torch.inference_mode():

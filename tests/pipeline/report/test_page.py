@@ -271,3 +271,11 @@ def test_classes_have_their_shares(tmp_path):
     assert "60" in cells
     page = read(tmp_path, [row("b", nuclei=60)])
     assert "Classes of" not in page.text
+
+
+def test_a_cause_hides_no_warning(tmp_path):
+    """Of a slide whose results are kept, though others were asked for: the row has both in its remarks."""
+    warned = row("a", "done otherwise", cause="other regions", remarks="not done again: other regions; blurred")
+    page = write_report(RunFolder(tmp_path), [warned, row("b", "failed", cause="no file")]).read_text("utf-8")
+    assert "<p>not done again: other regions; blurred</p>" in page
+    assert "<p>no file</p>" in page

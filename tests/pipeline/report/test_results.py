@@ -89,6 +89,13 @@ def test_remarks_are_those_of_the_slide_and_else_of_its_row(tmp_path):
     assert gone.remarks == ("lost",)
 
 
+def test_what_was_not_done_again_is_a_remark_beside_the_slide_s_own(tmp_path):
+    finish(tmp_path / "a", found(), ["its own"])
+    row = done(status="done otherwise", cause="other regions")
+    (slide,) = read_results(RunFolder(tmp_path), [row])
+    assert (slide.state, slide.remarks) == ("done", ("not done again: other regions", "its own"))
+
+
 def test_a_good_slide_has_no_remark(tmp_path):
     finish(tmp_path / "a", found())
     (slide,) = read_results(RunFolder(tmp_path), [done()])
