@@ -33,8 +33,9 @@ def committed(path: Path, *, synced: bool = True) -> Iterator[Path]:
         if synced:
             _sync_names(path.parent)
     except OSError as error:
-        named = error.filename is not None and partial.name in os.fsdecode(error.filename)
-        if named or (error.filename is None and _REMEDIES.get(error.errno or 0) == _FULL):
+        # other libraries name a file in their message; one that is read here is not what is written
+        unnamed = error.filename is None and os.sep not in (error.strerror or "")
+        if error.errno in _REMEDIES and (unnamed or partial.name in os.fsdecode(error.filename or "")):
             error.filename = str(path)
         raise
     finally:
