@@ -216,8 +216,8 @@ _GUARD = (
 )
 
 
-def end_a_copy() -> None:
-    """End a process of ours that imports the script which started it, and so comes to the same call again."""
+def stop_in_a_starting_worker() -> None:
+    """End this process if it is a worker that is being started: it imports the script, and came to the same call."""
     if getattr(multiprocessing.current_process(), "_inheriting", False):  # until its script is imported
         raise SystemExit(f"nightslide: {_GUARD}: each worker process imports it")
 

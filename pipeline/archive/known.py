@@ -85,9 +85,11 @@ class KnownSlides:
 
     def elsewhere(self, name: str) -> SlideRecord | None:
         """The record of a slide that another run has finished, or failed at; the results are not looked at."""
-        if ledger.read_finished(self._folder.slide(name))[0] is not None:
-            return self.finished(name)
-        record = self._failed(name)
+        record, content = ledger.read_finished(self._folder.slide(name))
+        if record is None:
+            record = self._failed(name)
+        elif not self._counts(content):
+            return None
         return record and dataclasses.replace(record, slide=name)
 
     def finished(self, name: str) -> SlideRecord | None:

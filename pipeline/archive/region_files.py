@@ -38,14 +38,13 @@ def match_regions(folder: str, slides: Mapping[str, Path]) -> Matches:
         raise RunError(f"regions={folder} is no folder: need one with QuPath's GeoJSON files, named after the slides")
     exports = _exports(root)
     fitting: dict[str, list[str]] = defaultdict(list)
-    for images in (_own_names, _other_names):  # what a slide itself is called counts before what another one may be
+    for own in (True, False):  # what a slide itself is called counts before what else it may be called
         taken, found = set(fitting), {name for names in fitting.values() for name in names}
         for name, path in slides.items():
-            keys = _keys(images(name, path), name, path, root) if name not in found else ()
-            for key in keys:
-                if key in exports and key not in taken:
-                    fitting[key].append(name)
-                    break
+            images = _own_names(path) if own else _other_names(name, path)
+            keys = _keys(images, name, path, root) if name not in found else ()
+            if key := next((key for key in keys if key in exports and key not in taken), None):
+                fitting[key].append(name)
     if not fitting:
         example = min(slides.values()).name
         raise RunError(
@@ -67,14 +66,14 @@ def match_regions(folder: str, slides: Mapping[str, Path]) -> Matches:
     return matches
 
 
-def _own_names(_: str, path: Path) -> list[str]:
+def _own_names(path: Path) -> list[str]:
     return [path.name, path.stem, path.stem.removesuffix(".ome")]
 
 
 def _other_names(name: str, path: Path) -> list[str]:
     """What a slide is called in the results, with the suffix of its file; and the file to which a link leads."""
     linked = Path(os.path.realpath(path))
-    return [name for each in (f"{Path(name).name}{suffix(linked)}", linked.name) for name in _own_names("", Path(each))]
+    return [*_own_names(Path(f"{Path(name).name}{suffix(linked)}")), *_own_names(linked)]
 
 
 def suffix(path: Path) -> str:

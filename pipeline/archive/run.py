@@ -24,10 +24,10 @@ from pipeline.archive.executors import (
     Executor,
     ask,
     check_execution,
-    end_a_copy,
     open_executor,
     run_task,
     starts_processes,
+    stop_in_a_starting_worker,
 )
 from pipeline.archive.known import DONE_OTHERWISE, KnownSlides
 from pipeline.archive.lease import Leases
@@ -89,7 +89,7 @@ def run(
     Raises RunError, WeightsError, StainError or ConfigError before anything is started; ClusterLost.
     """
     if starts_processes(execution, client):
-        end_a_copy()
+        stop_in_a_starting_worker()
     folder = RunFolder(Path(out).absolute())
     archive = find_slides(
         inputs,
@@ -138,7 +138,7 @@ def run(
                     progress.say(use)
             finally:
                 records = work.records()
-                _publish(folder, work.of_the_folder(records), progress)
+                _publish(folder, work.of_the_folder(records), progress, chosen_stains=settings.stain.method == "auto")
     return records
 
 
@@ -176,12 +176,15 @@ def _in_a_thread(work: Callable[[], Any], stop: Callable[[], None]) -> None:
             raise
 
 
-def _publish(folder: RunFolder, records: Sequence[SlideRecord], progress: Progress) -> None:
-    """Write the ledger and the report. A full disk or a missing folder is a warning, and no error."""
+def _publish(folder: RunFolder, records: Sequence[SlideRecord], progress: Progress, *, chosen_stains: bool) -> None:
+    """Write the ledger and the report. A full disk or a missing folder is a warning, and no error.
+
+    chosen_stains: whether each slide's stain normalisation was chosen by itself; then it is said how often which.
+    """
     rows = [ledger.row_of(record) for record in records]
     if warning := ledger.mixed_computation(rows):
         progress.say(f"WARNING: {warning}")
-    if stains := ledger.mixed_stains(rows):
+    if chosen_stains and (stains := ledger.mixed_stains(rows)):
         progress.say(stains)
     try:
         ledger.write_ledger(folder, records)

@@ -42,6 +42,7 @@ from pipeline.model.suppress import suppress
 
 LEVELS = ("0", "1", "2", "3")  # torchvision names feature maps by strings
 _LEAST_SIDE_PX = 2  # of a box in enlarged px: a thinner one is no nucleus
+_SMALL_PX = 3 * STRIDES[-1]  # side of an image that shows how a network is made: the coarsest map has 3 x 3 pixels
 _LEAST_PROPOSALS, _LEAST_INSTANCES = 200, 100  # the limits of the smallest patches, which may be all nuclei
 # Where proposals reach their limit, and more than one in so many becomes an instance, others may have been left out.
 _PROPOSALS_PER_INSTANCE = 3
@@ -467,7 +468,7 @@ def _maps_at_strides(name: str) -> tuple[int, ...]:
 
     It is built and called without memory, as timm has networks for images of one size, or with maps in another order.
     """
-    side = 3 * STRIDES[-1]
+    side = _SMALL_PX
     try:
         with torch.device("meta"), torch.inference_mode():
             probe: Any = timm.create_model(name, features_only=True).eval()
@@ -561,10 +562,9 @@ def _normed_convolutions(model: NucleusDetector) -> dict[nn.Module, nn.Conv2d]:
     convolutions = [layer for layer in model.modules() if isinstance(layer, nn.Conv2d)]
     hooks = [layer.register_forward_hook(give) for layer in convolutions]
     hooks += [norm.register_forward_pre_hook(take) for norm in model.modules() if isinstance(norm, nn.BatchNorm2d)]
-    side = 3 * STRIDES[-1]
     try:
         with torch.inference_mode(False), torch.no_grad():  # tensors of inference mode have no version
-            model._maps(torch.zeros(1, 3, side, side, dtype=convolutions[0].weight.dtype))
+            model._maps(torch.zeros(1, 3, _SMALL_PX, _SMALL_PX, dtype=convolutions[0].weight.dtype))
     finally:
         for hook in hooks:
             hook.remove()
