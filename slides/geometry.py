@@ -3,7 +3,7 @@
 x right, y down. Boxes are half-open. Points are `(x, y)`, arrays are `(y, x)`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -55,6 +55,19 @@ class Box(NamedTuple):
         """Index `(rows, columns)` of this box in an array whose first pixel lies at `corner` (x, y)."""
         x, y = corner
         return slice(self.y0 - y, self.y1 - y), slice(self.x0 - x, self.x1 - x)
+
+
+def cells(box: Box, side: tuple[int, int], *, lattice: bool = False) -> Iterator[Box]:
+    """Cut `box` into rectangles of at most `side` (width, height), row by row.
+
+    lattice: they are whole and start at multiples of `side`, so that the outer ones hang over the box.
+    """
+    width, height = side
+    left, top = (box.x0 // width * width, box.y0 // height * height) if lattice else (box.x0, box.y0)
+    for y in range(top, box.y1, height):
+        for x in range(left, box.x1, width):
+            cell = Box(x, y, x + width, y + height)
+            yield cell if lattice else cell.intersect(box)
 
 
 def union(boxes: Sequence[Box]) -> Box:

@@ -7,28 +7,21 @@ a chosen mpp. `Slide.frame` makes frames.
 import hashlib
 import math
 import os
-import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple, Self, TypeVar
+from typing import Self, TypeVar
 
 import numpy as np
-import openslide
 from numpy.typing import NDArray
 from PIL import Image
 
-from slides.errors import (
-    RegionUnreadable,
-    SlideTooLarge,
-    SlideUnreadable,
-)
-from slides.geometry import Affine, Box, Frame, Size
-from slides.opening import CONVERT, UNSUPPORTED, Picture, check_tiles, open_handle, stated_tile, unsupported
+from slides.errors import RegionUnreadable, SlideTooLarge, SlideUnreadable
+from slides.geometry import Affine, Box, Frame, Size, cells
+from slides.opening import CONVERT, UNSUPPORTED, unsupported
 from slides.scale import GivenScale, find_scale
+from slides.stored import CHUNK, Mask, Pixels, StoredPixels, blank
 
 T = TypeVar("T", bound=np.generic)
-Pixels = NDArray[np.uint8]
-Mask = NDArray[np.bool_]
 Window = tuple[float, float, float, float]  # x0 y0 x1 y1, px of the array that it is a part of
 
 # Pixels of a thumbnail: 46 x 46 mm at 8 um, or a glass of 26 x 76 mm. Finding tissue takes 32 bytes for each: 1 GB.
@@ -40,27 +33,14 @@ _MOST_FOR_DISPLAY_PX = 2**23
 # Level px along a side of one pixel that is read; with the filter's reach this is 200 MB.
 _COARSEST = 1024
 
-# Side of the region that is read in one call, level px: it bounds the memory and changes no pixel.
-_CHUNK = 2048
-
 # Side of what is resampled in one call, px of the frame. Whole cells of a fixed lattice are resampled and then cut to
 # the box, because the filter's weights depend, in their last bits, on where the call starts and ends.
 _CELL = 128
-
-# Side of the cells in which a damaged region is decoded, level px, where the slide does not state its tiles.
-_USUAL_TILE = 256
 
 # Pillow's bicubic filter reaches 2 pixels, of the coarser raster, to either side; the third covers rounding.
 _REACH = 3
 
 _WHITE = 255
-
-
-class Level(NamedTuple):
-    """One level of the pyramid: its size, level px, and level-0 px per level px as OpenSlide counts them."""
-
-    size: Size
-    downsample: float
 
 
 class Slide:
@@ -69,27 +49,20 @@ class Slide:
     path, vendor (`image` for a plain picture), size (level 0), bounds (slide px; what the scanner recorded),
     levels, scale, quick_hash (identifies the file), has_icc (recorded only: colours are left as stored),
     odd_levels (numbers of levels of another shape than the slide's, such as a label: they are not read from).
-    OpenSlide's handles are not shared: each thread of each process has its own, opened on first use.
     """
 
     def __init__(self, path: str | os.PathLike[str], given: GivenScale) -> None:
         self.path = Path(path)
         self._given = given
-        self._handles: dict[tuple[int, int], openslide.AbstractSlide] = {}
-        handle = self._handle()
-        properties = dict(handle.properties)  # the handle may be dropped below
-        self.vendor: str = properties.get("openslide.vendor", "image")
-        self.size = Size(*handle.dimensions)
-        self.levels = tuple(
-            Level(Size(*size), downsample)
-            for size, downsample in zip(handle.level_dimensions, handle.level_downsamples, strict=True)
-        )
+        self._stored = StoredPixels(self.path)
+        properties = self._stored.properties
+        self.vendor = self._stored.vendor
+        self.levels = self._stored.levels
+        self.size = self.levels[0].size
         self.odd_levels = tuple(i for i, level in enumerate(self.levels) if not _shows_the_same(level.size, self.size))
         self.bounds = _bounds(properties, self.size)
-        self._tile_sizes = tuple(_tile_size(properties, level) for level in range(len(self.levels)))
         self.has_icc = "openslide.icc-size" in properties
         self.quick_hash: str = properties.get("openslide.quickhash-1") or _file_hash(self.path)
-        check_tiles(self.path, properties, len(self.levels))
         # Before the scale: a damaged file must be reported as damaged, whether or not it states a scale.
         self._check_readable()
         self.scale = find_scale(self.path, properties, given)
@@ -105,8 +78,7 @@ class Slide:
 
     def close(self) -> None:
         """Close this process's handles. Reading again opens new ones."""
-        for key in [key for key in self._handles if key[0] == os.getpid()]:
-            self._handles.pop(key).close()
+        self._stored.close()
 
     def frame(self, mpp: float) -> Frame:
         """The pixel grid over `bounds` at `mpp` micrometres per pixel."""
@@ -155,7 +127,7 @@ class Slide:
         if not inside.area or not 0 < stored.area <= _MOST_FOR_DISPLAY_PX:
             return self.read_decodable(box, frame)[0]
         try:
-            pixels = _padded(self._region(level, stored), stored, source)
+            pixels = _padded(self._stored.region(level, stored), stored, source)
         except RegionUnreadable:
             return self.read_decodable(box, frame)[0]
         shown = np.full((box.height, box.width, 3), _WHITE, np.uint8)
@@ -187,30 +159,30 @@ class Slide:
             )
         inside = box.intersect(frame.box)
         if not inside.area:
-            return _blank(box)
+            return blank(box)
         if _needs_no_filter(to_level):
             read = self._read_source(level, self._source(inside, to_level)[0], strict=strict)
         else:
             read = self._resampled(level, inside, frame.box, to_level, strict=strict)
         if inside == box:
             return read
-        pixels, lost = _blank(box)
+        pixels, lost = blank(box)
         place = inside.within((box.x0, box.y0))
         pixels[place], lost[place] = read
         return pixels, lost
 
     def _resampled(self, level: int, inside: Box, whole: Box, to_level: Affine, *, strict: bool) -> tuple[Pixels, Mask]:
         """`inside`, a part of the frame's box `whole`, from whole cells of a fixed lattice, read in chunks."""
-        fit = int(_CHUNK / max(1.0, to_level.scale_x, to_level.scale_y))  # px whose source is one chunk
+        fit = int(CHUNK / max(1.0, to_level.scale_x, to_level.scale_y))  # px whose source is one chunk
         cell_side = max(1, min(_CELL, fit))
         group_side = max(1, fit // cell_side) * cell_side
         pixels = np.empty((inside.height, inside.width, 3), np.uint8)
         lost = np.zeros((inside.height, inside.width), np.bool_)
-        for group in _cells(_snapped(inside, cell_side).intersect(whole), (group_side, group_side)):
+        for group in cells(_snapped(inside, cell_side).intersect(whole), (group_side, group_side)):
             source, _ = self._source(group, to_level)
             stored, undecoded = self._read_source(level, source, strict=strict)
             image, resampled = Image.fromarray(stored), Image.new("RGB", group.size)
-            for cell in _cells(group, (cell_side, cell_side)):
+            for cell in cells(group, (cell_side, cell_side)):
                 around, window = self._source(cell, to_level)
                 piece = image.crop(around.shift(-source.x0, -source.y0))
                 piece = piece.resize(cell.size, Image.Resampling.BICUBIC, box=window)
@@ -235,9 +207,9 @@ class Slide:
         return source, (x0 - left, y0 - top, x1 - left, y1 - top)
 
     def _read_source(self, level: int, source: Box, *, strict: bool) -> tuple[Pixels, Mask]:
-        """As `_read_level`, for a `source` that may hang over the bounds: the edge pixels are repeated."""
+        """As `StoredPixels.read`, for a `source` that may hang over the bounds: the edge pixels are repeated."""
         stored = source.intersect(self._level_bounds(level))
-        pixels, lost = self._read_level(level, stored, strict=strict)
+        pixels, lost = self._stored.read(level, stored, strict=strict)
         return _padded(pixels, stored, source), _padded(lost, stored, source)
 
     def _best_level(self, frame: Frame) -> int:
@@ -269,78 +241,6 @@ class Slide:
         x1, y1 = math.ceil(self.bounds.x1 / x), math.ceil(self.bounds.y1 / y)
         return Box(x0, y0, max(x1, x0 + 1), max(y1, y0 + 1)).intersect(Box(0, 0, *self.levels[level].size))
 
-    def _read_level(self, level: int, box: Box, *, strict: bool) -> tuple[Pixels, Mask]:
-        """Stored pixels of a level (`box` in level px), on white: uint8 (h, w, 3), and bool (h, w): lost.
-
-        Each pixel is the same whichever box it is read in. OpenSlide is asked for a corner in level-0 px;
-        where the downsample is fractional, that corner falls between level pixels and the region is shifted
-        by a part of a pixel. There every read starts at a corner of a fixed lattice.
-        strict: raises RegionUnreadable; else what cannot be decoded is white and lost.
-        """
-        whole = float(self.levels[level].downsample).is_integer()
-        side = self._chunk_sides(level) if whole else (_CHUNK, _CHUNK)
-        pixels = np.empty((box.height, box.width, 3), np.uint8)
-        lost = np.zeros((box.height, box.width), np.bool_)
-        for cell in _cells(box, side, lattice=True):
-            part = cell.intersect(box)
-            corner = (part.x0, part.y0) if whole else (cell.x0, cell.y0)
-            place = part.within((box.x0, box.y0))
-            try:
-                pixels[place] = self._region(level, Box(*corner, part.x1, part.y1))[part.within(corner)]
-            except RegionUnreadable:
-                if strict:
-                    raise
-                pixels[place], lost[place] = self._stored_tiles(level, part)
-        return pixels, lost
-
-    def _chunk_sides(self, level: int) -> tuple[int, int]:
-        """Sides of a chunk of whole stored tiles: none is then decoded for two chunks."""
-        width, height = self._tile_sizes[level]
-        return _CHUNK // width * width, _CHUNK // height * height
-
-    def _stored_tiles(self, level: int, box: Box) -> tuple[Pixels, Mask]:
-        """What can be decoded of a damaged region, one stored tile at a time; as `_read_level`."""
-        pixels, lost = _blank(box)
-        for tile in _cells(box, self._tile_sizes[level], lattice=True):
-            part = tile.intersect(box)
-            place = part.within((box.x0, box.y0))
-            try:
-                pixels[place] = self._region(level, part)
-            except RegionUnreadable:
-                lost[place] = True
-        return pixels, lost
-
-    def _region(self, level: int, box: Box) -> Pixels:
-        """One call to OpenSlide: `box` in level px, uint8 (h, w, 3). Raises RegionUnreadable."""
-        downsample = self.levels[level].downsample
-        location = (round(box.x0 * downsample), round(box.y0 * downsample))
-        try:
-            image = self._handle().read_region(location, level, box.size)
-        except openslide.OpenSlideError as error:
-            # After an error OpenSlide refuses everything else: drop the handle, the next read opens another.
-            self._handles.pop((os.getpid(), threading.get_ident())).close()
-            raise RegionUnreadable(
-                f"{self.path}: {box.width} x {box.height} px at {location} of level {level} cannot be "
-                f"decoded ({error}): the file is damaged there; copy it again, or continue without this region"
-            ) from error
-        return _on_white(image)
-
-    def _handle(self) -> openslide.AbstractSlide:
-        """This thread's handle, opened if need be; a forked child opens its own.
-
-        A plain picture is decoded as a whole, so all threads of a process share it; nothing changes its pixels.
-        """
-        process = os.getpid()
-        shared = self._handles.get((process, 0))
-        if shared is not None:
-            return shared
-        key = (process, threading.get_ident())
-        if key not in self._handles:
-            handle = open_handle(self.path)
-            key = (process, 0) if isinstance(handle, Picture) else key
-            return self._handles.setdefault(key, handle)
-        return self._handles[key]
-
     def _check_readable(self) -> None:
         """Raise SlideUnreadable if none of 49 pixels spread over the coarsest level and level 0 decodes.
 
@@ -355,7 +255,7 @@ class Slide:
                 x = bounds.x0 + (2 * col + 1) * bounds.width // 14
                 y = bounds.y0 + (2 * row + 1) * bounds.height // 14
                 try:
-                    self._region(level, Box(x, y, x + 1, y + 1))
+                    self._stored.region(level, Box(x, y, x + 1, y + 1))
                     return
                 except RegionUnreadable as error:
                     cause = error
@@ -412,35 +312,10 @@ def _file_hash(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _tile_size(properties: Mapping[str, str], level: int) -> Size:
-    """Size of the cells in which a damaged level is read and lost, level px."""
-    width, height = stated = stated_tile(properties, level)
-    # Strips, and whole levels stored as one tile, are too large to be lost as a whole.
-    return stated if 64 <= min(width, height) <= max(width, height) <= _CHUNK else Size(_USUAL_TILE, _USUAL_TILE)
-
-
-def _cells(box: Box, side: tuple[int, int], *, lattice: bool = False) -> Iterator[Box]:
-    """Cut `box` into rectangles of at most `side` (width, height), row by row.
-
-    lattice: they are whole and start at multiples of `side`, so that the outer ones hang over the box.
-    """
-    width, height = side
-    left, top = (box.x0 // width * width, box.y0 // height * height) if lattice else (box.x0, box.y0)
-    for y in range(top, box.y1, height):
-        for x in range(left, box.x1, width):
-            cell = Box(x, y, x + width, y + height)
-            yield cell if lattice else cell.intersect(box)
-
-
 def _snapped(box: Box, side: int) -> Box:
     """The box grown outwards to multiples of `side`."""
     x0, y0 = box.x0 // side * side, box.y0 // side * side
     return Box(x0, y0, -(-box.x1 // side) * side, -(-box.y1 // side) * side)
-
-
-def _blank(box: Box) -> tuple[Pixels, Mask]:
-    """Nothing but white, uint8 (h, w, 3), of which nothing is lost, bool (h, w)."""
-    return np.full((box.height, box.width, 3), _WHITE, np.uint8), np.zeros((box.height, box.width), np.bool_)
 
 
 def _needs_no_filter(to_level: Affine) -> bool:
@@ -463,15 +338,3 @@ def _padded(array: NDArray[T], stored: Box, wanted: Box) -> NDArray[T]:
     if not any(rows + columns):
         return array
     return np.pad(array, (rows, columns, (0, 0))[: array.ndim], mode="edge")
-
-
-def _on_white(image: Image.Image) -> Pixels:
-    """RGBA, straight alpha -> uint8 (h, w, 3), blended on white."""
-    rgba = np.asarray(image)
-    rgb, alpha = rgba[..., :3], rgba[..., 3:]
-    if alpha.min(initial=255) == 255:
-        # a copy of `rgb` takes five times as long
-        return np.frombuffer(image.tobytes("raw", "RGB"), np.uint8).reshape(rgb.shape)
-    # At most 255 * 255 + 127: fits 16 bits.
-    weight = alpha.astype(np.uint16)
-    return ((rgb * weight + _WHITE * (255 - weight) + 127) // 255).astype(np.uint8)

@@ -7,7 +7,8 @@ import numpy as np
 from pipeline.config import Tissue
 from slides.artefacts import ArtefactMap, find_artefacts, read_texture
 from slides.geometry import Frame
-from slides.slide import Pixels, Slide
+from slides.slide import Slide
+from slides.stored import Pixels
 from slides.tissue import TissueMap, densities, glass, tissue_mask
 
 # A field of view up to this area was chosen by somebody: where no tissue is recognised, it is pale, or fat.

@@ -38,6 +38,7 @@ from slides import focus
 from slides.geometry import Box
 from slides.patches import PatchStore
 from slides.slide import Slide, open_slide
+from slides.stored import StoredPixels
 
 MPP = {40: 0.25, 20: 0.5}  # of level 0, by magnification
 DENSITY = 3000  # nuclei per mm2
@@ -170,7 +171,7 @@ class Clock:
 def watch(clock: Clock) -> None:
     """Time every stage, and the steps of those that are done block by block."""
     steps = (
-        (Slide, "_region", "tile: read and decode"),
+        (StoredPixels, "read", "tile: read and decode"),
         (stages, "cut", "tile: copy and resample"),
         (PatchStore, "write", "tile: write the store"),
         (PatchStore, "read", "detect: read the store"),
