@@ -272,7 +272,7 @@ class Export:
     cells: float = 0.0
     "qupath: grow every nucleus by so many um into a cell, never into another; 0: the nuclei themselves."
     dicom_reference: Annotated[str, Parameter(name=["--export.dicom-reference", "--dicom-reference"])] = ""
-    "dicom: folder with a DICOM copy of every slide that is not DICOM itself, as SLIDE.dcm or in a folder SLIDE; without it, the slides must be DICOM."
+    "dicom: folder with a DICOM copy of every slide that is not DICOM itself, as SLIDE.dcm or in a folder SLIDE, by its name in the results; without it, the slides must be DICOM."
     density_um: float = 100.0
     "density: side of the squares into which the slide is divided, um."
 

@@ -47,6 +47,13 @@ class SlideFolder:
     path: Path
 
     @property
+    def name(self) -> str:
+        """That of the slide in its run, "/" between its parts; the folder's own where it lies in no run's folder."""
+        whole = Path(os.path.abspath(self.path))
+        run = next((folder for folder in whole.parents if (folder / _RUN).is_file()), whole.parent)
+        return whole.relative_to(run).as_posix()
+
+    @property
     def slide_json(self) -> Path:
         """Provenance, record and summary of a finished slide; written last."""
         return self.path / _SLIDE

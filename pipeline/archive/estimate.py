@@ -1,7 +1,6 @@
 """Time and disk space that a run will take, slide by slide, estimated before it is started."""
 
 import dataclasses
-from pathlib import Path
 from typing import NamedTuple
 
 from pipeline.archive.region_files import region_file
@@ -41,7 +40,7 @@ def estimate_slide(source: Source, settings: Settings, seconds_per_mm2: float) -
             raise RunError(source.problem)
         with open_slide(source.path, **source.scale._asdict()) as slide:
             plan = plan_slide(slide, unnormalised, region_file(source, settings.regions))
-        check_exports(source.path, Path(source.name).name, plan, settings.export)
+        check_exports(source.path, source.name, plan, settings.export)
     except Exception as error:
         return SlideEstimate(source.name, one_line(error), 0, "", 0, 0, 0, 0)
     area = plan.tissue.area_mm2

@@ -2,12 +2,13 @@
 
 import contextlib
 import dataclasses
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from pipeline import files
-from pipeline.config import Export, ExportFormat
+from pipeline.config import Export, ExportFormat, require
 from pipeline.errors import AnnotationError, SlideChanged
 from pipeline.layout import EXPORTS, RESULTS, SlideFolder
 from pipeline.segment import annotations, tables
@@ -103,7 +104,7 @@ def _regions(job: Job) -> dict[str, Any] | None:
 
 
 def check_exports(source: Path, name: str, plan: Plan, export: Export) -> None:
-    """Raise, before inference, where a wanted format cannot be written. name: of the slide's folder."""
+    """Raise, before inference, where a wanted format cannot be written. name: of the slide in its run."""
     check_formats(export.formats)
     export = _with_source(export, source)
     for check in filter(None, (FORMATS[wanted].check for wanted in export.formats)):
@@ -121,7 +122,13 @@ def write_exports(folder: SlideFolder, export: Export, source: Path | None = Non
 
 
 def _with_source(export: Export, source: Path | None) -> Export:
-    """The settings with the slide as the image that DICOM annotations refer to, unless they name others."""
+    """The settings with the slide as the image that DICOM annotations refer to, unless they name others.
+
+    Raises ConfigError where they name a file, which would be taken for every slide of its size.
+    """
+    place = export.dicom_reference
+    need = "need the folder with SLIDE.dcm of every slide"
+    require(not os.path.isfile(place), f"dicom-reference={place} is a file: {need}")
     if export.dicom_reference or source is None:
         return export
     return dataclasses.replace(export, dicom_reference=str(source))

@@ -97,7 +97,7 @@ def make_plan(job: Job) -> StageRecord:
             job.check_lease()
             folder.work.mkdir(parents=True, exist_ok=True)
             write_plan(plan, folder, job.digest)
-        check_exports(job.source, folder.path.name, plan, job.settings.export)
+        check_exports(job.source, folder.name, plan, job.settings.export)
     job.check_lease()
     PatchStore.create(folder.patches, plan.grid, job.digest)
     stores = (folder.focus(0).parent, folder.predictions(0).parent, folder.instances(0).parent)

@@ -17,6 +17,7 @@ from pipeline import files
 from pipeline.config import Export
 from pipeline.errors import RunError
 from pipeline.files import committed
+from pipeline.layout import SlideFolder
 from pipeline.segment.export.exported import Exported, Rings, open_rings, shards
 from pipeline.segment.tables import STAINS, Provenance, geometry, read_provenance
 from slides.dicom import Header, read_header
@@ -84,7 +85,7 @@ def write_dicom(nuclei: Path, out: Path, options: Export) -> Exported:
     Raises RunError as `find_reference` does.
     """
     provenance = read_provenance(nuclei)
-    reference = find_reference(nuclei.parent.name, provenance.size, provenance.bounds, options)
+    reference = find_reference(SlideFolder(nuclei.parent).name, provenance.size, provenance.bounds, options)
     image = _image(reference.path)
     series = f"{files.file_sha256(nuclei)} {image.SOPInstanceUID}"
     written = dropped = 0
@@ -107,8 +108,9 @@ def write_dicom(nuclei: Path, out: Path, options: Export) -> Exported:
 def find_reference(name: str, size: Size, bounds: Box, options: Export) -> Reference:
     """The one DICOM image of the slide at full resolution: of the whole slide, or of its bounds.
 
-    name: of the slide's folder; size and bounds: of the slide, in slide px.
-    options.dicom_reference: the slide itself, or a folder with a file `name`.dcm or a folder `name`.
+    name: of the slide in its run; size and bounds: of the slide, in slide px.
+    options.dicom_reference: the slide itself, or a folder with a file `name`.dcm or a folder `name`. Of a/case7
+    the last part alone does not do: b/case7 may be another patient's.
     Raises RunError where there is no such image, or more than one.
     """
     given = Path(options.dicom_reference)

@@ -17,7 +17,7 @@ from pipeline.archive import run as archive_run
 from pipeline.archive.estimate import estimate_slide
 from pipeline.archive.sources import Source
 from pipeline.config import Execution, Export, Settings
-from pipeline.errors import RunError
+from pipeline.errors import ConfigError, RunError
 from pipeline.layout import SlideFolder
 from pipeline.model.fitted_stain import Normalisation
 from pipeline.model.instances import STATISTICS, HostInstances, Patches
@@ -187,6 +187,25 @@ def test_a_missing_reference_is_named_with_the_remedy(tmp_path: Path, image: Pat
     shutil.copy(image, image.with_name("copy.dcm"))
     with pytest.raises(RunError, match="case7 has 2 DICOM images of its size"):
         where(image)
+
+
+def test_a_copy_belongs_to_one_slide(tmp_path: Path, image: Path) -> None:
+    """Slides of one name in several folders have each its own: one patient's is not taken for another's."""
+    run, copies = tmp_path / "out", tmp_path / "copies"
+    (copies / "b").mkdir(parents=True)
+    for name in ("a/case7", "b/case7"):
+        (run / name).mkdir(parents=True)
+        write(run / name / "nuclei.parquet", blobs(3))
+    (run / "run.json").write_text("{}")
+    shutil.copy(image, copies / "case7.dcm")
+    shutil.copy(image, copies / "b" / "case7.dcm")
+    options = Export(("dicom",), dicom_reference=str(copies))
+    with pytest.raises(RunError, match=r"with one as DIR/a/case7\.dcm or in DIR/a/case7/"):
+        rewrite_exports(SlideFolder(run / "a" / "case7"), options)
+    assert rewrite_exports(SlideFolder(run / "b" / "case7"), options) == {"dicom": Exported(3)}
+    one = dataclasses.replace(options, dicom_reference=str(image))
+    with pytest.raises(ConfigError, match=r"fine\.dcm is a file: need the folder with SLIDE\.dcm of every slide"):
+        rewrite_exports(SlideFolder(run / "b" / "case7"), one)
 
 
 def squares(patches: Patches, normalisation: Normalisation, settings: Settings) -> Iterator[HostInstances]:
