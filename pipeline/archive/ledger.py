@@ -57,7 +57,8 @@ def _stage_names() -> list[str]:
 
 def write_ledger(run: RunFolder, records: Iterable[SlideRecord]) -> None:
     """Commit all rows as ledger.csv."""
-    with files.committed(run.ledger) as path, path.open("w", newline="", encoding="utf-8") as file:
+    escaped = "backslashreplace"  # a name in a remark need not be text: one slide's may not cost all others their rows
+    with files.committed(run.ledger) as path, path.open("w", newline="", encoding="utf-8", errors=escaped) as file:
         writer = csv.DictWriter(file, list(row_of(SlideRecord("", ""))))
         writer.writeheader()
         for record in records:

@@ -27,6 +27,13 @@ def test_the_ledger_reads_back_as_it_was_written(tmp_path: Path) -> None:
     assert read_ledger(RunFolder(tmp_path)) == [row_of(record) for record in records]
 
 
+def test_text_that_is_none_keeps_no_row_from_the_ledger(tmp_path: Path) -> None:
+    records = [SlideRecord("a", "done", remarks=("1 region of caf\udce9.geojson",)), SlideRecord("b", "done")]
+    write_ledger(RunFolder(tmp_path), records)
+    rows = [(row["slide"], row["remarks"]) for row in read_ledger(RunFolder(tmp_path))]
+    assert rows == [("a", r"1 region of caf\udce9.geojson"), ("b", "")]
+
+
 @pytest.mark.parametrize("damage", ["a", 'a,"', "a\0b", "a,done,,x"])
 def test_a_row_that_cannot_be_read_is_an_error_that_says_so(damage: str, tmp_path: Path) -> None:
     """Edited by hand, perhaps."""

@@ -66,6 +66,16 @@ def segment(
     return {row.slide: row for row in rows}
 
 
+def test_names_that_are_no_text_stop_no_run(place: Path) -> None:
+    """Such as those of a slide and its regions in Latin-1, which Windows wrote."""
+    (place / "slides" / "x.tif").rename(place / "slides" / "caf\udce9.tif")
+    (place / "drawn" / "x.geojson").rename(place / "drawn" / "caf\udce9.geojson")
+    assert segment(place)["caf_xe9"].status == "done"
+    rows = {row["slide"]: row for row in read_ledger(RunFolder(place / "out"))}
+    assert {name: row["status"] for name, row in rows.items()} == {"caf_xe9": "done", "y": "skipped"}
+    assert rows["caf_xe9"]["remarks"].startswith(r"restricted to 2 regions of caf\udce9.geojson")
+
+
 def test_the_nuclei_in_regions_are_those_of_the_whole_slide(place: Path) -> None:
     """Law: exactly, wherever the tiles lie."""
     whole = segment(place, regions="", out="whole")["x"]

@@ -195,6 +195,12 @@ def test_a_note_says_how_many_regions_a_run_is_restricted_to(classes: tuple[str,
     assert regions(INNER, OUTER, LEFT_OUT, classes=classes).describe_chosen(Path("x.geojson")).startswith(words)
 
 
+def test_a_note_is_one_line_of_text_whatever_the_file_is_called() -> None:
+    """The ledger holds it, and the terminal shows it."""
+    note = regions(INNER).describe_chosen(Path("caf\udce9 1\n2.geojson"))
+    assert note == r"1 region of caf\udce9 1 2.geojson"
+
+
 @given(
     st.lists(st.tuples(*[st.floats(0, 90)] * 2, *[st.floats(0.1, 40)] * 2), min_size=1, max_size=4),
     st.lists(st.sampled_from(["", "Tumor", "Ignore*"]), min_size=4, max_size=4),
