@@ -63,15 +63,16 @@ def write_project(run: RunFolder, slides: Path | None = None) -> Written:
             continue
         if "source_path" not in content:
             left_out.append(f"{name}: {slide.slide_json.name} is damaged")
-        elif not source.is_absolute():
-            left_out.append(f"{name}: it was read from a URL, which QuPath does not open")
         elif str(source) in present:
             if not source.exists():
                 warnings.append(
                     f"{name}: {source}, its image in the project, does not exist: tell QuPath where it is now"
                 )
         elif (image := _image(source, content, moved)) is None:
-            left_out.append(f"{name}: {source} does not exist: say with --slides DIR where the slide is now")
+            lack, what = f"{source} does not exist", "the slide is now"
+            if not source.is_absolute():
+                lack, what = "it was read from a URL, which QuPath does not open", "a copy of the slide is"
+            left_out.append(f"{name}: {lack}: say with --slides DIR where {what}")
         elif str(image) not in present:
             project["lastID"] += 1
             project["images"].append(_entry(image, project["lastID"], image_name))
@@ -99,8 +100,11 @@ def _by_name(folder: Path | None) -> dict[str, list[Path]]:
 
 
 def _image(source: Path, content: Mapping[str, Any], moved: Mapping[str, Sequence[Path]]) -> Path | None:
-    """Where the slide of a slide.json is: where it was, else the first file of its name that has its content."""
-    if source.exists():
+    """Where the slide of a slide.json is: where it was, else the first file of its name that has its content.
+
+    Of one that was read from a URL, which QuPath does not open, `source` is no absolute path: only the second counts.
+    """
+    if source.is_absolute() and source.exists():
         return source
     for path in sorted(moved.get(source.name, ())):
         with contextlib.suppress(SlideError):

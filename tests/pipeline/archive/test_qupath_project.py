@@ -125,7 +125,7 @@ def test_what_cannot_be_a_project_is_refused(run: RunFolder, tmp_path: Path) -> 
 
 
 def test_slides_that_cannot_be_images_are_named(run: RunFolder, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Of URLs, which QuPath does not open, and damaged ones; a project of nothing is not written."""
+    """Of URLs, of which no copy is known, and damaged ones; a project of nothing is not written."""
     finished(run, "c/z", "s3://bucket/z.svs")
     finished(run, "d", slide(data / "d.svs"))
     run.slide("d").nuclei.write_bytes(b"PAR1")
@@ -136,7 +136,10 @@ def test_slides_that_cannot_be_images_are_named(run: RunFolder, data: Path, caps
     said = capsys.readouterr()
     assert (ended.value.code, said.out.splitlines()[0].endswith("3 images, 3 of them new")) == (0, True)
     url, table, record = said.err.splitlines()
-    assert url == "WARNING: left out: c/z: it was read from a URL, which QuPath does not open"
+    assert url == (
+        "WARNING: left out: c/z: it was read from a URL, which QuPath does not open: say with --slides DIR where a "
+        "copy of the slide is"
+    )
     assert table.startswith("WARNING: left out: d: nuclei.parquet is damaged (")
     assert record == "WARNING: left out: e: slide.json is damaged"
     remote = RunFolder(run.path / "remote")
@@ -191,6 +194,22 @@ def test_slides_that_were_moved_are_looked_for(tmp_path: Path) -> None:
     uris = [entry["serverBuilder"]["uri"] for entry in content(run)["images"]]
     assert uris == [f"file://{tmp_path}/moved/{place}/x.png" for place in ("c", "b")]
     assert write_project(run, tmp_path / "moved")[1:] == (2, 0, ())
+
+
+def test_copies_of_slides_at_urls_are_images(tmp_path: Path) -> None:
+    """QuPath opens no URL, but a copy in the folder that --slides names, if it has the content of the results."""
+    run, copies = RunFolder(tmp_path / "results"), tmp_path / "copies"
+    for folder, seed in (("a", 1), ("b", 2)):
+        paint(slide(copies / folder / "x y.png"), seed)
+    finished(run, "x y", "s3://bucket/2024/x y.png")
+    with open_slide(copies / "b" / "x y.png", mpp=1.0) as opened:
+        fields = {"source_path": "s3://bucket/2024/x y.png", "quick_hash": opened.quick_hash}
+    run.slide("x y").slide_json.write_text(json.dumps(fields))
+    run.run_json.write_text("{}")
+    assert write_project(run, copies)[1:] == (1, 1, ())
+    (entry,) = content(run)["images"]
+    assert entry["serverBuilder"]["uri"] == f"file://{copies}/b/x%20y.png"
+    assert write_project(run, copies)[1:] == (1, 0, ())
 
 
 def test_an_image_that_has_moved_since_is_said(run: RunFolder, data: Path) -> None:
