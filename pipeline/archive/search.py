@@ -154,7 +154,8 @@ class Search:
         if any(name.casefold() == _MIRAX_PARTS for name in names):
             return []
         if names >= _OF_A_RUN:
-            self.unread.append(printable(f"{path}: results of a run are not searched for slides"))
+            what = f"{path} holds {' and '.join(sorted(_OF_A_RUN))}: results of a run are not searched for slides"
+            self.unread.append(printable(f"{what}; where some lie there, move the results away"))
             return []
         inner = []
         for entry in entries:

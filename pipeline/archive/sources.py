@@ -87,18 +87,21 @@ def find_slides(
         if scale is not None and not low <= scale <= high:
             raise RunError(f"{flag}={scale}: need {low:g} to {high:g} micrometres per pixel")
     given_inputs = [inputs] if isinstance(inputs, str | os.PathLike) else list(inputs)
+    if "" in given_inputs:  # as a path it would be the current folder
+        raise RunError("an input is empty: need slides, folders of slides, or a CSV manifest; `.` is this folder")
     remote = [str(given) for given in given_inputs if is_url(given)]
     paths = [Path(given) for given in given_inputs if not is_url(given)]
     # the outermost folder names a slide, as it does in the search
-    named = sorted(_named(paths), key=lambda given: (len(given.place.home.parts), given.place, given.path))
-    search = Search(None if out is None else os.path.realpath(out), follow_links)
+    out_folder = None if out is None else os.path.realpath(out)
+    named = sorted(_named(paths, out_folder), key=lambda given: (len(given.place.home.parts), given.place, given.path))
+    search = Search(out_folder, follow_links)
     for url in (*remote, *(given.url for given in named if given.url)):
         if not urls:
             raise RunError(
                 f"{without_secrets(url)}: slides at URLs are read only by `nightslide run` with --stage DIR, a folder "
                 f"on this machine's disk into which each is copied first"
             )
-    search.folders(_folders(paths, search.out))
+    search.folders(_folders(paths, out_folder))
     for url in sorted(remote, key=without_secrets):
         search.url(url)
     scales: dict[str, set[float]] = defaultdict(set)
@@ -138,19 +141,25 @@ def _folders(inputs: Sequence[Path], out: str | None) -> Iterator[Path]:
     """The folders among the inputs. Raises RunError for one in which the results would come to lie."""
     for given in inputs:
         if os.path.isdir(given):
-            if out is not None and Path(os.path.realpath(given)).is_relative_to(out):
-                raise RunError(f"--out {out} is, or holds, the input {given}: need a folder apart from the slides")
+            _check_apart(given, out)
             yield given
 
 
-def _named(inputs: Sequence[Path]) -> Iterator[_Given]:
-    """The slides that are named. Raises RunError for an input that does not exist, or is no manifest."""
+def _check_apart(given: Path, out: str | None) -> None:
+    """Raise RunError for an input in the folder of results: a folder that holds results is not searched for slides."""
+    if out is not None and Path(os.path.realpath(given)).is_relative_to(out):
+        raise RunError(f"--out {out} is, or holds, the input {given}: need a folder apart from the slides")
+
+
+def _named(inputs: Sequence[Path], out: str | None) -> Iterator[_Given]:
+    """The slides that are named. Raises RunError for an input that does not exist, is no manifest, or lies in `out`."""
     for given in inputs:
         if not os.path.exists(given):
             raise RunError(f"{given} does not exist: need slides, folders of slides, or a CSV manifest")
         if given.suffix.lower() == ".csv":
             yield from _manifest(given)
         elif not os.path.isdir(given):
+            _check_apart(given, out)
             yield _Given(_by_itself(given), given)
 
 

@@ -142,6 +142,20 @@ def test_the_folder_of_results_is_not_searched_and_holds_no_input(tmp_path: Path
     for out in (tmp_path, tmp_path / "in"):
         with pytest.raises(RunError, match="need a folder apart from the slides"):
             find_slides([tmp_path / "in"], out)
+        with pytest.raises(RunError, match="need a folder apart from the slides"):  # it would not be searched again
+            find_slides([tmp_path / "in" / "x.svs"], out)
+
+
+@pytest.mark.parametrize("inputs", ["", [""], ["slides", ""]])
+def test_an_empty_input_is_not_the_current_folder(
+    inputs: str | list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as a variable of a script that was not set."""
+    tree(tmp_path, "slides/x.svs", "private/y.svs")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RunError, match="an input is empty: need slides, folders of slides"):
+        find_slides(inputs)
+    assert names(find_slides(".")) == ["private/y", "slides/x"]
 
 
 def test_other_files_are_counted_and_rubbish_is_no_slide(tmp_path: Path) -> None:
@@ -359,4 +373,8 @@ def test_what_nightslide_has_written_is_no_input(tmp_path: Path) -> None:
     tree(tmp_path, "a.svs", "old/run.json", "old/ledger.csv", "old/a/density/density.ome.tif", f"{copy}/0/b.svs")
     archive = find_slides([tmp_path])
     assert names(archive) == ["a"]
-    assert archive.unread == (f"{tmp_path}/old: results of a run are not searched for slides",)
+    (said,) = archive.unread
+    assert said == (
+        f"{tmp_path}/old holds ledger.csv and run.json: results of a run are not searched for slides; where some lie "
+        f"there, move the results away"
+    )
