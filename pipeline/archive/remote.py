@@ -112,10 +112,10 @@ def _asked(url: str, refused: type[NightslideError] = SlideUnreadable) -> Iterat
     except Exception as error:
         cause = one_line(error).partition(" Debug source:")[0]
         cause = re.sub(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s\"']+", lambda found: without_secrets(found[0]), cause)
-        raise refused(
-            f"{url} cannot be read ({type(error).__name__}: {cause}): are the address and the "
-            f"credentials in the environment right?"
-        ) from None
+        remedy = "are the address and the credentials in the environment right?"
+        if type(error).__name__ == "InvalidPathError":  # it ends a listing, whatever else is there
+            remedy = "rename what has such a name there, or give the slides and folders beside it as inputs"
+        raise refused(f"{url} cannot be read ({type(error).__name__}: {cause}): {remedy}") from None
 
 
 @dataclass(frozen=True)

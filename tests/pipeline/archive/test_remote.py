@@ -27,7 +27,7 @@ from pipeline.archive.sources import find_slides
 from pipeline.config import Execution
 from pipeline.errors import ConfigError, RunError, SlideChanged
 from pipeline.files import with_checksum
-from slides.errors import SlideNotFound
+from slides.errors import SlideNotFound, SlideUnreadable
 
 run = functools.partial(archive_run.run, mpp=0.25, detect=oracle.detect)
 
@@ -114,6 +114,19 @@ def test_a_folder_in_a_bucket_gives_the_bytes_of_the_same_folder_on_a_disk(
     assert sum("copied" in line for line in said) == 2
     for file in [*tmp_path.glob("out/*.*"), *tmp_path.glob("out/logs/*")]:
         assert b"a-secret" not in file.read_bytes()
+
+
+def test_a_key_that_cannot_be_listed_is_named_with_the_remedy(
+    bucket: S3Store, server: str, slide: Path, tmp_path: Path
+) -> None:
+    """Two slashes in a row, which obstore takes for no path: what lies beside it can be given."""
+    put(bucket, "site/deep/x.tif", slide)
+    strange = urllib.request.Request(f"{server}/{bucket.config['bucket']}/site/a//y.tif", b"1", method="PUT")
+    urllib.request.urlopen(strange).close()
+    with pytest.raises(SlideUnreadable, match=r"site/ cannot be read .*site/a//y\.tif.*: rename what has such a name"):
+        run([url(bucket, "site")], tmp_path / "out", chosen(), staged(tmp_path), say=print)
+    (row,) = run([url(bucket, "site/deep")], tmp_path / "out", chosen(), staged(tmp_path), say=print)
+    assert (row.slide, row.status) == ("x", "done")
 
 
 def test_a_slide_that_was_uploaded_again_is_done_and_another_one_is_refused(
