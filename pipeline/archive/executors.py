@@ -291,7 +291,9 @@ def _connect(execution: Execution) -> Iterator[Any]:
         with dask.config.set({"distributed.comm.timeouts.tcp": f"{_SILENT_S}s"}):
             client = Client(address, security=security, set_as_default=False)
     except (OSError, ValueError) as error:
-        hint = "; are its certificates of the same authority as yours?" if address.startswith("tls://") else ""
+        hint = "; is it started, and with TLS? then give tls://... and the three --tls- flags"
+        if address.startswith("tls://"):
+            hint = "; are its certificates of the same authority as yours?"
         raise ConfigError(f"no Dask scheduler answers at {address}: {error}{hint}") from error
     # `run_task` reports a lost scheduler in one line
     logging.getLogger("distributed.client").setLevel(logging.CRITICAL)

@@ -327,7 +327,7 @@ def test_a_cluster_with_tls_gives_the_same_bytes_and_lets_nobody_else_in(
         environment = {"DASK_DISTRIBUTED__COMM__TIMEOUTS__CONNECT": "2s"}
         for flags, message in (
             (("--scheduler", address), "need --tls-ca-file, --tls-cert and --tls-key"),
-            (("--scheduler", address.replace("tls", "tcp")), "no Dask scheduler answers"),
+            (("--scheduler", address.replace("tls", "tcp")), "is it started, and with TLS?"),
             (("--scheduler", address, *others), "are its certificates of the same authority as yours?"),
         ):
             status, said = finish(nightslide(archive, tmp_path / "refused", *flags, **environment))
