@@ -77,7 +77,7 @@ class Slide:
         self.close()
 
     def close(self) -> None:
-        """Close this process's handles. Reading again opens new ones."""
+        """Close this process's handles, which no other thread may be using. Reading again opens new ones."""
         self._stored.close()
 
     def frame(self, mpp: float) -> Frame:

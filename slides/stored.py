@@ -61,7 +61,7 @@ class StoredPixels:
         self._tile_sizes = tuple(_tile_size(self.properties, level) for level in range(len(self.levels)))
 
     def close(self) -> None:
-        """Close this process's handles. Reading again opens new ones."""
+        """Close this process's handles, which no other thread may be using. Reading again opens new ones."""
         for key in [key for key in self._handles if key[0] == os.getpid()]:
             self._handles.pop(key).close()
         self._tiles.clear()
@@ -95,12 +95,11 @@ class StoredPixels:
         return pixels, lost
 
     def region(self, level: int, box: Box) -> Pixels:
-        """As `read` with strict, but OpenSlide is asked once, for just this box: uint8 (h, w, 3).
+        """As `read` with strict: uint8 (h, w, 3). Where OpenSlide reads the level it is asked once, for just this box.
 
         So pixels of a level with a fractional downsample may differ by a part of a pixel.
         """
-        tiles = self._stored_tiles(level)
-        if tiles is None:
+        if self._stored_tiles(level) is None:
             return self._from_openslide(level, box)
         return self.read(level, box, strict=True)[0]
 
@@ -139,10 +138,12 @@ class StoredPixels:
         if self.vendor not in VENDORS or not self._is_whole(level):
             return None
         tiles = StoredTiles.find(self.path, self.levels[level].size, self._tile_sizes[level])
+        if tiles is None:
+            return None
         compared = 0
-        for box in tiles.boxes(_MOST_COMPARED) if tiles is not None else ():
+        for box in tiles.boxes(_MOST_COMPARED):
             pixels = np.empty((box.height, box.width, 3), np.uint8)
-            if tiles is None or any(tiles.read(box, pixels)):
+            if tiles.read(box, pixels):
                 continue
             try:
                 if not np.array_equal(pixels, self._from_openslide(level, box)):

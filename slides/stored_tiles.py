@@ -11,7 +11,6 @@ import itertools
 import logging
 import os
 import threading
-import weakref
 from collections import OrderedDict
 from collections.abc import Iterator
 from functools import cache
@@ -38,6 +37,7 @@ _LARGEST_TILE_PX = 2**22
 _LARGEST_TILE_BYTES = 2**24
 
 _JPEG, _RGB, _YCBCR = 7, 2, 6  # values of the tags Compression and PhotometricInterpretation
+_COLOURS = {_RGB: "RGB", _YCBCR: "YCbCr"}  # simplejpeg's names
 
 _numbers = itertools.count()
 
@@ -58,35 +58,51 @@ class StoredTiles:
         self._across = -(-size.width // self.tile.width)
         self._offsets = np.asarray(page.dataoffsets, np.int64)
         self._lengths = np.asarray(page.databytecounts, np.int64)
+        self._colours = _COLOURS[page.photometric]
         self._head = _head(page.photometric == _YCBCR, page.jpegtables)
-        self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        weakref.finalize(self, os.close, self._file)
+        self._path = path
         self._number = next(_numbers)
 
     @classmethod
     def find(cls, path: Path, size: Size, tile: Size) -> Self | None:
         """The tiles of the level of that size, stored in such tiles, of the TIFF at `path`; None where it has none.
 
-        None, too, where the file has several such levels, as of several focal planes.
+        None, too, where several levels of the file have that size, as of several focal planes, however they are stored:
+        only OpenSlide knows which it shows. And where an earlier level lacks tiles: OpenSlide then shows parts of an
+        Aperio slide's next levels from the earlier one, though their tiles are there.
         """
         try:
             with tifffile.TiffFile(path) as file:
-                pages = [page for page in file.pages if isinstance(page, tifffile.TiffPage)]
-                pages = [page for page in pages if _is_readable(page, size, tile)]
-                return cls(path, size, pages[0]) if len(pages) == 1 else None
+                levels = [page for page in file.pages if isinstance(page, tifffile.TiffPage) and page.is_tiled]
+                alike = [i for i, page in enumerate(levels) if (page.imagewidth, page.imagelength) == size]
+                if len(alike) != 1 or any(0 in page.databytecounts for page in levels[: alike[0]]):
+                    return None
+                page = levels[alike[0]]
+                return cls(path, size, page) if _is_readable(page, size, tile) else None
         except Exception:  # whatever tifffile makes of a strange directory: OpenSlide has its own reader
             return None
 
     def boxes(self, most: int) -> Iterator[Box]:
-        """Where some of the tiles lie, spread over the level: the box of each, level px."""
-        for index in dict.fromkeys(np.linspace(0, len(self._offsets) - 1, most + 2).round().astype(int)[1:-1].tolist()):
+        """Where some of the tiles lie, spread over the level, as are the first four: the box of each, level px."""
+        spread = np.linspace(0, len(self._offsets) - 1, most + 2).round().astype(int)[1:-1].tolist()
+        step = -(-most // 4)
+        for index in dict.fromkeys(index for start in range(step) for index in spread[start::step]):
             yield self._box(index)
 
     def read(self, box: Box, pixels: Pixels) -> list[Box]:
         """Fill `pixels`, uint8 (h, w, 3), with those of `box` (level px, inside the level), RGB.
 
-        Returns the parts of the box that OpenSlide must read.
+        Returns the parts of the box that OpenSlide must read. The file is not kept open, nor is it by OpenSlide: so
+        any number of slides can be open.
         """
+        try:
+            with self._path.open("rb", buffering=0) as file:
+                return self._read(file.fileno(), box, pixels)
+        except OSError:  # whatever is wrong with the file: OpenSlide says it
+            return [cell.intersect(box) for cell in cells(box, self.tile, lattice=True)]
+
+    def _read(self, file: int, box: Box, pixels: Pixels) -> list[Box]:
+        """As `read`, from the descriptor of an open file."""
         left = []
         recent, room = _recent(os.getpid()), np.empty((self.tile.height, self.tile.width, 3), np.uint8)
         for cell in cells(box, self.tile, lattice=True):
@@ -96,7 +112,7 @@ class StoredTiles:
             if tile is None:
                 # Nobody needs what lies inside the box again soon; at its edge the neighbours do.
                 inside = part == cell
-                tile = self._decode(index, room if inside else np.empty_like(room))
+                tile = self._decode(file, index, room if inside else np.empty_like(room))
                 if tile is None:
                     left.append(part)
                     continue
@@ -110,21 +126,22 @@ class StoredTiles:
         width, height = self.tile
         return Box(col * width, row * height, (col + 1) * width, (row + 1) * height).intersect(Box(0, 0, *self.size))
 
-    def _decode(self, index: int, room: Pixels) -> Pixels | None:
+    def _decode(self, file: int, index: int, room: Pixels) -> Pixels | None:
         """A whole tile, decoded into `room`, uint8 (tile height, tile width, 3); None where that cannot be done."""
         offset, length = int(self._offsets[index]), int(self._lengths[index])
         if not (offset > 0 and 4 <= length <= _LARGEST_TILE_BYTES):
             return None
+        data = os.pread(file, length, offset)
+        if len(data) < length or data[:2] != b"\xff\xd8":
+            return None
+        data = self._head + data[2:]
         try:
-            data = os.pread(self._file, length, offset)
-            if len(data) < length or data[:2] != b"\xff\xd8":
-                return None
-            data = self._head + data[2:]
-            # A damaged header may state any size, which would be allocated.
-            if simplejpeg.decode_jpeg_header(data)[:2] != (self.tile.height, self.tile.width):
+            # A damaged header may state any size, which would be allocated. A tile's own markers may state other
+            # colours than the level's directory, which is what OpenSlide goes by.
+            if simplejpeg.decode_jpeg_header(data)[:3] != (self.tile.height, self.tile.width, self._colours):
                 return None
             simplejpeg.decode_jpeg(data, buffer=room)
-        except (OSError, ValueError):  # of the file, or of libjpeg-turbo; its warnings count as errors
+        except ValueError:  # of libjpeg-turbo; its warnings count as errors, as they do in OpenSlide
             return None
         return room
 
@@ -160,18 +177,30 @@ def _recent(_pid: int) -> _Recent:
 
 
 def _is_readable(page: tifffile.TiffPage, size: Size, tile: Size) -> bool:
-    """Whether a directory of the TIFF is a level of that size, in tiles of that size that are read here."""
+    """Whether the tiles of a directory of the TIFF, a level of that size, are of that size and are read here."""
     tiles = -(-size.width // tile.width) * -(-size.height // tile.height)
     return (
-        page.is_tiled
-        and (page.imagewidth, page.imagelength) == size
-        and (page.tilewidth, page.tilelength) == tile
+        (page.tilewidth, page.tilelength) == tile
         and tile.width * tile.height <= _LARGEST_TILE_PX
         and page.compression == _JPEG
-        and page.photometric in (_RGB, _YCBCR)
+        and page.photometric in _COLOURS
         and (page.samplesperpixel, page.bitspersample, page.planarconfig) == (3, 8, 1)
         and len(page.dataoffsets) == len(page.databytecounts) == tiles
+        and _holds_only_tables(page.jpegtables)
     )
+
+
+def _holds_only_tables(stream: bytes | None) -> bool:
+    """Whether an abbreviated JPEG stream, if there is one, holds quantisation and Huffman tables and nothing else.
+
+    A restart interval in it would be in force for the tiles, but OpenSlide's decoder forgets it where a tile starts.
+    """
+    if stream is None:
+        return True
+    at = 2
+    while stream[at : at + 2] in (b"\xff\xdb", b"\xff\xc4"):
+        at += 2 + int.from_bytes(stream[at + 2 : at + 4], "big")
+    return stream[:2] == b"\xff\xd8" and stream[at:] == b"\xff\xd9"
 
 
 def _head(ycbcr: bool, tables: bytes | None) -> bytes:

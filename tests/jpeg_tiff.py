@@ -8,7 +8,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 from PIL import Image
 
-_TYPES = {"H": 3, "I": 4, "B": 7}  # SHORT, LONG, UNDEFINED
+_TYPES = {"H": 3, "I": 4, "B": 7, "b": 2}  # SHORT, LONG, UNDEFINED, ASCII
 _RGB, _YCBCR = 2, 6
 _SUBSAMPLING = {"4:4:4": (1, 1), "4:2:2": (2, 1), "4:2:0": (2, 2)}
 
@@ -17,7 +17,8 @@ class Level(NamedTuple):
     """A level: pixels uint8 (h, w, 3); tile (width, height); how its tiles are encoded.
 
     rgb: colours are stored as they are; tables: the tables that all tiles share are stored once; replaced: streams that
-    stand in place of those of some tiles, by their numbers; reduced: marked as a smaller version of the first level.
+    stand in place of those of some tiles, by their numbers; reduced: marked as a smaller version of the first level;
+    description: what the directory says of it.
     """
 
     pixels: np.ndarray
@@ -28,6 +29,7 @@ class Level(NamedTuple):
     replaced: dict[int, bytes] = {}  # noqa: RUF012 - never changed
     photometric: int = 0  # 0: as the tiles are stored
     reduced: bool = False
+    description: str = ""
 
 
 def write(path: Path, *levels: Level) -> Path:
@@ -109,6 +111,8 @@ def _write_tags(file: BinaryIO, level: Level, offsets: list[int], lengths: list[
         324: ("I", offsets),
         325: ("I", lengths),
     }
+    if level.description:
+        values[270] = ("b", [*level.description.encode(), 0])
     if tables:
         values[347] = ("B", list(tables))
     if not level.rgb:

@@ -1,10 +1,11 @@
 """JPEG tiles that are decoded without OpenSlide: the same pixels as through it, and what is left to it."""
 
-import gc
+import itertools
 import os
 import pickle
 import threading
 from collections.abc import Callable
+from io import BytesIO
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import openslide
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 from scipy import ndimage
 
 import jpeg_tiff
@@ -37,9 +39,10 @@ def picture() -> np.ndarray:
 
 
 def through_openslide(path: Path, level: int = 0) -> np.ndarray:
-    """A whole level: uint8 (h, w, 3)."""
+    """A whole level, on white: uint8 (h, w, 3)."""
     with openslide.OpenSlide(path) as handle:
-        return np.asarray(handle.read_region((0, 0), level, handle.level_dimensions[level]))[..., :3]
+        image = handle.read_region((0, 0), level, handle.level_dimensions[level])
+    return np.asarray(Image.alpha_composite(Image.new("RGBA", image.size, "white"), image))[..., :3]
 
 
 def not_asked(*_: object) -> None:
@@ -100,6 +103,20 @@ def enormous(stream: bytes) -> bytes:
     return stream[:at] + (60_000).to_bytes(2, "big") * 2 + stream[at + 4 :]
 
 
+def in_mode(stream: bytes, mode: str) -> bytes:
+    """The same picture in another of Pillow's modes, as JPEG; RGB is stored as it is."""
+    other = BytesIO()
+    Image.open(BytesIO(stream)).convert(mode).save(other, "JPEG", keep_rgb=True)
+    return other.getvalue()
+
+
+def marked_as_rgb(stream: bytes) -> bytes:
+    """A stream of YCbCr without JFIF's marker, but with Adobe's, which says RGB."""
+    jfif = 4 + int.from_bytes(stream[4:6], "big")
+    assert stream[2:4] == b"\xff\xe0"
+    return b"\xff\xd8\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00\x00" + stream[jfif:]
+
+
 @pytest.mark.parametrize(
     "spoilt",
     [
@@ -109,8 +126,12 @@ def enormous(stream: bytes) -> bytes:
         lambda stream: b"\xff",
         lambda stream: b"\0" * len(stream),
         lambda s: s[:99],
+        lambda stream: in_mode(stream, "L"),
+        lambda stream: in_mode(stream, "CMYK"),
+        lambda stream: in_mode(stream, "RGB"),
+        marked_as_rgb,
     ],
-    ids=["damaged", "enormous", "missing", "a-byte", "zeros", "short"],
+    ids=["damaged", "enormous", "missing", "a-byte", "zeros", "short", "grey", "cmyk", "rgb", "marked-as-rgb"],
 )
 def test_what_is_no_sound_tile_is_left_to_openslide(
     tmp_path: Path, picture: np.ndarray, spoilt: Callable[[bytes], bytes]
@@ -137,12 +158,26 @@ def test_tiles_that_openslide_shows_in_other_colours_are_not_read(tmp_path: Path
     path = jpeg_tiff.write(tmp_path / "x.tif", Level(picture, photometric=2))
     tiles = StoredTiles.find(path, Size(WIDTH, HEIGHT), Size(64, 64))
     assert tiles is not None
-    pixels = np.empty_like(picture)
-    assert tiles.read(Box(0, 0, WIDTH, HEIGHT), pixels) == []
-    assert not np.array_equal(pixels, through_openslide(path))
+    assert len(tiles.read(Box(0, 0, WIDTH, HEIGHT), np.empty_like(picture))) == 20
     stored = StoredPixels(path)
     assert stored._stored_tiles(0) is None
     assert np.array_equal(stored.region(0, Box(0, 0, WIDTH, HEIGHT)), through_openslide(path))
+
+
+def test_a_level_of_which_openslide_gives_other_pixels_is_left_to_it(
+    tmp_path: Path, picture: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stored = StoredPixels(jpeg_tiff.write(tmp_path / "x.tif", Level(picture)))
+    from_openslide = StoredPixels._from_openslide
+
+    def another_pixel(self: StoredPixels, level: int, box: Box) -> np.ndarray:
+        pixels = from_openslide(self, level, box).copy()
+        if box.y0 >= 128:
+            pixels[-1, -1, 2] ^= 1
+        return pixels
+
+    monkeypatch.setattr(StoredPixels, "_from_openslide", another_pixel)
+    assert stored._stored_tiles(0) is None
 
 
 def test_a_slide_of_damaged_tiles_only_is_not_read(tmp_path: Path, picture: np.ndarray) -> None:
@@ -155,15 +190,60 @@ def test_a_slide_of_damaged_tiles_only_is_not_read(tmp_path: Path, picture: np.n
 
 
 def test_levels_of_one_size_and_other_sizes_than_asked_for_are_not_found(tmp_path: Path, picture: np.ndarray) -> None:
-    """As of several focal planes, of which only OpenSlide knows which it shows."""
-    path = jpeg_tiff.write(tmp_path / "x.tif", Level(picture), Level(picture[::-1]))
+    """As of several focal planes, of which only OpenSlide knows which it shows, whatever their tiles are like."""
     size, tile = Size(WIDTH, HEIGHT), Size(64, 64)
-    assert StoredTiles.find(path, size, tile) is None
+    for other in (64, 64), (128, 64):
+        path = jpeg_tiff.write(tmp_path / "x.tif", Level(picture), Level(picture[::-1], tile=other))
+        assert StoredTiles.find(path, size, tile) is None
     path = jpeg_tiff.write(tmp_path / "y.tif", Level(picture))
     assert StoredTiles.find(path, size, tile) is not None
     assert StoredTiles.find(path, Size(WIDTH, HEIGHT + 1), tile) is None
     assert StoredTiles.find(path, size, Size(64, 128)) is None
     assert StoredTiles.find(tmp_path / "none.tif", size, tile) is None
+
+
+def test_levels_after_one_that_lacks_tiles_are_left_to_openslide(tmp_path: Path, picture: np.ndarray) -> None:
+    """There OpenSlide does not show all the tiles that an Aperio slide has: it takes those of the earlier level."""
+    levels = [
+        Level(picture[:128, :256], description="Aperio Image Library", replaced={7: b""}),
+        Level(255 - picture[:128:2, :256:2], tile=(64, 32)),
+    ]
+    path = jpeg_tiff.write(tmp_path / "x.svs", *levels)
+    stored = StoredPixels(path)
+    assert stored.vendor == "aperio"
+    assert stored._stored_tiles(0) is not None
+    second = StoredTiles.find(path, Size(128, 64), Size(64, 32))
+    assert second is None
+    assert np.array_equal(stored.region(1, Box(0, 0, 128, 64)), through_openslide(path, 1))
+
+
+def test_the_first_tiles_to_be_compared_are_spread_over_the_level(tmp_path: Path, picture: np.ndarray) -> None:
+    """The first rows of a slide are often glass."""
+    path = jpeg_tiff.write(tmp_path / "x.tif", Level(picture, tile=(16, 16)))  # 14 rows
+    tiles = StoredTiles.find(path, Size(WIDTH, HEIGHT), Size(16, 16))
+    assert tiles is not None
+    boxes = list(tiles.boxes(49))
+    assert len(set(boxes)) == 49
+    assert all(0 <= below.y0 - above.y0 - 16 * 3 <= 16 for above, below in itertools.pairwise(boxes[:4]))
+    assert {box.y0 for box in boxes} == set(range(0, 224, 16))
+    assert len(list(tiles.boxes(1000))) == len(set(tiles.boxes(1000))) == 19 * 14
+
+
+def test_tables_that_hold_more_than_tables_are_left_to_openslide(tmp_path: Path, picture: np.ndarray) -> None:
+    """A restart interval among them is in force for no tile there: one that relies on it is lost."""
+    stream = jpeg_tiff.encode(picture[:64, :64])
+    tables = jpeg_tiff._split([stream])[0]
+    assert stored_tiles._holds_only_tables(None)
+    assert stored_tiles._holds_only_tables(tables)
+    for other in (
+        tables[:-2] + b"\xff\xdd\x00\x04\x00\x04\xff\xd9",
+        tables + b"\0",
+        tables[:-2],
+        tables[2:],
+        stream,
+        b"",
+    ):
+        assert not stored_tiles._holds_only_tables(other)
 
 
 def test_no_file_makes_an_error(tmp_path: Path, picture: np.ndarray) -> None:
@@ -185,7 +265,7 @@ def test_no_file_makes_an_error(tmp_path: Path, picture: np.ndarray) -> None:
     assert 0 < found < 300
 
 
-def test_decoded_tiles_take_no_more_memory_than_they_may(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_decoded_tiles_take_no_more_memory_than_they_may() -> None:
     recent = stored_tiles._Recent(1000)
     for number in range(10):
         recent.put((0, number), np.full(300, number, np.uint8))
@@ -207,9 +287,9 @@ def test_only_tiles_at_the_edge_of_a_box_are_kept(
     decoded: list[int] = []
     decode = tiles._decode
 
-    def counted(index: int, room: np.ndarray) -> np.ndarray | None:
+    def counted(file: int, index: int, room: np.ndarray) -> np.ndarray | None:
         decoded.append(index)
-        return decode(index, room)
+        return decode(file, index, room)
 
     monkeypatch.setattr(tiles, "_decode", counted)
     tiles.read(Box(0, 0, 200, 128), np.empty((128, 200, 3), np.uint8))
@@ -217,20 +297,22 @@ def test_only_tiles_at_the_edge_of_a_box_are_kept(
     assert sorted(decoded) == [0, 1, 2, 2, 3, 4, 5, 6, 7, 7, 8, 9]
 
 
-def test_its_file_is_closed(tmp_path: Path, picture: np.ndarray) -> None:
-    stored = StoredPixels(jpeg_tiff.write(tmp_path / "x.tif", Level(picture)))
-
-    def opened() -> int:
-        gc.collect()
-        links = (Path("/proc/self/fd") / name for name in os.listdir("/proc/self/fd"))
-        return sum(os.path.realpath(link) == str(tmp_path / "x.tif") for link in links)
-
-    before = stored.read(0, Box(0, 0, 9, 9), strict=True)[0]
-    assert opened() > 0
-    stored.close()
-    assert opened() == 0
-    assert np.array_equal(stored.read(0, Box(0, 0, 9, 9), strict=True)[0], before)
-    stored.close()
+def test_its_file_is_not_kept_open(tmp_path: Path, picture: np.ndarray) -> None:
+    """So that any number of slides can be open."""
+    path = jpeg_tiff.write(tmp_path / "x.tif", Level(picture))
+    stored = StoredPixels(path)
+    stored.read(0, Box(0, 0, 9, 9), strict=True)
+    links = (Path("/proc/self/fd") / name for name in os.listdir("/proc/self/fd"))
+    assert str(path) not in map(os.path.realpath, links)
+    tiles = stored._stored_tiles(0)
+    assert tiles is not None
+    path.unlink()
+    assert tiles.read(Box(0, 0, 80, 70), np.empty((70, 80, 3), np.uint8)) == [
+        Box(0, 0, 64, 64),
+        Box(64, 0, 80, 64),
+        Box(0, 64, 64, 70),
+        Box(64, 64, 80, 70),
+    ]
 
 
 def _same(slide: object, expected: np.ndarray) -> bool:
