@@ -8,6 +8,8 @@ from collections.abc import Callable
 from io import BytesIO
 from multiprocessing import get_context
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import openslide
@@ -244,6 +246,63 @@ def test_tables_that_hold_more_than_tables_are_left_to_openslide(tmp_path: Path,
         b"",
     ):
         assert not stored_tiles._holds_only_tables(other)
+
+
+def test_a_damaged_tile_among_those_compared_does_not_count(tmp_path: Path, picture: np.ndarray) -> None:
+    tile = damaged(jpeg_tiff.encode(picture[:64, :64]))
+    stored = StoredPixels(jpeg_tiff.write(tmp_path / "x.tif", Level(picture, replaced={0: tile, 5: b"", 10: tile})))
+    assert stored._stored_tiles(0) is not None
+
+
+def test_only_plain_directories_are_read() -> None:
+    """Three samples of 8 bits, side by side, compressed by JPEG, in as many tiles as the level needs, none huge."""
+    size, tile = Size(WIDTH, HEIGHT), Size(64, 64)
+    plain: dict[str, Any] = {
+        "tilewidth": 64,
+        "tilelength": 64,
+        "compression": 7,
+        "photometric": 6,
+        "samplesperpixel": 3,
+        "bitspersample": 8,
+        "planarconfig": 1,
+        "dataoffsets": (8,) * 20,
+        "databytecounts": (9,) * 20,
+        "jpegtables": None,
+    }
+    assert stored_tiles._is_readable(cast(Any, SimpleNamespace(**plain)), size, tile)
+    changes: list[dict[str, Any]] = [
+        {"compression": 8},
+        {"photometric": 1},
+        {"samplesperpixel": 4},
+        {"bitspersample": 12},
+        {"planarconfig": 2},
+        {"dataoffsets": (8,) * 19, "databytecounts": (9,) * 19},
+        {"databytecounts": (9,) * 19},
+    ]
+    for change in changes:
+        assert not stored_tiles._is_readable(cast(Any, SimpleNamespace(**plain | change)), size, tile)
+    huge = plain | {"tilewidth": 4096, "tilelength": 2048, "dataoffsets": (8,), "databytecounts": (9,)}
+    assert not stored_tiles._is_readable(cast(Any, SimpleNamespace(**huge)), size, Size(4096, 2048))
+
+
+def test_a_tile_that_is_said_to_end_beyond_the_file_is_left_to_openslide(tmp_path: Path, picture: np.ndarray) -> None:
+    """It may be whole; but OpenSlide does not read it."""
+    path = jpeg_tiff.write(tmp_path / "x.tif", Level(picture))
+    tiles = StoredTiles.find(path, Size(WIDTH, HEIGHT), Size(64, 64))
+    assert tiles is not None
+    tiles._lengths[7] = path.stat().st_size
+    left = tiles.read(Box(0, 0, WIDTH, HEIGHT), np.empty_like(picture))
+    assert left == [Box(128, 64, 192, 128)]
+
+
+def test_a_slide_that_is_closed_is_read_afresh(tmp_path: Path, picture: np.ndarray) -> None:
+    """As another file may have taken its place."""
+    path = jpeg_tiff.write(tmp_path / "x.tif", Level(picture))
+    stored = StoredPixels(path)
+    stored.read(0, Box(0, 0, WIDTH, HEIGHT), strict=True)
+    stored.close()
+    jpeg_tiff.write(path, Level(255 - picture[::-1]))
+    assert np.array_equal(stored.read(0, Box(0, 0, WIDTH, HEIGHT), strict=True)[0], through_openslide(path))
 
 
 def test_no_file_makes_an_error(tmp_path: Path, picture: np.ndarray) -> None:
