@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.config import Architecture, Execution, Export, Regions, Settings, build, require
+from pipeline.config import Architecture, Execution, Export, Regions, Settings, build, require, require_kind
 from pipeline.errors import ExportFailed, RunError
 from slides.errors import NightslideError
 
@@ -41,6 +41,7 @@ def plan(
     """
     import warnings
 
+    require_kind("settings", settings, Settings)
     seconds = speed(settings, seconds_per_mm2)
     archive, estimates = estimate(inputs, settings, seconds, mpp=mpp, force_mpp=force_mpp, follow_links=follow_links)
     for unread in archive.unread:
@@ -94,12 +95,12 @@ def speed(settings: Settings, seconds_per_mm2: float | None = None) -> float:
 
 
 def export(
-    folder: str | os.PathLike[str], formats: Sequence[str] = Export().formats, **options: Any
+    folder: str | os.PathLike[str], formats: str | Sequence[str] = Export().formats, **options: Any
 ) -> dict[Path, "Exported"]:
     """Write the files for other programs again, from the tables of a finished run; nothing is segmented.
 
     folder: of a run, or of one slide of it
-    formats, options: the fields of `Export`, such as crop=False
+    formats: one or several; options: the other fields of `Export`, such as crop=False
     Returns the number of nuclei by file. Warns of slides whose table is missing. Raises ConfigError for a format that
     does not exist, RunError for a folder without tables, and, once all others are written, ExportFailed for what could
     not be: tables that are damaged, a full disk, slides that a run is working on.
@@ -110,7 +111,8 @@ def export(
 
     for problem in without_nuclei(Path(folder)):
         warnings.warn(f"not exported: {problem}", stacklevel=2)
-    return dict(export_files(folder, build(Export, {"formats": list(formats), **options}, where="export")))
+    wanted = [formats] if isinstance(formats, str) else list(formats)
+    return dict(export_files(folder, build(Export, {"formats": wanted, **options}, where="export")))
 
 
 def export_files(folder: str | os.PathLike[str], settings: Export) -> Iterator[tuple[Path, "Exported"]]:
@@ -174,8 +176,8 @@ def measure(
     return list(measure_slides(Path(folder), Regions(os.fspath(regions), crop)))
 
 
-def read_nuclei(path: str | os.PathLike[str], columns: Sequence[str] | None = None) -> "pa.Table":
-    """The nuclei of a slide, all columns of nuclei.parquet but `bbox`, or some.
+def read_nuclei(path: str | os.PathLike[str], columns: str | Sequence[str] | None = None) -> "pa.Table":
+    """The nuclei of a slide, all columns of nuclei.parquet but `bbox`, or one or several.
 
     `geopandas.read_parquet` decodes the outlines.
 
@@ -188,4 +190,4 @@ def read_nuclei(path: str | os.PathLike[str], columns: Sequence[str] | None = No
     table = SlideFolder(Path(path)).nuclei if os.path.isdir(path) else Path(path)
     if not table.is_file():
         raise RunError(f"{table} does not exist: need a finished slide's folder or its nuclei.parquet")
-    return read_table(table, columns)
+    return read_table(table, [columns] if isinstance(columns, str) else columns)

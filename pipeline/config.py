@@ -592,6 +592,11 @@ def check(content: dict[str, Any], path: Path) -> Settings:
     return build(Settings, {key: value for key, value in content.items() if key != "execution"}, where=str(path))
 
 
+def require_kind(name: str, value: object, kind: type) -> None:
+    """Raise ConfigError for a parameter of another type, such as a dict for `Settings`."""
+    require(isinstance(value, kind), f"{name}={value!r}: need a pipeline.{kind.__name__}")
+
+
 def build(kind: type[T], content: Any, where: str) -> T:
     """A dataclass from nested dicts, strictly: as `dataclasses.asdict` gave them, or JSON or TOML."""
     require(isinstance(content, dict), f"{where}: {content!r} is not a table of settings")

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -79,6 +80,8 @@ def test_an_export_counts_the_nuclei_by_file(place: Path) -> None:
         "nuclei.geojson.zip": count,
         "nuclei.csv": count,
     }
+    (path,) = pipeline.export(place / "results", "csv")
+    assert path.name == "nuclei.csv"
     with pytest.raises(ConfigError, match="need one of qupath, csv"):
         pipeline.export(place / "results", ["shapefile"])
     with pytest.raises(RunError, match=r"holds no nuclei\.parquet"):
@@ -95,8 +98,23 @@ def test_a_damaged_table_is_named(place: Path, tmp_path: Path) -> None:
         pipeline.read_nuclei(tmp_path / "case9")
 
 
-@pytest.mark.parametrize("mpp", [0, -1, float("nan"), 1e9])
-def test_a_scale_that_no_slide_has_is_refused(mpp: float, tmp_path: Path) -> None:
+def test_one_column_is_read(place: Path) -> None:
+    table = pipeline.read_nuclei(place / "results" / "case7", "area_um2")
+    assert table.column_names == ["area_um2"]
+    assert table.num_rows > 0
+
+
+def test_parameters_of_another_type_are_refused(tmp_path: Path) -> None:
+    other: Any = {"views": 4}
+    for call in (lambda: pipeline.run("x.svs", tmp_path, other), lambda: pipeline.plan("x.svs", other)):
+        with pytest.raises(ConfigError, match=r"settings=\{'views': 4\}: need a pipeline\.Settings"):
+            call()
+    with pytest.raises(ConfigError, match=r"execution=\{'views': 4\}: need a pipeline\.Execution"):
+        pipeline.run("x.svs", tmp_path, execution=other)
+
+
+@pytest.mark.parametrize("mpp", [0, -1, float("nan"), 1e9, "0.5"])
+def test_a_scale_that_no_slide_has_is_refused(mpp: Any, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"need 0\.05 to 5 micrometres per pixel"):
         pipeline.run("x.svs", tmp_path / "out", mpp=mpp)
     assert not (tmp_path / "out").exists()

@@ -147,6 +147,7 @@ def open_run(run: RunFolder, settings: Settings, overwrite: bool) -> OpenedRun:
         raise RunError(f"--out {printable(run.path)} is not UTF-8, as tables need it: choose another name") from None
     try:
         run.path.mkdir(parents=True, exist_ok=True)
+        files.now_ns(run.path)  # whether anything can be written, where run.json is there already
         if overwrite:
             former = files.read_json(run.run_json) or {}
             going_on = former.get("overwrite") if former.get("digest") == settings.digest else None

@@ -45,7 +45,7 @@ from pipeline.archive.slots import FairSlots
 from pipeline.archive.sources import Archive, Inputs, Source, find_slides
 from pipeline.archive.staging import Room, Staging
 from pipeline.archive.stream import Stream, Waits
-from pipeline.config import Execution, Settings
+from pipeline.config import Execution, Settings, require_kind
 from pipeline.errors import ClusterLost, LeaseLost, RunError, ScratchLost
 from pipeline.layout import RunFolder, SlideFolder
 from pipeline.model.weights import licence
@@ -88,6 +88,8 @@ def run(
     What is done is kept: a second call continues at the block. A slide that fails does not stop the others.
     Raises RunError, WeightsError, StainError or ConfigError before anything is started; ClusterLost.
     """
+    require_kind("settings", settings, Settings)
+    require_kind("execution", execution, Execution)
     if starts_processes(execution, client):
         stop_in_a_starting_worker()
     folder = RunFolder(Path(out).absolute())

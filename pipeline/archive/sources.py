@@ -84,8 +84,8 @@ def find_slides(
     """
     low, high = BELIEVABLE_MPP
     for flag, scale in (("mpp", mpp), ("force-mpp", force_mpp)):
-        if scale is not None and not low <= scale <= high:
-            raise RunError(f"{flag}={scale}: need {low:g} to {high:g} micrometres per pixel")
+        if scale is not None and not (isinstance(scale, int | float) and low <= scale <= high):
+            raise RunError(f"{flag}={scale!r}: need {low:g} to {high:g} micrometres per pixel")
     given_inputs = [inputs] if isinstance(inputs, str | os.PathLike) else list(inputs)
     if "" in given_inputs:  # as a path it would be the current folder
         raise RunError("an input is empty: need slides, folders of slides, or a CSV manifest; `.` is this folder")

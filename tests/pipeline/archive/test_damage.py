@@ -1,6 +1,7 @@
 """Files that are damaged between or during runs: scratch is made again, results are named, nothing else is lost."""
 
 import dataclasses
+import errno
 import functools
 import json
 import os
@@ -254,6 +255,23 @@ def test_an_out_folder_that_cannot_be_written_is_refused(slide: Path, tmp_path: 
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match=r"cannot be written .* need a folder"):
         segment(slide, tmp_path / where)
+
+
+def test_an_out_folder_that_cannot_be_written_any_more_is_refused(
+    slide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its slides would be called failed otherwise, though they are done. Who runs the tests may write everywhere."""
+    segment(slide, tmp_path)
+    before = files(tmp_path / "discs")
+
+    def touch(path: Path) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    monkeypatch.setattr(Path, "touch", touch)
+    with pytest.raises(RunError, match=r"cannot be written \(Read-only file system\): need a folder"):
+        segment(slide, tmp_path)
+    monkeypatch.undo()
+    assert files(tmp_path / "discs") == before
 
 
 # ----------------------------------------------------------------------------------------------- lost leases
