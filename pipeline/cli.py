@@ -420,7 +420,7 @@ def verify(folder: Path) -> int:
         slides, whole = slides + 1, whole + (not problems)
         for problem in problems:
             print(f"{slide}: {problem}")
-    print(f"{whole} of {slides} slides are as they were written")
+    print(f"{whole} of {counted(slides, 'slide')} as written")
     return 0 if whole == slides else 1
 
 

@@ -302,8 +302,8 @@ class ArchiveRun:
             if (lost := self.executor.ended - ended) > 0:
                 ended += lost
                 self.progress.say(
-                    f"WARNING: {counted(lost, 'worker process', 'worker processes')} ended during the run; what they "
-                    f"had not finished is done again. If nobody ended them: is there memory enough?"
+                    f"WARNING: {counted(lost, 'worker process', 'worker processes')} ended during the run; unfinished "
+                    f"work is done again. If nobody ended them: is there memory enough?"
                 )
 
     async def _write_ledger(self) -> None:

@@ -79,8 +79,8 @@ def test_every_damage_of_every_result_is_said_and_its_remedy_helps(
     out: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Law: finished results are not trusted blindly."""
-    assert said(capsys, out) == (0, ["2 of 2 slides are as they were written"])
-    assert said(capsys, out / "b") == (0, ["1 of 1 slides are as they were written"])
+    assert said(capsys, out) == (0, ["2 of 2 slides as written"])
+    assert said(capsys, out / "b") == (0, ["1 of 1 slide as written"])
     assert set(json.loads((out / "a" / "slide.json").read_text())["files"]) == set(REMEDIES)
     for name, remedy in REMEDIES.items():
         file = out / "a" / name
@@ -91,7 +91,7 @@ def test_every_damage_of_every_result_is_said_and_its_remedy_helps(
             assert status == 1
             needed = remedy if file.exists() else remedy.removeprefix("delete it, and ")
             assert re.fullmatch(f"a: {re.escape(name)} {problem}: {re.escape(needed)}", lines[0]), lines
-            assert lines[1:] == ["1 of 2 slides are as they were written"]
+            assert lines[1:] == ["1 of 2 slides as written"]
             if remedy == OVERWRITE:
                 file.write_bytes(whole)
             else:
