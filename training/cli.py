@@ -13,7 +13,7 @@ from pipeline.errors import ConfigError
 from pipeline.text import counted
 from training.config import DATA, NETWORK, OUTPUT, StainTraining, Training
 
-_MPP = "Micrometres per pixel of the images, where neither dataset.json nor the files state it"
+_MPP = "Micrometres per pixel of all images, whatever dataset.json and the files state; without it, what they state"
 
 Datasets = Annotated[
     list[Path],

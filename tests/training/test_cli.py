@@ -89,6 +89,19 @@ def test_train_without_nuclei_is_refused(tmp_path: Path, capsys: pytest.CaptureF
     assert "nightslide: none: 0 nuclei in its 1 training image: need at least one" in err
 
 
+def test_a_scale_that_is_overridden_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`--mpp` is for all datasets, also for those that state a scale."""
+    data = qupath_export(tmp_path / "one", ("detection", "Tumor"))
+    (data / "dataset.json").write_text('{"mpp": 0.5}')
+    warning = "WARNING: one: --mpp is used in place of what 1 image states, such as 'x' (0.5)"
+    for mpp, said in ((0.5, ""), (0.25, warning)):
+        status, _, err = run(capsys, "convert", "--data", data, "--mpp", mpp, "--out", tmp_path / f"maps{mpp}")
+        assert status == 0
+        assert err.startswith(said) if said else err == ""
+    help_ = " ".join(run(capsys, "convert", "--help")[1].replace("│", "").split())
+    assert "whatever dataset.json and the files state" in help_
+
+
 def test_convert_says_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = qupath_export(tmp_path / "none", ("cell", "Tumor"))
     status, out, err = run(capsys, "convert", "--data", data, "--mpp", 0.25, "--out", tmp_path / "maps")

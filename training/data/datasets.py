@@ -46,6 +46,9 @@ class Form(NamedTuple):
     reader: Callable[[Path, Metadata], Catalogue | None]
 
 
+# Scales that differ by less are the same: x and y of a slide may differ as much.
+_SAME_SCALE = 0.02
+
 # The first one that fits a folder is taken.
 FORMS = (
     Form("MATLAB", "Images/<id>.png with Labels/<id>.mat", matlab),
@@ -91,7 +94,8 @@ def read_dataset(data: Path, splits: Sequence[str] = (), mpp: float | None = Non
         )
         for id_ in _chosen(entries, splits, beside, data)
     )
-    return Dataset(_name(data), images, classes, catalogue.skipped)
+    overridden = () if mpp is None else _overridden([entries[image.id] for image in images], metadata, mpp)
+    return Dataset(_name(data), images, classes, catalogue.skipped, overridden)
 
 
 def _merged(
@@ -231,13 +235,35 @@ def _scale(entry: Entry, metadata: Metadata, mpp: float | None, data: Path) -> f
     said = mpp if mpp is not None else metadata.mpp.get(entry.id, metadata.mpp.get(""))
     if said is not None:
         if not low <= said <= high:
-            raise AnnotationError(f"mpp={said:g} for '{entry.id}': need {low:g} to {high:g} micrometres per pixel")
+            raise AnnotationError(
+                f"{data}: mpp={said:g} for '{entry.id}': need {low:g} to {high:g} micrometres per pixel"
+            )
         return said
-    if entry.mpp is not None and low <= entry.mpp <= high:
-        return entry.mpp
-    if entry.image is None or (stated := stated_mpp(entry.image)) is None:
+    if (stated := _stated_scale(entry, metadata)) is None:
         raise AnnotationError(f"{data}: '{entry.id}' states no resolution: pass --mpp (micrometres per pixel)")
     return stated
+
+
+def _stated_scale(entry: Entry, metadata: Metadata) -> float | None:
+    """The first of dataset.json, annotation, image; None where none is believable."""
+    low, high = BELIEVABLE_MPP
+    for said in (metadata.mpp.get(entry.id, metadata.mpp.get("")), entry.mpp):
+        if said is not None and low <= said <= high:
+            return said
+    return None if entry.image is None else stated_mpp(entry.image)
+
+
+def _overridden(entries: Sequence[Entry], metadata: Metadata, mpp: float) -> tuple[str, ...]:
+    """The images, with their scale, that state another one than `mpp`."""
+    found = []
+    for entry in entries:
+        try:
+            stated = _stated_scale(entry, metadata)
+        except AnnotationError:  # it may state a scale that is refused, and be read with the user's
+            continue
+        if stated is not None and abs(stated / mpp - 1) > _SAME_SCALE:
+            found.append(f"'{entry.id}' ({stated:g})")
+    return tuple(found)
 
 
 def _read_metadata(path: Path) -> Metadata:

@@ -55,10 +55,18 @@ class Dataset(NamedTuple):
     images: tuple[Sample, ...]
     classes: tuple[str, ...]
     skipped: Mapping[str, int] = MappingProxyType({})  # annotated objects that are not used, by reason
+    overridden: tuple[str, ...] = ()  # images that state another mpp than the user, who is believed
 
     def describe_skipped(self) -> list[str]:
-        """A line for each reason for which objects were skipped; none where all are used."""
-        return [f"{self.name}: {counted(count, 'object')} skipped: {reason}" for reason, count in self.skipped.items()]
+        """A line for each reason for which objects were skipped, and one for scales; none where all are used."""
+        lines = [f"{self.name}: {counted(count, 'object')} skipped: {reason}" for reason, count in self.skipped.items()]
+        if self.overridden:
+            lines.append(
+                f"{self.name}: --mpp is used in place of what {counted(len(self.overridden), 'image')} "
+                f"{'states' if len(self.overridden) == 1 else 'state'}, such as {self.overridden[0]}: leave --mpp out "
+                f"if that is right"
+            )
+        return lines
 
 
 class Metadata(NamedTuple):
