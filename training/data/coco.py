@@ -5,6 +5,7 @@ they are decoded in numpy: the C code does not check the lengths that a file sta
 """
 
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -134,10 +135,10 @@ def _catalogue(content: Mapping[str, Any], source: Path, metadata: Metadata) -> 
         names = class_names(names, metadata, source)
     masks: dict[Any, list[bytes]] = {id_: [] for id_ in of_id}
     class_index: dict[Any, list[int]] = {id_: [] for id_ in of_id}
-    crowds = 0
+    skipped: Counter[str] = Counter()
     for entry in content["annotations"]:
         if entry.get("iscrowd"):
-            crowds += 1
+            skipped["a crowd (iscrowd), which is no single nucleus"] += 1
             continue
         where = f"{source}, annotation {entry.get('id')}"
         if entry["image_id"] not in of_id or entry["category_id"] not in categories:
@@ -145,7 +146,11 @@ def _catalogue(content: Mapping[str, Any], source: Path, metadata: Metadata) -> 
                 f"{where} is of image {entry['image_id']} and category {entry['category_id']}: need ones that it lists"
             )
         listed = of_id[entry["image_id"]]
-        masks[entry["image_id"]].append(_compressed(entry.get("segmentation"), listed.height, listed.width, where))
+        mask = _compressed(entry.get("segmentation"), listed.height, listed.width, where)
+        if not _counts(mask)[1::2].any():
+            skipped["outside the image, or too small to have a pixel"] += 1
+            continue
+        masks[entry["image_id"]].append(mask)
         class_index[entry["image_id"]].append(names.index(categories[entry["category_id"]]) + 1)
     return Catalogue(
         tuple(
@@ -159,7 +164,7 @@ def _catalogue(content: Mapping[str, Any], source: Path, metadata: Metadata) -> 
             for id_, listed in of_id.items()
         ),
         names,
-        {"a crowd (iscrowd), which is no single nucleus": crowds} if crowds else {},
+        skipped,
     )
 
 

@@ -200,6 +200,16 @@ def test_a_bad_outline_is_named(segmentation: Any, message: str, tmp_path: Path)
         read_dataset(write(tmp_path, [{"segmentation": segmentation}]), mpp=0.25)
 
 
+def test_masks_without_a_pixel_are_counted(tmp_path: Path) -> None:
+    """Outside the image, smaller than a pixel, or empty run lengths."""
+    outside, small = [[22, 2, 25, 2, 25, 5]], [[1.5, 1.5, 1.6, 1.5, 1.6, 1.6]]
+    empty = {"size": [12, 20], "counts": [240]}
+    drawn = [{"segmentation": s} for s in (outside, [[2, 2, 8, 2, 8, 8]], small, empty)]
+    found = read_dataset(write(tmp_path, drawn), mpp=0.25)
+    assert found.skipped == {"outside the image, or too small to have a pixel": 3}
+    assert len(only(found).class_index) == 1
+
+
 def test_infinite_vertices_and_other_images_are_refused(tmp_path: Path) -> None:
     path = write(tmp_path, [{"segmentation": [[1, 2, 3, 4, 5, 77]]}])
     path.write_text(path.read_text().replace("77", "NaN"))
