@@ -137,8 +137,12 @@ def _check_recipe(folder: Path, saved: Mapping[str, Any], wanted: Mapping[str, o
     shared = [name for name in stated if name in saved and name not in free]
     if different := [name for name in shared if saved[name] != stated[name]]:
         name = different[0]
+        what = f"{name}={saved[name]!r}, not {stated[name]!r}"
+        if name == "images":  # of each dataset only a digest is known
+            changed = ", ".join(one for one in stated[name] if saved[name].get(one) != stated[name][one])
+            what = f"other images, or other scales (--mpp) or groups of the same, in {changed}"
         raise ConfigError(
-            f"{folder} is of a training with {name}={saved[name]!r}, not {stated[name]!r}: continue it with the recipe "
+            f"{folder} is of a training with {what}: continue it with the recipe "
             f"that it was started with, or start another training with another --out"
         )
 

@@ -274,8 +274,10 @@ def test_another_recipe_is_refused(data: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=f"data={{'{images.name}': 2}}, not {{'{images.name}': 1}}"):
         fit([fewer], tmp_path, settings, TINY, say=silent)
     others = [sample._replace(id=f"other-{sample.id}") for sample in images.images]
-    with pytest.raises(ConfigError, match="is of a training with images="):  # of the same number, and name
-        fit([images._replace(images=tuple(others))], tmp_path, settings, TINY, say=silent)
+    rescaled = [sample._replace(mpp=2 * sample.mpp) for sample in images.images]
+    for changed_images in (others, rescaled):  # of the same number, and name
+        with pytest.raises(ConfigError, match=rf"other images, or other scales .*, in {images.name}: continue it"):
+            fit([images._replace(images=tuple(changed_images))], tmp_path, settings, TINY, say=silent)
     state = tmp_path / "checkpoint" / "state.json"
     content = json.loads(state.read_text())
     fields = {field.name for field in dataclasses.fields(QUICK)}
