@@ -74,6 +74,21 @@ def test_slides_are_known_by_the_suffixes_that_a_run_searches_for() -> None:
     assert {f".{suffix}" for suffix in named[1].split(",")} == SUFFIXES - {".dcm"}
 
 
+def test_a_slide_is_known_by_a_suffix_in_capitals_too() -> None:
+    """As in a run; Nextflow's own patterns of files tell capitals from small letters."""
+    text = (FOLDER / "main.nf").read_text()
+    pattern = re.search(r'def suffixed = "(.*)\(\$\{params\.suffixes\.replace\(\',\', \'\|\'\)\}\)"', text)
+    assert pattern
+    assert 'channel.fromPath("${top}/**", checkIfExists: true)' in text
+    assert ".filter { found -> found.name ==~ suffixed }" in text
+    suffixed = re.compile(pattern[1] + "(svs|tif)")
+    assert [n for n in ("a.svs", "A.SVS", "a.b.Tif", "svs", "a.svs.txt", "a.jpg") if suffixed.fullmatch(n)] == [
+        "a.svs",
+        "A.SVS",
+        "a.b.Tif",
+    ]
+
+
 def test_every_result_of_a_slide_is_published() -> None:
     """And nothing that a task writes of its one slide where the run of all slides has its own."""
     text = (FOLDER / "main.nf").read_text()

@@ -62,7 +62,10 @@ workflow {
         ARCHIVE(here, file(params.out).toAbsolutePath().toString())
     } else {
         def top = file(params.slides).toAbsolutePath()
-        def slides = channel.fromPath("${top}/**.{${params.suffixes}}", checkIfExists: true)
+        def suffixed = "(?i).*[.](${params.suffixes.replace(',', '|')})" // X.SVS, too
+        def slides = channel.fromPath("${top}/**", checkIfExists: true)
+            .filter { found -> found.name ==~ suffixed }
+            .ifEmpty { error "no slides in ${top}: need files of ${params.suffixes}" }
         SLIDE(slides.map { slide -> tuple(top.relativize(slide.parent).toString(), slide) })
         SLIDE.out.ledger.collectFile(name: 'ledger.csv', storeDir: params.out, keepHeader: true, skip: 1)
     }
