@@ -74,7 +74,7 @@ def train(
 
     _make_folder(out)
     datasets = read_datasets(data, split, mpp)
-    _warn(line for dataset in datasets for line in dataset.describe_skipped())
+    _warn(line for dataset in datasets for line in (*dataset.describe_skipped(), *dataset.describe_size()))
     _warn(
         f"{dataset.name} has {counted(len(dataset.images), 'image')}: --hold-out {training.hold_out} leaves none to "
         f"train on, so {len(dataset.images) - 1} will be held out"
@@ -113,7 +113,7 @@ def convert(
     from training.data.label_maps import write_folder
 
     dataset = read_dataset(data, split, mpp)
-    _warn(dataset.describe_skipped())
+    _warn([*dataset.describe_skipped(), *dataset.describe_size()])
     _make_folder(out.parent if out.suffix == ".json" else out)
     written = write_coco(dataset, out) if out.suffix == ".json" else write_folder(dataset, out)
     print(

@@ -61,7 +61,7 @@ class EvaluationSet(NamedTuple):
 
     images: tuple[EvaluationImage, ...]
     classes: tuple[str, ...]
-    skipped: tuple[str, ...] = ()  # a line for each reason for which annotated objects are not used
+    skipped: tuple[str, ...] = ()  # lines: why annotated objects are not used, and what looks wrong with them
 
 
 def gather(data: Sequence[Path], splits: Sequence[str] = (), mpp: Sequence[float] = ()) -> EvaluationSet:
@@ -80,7 +80,8 @@ def gather(data: Sequence[Path], splits: Sequence[str] = (), mpp: Sequence[float
         raise AnnotationError(f"{', '.join(map(str, data))}: no images in {', '.join(splits)}: need at least one")
     classes = {part[0][1].classes for part in parts}
     same = classes.pop() if len(classes) == 1 else ()
-    skipped = [line for part in parts for line in part[0][1].describe_skipped()]
+    first = [part[0][1] for part in parts]
+    skipped = [line for dataset in first for line in (*dataset.describe_skipped(), *dataset.describe_size())]
     if not same and any(len(part[0][1].classes) > 1 for part in parts):
         skipped.append("classes are not scored, as the datasets do not have the same: score them one by one")
     return EvaluationSet(tuple(images), same if len(same) > 1 else (), tuple(skipped))

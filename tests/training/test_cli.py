@@ -14,6 +14,8 @@ from PIL import Image
 
 from pipeline.cli import app, main
 from training import config
+from training.data.datasets import read_dataset
+from training.evaluate import gather
 
 GROUPS = {value.name for value in vars(config).values() if isinstance(value, type(config.DATA))}
 
@@ -87,6 +89,24 @@ def test_train_without_nuclei_is_refused(tmp_path: Path, capsys: pytest.CaptureF
     assert "WARNING: none: 1 object skipped: a cell without an outline of its nucleus\n" in err
     assert "WARNING: none has 1 image: --hold-out 2 leaves none to train on, so 0 will be held out\n" in err
     assert "nightslide: none: 0 nuclei in its 1 training image: need at least one" in err
+
+
+@pytest.mark.parametrize(("mpp", "area"), [(0.25, ""), (0.1, "2.6"), (1, "256.0")])
+def test_a_scale_at_which_nuclei_have_a_strange_size_is_said(
+    mpp: float, area: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A square of 16 px is 16 um2 at 0.25 um/px. An image without nuclei says nothing."""
+    data = qupath_export(tmp_path / "one", ("detection", "Tumor"))
+    Image.fromarray(np.full((64, 64, 3), 200, np.uint8)).save(data / "a.png")
+    (data / "a.geojson").write_text("[]")
+    dataset = read_dataset(data, mpp=mpp)
+    line = (
+        f"one: nuclei of 'x' have a median of {area} um2 at {mpp:g} um/px; 4 to 200 um2 is usual: is the scale right?"
+    )
+    assert dataset.describe_size() == ([line] if area else [])
+    assert gather([data], mpp=[mpp]).skipped == ((line,) if area else ())
+    _, _, err = run(capsys, "convert", "--data", data, "--mpp", mpp, "--out", tmp_path / "maps")
+    assert err == (f"WARNING: {line}\n" if area else "")
 
 
 def test_a_scale_that_is_overridden_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from pipeline.errors import AnnotationError
 from pipeline.segment.geojson import parse_json
 from pipeline.text import counted
-from slides.errors import ScaleUnknown, SlideError
+from slides.errors import NightslideError, ScaleUnknown, SlideError
 from slides.geometry import Box, Size
 from slides.slide import open_slide
 
@@ -25,6 +25,11 @@ NO_CLASSES = ("Nucleus",)
 
 # Numbers of nuclei index a table, so a stray 4294967295 must not ask for its gigabytes.
 _LARGEST_NUMBER = 2**24 - 1
+
+# Median area of an image's nuclei, um2. In 203 images of five open sets it is 4.4 to 132, most often 13 to 25: a scale
+# that is wrong by a factor of four is noticed. And how many images are read until one has nuclei.
+_USUAL_UM2 = 4.0, 200.0
+_READ_FOR_SIZE = 3
 
 # Pixels are taken as stored: read at the scale that the slide is opened with, no slide is resampled.
 _AS_STORED = 1.0
@@ -67,6 +72,19 @@ class Dataset(NamedTuple):
                 f"if that is right"
             )
         return lines
+
+    def describe_size(self) -> list[str]:
+        """A line where the first nuclei, at their image's scale, have another size than nuclei have."""
+        for image in self.images[:_READ_FOR_SIZE]:
+            try:
+                px = np.bincount(image.read().labels.ravel())[1:]
+            except (OSError, NightslideError):  # said where the image is used
+                return []
+            if px.any():
+                area, (low, high) = float(np.median(px[px > 0])) * image.mpp**2, _USUAL_UM2
+                said = f"{area:,.1f} um2 at {image.mpp:g} um/px; {low:g} to {high:g} um2 is usual: is the scale right?"
+                return [] if low <= area <= high else [f"{self.name}: nuclei of '{image.id}' have a median of {said}"]
+        return []
 
 
 class Metadata(NamedTuple):
