@@ -74,7 +74,7 @@ class Dataset(NamedTuple):
         return lines
 
     def describe_size(self) -> list[str]:
-        """A line where the first nuclei, at their image's scale, have another size than nuclei have."""
+        """A line where the nuclei of the first images, at their scale, are improbably small or large."""
         for image in self.images[:_READ_FOR_SIZE]:
             try:
                 px = np.bincount(image.read().labels.ravel())[1:]
