@@ -27,10 +27,12 @@ def mix_channels(images: Tensor, matrix: Tensor) -> Tensor:
     """Every pixel's channels times a matrix: (B, C, H, W), (R, C) -> (B, R, H, W), in the dtype of the images.
 
     A convolution with a kernel of one pixel. Dilation changes nothing about such a kernel, but without it torch
-    takes a kernel of its own on one thread, which adds in another order than the library it calls on several.
+    takes a kernel of its own on one thread, which adds in another order than the library it calls on several. Of
+    images that lie channel after channel, that library takes a kernel that is 20 times as slow.
     """
     matrix = matrix.to(images)
     if _on_cpu(images):
+        images = images.contiguous(memory_format=torch.channels_last)
         return F.conv2d(images, matrix[:, :, None, None], dilation=_DILATION)
     return torch.einsum("rc,bchw->brhw", matrix, images)  # not a convolution: on a GPU those round to TF32
 

@@ -46,7 +46,7 @@ def restain(
     source, target = stains
     if source is None or target is None:
         return image
-    light = torch.from_numpy(image.transpose(2, 0, 1).copy())[None].float() / 255
+    light = torch.from_numpy(image.copy())[None].permute(0, 3, 1, 2).float() / 255
     normaliser = Normaliser(Normalisation(source, between(source, target, way)))
     moved: NDArray[np.uint8] = (normaliser(light)[0] * 255).round().byte().numpy()
     return np.ascontiguousarray(moved.transpose(1, 2, 0))
