@@ -18,9 +18,13 @@ def _escaped(character: str) -> str:
     return character.encode("unicode_escape").decode("ascii")
 
 
+_START, _END = 1500, 500  # characters of a message: a damaged slide's may hold whatever is in its file
+
+
 def one_line(error: BaseException) -> str:
-    """An exception's message as one printable line; its type where it has no message."""
-    return printable(" ".join(str(error).split()) or type(error).__name__)
+    """An exception's message as one printable line, or its type; of a long one the middle is left out."""
+    line = printable(" ".join(str(error).split()) or type(error).__name__)
+    return line if len(line) <= _START + _END else f"{line[:_START]} ... {line[-_END:]}"
 
 
 def counted(number: int, singular: str, plural: str = "") -> str:

@@ -23,3 +23,11 @@ def test_what_is_printed_neither_commands_nor_hides(text: str) -> None:
     if not {unicodedata.category(c) for c in text if c not in "\n\t"} & UNSAFE:
         assert shown == text
     assert len(one_line(ValueError(text)).splitlines()) == 1
+
+
+def test_a_long_message_keeps_its_start_and_its_remedy() -> None:
+    shown = one_line(ValueError(f"case7.mrxs: {'x' * 200_000}: copy it again"))
+    assert len(shown) == 2005
+    assert shown.startswith("case7.mrxs: xxx")
+    assert shown.endswith("xxx: copy it again")
+    assert one_line(ValueError("x" * 2000)) == "x" * 2000

@@ -1,12 +1,13 @@
 """ledger.csv reads back as it was written."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.archive.ledger import mixed_stains, read_ledger, row_of, write_ledger
+from pipeline.archive.ledger import mixed_stains, read_failure, read_ledger, row_of, write_failure, write_ledger
 from pipeline.errors import RunError
 from pipeline.layout import RunFolder
 from pipeline.segment.record import SlideRecord, StageRecord
@@ -32,6 +33,15 @@ def test_text_that_is_none_keeps_no_row_from_the_ledger(tmp_path: Path) -> None:
     write_ledger(RunFolder(tmp_path), records)
     rows = [(row["slide"], row["remarks"]) for row in read_ledger(RunFolder(tmp_path))]
     assert rows == [("a", r"1 region of caf\udce9.geojson"), ("b", "")]
+
+
+def test_a_cause_of_any_length_keeps_the_ledger_legible(tmp_path: Path) -> None:
+    """As a damaged slide may hold it; csv reads no cell of more than 131,072 characters."""
+    run = RunFolder(tmp_path)
+    failed = write_failure(run.slide("a"), "a.mrxs", ValueError(f"there is no section {'S' * 200_000}"))
+    write_ledger(run, [dataclasses.replace(failed, slide="a"), SlideRecord("b", "done")])
+    assert [row["slide"] for row in read_ledger(run)] == ["a", "b"]
+    assert read_failure(run.slide("a")).cause.startswith("there is no section SSS")
 
 
 @pytest.mark.parametrize("damage", ["a", 'a,"', "a\0b", "a,done,,x"])
