@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.parse import unquote
+from urllib.parse import unquote_to_bytes
 
 import pyarrow as pa
 
@@ -143,8 +143,8 @@ def _uris(content: Any) -> Iterator[str]:
 
 
 def _path(uri: str) -> str:
-    """Of a file: QuPath writes file:/..., others file:///..."""
-    return unquote(uri.removeprefix("file:").removeprefix("//"))
+    """Of a file, whatever bytes its name has: QuPath writes file:/..., others file:///..."""
+    return os.fsdecode(unquote_to_bytes(uri.removeprefix("file:").removeprefix("//")))
 
 
 def _add_classes(file: Path, colours: dict[str, tuple[int, int, int]]) -> None:

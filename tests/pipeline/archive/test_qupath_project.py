@@ -1,6 +1,7 @@
 """A QuPath project of a run has every slide once, keeps what is in it, and is written only where something is new."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -110,6 +111,12 @@ def test_a_second_run_writes_nothing(run: RunFolder) -> None:
     before = {path: path.stat().st_mtime_ns for path in (run.qupath_project, run.qupath_classes)}
     assert write_project(run)[1:] == (3, 0, ())
     assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_a_name_that_is_no_text_is_known_again(run: RunFolder, data: Path) -> None:
+    finished(run, "caf_xe9", slide(data / os.fsdecode(b"caf\xe9.svs")))
+    assert write_project(run)[1:3] == (4, 4)
+    assert write_project(run)[1:] == (4, 0, ())
 
 
 def test_what_cannot_be_a_project_is_refused(run: RunFolder, tmp_path: Path) -> None:
