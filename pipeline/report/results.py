@@ -116,8 +116,9 @@ def _read(run: RunFolder, row: Mapping[str, Any]) -> SlideResult:
     content = files.read_json(folder.slide_json) or {}
     summary = content.get("summary") or {}
     try:
-        known = summary.get("version") == VERSION and {"area_um2", "seams"} <= summary.keys()
-        record = read_record(content)
+        whole = files.fits_checksum(content)
+        known = whole and summary.get("version") == VERSION and {"area_um2", "seams"} <= summary.keys()
+        record = read_record(content) if whole else None
     except (KeyError, TypeError, ValueError, AttributeError):  # damaged, or of a version that had none
         known, record = False, None
     asked = [f"not done again: {row['cause']}"] if row.get("cause") else []

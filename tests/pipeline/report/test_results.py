@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from pipeline.files import with_checksum
 from pipeline.layout import RunFolder
 from pipeline.report.results import FEWEST_SLIDES, read_results, robust_z
 from pipeline.segment.record import SlideRecord
@@ -124,6 +125,17 @@ def test_a_slide_without_legible_summary_is_described_by_its_row(tmp_path, conte
     (slide,) = read_results(RunFolder(tmp_path), [done()])
     assert (slide.summary, slide.density, slide.remarks) == ({}, 3000.0, ())
     assert np.isnan(slide.median_area)
+
+
+def test_of_a_damaged_slide_json_nothing_is_believed(tmp_path):
+    """One that is still JSON, whose numbers and names may be any."""
+    (tmp_path / "a").mkdir()
+    content = with_checksum({"summary": found(), "record": SlideRecord("", "done", remarks=("lost",)).to_json()})
+    text = json.dumps(content)
+    for damaged in (text.replace('"quantiles"', '"quantilez"'), text.replace("lost", "last")):
+        (tmp_path / "a" / "slide.json").write_text(damaged)
+        (slide,) = read_results(RunFolder(tmp_path), [done()])
+        assert (slide.summary, slide.density, slide.remarks) == ({}, 3000.0, ())
 
 
 @pytest.mark.parametrize(
