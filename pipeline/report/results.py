@@ -26,6 +26,7 @@ from pipeline.text import from_csv_cell
 OUTLIER_Z, FEWEST_SLIDES = 3.5, 8
 
 _PICTURE_PX, _QUALITY = (180, 130), 60
+_UNREADABLE = (OSError, ValueError, Image.DecompressionBombError)  # the last: a damaged header states any size
 
 # Colours of densities, from none to the highest: white to dark violet, in even steps of lightness.
 _HEAT = ((255, 255, 255), (252, 197, 142), (241, 96, 93), (158, 47, 127), (45, 17, 86))
@@ -138,7 +139,7 @@ def _small(overlay: Path) -> str:
         with Image.open(overlay) as image:
             image.draft("RGB", (2 * _PICTURE_PX[0], 2 * _PICTURE_PX[1]))  # decodes an eighth of a JPEG: fast
             small = image.convert("RGB")
-    except (OSError, ValueError):
+    except _UNREADABLE:
         return ""
     small.thumbnail(_PICTURE_PX)
     return _data_url(small, "jpeg", quality=_QUALITY, optimize=True)
@@ -152,7 +153,7 @@ def _density(picture: Path) -> dict[str, Any]:
     try:
         with Image.open(picture) as image:
             density = np.nan_to_num(np.asarray(image, np.float32))
-    except (OSError, ValueError):
+    except _UNREADABLE:
         return {}
     top = float(density[: max(1, len(density) - 1), : max(1, density.shape[1] - 1)].max(initial=0.0))
     steps = np.linspace(0, top or 1.0, len(_HEAT))

@@ -160,7 +160,13 @@ def test_the_picture_is_small_and_whole(tmp_path):
     assert len(content) < 15_000
 
 
-@pytest.mark.parametrize("spoil", [lambda b: b"no picture", lambda b: b[: len(b) // 2], lambda b: b""])
+def huge(picture: bytes) -> bytes:
+    """A JPEG whose header states the largest size."""
+    size = picture.index(b"\xff\xc0") + 5
+    return picture[:size] + b"\xff\xff\xff\xff" + picture[size + 4 :]
+
+
+@pytest.mark.parametrize("spoil", [lambda b: b"no picture", lambda b: b[: len(b) // 2], lambda b: b"", huge])
 def test_a_broken_picture_is_left_out(tmp_path, spoil):
     finish(tmp_path / "a", found())
     picture = tmp_path / "a" / "overlay.jpg"
