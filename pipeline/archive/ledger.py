@@ -16,10 +16,8 @@ from pipeline.config import Settings
 from pipeline.errors import RunError
 from pipeline.layout import RunFolder, SlideFolder
 from pipeline.segment.job import slide_digest
-from pipeline.segment.record import WAITS, SlideRecord
+from pipeline.segment.record import OF_OTHER_SETTINGS, WAITS, SlideRecord
 from pipeline.text import counted, csv_cell, from_csv_cell, one_line, printable
-
-_OF_OTHER_SETTINGS = "done with other settings than the folder's: run it again with --overwrite"
 
 
 def row_of(record: SlideRecord) -> dict[str, Any]:
@@ -84,7 +82,7 @@ def other_slides(run: RunFolder, own: Collection[str], settings: Settings) -> Ot
         record, content = read_finished(folder)
         name = _name(run, folder)
         if record is not None:
-            of_others = () if content["digest"] == _digest(content, settings) else (_OF_OTHER_SETTINGS,)
+            of_others = () if content["digest"] == _digest(content, settings) else (OF_OTHER_SETTINGS,)
             records[name] = dataclasses.replace(record, remarks=(*of_others, *record.remarks))
             if name not in own:
                 names[str(content.get("source_path"))] = name

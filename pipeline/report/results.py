@@ -19,6 +19,7 @@ from pipeline.layout import DENSITY, RunFolder
 from pipeline.segment.attempts import Attempt
 from pipeline.segment.finished import read_record
 from pipeline.segment.polygons import Floats
+from pipeline.segment.record import OF_OTHER_SETTINGS
 from pipeline.segment.summary import VERSION
 from pipeline.text import from_csv_cell
 
@@ -123,6 +124,7 @@ def _read(run: RunFolder, row: Mapping[str, Any]) -> SlideResult:
     except (KeyError, TypeError, ValueError, AttributeError):  # damaged, or of a version that had none
         known, record = False, None
     asked = [f"not done again: {row['cause']}"] if row.get("cause") else []
+    asked += [OF_OTHER_SETTINGS] if str(row.get("remarks") or "").startswith(OF_OTHER_SETTINGS) else []
     return dataclasses.replace(
         slide,
         summary=summary if known else {},

@@ -15,6 +15,9 @@ PLAUSIBLE_AREA_UM2 = (8.0, 150.0)  # of a slide's median nucleus; outside, the s
 
 NO_TISSUE = "no tissue was found: --tissue.everywhere takes the whole slide, of whatever colour"
 
+OF_OTHER_SETTINGS = "done with other settings than the folder's: run it again with --overwrite"
+"A remark of the ledger's row alone: slide.json does not know what its folder is of by now."
+
 ARTEFACT_AREAS = {kind: f"{kind.replace(' ', '_')}_mm2" for kind in KINDS}
 "Which of `Counts` holds the area of a kind of artefact."
 

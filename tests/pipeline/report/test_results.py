@@ -13,7 +13,7 @@ from PIL import Image
 from pipeline.files import with_checksum
 from pipeline.layout import RunFolder
 from pipeline.report.results import FEWEST_SLIDES, read_results, robust_z
-from pipeline.segment.record import SlideRecord
+from pipeline.segment.record import OF_OTHER_SETTINGS, SlideRecord
 from pipeline.segment.summary import VERSION
 
 SOME = st.lists(st.floats(-1e3, 1e3).map(lambda v: round(v, 3)), min_size=FEWEST_SLIDES, max_size=30)
@@ -95,6 +95,13 @@ def test_what_was_not_done_again_is_a_remark_beside_the_slide_s_own(tmp_path):
     row = done(status="done otherwise", cause="other regions")
     (slide,) = read_results(RunFolder(tmp_path), [row])
     assert (slide.state, slide.remarks) == ("done", ("not done again: other regions", "its own"))
+
+
+def test_that_a_slide_is_of_other_settings_is_a_remark_beside_its_own(tmp_path):
+    finish(tmp_path / "a", found(), ["its own"])
+    row = done(remarks=f"{OF_OTHER_SETTINGS}; its own")
+    (slide,) = read_results(RunFolder(tmp_path), [row])
+    assert slide.remarks == (OF_OTHER_SETTINGS, "its own")
 
 
 def test_a_good_slide_has_no_remark(tmp_path):
