@@ -71,17 +71,18 @@ def gather(data: Sequence[Path], splits: Sequence[str] = (), mpp: Sequence[float
     are named for its dataset; and within its `data` where there are several. Raises AnnotationError.
     """
     # every split by itself, so that each image knows its splits
+    requested = requested_sets(data, splits, mpp)
     parts = [
         [(split, read_dataset(one.data, [split] if split else (), one.mpp)) for split in one.splits or [""]]
-        for one in requested_sets(data, splits, mpp)
+        for one in requested
     ]
     images = [image for part in parts for image in _images_of(part, len(data) > 1)]
     if not images:
         raise AnnotationError(f"{', '.join(map(str, data))}: no images in {', '.join(splits)}: need at least one")
     classes = {part[0][1].classes for part in parts}
     same = classes.pop() if len(classes) == 1 else ()
-    first = [part[0][1] for part in parts]
-    skipped = [line for dataset in first for line in (*dataset.describe_skipped(), *dataset.describe_size())]
+    whole = [read_dataset(one.data, one.splits, one.mpp) for one in requested]  # of all its splits together
+    skipped = [line for dataset in whole for line in (*dataset.describe_skipped(), *dataset.describe_size())]
     if not same and any(len(part[0][1].classes) > 1 for part in parts):
         skipped.append("classes are not scored, as the datasets do not have the same: score them one by one")
     return EvaluationSet(tuple(images), same if len(same) > 1 else (), tuple(skipped))

@@ -253,6 +253,14 @@ def test_gather_knows_splits_groups_and_datasets(tmp_path: Path) -> None:
     assert [m.name for m in gather([one, two], ["two:rest"], [0.5, 0.2]).images] == ["one/a1", "one/b1", "two/c1"]
 
 
+def test_what_looks_wrong_is_said_of_the_images_of_every_split(tmp_path: Path) -> None:
+    data = draw_dataset(tmp_path / "data", {"a1": 4, "b1": 4}, classes=False)
+    (data / "dataset.json").write_text(json.dumps({"mpp": {"b1": 1.0}}))
+    for splits in (["first", "rest"], ["rest", "first"], ["rest"], []):
+        assert any("states, such as 'b1'" in line for line in gather([data], splits, [0.5]).skipped)
+    assert not gather([data], ["first"], [0.5]).skipped
+
+
 def test_what_cannot_be_gathered_is_said(tmp_path: Path) -> None:
     one = draw_dataset(tmp_path / "one", {"a1": 1}, classes=False)
     with pytest.raises(AnnotationError, match="3 values of mpp for 2 datasets"):
