@@ -199,19 +199,23 @@ export class Density {
     this.counts = new Uint32Array(cols * rows);
     const um2 = about.cell_px[0] * about.um_per_px[0] * about.cell_px[1] * about.um_per_px[1];
     this.perMm2 = 1e6 / um2; // of one nucleus in a cell
+    this.asked = 0; // how often counts were asked for
     this.most = 0; // nuclei in a cell at the end of the colour map: that of 99 % of the cells that have any
   }
 
-  /** Take the counts of what is chosen. */
+  /** Take the counts of what is chosen, unless others were asked for before the answer came. */
   async load({ score, classes }) {
+    const asked = ++this.asked;
     const query = new URLSearchParams([["score", score], ...[...classes].map((number) => ["class", number])]);
     const response = await fetch(`density.bin?${query}`);
     if (!response.ok) throw new Error(`density.bin: ${response.status}`);
-    this.counts = new Uint32Array(await response.arrayBuffer());
+    const counts = new Uint32Array(await response.arrayBuffer());
     if (!this.most) {
-      const filled = this.counts.filter((count) => count).sort();
+      const filled = counts.filter((count) => count).sort();
       this.most = filled[Math.floor(0.99 * (filled.length - 1))] ?? 1;
     }
+    if (asked !== this.asked) return;
+    this.counts = counts;
     this.paint();
   }
 

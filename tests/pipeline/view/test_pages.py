@@ -3,6 +3,7 @@
 import re
 import shutil
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -52,6 +53,31 @@ def served(run: Path) -> Iterator[str]:
 
 def text(page: Browser, name: str) -> str:
     return str(page.evaluate(f"document.getElementById('{name}').textContent"))
+
+
+LATE = """
+const ask = window.fetch;
+window.answered = 0;
+window.fetch = async (address) => {
+  const answer = await ask(address);
+  if (address.includes("score=0.68999")) await new Promise((then) => setTimeout(then, 1000));
+  window.answered += address.startsWith("density");
+  return answer;
+};
+"""
+
+
+def test_an_answer_that_comes_late_does_not_replace_a_later_choice(page: Browser, finished: Finished) -> None:
+    with served(finished.run) as address:
+        page.open(f"{address}slides/0/")
+        page.wait_for(f"document.getElementById('shown').textContent === '{finished.nuclei} nuclei'")
+        page.evaluate(LATE)
+        set_score(page, 0.69)
+        time.sleep(0.4)  # a choice is counted after 0.15 s
+        set_score(page, 0)
+        page.wait_for("window.answered === 2")
+        time.sleep(0.2)
+        assert text(page, "shown") == f"{finished.nuclei} nuclei"
 
 
 def test_the_list_and_a_slide_with_its_nuclei(page: Browser, finished: Finished) -> None:
