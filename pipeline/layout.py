@@ -187,6 +187,11 @@ class RunFolder:
         """The folder of the slide of this name; names may hold "/"."""
         return SlideFolder(self.path / name)
 
+    def holds(self, name: str) -> bool:
+        """Whether the folder of a slide of this name, as a ledger has it, lies inside; links are followed."""
+        run = os.path.realpath(self.path)
+        return Path(os.path.realpath(self.slide(name).path)).is_relative_to(run)
+
     def links(self, name: str) -> Iterator[Path]:
         """Symbolic links among all that a run writes of a slide, from its folder (below the run's own) to its work."""
         folder = self.slide(name)

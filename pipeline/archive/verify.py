@@ -41,12 +41,12 @@ def _slides(folder: Path) -> dict[str, SlideFolder]:
 
 
 def _in_the_ledger(run: RunFolder) -> list[SlideFolder]:
-    """The folders of the slides that are done according to ledger.csv, where there is one."""
+    """The folders of the slides that are done according to ledger.csv, where there is one; none beside the run's."""
     try:
         rows = read_ledger(run)
     except RunError:
         return []
-    return [run.slide(row["slide"]) for row in rows if row["status"].startswith("done")]
+    return [run.slide(row["slide"]) for row in rows if row["status"].startswith("done") and run.holds(row["slide"])]
 
 
 def _problems(slide: SlideFolder, *, thorough: bool = True) -> Iterator[str]:

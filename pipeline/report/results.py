@@ -110,10 +110,11 @@ def _read(run: RunFolder, row: Mapping[str, Any]) -> SlideResult:
     """One slide, before it is compared with the others."""
     folder, name = run.slide(str(row["slide"])), str(row["slide"])
     # quoted bytes keep names that are not UTF-8, and a colon does not become a URL's scheme
-    address = quote(os.fsencode(name), safe="/") if os.path.isdir(folder.path) else ""
+    there = run.holds(name) and os.path.isdir(folder.path)
+    address = quote(os.fsencode(name), safe="/") if there else ""
     overlay = f"{address}/{folder.overlay.name}" if address else ""
     slide = SlideResult(row, address, overlay, remarks=tuple(filter(None, [str(row.get("remarks") or "")])))
-    if slide.state != "done":
+    if slide.state != "done" or not there:
         return slide
     content = files.read_json(folder.slide_json) or {}
     summary = content.get("summary") or {}

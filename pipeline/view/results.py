@@ -69,10 +69,9 @@ class Results:
     def folder(self, number: int) -> SlideFolder:
         """Raises RunError for a name in the ledger that leads out of the run's folder."""
         name = self.name(number)
-        folder = self.run.slide(name)
-        if not folder.path.resolve().is_relative_to(self.run.path.resolve()):
+        if not self.run.holds(name):
             raise RunError(f"the slide {name!r} in {self.run.ledger} leads out of the run's folder: need one inside it")
-        return folder
+        return self.run.slide(name)
 
     def picture(self, number: int) -> DeepZoom:
         """The slide itself. Raises SlideError where it is not found or cannot be read, RunError if it is not done."""

@@ -13,12 +13,14 @@ import oracle
 from oracle import chosen, paint
 from pipeline import files
 from pipeline.api import export_files
+from pipeline.archive.ledger import write_ledger
 from pipeline.archive.run import run
 from pipeline.archive.verify import verify_results
 from pipeline.cli import main
 from pipeline.config import Execution, Export, Settings
 from pipeline.errors import RunError
-from pipeline.layout import SlideFolder
+from pipeline.layout import RunFolder, SlideFolder
+from pipeline.segment.record import SlideRecord
 
 ONE = Execution(cluster=False, workers=1)
 SETTINGS = dataclasses.replace(chosen(), export=Export(formats=("qupath", "csv")))
@@ -194,3 +196,13 @@ def test_a_slide_json_without_a_checksum_of_itself_is_taken_as_it_is(
 def test_a_folder_without_results_is_wrong_usage(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="holds no finished slide: need the --out folder of a run"):
         list(verify_results(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["/elsewhere/x", "../x"])
+def test_a_ledger_that_names_other_folders_is_not_followed_there(name: str, tmp_path: Path) -> None:
+    """One that is damaged, or of somebody else."""
+    folder = RunFolder(tmp_path / "results")
+    folder.slide("a").path.mkdir(parents=True)
+    folder.slide("a").slide_json.write_text("{}")
+    write_ledger(folder, [SlideRecord("a", "done"), SlideRecord(name, "done")])
+    assert [slide for slide, _ in verify_results(folder.path)] == ["a"]

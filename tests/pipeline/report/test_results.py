@@ -134,6 +134,18 @@ def test_a_slide_without_legible_summary_is_described_by_its_row(tmp_path, conte
     assert np.isnan(slide.median_area)
 
 
+@pytest.mark.parametrize("name", ["../other", "link"])
+def test_a_ledger_shows_no_folder_beside_the_run_s(tmp_path, name):
+    run, other = tmp_path / "run", tmp_path / "other"
+    finish(other, found(), ["its own"])
+    Image.new("RGB", (400, 300), "red").save(other / "overlay.jpg")
+    run.mkdir()
+    (run / "link").symlink_to(other)
+    for told in (name, str(other)):
+        (slide,) = read_results(RunFolder(run), [done(told)])
+        assert (slide.address, slide.overlay, slide.picture, slide.summary, slide.remarks) == ("", "", "", {}, ())
+
+
 def test_of_a_damaged_slide_json_nothing_is_believed(tmp_path):
     """One that is still JSON, whose numbers and names may be any."""
     (tmp_path / "a").mkdir()
