@@ -73,15 +73,21 @@ def _page(title: str, body: str) -> str:
 
 def _main_settings(run: Mapping[str, Any]) -> str:
     """The settings that matter most, in a line."""
-    settings = run.get("settings") or {}
+    detector, stain, tiling = (_table(_table(run, "settings"), name) for name in ("detector", "stain", "tiling"))
     chosen = {
-        "weights": Path(str(settings.get("detector", {}).get("weights", ""))).stem,
-        "views": settings.get("detector", {}).get("views"),
-        "stain": settings.get("stain", {}).get("method"),
-        "µm/px": settings.get("tiling", {}).get("mpp"),
+        "weights": Path(str(detector.get("weights", ""))).stem,
+        "views": detector.get("views"),
+        "stain": stain.get("method"),
+        "µm/px": tiling.get("mpp"),
         "digest": run.get("digest"),
     }
     return "".join(f" · {name} {html.escape(str(value))}" for name, value in chosen.items() if value)
+
+
+def _table(content: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """A table of run.json, which has no checksum; empty where it is none."""
+    table = content.get(name)
+    return table if isinstance(table, Mapping) else {}
 
 
 def _viewer(folder: RunFolder) -> str:

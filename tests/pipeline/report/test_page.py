@@ -225,6 +225,12 @@ def test_settings_are_shown(tmp_path):
     assert all(word in text for word in ("score0.35", "weights_sha2565ha", "torch2.9"))
 
 
+@pytest.mark.parametrize("settings", [None, 3, {"detector": None}, {"detector": [], "stain": "x", "tiling": 1}])
+def test_settings_that_are_none_are_left_out(tmp_path, settings):
+    (tmp_path / "run.json").write_text(json.dumps({"digest": "abc", "settings": settings}))
+    assert "digest abc" in read(tmp_path, [row("a")]).text
+
+
 def test_every_stage_has_a_colour_of_its_own(tmp_path):
     page = write_report(RunFolder(tmp_path), [row("a")]).read_text(encoding="utf-8")
     for number in range(len(STAGES)):
