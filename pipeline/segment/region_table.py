@@ -13,8 +13,10 @@ import shapely
 from numpy.typing import NDArray
 
 from pipeline import files
+from pipeline.errors import AnnotationError
 from pipeline.layout import SlideFolder
 from pipeline.segment import annotations, tables
+from pipeline.segment.finished import remedy
 from pipeline.segment.geojson import read_objects
 from pipeline.segment.polygons import Floats, Ints, Polygons
 from pipeline.segment.regions import RegionFile, SlideRegions, contained, read_regions
@@ -136,8 +138,14 @@ def _segmented(
     """The part of each region that was segmented, object (N,), None where that is not known; and what to say of it.
 
     regions: of `file`; bounds: of the slide, slide px. A run may have been restricted to the regions of another file.
+    Raises AnnotationError where slide.json, which says so, is damaged.
     """
-    restricted = (files.read_json(slide.slide_json) or {}).get("regions")
+    content = files.read_json(slide.slide_json)
+    if slide.slide_json.exists() and (content is None or not files.fits_checksum(content)):
+        raise AnnotationError(
+            f"{slide.slide_json} is damaged, which says what was segmented: {remedy(slide.slide_json)}"
+        )
+    restricted = (content or {}).get("regions")
     if restricted is None:
         return regions.polygons, ()
     path = Path(restricted["path"])

@@ -2,6 +2,7 @@
 
 import csv
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,21 @@ def test_a_damaged_table_is_a_line(place: Path, capsys: pytest.CaptureFixture[st
     assert status == 1
     assert err.startswith("a: FAILED: ")
     assert "b: 1 region" in out
+
+
+@pytest.mark.parametrize("damaged", [lambda text: text.replace('"regions": null', '"regions": "x"'), lambda text: "{"])
+def test_a_damaged_slide_json_is_a_line(
+    damaged: Callable[[str], str], place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It says to which regions the slide was restricted, and so what tissue was segmented."""
+    for name in ("a", "b"):
+        draw(place / "drawn" / f"{name}.geojson", WHOLE)
+    file = place / "out" / "a" / "slide.json"
+    file.write_text(damaged(file.read_text()))
+    status, _, err = measure(place, capsys)
+    assert status == 1
+    assert "slide.json is damaged" in err
+    assert [row["slide"] for row in table(place / "out" / "regions.csv")] == ["b"]
 
 
 def test_one_slide_by_itself(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
