@@ -156,23 +156,39 @@ def refresh_exports(folder: SlideFolder, export: Export) -> tuple[ExportFormat, 
 def rewrite_exports(folder: SlideFolder, export: Export) -> dict[str, Exported]:
     """Make exports of a finished slide, there or not, and note them in slide.json; its lease is ours.
 
-    The outlines of tissue and artefacts get the same origin.
+    The outlines of tissue and artefacts get the origin of QuPath's file, over which they are shown, whichever export is
+    made; where the slide has none, that of the other exports with a choice of origin.
     """
     content = _read_whole(folder)
     exported = write_exports(folder, export, Path(content["source_path"]) if content is not None else None)
     if content is not None:
-        made = _describe(folder, export, (*_placed(folder, export), *(EXPORTS[name] for name in export.formats)))
+        placed = _placed(folder, _crop_of_outlines(export, content))
+        made = _describe(folder, export, (*placed, *(EXPORTS[name] for name in export.formats)))
         content = {**content, "files": {**content.get("files", {}), **made}}
         files.write_json(folder.slide_json, files.with_checksum(content))
     return exported
 
 
-def _placed(folder: SlideFolder, export: Export) -> list[str]:
-    """The files of outlines that were given the origin of the exports."""
+def _crop_of_outlines(export: Export, content: Mapping[str, Any]) -> bool | None:
+    """Whether outlines start at the corner of the bounds, once the exports are made; None: as they are.
+
+    content: of slide.json, before the exports are noted in it
+    """
+    if "qupath" not in export.formats:
+        crop: bool | None = content.get("files", {}).get(EXPORTS["qupath"], {}).get("options", {}).get("crop")
+        if crop is not None:
+            return crop
+    return export.crop if any("crop" in FORMATS[name].options for name in export.formats) else None
+
+
+def _placed(folder: SlideFolder, crop: bool | None) -> list[str]:
+    """The files of outlines that were given another origin; none where `crop` is None."""
+    if crop is None:
+        return []
     bounds, placed = tables.read_provenance(folder.nuclei).bounds, []
     for path in (folder.tissue_annotation, folder.artefact_annotations):
         with contextlib.suppress(AnnotationError):  # it is missing or damaged, which `nightslide verify` says
-            if annotations.place(path, bounds, export.crop):
+            if annotations.place(path, bounds, crop):
                 placed.append(path.name)
     return placed
 

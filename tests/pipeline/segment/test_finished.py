@@ -47,6 +47,19 @@ def test_outlines_have_the_origin_of_the_exports(tmp_path: Path) -> None:
     assert folder.tissue_annotation.read_bytes() == whole
 
 
+def test_outlines_stay_with_the_file_of_qupath(tmp_path: Path) -> None:
+    """QuPath shows the tissue over the nuclei of that file: exports for other programs leave it where they are."""
+    folder, bounds = finished(tmp_path), PROVENANCE.bounds
+    rewrite_exports(folder, Export(formats=("spatialdata",), crop=False))
+    assert origin(folder.tissue_annotation, bounds) == bounds[:2], "spatialdata has no choice of origin"
+    for crop, expected in ((False, (0, 0)), (True, bounds[:2])):
+        rewrite_exports(folder, Export(formats=("qupath",), crop=crop))
+        for others in (("csv",), ("spatialdata",), ("csv", "spatialdata")):
+            rewrite_exports(folder, Export(formats=others, crop=not crop))
+            assert origin(folder.tissue_annotation, bounds) == expected
+        assert damage(folder) == []
+
+
 def test_damaged_outlines_stop_no_export(tmp_path: Path) -> None:
     folder = finished(tmp_path)
     folder.tissue_annotation.write_text(json.dumps({"features": [{}]}))
