@@ -249,9 +249,11 @@ def _damage(file: Path, known: Mapping[str, Any], *, thorough: bool) -> str:
 
 def remedy(file: Path) -> str:
     """What to do about a file or folder of a finished slide that is damaged or missing."""
-    if file.name not in EXPORTS.values():
+    made = next((name for name, export in EXPORTS.items() if export == file.name), None)
+    if made is None:
         return "put the file back, or run the slide again with --overwrite"
-    return f"{'delete it, and ' * file.exists()}the same run command makes it again"
+    again = f"the same run command makes it again, or nightslide export --formats {made} where that made it"
+    return f"{'delete it, and ' * file.exists()}{again}"
 
 
 def _describe(folder: SlideFolder, export: Export, names: tuple[str, ...] = RESULTS) -> dict[str, Any]:

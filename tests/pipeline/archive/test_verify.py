@@ -65,15 +65,15 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "deleted": (Path.unlink, "is missing"),
 }
 OVERWRITE = "put the file back, or run the slide again with --overwrite"
-AGAIN = "delete it, and the same run command makes it again"
+AGAIN = "delete it, and the same run command makes it again, or nightslide export --formats {} where that made it"
 REMEDIES = {
     "nuclei.parquet": OVERWRITE,
     "overlay.jpg": OVERWRITE,
     "thumbnail.jpg": OVERWRITE,
     "tissue.geojson": OVERWRITE,
     "artefacts.geojson": OVERWRITE,
-    "nuclei.geojson.zip": AGAIN,
-    "nuclei.csv": AGAIN,
+    "nuclei.geojson.zip": AGAIN.format("qupath"),
+    "nuclei.csv": AGAIN.format("csv"),
 }
 
 
@@ -107,6 +107,7 @@ def test_every_damage_in_a_folder_is_said_and_its_remedy_helps(out: Path, capsys
     """The results that are folders, too, have a size and a checksum."""
     store = out / "a" / "nuclei.spatialdata.zarr"
     file = store / "shapes" / "nuclei" / "shapes.parquet"
+    again = AGAIN.format("spatialdata")
     formats = dataclasses.replace(SETTINGS, export=Export(formats=("spatialdata",)))
     assert segment(out, settings=formats) == ["done before"] * 2
     assert said(capsys, out)[0] == 0
@@ -116,12 +117,26 @@ def test_every_damage_in_a_folder_is_said_and_its_remedy_helps(out: Path, capsys
         status, lines = said(capsys, out)
         assert status == 1
         problem = r"has (other content than was written|[\d,]+ bytes, was written with [\d,]+)"
-        assert re.fullmatch(f"a: {re.escape(store.name)} {problem}: {AGAIN}", lines[0]), lines
+        assert re.fullmatch(f"a: {re.escape(store.name)} {problem}: {again}", lines[0]), lines
         files.remove(store)
-        assert said(capsys, out)[1][0] == f"a: {store.name} is missing: the same run command makes it again"
+        assert said(capsys, out)[1][0] == f"a: {store.name} is missing: {again.removeprefix('delete it, and ')}"
         assert segment(out, settings=formats) == ["done before"] * 2
         assert said(capsys, out)[0] == 0
         assert files.sha256(store) == whole
+
+
+def test_what_was_exported_after_the_run_is_exported_again(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The run command does not make it: the remedy names the command that does."""
+    with pytest.raises(SystemExit, match="0"):
+        main(["export", str(out / "a"), "--formats", "density"])
+    files.remove(out / "a" / "density")
+    assert segment(out) == ["done before"] * 2
+    (status, (line, _)) = said(capsys, out)
+    assert status == 1
+    assert "nightslide export --formats density where that made it" in line
+    with pytest.raises(SystemExit, match="0"):
+        main(["export", str(out / "a"), "--formats", "density"])
+    assert said(capsys, out)[0] == 0
 
 
 def test_a_damaged_slide_json_is_said_and_its_remedy_helps(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
