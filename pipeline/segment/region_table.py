@@ -54,6 +54,7 @@ def measure_regions(slide: SlideFolder, file: RegionFile) -> RegionTable:
     inside = _members(slide.nuclei, regions.polygons)
     kept = _outside_artefacts(slide.nuclei, inside)
     segmented, notes = _segmented(slide, regions, file, provenance.bounds)
+    notes = (*_off_the_slide(regions, file, provenance.bounds), *notes)
     tissue_px = _tissue_px(slide, segmented, provenance.bounds)
     if not slide.tissue_annotation.exists():
         notes += (f"mm2 of tissue are not known, as {slide.tissue_annotation.name} is missing: run the slide again",)
@@ -72,6 +73,22 @@ def measure_regions(slide: SlideFolder, file: RegionFile) -> RegionTable:
     }
     rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
     return RegionTable(regions, rows, notes)
+
+
+def _off_the_slide(regions: SlideRegions, file: RegionFile, bounds: Box) -> tuple[str, ...]:
+    """What to say of regions that share no point with the slide: they may be in another frame, or of another slide.
+
+    regions: of `file`; bounds: of the slide, slide px
+    """
+    beyond = int(np.count_nonzero(~shapely.intersects(shapely.box(*bounds), regions.polygons)))
+    if not beyond:
+        return ()
+    which = f"{beyond} of {counted(len(regions.names), 'region')} {'lies' if beyond == 1 else 'lie'}"
+    flag = "--regions.no-crop" if file.crop else "--regions.crop"
+    return (
+        f"{which} outside the slide ({bounds.width} x {bounds.height} px): were they drawn on another one, or is it "
+        f"{flag}?",
+    )
 
 
 # ------------------------------------------------------------------------------------------------- nuclei

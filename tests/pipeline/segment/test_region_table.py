@@ -129,6 +129,19 @@ def test_without_an_outline_of_the_tissue_its_area_is_not_known(tmp_path: Path) 
     assert table.rows[0]["nuclei"] == 2
 
 
+@pytest.mark.parametrize(("crop", "flag"), [(True, "--regions.no-crop"), (False, "--regions.crop")])
+def test_regions_off_the_slide_are_named(tmp_path: Path, crop: bool, flag: str) -> None:
+    """They have no nuclei, as a region of glass has none: only the note tells a wrong frame from that."""
+    folder = slide(tmp_path)
+    draw(folder.tissue_annotation, shapely.box(0, 0, 30, 100))
+    file = draw(tmp_path / "r.geojson", shapely.box(5000, 5000, 5010, 5010), shapely.box(0, 0, 400, 5020))
+    table = measure_regions(folder, file._replace(crop=crop))
+    assert table.rows[0]["nuclei"] == 0
+    (note,) = table.notes
+    assert note.startswith("1 of 2 regions lies outside the slide (")
+    assert note.endswith(f"were they drawn on another one, or is it {flag}?")
+
+
 @pytest.mark.parametrize("nuclei", [NUCLEI, []])
 def test_a_region_without_nuclei_or_tissue(tmp_path: Path, nuclei: list[Any]) -> None:
     folder = slide(tmp_path, nuclei)
