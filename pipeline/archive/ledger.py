@@ -117,7 +117,7 @@ def read_ledger(run: RunFolder) -> list[dict[str, Any]]:
 def read_columns(run: RunFolder, kinds: Mapping[str, type]) -> list[dict[str, Any]]:
     """Some columns of ledger.csv, each as a type: str, int or float. Raises RunError where there are none."""
     try:
-        with run.ledger.open(newline="", encoding="utf-8") as file:
+        with run.ledger.open(newline="", encoding="utf-8-sig") as file:  # a spreadsheet saves it with a byte order mark
             rows = list(csv.DictReader(file))
         return [{name: kind(from_csv_cell(row[name])) for name, kind in kinds.items()} for row in rows]
     except FileNotFoundError as error:
@@ -127,7 +127,12 @@ def read_columns(run: RunFolder, kinds: Mapping[str, type]) -> list[dict[str, An
                 f"give its command again"
             ) from error
         raise RunError(f"{run.ledger} does not exist: need the --out folder of a run") from error
-    except (OSError, KeyError, ValueError, TypeError, AttributeError, csv.Error) as error:
+    except KeyError as error:
+        raise RunError(
+            f"{run.ledger} is not a run's ledger, as it lacks the column {error.args[0]!r}: where a spreadsheet saved "
+            f"it otherwise, give the run's command again, which writes it anew; else need the --out folder of a run"
+        ) from error
+    except (OSError, ValueError, TypeError, AttributeError, csv.Error) as error:
         raise RunError(f"{run.ledger} is not a run's ledger ({error}): need the --out folder of a run") from error
 
 

@@ -55,6 +55,18 @@ def test_a_row_that_cannot_be_read_is_an_error_that_says_so(damage: str, tmp_pat
         read_ledger(run)
 
 
+def test_a_ledger_that_a_spreadsheet_has_saved(tmp_path: Path) -> None:
+    """With a byte order mark it is read; with other separators the error says what to do."""
+    run = RunFolder(tmp_path)
+    write_ledger(run, [SlideRecord("a", "done"), SlideRecord("b", "done")])
+    rows, text = read_ledger(run), run.ledger.read_text()
+    run.ledger.write_text(text, encoding="utf-8-sig")
+    assert read_ledger(run) == rows
+    run.ledger.write_text(text.replace(",", ";"))
+    with pytest.raises(RunError, match=r"lacks the column 'slide'.*give the run's command again, which writes it"):
+        read_ledger(run)
+
+
 def test_idle_seconds_of_slides_add_up() -> None:
     """Of two detectors, one slide has what another one lacks: only the sum says how idle they were."""
     rows = [
