@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.config import Architecture, Execution, Export, Regions, Settings, build, require, require_kind
 from pipeline.errors import ExportFailed, RunError
-from slides.errors import NightslideError
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -117,12 +116,10 @@ def export(
 
 def export_files(folder: str | os.PathLike[str], settings: Export) -> Iterator[tuple[Path, "Exported"]]:
     """`export`, a slide at a time: each file with its count, when the slide's files are written."""
-    import pyarrow as pa
-
     from pipeline.archive.lease import Leases
     from pipeline.layout import RunFolder
     from pipeline.segment.export import check_formats
-    from pipeline.segment.finished import rewrite_exports
+    from pipeline.segment.finished import UNUSABLE, cause, rewrite_exports
 
     check_formats(settings.formats)
     slides = RunFolder(Path(folder)).with_nuclei()
@@ -140,26 +137,13 @@ def export_files(folder: str | os.PathLike[str], settings: Export) -> Iterator[t
                     written = rewrite_exports(slide, settings)
                 finally:
                     leases.release(slide.path)
-            except (OSError, KeyError, pa.ArrowException, NightslideError) as error:
-                failed.append(f"{slide.nuclei} could not be exported: {_cause(error, slide.nuclei)}")
+            except UNUSABLE as error:
+                failed.append(f"{slide.nuclei} could not be exported: {cause(error, slide.nuclei)}")
                 continue
             for name, exported in written.items():
                 yield slide.export(name), exported
     if failed:
         raise ExportFailed("\n".join(failed))
-
-
-def _cause(error: Exception, table: Path) -> str:
-    """Why a table could not be exported, and the remedy; what is neither said by us nor by the system is damage."""
-    from pipeline.files import refusal
-    from pipeline.segment.finished import remedy
-    from pipeline.text import one_line
-
-    if isinstance(error, OSError) and error.errno is not None:
-        return refusal(error) or one_line(error)
-    if isinstance(error, NightslideError):
-        return one_line(error)
-    return f"it is damaged ({one_line(error)}): {remedy(table)}"
 
 
 def measure(

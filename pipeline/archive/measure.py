@@ -6,18 +6,16 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import pyarrow as pa
-import shapely
-
 from pipeline import config, files
 from pipeline.archive.ledger import read_ledger
 from pipeline.archive.region_files import match_regions
 from pipeline.errors import RunError
 from pipeline.layout import RunFolder, SlideFolder
 from pipeline.report.page import write_report
+from pipeline.segment.finished import UNUSABLE, cause
 from pipeline.segment.region_table import measure_regions
 from pipeline.segment.regions import RegionFile
-from pipeline.text import csv_cell, one_line, printable
+from pipeline.text import csv_cell, printable
 from slides.errors import NightslideError
 
 
@@ -79,8 +77,9 @@ def _source(slide: SlideFolder) -> Path:
 def _measure(name: str, slide: SlideFolder, path: Path, crop: bool) -> Measured:
     try:
         table = measure_regions(slide, RegionFile.of(path, crop))
-    except (NightslideError, OSError, KeyError, pa.ArrowException, shapely.errors.ShapelyError) as error:
-        return Measured(name, words=one_line(error), failed=True)
+    except UNUSABLE as error:
+        about = "" if isinstance(error, NightslideError) else f"{slide.nuclei} cannot be measured: "
+        return Measured(name, words=f"{about}{cause(error, slide.nuclei)}", failed=True)
     notes = "".join(f"; {note}" for note in table.notes)
     rows = [{"slide": name, **row} for row in table.rows]
     return Measured(name, rows, f"{table.regions.describe(path)}{notes}")

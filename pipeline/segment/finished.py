@@ -7,6 +7,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import shapely
+
 from pipeline import files
 from pipeline.config import Export, ExportFormat, require
 from pipeline.errors import AnnotationError, SlideChanged
@@ -18,7 +21,8 @@ from pipeline.segment.plan import Plan, read_artefacts, read_plan, reported_tiss
 from pipeline.segment.record import SlideRecord, remarks
 from pipeline.segment.summary import summarise
 from pipeline.segment.tables import checked_between_groups
-from slides.errors import ScaleUnknown
+from pipeline.text import one_line
+from slides.errors import NightslideError, ScaleUnknown
 from slides.slide import open_slide
 
 
@@ -254,6 +258,19 @@ def remedy(file: Path) -> str:
         return "put the file back, or run the slide again with --overwrite"
     again = f"the same run command makes it again, or nightslide export --formats {made} where that made it"
     return f"{'delete it, and ' * file.exists()}{again}"
+
+
+UNUSABLE = (NightslideError, OSError, KeyError, ValueError, pa.ArrowException, shapely.errors.ShapelyError)
+"What is raised where a table cannot be used: by us, by the system, and by whichever library meets the damage."
+
+
+def cause(error: Exception, table: Path) -> str:
+    """Why a table could not be used, and the remedy; what is neither said by us nor by the system is damage."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return files.refusal(error) or one_line(error)
+    if isinstance(error, NightslideError):
+        return one_line(error)
+    return f"it is damaged ({one_line(error)}): {remedy(table)}"
 
 
 def _describe(folder: SlideFolder, export: Export, names: tuple[str, ...] = RESULTS) -> dict[str, Any]:

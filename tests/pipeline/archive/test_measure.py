@@ -2,10 +2,13 @@
 
 import csv
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import shapely
 
@@ -18,7 +21,7 @@ from pipeline.archive.run import run
 from pipeline.archive.verify import verify_results
 from pipeline.cli import main
 from pipeline.config import Execution
-from pipeline.errors import RunError
+from pipeline.errors import ExportFailed, RunError
 
 WHOLE = shapely.box(0, 0, 410, 330)
 QUARTERS = [shapely.box(x, y, x + 205, y + 165) for x in (0, 205) for y in (0, 165)]
@@ -109,13 +112,29 @@ def test_a_file_that_is_no_geojson_stops_no_other(place: Path, capsys: pytest.Ca
 
 
 def test_a_damaged_table_is_a_line(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whichever library notices the damage, and by whatever error; no other slide is lost, to measure or to export."""
     draw(place / "drawn" / "a.geojson", WHOLE)
     draw(place / "drawn" / "b.geojson", WHOLE)
-    (place / "out" / "a" / "nuclei.parquet").write_bytes(b"PAR1 nothing PAR1")
-    status, out, err = measure(place, capsys)
-    assert status == 1
-    assert err.startswith("a: FAILED: ")
-    assert "b: 1 region" in out
+    file = place / "out" / "a" / "nuclei.parquet"
+    metadata = json.dumps({"um_per_px": [0.25, 0.25]})[:9].encode()  # not JSON
+    for damaged in (b"PAR1 nothing PAR1", _with_provenance(file, metadata)):
+        file.write_bytes(damaged)
+        status, out, err = measure(place, capsys)
+        assert status == 1
+        assert err.startswith(f"a: FAILED: {file} cannot be measured: it is damaged (")
+        assert err.endswith("): put the file back, or run the slide again with --overwrite\n")
+        assert "b: 1 region" in out
+        with pytest.raises(ExportFailed, match=re.escape(f"{file} could not be exported: it is damaged (")):
+            pipeline.export(place / "out", "csv")
+        assert (place / "out" / "b" / "nuclei.csv").exists()
+
+
+def _with_provenance(file: Path, text: bytes) -> bytes:
+    """A table with other metadata of ours."""
+    table = pq.read_table(file)
+    sink = pa.BufferOutputStream()
+    pq.write_table(table.replace_schema_metadata({**pq.read_metadata(file).metadata, b"nightslide": text}), sink)
+    return bytes(sink.getvalue())
 
 
 @pytest.mark.parametrize("damaged", [lambda text: text.replace('"regions": null', '"regions": "x"'), lambda text: "{"])
