@@ -50,6 +50,9 @@ def measure_slides(folder: Path, regions: config.Regions) -> Iterator[Measured]:
             measured = _measure(name, slide, matches.files[name], regions.crop)
         elif name in matches.problems:
             measured = Measured(name, words=matches.problems[name], failed=True)
+        elif files.read_json(slide.slide_json) is None:
+            lost = f"{slide.slide_json} is damaged, so which file of regions belongs to the slide is not known"
+            measured = Measured(name, words=f"{lost}: the same run command does the slide again", failed=True)
         else:
             measured = Measured(name, words=f"no file of regions in {regions.folder}")
         if measured.rows:

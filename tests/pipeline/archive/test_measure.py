@@ -129,6 +129,19 @@ def test_a_damaged_table_is_a_line(place: Path, capsys: pytest.CaptureFixture[st
         assert (place / "out" / "b" / "nuclei.csv").exists()
 
 
+def test_a_damaged_slide_json_is_no_lack_of_regions(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It has the slide's own name, a.tif, without which the file of its regions is not found."""
+    draw(place / "drawn" / "a.tif.geojson", WHOLE)
+    draw(place / "drawn" / "b.tif.geojson", WHOLE)
+    file = place / "out" / "a" / "slide.json"
+    file.write_bytes(file.read_bytes()[:100])
+    status, out, err = measure(place, capsys)
+    assert status == 1
+    assert err.startswith(f"a: FAILED: {file} is damaged, so which file of regions belongs to the slide is not known: ")
+    assert "b: 1 region" in out
+    assert "site/c: no file of regions" in out
+
+
 def _with_provenance(file: Path, text: bytes) -> bytes:
     """A table with other metadata of ours."""
     table = pq.read_table(file)
