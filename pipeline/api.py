@@ -166,12 +166,24 @@ def read_nuclei(path: str | os.PathLike[str], columns: str | Sequence[str] | Non
     `geopandas.read_parquet` decodes the outlines.
 
     path: nuclei.parquet, or the slide's folder in the results
-    Raises RunError where there is no such table.
+    Raises RunError where there is no such table, where it is damaged, and for a column that it does not have.
     """
+    import pyarrow.parquet as pq
+
     from pipeline.layout import SlideFolder
+    from pipeline.segment.finished import UNUSABLE, cause
     from pipeline.segment.tables import read_nuclei as read_table
 
     table = SlideFolder(Path(path)).nuclei if os.path.isdir(path) else Path(path)
     if not table.is_file():
         raise RunError(f"{table} does not exist: need a finished slide's folder or its nuclei.parquet")
-    return read_table(table, [columns] if isinstance(columns, str) else columns)
+    wanted = [columns] if isinstance(columns, str) else columns
+    try:
+        there = pq.read_schema(table).names
+        if lacking := sorted(set(wanted or ()) - {*there, "class_score"}):  # which the first tables had not
+            raise RunError(f"{table} has no column {lacking[0]!r}: need some of {', '.join(there)}")
+        return read_table(table, wanted)
+    except RunError:
+        raise
+    except UNUSABLE as error:
+        raise RunError(f"{table} cannot be read: {cause(error, table)}") from error

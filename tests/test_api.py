@@ -94,6 +94,8 @@ def test_a_damaged_table_is_named(place: Path, tmp_path: Path) -> None:
     (tmp_path / "case8" / "nuclei.parquet").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ExportFailed, match=r"case8/nuclei\.parquet could not be exported: it is damaged"):
         pipeline.export(tmp_path)
+    with pytest.raises(RunError, match=r"case8/nuclei\.parquet cannot be read: it is damaged"):
+        pipeline.read_nuclei(tmp_path / "case8")
     with pytest.raises(RunError, match=r"case9.* does not exist"):
         pipeline.read_nuclei(tmp_path / "case9")
 
@@ -102,6 +104,8 @@ def test_one_column_is_read(place: Path) -> None:
     table = pipeline.read_nuclei(place / "results" / "case7", "area_um2")
     assert table.column_names == ["area_um2"]
     assert table.num_rows > 0
+    with pytest.raises(RunError, match=r"nuclei\.parquet has no column 'area': need some of id, geometry, class, "):
+        pipeline.read_nuclei(place / "results" / "case7", ["area_um2", "area"])
 
 
 def test_parameters_of_another_type_are_refused(tmp_path: Path) -> None:

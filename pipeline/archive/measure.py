@@ -12,7 +12,7 @@ from pipeline.archive.region_files import match_regions
 from pipeline.errors import RunError
 from pipeline.layout import RunFolder, SlideFolder
 from pipeline.report.page import write_report
-from pipeline.segment.finished import UNUSABLE, cause
+from pipeline.segment.finished import UNUSABLE, cause, remedy
 from pipeline.segment.region_table import measure_regions
 from pipeline.segment.regions import RegionFile
 from pipeline.text import csv_cell, printable
@@ -50,9 +50,9 @@ def measure_slides(folder: Path, regions: config.Regions) -> Iterator[Measured]:
             measured = _measure(name, slide, matches.files[name], regions.crop)
         elif name in matches.problems:
             measured = Measured(name, words=matches.problems[name], failed=True)
-        elif files.read_json(slide.slide_json) is None:
+        elif slide.slide_json.exists() and files.read_json(slide.slide_json) is None:
             lost = f"{slide.slide_json} is damaged, so which file of regions belongs to the slide is not known"
-            measured = Measured(name, words=f"{lost}: the same run command does the slide again", failed=True)
+            measured = Measured(name, words=f"{lost}: {remedy(slide.slide_json)}", failed=True)
         else:
             measured = Measured(name, words=f"no file of regions in {regions.folder}")
         if measured.rows:

@@ -47,7 +47,8 @@ def write_project(run: RunFolder, slides: Path | None = None) -> Written:
     if not run.run_json.is_file() or not finished:
         raise RunError(f"{run.path} has no finished slides: need the --out folder of a run")
     project = _read(run.qupath_project)
-    present = {_path(uri) for entry in project["images"] for uri in _uris(entry)}
+    files_of = {str(entry.get("imageName")): [*map(_path, _uris(entry))] for entry in project["images"]}
+    present = {path for paths in files_of.values() for path in paths}
     moved = _by_name(slides)
     added, left_out, warnings = 0, [], without_nuclei(run.path)
     colours: dict[str, tuple[int, int, int]] = {}
@@ -61,12 +62,13 @@ def write_project(run: RunFolder, slides: Path | None = None) -> Written:
         except (NightslideError, OSError, ValueError, KeyError, pa.ArrowException) as error:
             left_out.append(f"{name}: {slide.nuclei.name} is damaged ({one_line(error)}): {remedy(slide.nuclei)}")
             continue
-        if "source_path" not in content:
+        known = [str(source)] if str(source) in present else files_of.get(image_name, [])
+        if not {"source_path", "quick_hash"} <= content.keys():
             left_out.append(f"{name}: {slide.slide_json.name} is damaged")
-        elif str(source) in present:
-            if not source.exists():
+        elif known:
+            if not any(map(os.path.exists, known)):
                 warnings.append(
-                    f"{name}: {source}, its image in the project, does not exist: tell QuPath where it is now"
+                    f"{name}: {known[0]}, its image in the project, does not exist: tell QuPath where it is now"
                 )
         elif (image := _image(source, content, moved)) is None:
             lack, what = f"{source} does not exist", "the slide is now"

@@ -47,7 +47,7 @@ def read_objects(path: Path, wanted: Collection[str] = TYPES) -> tuple[Objects, 
     """
     types, classes, names, geometries = [], [], [], []
     skipped: Counter[str] = Counter()
-    for number, feature in enumerate(_features(path)):
+    for number, feature in enumerate(_features(path), 1):
         try:
             properties = feature.get("properties") or {}
             # QuPath 0.2 wrote object_type
@@ -96,7 +96,7 @@ def _reason_to_skip(type_: str, geometry: Any) -> str:
     """Why an object cannot be used; empty if it can."""
     if type_ == "cell" and geometry is None:
         return "a cell without an outline of its nucleus"
-    if geometry["type"] not in ("Polygon", "MultiPolygon"):
+    if geometry is None or geometry["type"] not in ("Polygon", "MultiPolygon"):
         return "an outline without an area"
     plane = geometry.get("plane") or {}
     if plane.get("z", 0) != 0 or plane.get("t", 0) != 0:

@@ -236,8 +236,11 @@ def _annotation(results: Results, request: Request) -> Response:
         raise HTTPException(404) from error
     if path is None:
         raise HTTPException(404)
-    features = annotations.features_from(path, (bounds.x0, bounds.y0), bounds)
-    return JSONResponse({"type": "FeatureCollection", "features": features}, media_type="application/geo+json")
+    try:
+        features = annotations.features_from(path, (bounds.x0, bounds.y0), bounds)
+        return JSONResponse({"type": "FeatureCollection", "features": features}, media_type="application/geo+json")
+    except (TypeError, ValueError) as error:  # bounds that are no numbers, coordinates that JSON does not know
+        raise HTTPException(404) from error
 
 
 def _annotations(folder: SlideFolder) -> dict[str, Path]:

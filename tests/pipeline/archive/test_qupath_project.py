@@ -201,6 +201,13 @@ def test_slides_that_were_moved_are_looked_for(tmp_path: Path) -> None:
     uris = [entry["serverBuilder"]["uri"] for entry in content(run)["images"]]
     assert uris == [f"file://{tmp_path}/moved/{place}/x.png" for place in ("c", "b")]
     assert write_project(run, tmp_path / "moved")[1:] == (2, 0, ())
+    # back where they were they are the same images, whose files QuPath has to be told of
+    (tmp_path / "moved").rename(slides)
+    *counts, warnings = write_project(run)[1:]
+    assert counts == [2, 0]
+    assert warnings[0] == (
+        f"a: {tmp_path}/moved/c/x.png, its image in the project, does not exist: tell QuPath where it is now"
+    )
 
 
 def test_copies_of_slides_at_urls_are_images(tmp_path: Path) -> None:
@@ -224,6 +231,14 @@ def test_an_image_that_has_moved_since_is_said(run: RunFolder, data: Path) -> No
     (data / "b").rename(data / "c")
     said = f"b/x: {data}/b/x.svs, its image in the project, does not exist: tell QuPath where it is now"
     assert write_project(run)[1:] == (3, 0, (said,))
+
+
+def test_a_slide_json_without_a_checksum_of_its_slide_is_left_out(run: RunFolder) -> None:
+    file = run.slide("a/x").slide_json
+    fields = json.loads(file.read_text())
+    del fields["quick_hash"]
+    file.write_text(json.dumps(fields))
+    assert write_project(run)[1:] == (2, 2, ("left out: a/x: slide.json is damaged",))
 
 
 def test_slides_whose_results_are_gone_are_said(run: RunFolder) -> None:

@@ -40,6 +40,16 @@ def test_types_classes_names_and_outlines_are_read(tmp_path: Path) -> None:
     assert not +skipped
 
 
+def test_an_object_without_a_place_is_counted(tmp_path: Path) -> None:
+    """RFC 7946 calls it an unlocated feature."""
+    unlocated = {"type": "Feature", "geometry": None, "properties": {"objectType": "annotation"}}
+    objects, skipped = read_objects(save(tmp_path / "x.geojson", unlocated, feature(SQUARE, "annotation")))
+    assert len(objects.polygons) == 1
+    assert +skipped == {"an outline without an area": 1}
+    with pytest.raises(AnnotationError, match="object 2 is no GeoJSON feature"):
+        read_objects(save(tmp_path / "x.geojson", unlocated, {"type": "Feature", "properties": {}}))
+
+
 def test_only_wanted_types_are_read_and_the_others_counted(tmp_path: Path) -> None:
     path = save(
         tmp_path / "x.geojson",

@@ -171,6 +171,22 @@ def test_outlines_of_tissue_and_artefacts_where_they_are(finished: Finished, tmp
     assert client.get(f"/{TOKEN}/slides/0/tissue.geojson").status_code == 404
 
 
+@pytest.mark.parametrize("coordinate", ["NaN", '"x"', "null"])
+def test_outlines_that_are_damaged_are_none(finished: Finished, tmp_path: Path, coordinate: str) -> None:
+    run = finished.copy(tmp_path).run
+    folder = RunFolder(run).slide(FIRST)
+    ring = f"[[[0, 0], [9, 0], [9, {coordinate}], [0, 0]]]"
+    folder.artefact_annotations.write_text(
+        '{"type": "FeatureCollection", "features": [{"type": "Feature", "properties": {}, '
+        f'"geometry": {{"type": "Polygon", "coordinates": {ring}}}}}]}}'
+    )
+    assert client_of(run).get(f"/{TOKEN}/slides/0/artefacts.geojson").status_code in (404, 409)
+    content = files.read_json(folder.slide_json)
+    assert content is not None
+    files.write_json(folder.slide_json, {**content, "bounds": ["x", *content["bounds"][1:]]})
+    assert client_of(run).get(f"/{TOKEN}/slides/0/artefacts.geojson").status_code == 404
+
+
 def test_what_is_wrong_with_a_slide_is_said(finished: Finished, tmp_path: Path) -> None:
     """The picture is shown where the table is damaged, and the nuclei where the slide has moved."""
     run = finished.copy(tmp_path).run
