@@ -155,12 +155,22 @@ def launch(
     if config is not None:
         content = read_toml(config)
         check(content, config)  # an unknown key or a wrong value is an error that names the right ones
-        execution = content.pop("execution", {})  # its flags have no prefix, and only one command has them
-        content |= execution if tokens[:1] == ("run",) else {}
-        app.config = (Dict(content, use_commands_as_keys=False, source=str(config)),)
+        # below the command's name: else cyclopts leaves out tables that have the name of a command, such as `export`
+        app.config = tuple(Dict({name: _flags_of(name, content)}, source=str(config)) for name in tokens[:1])
     else:
         app.config = ()
     return app(tokens, result_action="return_value", exit_on_error=False, print_error=False)
+
+
+def _flags_of(command: str, content: dict[str, Any]) -> dict[str, Any]:
+    """What of a file of settings a command takes, by the names of its flags. Other commands pass over `execution`."""
+    execution: dict[str, Any] = content.get("execution", {})  # its flags have no prefix
+    export: dict[str, Any] = content.get("export", {})
+    tables = {name: table for name, table in content.items() if name != "execution"}
+    if command == "measure":
+        return {name: table for name, table in tables.items() if name == "regions"}
+    # of the command `export`, the flags of its own table have no prefix either
+    return export if command == "export" else tables | execution if command == "run" else tables
 
 
 @app.command

@@ -17,7 +17,7 @@ from pipeline.archive.estimate import SlideEstimate
 from pipeline.archive.ledger import write_ledger
 from pipeline.archive.sources import Source
 from pipeline.cli import app, main
-from pipeline.config import Execution, Settings
+from pipeline.config import Execution, Settings, load
 from pipeline.errors import ClusterLost
 from pipeline.layout import RunFolder
 
@@ -151,8 +151,6 @@ def test_anchors_are_given_level_by_level() -> None:
 
 
 def test_shipped_configurations_are_valid() -> None:
-    from pipeline.config import load
-
     configs = sorted((Path(__file__).parents[2] / "workflows" / "configs").glob("*.toml"))
     assert configs
     for config in configs:
@@ -406,6 +404,50 @@ def test_a_configuration_file_may_hold_the_settings_of_execution(
     config.write_text("[execution]\nwoorkers = 3\n")
     status, _, err = said(capsys, "run", "x.svs", "--out", "o", "--config", str(config))
     assert (status, "execution: unknown key 'woorkers'" in err) == (2, True)
+
+
+def test_every_table_of_a_configuration_file_is_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One with the name of a command, too; `export` and `measure` take the table that they have flags of."""
+    from pipeline import api
+    from pipeline.archive import measure, verify
+    from pipeline.archive import run as run_module
+
+    seen: list[object] = []
+
+    def record(*given: object, **_: object) -> list[object]:
+        seen.append(given)
+        return []
+
+    monkeypatch.setattr(run_module, "run", record)
+    monkeypatch.setattr(api, "export_files", record)
+    monkeypatch.setattr(measure, "measure_slides", record)
+    monkeypatch.setattr(verify, "without_nuclei", lambda _: [])
+    run = RunFolder(tmp_path)
+    monkeypatch.setattr(RunFolder, "with_nuclei", lambda _: [])
+    config = tmp_path / "c.toml"
+    tables = {
+        "tissue": "everywhere = true",
+        "tiling": "block = 2",
+        "stain": "method = 'none'",
+        "detector": "views = 2",
+        "stitching": "iou = 0.5",
+        "regions": "folder = 'drawn'\ncrop = false",
+        "export": "formats = ['csv', 'dsa']\ndicom_reference = 'dcm'",
+        "execution": "workers = 3",
+    }
+    assert tables.keys() == {field.name for field in dataclasses.fields(Settings)} | {"execution"}
+    config.write_text("".join(f"[{name}]\n{values}\n" for name, values in tables.items()))
+    settings = load(config)
+    for tokens in (["run", "x.svs", "--out", "o"], ["export", str(run.path)], ["measure", str(run.path)]):
+        assert said(capsys, *tokens, "--config", str(config))[0] == 0
+    assert all(getattr(settings, name) != getattr(Settings(), name) for name in tables.keys() - {"execution"})
+    assert seen == [
+        (["x.svs"], Path("o"), settings, Execution(workers=3)),
+        (run.path, settings.export),
+        (run.path, settings.regions),
+    ]
 
 
 @pytest.mark.parametrize(
