@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 import re
+import sys
 import tomllib
 import types
 import typing
@@ -582,7 +583,7 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path} does not exist: need a TOML file of settings") from error
     except OSError as error:
         raise ConfigError(f"{path} cannot be read ({error.strerror}): need a TOML file of settings") from error
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # also of thousands of digits or brackets
         raise ConfigError(f"{path} is not a readable TOML file: {error}") from error
 
 
@@ -629,6 +630,6 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if origin in (typing.Union, types.UnionType):
         return None if value is None else _convert(next(o for o in options if o is not type(None)), value, where)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        value = float(value) if abs(value) <= sys.float_info.max else math.inf if value > 0 else -math.inf  # as 1e400
     require(type(value) is hint, f"{where}={value!r}: need {hint.__name__}")
     return value

@@ -41,7 +41,7 @@ class FittedStain:
         check_method(method)
         try:
             numbers = {str(name): tuple(map(float, values)) for name, values in content["numbers"].items()}
-        except (AttributeError, TypeError, ValueError) as error:
+        except (AttributeError, TypeError, ValueError, OverflowError) as error:
             raise StainError(f"{content['numbers']!r} are not named numbers ({error}): fit the stain again") from error
         needed = _lengths(method, numbers)
         lengths = {name: len(values) for name, values in numbers.items()}

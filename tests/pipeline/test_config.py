@@ -63,6 +63,9 @@ def test_toml_sets_what_it_names_and_leaves_the_rest(tmp_path: Path) -> None:
         ("[stitching]\nmax_diameter_um = inf", "max-diameter-um=inf: need more than 0, to 10000 um"),
         ("tiling = 5", "5 is not a table"),
         ("[tiling", "is not a readable TOML file"),
+        (f"a = {'[' * 3000}", "is not a readable TOML file"),
+        (f"a = {'9' * 5000}", "is not a readable TOML file"),
+        (f"[tiling]\nmpp = {'9' * 400}", "mpp=inf: need 0.05 to 5 um per pixel"),
     ],
 )
 def test_bad_settings_are_named(tmp_path: Path, text: str, said: str) -> None:

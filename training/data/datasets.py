@@ -10,6 +10,7 @@ A dataset is a folder, or one annotation file with its images near it, in one of
 """
 
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -278,7 +279,9 @@ def _read_metadata(path: Path) -> Metadata:
         content.get(name, empty) for name, empty in (("mpp", {}), ("classes", None), ("groups", {}), ("merge", {}))
     )
     mpp = {"": mpp} if isinstance(mpp, int | float) else mpp
-    if not isinstance(mpp, dict) or not all(type(v) in (int, float) for v in mpp.values()):
+    if not isinstance(mpp, dict) or not all(
+        type(v) is float or (type(v) is int and abs(v) <= sys.float_info.max) for v in mpp.values()
+    ):
         raise AnnotationError(f"{path}: mpp is {mpp!r}: need a number, or one for each id")
     if classes is not None and not (
         isinstance(classes, list) and classes and all(isinstance(c, str) and c for c in classes)

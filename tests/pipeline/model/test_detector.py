@@ -496,6 +496,10 @@ def test_foreign_files_are_refused(tmp_path: Path) -> None:
     )
     with pytest.raises(WeightsError, match="unknown key 'depth'"):
         load_weights(foreign)
+    stated = json.dumps(dataclasses.asdict(TINY) | {"upscale": 10**400})
+    safetensors.torch.save_file({"a": torch.zeros(3)}, foreign, {"sha256": "", "architecture": stated})
+    with pytest.raises(WeightsError, match=r"upscale=inf: need 0\.25 to 8"):
+        load_weights(foreign)
     pickled = tmp_path / "model.pth"
     torch.save({"a": torch.zeros(3)}, pickled)
     with pytest.raises(WeightsError, match="not a whole safetensors file"):

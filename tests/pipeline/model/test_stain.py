@@ -168,8 +168,9 @@ def test_misuse_is_named() -> None:
         fit(pixels, np.zeros((1, 160, 160), bool), "macenko")
     with pytest.raises(StainError, match="need stains of one method"):
         Normaliser(Normalisation(TEMPLATE["none"], TEMPLATE["macenko"]))
-    with pytest.raises(StainError):
-        FittedStain.from_json({"method": "macenko", "numbers": {"strength": [1, float("nan")]}})
+    for wrong in (float("nan"), 10**400):
+        with pytest.raises(StainError):
+            FittedStain.from_json({"method": "macenko", "numbers": {"strength": [1, wrong]}})
 
 
 def test_dcgmm_wants_its_own_network_and_template() -> None:

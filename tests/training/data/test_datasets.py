@@ -199,6 +199,7 @@ def test_dataset_json_merges_classes(tmp_path: Path) -> None:
         ('{"mpp": {"x": "fine"}}', "need a number, or one for each id"),
         ('{"mpp": NaN}', "is not JSON"),
         ('{"mpp": 1e999}', "need 0.05 to 5"),
+        (f'{{"mpp": {"9" * 400}}}', "need a number, or one for each id"),
         ('{"classes": []}', "need a list of names, at least one"),
         ('{"classes": ["a", "a"]}', "names one twice"),
         ('{"classes": ["a", "b"]}', "names 2 classes, but there is no"),
