@@ -86,7 +86,7 @@ def _open_picture(path: Path) -> openslide.ImageSlide:
         raise SlideUnreadable(f"{path} is not a slide: OpenSlide and Pillow know no such format") from error
     except Image.DecompressionBombError as error:
         raise SlideTooLarge(f"{path}: {error}: {CONVERT}") from error
-    except (OSError, SyntaxError, ValueError) as error:
+    except (OSError, SyntaxError, ValueError, TypeError) as error:
         raise SlideUnreadable(f"{path} is a damaged image ({error}): copy it again") from error
     raise SlideUnsupported(
         f"{path} holds {count} image(s) of mode {mode} in no format that OpenSlide knows: "
@@ -169,7 +169,7 @@ def _explained(path: Path, complaint: str) -> str:
     """OpenSlide's complaint; a missing part of a slide of several files is named, with the remedy."""
     if "No such file" not in complaint:
         return f"{complaint}; copy it again"
-    missing = os.path.relpath(complaint.rpartition("open ")[2].partition(": No such file")[0], path.parent)
+    missing = os.path.relpath(complaint.partition("open ")[2].partition(": No such file")[0], path.parent)
     return f"its part {missing} is missing; copy everything that belongs to {path.name} beside it"
 
 

@@ -320,6 +320,24 @@ def test_a_truncated_picture_is_damaged(tmp_path: Path, picture: np.ndarray) -> 
         open_slide(tmp_path / "half.png", mpp=0.25)
 
 
+def test_a_tiff_whose_offsets_are_text_is_damaged(tmp_path: Path, picture: np.ndarray) -> None:
+    Image.fromarray(picture).save(tmp_path / "text.tif")
+    with tifffile.TiffFile(tmp_path / "text.tif", mode="r+") as tiff:
+        tiff.filehandle.seek(tiff.pages.first.tags["StripOffsets"].offset + 2)
+        tiff.filehandle.write(struct.pack("<H", 2))  # the type ASCII
+    with pytest.raises(SlideUnreadable, match=r"text\.tif is a damaged image"):
+        open_slide(tmp_path / "text.tif", mpp=0.25)
+
+
+def test_a_missing_part_is_named_wherever_the_slide_lies(tmp_path: Path) -> None:
+    (tmp_path / "open slides").mkdir()
+    names = "NoLayers=1\nNoJpegColumns=1\nNoJpegRows=1\nImageFile=x.jpg\nMapFile=map.jpg\nMacroImage=macro.jpg\n"
+    path = tmp_path / "open slides" / "x.vms"
+    path.write_text(f"[Virtual Microscope Specimen]\n{names}OptimisationFile=\n")
+    with pytest.raises(SlideUnreadable, match=r"its part map\.jpg is missing; copy everything that belongs to x\.vms"):
+        open_slide(path)
+
+
 def _spoil(path: Path, target: Path, tiles: Callable[[int], bool]) -> Path:
     """Copy a tiled TIFF with some tiles of its first level overwritten."""
     shutil.copy(path, target)
