@@ -25,6 +25,9 @@ _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*)", re.DOTALL)
 _BUCKETS, _WEB = ("s3", "gs", "az"), ("https", "http")
 _NEED = "need s3://BUCKET/..., gs://BUCKET/..., az://CONTAINER/... or https://HOST/..."
 
+# A user name and a password that holds one of "/?#", which ends the host of a URL. Digits up to there are a port.
+_CUT_PASSWORD = re.compile(r"\A[^/?#@\[]*:(?!\d*(?:[/?#]|$))[^/?#@]*[/?#].*@", re.DOTALL)
+
 _PIECE = 8 * 2**20  # bytes of a request, held in memory; obstore ends a request after 30 s, so 0.3 MB/s are enough
 _HEADER = 2**16  # bytes that are read ahead of a DICOM header
 
@@ -34,9 +37,9 @@ def is_url(given: object) -> bool:
 
 
 def without_secrets(url: str) -> str:
-    """A URL without user name, password, query and fragment."""
+    """A URL without user name, password, query and fragment; the password may hold what a URL must not."""
     scheme, _, rest = url.partition("://")
-    place = re.split(r"[?#]", rest, maxsplit=1)[0]
+    place = re.split(r"[?#]", _CUT_PASSWORD.sub("", rest), maxsplit=1)[0]
     host, slash, path = place.partition("/")
     return f"{scheme}://{host.rpartition('@')[2]}{slash}{path}"
 
@@ -81,6 +84,8 @@ def _store(url: str) -> tuple[Any, str, str]:
     shown = without_secrets(url)
     if scheme not in _BUCKETS + _WEB:
         raise RunError(f"{shown}: {_NEED}")
+    if _CUT_PASSWORD.match(rest):
+        raise RunError(f"{shown}: a password holds one of / ? #: write it as %2F, %3F or %23")
     try:
         from obstore.store import from_url
     except ImportError:

@@ -199,6 +199,15 @@ def test_a_manifest_may_name_urls(bucket: S3Store, slide: Path, tmp_path: Path) 
 # -------------------------------------------------------------------------------------------- refusals and secrets
 
 
+@pytest.mark.parametrize("sign", "/?#")
+@pytest.mark.parametrize("scheme", ["https", "s3"])
+def test_a_password_that_cuts_its_url_short_is_refused_without_secrets(scheme: str, sign: str) -> None:
+    with pytest.raises(RunError, match=r"://host/a/x\.svs: .*password") as refused:
+        locate(f"{scheme}://me:pw{sign}pw@host/a/x.svs")
+    assert "pw" not in str(refused.value)
+    assert "me" not in str(refused.value)
+
+
 @pytest.mark.parametrize("given", ["ftp://host/x.svs", "s3://", "s3://me:pw@bucket/x.svs", "s3://bucket/x?sig=pw"])
 def test_a_url_of_another_form_is_refused_without_its_secrets(given: str) -> None:
     with pytest.raises(RunError, match="need s3://BUCKET") as refused:
@@ -233,6 +242,9 @@ def test_errors_of_the_store_have_no_secrets(monkeypatch: pytest.MonkeyPatch) ->
 def test_without_secrets_keeps_the_place() -> None:
     assert without_secrets("https://u:p@host:80/a/b%20c.svs?x=1#y") == "https://host:80/a/b%20c.svs"
     assert without_secrets("s3://bucket/a@b/c.svs") == "s3://bucket/a@b/c.svs"
+    assert without_secrets("https://u:p@host/a@b/c.svs") == "https://host/a@b/c.svs"
+    for place in ("https://host:80/a:b/c@d.svs", "https://host/a:b/c@d.svs", "https://[::1]:80/a/c@d.svs"):
+        assert without_secrets(place) == place
 
 
 def test_a_slide_on_the_web_is_read_with_the_user_name_and_query_of_its_url(
