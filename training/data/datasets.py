@@ -198,7 +198,8 @@ def _walk(content: Mapping[str, Any], at: str) -> Iterator[tuple[str, list[str]]
     if at and lists:
         yield at.rstrip("/"), [i for ids in lists.values() for i in ids]
         for name, ids in lists.items():
-            yield f"{at}not-{name}", [i for other in lists.values() for i in other if i not in ids]
+            fold = set(ids)
+            yield f"{at}not-{name}", [i for other in lists.values() for i in other if i not in fold]
     for name, inner in content.items():
         if isinstance(inner, dict):
             yield from _walk(inner, f"{at}{name}/")
