@@ -163,14 +163,20 @@ def launch(
 
 
 def _flags_of(command: str, content: dict[str, Any]) -> dict[str, Any]:
-    """What of a file of settings a command takes, by the names of its flags. Other commands pass over `execution`."""
-    execution: dict[str, Any] = content.get("execution", {})  # its flags have no prefix
-    export: dict[str, Any] = content.get("export", {})
+    """What of a file of settings a command takes, by the names of its flags; those of `execution` have no prefix."""
+    execution: dict[str, Any] = content.get("execution", {})
     tables = {name: table for name, table in content.items() if name != "execution"}
-    if command == "measure":
-        return {name: table for name, table in tables.items() if name == "regions"}
-    # of the command `export`, the flags of its own table have no prefix either
-    return export if command == "export" else tables | execution if command == "run" else tables
+    match command:
+        case "run":
+            return tables | execution
+        case "plan":  # looks for slides as a run does
+            return tables | {name: value for name, value in execution.items() if name == "follow_links"}
+        case "measure":
+            return {name: table for name, table in tables.items() if name == "regions"}
+        case "export":  # whose own flags have none either
+            export: dict[str, Any] = content.get("export", {})
+            return export
+    return tables
 
 
 @app.command

@@ -406,6 +406,20 @@ def test_a_configuration_file_may_hold_the_settings_of_execution(
     assert (status, "execution: unknown key 'woorkers'" in err) == (2, True)
 
 
+def test_a_plan_follows_links_where_the_configuration_of_a_run_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("slides", "elsewhere"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "elsewhere" / "far.svs").touch()
+    (tmp_path / "slides" / "link").symlink_to(tmp_path / "elsewhere")
+    config = tmp_path / "c.toml"
+    for follow, seen in (("true", True), ("false", False)):
+        config.write_text(f"[execution]\nfollow_links = {follow}\nworkers = 3\n")
+        lines = planned(capsys, monkeypatch, tmp_path / "slides", "--config", str(config), "--detector.device", "cpu")
+        assert any(line.startswith("link/far ") for line in lines) == seen
+
+
 def test_every_table_of_a_configuration_file_is_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
