@@ -78,9 +78,10 @@ def load_into(build: Callable[[], M], path: Path) -> M:
     tensors = safetensors.torch.load_file(path)
     if _tensors_sha256(tensors) != read_notes(path).get("sha256"):
         raise WeightsError(f"{path} is damaged: its tensors do not match their checksum; download or copy it again")
+    tensors = {name: tensor.float() for name, tensor in tensors.items()}
     if (wrong := _not_finite(tensors)) is not None:
         raise WeightsError(f"{path} holds values in {wrong} that are not finite: train it anew, or take other weights")
-    network.load_state_dict({k: v.float() for k, v in tensors.items()}, strict=False)
+    network.load_state_dict(tensors, strict=False)
     return network.eval()
 
 

@@ -481,9 +481,10 @@ def test_weights_that_are_not_finite_are_neither_written_nor_read(
         save_weights(wrong, file, {})
     assert not file.exists()
     save_weights(tiny, file, {})
-    rewrite(file, {}, {name: wrong.get_parameter(name).data.half()})
-    with pytest.raises(WeightsError, match=rf"holds values in {name} that are not finite"):
-        load_weights(file)
+    for stored in (wrong.get_parameter(name).data.half(), torch.full((2,), 1e300, dtype=torch.float64)):
+        rewrite(file, {}, {name: stored})
+        with pytest.raises(WeightsError, match=rf"holds values in {name} that are not finite"):
+            load_weights(file)
 
 
 def test_foreign_files_are_refused(tmp_path: Path) -> None:
