@@ -167,7 +167,7 @@ def _flags_of(command: str, content: dict[str, Any]) -> dict[str, Any]:
     execution: dict[str, Any] = content.get("execution", {})
     tables = {name: table for name, table in content.items() if name != "execution"}
     match command:
-        case "run":
+        case "run" | "evaluate":
             return tables | execution
         case "plan":  # looks for slides as a run does
             return tables | {name: value for name, value in execution.items() if name == "follow_links"}

@@ -22,6 +22,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from cyclopts import Group, Parameter, Token
 
 from pipeline.errors import ConfigError
+from pipeline.text import printable
 
 # The headings of --help, in their order.
 COMMON = Group("Common options", sort_key=1)
@@ -537,6 +538,11 @@ class Architecture:
         require(
             len(self.classes) > 0 and len(set(self.classes)) == len(self.classes) and all(self.classes),
             f"classes={self.classes}: need one or more, with different names",
+        )
+        # they are shown by a terminal
+        require(
+            all(printable(name) == name and not {*"\n\t"} & {*name} for name in self.classes),
+            f"classes={self.classes}: need names of a line each, without control characters",
         )
 
 

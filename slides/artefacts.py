@@ -74,6 +74,9 @@ _PEN_UM2, _FOLD_UM2, _BUBBLE_UM2 = 6_000.0, 1_200.0, 20_000.0
 # than wide. Pieces of shadow below the last are not looked at.
 _EDGE_UM, _EDGE_WIDTH_UM, _STRAIGHT, _SHADOW_UM = 400.0, 150.0, 0.15, 150.0
 
+# Their boxes are looked at until these are together so many times the slide: a hatched drawing would take hours.
+_SHADOW_BOXES = 10
+
 # Strokes and edges are wider than what is recognised of them.
 _RIM_UM = 24.0
 
@@ -312,10 +315,14 @@ def _shadows(density: NDArray[np.float32], coloured_pen: Mask, mpp: float) -> _S
     grey = (density[1] < _SHADOW_GREEN * whole) & (np.ptp(density, axis=0) < _SHADOW_SPREAD * whole)
     labels, _ = scipy.ndimage.label(grey & (whole > 3 * _SHADOW_DENSITY), structure=np.ones((3, 3)))
     edges, bubbles = np.zeros(labels.shape, np.bool_), np.zeros(labels.shape, np.bool_)
+    left = _SHADOW_BOXES * labels.size
     for number, place in enumerate(scipy.ndimage.find_objects(labels), 1):
         if max(side.stop - side.start for side in place) * mpp < _SHADOW_UM:
             continue
         piece = labels[place] == number
+        left -= piece.size
+        if left < 0:
+            break
         if coloured_pen[place][piece].mean() > 0.5:
             continue
         filled = scipy.ndimage.binary_fill_holes(piece)

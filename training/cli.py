@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -45,6 +46,16 @@ Scales = Annotated[
         help=f"{_MPP}; once, or once for each dataset.",
     ),
 ]
+
+
+@dataclass(frozen=True)
+class InOneProcess(Execution):
+    """How images are detected in: a few of them are done before worker processes have started."""
+
+    cluster: bool = False
+    "Start worker processes on this machine, so that the crash of one is survived."
+
+
 Flat = Parameter(name="*")
 Network = Parameter(name="architecture", group=NETWORK)
 
@@ -137,7 +148,7 @@ def evaluate(
     per_image: Annotated[bool, Parameter(negative="", group=OUTPUT)] = False,
     breakdown: Annotated[bool, Parameter(negative="", group=OUTPUT)] = False,
     settings: Annotated[Settings, Flat] = Settings(),
-    execution: Annotated[Execution, Flat] = Execution(cluster=False),
+    execution: Annotated[InOneProcess, Flat] = InOneProcess(),
 ) -> int:
     """Segment a dataset's images as `run` would, and score the result against their annotations.
 

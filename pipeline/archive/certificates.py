@@ -28,7 +28,8 @@ def write_certificates(folder: Path, days: int = 365) -> Certificates:
     """Make an authority and one certificate for the scheduler, the workers and the clients of a cluster.
 
     Dask lets in whoever holds a certificate of the authority, and does not compare host names. The authority's own key
-    is not kept, so nobody can issue another certificate later. `folder` and the key are readable by their owner only.
+    is not kept, so nobody can issue another certificate later. The key is readable by its owner only, and so is
+    `folder` where it is made.
     days: how long the certificates are valid.
     Raises ConfigError without the package cryptography, and for a folder that holds certificates or cannot be written.
     """

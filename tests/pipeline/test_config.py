@@ -180,3 +180,10 @@ def test_every_field_of_the_detector_is_explained(kind: type) -> None:
     for field, following in itertools.pairwise(body.body):
         if isinstance(field, ast.AnnAssign):
             assert isinstance(following, ast.Expr), f"{kind.__name__}: {ast.unparse(field.target)}"
+
+
+@pytest.mark.parametrize("name", ["\x1b]0;owned\x07", "a\nb", "a\tb", "\u202etxt"])
+def test_the_name_of_a_class_cannot_command_a_terminal(name: str) -> None:
+    with pytest.raises(ConfigError, match="need names of a line each, without control characters"):
+        Architecture(classes=("nucleus", name))
+    assert Architecture(classes=("Tumor: Positive", "Ignore*", "épithélium")).classes[1] == "Ignore*"

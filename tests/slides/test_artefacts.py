@@ -160,6 +160,22 @@ def test_the_edge_of_a_coverslip_and_bubbles(tmp_path: Path) -> None:
     assert not kinds[:30, 100:].any()
 
 
+def test_a_hatched_drawing_takes_no_longer_than_its_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The box of each of its lines is nearly as large as the picture."""
+    rows, columns = np.indices((400, 400))
+    density = np.where((rows + columns) % 5 == 0, 0.5, 0.0).astype(np.float32)
+    looked_at, fill = [0], ndimage.binary_fill_holes
+
+    def counting(piece: np.ndarray) -> np.ndarray:
+        looked_at[0] += piece.size
+        filled: np.ndarray = fill(piece)
+        return filled
+
+    monkeypatch.setattr(ndimage, "binary_fill_holes", counting)
+    artefacts._shadows(np.stack([density] * 3), density < 0, 8.0)
+    assert density.size < looked_at[0] <= artefacts._SHADOW_BOXES * density.size
+
+
 def test_grey_slides_have_tissue_and_ink(shared: Path, tmp_path: Path) -> None:
     """A slide in grey has nearly the tissue of the same slide in colour, and a stroke on it is pen."""
     for name in ("CMU-1-Small-Region.svs", "TCGA-CR-7395-01A-01-TS1.svs"):

@@ -13,6 +13,7 @@ from cyclopts import Parameter
 from PIL import Image
 
 from pipeline.cli import app, main
+from training import cli as training_cli
 from training import config
 from training.data.datasets import read_dataset
 from training.evaluate import gather
@@ -133,3 +134,11 @@ def test_convert_says_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixt
     status, out, err = run(capsys, "convert", "--data", data, "--mpp", 0.25, "--out", tmp_path / "coco.json")
     assert (status, err) == (0, "")
     assert ": 1 image, 1 nucleus;" in out
+
+
+@pytest.mark.parametrize("flags", [[], ["--workers", "2"], ["--window", "5"]])
+def test_evaluation_starts_no_processes_unless_it_is_told_to(flags: list[str]) -> None:
+    for cluster in ([], ["--cluster"]):
+        _, bound, _, _ = app.parse_known_args(["evaluate", "--data", "d", *flags, *cluster])
+        execution = bound.arguments.get("execution", training_cli.InOneProcess())
+        assert execution.cluster == bool(cluster)
