@@ -3,7 +3,8 @@
 # the others, then the scores of what was left out; a row per patient and their image mean, as a markdown table.
 #   workflows/experiments/bns.sh DATA OUT MINUTES [flags of nightslide train, such as --init FILE]
 # DATA: the TNBC folder with its splits.json. --init must not have seen these patients. PATIENTS (environment)
-# chooses some of them; EVALUATE holds flags of nightslide evaluate. A patient whose JSON is in OUT is skipped.
+# chooses some of them; EVALUATE holds flags of nightslide evaluate; MEAN_WITH is a weights file, the one of --init, of which
+# and each training the mean is scored. A patient whose JSON is in OUT is skipped.
 set -euo pipefail
 case ${1-} in -h | --help) sed -n '2,/^[^#]/s/^# //p' "$0" && exit ;; esac
 here=$(dirname "$0")
@@ -18,9 +19,14 @@ for patient in ${PATIENTS:-01 02 03 04 05 06 07}; do
     fi
     nightslide train --data "$data" --split "bns/patients/not-$patient" --mpp 0.25 --out "$out/$patient" \
         --minutes "$minutes" "$@"
+    weights=$out/$patient/nuclei.safetensors
+    if [ "${MEAN_WITH:-}" ]; then
+        python "$here/average.py" "$out/$patient/mean.safetensors" "$weights" "$MEAN_WITH"
+        weights=$out/$patient/mean.safetensors
+    fi
     # a tile whose core holds an image of 512 px
     # shellcheck disable=SC2086 # EVALUATE holds several flags
     nightslide evaluate --data "$data" --split "bns/patients/$patient" --mpp 0.25 --tiling.tile "${TILE:-640}" \
-        --weights "$out/$patient/nuclei.safetensors" --json "$json" ${EVALUATE:-}
+        --weights "$weights" --json "$json" ${EVALUATE:-}
 done
 python "$here/tables.py" "$out" --mean
