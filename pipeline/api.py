@@ -180,10 +180,9 @@ def read_nuclei(path: str | os.PathLike[str], columns: str | Sequence[str] | Non
     wanted = [columns] if isinstance(columns, str) else columns
     try:
         there = pq.read_schema(table).names
-        if lacking := sorted(set(wanted or ()) - {*there, "class_score"}):  # which the first tables had not
-            raise RunError(f"{table} has no column {lacking[0]!r}: need some of {', '.join(there)}")
-        return read_table(table, wanted)
-    except RunError:
-        raise
+        lacking = sorted(set(wanted or ()) - {*there, "class_score"})  # which the first tables had not
+        if not lacking:
+            return read_table(table, wanted)
     except UNUSABLE as error:
         raise RunError(f"{table} cannot be read: {cause(error, table)}") from error
+    raise RunError(f"{table} has no column {lacking[0]!r}: need some of {', '.join(there)}")

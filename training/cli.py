@@ -49,8 +49,8 @@ Scales = Annotated[
 
 
 @dataclass(frozen=True)
-class InOneProcess(Execution):
-    """How images are detected in: a few of them are done before worker processes have started."""
+class EvaluationExecution(Execution):
+    """How `evaluate` schedules its work: in one process by default, as worker processes take seconds to start."""
 
     cluster: bool = False
     "Start worker processes on this machine, so that the crash of one is survived."
@@ -148,7 +148,7 @@ def evaluate(
     per_image: Annotated[bool, Parameter(negative="", group=OUTPUT)] = False,
     breakdown: Annotated[bool, Parameter(negative="", group=OUTPUT)] = False,
     settings: Annotated[Settings, Flat] = Settings(),
-    execution: Annotated[InOneProcess, Flat] = InOneProcess(),
+    execution: Annotated[EvaluationExecution, Flat] = EvaluationExecution(),
 ) -> int:
     """Segment a dataset's images as `run` would, and score the result against their annotations.
 

@@ -13,6 +13,7 @@ from cyclopts import Parameter
 from PIL import Image
 
 from pipeline.cli import app, main
+from pipeline.errors import ConfigError
 from training import cli as training_cli
 from training import config
 from training.data.datasets import read_dataset
@@ -140,5 +141,25 @@ def test_convert_says_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixt
 def test_evaluation_starts_no_processes_unless_it_is_told_to(flags: list[str]) -> None:
     for cluster in ([], ["--cluster"]):
         _, bound, _, _ = app.parse_known_args(["evaluate", "--data", "d", *flags, *cluster])
-        execution = bound.arguments.get("execution", training_cli.InOneProcess())
+        execution = bound.arguments.get("execution", training_cli.EvaluationExecution())
         assert execution.cluster == bool(cluster)
+
+
+def test_evaluation_takes_the_execution_of_a_configuration_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from training import evaluate
+
+    seen: list[object] = []
+
+    def record(_images: object, _whole: object, execution: object, **_: object) -> None:
+        seen.append(execution)
+        raise ConfigError("enough")
+
+    monkeypatch.setattr(evaluate, "gather", lambda *_: evaluate.EvaluationSet((), (), ()))
+    monkeypatch.setattr(evaluate, "evaluate", record)
+    config = tmp_path / "c.toml"
+    config.write_text("[execution]\nworkers = 3\n")
+    with pytest.raises(SystemExit):
+        main(["evaluate", "--data", str(tmp_path), "--config", str(config)])
+    assert seen == [training_cli.EvaluationExecution(workers=3)]
