@@ -17,7 +17,7 @@ import functools
 import linecache
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -108,6 +108,7 @@ class PretendedCuda(TorchDispatchMode):
         self.largest = largest
         self.uploads: list[tuple[int, ...]] = []
         self.costs: Counter[Cost] = Counter()
+        self._pinned: list[torch.Tensor] = []  # kept, so that no other tensor gets the memory of one
 
     def total(self, *kinds: str) -> int:
         return sum(count for cost, count in self.costs.items() if cost.kind in kinds)
@@ -141,7 +142,7 @@ class PretendedCuda(TorchDispatchMode):
             for owner, name in ((torch, "tensor"), (torch, "as_tensor"), (torch.Tensor, "new_tensor")):
                 made = functools.partial(self._from_python, name, getattr(owner, name))
                 stack.enter_context(mock.patch.object(owner, name, _method(made) if owner is torch.Tensor else made))
-            stack.enter_context(mock.patch.object(torch.Tensor, "pin_memory", _pin))
+            stack.enter_context(mock.patch.object(torch, "empty", functools.partial(self._empty, torch.empty)))
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))  # operators that no CPU has
             future = torch.__future__
             stack.callback(
@@ -162,7 +163,7 @@ class PretendedCuda(TorchDispatchMode):
         for leaf in tree_leaves(result):
             if isinstance(leaf, OnDevice) and leaf.numel() * leaf.itemsize > self.largest:
                 raise torch.OutOfMemoryError(f"CUDA out of memory. Tried to allocate {leaf.numel() * leaf.itemsize}")
-        for kind, shape in _costs(func, args, kwargs, result):
+        for kind, shape in _costs(func, args, kwargs, result, self._is_pinned):
             self._note(kind, shape)
         return result
 
@@ -170,6 +171,17 @@ class PretendedCuda(TorchDispatchMode):
         self.costs[Cost(kind, *_caller())] += 1
         if kind in (UPLOAD, BLOCKING):
             self.uploads.append(shape)
+
+    def _empty(self, make: Any, *args: Any, pin_memory: bool = False, **kwargs: Any) -> torch.Tensor:
+        """torch.empty, but that nothing is pinned without a device: it is noted as such."""
+        made: torch.Tensor = make(*args, **kwargs)
+        if pin_memory:
+            self._pinned.append(made)
+        return made
+
+    def _is_pinned(self, tensor: torch.Tensor) -> bool:
+        start = tensor.untyped_storage().data_ptr()
+        return any(pinned.untyped_storage().data_ptr() == start for pinned in self._pinned)
 
     def _from_python(self, name: str, make: Any, *args: Any, **kwargs: Any) -> Any:
         """A factory of tensors from Python's numbers, for the device where it is asked for."""
@@ -191,13 +203,6 @@ class PretendedCuda(TorchDispatchMode):
 
 def _method(function: Any) -> Any:
     return lambda self, *args, **kwargs: function(self, *args, **kwargs)
-
-
-def _pin(tensor: torch.Tensor) -> torch.Tensor:
-    """In place of pinned memory, a copy that says so."""
-    pinned = tensor.clone()
-    pinned.is_pretended_pinned = True  # type: ignore[attr-defined]
-    return pinned
 
 
 def _caller() -> tuple[str, str, int]:
@@ -223,7 +228,7 @@ def _project_file(name: str) -> str:
 
 
 def _costs(
-    func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any
+    func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any, is_pinned: Callable[[torch.Tensor], bool]
 ) -> Iterator[tuple[str, tuple[int, ...]]]:
     """What calling an operator cost, with the shape of what it was given first."""
     name = _name(func)
@@ -234,8 +239,7 @@ def _costs(
         source = tensors[1] if name == "copy_" else tensors[0]
         if to_device and not isinstance(source, OnDevice):
             hidden = kwargs.get("non_blocking", args[2] if name == "copy_" and len(args) > 2 else False)
-            pinned = getattr(source, "is_pretended_pinned", False)
-            yield UPLOAD if hidden and pinned else BLOCKING, tuple(source.shape)
+            yield UPLOAD if hidden and is_pinned(source) else BLOCKING, tuple(source.shape)
             return
         if not to_device and isinstance(source, OnDevice):
             yield DOWNLOAD, tuple(source.shape)

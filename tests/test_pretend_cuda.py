@@ -36,7 +36,7 @@ def test_results_stay_on_the_device_until_they_are_copied() -> None:
 
 def test_what_makes_the_host_wait_is_counted_by_kind_and_line() -> None:
     with PretendedCuda() as cuda:
-        pinned = torch.ones(4).pin_memory().to("cuda", non_blocking=True)
+        pinned = torch.empty(5, pin_memory=True).fill_(1)[:4].to("cuda", non_blocking=True)
         pageable = torch.ones(4).to("cuda")
         numbers = torch.tensor([1.0, 2.0], device="cuda")
         assert cuda.total(LAUNCH) == 0

@@ -20,40 +20,88 @@ from pipeline.model.instances import HostInstances, Instances, Patches
 from pipeline.model.roi_align import flatten_boxes
 from pipeline.model.split import join, quarters
 
+Sides = tuple[int, int]
+"Height and width, patch px."
+
+_GLASS = 255
+
 
 def detect_patches(patches: Patches, normalisation: Normalisation, settings: Settings) -> Iterator[HostInstances]:
     """The instances of each of the patches uint8 (h, w, 3), as numpy arrays, in the order of the patches.
 
+    For a GPU the patches are copied to where it takes them from in this call, before the first instances are asked for:
+    meanwhile it may compute for another thread.
     normalisation: of the slide that the patches were cut from. A batch is of patches of one size, wherever they stand;
-    on a GPU they are filled up to few sizes (`_of_few_sizes`).
+    on a GPU they are filled up to few sizes (`_usual_sides`).
     Where the device has no memory for a batch, batches are smaller from then on. A patch that it has no memory for
     on its own is detected in quarters (`split`), and where it has none for the smallest of those either it is `lost`.
     Law: the instances of a patch that fits depend neither on the other patches nor on whether those fit.
     """
-    on_cpu = choose_device(settings.detector.device).type == "cpu"
-    shown = patches if on_cpu else [_of_few_sizes(patch, settings) for patch in patches]
+    on_gpu = choose_device(settings.detector.device).type == "cuda"
+    alike: dict[Sides, list[int]] = {}
+    for number, patch in enumerate(patches):
+        alike.setdefault(_usual_sides(_sides(patch), settings) if on_gpu else _sides(patch), []).append(number)
+    groups = [_Group(sides, numbers, [patches[n] for n in numbers], on_gpu) for sides, numbers in alike.items()]
+    return _detect_groups(groups, normalisation, settings)
+
+
+class _Group:
+    """Patches of a call that have one size, some of them after glass was appended."""
+
+    def __init__(self, sides: Sides, numbers: Sequence[int], patches: Patches, on_gpu: bool) -> None:
+        """numbers: of the patches, in the order of the call."""
+        self.sides, self.numbers, self.patches = sides, numbers, patches
+        self._stacked = _stack(patches, sides, pinned=True) if on_gpu else None
+
+    def batch(self, first: int, most: int) -> Tensor:
+        """Some of its patches, from the one at this place on: uint8 (B, H, W, 3)."""
+        some = slice(first, first + most)
+        return _stack(self.patches[some], self.sides) if self._stacked is None else self._stacked[some]
+
+
+def _stack(patches: Patches, sides: Sides, *, pinned: bool = False) -> Tensor:
+    """Patches in one tensor uint8 (B, H, W, 3) of these sides, with glass on the right and below.
+
+    pinned: in memory that a GPU copies from while the host goes on; from elsewhere the host waits.
+    """
+    stacked = torch.empty((len(patches), *sides, 3), dtype=torch.uint8, pin_memory=pinned)
+    pixels = stacked.numpy()
+    for place, patch in zip(pixels, patches, strict=True):
+        height, width = _sides(patch)
+        place[:height, :width], place[height:], place[:height, width:] = patch, _GLASS, _GLASS
+    return stacked
+
+
+def _detect_groups(
+    groups: Sequence[_Group], normalisation: Normalisation, settings: Settings
+) -> Iterator[HostInstances]:
+    """The instances of the patches of all groups, in the order of their numbers; as `detect_patches`."""
+    places = {number: (group, place) for group in groups for place, number in enumerate(group.numbers)}
     done: dict[int, HostInstances] = {}
-    for first, patch in enumerate(shown):
-        while first not in done:
-            alike = [n for n in range(first, len(shown)) if n not in done and shown[n].shape == patch.shape]
-            chosen = alike[: _batch_size(settings)]
-            batch = np.stack([shown[n] for n in chosen])
-            batch = batch if on_cpu else _of_few_numbers(batch, settings)
+    for number in sorted(places):
+        group, first = places[number]
+        own = group.patches[first]
+        while number not in done:
+            batch = group.batch(first, _batch_size(settings))
             detected = _attempt(batch, normalisation, settings)
             if detected is None and len(batch) > 1:
                 _batch_that_fits[settings] = len(batch) // 2
                 continue
             if detected is None:
-                own = patches[first]
-                detected = None if own.shape == patch.shape else _attempt(own[None], normalisation, settings)
+                smaller = _sides(own) != group.sides
+                detected = _attempt(_stack([own], _sides(own)), normalisation, settings) if smaller else None
                 if detected is None and (parts := _in_quarters(own, normalisation, settings)) is not None:
                     detected = [parts]
-            every = map(_as_numpy, detected[: len(chosen)]) if detected else [_lost(settings)]
-            done.update(zip(chosen, every, strict=True))
-        found = done.pop(first)
-        yield found if patches[first].shape == patch.shape else _cropped(found, patches[first].shape[:2])
-        if on_cpu:
+            every = map(_as_numpy, detected) if detected else [_lost(settings)]
+            done.update(zip(group.numbers[first : first + len(batch)], every, strict=True))
+        found = done.pop(number)
+        yield found if _sides(own) == group.sides else _cropped(found, _sides(own))
+        if choose_device(settings.detector.device).type == "cpu":
             return_freed_memory()
+
+
+def _sides(patch: NDArray[np.uint8]) -> Sides:
+    return patch.shape[0], patch.shape[1]
 
 
 def _batch_size(settings: Settings) -> int:
@@ -68,30 +116,29 @@ _batch_that_fits: dict[Settings, int] = {}  # patches per inference, where more 
 # ----------------------------------------------------------------------------------- few sizes, for a GPU
 
 
-def _of_few_sizes(patch: NDArray[np.uint8], settings: Settings) -> NDArray[np.uint8]:
-    """A patch (h, w, 3) with glass appended on the right and below: its sides are of half a tile or a whole one.
+def _usual_sides(sides: Sides, settings: Settings) -> Sides:
+    """Height and width that a patch is filled up to with glass: each that of half a tile or a whole one.
 
     cuDNN plans every convolution anew for each size of its input, which takes the network two seconds on an H200, and
-    patches that are trimmed to their tissue have a size each. One that is larger than a tile stays as it is.
+    patches that are trimmed to their tissue have a size each. A side that is larger than a tile stays as it is.
     """
     step = side_step(load.detector(settings.detector).model.architecture.upscale)
     half, whole = -(-settings.tiling.tile // (2 * step)) * step, settings.tiling.tile
-    sides = [next((usual for usual in (half, whole) if side <= usual), side) for side in patch.shape[:2]]
-    return _appended(patch, (sides[0] - patch.shape[0], sides[1] - patch.shape[1], 0))
+    height, width = (next((usual for usual in (half, whole) if side <= usual), side) for side in sides)
+    return height, width
 
 
-def _of_few_numbers(batch: NDArray[np.uint8], settings: Settings) -> NDArray[np.uint8]:
-    """A batch (B, H, W, 3) with patches of glass appended, up to 1, 2, 4, 8, ... or the largest batch."""
-    count = min(1 << (len(batch) - 1).bit_length(), _batch_size(settings))
-    return _appended(batch, (count - len(batch), 0, 0, 0))
+def _usual_number(count: int, settings: Settings) -> int:
+    """Patches in a batch, up to which glass is appended: 1, 2, 4, 8, ... or the largest batch, as a GPU plans for each.
+
+    On a CPU as many as there are.
+    """
+    if choose_device(settings.detector.device).type == "cpu":
+        return count
+    return min(1 << (count - 1).bit_length(), max(count, _batch_size(settings)))
 
 
-def _appended(pixels: NDArray[np.uint8], counts: tuple[int, ...]) -> NDArray[np.uint8]:
-    """So many rows of white pixels after the last, along each axis; the same array where there are none."""
-    return np.pad(pixels, [(0, count) for count in counts], constant_values=255) if any(counts) else pixels
-
-
-def _cropped(patch: HostInstances, size: tuple[int, int]) -> HostInstances:
+def _cropped(patch: HostInstances, size: Sides) -> HostInstances:
     """The instances of a patch that was filled up, without what lies right of this width or below this height."""
     edge = np.array(size[::-1], np.float32)
     patch = instances.select(patch, np.flatnonzero((patch.boxes[:, :2] < edge).all(1)))
@@ -113,21 +160,21 @@ def _cropped(patch: HostInstances, size: tuple[int, int]) -> HostInstances:
 # ------------------------------------------------------------------------------------------------- a batch
 
 
-def _detect(batch: NDArray[np.uint8], normalisation: Normalisation, settings: Settings) -> list[Instances[Tensor]]:
+def _detect(batch: Tensor, normalisation: Normalisation, settings: Settings) -> list[Instances[Tensor]]:
     """Normalise a batch uint8 (B, H, W, 3), detect in every view, fuse. The tensors returned are on the host."""
     running = load.detector(settings.detector)
-    limits = Limits.of_patch(settings.detector, batch.shape[1:3], settings.tiling.mpp)
+    limits = Limits.of_patch(settings.detector, (batch.shape[1], batch.shape[2]), settings.tiling.mpp)
     normaliser = load.normaliser(normalisation, settings.stain, running.device)
-    pixels = torch.from_numpy(batch)
-    if running.device.type == "cuda":
-        pixels = pixels.pin_memory()  # from elsewhere the copy is not asynchronous
     with torch.inference_mode():
-        raw = pixels.to(running.device, non_blocking=True).permute(0, 3, 1, 2).float() / 255  # (B, 3, H, W)
+        pixels = batch.to(running.device, non_blocking=True)
+        if missing := _usual_number(len(batch), settings) - len(batch):
+            pixels = F.pad(pixels, (0, 0, 0, 0, 0, 0, 0, missing), value=_GLASS)
+        raw = pixels.permute(0, 3, 1, 2).float() / 255  # (B, 3, H, W)
         images = normaliser(raw)
         chosen = views.choose_views(settings.detector.views)
         with running.autocast():
             detected = fuse.infer(running.model, images, chosen, limits, settings.tiling.margin)
-        return _download(detected, raw)
+        return _download(detected[: len(batch)], raw[: len(batch)])
 
 
 def _stain_density(images: Tensor, boxes: Sequence[Tensor], masks: Tensor) -> Tensor:
@@ -189,9 +236,7 @@ _OF_MEMORY = ("out of memory", "can't allocate memory", "ALLOC_FAILED")  # of CU
 _LEAST_PX = 256  # longer side of a quarter: smaller ones are mostly margin
 
 
-def _attempt(
-    batch: NDArray[np.uint8], normalisation: Normalisation, settings: Settings
-) -> list[Instances[Tensor]] | None:
+def _attempt(batch: Tensor, normalisation: Normalisation, settings: Settings) -> list[Instances[Tensor]] | None:
     """The instances of a batch, or None where there is no memory for it; the memory of the attempt is then free again.
 
     Every other error is raised.
@@ -222,7 +267,7 @@ def _in_quarters(
     detected = []
     for part in parts:
         piece = patch[part.window]
-        whole = _attempt(piece[None], normalisation, settings)
+        whole = _attempt(_stack([piece], _sides(piece)), normalisation, settings)
         rows = whole[0] if whole else _in_quarters(piece, normalisation, settings)
         if rows is None:
             return None

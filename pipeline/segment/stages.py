@@ -150,16 +150,14 @@ def choose_stain(job: Job, detect: Detect | None = None) -> StageRecord:
     with job.open() as slide:
         patches = [slide.read_decodable(square, plan.frame)[0] for square in plan.trials]
     settings = stain_trial.own_settings(job.settings)
+    tried = [(detect or _detector())(patches, each, settings) for each in (UNCHANGED, plan.normalisation)]
 
-    def mean_score(tried: Normalisation) -> float:
-        return stain_trial.mean_score(job.while_leased((detect or _detector())(patches, tried, settings)))
-
-    def both() -> tuple[float, float, StageRecord]:
+    def both() -> tuple[list[float], StageRecord]:
         started = time.perf_counter()
-        scores = mean_score(UNCHANGED), mean_score(plan.normalisation)
-        return *scores, _worked("stain", started, computed_on=() if detect else (computes_on(settings.detector),))
+        scores = [stain_trial.mean_score(job.while_leased(found)) for found in tried]
+        return scores, _worked("stain", started, computed_on=() if detect else (computes_on(settings.detector),))
 
-    without, with_it, worked = compute(settings.detector.device, both)
+    (without, with_it), worked = compute(settings.detector.device, both)
     chosen = plan.normalisation if with_it > without else UNCHANGED
     notes = plan.notes if without or with_it else (*plan.notes, stain_trial.NOTHING_FOUND)
     decided = plan._replace(
@@ -222,8 +220,8 @@ def block_record(job: Job, block: int) -> StageRecord | None:
 def detect_block(job: Job, block: int, before: StageRecord, detect: Detect | None = None) -> StageRecord:
     """Patches of one block, trimmed to the tissue -> their instances, committed in one rename; then they are deleted.
 
-    detect: replaces the detector. It is called once the patches are in memory: two of these in one process take turns,
-    and while one computes the other one reads.
+    detect: replaces the detector. It is called once the patches are in memory, and computes when instances are asked
+    for: two of these in one process take turns at that, and while one computes the other one reads.
     Raises LeaseLost between two patches once the slide is not ours any more, as when the run is interrupted.
     """
     plan = read_plan(job.folder, job.digest)
@@ -239,7 +237,8 @@ def detect_block(job: Job, block: int, before: StageRecord, detect: Detect | Non
             patch[plan.trimmed(tile).within((tile.read.x0, tile.read.y0))]
             for patch, tile in zip(patches, tiles, strict=True)
         ]
-        computing = functools.partial(_detected, job, trimmed, plan.normalisation, detect)
+        found = (detect or _detector())(trimmed, plan.normalisation, job.settings)
+        computing = functools.partial(_detected, job, found, () if detect else (computes_on(job.settings.detector),))
         instances, worked = compute(job.settings.detector.device, computing)
         before += worked
         job.check_lease()
@@ -250,12 +249,11 @@ def detect_block(job: Job, block: int, before: StageRecord, detect: Detect | Non
 
 
 def _detected(
-    job: Job, patches: Patches, normalisation: Normalisation, detect: Detect | None
+    job: Job, found: Iterator[HostInstances], computed_on: tuple[str, ...]
 ) -> tuple[list[HostInstances], StageRecord]:
     """The instances of each patch, and the work that was. Raises LeaseLost between two patches."""
     started = time.perf_counter()
-    instances = list(job.while_leased((detect or _detector())(patches, normalisation, job.settings)))
-    return instances, _worked("detect", started, computed_on=() if detect else (computes_on(job.settings.detector),))
+    return list(job.while_leased(found)), _worked("detect", started, computed_on=computed_on)
 
 
 def _detector() -> Detect:

@@ -7,10 +7,12 @@ Every command appends rows (what, value) to OUT/gpu.tsv. With --device cpu all o
 
 import argparse
 import csv
+import functools
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from torchvision.ops import box_iou
 import pipeline
 from pipeline.config import Detector, Settings, Tiling
 from pipeline.model import inference
+from pipeline.model.device import compute
 from pipeline.model.fitted_stain import TEMPLATE, Normalisation
 from pipeline.model.instances import HostInstances
 from pipeline.model.weights import as_weights_state
@@ -89,24 +92,48 @@ def compare_patches(given: argparse.Namespace) -> None:
 
 
 def measure_speed(given: argparse.Namespace) -> None:
-    """Patches and mm2 per second, by size of batch and number of views."""
+    """Patches and mm2 per second, by size of batch and number of views, of two threads that take turns as in a run."""
     patches = cut(given, 2 * max(given.batches))  # several, for no two batches of a slide hold as many nuclei
     mm2 = (given.tile * 0.25 / 1000) ** 2
     for views in given.views:
         for batch in given.batches:
             chosen = settings(given, batch=batch, views=views)
-            detect(patches[:batch], chosen)  # loads, and chooses algorithms
+            compute(given.device, functools.partial(detect, patches[:batch], chosen))  # loads, and chooses algorithms
             _reset_peak()
-            started, done = time.perf_counter(), 0
-            while (passed := time.perf_counter() - started) < given.seconds:
-                detect(patches[(done + np.arange(batch)) % len(patches)], chosen)
-                done += batch
+            passed, turns = _in_turns(patches, batch, chosen, given.seconds)
+            done = batch * len(turns)
             fits = inference._batch_that_fits.get(chosen, batch)
             row(
                 given,
                 f"{views} views, batch of {batch}" + ("" if fits == batch else f", which became {fits}"),
-                f"{done / passed:.2f} patches/s, {done * mm2 / passed:.3f} mm2/s, {_peak_gb():.2f} GB at most",
+                f"{done / passed:.2f} patches/s, {done * mm2 / passed:.3f} mm2/s, a turn on the device "
+                f"{sum(turns) / passed:.0%} of the time, {_peak_gb():.2f} GB at most",
             )
+
+
+def _in_turns(patches: NDArray[np.uint8], batch: int, chosen: Settings, seconds: float) -> tuple[float, list[float]]:
+    """Batches of the patches for so many seconds, or a little more: how many, and the seconds of each turn.
+
+    Two threads take turns as those of a worker do: what one prepares takes no time of the other's turn.
+    """
+    started, turns = time.perf_counter(), list[float]()
+
+    def detect_for_a_while() -> None:
+        while time.perf_counter() - started < seconds:
+            some = patches[(len(turns) * batch + np.arange(batch)) % len(patches)]
+            found = inference.detect_patches(list(some), UNCHANGED, chosen)
+            turns.append(compute(chosen.detector.device, functools.partial(_seconds_of, found)))
+
+    with ThreadPoolExecutor(2) as threads:
+        for thread in [threads.submit(detect_for_a_while) for _ in range(2)]:
+            thread.result()
+    return time.perf_counter() - started, turns
+
+
+def _seconds_of(found: Iterator[HostInstances]) -> float:
+    started = time.perf_counter()
+    list(found)
+    return time.perf_counter() - started
 
 
 def measure_pair(given: argparse.Namespace) -> None:

@@ -148,11 +148,11 @@ def test_scratch_that_is_damaged_while_a_run_goes_on_is_made_again(
 
 
 @pytest.mark.parametrize("method", ["none", "auto"])
-def test_a_detector_is_called_where_this_process_computes(
+def test_a_detector_computes_in_its_turn_and_prepares_before(
     slide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: Any
 ) -> None:
-    """In the trial of a stain, and in every block."""
-    job, inside, computed = job_of(slide, tmp_path), [False], []
+    """In the trial of a stain, and in every block. What a call of it does may take place while another one computes."""
+    job, inside, called, computed = job_of(slide, tmp_path), [False], [], []
     job = dataclasses.replace(job, settings=dataclasses.replace(job.settings, stain=Stain(method=method)))
 
     def compute(device: str, function: Any) -> Any:
@@ -164,8 +164,12 @@ def test_a_detector_is_called_where_this_process_computes(
             inside[0] = False
 
     def detect(patches: Any, normalisation: Any, settings: Settings) -> Any:
+        called.append(inside[0])
+        return found(patches, normalisation, settings)
+
+    def found(patches: Any, normalisation: Any, settings: Settings) -> Any:
         computed.append(inside[0])
-        return oracle.detect(patches, normalisation, settings)
+        yield from oracle.detect(patches, normalisation, settings)
 
     monkeypatch.setattr(stages, "compute", compute)
     stages.make_plan(job)
@@ -173,7 +177,8 @@ def test_a_detector_is_called_where_this_process_computes(
     blocks = read_plan(job.folder, job.digest).blocks
     for block in blocks:
         stages.detect_block(job, block, stages.tile_block(job, block, StageRecord()), detect)
-    assert computed == [True] * (len(blocks) + (2 if method == "auto" else 0))
+    turns = len(blocks) + (2 if method == "auto" else 0)
+    assert (called, computed) == ([False] * turns, [True] * turns)
 
 
 def test_outlining_twice_at_once_changes_nothing(slide: Path, tmp_path: Path) -> None:

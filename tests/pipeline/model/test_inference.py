@@ -383,6 +383,8 @@ def test_freed_pages_are_returned_where_a_processor_computes(
     """After each patch; beside a GPU a process is large by its libraries alone, and patches take milliseconds."""
     one, returned = device(), list[None]()
     monkeypatch.setattr(inference, "choose_device", lambda name: torch.device(kind))
+    stack = inference._stack
+    monkeypatch.setattr(inference, "_stack", lambda *patches, pinned=False: stack(*patches))  # no GPU has it pinned
     monkeypatch.setattr(inference, "return_freed_memory", lambda: returned.append(None))
     one.detect([np.full((256, 256, 3), 255, np.uint8)] * 3)
     assert len(returned) == times

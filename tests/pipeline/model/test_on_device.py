@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from pipeline.config import Architecture, Detector, Settings, Stain, Tiling
 from pipeline.model import detector as model_detector
-from pipeline.model import inference, instances, load
+from pipeline.model import fuse, inference, instances, load
 from pipeline.model.detector import NucleusDetector, fold
 from pipeline.model.fitted_stain import TEMPLATE, FittedStain, Normalisation, read_template
 from pipeline.model.inference import detect_patches
@@ -144,10 +144,11 @@ def test_patches_of_several_sizes_are_filled_up_to_few() -> None:
         for found, patch, square in zip(expected, patches, filled, strict=True)
     ]
     assert all(len(patch.boxes) for patch in within)
-    with PretendedCuda() as cuda:
+    with PretendedCuda() as cuda, mock.patch.object(fuse, "infer", wraps=fuse.infer) as infer:
         assert_same(detect(patches, chosen("cuda", tile=192, views=8, batch=4)), within)
     uploaded = [shape for shape in cuda.uploads if len(shape) == 4 and shape[-1] == 3 and shape[1] > 100]
-    assert uploaded == [(4, 128, 192, 3), (1, 192, 128, 3)]
+    assert uploaded == [(3, 128, 192, 3), (1, 192, 128, 3)]
+    assert [call.args[1].shape for call in infer.call_args_list] == [(4, 3, 128, 192), (1, 3, 192, 128)]
 
 
 LEVELS_PER_PX = 255 / 180  # x + y of a box's corner is at most 180

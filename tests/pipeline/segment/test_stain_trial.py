@@ -283,7 +283,7 @@ def test_a_trial_is_no_time_in_which_the_detector_waits(slide: Path, tmp_path: P
     def slow(patches: Patches, normalisation: Normalisation, settings: Settings) -> Iterator[HostInstances]:
         if len(patches[0]) == stain_trial.SIDE_PX:
             time.sleep(1.5)
-        return detector(none=0.8, macenko=0.9)(patches, normalisation, settings)
+        yield from detector(none=0.8, macenko=0.9)(patches, normalisation, settings)
 
     execution = Execution(cluster=False, workers=1, window=1)
     records = run([slide, other], tmp_path / "out", chosen(), execution, mpp=0.25, detect=slow, say=lambda line: None)
