@@ -135,7 +135,9 @@ def run(
                 raise RunError(problem)
             try:
                 _in_a_thread(work.process, work.stop)
-                end_overwriting(folder, opened.overwrite)
+                # slides that are left to other runs are still of this round, which a job that starts later continues
+                if all(record.status != "locked" for record in work.records()):
+                    end_overwriting(folder, opened.overwrite)
                 if use := device_use(work.work):
                     progress.say(use)
             finally:

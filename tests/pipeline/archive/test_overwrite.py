@@ -138,6 +138,20 @@ def test_an_interrupted_round_continues_and_a_finished_one_does_not(archive: Pat
     assert count(np.inf) == whole
 
 
+def test_a_round_goes_on_while_another_run_has_slides_of_it(archive: Path, tmp_path: Path) -> None:
+    """As of several jobs with --no-wait: one that starts when another has ended does nothing again."""
+    out, leaving = tmp_path / "out", dataclasses.replace(AGAIN, wait=False)
+    segment(archive, out)
+    with Leases() as other:
+        assert other.take(out / "a")
+        rows = segment(archive, out, execution=leaving)
+        assert [row.status for row in rows.values()] == ["locked", "done"]
+    rows = segment(archive, out, execution=leaving)
+    assert [row.status for row in rows.values()] == ["done", "done before"]
+    rows = segment(archive, out, execution=leaving)
+    assert [row.status for row in rows.values()] == ["done", "done"]
+
+
 @pytest.mark.parametrize("name", ["slide.json", "failure.json"])
 def test_what_a_wrong_clock_has_dated_is_not_new(name: str, archive: Path, tmp_path: Path) -> None:
     out, tomorrow = tmp_path / "out", 4_000_000_000
