@@ -233,7 +233,8 @@ def _is_complete(content: Mapping[str, Any]) -> bool:
         files.fits_checksum(content)
         and {"digest", "record", "quick_hash"} <= content.keys()
         and isinstance(known, dict)
-        and all(isinstance(about, dict) and {"bytes", "sha256"} <= about.keys() for about in known.values())
+        and all(isinstance(about, dict) and isinstance(about.get("bytes"), int) for about in known.values())
+        and all("sha256" in about for about in known.values())
     )
 
 

@@ -64,6 +64,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "cut": (lambda file: file.write_bytes(file.read_bytes()[:40]), r"has 40 bytes, was written with [\d,]+"),
     "deleted": (Path.unlink, "is missing"),
 }
+BYTES_AS_TEXT = {"bytes": "1", "sha256": ""}
 OVERWRITE = "put the file back, or run the slide again with --overwrite"
 AGAIN = "delete it, and the same run command makes it again, or nightslide export --formats {} where that made it"
 REMEDIES = {
@@ -149,6 +150,7 @@ def test_a_damaged_slide_json_is_said_and_its_remedy_helps(out: Path, capsys: py
         (None, "is missing, though ledger.csv says that the slide is done: the same run command does it again", ONE),
         (json.dumps({**content, "files": 3}), f"is damaged: {OVERWRITE}", dataclasses.replace(ONE, overwrite=True)),
         (json.dumps({**content, "files": {"x": {}}}), f"is damaged: {OVERWRITE}", None),
+        (json.dumps({**content, "files": {"overlay.jpg": BYTES_AS_TEXT}}), f"is damaged: {OVERWRITE}", None),
         ("{}", f"is damaged: {OVERWRITE}", dataclasses.replace(ONE, overwrite=True)),
     ):
         if damaged is None:
