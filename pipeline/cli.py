@@ -39,7 +39,13 @@ _NAME_CHARS = 48  # of a slide's name in the table of `plan`: a longer one is sh
 
 
 def _exactly(hint: Any, tokens: Sequence[Token]) -> Any:
-    """Convert as cyclopts does, but refuse 2.5 where a whole number is needed, which cyclopts rounds."""
+    """Convert as cyclopts does, but refuse 2.5 where a whole number is needed, which cyclopts rounds, and "" as a path.
+
+    That would be the current folder, as where a script has no value in a variable.
+    """
+    for token in tokens if Path in (hint, *typing.get_args(hint)) else ():
+        named = (token.keyword or "folder").lstrip("-")
+        require(token.value != "", f"{named}='': need a path; `.` is the current folder")
     whole = hint is int or (
         typing.get_origin(hint) is Literal and all(isinstance(value, int) for value in typing.get_args(hint))
     )
