@@ -108,7 +108,7 @@ def main(tokens: Sequence[str] | None = None) -> None:
         print(f"interrupted{left}", file=sys.stderr)
         sys.exit(130)
     except (NightslideError, CycloptsError) as error:
-        print(f"nightslide: {error}", file=sys.stderr)
+        print(f"nightslide: {printable(error)}", file=sys.stderr)
         sys.exit(1 if isinstance(error, ClusterLost | ExportFailed | WorkersDied) else 2)
     except BrokenPipeError:  # who reads what is printed has ended, such as `head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python fails once more at its end
@@ -341,9 +341,9 @@ def export(folder: Path, *, settings: Annotated[Export, Parameter(name="*", grou
     for problem in without_nuclei(folder):
         print(f"WARNING: not exported: {problem}", file=sys.stderr)
     for path, exported in export_files(folder, settings):
-        print(f"{path}: {exported}")
+        print(f"{printable(path)}: {exported}")
     for problem in filter(None, map(unnoted_exports, RunFolder(folder).with_nuclei())):
-        print(f"WARNING: {problem}", file=sys.stderr)
+        print(f"WARNING: {printable(problem)}", file=sys.stderr)
     return 0
 
 

@@ -7,7 +7,7 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -18,7 +18,7 @@ from pipeline.archive.ledger import write_ledger
 from pipeline.archive.sources import Source
 from pipeline.cli import app, main
 from pipeline.config import Execution, Settings, load
-from pipeline.errors import ClusterLost
+from pipeline.errors import ClusterLost, ExportFailed
 from pipeline.layout import RunFolder
 
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
@@ -483,6 +483,23 @@ def test_a_plan_refuses_what_a_run_refuses(
     (tmp_path / "x.svs").touch()
     status, _, err = said(capsys, "plan", str(tmp_path), "--detector.device", "cpu", *flags)
     assert (status, words in err) == (2, True)
+
+
+def test_an_export_is_printed_whatever_a_name_holds(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Names of folders may hold what turns the text around; so may those in the causes of what failed."""
+    slide = tmp_path / "x\u202ey"
+
+    def written(*_: object) -> Iterator[tuple[Path, str]]:
+        yield slide / "nuclei.csv", "1 nucleus"
+        raise ExportFailed(f"{slide} is damaged")
+
+    monkeypatch.setattr("pipeline.api.export_files", written)
+    status, out, err = said(capsys, "export", str(tmp_path))
+    assert status == 1
+    assert out == f"{tmp_path}/x\\u202ey/nuclei.csv: 1 nucleus\n"
+    assert err == f"nightslide: {tmp_path}/x\\u202ey is damaged\n"
 
 
 def test_a_plan_is_printed_whatever_a_name_holds_and_whoever_reads_it(tmp_path: Path) -> None:
