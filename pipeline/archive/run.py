@@ -13,7 +13,7 @@ import os
 import shutil
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -135,8 +135,7 @@ def run(
                 raise RunError(problem)
             try:
                 _in_a_thread(work.process, work.stop)
-                # slides that are left to other runs are still of this round, which a job that starts later continues
-                if all(record.status != "locked" for record in work.records()):
+                if _completes_round({record.status for record in work.records()}):
                     end_overwriting(folder, opened.overwrite)
                 if use := device_use(work.work):
                     progress.say(use)
@@ -144,6 +143,15 @@ def run(
                 records = work.records()
                 _publish(folder, work.of_the_folder(records), progress, chosen_stains=settings.stain.method == "auto")
     return records
+
+
+def _completes_round(statuses: Collection[str]) -> bool:
+    """Whether a command that ends so leaves nothing of its round of --overwrite to the next one.
+
+    Slides that another run holds are still of the round; so are those that failed, of a full disk perhaps, while others
+    were done. Where a command did none, those that fail will go on failing.
+    """
+    return "locked" not in statuses and not {"done", "failed"} <= set(statuses)
 
 
 def _staging(execution: Execution, leases: Leases) -> contextlib.AbstractContextManager[Staging | None]:

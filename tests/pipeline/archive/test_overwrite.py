@@ -440,3 +440,21 @@ def test_a_slide_that_cannot_be_looked_for_keeps_its_row(archive: Path, tmp_path
     regions = dataclasses.replace(chosen(), regions=Regions(str(tmp_path / "drawn")))
     b = segment(manifest, out, regions)["b"]
     assert (b.status, b.nuclei) == ("done", nuclei["b"])
+
+
+def test_a_round_goes_on_with_the_slides_that_failed(archive: Path, tmp_path: Path) -> None:
+    """The same command, once the cause is gone, does them alone; once it does none, the round has ended."""
+    out = tmp_path / "out"
+    segment(archive, out)
+
+    def statuses() -> list[str]:
+        return [row.status for row in segment(archive, out, execution=AGAIN).values()]
+
+    whole = (archive / "a.tif").read_bytes()
+    (archive / "a.tif").write_bytes(whole[:5000])
+    assert statuses() == ["failed", "done"]
+    (archive / "a.tif").write_bytes(whole)
+    assert statuses() == ["done", "done before"]
+    assert statuses() == ["done", "done"]
+    (archive / "a.tif").write_bytes(whole[:5000])
+    assert [statuses() for _ in range(3)] == [["failed", "done"], ["failed", "done before"], ["failed", "done"]]
