@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from pipeline.errors import ConfigError
 from slides.partial import PREFIX, partial_path
 
 
@@ -74,6 +75,12 @@ def _replace(partial: Path, path: Path) -> None:
             with contextlib.suppress(FileNotFoundError):  # another writer was faster
                 os.replace(path, former)
                 remove(former)
+
+
+def refuse_folder(path: Path) -> None:
+    """Raise ConfigError where a user names a folder for a file: the file would take the place of all that is in it."""
+    if path.is_dir():
+        raise ConfigError(f"{path} is a folder: need a name for the file that is written, inside it or elsewhere")
 
 
 def remove(path: Path) -> None:

@@ -170,13 +170,15 @@ def evaluate(
     """
     import shlex
 
-    from pipeline.files import write_json
+    from pipeline.files import refuse_folder, write_json
     from training.evaluate import Outputs, as_json, gather, report, report_breakdown, whole_images
     from training.evaluate import evaluate as score_images
 
     for folder in (save_labels, pictures, None if json is None else json.parent):
         if folder is not None:  # now, not when all images have been segmented
             _make_folder(folder)
+    if json is not None:
+        refuse_folder(json)
     images = gather(data, split, mpp)
     _warn(images.skipped)
     scores = score_images(

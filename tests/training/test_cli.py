@@ -163,3 +163,12 @@ def test_evaluation_takes_the_execution_of_a_configuration_file(
     with pytest.raises(SystemExit):
         main(["evaluate", "--data", str(tmp_path), "--config", str(config)])
     assert seen == [training_cli.EvaluationExecution(workers=3)]
+
+
+def test_scores_do_not_take_the_place_of_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A user who names a folder for the file of `--json` keeps what is in it, and hears so before anything is read."""
+    data = qupath_export(tmp_path / "one", ("detection", "Tumor"))
+    status, _, err = run(capsys, "evaluate", "--data", tmp_path / "not read", "--json", data)
+    assert status == 2
+    assert f"{data} is a folder: need a name for the file" in err
+    assert sorted(os.listdir(data)) == ["x.geojson", "x.png"]

@@ -17,7 +17,7 @@ from PIL import Image
 from scipy import ndimage
 
 from pipeline.config import Architecture
-from pipeline.files import committed
+from pipeline.files import committed, refuse_folder
 from slides.errors import NightslideError
 from training.cli import Datasets, Flat, Network, Scales, Splits
 from training.config import Training
@@ -63,6 +63,7 @@ def paint(
     plain
         Without outlines.
     """
+    refuse_folder(out)
     datasets = [
         d._replace(images=tuple(split_held_out(d.images, training.hold_out, training.seed)[0]))
         for d in read_datasets(data, split, mpp)
