@@ -153,7 +153,9 @@ def _zipped_texts(path: Path) -> Iterator[tuple[str, bytes]]:
 
 
 def _geojson_in(archive: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
-    return [m for m in archive.infolist() if m.filename.lower().endswith(_PLAIN)]
+    """Those that are not hidden: macOS adds a `__MACOSX/._<name>` of its own to each file of an archive."""
+    named = ((m, m.filename.rpartition("/")[2].lower()) for m in archive.infolist())
+    return [m for m, name in named if name.endswith(_PLAIN) and not name.startswith(".")]
 
 
 def _read_up_to(file: IO[bytes] | gzip.GzipFile, most: int, path: Path) -> bytes:

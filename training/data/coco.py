@@ -62,7 +62,10 @@ def coco(data: Path, metadata: Metadata) -> Catalogue | None:
     readable = [
         (path, content)
         for path in files
-        if path.suffix.lower() == ".json" and path.name not in others and _is_coco(content := read_json_file(path))
+        if path.suffix.lower() == ".json"
+        and (path == data or not path.name.startswith("."))  # hidden ones are macOS's, or an editor's
+        and path.name not in others
+        and _is_coco(content := read_json_file(path))
     ]
     if not readable:
         return None

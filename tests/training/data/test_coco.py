@@ -128,6 +128,8 @@ def test_images_lie_beside_or_below_or_above(tmp_path: Path) -> None:
     assert read_dataset(path, mpp=0.25).name == "train"
     (tmp_path / "annotations").mkdir()
     path.rename(tmp_path / "annotations" / "train.json")
+    for folder in (tmp_path, tmp_path / "annotations"):
+        (folder / "._train.json").write_bytes(b"\0\5\x16\7\0\2\0\0Mac OS X")  # lies beside a copy from macOS
     assert read_dataset(tmp_path, mpp=0.25).images[0][:2] == ("x_1", "x")
     write(tmp_path, [])
     with pytest.raises(AnnotationError, match="holds 2 COCO files"):

@@ -193,6 +193,14 @@ def test_what_qupath_compresses_is_read(save: Callable[[Path, str], None], tmp_p
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(["x.png", "other.zip", "broken.zip", export.name])
 
 
+def test_what_macos_adds_to_an_archive_is_no_export(tmp_path: Path) -> None:
+    picture(tmp_path / "x.png")
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+        archive.writestr("x.geojson", json.dumps([feature(shapely.box(2, 2, 5, 5))]))
+        archive.writestr("__MACOSX/._x.geojson", b"\0\5\x16\7\0\2\0\0Mac OS X")
+    assert (only(read_dataset(tmp_path, mpp=0.25)).labels > 0).sum() == 9
+
+
 @pytest.mark.parametrize("save", [save_zip, save_gzip])
 def test_a_file_that_unpacks_without_end_is_refused(
     save: Callable[[Path, str], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
