@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageSequence
 
 from pipeline.errors import AnnotationError
 from pipeline.files import remove, write_json
@@ -264,8 +264,13 @@ def _read_map(path: Path) -> NDArray[np.int32]:
     try:
         with Image.open(path) as image:
             values = np.asarray(image)
+            sizes = [frame.size for frame in ImageSequence.Iterator(image)]
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-        raise AnnotationError(f"{path} is not a readable image ({error}): copy it again") from error
+        raise AnnotationError(
+            f"{path} is not a readable image ({error}): copy it again, or save it as PNG or TIFF of 8, 16 or 32 bits"
+        ) from error
+    if (pages := sizes.count(sizes[0])) > 1:  # smaller ones are reduced copies
+        raise AnnotationError(f"{path} has {pages} pages of one size, of which one would be read: need one")
     if values.ndim == 3 and (values[..., :3] == values[..., :1]).all():
         values = values[..., 0]  # a mask that a painting program saved in colour
     try:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tifffile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
@@ -124,6 +125,27 @@ def test_bad_folders_are_named(tmp_path: Path) -> None:
         (folder / part / "x_1.png").write_bytes(b"\x89PNG\r\n\x1a\n nothing")
         with pytest.raises(AnnotationError, match=rf"{part}/x_1.png is (a damaged|not a)"):
             read_dataset(folder, mpp=0.25).images[0].read()
+
+
+def test_a_map_in_several_pages_is_refused(tmp_path: Path) -> None:
+    """Its first page may be of another plane, without a nucleus. Reduced copies, as pyramids have, are none."""
+    folder = maps(tmp_path, np.array([[1, 2], [3, 0]], np.uint16))
+    (folder / "labels" / "x_1.png").unlink()
+    path = folder / "labels" / "x_1.tif"
+    whole, reduced = (Image.fromarray(np.ones((n, n), np.uint16)) for n in (2, 1))
+    whole.save(path, save_all=True, append_images=[reduced])
+    assert len(read_dataset(folder, mpp=0.25).images[0].read().class_index) == 1
+    Image.fromarray(np.zeros((2, 2), np.uint16)).save(path, save_all=True, append_images=[whole])
+    with pytest.raises(AnnotationError, match=r"x_1\.tif has 2 pages of one size, of which one would"):
+        read_dataset(folder, mpp=0.25).images[0].read()
+
+
+def test_a_map_of_64_bits_is_refused_with_the_remedy(tmp_path: Path) -> None:
+    folder = maps(tmp_path, np.array([[1, 2], [3, 0]], np.uint16))
+    (folder / "labels" / "x_1.png").unlink()
+    tifffile.imwrite(folder / "labels" / "x_1.tif", np.ones((2, 2), np.int64))
+    with pytest.raises(AnnotationError, match="or save it as PNG or TIFF of 8, 16 or 32 bits"):
+        read_dataset(folder, mpp=0.25).images[0].read()
 
 
 def test_a_binary_mask_is_no_map_of_one_nucleus(tmp_path: Path) -> None:
