@@ -75,10 +75,11 @@ def qupath(data: Path, metadata: Metadata) -> Catalogue | None:
         check_near(polygons, size, path)
         index = class_index_of(drawing.nuclei.classes, names)
         used = np.zeros(len(polygons), bool)
+        nuclei, areas = shapely.STRtree(polygons), shapely.STRtree(drawing.ignored)
         for number, box in enumerate(_fields(drawing.regions, size, path, image), 1):
-            inside = _touching(polygons, box)
-            used |= inside
-            ignored = drawing.ignored[_touching(drawing.ignored, box)]
+            inside = _touching(nuclei, box)
+            used[inside] = True
+            ignored = drawing.ignored[_touching(areas, box)]
             read = partial(_read_field, image, box, Outlines(polygons[inside], ()), index[inside], ignored)
             entries.append(Entry(f"{image.stem}_{number}" if len(drawing.regions) else image.stem, read, image))
         skipped += drawing.skipped
@@ -105,9 +106,11 @@ def _moved(polygons: Polygons, box: Box) -> Polygons:
     return moved
 
 
-def _touching(polygons: Polygons, box: Box) -> NDArray[np.bool_]:
-    x0, y0, x1, y1 = shapely.bounds(polygons).reshape(-1, 4).T
-    return np.asarray((x0 < box.x1) & (y0 < box.y1) & (x1 > box.x0) & (y1 > box.y0))
+def _touching(polygons: shapely.STRtree, box: Box) -> NDArray[np.int64]:
+    """Which polygons have a part of their bounds inside the box, in their order: the later one has a pixel."""
+    near = np.sort(polygons.query(shapely.box(*box)))
+    x0, y0, x1, y1 = shapely.bounds(polygons.geometries[near]).reshape(-1, 4).T
+    return np.asarray(near[(x0 < box.x1) & (y0 < box.y1) & (x1 > box.x0) & (y1 > box.y0)])
 
 
 def _fields(regions: Polygons, size: Size, path: Path, image: Path) -> list[Box]:
@@ -172,13 +175,17 @@ def _regions(objects: Objects, path: Path) -> tuple[NDArray[np.bool_], NDArray[n
     rectangle = shapely.equals(polygons, shapely.box(*bounds.T)) if len(polygons) else region
     if (region & ~rectangle).any():
         raise AnnotationError(f"{path}: a region is no rectangle: draw it with QuPath's rectangle tool")
-    centres = shapely.get_coordinates(shapely.centroid(polygons))
     unclassified = np.flatnonzero(annotation & rectangle & (classes == ""))
-    ignored = np.char.endswith(classes, "*")  # an ignored area makes no region of the nucleus around it
+    # an ignored area makes no region of the nucleus around it
+    points = shapely.centroid(polygons[~np.char.endswith(classes, "*")])
+    centres, points = shapely.get_coordinates(points), shapely.STRtree(points)
+    rectangles = np.flatnonzero(region | np.isin(np.arange(len(polygons)), unclassified))
+    boxes = shapely.STRtree(polygons[rectangles])
     for i in unclassified[np.argsort(-shapely.area(polygons[unclassified]), kind="stable")]:  # outer ones first
-        around = ~ignored & (centres > bounds[i, :2]).all(1) & (centres < bounds[i, 2:]).all(1)
-        if around.sum() > 1:  # its own centre is one
-            inside = (bounds[region, :2] <= bounds[i, :2]).all(1) & (bounds[region, 2:] >= bounds[i, 2:]).all(1)
-            surplus[i] = inside.any()
+        near = centres[points.query(polygons[i])]
+        if ((near > bounds[i, :2]) & (near < bounds[i, 2:])).all(1).sum() > 1:  # its own centre is one
+            outer = rectangles[boxes.query(polygons[i])]
+            outer = bounds[outer[region[outer]]]
+            surplus[i] = ((outer[:, :2] <= bounds[i, :2]) & (outer[:, 2:] >= bounds[i, 2:])).all(1).any()
             region[i] = not surplus[i]
     return region, surplus

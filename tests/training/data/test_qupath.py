@@ -24,6 +24,7 @@ from pipeline.errors import AnnotationError
 from pipeline.segment import export, geojson, tables
 from pipeline.segment.polygons import from_masks, rasterise
 from slides.geometry import Box, Size
+from training.data import qupath
 from training.data.datasets import read_dataset
 from training.data.sample import Dataset, LabelledImage
 
@@ -285,6 +286,43 @@ def test_an_unclassified_rectangle_inside_a_region_is_no_second_image(outer: str
     assert read.image.shape == (12, 12, 3)
     assert (read.labels > 0).sum() == 4
     assert found.skipped == {"unclassified rectangle inside a region": 1}
+
+
+@settings(max_examples=60)
+@given(
+    drawn=st.lists(
+        st.tuples(*[st.integers(0, 8)] * 2, *[st.integers(1, 6)] * 2, st.sampled_from(["", "A", "Region", "Ignore*"])),
+        max_size=25,
+    )
+)
+def test_regions_are_those_of_the_definition(drawn: list[tuple[int, int, int, int, str]]) -> None:
+    """By comparing every rectangle with every other: those around other centres and in no region, the outer ones first.
+
+    Law: those that touch a box are found in the order of the file.
+    """
+    corners = [(x, y, x + w, y + h) for x, y, w, h, _ in drawn]
+    polygons, classes = shapely.box(*np.array(corners, float).reshape(-1, 4).T), [one[4] for one in drawn]
+    regions = {i for i, class_ in enumerate(classes) if class_ == "Region"}
+    surplus: set[int] = set()
+    for i in sorted(range(len(drawn)), key=lambda i: -shapely.area(polygons[i])):
+        (x0, y0, x1, y1), others = corners[i], [c for c, k in zip(corners, classes, strict=True) if k != "Ignore*"]
+        around = sum(2 * x0 < a + c < 2 * x1 and 2 * y0 < b + d < 2 * y1 for a, b, c, d in others)
+        if classes[i] == "" and around > 1:
+            inside = any(
+                corners[r][0] <= x0 and corners[r][1] <= y0 and corners[r][2] >= x1 and corners[r][3] >= y1
+                for r in regions
+            )
+            (surplus if inside else regions).add(i)
+    objects = geojson.Objects(
+        np.array(["annotation"] * len(drawn), np.str_),
+        np.array(classes, np.str_),
+        np.array([""] * len(drawn)),
+        polygons,
+    )
+    found = qupath._regions(objects, Path("x.geojson"))
+    assert [set(np.flatnonzero(f).tolist()) for f in found] == [regions, surplus]
+    touching = qupath._touching(shapely.STRtree(polygons), Box(2, 3, 5, 6)).tolist()
+    assert touching == [i for i, (x0, y0, x1, y1) in enumerate(corners) if x0 < 5 and y0 < 6 and x1 > 2 and y1 > 3]
 
 
 @pytest.mark.parametrize("kind", ["annotation", "detection", "cell"])
