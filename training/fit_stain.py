@@ -188,7 +188,7 @@ def typical_stain(
 def _at_scale(sample: Sample, mpp: float) -> NDArray[np.uint8]:
     """The image at the working scale, uint8 (h, w, 3)."""
     image, zoom = Image.fromarray(sample.read().image), sample.mpp / mpp
-    size = round(image.width * zoom), round(image.height * zoom)
+    size = max(1, round(image.width * zoom)), max(1, round(image.height * zoom))
     return np.asarray(image.resize(size, Image.Resampling.BICUBIC))
 
 

@@ -114,6 +114,13 @@ def test_images_without_a_stain_are_left_out_and_said(tmp_path: Path) -> None:
         fit_stain([[WHITE]], tmp_path / "none", QUICK, TINY, say=silent)
 
 
+def test_an_image_of_less_than_a_pixel_at_the_working_scale_is_left_out(tmp_path: Path) -> None:
+    said: list[str] = []
+    narrow = LabelledImage(picture(0)[:1, :2], np.zeros((1, 2), np.int32), np.zeros(0, np.int64))
+    fit_stain([[*IMAGES, Sample("narrow", "", 0.06, lambda: narrow)]], tmp_path, QUICK, TINY, say=said.append)
+    assert said[0].startswith("1 of 4 images left out")
+
+
 def test_the_rate_warms_up_and_falls() -> None:
     training = StainTraining(steps=100, warmup=10)
     rates = [learning_rate(step, training) for step in range(1, 101)]
