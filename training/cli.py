@@ -122,6 +122,7 @@ def convert(
     from training.data.coco import write_coco
     from training.data.datasets import read_dataset
     from training.data.label_maps import write_folder
+    from training.data.sample import describe_lost
 
     dataset = read_dataset(data, split, mpp)
     _warn([*dataset.describe_skipped(), *dataset.describe_size()])
@@ -132,6 +133,7 @@ def convert(
         f"{written.contested_px} px were inside several "
         f"nuclei: they belong to the last one"
     )
+    _warn(describe_lost(dataset.name, written.lost))
     if not written.nuclei:
         _warn([f"{data} holds no nucleus: need at least one to train; check the annotations and their classes"])
     return 0

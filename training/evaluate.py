@@ -29,7 +29,7 @@ from pipeline.segment.record import SlideRecord
 from training import breakdown
 from training.breakdown import Breakdown, Rows
 from training.data.datasets import read_dataset, requested_sets
-from training.data.sample import Dataset, LabelledImage, Sample
+from training.data.sample import Dataset, LabelledImage, Sample, describe_lost
 from training.measures import (
     Detections,
     Scores,
@@ -218,13 +218,17 @@ def evaluate(
         rows = predict(images.images, folder, settings, execution, say)
         seconds = time.perf_counter() - started
         tallies, area_mm2 = [], 0.0
+        lost = 0
         for image, row in zip(images.images, rows, strict=True):
             labelled = image.sample.read()
+            lost += labelled.lost
             detections = read_detections(results_of(folder, row), classes)
             height, width = labelled.labels.shape
             write_outputs(outputs, image.name, labelled, detections.paint((height, width)))
             tallies.append(tally_image(labelled, detections, image.sample.mpp, len(classes)))
             area_mm2 += labelled.labels.size * (image.sample.mpp / 1000) ** 2
+        for line in describe_lost("annotations", lost):
+            say(f"WARNING: {line}")
         about = read_json(_run_folder(folder).run_json) or {}
     about |= {"seconds": round(seconds, 2), "area_mm2": round(area_mm2, 4)}
     return summarise(images.images, classes, tallies, about)

@@ -33,7 +33,7 @@ from pipeline.model.weights import find_weights, licence, read_notes
 from training import checkpoint
 from training.config import StainTraining, Training
 from training.data.crops import Batch, Crops, collate
-from training.data.sample import NO_CLASSES, Dataset, Sample
+from training.data.sample import NO_CLASSES, Dataset, Sample, describe_lost
 from training.depthwise import use_fast_gradients
 from training.monitor import HeldOutCrop, Log, held_out_crop, score_held_out
 
@@ -96,7 +96,7 @@ def fit(
     recipe = _recipe(datasets, training, architecture, process)
     first, spent_s = checkpoint.resume(out / checkpoint.FOLDER, model, average, optimiser, recipe)
     trained = [d._replace(images=tuple(trained)) for d, (trained, _) in zip(datasets, split, strict=True)]
-    loader = _loader(trained, first, training, model.architecture, process)
+    loader = _loader(trained, first, training, model.architecture, process, say if process.rank == 0 else _silent)
     held_out = [(d.name, s) for d, (_, held) in zip(datasets, split, strict=True) for s in held]
     crops = [held_out_crop(*one, model.architecture.mpp) for one in held_out] if process.rank == 0 else []
     results = _Results(out, recipe, _notes(datasets, training), crops, Log(out, say))
@@ -333,7 +333,12 @@ def _common_classes(datasets: Sequence[Dataset]) -> tuple[str, ...]:
 
 
 def _loader(
-    datasets: Sequence[Dataset], first: int, training: Training, architecture: Architecture, process: Process
+    datasets: Sequence[Dataset],
+    first: int,
+    training: Training,
+    architecture: Architecture,
+    process: Process,
+    say: Callable[[str], None],
 ) -> DataLoader[Batch]:
     """Batches of crops from step `first` on. Raises ConfigError for a crop that the feature pyramid cannot halve."""
     side = round(training.crop_px * architecture.upscale)
@@ -343,6 +348,9 @@ def _loader(
             f"need a multiple of {STRIDES[-1]}"
         )
     crops = Crops(datasets, side, architecture.mpp / architecture.upscale, training)
+    for dataset, groups in zip(datasets, crops.sets, strict=True):
+        for line in describe_lost(dataset.name, sum(image.labelled.lost for group in groups for image in group)):
+            say(f"WARNING: {line}")
     batches: DataLoader[Any] = DataLoader(
         crops,
         training.batch,

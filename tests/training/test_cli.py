@@ -137,6 +137,25 @@ def test_convert_says_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixt
     assert ": 1 image, 1 nucleus;" in out
 
 
+def test_nuclei_below_others_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two outlines in one place: the later one has all pixels."""
+    data = qupath_export(tmp_path / "two", ("detection", "Tumor"), ("detection", "Tumor"))
+    said = "1 object skipped: without a pixel of its own: below later ones, too small, or outside the image\n"
+    common = "--data", data, "--mpp", 0.25
+    for out in ("maps", "coco.json"):
+        _, _, err = run(capsys, "convert", *common, "--out", tmp_path / out)
+        assert err.startswith(f"WARNING: two: {said}")
+    _, out, err = run(
+        capsys, "train", *common, "--out", tmp_path / "out", "--init", "random", "--device", "cpu", "--loaders", 0,
+        "--architecture.channels", 16, "--steps", 1, "--batch", 1, "--crop-px", 64, "--hold-out", 0,
+    )  # fmt: skip
+    assert f"WARNING: two: {said}" in out
+    _, _, err = run(
+        capsys, "evaluate", *common, "--stain", "none", "--weights", tmp_path / "out" / "nuclei.safetensors"
+    )
+    assert f"WARNING: annotations: {said}" in err
+
+
 @pytest.mark.parametrize("flags", [[], ["--workers", "2"], ["--window", "5"]])
 def test_evaluation_starts_no_processes_unless_it_is_told_to(flags: list[str]) -> None:
     for cluster in ([], ["--cluster"]):

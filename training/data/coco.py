@@ -28,7 +28,7 @@ from training.data.sample import (
     Metadata,
     class_names,
     known_classes,
-    labelled_image,
+    outlined_image,
     read_image,
     read_json_file,
     relative_name,
@@ -96,7 +96,7 @@ def write_coco(dataset: Dataset, path: Path) -> Conversion:
     (path.parent / "images").mkdir(parents=True, exist_ok=True)
     images: list[dict[str, Any]] = []
     nuclei: list[dict[str, Any]] = []
-    contested = 0
+    contested, lost = 0, 0
     for number, sample in enumerate(dataset.images, 1):
         read = known_classes(sample)
         name = f"images/{sample.id}.png"
@@ -111,7 +111,7 @@ def write_coco(dataset: Dataset, path: Path) -> Conversion:
             {"id": len(nuclei) + i, "image_id": number, "category_id": kind, "iscrowd": 0} | shape
             for i, (kind, shape) in enumerate(zip(read.class_index.tolist(), _encoded(read.labels), strict=True), 1)
         ]
-        contested += read.contested_px
+        contested, lost = contested + read.contested_px, lost + read.lost
     content = {
         "info": {"description": dataset.name},
         "images": images,
@@ -119,7 +119,7 @@ def write_coco(dataset: Dataset, path: Path) -> Conversion:
         "annotations": nuclei,
     }
     write_json(path, content)
-    return Conversion(len(images), len(nuclei), contested)
+    return Conversion(len(images), len(nuclei), contested, lost)
 
 
 def _is_coco(content: Any) -> bool:
@@ -211,7 +211,7 @@ def _read(listed: _ImageEntry, masks: Sequence[bytes], class_index: Ints, source
         columns[at] = number
         claims[at] = np.minimum(claims[at], 1) + 1
     labels = columns.reshape(listed.width, listed.height).T
-    return labelled_image(image, labels, class_index, int((claims > 1).sum()))
+    return outlined_image(image, labels, class_index, int((claims > 1).sum()))
 
 
 def _compressed(segmentation: Any, height: int, width: int, where: str) -> bytes:

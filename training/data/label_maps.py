@@ -95,7 +95,7 @@ def write_folder(dataset: Dataset, folder: Path) -> Conversion:
 
 
 def _write_maps(dataset: Dataset, folder: Path, folders: Sequence[str]) -> Conversion:
-    nuclei, contested = 0, 0
+    nuclei, contested, lost = 0, 0, 0
     for sample in dataset.images:
         read = known_classes(sample)
         if len(read.class_index) > _MOST_NUCLEI:
@@ -108,13 +108,14 @@ def _write_maps(dataset: Dataset, folder: Path, folders: Sequence[str]) -> Conve
         for name, values in maps.items():
             Image.fromarray(values).save(folder / name / f"{sample.id}.png")
         nuclei, contested = nuclei + len(read.class_index), contested + read.contested_px
+        lost += read.lost
     metadata = {
         "mpp": {a.id: a.mpp for a in dataset.images},
         "classes": dataset.classes,
         "groups": {a.id: a.group for a in dataset.images},
     }
     write_json(folder / DATASET_FILE, metadata)
-    return Conversion(len(dataset.images), nuclei, contested)
+    return Conversion(len(dataset.images), nuclei, contested, lost)
 
 
 def tnbc(data: Path, metadata: Metadata) -> Catalogue | None:

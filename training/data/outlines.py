@@ -26,8 +26,8 @@ from training.data.sample import (
     LabelledImage,
     Metadata,
     class_names,
-    labelled_image,
     nearby,
+    outlined_image,
     read_image,
 )
 
@@ -91,7 +91,7 @@ def _read_aperio(image: Path, source: Path, polygons: Polygons, class_index: NDA
     height, width = colours.shape[:2]
     check_near(polygons, Size(width, height), source)
     labels, contested = paint(polygons, (height, width), _CENTRES)
-    return labelled_image(colours, labels, class_index, contested)
+    return outlined_image(colours, labels, class_index, contested)
 
 
 def check_near(polygons: Polygons, size: Size, source: Path) -> None:

@@ -24,8 +24,8 @@ from training.data.sample import (
     Metadata,
     class_names,
     image_size,
-    labelled_image,
     nearby,
+    outlined_image,
     read_image,
 )
 
@@ -97,7 +97,7 @@ def _read_field(
     if len(ignored):
         colours = colours.copy()
         colours[(rasterise(_moved(ignored, box), shape) > 0) & (labels == 0)] = _WHITE
-    return labelled_image(colours, labels, class_index, contested)
+    return outlined_image(colours, labels, class_index, contested)
 
 
 def _moved(polygons: Polygons, box: Box) -> Polygons:

@@ -42,6 +42,7 @@ class LabelledImage(NamedTuple):
     labels: NDArray[np.int32]  # (h, w): 0 background, 1..N, every number one nucleus, in one part or several
     class_index: NDArray[np.int64]  # (N,): index into the dataset's classes, from 1, of nucleus i + 1; 0: not known
     contested_px: int = 0  # pixels in several outlines: they belong to the last one
+    lost: int = 0  # outlines without a pixel of their own: below later ones, too small, or outside the image
 
 
 class Sample(NamedTuple):
@@ -87,6 +88,12 @@ class Dataset(NamedTuple):
         return []
 
 
+def describe_lost(name: str, lost: int) -> list[str]:
+    """A line where outlines of a dataset or an image have no pixel of their own; none where all have."""
+    reason = "without a pixel of its own: below later ones, too small, or outside the image"
+    return [f"{name}: {counted(lost, 'object')} skipped: {reason}"] if lost else []
+
+
 class Metadata(NamedTuple):
     """The content of dataset.json, which overrides what the annotation files say."""
 
@@ -120,6 +127,7 @@ class Conversion(NamedTuple):
     images: int
     nuclei: int
     contested_px: int  # where nuclei overlapped in the source; the later one has the pixel
+    lost: int  # nuclei of the source that have no pixel of their own
 
 
 def known_classes(sample: Sample) -> LabelledImage:
@@ -155,6 +163,14 @@ def labelled_image(
     old = np.flatnonzero(present)
     kept = np.ones(len(old), np.int64) if class_index is None else class_index[old - 1]
     return LabelledImage(image, number[labels], kept, contested_px)
+
+
+def outlined_image(
+    image: NDArray[np.uint8], labels: NDArray[Any], class_index: NDArray[np.int64], contested_px: int
+) -> LabelledImage:
+    """As `labelled_image`, of a map in which every number up to that of the last class is an outline."""
+    read = labelled_image(image, labels, class_index, contested_px)
+    return read._replace(lost=len(class_index) - len(read.class_index))
 
 
 def whole_numbers(labels: NDArray[Any]) -> NDArray[np.int32]:

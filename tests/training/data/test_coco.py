@@ -97,7 +97,7 @@ def test_pycocotools_reads_what_is_written(
 ) -> None:
     read = labelled_image(RGB[:7, :9], labels, None)
     path = tmp_path_factory.mktemp("out") / "c.json"
-    assert write_coco(given_pixels(read), path) == (1, len(read.class_index), 0)
+    assert write_coco(given_pixels(read), path) == (1, len(read.class_index), 0, 0)
     oracle = COCO(path)
     assert len(oracle.anns) == len(read.class_index)
     for number, annotation in oracle.anns.items():

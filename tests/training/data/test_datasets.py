@@ -82,7 +82,7 @@ def test_what_is_written_reads_back_equal(dataset: Dataset, tmp_path_factory: py
     folder = tmp_path_factory.mktemp("out")
     nuclei = sum(len(a.read().class_index) for a in dataset.images)
     for written in (write_folder(dataset, folder / "maps"), write_coco(dataset, folder / "coco" / "c.json")):
-        assert written == (len(dataset.images), nuclei, 0)
+        assert written == (len(dataset.images), nuclei, 0, 0)
     check_equal(read_dataset(folder / "maps"), dataset)
     check_equal(read_dataset(folder / "coco"), dataset)
     check_equal(read_dataset(folder / "coco" / "c.json"), dataset)
