@@ -173,7 +173,7 @@ def evaluate(
     import shlex
 
     from pipeline.files import refuse_folder, write_json
-    from training.evaluate import Outputs, as_json, gather, report, report_breakdown, whole_images
+    from training.evaluate import Outputs, as_json, check_outputs, gather, report, report_breakdown, whole_images
     from training.evaluate import evaluate as score_images
 
     for folder in (save_labels, pictures, None if json is None else json.parent):
@@ -181,13 +181,14 @@ def evaluate(
             _make_folder(folder)
     if json is not None:
         refuse_folder(json)
-    images = gather(data, split, mpp)
+    images, outputs = gather(data, split, mpp), Outputs(save_labels, pictures)
+    check_outputs(outputs, images.images, data)
     _warn(images.skipped)
     scores = score_images(
         images,
         whole_images(settings),
         execution,
-        outputs=Outputs(save_labels, pictures),
+        outputs=outputs,
         say=lambda line: print(line, file=sys.stderr),
     )
     print(report(scores, per_image=per_image))

@@ -20,7 +20,7 @@ from PIL import Image
 
 from pipeline.archive.run import run
 from pipeline.config import Execution, Settings
-from pipeline.errors import AnnotationError
+from pipeline.errors import AnnotationError, ConfigError
 from pipeline.files import read_json
 from pipeline.layout import RunFolder
 from pipeline.model.weights import detector_architecture, find_weights
@@ -311,6 +311,18 @@ def write_outputs(outputs: Outputs, name: str, labelled: LabelledImage, detected
         Image.fromarray(detected.astype(np.uint16)).save(_inside(outputs.labels, name))
     if outputs.pictures is not None:
         draw(labelled.image, labelled.labels, detected, _inside(outputs.pictures, name))
+
+
+def check_outputs(outputs: Outputs, images: Sequence[EvaluationImage], data: Sequence[Path]) -> None:
+    """Raises ConfigError for one folder of both, or a file that is there, in that of a dataset: it may be its own."""
+    if outputs.labels and outputs.pictures and outputs.labels.resolve() == outputs.pictures.resolve():
+        raise ConfigError(f"label maps and pictures in {outputs.labels} would have the same names: need two folders")
+    of_data = [folder.resolve() for folder in data if folder.is_dir()]
+    for folder in filter(None, outputs):
+        if any(folder.resolve().is_relative_to(of) for of in of_data):
+            for image in images:
+                if (path := folder / f"{image.name}.png").exists():
+                    raise ConfigError(f"{path} is there already, in the folder of a dataset: choose another folder")
 
 
 def _inside(folder: Path, name: str) -> Path:

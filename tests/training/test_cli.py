@@ -184,6 +184,27 @@ def test_evaluation_takes_the_execution_of_a_configuration_file(
     assert seen == [training_cli.EvaluationExecution(workers=3)]
 
 
+@pytest.mark.parametrize("flag", ["--save-labels", "--pictures"])
+def test_what_evaluation_writes_takes_no_file_of_the_dataset(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], flag: str
+) -> None:
+    data = qupath_export(tmp_path / "one", ("detection", "Tumor"))
+    before = (data / "x.png").read_bytes()
+    status, _, err = run(capsys, "evaluate", "--data", data, "--mpp", 0.25, flag, data)
+    assert status == 2
+    assert f"{data / 'x.png'} is there already, in the folder of a dataset: choose another folder" in err
+    assert (data / "x.png").read_bytes() == before
+
+
+def test_label_maps_and_pictures_have_folders_of_their_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data, both = qupath_export(tmp_path / "one", ("detection", "Tumor")), tmp_path / "both"
+    status, _, err = run(
+        capsys, "evaluate", "--data", data, "--mpp", 0.25, "--save-labels", both, "--pictures", both / "../both"
+    )
+    assert status == 2
+    assert f"label maps and pictures in {both} would have the same names: need two folders" in err
+
+
 def test_scores_do_not_take_the_place_of_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A user who names a folder for the file of `--json` keeps what is in it, and hears so before anything is read."""
     data = qupath_export(tmp_path / "one", ("detection", "Tumor"))
