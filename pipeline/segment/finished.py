@@ -29,7 +29,7 @@ from slides.slide import open_slide
 def finish_slide(job: Job, record: SlideRecord) -> SlideRecord:
     """Write slide.json: provenance, record and summary. Returns the record with its remarks."""
     plan = read_plan(job.folder, job.digest)
-    tissue = reported_tissue(plan, read_artefacts(job.folder, plan), job.settings)
+    tissue = reported_tissue(read_artefacts(job.folder, plan), job.settings)
     record = dataclasses.replace(record, tissue_mm2=round(tissue.area_mm2, 4))
     with checked_between_groups(job.check_lease):
         summary = summarise(job.folder.nuclei, plan._replace(tissue=tissue))

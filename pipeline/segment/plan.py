@@ -111,13 +111,13 @@ def plan_slide(slide: Slide, settings: Settings, regions: RegionFile | None = No
     step = grid_step(detector_architecture(find_weights(settings.detector.weights)).upscale)
     undecided = settings.stain.method == "auto" and normalisation.source.method != "none"
     notes = (*_left_out(slide), *notes, *unfitted)
-    whole_tissue = _reported(artefacts, settings)
+    whole_tissue = reported_tissue(artefacts, settings)
     if regions is not None:
         drawn = read_regions(regions, slide.bounds)
         artefacts = artefacts._replace(tissue=drawn.restrict(artefacts.tissue))
         judged = "" if settings.tissue.artefacts == "off" else ", and blur is judged within them"
         notes = (f"restricted to {drawn.describe_chosen(regions.path)}{judged}", *notes)
-    tissue = _reported(artefacts, settings)
+    tissue = reported_tissue(artefacts, settings)
     if artefacts.tissue.area_mm2 and not tissue.area_mm2:
         notes = (*notes, "artefacts cover all tissue: --artefacts flag reports the nuclei there, too")
     elif not tissue.area_mm2:
@@ -158,8 +158,11 @@ def _nothing_in(drawn: SlideRegions, slide: Slide, file: RegionFile, *, found: b
     return "no tissue lies in the regions" if found else NO_TISSUE
 
 
-def _reported(artefacts: ArtefactMap, settings: Settings) -> TissueMap:
-    """The tissue in which nuclei are reported, by the artefacts that are known so far."""
+def reported_tissue(artefacts: ArtefactMap, settings: Settings) -> TissueMap:
+    """The tissue in which nuclei are reported: all of it, or without artefacts where these are skipped.
+
+    artefacts: that are known so far; blur is known when all patches were read
+    """
     return artefacts.clean_tissue() if settings.tissue.artefacts == "skip" else artefacts.tissue
 
 
@@ -270,11 +273,6 @@ def read_artefacts(folder: SlideFolder, plan: Plan) -> ArtefactMap:
     if files.read_checked(folder.artefacts) is None:
         raise ScratchLost(f"{folder.artefacts} is missing or damaged")
     return plan.artefacts._replace(kinds=np.load(folder.artefacts, allow_pickle=False))
-
-
-def reported_tissue(plan: Plan, artefacts: ArtefactMap, settings: Settings) -> TissueMap:
-    """The tissue in which nuclei are reported; without the blurred part where artefacts are skipped."""
-    return artefacts.clean_tissue() if settings.tissue.artefacts == "skip" else plan.tissue
 
 
 @functools.lru_cache(maxsize=32)

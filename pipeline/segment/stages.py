@@ -470,7 +470,7 @@ def export_slide(job: Job) -> StageRecord:
     started, folder, plan = time.perf_counter(), job.folder, read_plan(job.folder, job.digest)
     return_freed_memory(_SLIDE_STAGE_BYTES)
     artefacts, crop = read_artefacts(folder, plan), job.settings.export.crop
-    tissue = reported_tissue(plan, artefacts, job.settings)
+    tissue = reported_tissue(artefacts, job.settings)
     with tables.checked_between_groups(job.check_lease):
         exported = write_exports(folder, job.settings.export, job.source).values()
         annotations.write_tissue(folder.tissue_annotation, plan.quick_hash, tissue, plan.bounds, crop)
