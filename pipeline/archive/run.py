@@ -366,10 +366,6 @@ class ArchiveRun:
                 return await self._leased(source, job)
             async with self.staging.room(source.files) as room:
                 return await self._leased(source, job, room)
-        except LeaseLost:
-            return None
-        except ClusterLost:
-            raise
         except Exception as raised:
             error = _first(raised)
             if isinstance(error, ClusterLost):
