@@ -7,7 +7,8 @@ from typing import NamedTuple
 from slides.errors import ScaleUnknown
 
 # Micrometres per pixel that a microscope can have made; OpenSlide reports 1000 for a TIFF without resolution.
-BELIEVABLE_MPP = (0.05, 5.0)
+_LEAST_MPP, _LARGEST_MPP = 0.05, 5.0
+NEED_MPP = f"need {_LEAST_MPP:g} to {_LARGEST_MPP:g} micrometres per pixel"
 
 # Scales along x and y that differ by more are an error in the metadata: scanners' pixels are square.
 _LARGEST_ASPECT = 1.02
@@ -37,18 +38,22 @@ class Scale(NamedTuple):
     source: str
 
 
+def is_believable(mpp: float) -> bool:
+    """Whether a microscope can have made so many micrometres per pixel; else messages say NEED_MPP."""
+    return _LEAST_MPP <= mpp <= _LARGEST_MPP
+
+
 def find_scale(path: Path, properties: Mapping[str, str], given: GivenScale) -> Scale:
     """The scale of a slide of these OpenSlide properties, by the rule of `slide.open_slide`. Raises ScaleUnknown."""
-    low, high = BELIEVABLE_MPP
     mpp, mpp_source, default_mpp = given
     for value in (mpp, default_mpp):
-        if value is not None and not low <= value <= high:
-            raise ScaleUnknown(f"mpp={value:g} for {path}: need {low:g} to {high:g} micrometres per pixel")
+        if value is not None and not is_believable(value):
+            raise ScaleUnknown(f"mpp={value:g} for {path}: {NEED_MPP}")
     if mpp is not None:
         return Scale(mpp, mpp, mpp_source)
     stated = (_stated_scale(properties), _resolution_scale(properties))
     for x, y, source in filter(None, stated):
-        if not low <= min(x, y) <= max(x, y) <= high:
+        if not (is_believable(x) and is_believable(y)):
             continue
         if max(x, y) > _LARGEST_ASPECT * min(x, y):
             raise ScaleUnknown(
@@ -58,7 +63,8 @@ def find_scale(path: Path, properties: Mapping[str, str], given: GivenScale) -> 
         return Scale(x, y, source)
     if default_mpp is not None:
         return Scale(default_mpp, default_mpp, BY_DEFAULT)
-    said = next((f"{s.x:g} um/px, not between {low:g} and {high:g}" for s in stated if s), "no resolution")
+    wrong = next((value for scale in stated if scale for value in scale[:2] if not is_believable(value)), None)
+    said = "no resolution" if wrong is None else f"{wrong:g} um/px, not between {_LEAST_MPP:g} and {_LARGEST_MPP:g}"
     raise ScaleUnknown(f"{path} states {said}: pass --mpp (micrometres per pixel at level 0)")
 
 

@@ -14,7 +14,7 @@ from pipeline.archive.search import SUFFIXES, Search
 from pipeline.archive.staging import LocalSlide, SlideFiles
 from pipeline.errors import RunError
 from pipeline.text import printable
-from slides.scale import BELIEVABLE_MPP, FORCED, GivenScale
+from slides.scale import FORCED, NEED_MPP, GivenScale, is_believable
 
 IN_MANIFEST = "manifest"  # source of a scale
 
@@ -82,10 +82,9 @@ def find_slides(
     Raises RunError for an input that does not exist, that is no manifest, or lies in `out`; for a URL without `urls`;
     for a scale that no slide has; and where no slide is.
     """
-    low, high = BELIEVABLE_MPP
     for flag, scale in (("mpp", mpp), ("force-mpp", force_mpp)):
-        if scale is not None and not (isinstance(scale, int | float) and low <= scale <= high):
-            raise RunError(f"{flag}={scale!r}: need {low:g} to {high:g} micrometres per pixel")
+        if scale is not None and not (isinstance(scale, int | float) and is_believable(scale)):
+            raise RunError(f"{flag}={scale!r}: {NEED_MPP}")
     given_inputs = [inputs] if isinstance(inputs, str | os.PathLike) else list(inputs)
     if "" in given_inputs:  # as a path it would be the current folder
         raise RunError("an input is empty: need slides, folders of slides, or a CSV manifest; `.` is this folder")
@@ -206,12 +205,10 @@ def _row(folder: Path, slide: str, scale: str, where: str) -> _Given:
     place = Place(path.parent, path.name) if url else _by_itself(path)
     if place.path.is_relative_to(folder):
         place = Place(folder, place.path.relative_to(folder).as_posix())
-    low, high = BELIEVABLE_MPP
     try:
         mpp = float(scale.replace(",", ".")) if scale else None
     except ValueError:
         return _Given(place, path, None, printable(f"{where}: mpp={scale!r} is not a number"), url)
-    if mpp is not None and not low <= mpp <= high:
-        need = f"need {low:g} to {high:g} micrometres per pixel"
-        return _Given(place, path, None, printable(f"{where}: mpp={scale}: {need}"), url)
+    if mpp is not None and not is_believable(mpp):
+        return _Given(place, path, None, printable(f"{where}: mpp={scale}: {NEED_MPP}"), url)
     return _Given(place, path, mpp, url=url)

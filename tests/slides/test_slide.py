@@ -30,7 +30,7 @@ from slides.errors import (
     SlideUnsupported,
 )
 from slides.geometry import Box, Size
-from slides.scale import FORCED, GivenScale
+from slides.scale import FORCED, GivenScale, find_scale
 from slides.slide import Slide, _shows_the_same, open_slide
 
 Writer = Callable[..., Path]
@@ -224,6 +224,13 @@ def test_what_is_given_is_checked(pyramid: Writer, mpp: float) -> None:
     for scale in (GivenScale(mpp=mpp), GivenScale(default_mpp=mpp)):
         with pytest.raises(ScaleUnknown, match=r"mpp=.* for .*plain\.tif: need 0.05 to 5"):
             open_slide(path, **scale._asdict())
+
+
+@pytest.mark.parametrize("stated", [("0.5", "nan"), ("nan", "0.5"), ("0.5", "1000")])
+def test_a_scale_that_is_believable_along_one_axis_only_is_unknown(stated: tuple[str, str]) -> None:
+    properties = dict(zip(("openslide.mpp-x", "openslide.mpp-y"), stated, strict=True))
+    with pytest.raises(ScaleUnknown, match=r"states (nan|1000) um/px, not between 0\.05 and 5: pass --mpp"):
+        find_scale(Path("slide.svs"), properties, GivenScale())
 
 
 @pytest.mark.parametrize("aspect", [0.5, 0.97, 1.03])

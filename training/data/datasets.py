@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.errors import AnnotationError
-from slides.scale import BELIEVABLE_MPP
+from slides.scale import NEED_MPP, is_believable
 from training.data.coco import coco
 from training.data.label_maps import folder, matlab, pannuke, tnbc
 from training.data.outlines import aperio
@@ -233,13 +233,10 @@ def _chosen(entries: Mapping[str, Entry], splits: Sequence[str], beside: Path, d
 
 def _scale(entry: Entry, metadata: Metadata, mpp: float | None, data: Path) -> float:
     """The first of user, dataset.json, annotation, image. Raises AnnotationError where none is believable."""
-    low, high = BELIEVABLE_MPP
     said = mpp if mpp is not None else metadata.mpp.get(entry.id, metadata.mpp.get(""))
     if said is not None:
-        if not low <= said <= high:
-            raise AnnotationError(
-                f"{data}: mpp={said:g} for '{entry.id}': need {low:g} to {high:g} micrometres per pixel"
-            )
+        if not is_believable(said):
+            raise AnnotationError(f"{data}: mpp={said:g} for '{entry.id}': {NEED_MPP}")
         return said
     if (stated := _stated_scale(entry, metadata)) is None:
         raise AnnotationError(f"{data}: '{entry.id}' states no resolution: pass --mpp (micrometres per pixel)")
@@ -248,9 +245,8 @@ def _scale(entry: Entry, metadata: Metadata, mpp: float | None, data: Path) -> f
 
 def _stated_scale(entry: Entry, metadata: Metadata) -> float | None:
     """The first of dataset.json, annotation, image; None where none is believable."""
-    low, high = BELIEVABLE_MPP
     for said in (metadata.mpp.get(entry.id, metadata.mpp.get("")), entry.mpp):
-        if said is not None and low <= said <= high:
+        if said is not None and is_believable(said):
             return said
     return None if entry.image is None else stated_mpp(entry.image)
 
