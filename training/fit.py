@@ -27,7 +27,7 @@ from pipeline.errors import ConfigError, WeightsError
 from pipeline.files import committed
 from pipeline.model.allocator import keep_freed_memory
 from pipeline.model.detector import NucleusDetector, load_weights, save_weights
-from pipeline.model.device import choose_device, choose_precision
+from pipeline.model.device import autocast, choose_device, choose_precision
 from pipeline.model.losses import Targets
 from pipeline.model.weights import find_weights, licence, read_notes
 from training import checkpoint
@@ -390,8 +390,7 @@ def _losses(model: nn.Module, batch: Batch, device: torch.device) -> dict[str, T
     """Losses of one batch. Crops come enlarged already, so the network does not enlarge them."""
     images, boxes, labels, nuclei, regions = (t.to(device, non_blocking=True) for t in batch[:-1])
     targets = Targets(list(boxes.split(batch.counts)), list(labels.split(batch.counts)), nuclei, regions)
-    precision = choose_precision("auto", device)
-    with torch.autocast(device.type, precision, enabled=precision != torch.float32):
+    with autocast(device, choose_precision("auto", device)):
         losses: dict[str, Tensor] = model(images.float() / 255, targets)
     return losses
 

@@ -18,7 +18,7 @@ from pipeline.config import Detector, Settings, side_step
 from pipeline.files import committed
 from pipeline.model import fuse, views
 from pipeline.model.detector import Limits, NucleusDetector
-from pipeline.model.device import choose_precision
+from pipeline.model.device import autocast, choose_precision
 from pipeline.segment.polygons import from_masks, solid
 from training.data.sample import Sample
 from training.measures import Detections, Scores, mean, score
@@ -61,8 +61,7 @@ def detect_crop(model: NucleusDetector, crop: HeldOutCrop, settings: Settings) -
     device = next(model.parameters()).device
     limits = Limits.of_patch(settings.detector, size, model.architecture.mpp)
     pixels = torch.from_numpy(padded).to(device).permute(2, 0, 1)[None].float() / 255
-    precision = choose_precision("auto", device)
-    with torch.inference_mode(), torch.autocast(device.type, precision, enabled=precision != torch.float32):
+    with torch.inference_mode(), autocast(device, choose_precision("auto", device)):
         (instances,) = fuse.infer(model, pixels, views.choose_views(1), limits, settings.tiling.margin)
     outlines = solid(
         from_masks(instances.mask_probs.float().cpu().numpy(), instances.boxes.float().cpu().numpy(), level=0.5)

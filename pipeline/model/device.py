@@ -76,6 +76,13 @@ def choose_precision(name: str, device: "torch.device") -> "torch.dtype":
     return torch.bfloat16 if capable else torch.float32
 
 
+def autocast(device: "torch.device", precision: "torch.dtype") -> "torch.autocast":
+    """The context in which a network on a device computes in this precision."""
+    import torch
+
+    return torch.autocast(device.type, precision, enabled=precision != torch.float32)
+
+
 def _cuda_has_bfloat16(device: "torch.device") -> bool:
     import torch
 

@@ -17,7 +17,7 @@ from pipeline.config import Detector, Stain
 from pipeline.model import dcgmm
 from pipeline.model.dcgmm import ClusterNet
 from pipeline.model.deterministic import pointwise
-from pipeline.model.device import choose_device, choose_precision
+from pipeline.model.device import autocast, choose_device, choose_precision
 from pipeline.model.fitted_stain import Normalisation
 from pipeline.model.stain import Normaliser
 from pipeline.model.weights import check_content, find_weights
@@ -39,7 +39,7 @@ class LoadedDetector(NamedTuple):
 
     def autocast(self) -> torch.autocast:
         """The context in which it computes in its precision."""
-        return torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32)
+        return autocast(self.device, self.precision)
 
 
 def detector(settings: Detector) -> LoadedDetector:
