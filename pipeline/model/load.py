@@ -104,7 +104,8 @@ class _Networks(Generic[M]):
 
 def _load_detector(path: Path, device: torch.device) -> "NucleusDetector":
     # the workers that plan start in half the time without it
-    from pipeline.model.detector import fold, load_weights, slice_widest, widen_kernels
+    from pipeline.model.detector import load_weights
+    from pipeline.model.prepare import fold, slice_widest, widen_kernels
 
     model = fold(load_weights(path))
     return slice_widest(widen_kernels(model)) if device.type == "cpu" else model

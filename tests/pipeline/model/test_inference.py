@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 
 from pipeline.config import Architecture, Detector, Settings, Stain, Tiling
 from pipeline.model import fuse, inference, load, stain
-from pipeline.model.detector import NucleusDetector, fold
+from pipeline.model.detector import NucleusDetector
 from pipeline.model.deterministic import pointwise
 from pipeline.model.fitted_stain import TEMPLATE, FittedStain, Normalisation, read_template
 from pipeline.model.inference import detect_patches
 from pipeline.model.instances import HostInstances, Instances, Patches, columns
+from pipeline.model.prepare import fold
 from pipeline.model.weights import find_weights
 
 SIDE, MARGIN, MASK = 512, 64, 4  # in quarters 320 px, then 256

@@ -17,10 +17,11 @@ from hypothesis import strategies as st
 from pipeline.config import Architecture, Detector, Settings, Stain, Tiling
 from pipeline.model import detector as model_detector
 from pipeline.model import fuse, inference, instances, load
-from pipeline.model.detector import NucleusDetector, fold
+from pipeline.model.detector import NucleusDetector
 from pipeline.model.fitted_stain import TEMPLATE, FittedStain, Normalisation, read_template
 from pipeline.model.inference import detect_patches
 from pipeline.model.instances import HostInstances, Instances, Patches, columns
+from pipeline.model.prepare import fold
 from pipeline.model.weights import detector_architecture, find_weights
 from pretend_cuda import BLOCKING, COSTS, DOWNLOAD, LAUNCH, UPLOAD, WAIT, PretendedCuda
 from slides.geometry import Size
