@@ -19,10 +19,9 @@ from numpy.typing import NDArray
 from pipeline.config import Export
 from pipeline.files import committed
 from pipeline.layout import DENSITY
-from pipeline.segment.export.exported import Exported, origin
+from pipeline.segment.export.exported import Exported, origin, shown
 from pipeline.segment.polygons import Floats
 from pipeline.segment.tables import Provenance, iter_nuclei, read_provenance
-from slides.geometry import Box
 
 _NAMESPACE = uuid.uuid5(uuid.NAMESPACE_DNS, "nightslide.density")
 _ROUNDING = 1e-6  # of a square
@@ -78,7 +77,7 @@ def write_density(nuclei: Path, out: Path, options: Export) -> Exported:
 
 
 def _squares(provenance: Provenance, options: Export) -> _Squares:
-    area = provenance.bounds if options.crop else Box(0, 0, *provenance.size)
+    area = shown(provenance, options.crop)
     side = options.density_um / provenance.um_per_px[0], options.density_um / provenance.um_per_px[1]
     # an extent that is a whole number of squares, but for rounding, has no column of almost no width after them
     columns, rows = (max(1, math.ceil(extent / step - _ROUNDING)) for extent, step in zip(area.size, side, strict=True))

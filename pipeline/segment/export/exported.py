@@ -62,9 +62,15 @@ class Rings(NamedTuple):
     starts: Ints  # (N + 1,): outline i has the vertices from starts[i] to starts[i + 1]
 
 
+def shown(provenance: Provenance, crop: bool) -> Box:
+    """What the other program shows of the slide, slide px: its bounds if `crop`, else all of it."""
+    return provenance.bounds if crop else Box(0, 0, *provenance.size)
+
+
 def origin(provenance: Provenance, crop: bool) -> tuple[float, float]:
-    """Where the exported coordinates start, slide px (x, y): the corner of the slide's bounds if `crop`, else 0, 0."""
-    return (float(provenance.bounds.x0), float(provenance.bounds.y0)) if crop else (0.0, 0.0)
+    """Where the exported coordinates start, slide px (x, y): at the corner of what is shown."""
+    corner = shown(provenance, crop)
+    return float(corner.x0), float(corner.y0)
 
 
 def finite(column: pa.ChunkedArray) -> pa.ChunkedArray:

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from pipeline.config import Export
 from pipeline.files import committed
-from pipeline.segment.export.exported import Exported
+from pipeline.segment.export.exported import Exported, shown
 from pipeline.segment.polygons import Floats, rasterise
 from pipeline.segment.tables import Provenance, geometry, iter_nuclei, read_provenance
 from slides.geometry import Box, Size
@@ -50,7 +50,7 @@ def write_ngff(nuclei: Path, out: Path, options: Export) -> Exported:
     level 0, as OME-NGFF has them. A nucleus without a pixel of level 0 counts as dropped.
     """
     provenance = read_provenance(nuclei)
-    box = provenance.bounds if options.crop else Box(0, 0, *provenance.size)
+    box = shown(provenance, options.crop)
     with committed(out) as partial:
         levels = _create(partial, provenance, box.size)
         scratch = partial / "outlines.arrow"

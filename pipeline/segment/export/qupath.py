@@ -20,7 +20,7 @@ from pipeline.files import committed
 from pipeline.model.instances import STATISTICS
 from pipeline.segment import arrow
 from pipeline.segment.cells import cells_of, read_bounds
-from pipeline.segment.export.exported import Exported, finite
+from pipeline.segment.export.exported import Exported, finite, shown
 from pipeline.segment.polygons import Polygons, measure, solid
 from pipeline.segment.tables import NUCLEI, STAINS, Provenance, geometry, iter_nuclei, read_provenance
 from slides.geometry import Box
@@ -61,7 +61,7 @@ def write_qupath(nuclei: Path, out: Path, options: Export) -> Exported:
     a whole file for less. A cell has the nucleus' id and class, and the nucleus within it.
     """
     provenance = read_provenance(nuclei)
-    image = provenance.bounds if options.crop else Box(0, 0, *provenance.size)
+    image = shown(provenance, options.crop)
     total = np.zeros(3, dtype=np.int64)
     with committed(out) as partial, zipfile.ZipFile(partial, "w") as archive:
         for number, (rows, cells) in enumerate(_shards(nuclei, options.cells)):
