@@ -187,6 +187,12 @@ class RunFolder:
         """The folder of the slide of this name; names may hold "/"."""
         return SlideFolder(self.path / name)
 
+    def name_of(self, slide: SlideFolder) -> str:
+        """The inverse of `slide`, for a folder below the run's; of the run's own, where that is a slide's, its name."""
+        if slide.path == self.path:
+            return self.path.resolve().name
+        return slide.path.relative_to(self.path).as_posix()
+
     def holds(self, name: str) -> bool:
         """Whether the folder of a slide of this name, as a ledger has it, lies inside; links are followed."""
         run = os.path.realpath(self.path)

@@ -77,10 +77,10 @@ def other_slides(run: RunFolder, own: Collection[str], settings: Settings) -> Ot
     """
     records, names = {}, dict[str, str]()
     for folder in run.failed():
-        records[_name(run, folder)] = read_failure(folder)
+        records[run.name_of(folder)] = read_failure(folder)
     for folder in run.finished():
         record, content = read_finished(folder)
-        name = _name(run, folder)
+        name = run.name_of(folder)
         if record is not None:
             of_others = () if content["digest"] == _digest(content, settings) else (OF_OTHER_SETTINGS,)
             records[name] = dataclasses.replace(record, remarks=(*of_others, *record.remarks))
@@ -103,10 +103,6 @@ def read_finished(folder: SlideFolder) -> tuple[SlideRecord | None, dict[str, An
 def _digest(content: Mapping[str, Any], settings: Settings) -> str:
     regions = content["regions"]
     return slide_digest(settings, regions and (regions["sha256"], regions["crop"]))
-
-
-def _name(run: RunFolder, folder: SlideFolder) -> str:
-    return folder.path.relative_to(run.path).as_posix()
 
 
 def read_ledger(run: RunFolder) -> list[dict[str, Any]]:

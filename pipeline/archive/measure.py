@@ -40,7 +40,7 @@ def measure_slides(folder: Path, regions: config.Regions) -> Iterator[Measured]:
         raise RunError("regions is not given: need --regions with the folder of QuPath's GeoJSON files")
     run = RunFolder(folder)
     finished = run.finished()
-    slides = {printable(_name(slide, run)): slide for slide in finished}
+    slides = {printable(run.name_of(slide)): slide for slide in finished}
     if not slides:
         raise RunError(f"{folder} holds no finished slide: need the --out folder of a run")
     matches = match_regions(regions.folder, {name: _source(slide) for name, slide in slides.items()})
@@ -65,10 +65,6 @@ def measure_slides(folder: Path, regions: config.Regions) -> Iterator[Measured]:
         _write(run.regions, rows)
         with contextlib.suppress(RunError):  # slides of which there is no ledger
             write_report(run, read_ledger(run))
-
-
-def _name(slide: SlideFolder, run: RunFolder) -> str:
-    return slide.path.relative_to(run.path).as_posix() if slide.path != run.path else run.path.resolve().name
 
 
 def _source(slide: SlideFolder) -> Path:

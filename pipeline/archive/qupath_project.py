@@ -55,7 +55,7 @@ def write_project(run: RunFolder, slides: Path | None = None) -> Written:
     for slide in finished:
         content = files.read_json(slide.slide_json) or {}
         source = Path(str(content.get("source_path", "")))
-        name = slide.path.relative_to(run.path).as_posix()
+        name = run.name_of(slide)
         image_name = name if name.endswith(suffix(source)) else f"{name}{suffix(source)}"
         try:
             colours |= tables.read_provenance(slide.nuclei).colours if slide.nuclei.is_file() else {}

@@ -33,11 +33,8 @@ def without_nuclei(folder: Path) -> list[str]:
 def _slides(folder: Path) -> dict[str, SlideFolder]:
     """The slides that were finished, there or not, by their names."""
     run = RunFolder(folder)
-    paths = {slide.path: slide for slide in [*run.finished(), *_in_the_ledger(run)]}
-    return {
-        printable(path.relative_to(folder) if path != folder else path.resolve().name): slide
-        for path, slide in sorted(paths.items())
-    }
+    slides = {slide.path: slide for slide in [*run.finished(), *_in_the_ledger(run)]}
+    return {printable(run.name_of(slide)): slide for _, slide in sorted(slides.items())}
 
 
 def _in_the_ledger(run: RunFolder) -> list[SlideFolder]:
