@@ -43,9 +43,12 @@ def committed(path: Path, *, synced: bool = True) -> Iterator[Path]:
         remove(partial)
 
 
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
+"Numbers of errors: no space is left, or none of a quota."
+
 _FULL, _FORBIDDEN = "free some space there", "make it a file or folder that may be read and written"
 _REMEDIES = {
-    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), _FULL),
+    **dict.fromkeys(FULL_DISK, _FULL),
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), _FORBIDDEN),
 }
 

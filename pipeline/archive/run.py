@@ -7,7 +7,6 @@ leased, so that several runs may share one output folder.
 import asyncio
 import contextlib
 import dataclasses
-import errno
 import itertools
 import os
 import shutil
@@ -47,6 +46,7 @@ from pipeline.archive.staging import Room, Staging
 from pipeline.archive.stream import Stream, Waits
 from pipeline.config import Execution, Settings, require_kind
 from pipeline.errors import ClusterLost, LeaseLost, RunError, ScratchLost
+from pipeline.files import FULL_DISK
 from pipeline.layout import RunFolder, SlideFolder
 from pipeline.model.weights import licence
 from pipeline.report.page import write_report
@@ -574,7 +574,7 @@ def _full_disk(error: BaseException, written: Path) -> Path | None:
     """The folder in which no space, or no quota, was left, where that was the cause; `written`: where we write."""
     cause: BaseException | None = error
     while cause is not None:
-        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
+        if isinstance(cause, OSError) and cause.errno in FULL_DISK:
             return Path(os.fsdecode(cause.filename)).parent if isinstance(cause.filename, str | bytes) else written
         cause = cause.__cause__ or cause.__context__
     return None

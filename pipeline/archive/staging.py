@@ -12,7 +12,6 @@ Law: the files of one run take at most `--stage-space` on the disk, at any time.
 import asyncio
 import contextlib
 import dataclasses
-import errno
 import os
 import re
 import shutil
@@ -25,6 +24,7 @@ from typing import NamedTuple, Protocol, Self
 from pipeline.archive.lease import Leases
 from pipeline.archive.slots import Space
 from pipeline.errors import RunError, SlideChanged
+from pipeline.files import FULL_DISK
 from pipeline.layout import STAGED
 from pipeline.segment.job import Job, Origin
 from slides.errors import SlideNotFound, SlideTooLarge, SlideUnreadable
@@ -192,7 +192,7 @@ class Staging:
             async with self._copying:
                 await asyncio.to_thread(_copy, slide, room, job)
         except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            if error.errno in FULL_DISK:
                 error.filename = str(self.folder)  # so that the right disk is named: writing does not tell the file
             raise
         own = room.parts[0]
