@@ -4,7 +4,7 @@ import csv
 import io
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -82,9 +82,7 @@ def find_slides(
     Raises RunError for an input that does not exist, that is no manifest, or lies in `out`; for a URL without `urls`;
     for a scale that no slide has; and where no slide is.
     """
-    for flag, scale in (("mpp", mpp), ("force-mpp", force_mpp)):
-        if scale is not None and not (isinstance(scale, int | float) and is_believable(scale)):
-            raise RunError(f"{flag}={scale!r}: {NEED_MPP}")
+    _check_scales({"mpp": mpp, "force-mpp": force_mpp})
     given_inputs = [inputs] if isinstance(inputs, str | os.PathLike) else list(inputs)
     if "" in given_inputs:  # as a path it would be the current folder
         raise RunError("an input is empty: need slides, folders of slides, or a CSV manifest; `.` is this folder")
@@ -93,27 +91,17 @@ def find_slides(
     # the outermost folder names a slide, as it does in the search
     out_folder = None if out is None else os.path.realpath(out)
     named = sorted(_named(paths, out_folder), key=lambda given: (len(given.place.home.parts), given.place, given.path))
+    every_url = [*remote, *(given.url for given in named if given.url)]
+    if every_url and not urls:
+        raise RunError(
+            f"{without_secrets(every_url[0])}: slides at URLs are read only by `nightslide run` with --stage DIR, a "
+            f"folder on this machine's disk into which each is copied first"
+        )
     search = Search(out_folder, follow_links)
-    for url in (*remote, *(given.url for given in named if given.url)):
-        if not urls:
-            raise RunError(
-                f"{without_secrets(url)}: slides at URLs are read only by `nightslide run` with --stage DIR, a folder "
-                f"on this machine's disk into which each is copied first"
-            )
     search.folders(_folders(paths, out_folder))
     for url in sorted(remote, key=without_secrets):
         search.url(url)
-    scales: dict[str, set[float]] = defaultdict(set)
-    for given in named:
-        where = (given.path, given.place)
-        key = search.add_url(given.url, *where) if given.url else search.add(*where)
-        if given.mpp is not None:
-            scales[key].add(given.mpp)
-        if given.problem:
-            search.problems.setdefault(key, given.problem)
-    for key, values in scales.items():
-        if len(values) > 1:
-            search.problems.setdefault(key, f"mpp is given as {' and as '.join(map(str, sorted(values)))}: need one")
+    scales = _add_named(named, search)
     names = name_slides([file.place for file in search.slides.values()])
     sources = [
         Source(file.path, name, _scale(scales[key], mpp, force_mpp), search.problems.get(key, ""), remote=file.remote)
@@ -126,6 +114,29 @@ def find_slides(
             f"{' '.join(sorted(SUFFIXES))}" + "".join(f"; not searched: {cause}" for cause in search.unread)
         )
     return Archive(tuple(sorted(sources, key=lambda s: s.name)), search.skipped, tuple(search.unread))
+
+
+def _check_scales(given: Mapping[str, float | None]) -> None:
+    """Raise RunError for a scale that no slide has. given: by the name of its flag, of any type."""
+    for flag, scale in given.items():
+        if scale is not None and not (isinstance(scale, int | float) and is_believable(scale)):
+            raise RunError(f"{flag}={scale!r}: {NEED_MPP}")
+
+
+def _add_named(named: Iterable[_Given], search: Search) -> defaultdict[str, set[float]]:
+    """Add the slides that are named to those found, and note what is wrong with them. Returns their scales by key."""
+    scales: defaultdict[str, set[float]] = defaultdict(set)
+    for given in named:
+        where = (given.path, given.place)
+        key = search.add_url(given.url, *where) if given.url else search.add(*where)
+        if given.mpp is not None:
+            scales[key].add(given.mpp)
+        if given.problem:
+            search.problems.setdefault(key, given.problem)
+    for key, values in scales.items():
+        if len(values) > 1:
+            search.problems.setdefault(key, f"mpp is given as {' and as '.join(map(str, sorted(values)))}: need one")
+    return scales
 
 
 def _scale(in_manifests: set[float], mpp: float | None, force_mpp: float | None) -> GivenScale:
