@@ -105,16 +105,12 @@ def run(
     settings = resolve(settings)
     check_formats(settings.export.formats)
     seams = check_seams(settings) if detect is None else ()
-    if client is None:
-        check_execution(execution, settings.detector.device)
-    # a template that shows no stain is refused, too, before anything is started; without a file it is known
-    apart = bool(settings.stain.template) and starts_processes(execution, client)
-    ask(apart, template_stain, settings.stain, settings.tissue, settings.tiling.mpp)
+    _check_computing(settings, execution, client)
     opened = open_run(folder, settings, execution.overwrite)
-    weights = Path(settings.detector.weights)
     with Progress(folder.logs, len(archive.sources), say) as progress:
         found = f"{counted(len(archive.sources), 'slide')}, {counted(archive.skipped, 'other file')} skipped"
         progress.say(f"{found}; results in {out}")
+        weights = Path(settings.detector.weights)
         if terms := licence(weights):
             progress.say(f"weights {weights.stem}: {terms}")
         for warning in (*seams, *opened.warnings, *archive.unread):
@@ -131,18 +127,19 @@ def run(
             work = ArchiveRun(
                 archive, folder, settings, execution, executor, leases, progress, detect, staging, opened.overwrite
             )
-            for problem in work.check_workers():
-                raise RunError(problem)
-            try:
-                _in_a_thread(work.process, work.stop)
-                if _completes_round({record.status for record in work.records()}):
-                    end_overwriting(folder, opened.overwrite)
-                if use := device_use(work.work):
-                    progress.say(use)
-            finally:
-                records = work.records()
-                _publish(folder, work.of_the_folder(records), progress, chosen_stains=settings.stain.method == "auto")
-    return records
+            return _carry_out(work)
+
+
+def _check_computing(settings: Settings, execution: Execution, client: Any) -> None:
+    """Raise ConfigError for devices or a scheduler that are no use, and what `template_stain` raises.
+
+    settings: resolved
+    """
+    if client is None:
+        check_execution(execution, settings.detector.device)
+    # a template that shows no stain is refused, too; without a file it is known
+    apart = bool(settings.stain.template) and starts_processes(execution, client)
+    ask(apart, template_stain, settings.stain, settings.tissue, settings.tiling.mpp)
 
 
 def _completes_round(statuses: Collection[str]) -> bool:
@@ -158,6 +155,23 @@ def _staging(execution: Execution, leases: Leases) -> contextlib.AbstractContext
     if not execution.stage:
         return contextlib.nullcontext()
     return Staging(Path(execution.stage).absolute(), execution.stage_space_bytes, leases)
+
+
+def _carry_out(work: "ArchiveRun") -> list[SlideRecord]:
+    """Process all slides; the ledger and the report are written, however that ends. Raises RunError, ClusterLost."""
+    for problem in work.check_workers():
+        raise RunError(problem)
+    try:
+        _in_a_thread(work.process, work.stop)
+        if _completes_round({record.status for record in work.records()}):
+            end_overwriting(work.folder, work.overwrite)
+        if use := device_use(work.work):
+            work.progress.say(use)
+    finally:
+        records = work.records()
+        chosen_stains = work.settings.stain.method == "auto"
+        _publish(work.folder, work.of_the_folder(records), work.progress, chosen_stains=chosen_stains)
+    return records
 
 
 def _in_a_thread(work: Callable[[], Any], stop: Callable[[], None]) -> None:
