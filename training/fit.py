@@ -222,29 +222,7 @@ def initial_model(init: str, architecture: Architecture, say: Callable[[str], No
             model.backbone.load_state_dict(imagenet(model.backbone.state_dict(), architecture.backbone))
         return model.train()
     other = load_weights(find_weights(init))
-    comparable = dataclasses.replace(
-        other.architecture,
-        classes=architecture.classes,  # dealt with below
-        backbone=architecture.backbone,
-        sampling=architecture.sampling,  # this shapes nothing, nor do the next ones
-        mpp=architecture.mpp,
-        score=architecture.score,
-        anchors=architecture.anchors
-        if len(architecture.anchors[0]) == len(other.architecture.anchors[0])
-        else other.architecture.anchors,
-    )
-    theirs = dataclasses.asdict(comparable)
-    differing = {k: v for k, v in dataclasses.asdict(architecture).items() if theirs[k] != v}
-    if differing:
-        names = ", ".join(f"{k} {theirs[k]}, not {v}" for k, v in differing.items())
-        raise WeightsError(f"{init} has {names}: need --architecture.{next(iter(differing))} as the file has it")
-    if (other.architecture.mpp, other.architecture.anchors) != (architecture.mpp, architecture.anchors):
-        say(
-            f"{init} was trained at {other.architecture.mpp:g} um per pixel with anchors {other.architecture.anchors}; "
-            f"this training is at {architecture.mpp:g} with {architecture.anchors}"
-        )
-    if other.architecture.score != architecture.score:
-        say(f"{init} states a score threshold of {other.architecture.score:g}; the new weights {architecture.score:g}")
+    _check_fit(init, other.architecture, architecture, say)
     model = NucleusDetector(architecture)
     wanted, known = model.state_dict(), other.state_dict()
     if other.architecture.backbone != architecture.backbone:
@@ -261,6 +239,31 @@ def initial_model(init: str, architecture: Architecture, say: Callable[[str], No
     fitting = {k: v for k, v in known.items() if wanted[k].shape == v.shape}
     model.load_state_dict({**wanted, **fitting})
     return model.train()
+
+
+def _check_fit(init: str, other: Architecture, architecture: Architecture, say: Callable[[str], None]) -> None:
+    """Say in which respects the weights `init` are of another kind; raise WeightsError where they cannot be used."""
+    comparable = dataclasses.replace(
+        other,
+        classes=architecture.classes,  # `initial_model` deals with these two
+        backbone=architecture.backbone,
+        sampling=architecture.sampling,  # this shapes nothing, nor do the next ones
+        mpp=architecture.mpp,
+        score=architecture.score,
+        anchors=architecture.anchors if len(architecture.anchors[0]) == len(other.anchors[0]) else other.anchors,
+    )
+    theirs = dataclasses.asdict(comparable)
+    differing = {k: v for k, v in dataclasses.asdict(architecture).items() if theirs[k] != v}
+    if differing:
+        names = ", ".join(f"{k} {theirs[k]}, not {v}" for k, v in differing.items())
+        raise WeightsError(f"{init} has {names}: need --architecture.{next(iter(differing))} as the file has it")
+    if (other.mpp, other.anchors) != (architecture.mpp, architecture.anchors):
+        say(
+            f"{init} was trained at {other.mpp:g} um per pixel with anchors {other.anchors}; "
+            f"this training is at {architecture.mpp:g} with {architecture.anchors}"
+        )
+    if other.score != architecture.score:
+        say(f"{init} states a score threshold of {other.score:g}; the new weights {architecture.score:g}")
 
 
 _OF_CLASSES = ("roi_heads.box_predictor.", "roi_heads.mask_predictor.2.")  # layers with equal parts for each class
