@@ -328,8 +328,8 @@ def compare_detections(
     truth: (h, w) with labels 1..N
     class_index: (N,) 1-based index of the class of nucleus i + 1, 0 where it is not known
     A class is compared as if the other classes were in neither map, nor what was detected of nuclei of no known class
-    (IoU above .5). So its PQ, pooled over images and averaged over
-    classes, is the mPQ+ of Graham et al. 2021 (CoNIC, arXiv:2111.14485).
+    (IoU above .5). So its PQ, pooled over images and averaged over classes, is the mPQ+ of Graham et al. 2021 (CoNIC,
+    arXiv:2111.14485).
     """
     apart = overlap_apart(truth, detected.polygons)
     plain = compare(truth, detected.paint((truth.shape[0], truth.shape[1])), um_per_px)

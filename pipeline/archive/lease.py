@@ -158,9 +158,8 @@ class Leases:
         if file is None or not _touch(file):
             return
         with contextlib.suppress(OSError):
-            for left in folder.glob(
-                f"{LEASE}-*"
-            ):  # of killed processes; one that is just being made fails, as the slide was ours
+            # of killed processes; one that is just being made fails, as the slide was ours
+            for left in folder.glob(f"{LEASE}-*"):
                 shutil.rmtree(left, ignore_errors=True)
             file.unlink()
             file.parent.rmdir()

@@ -1,9 +1,8 @@
 """RoIAlign as one sparse product: every bin of every RoI is a weighted sum of rows of one feature table.
 
 torchvision's RoIAlign takes features plane by plane, on one thread in its backward pass, which is slow on a CPU.
-Here the maps of all levels and images are one
-table of pixels by channels, and a bin is a bag of 16 rows: four samples of four corners. The results are
-torchvision's (aligned=False, two samples a side); a test compares them.
+Here the maps of all levels and images are one table of pixels by channels, and a bin is a bag of 16 rows: four samples
+of four corners. The results are torchvision's (aligned=False, two samples a side); a test compares them.
 """
 
 import functools

@@ -20,7 +20,7 @@ def suppress(
 ) -> tuple[Tensor, list[int]]:
     """Of boxes of one patch and level that overlap by more than `iou`, keep the best.
 
-    boxes: float32 (N, 4), from -_BEYOND_PX; patch: int64 (N,), ascending, below `patches`; level: int64 (N,)
+    boxes: float32 (N, 4), from -_BEYOND_PX; patch: int (N,), ascending, below `patches`; level: int64 (N,)
     Returns indices of what is kept, patch by patch, best first, and how many they are in each patch.
     On a CPU each patch is a call of its own, which takes less time there, and of equal scores the first is the best.
     On a GPU a call is of as many patches as have up to _BOXES_AT_ONCE boxes together, or of one.

@@ -4,10 +4,10 @@
           --detect--> work/predictions/<block>.npz --outline--> work/instances/<block>.parquet
           --stitch--> nuclei.parquet --export--> nuclei.geojson.zip, ...
 
-`STAGES` is what a run works through, and what the ledger's columns, the report and the estimate of the time are
-made from. A stage is a function of a job, and of a block where it is done block by block; it may run in any process,
-commits its result in one rename, and may run twice, even at the same time: what is there already is not done again,
-and equal work gives equal bytes. Scratch that is damaged counts as missing.
+`STAGES` is what a run works through, and what the ledger's columns and the report's are made from. A stage is a
+function of a job, and of a block where it is done block by block; it may run in any process, commits its result in one
+rename, and may run twice, even at the same time: what is there already is not done again, and equal work gives equal
+bytes. Scratch that is damaged counts as missing.
 """
 
 import contextlib

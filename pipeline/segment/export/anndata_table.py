@@ -96,8 +96,8 @@ def write_table(root: Group, nuclei: Path) -> int:
     """Write the nuclei as a table of AnnData into an empty group. Returns their number N.
 
     X: float32 (N, M), the measurements, named in `var`; NaN where there is none
-    obs: by the nucleus's id: `class`, a category, with the classes in their order; `score`, `votes`; for spatialdata
-    the columns that `annotation` names
+    obs: by the nucleus's id: `class` and `artefact`, categories, the classes in their order; `score`, `votes`,
+    `class_score`; for spatialdata the columns that `annotation` names
     obsm/spatial: float64 (N, 2), centroids x y, slide px, from the corner of the whole slide
     uns: `class_colors`, as scanpy reads them; `spatialdata_attrs`; `nightslide`, where the nuclei come from
     """
