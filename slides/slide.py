@@ -40,8 +40,6 @@ _CELL = 128
 # Pillow's bicubic filter reaches 2 pixels, of the coarser raster, to either side; the third covers rounding.
 _REACH = 3
 
-_WHITE = 255
-
 
 class Slide:
     """A readable slide of known scale. Made by `open_slide`; safe to share between threads, fork and pickle.
@@ -130,7 +128,7 @@ class Slide:
             pixels = _padded(self._stored.region(level, stored), stored, source)
         except RegionUnreadable:
             return self.read_decodable(box, frame)[0]
-        shown = np.full((box.height, box.width, 3), _WHITE, np.uint8)
+        shown, _ = blank(box)
         resized = Image.fromarray(pixels).resize(inside.size, Image.Resampling.BICUBIC, box=window, reducing_gap=2.0)
         shown[inside.within((box.x0, box.y0))] = np.asarray(resized)
         return shown
