@@ -192,12 +192,6 @@ def exposed(address: str) -> str:
     )
 
 
-def _has_bokeh() -> bool:
-    from importlib.util import find_spec
-
-    return find_spec("bokeh") is not None
-
-
 def check_execution(execution: Execution, device: str) -> None:
     """Raise ConfigError for what `open_executor` would refuse without asking a scheduler: nothing is started."""
     if execution.scheduler or execution.scheduler_file:
@@ -412,7 +406,7 @@ def _start(execution: Execution, device: str) -> Iterator[Any]:
     }
     scheduler = {
         "cls": Scheduler,
-        "options": {"host": "127.0.0.1", "dashboard": _has_bokeh(), "dashboard_address": "127.0.0.1:0"},
+        "options": {"host": "127.0.0.1", "dashboard": True, "dashboard_address": "127.0.0.1:0"},
     }
     quiet = {
         "distributed.worker.memory.target": False,  # Dask could spill records only, which are small
