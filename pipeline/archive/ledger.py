@@ -15,6 +15,7 @@ from pipeline import files
 from pipeline.config import Settings
 from pipeline.errors import RunError
 from pipeline.layout import RunFolder, SlideFolder
+from pipeline.segment.finished import knows_regions
 from pipeline.segment.job import slide_digest
 from pipeline.segment.record import OF_OTHER_SETTINGS, WAITS, SlideRecord
 from pipeline.text import counted, csv_cell, from_csv_cell, one_line, printable
@@ -94,7 +95,8 @@ def read_finished(folder: SlideFolder) -> tuple[SlideRecord | None, dict[str, An
     """The record of a finished slide, nameless, and what slide.json holds; None where that is missing or damaged."""
     content = files.read_json(folder.slide_json) or {}
     try:
-        complete = files.fits_checksum(content) and {"digest", "regions"} <= content.keys()
+        known = {"digest", "regions"} <= content.keys() and knows_regions(content)
+        complete = files.fits_checksum(content) and known
         return (SlideRecord.from_json(content["record"]) if complete else None), content
     except (KeyError, TypeError, AttributeError, ValueError):
         return None, content

@@ -4,6 +4,7 @@ import base64
 import csv
 import dataclasses
 import io
+import itertools
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from pipeline.segment.attempts import Attempt
 from pipeline.segment.finished import read_record
 from pipeline.segment.polygons import Floats
 from pipeline.segment.record import OF_OTHER_SETTINGS
-from pipeline.segment.summary import VERSION
+from pipeline.segment.summary import AREA_EDGES_UM2, QUANTILES, SEAM_EDGES_PX, VERSION
 from pipeline.text import from_csv_cell
 
 # An outlier has a robust z score beyond OUTLIER_Z, among FEWEST_SLIDES slides or more.
@@ -120,7 +121,7 @@ def _read(run: RunFolder, row: Mapping[str, Any]) -> SlideResult:
     summary = content.get("summary") or {}
     try:
         whole = files.fits_checksum(content)
-        known = whole and summary.get("version") == VERSION and {"area_um2", "seams"} <= summary.keys()
+        known = whole and _is_legible(summary)
         record = read_record(content) if whole else None
     except (KeyError, TypeError, ValueError, AttributeError):  # damaged, or of a version that had none
         known, record = False, None
@@ -135,6 +136,22 @@ def _read(run: RunFolder, row: Mapping[str, Any]) -> SlideResult:
         regions=_regions(folder.regions),
         **_density(folder.export("density") / DENSITY[0]),
     )
+
+
+def _is_legible(summary: Mapping[str, Any]) -> bool:
+    """Whether a summary is of this version, and has what the report reads of it: numbers, and as many as it draws.
+
+    Raises AttributeError, KeyError or TypeError for some that are not.
+    """
+    if summary.get("version") != VERSION:
+        return False
+    area, seams = summary["area_um2"], summary["seams"]
+    quantiles = area["quantiles"] or QUANTILES  # none where there is no nucleus
+    ratio = [value for value in (seams["ratio"], seams["standard_error"]) if value is not None]
+    lists = (quantiles, area["counts"], seams["observed"], seams["expected"], ratio)
+    lengths = (len(QUANTILES), len(AREA_EDGES_UM2), len(SEAM_EDGES_PX), len(SEAM_EDGES_PX), 2 if ratio else 0)
+    numbers = itertools.chain(*lists, summary.get("classes", {}).values())
+    return tuple(map(len, lists)) == lengths and all(isinstance(number, int | float) for number in numbers)
 
 
 def _small(overlay: Path) -> str:

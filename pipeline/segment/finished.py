@@ -62,8 +62,17 @@ def finish_slide(job: Job, record: SlideRecord) -> SlideRecord:
 
 
 def read_record(content: Mapping[str, Any]) -> SlideRecord:
-    """The record in a slide.json."""
+    """The record in a slide.json. Raises AttributeError, KeyError, TypeError or ValueError where it is none."""
     return SlideRecord.from_json(content["record"])
+
+
+def knows_regions(content: Mapping[str, Any]) -> bool:
+    """Whether a slide.json says legibly to which regions the slide was restricted, or that it was not."""
+    regions = content.get("regions")
+    kinds = {"path": str, "crop": bool, "sha256": str}  # as `_regions` writes them
+    return regions is None or (
+        isinstance(regions, dict) and all(isinstance(regions.get(name), kind) for name, kind in kinds.items())
+    )
 
 
 def is_unchanged(origin: Origin, content: Mapping[str, Any]) -> bool:
@@ -229,9 +238,14 @@ def damaged_results(folder: SlideFolder, content: Mapping[str, Any], *, thorough
 def _is_complete(content: Mapping[str, Any]) -> bool:
     """Whether a slide.json is as it was written, and holds what other functions read of it and of every file."""
     known = content.get("files")
+    try:
+        read_record(content)
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return False
     return (
         files.fits_checksum(content)
-        and {"digest", "record", "quick_hash"} <= content.keys()
+        and {"digest", "quick_hash"} <= content.keys()
+        and knows_regions(content)
         and isinstance(known, dict)
         and all(isinstance(about, dict) and isinstance(about.get("bytes"), int) for about in known.values())
         and all("sha256" in about for about in known.values())

@@ -99,11 +99,21 @@ class StageRecord:
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Self:
-        """What `to_json` gave, also of another version: counts that are not known are left out."""
-        known = {f.name for f in dataclasses.fields(Counts)}
-        counts = {name: value for name, value in content.get("counts", {}).items() if name in known}
-        seconds, waited = (dict(content.get(name, {})) for name in ("seconds", "waited"))
-        return cls(seconds, Counts(**counts), tuple(content.get("computed_on", ())), waited)
+        """What `to_json` gave, also of another version: counts that are not known are left out.
+
+        Raises AttributeError, TypeError or ValueError for values of other types.
+        """
+        seconds, waited = (
+            {name: float(value) for name, value in content.get(kind, {}).items()} for kind in ("seconds", "waited")
+        )
+        counts = Counts(**_plain_values(Counts, content.get("counts", {})))
+        return cls(seconds, counts, tuple(map(str, content.get("computed_on", ()))), waited)
+
+
+def _plain_values(kind: type, content: Mapping[str, Any]) -> dict[str, Any]:
+    """The text and the numbers of a dataclass that are in `content`, of the types of their fields."""
+    plain = {f.name: f.type for f in dataclasses.fields(kind) if f.type in (str, int, float)}
+    return {name: type_(content[name]) for name, type_ in plain.items() if name in content}
 
 
 def _sum(one: Mapping[str, float], other: Mapping[str, float]) -> dict[str, float]:
@@ -150,12 +160,15 @@ class SlideRecord:
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Self:
-        """What `to_json` gave, also of another version: what is not known is left out."""
-        known = {f.name for f in dataclasses.fields(cls)}
-        values = {name: value for name, value in content.items() if name in known}
+        """What `to_json` gave, also of another version: what is not known is left out.
+
+        Raises AttributeError, TypeError or ValueError for values of other types: the ledger and the report have this
+        slide beside all others, and may not meet them later.
+        """
+        values = _plain_values(cls, content)
         values["work"] = StageRecord.from_json(content.get("work", {}))
-        values["remarks"] = tuple(content.get("remarks", ()))
-        values["attempts"] = tuple((since, until) for since, until in content.get("attempts", ()))
+        values["remarks"] = tuple(map(str, content.get("remarks", ())))
+        values["attempts"] = tuple((float(since), float(until)) for since, until in content.get("attempts", ()))
         return cls(**values)
 
 

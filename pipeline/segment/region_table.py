@@ -16,7 +16,7 @@ from pipeline import files
 from pipeline.errors import AnnotationError
 from pipeline.layout import SlideFolder
 from pipeline.segment import annotations, tables
-from pipeline.segment.finished import remedy
+from pipeline.segment.finished import knows_regions, remedy
 from pipeline.segment.geojson import read_objects
 from pipeline.segment.polygons import Floats, Ints, Polygons
 from pipeline.segment.regions import RegionFile, SlideRegions, contained, read_regions
@@ -158,7 +158,8 @@ def _segmented(
     Raises AnnotationError where slide.json, which says so, is damaged.
     """
     content = files.read_json(slide.slide_json)
-    if slide.slide_json.exists() and (content is None or not files.fits_checksum(content)):
+    legible = content is not None and files.fits_checksum(content) and knows_regions(content)
+    if slide.slide_json.exists() and not legible:
         raise AnnotationError(
             f"{slide.slide_json} is damaged, which says what was segmented: {remedy(slide.slide_json)}"
         )

@@ -2,14 +2,27 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.archive.ledger import mixed_stains, read_failure, read_ledger, row_of, write_failure, write_ledger
+from pipeline import files
+from pipeline.archive.ledger import (
+    mixed_stains,
+    other_slides,
+    read_failure,
+    read_finished,
+    read_ledger,
+    row_of,
+    write_failure,
+    write_ledger,
+)
+from pipeline.config import Settings
 from pipeline.errors import RunError
 from pipeline.layout import RunFolder
+from pipeline.segment.finished import damaged_results
 from pipeline.segment.record import SlideRecord, StageRecord
 from pipeline.text import csv_cell, from_csv_cell
 
@@ -89,3 +102,30 @@ def test_a_cell_reads_back_as_the_text_that_it_was_made_from(text: str) -> None:
     cell = csv_cell(text)
     assert from_csv_cell(str(cell)) == text
     assert not str(cell).startswith(("=", "+", "-", "@", "\t"))
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"regions": "none"},
+        {"regions": {"path": "/drawn/a.geojson"}},
+        {"record": {"slide": "", "status": "done", "work": {"seconds": {"plan": "long"}}}},
+        {"record": {"slide": "", "status": "done", "work": {"counts": {"nuclei": "many"}}}},
+        {"record": {"slide": "", "status": "done", "attempts": [["yesterday", "today"]]}},
+        {"record": {"slide": "", "status": "done", "tissue_mm2": "large"}},
+    ],
+)
+def test_a_slide_json_of_other_content_costs_no_other_slide_its_row(tmp_path: Path, other: dict[str, Any]) -> None:
+    """Its checksum fits, or it has none, as those that were written by hand or by another version."""
+    run, settings = RunFolder(tmp_path), Settings()
+    whole: dict[str, Any] = {"digest": settings.digest, "quick_hash": "1f", "regions": None, "files": {}}
+    for name, content in (("a", other), ("b", {})):
+        run.slide(name).path.mkdir()
+        record = SlideRecord("", "done", tissue_mm2=1.0).to_json()
+        files.write_json(run.slide(name).slide_json, files.with_checksum({**whole, "record": record, **content}))
+    write_ledger(run, other_slides(run, (), settings).records)
+    assert [row["slide"] for row in read_ledger(run)] == ["b"]
+    damaged = {
+        name: list(damaged_results(run.slide(name), read_finished(run.slide(name))[1], thorough=False)) for name in "ab"
+    }
+    assert [bool(lines) for lines in damaged.values()] == [True, False]

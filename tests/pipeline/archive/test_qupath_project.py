@@ -245,7 +245,11 @@ def test_slides_whose_results_are_gone_are_said(run: RunFolder) -> None:
     """An image without nuclei is one that can get none; of a folder that is gone only the ledger knows."""
     run.slide("a/x").nuclei.unlink()
     fields = json.loads(run.slide("a/x").slide_json.read_text())
-    known = {"files": {"nuclei.parquet": {"bytes": 1, "sha256": ""}}, "digest": "", "record": {}}
+    known = {
+        "files": {"nuclei.parquet": {"bytes": 1, "sha256": ""}},
+        "digest": "",
+        "record": {"slide": "", "status": "done"},
+    }
     run.slide("a/x").slide_json.write_text(json.dumps({**fields, **known}))
     write_ledger(run, [SlideRecord("gone", "done")])
     image, folder = write_project(run).warnings

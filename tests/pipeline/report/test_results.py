@@ -12,9 +12,10 @@ from PIL import Image
 
 from pipeline.files import with_checksum
 from pipeline.layout import RunFolder
+from pipeline.report.page import write_report
 from pipeline.report.results import FEWEST_SLIDES, read_results, robust_z
 from pipeline.segment.record import OF_OTHER_SETTINGS, SlideRecord
-from pipeline.segment.summary import VERSION
+from pipeline.segment.summary import AREA_EDGES_UM2, SEAM_EDGES_PX, VERSION
 
 SOME = st.lists(st.floats(-1e3, 1e3).map(lambda v: round(v, 3)), min_size=FEWEST_SLIDES, max_size=30)
 
@@ -25,8 +26,13 @@ def done(name="a", **more):
 
 def found(**more):
     quantiles = [10, 20, 30, 40, 90]
-    seams = {"ratio": 1.0, "standard_error": 0.1, "suspicious": False}
-    return {"version": VERSION, "area_um2": {"quantiles": quantiles}, "seams": seams, **more}
+    bins = [1.0] * len(SEAM_EDGES_PX)
+    seams = {"observed": bins, "expected": bins, "ratio": 1.0, "standard_error": 0.1, "suspicious": False}
+    return {"version": VERSION, "area_um2": sizes(quantiles), "seams": seams, **more}
+
+
+def sizes(quantiles):
+    return {"quantiles": quantiles, "counts": [1] * len(AREA_EDGES_UM2)}
 
 
 def finish(folder, summary, remarks=()) -> None:
@@ -67,7 +73,7 @@ def test_slides_unlike_the_others_are_named_with_the_reason(tmp_path):
     rows += [done("sparse", nuclei=400), done("none", nuclei=0)]
     for i in range(9):
         size = 99.0 if i == 4 else 30.0 + 0.1 * i
-        finish(tmp_path / f"s{i}", found(area_um2={"quantiles": [10, 20, size, 120, 150]}))
+        finish(tmp_path / f"s{i}", found(area_um2=sizes([10, 20, size, 120, 150])))
     slides = {s.name: s for s in read_results(RunFolder(tmp_path), rows)}
     assert {name for name, s in slides.items() if s.outlier} == {"sparse", "s4"}
     assert "fewer nuclei than usual: 200 per mm², the run's median is 3,175" in slides["sparse"].remarks[0]
@@ -132,6 +138,40 @@ def test_a_slide_without_legible_summary_is_described_by_its_row(tmp_path, conte
     (slide,) = read_results(RunFolder(tmp_path), [done()])
     assert (slide.summary, slide.density, slide.remarks) == ({}, 3000.0, ())
     assert np.isnan(slide.median_area)
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (("summary", "area_um2"), None),
+        (("summary", "area_um2", "quantiles"), "12345"),
+        (("summary", "area_um2", "quantiles"), [30.0]),
+        (("summary", "area_um2", "counts"), None),
+        (("summary", "classes"), [1]),
+        (("summary", "classes"), {"Nucleus": "many"}),
+        (("summary", "seams"), None),
+        (("summary", "seams", "observed"), [1]),
+        (("summary", "seams", "ratio"), "1.0"),
+        (("summary", "seams", "standard_error"), None),
+        (("record", "attempts"), [["yesterday", "today"]]),
+        (("record", "remarks"), 3),
+        (("record", "work", "seconds"), {"plan": "long"}),
+    ],
+)
+def test_a_slide_json_of_other_content_costs_no_other_slide_the_report(tmp_path, path, value):
+    """Its checksum fits, or it has none, as those that were written by hand or by another version."""
+    for name in "ab":
+        finish(tmp_path / name, found())
+    content = json.loads((tmp_path / "a" / "slide.json").read_text())
+    inside = content
+    for name in path[:-1]:
+        inside = inside[name]
+    inside[path[-1]] = value
+    (tmp_path / "a" / "slide.json").write_text(json.dumps(with_checksum(content)))
+    write_report(RunFolder(tmp_path), [done("a"), done("b")])
+    first, second = read_results(RunFolder(tmp_path), [done("a"), done("b")])
+    assert (first.summary, first.density) == ({}, 3000.0)
+    assert second.summary == found()
 
 
 @pytest.mark.parametrize("name", ["../other", "link"])

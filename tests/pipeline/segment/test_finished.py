@@ -27,7 +27,13 @@ def finished(path: Path) -> SlideFolder:
         file.name: {"bytes": file.stat().st_size, "sha256": files.sha256(file)}
         for file in (folder.nuclei, folder.tissue_annotation)
     }
-    content = {"digest": "d", "record": {}, "quick_hash": "q", "source_path": "/x.svs", "files": about}
+    content = {
+        "digest": "d",
+        "record": {"slide": "", "status": "done"},
+        "quick_hash": "q",
+        "source_path": "/x.svs",
+        "files": about,
+    }
     files.write_json(folder.slide_json, files.with_checksum(content))
     return folder
 
