@@ -158,6 +158,7 @@ function drawScale(scale) {
 
 // ---------------------------------------------------------------------------------------- the nucleus under the cursor
 
+let cursor = { x: 0, y: 0 }; // where it was last on a nucleus, CSS px
 const measured = new Map(); // row -> a promise of its measurements
 
 function point(position) {
@@ -166,16 +167,21 @@ function point(position) {
     const { x, y, scale } = currentView();
     nucleus = outlines.at((position.x - x) / scale, (position.y - y) / scale);
   }
-  const card = el("nucleus");
-  if (nucleus) {
-    card.style.left = `${Math.min(position.x + 18, viewer.container.clientWidth - 250)}px`;
-    card.style.top = `${Math.min(position.y + 18, viewer.container.clientHeight - 300)}px`;
-  }
-  if (nucleus?.row === pointed?.row) return;
+  if (nucleus) cursor = position;
+  if (nucleus?.row === pointed?.row) return placeCard();
   pointed = nucleus;
-  card.hidden = true;
+  el("nucleus").hidden = true;
   requestDraw();
   if (nucleus) describe(nucleus.row).catch(report);
+}
+
+/** Put the card beside the cursor, and all of it in the window: its height depends on what is known of the nucleus. */
+function placeCard() {
+  const card = el("nucleus");
+  const { clientWidth, clientHeight } = viewer.container;
+  const inside = (at, length, most) => `${Math.max(0, Math.min(at + 18, most - length - 8))}px`;
+  card.style.left = inside(cursor.x, card.offsetWidth, clientWidth);
+  card.style.top = inside(cursor.y, card.offsetHeight, clientHeight);
 }
 
 async function describe(row) {
@@ -185,7 +191,7 @@ async function describe(row) {
   if (pointed?.row !== row) return;
   const list = document.createElement("dl");
   for (const [column, value] of Object.entries(values)) {
-    if (column === "id" || column === "class") continue;
+    if (column === "id" || column === "class" || value === "") continue;
     const name = document.createElement("dt");
     const text = document.createElement("dd");
     const [words, unit] = named(column);
@@ -199,6 +205,7 @@ async function describe(row) {
   id.textContent = values.id;
   el("nucleus").replaceChildren(title, list, id);
   el("nucleus").hidden = false;
+  placeCard();
 }
 
 /** A column's name in words, and its unit. */

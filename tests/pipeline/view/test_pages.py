@@ -108,6 +108,23 @@ def test_the_list_and_a_slide_with_its_nuclei(page: Browser, finished: Finished)
     assert page.messages == []
 
 
+def test_the_card_of_a_nucleus_lies_in_the_window(page: Browser, finished: Finished) -> None:
+    """Also of one beside the lower border: the last of its measurements can be read."""
+    table = tables.read_nuclei(RunFolder(finished.run).slide(FIRST).nuclei)
+    with served(finished.run) as address:
+        x, y = SIZE[0] / 2, SIZE[1] - 40
+        middle = table["centroid_y"][0].as_py() - (y - SIZE[1] / 2) * 0.2
+        page.open(f"{address}slides/0/?below#x={table['centroid_x'][0].as_py()}&y={middle}&px=0.2")
+        page.wait_for(DRAWN)
+        page.point(x - 30, y)
+        page.point(x, y)
+        page.wait_for("!document.getElementById('nucleus').hidden")
+        assert page.evaluate("document.getElementById('nucleus').getBoundingClientRect().bottom") <= SIZE[1]
+        words = page.evaluate("[...document.querySelectorAll('#nucleus dt')].map((name) => name.textContent)")
+        assert "score" in words
+        assert "artefact" not in words  # it lies in none
+
+
 def set_score(page: Browser, score: float) -> None:
     page.evaluate(
         f"{{ const slider = document.getElementById('score'); slider.value = {score};"
