@@ -91,7 +91,10 @@ def scatter(dots: Sequence[Dot], across: str, up: str) -> str:
     x, y = _scale(left, right, _LEFT, _WIDTH - _RIGHT), _scale(low, high, _HEIGHT - _BOTTOM, _TOP)
     parts = [_tick_x(x(v), f"{v:g}") for v in _ticks(left, right)]
     decades = (round(m * 10.0**p, 6) for p in range(math.floor(low), math.ceil(high) + 1) for m in (1, 2, 5))
-    parts += [_tick_y(y(math.log10(v)), f"{v:,g}") for v in decades if low <= math.log10(v) <= high]
+    marks = [v for v in decades if low <= math.log10(v) <= high]
+    if len(marks) < 2:  # slides that are much alike may lie between two of them
+        marks = _ticks(10.0**low, 10.0**high)
+    parts += [_tick_y(y(math.log10(v)), f"{v:,.7g}") for v in marks]
     for d in sorted(dots, key=lambda d: d.outlier):
         kind = "dot outlier" if d.outlier else "dot"
         parts.append(

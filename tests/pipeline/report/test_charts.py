@@ -67,6 +67,13 @@ def test_dots_are_links_at_their_place():
     assert HOSTILE in [t.text for t in tree.iter("title")]
 
 
+@pytest.mark.parametrize("densities", [(2678, 2933), (2934, 2935), (0.021, 0.022), (900, 1100), (3, 4_000_000)])
+def test_the_scale_upwards_has_numbers_however_alike_the_slides_are(densities):
+    svg = charts.scatter([charts.Dot(30 + i, v, "a", "#a", False) for i, v in enumerate(densities)], "x", "y")
+    left = [t.text for t in ElementTree.fromstring(svg).iter("text") if t.attrib.get("text-anchor") == "end"]
+    assert len(set(left)) == len(left) >= 2
+
+
 def test_one_dot_is_enough():
     svg = charts.scatter([charts.Dot(0.0, 1.0, "a", "#a", False)], "x", "y")
     assert len(attributes(svg, "circle", "cx")) == 1
