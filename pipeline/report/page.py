@@ -111,16 +111,21 @@ def _numbers(slides: Sequence[SlideResult]) -> str:
         *([(f"{skipped:,}", "skipped", "")] if skipped else []),
         (f"{sum(bool(s.remarks) for s in slides):,}", "with warnings", ""),
         (f"{nuclei:,.0f}", "nuclei", ""),
-        (f"{area:,.1f}", "mm² of tissue", ""),
+        (_area(area, 1), "mm² of tissue", ""),
         (f"{nuclei / area:,.0f}" if area else "?", "nuclei per mm²", ""),
         (f"{seconds / 3600:,.2f}", "hours of processing", ""),
         (f"{area / seconds:,.3f}" if seconds else "?", "mm² per second", ""),
         (f"{3600 * area / seconds:,.0f}" if seconds else "?", "mm² per hour", ""),
-        *([(f"{artefacts:,.2f}", "mm² under artefacts", "")] if artefacts else []),
-        *([(f"{lost:,.3f}", "mm² lost", "bad")] if lost else []),
+        *([(_area(artefacts, 2), "mm² under artefacts", "")] if artefacts else []),
+        *([(_area(lost, 3), "mm² lost", "bad")] if lost else []),
     ]
     items = (f'<li><b class="{kind}">{value}</b><span>{words}</span></li>' for value, words, kind in figures)
     return f'<ul class="figures">{"".join(items)}</ul>'
+
+
+def _area(mm2: float, decimals: int) -> str:
+    """An area with so many decimals; a small one with two digits, so that it does not read as none."""
+    return f"{mm2:.2g}" if 0 < mm2 < 10.0 ** (1 - decimals) else f"{mm2:,.{decimals}f}"
 
 
 def _classes(slides: Sequence[SlideResult]) -> str:

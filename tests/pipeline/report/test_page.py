@@ -9,6 +9,7 @@ from urllib.parse import unquote
 import pytest
 from PIL import Image
 
+from browser import SIZE, browser
 from pipeline.layout import RunFolder
 from pipeline.report.page import write_report
 from pipeline.segment.record import SlideRecord
@@ -203,6 +204,14 @@ def test_the_run_in_numbers(tmp_path):
     assert "lost" not in figures
 
 
+def test_small_areas_are_not_none(tmp_path):
+    """As of slides that were segmented in regions only."""
+    finish(tmp_path / "a", found())
+    page = read(tmp_path, [row("a", tissue_mm2=0.0421, fold_mm2=0.0042, area_lost_mm2=0.00031)])
+    for words in ("0.042mm² of tissue", "0.0042mm² under artefacts", "0.00031mm² lost"):
+        assert words in page.text
+
+
 @pytest.mark.parametrize(("near", "words"), [(100, "passed"), (200, "failed")])
 def test_the_seams_of_all_slides_are_judged_together(tmp_path, near, words):
     for name in "abc":
@@ -277,6 +286,17 @@ def test_classes_have_their_shares(tmp_path):
     assert "60" in cells
     page = read(tmp_path, [row("b", nuclei=60)])
     assert "Classes of" not in page.text
+
+
+def test_the_table_is_no_wider_than_the_page(tmp_path):
+    """Also with the shares of several classes: the warnings are in its last column."""
+    classes = {"Connective": 1950, "Inflammatory": 302, "Neoplastic": 55, "Epithelial": 20}
+    finish(tmp_path / "a", {**found(), "classes": classes}, remarks=["artefacts cover much of the tissue " * 3])
+    path = write_report(RunFolder(tmp_path), [row("a")])
+    with browser() as page:
+        page.open(path.as_uri())
+        page.wait_for("document.querySelector('#slides .remarks p').textContent")
+        assert page.evaluate("document.documentElement.scrollWidth") <= SIZE[0]
 
 
 def test_a_cause_hides_no_warning(tmp_path):
