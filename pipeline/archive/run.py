@@ -1,6 +1,6 @@
 """A run over an archive: which slide is next, which are done already, which failed.
 
-A coroutine a slide, all in one event loop; the work itself is done where `executors.open_executor` says. Slides are
+A coroutine a slide, all in one event loop; the work itself is done where `execution.open_executor` says. Slides are
 leased, so that several runs may share one output folder.
 """
 
@@ -19,15 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.archive import ledger
-from pipeline.archive.executors import (
-    Executor,
-    ask,
-    check_execution,
-    open_executor,
-    run_task,
-    starts_processes,
-    stop_in_a_starting_worker,
-)
+from pipeline.archive.execution import check_execution, open_executor, starts_processes
+from pipeline.archive.executors import Executor, run_task
 from pipeline.archive.known import DONE_OTHERWISE, KnownSlides
 from pipeline.archive.lease import Leases
 from pipeline.archive.manifest import (
@@ -38,6 +31,7 @@ from pipeline.archive.manifest import (
     resolve,
     versions,
 )
+from pipeline.archive.processes import ask, stop_in_a_starting_worker
 from pipeline.archive.progress import Progress
 from pipeline.archive.region_files import region_file, with_regions
 from pipeline.archive.slots import FairSlots

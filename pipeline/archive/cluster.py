@@ -1,0 +1,95 @@
+"""The executor on a Dask cluster, whoever started that. It is given a client, so Dask is not imported here.
+
+Tasks for the detector ask for half of the resource GPU, so that two of them share one and the next block is read while
+this one computes; the others ask for the resource CPU. A resource that no worker offers is not asked for.
+"""
+
+import ipaddress
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any
+
+_ASK_AGAIN_S = 5.0  # for how long the resources that the workers offer are cached
+_ANSWER_S = 5.0  # for how long an answer of the scheduler is waited for
+
+
+class Cluster:
+    """The workers of a `dask.distributed.Client`, as they come and go."""
+
+    def __init__(self, client: Any) -> None:
+        self._client = client
+        self._asked, self._offered = float("-inf"), {"GPU": 0.0, "CPU": 0.0, "workers": 0.0}
+        self.silent, self.ended = False, 0
+        self._known: set[str] = set()  # workers on which `run_on_new_workers` has run
+        scheduler = client.scheduler_info(n_workers=0)
+        self.dashboard: str = client.dashboard_link if "dashboard" in scheduler.get("services", {}) else ""
+        self.warning = exposed(scheduler.get("address", ""))
+
+    def _offers(self) -> dict[str, float]:
+        if time.monotonic() - self._asked > _ASK_AGAIN_S:
+            workers = self._workers()
+            self._asked = time.monotonic()
+            if workers is None:
+                return self._offered
+            resources = [worker.get("resources", {}) for worker in workers.values()]
+            offered = {name: sum(each.get(name, 0) for each in resources) for name in ("GPU", "CPU")}
+            self._offered = {**offered, "workers": len(workers)}
+        return self._offered
+
+    def _workers(self) -> dict[str, Any] | None:
+        """The workers by their addresses; None where the scheduler does not answer in time."""
+        ask = self._client.scheduler.identity
+        try:
+            answer = self._client.sync(ask, callback_timeout=_ANSWER_S)
+        except TimeoutError:
+            self.silent = True
+            return None
+        self.silent = False
+        workers: dict[str, Any] = answer.get("workers", {})
+        return workers
+
+    @property
+    def detectors(self) -> int:
+        offers = self._offers()
+        return int(offers["GPU"] if offers["CPU"] else offers["GPU"] or offers["workers"])
+
+    @property
+    def feeders(self) -> int:
+        offers = self._offers()
+        return int(offers["CPU"] or offers["workers"])
+
+    def run_on_new_workers(self, function: Callable[..., Any], *args: Any) -> list[str]:
+        if (workers := self._workers()) is not None:
+            self.ended += len(self._known - workers.keys())
+            self._known &= workers.keys()
+        new = [address for address in workers or () if address not in self._known]
+        self._known.update(new)
+        answers = self._client.run(function, *args, workers=new, on_error="return") if new else {}
+        return [f"the worker at {address} {answer}" for address, answer in answers.items() if answer is not None]
+
+    def submit(self, on_device: bool, function: Callable[..., Any], *args: Any) -> Future[Any]:
+        offers = self._offers()
+        # workers with GPUs may be late, or away: where others offer the resource CPU, these are waited for
+        resources = {"GPU": 0.5} if on_device else {"CPU": 1}
+        if not (offers["CPU"] or (on_device and offers["GPU"])):
+            resources = {}
+        future: Future[Any] = self._client.get_executor(pure=False, resources=resources).submit(function, *args)
+        return future
+
+
+def exposed(address: str) -> str:
+    """A warning where a scheduler's address is open to a network without encryption; else empty."""
+    protocol, _, place = address.partition("://")
+    if protocol in ("tls", "wss", "inproc") or not place:
+        return ""
+    try:
+        here = ipaddress.ip_address(place.rsplit(":", 1)[0].strip("[]")).is_loopback
+    except ValueError:  # a name
+        here = place.startswith("localhost:")
+    if here:
+        return ""
+    return (
+        f"the scheduler at {address} is reached without TLS: whoever can reach its port, or a worker's, can run code "
+        f"there as you. Keep it to a network that you trust, or use TLS, with files of `nightslide certificates`"
+    )

@@ -1,0 +1,65 @@
+"""A Dask cluster on this machine, which ends with the run.
+
+One of the three files that import Dask, beside `machine` and `scheduler`.
+"""
+
+import logging
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from pipeline.archive.machine import count_cores, usable_gpus, worker_specs
+from pipeline.archive.processes import GUARD, interrupts_kept_from_children
+from pipeline.config import Execution
+from pipeline.errors import RunError
+from pipeline.model.allocator import ENVIRONMENT
+
+
+@contextmanager
+def start_cluster(execution: Execution, device: str) -> Iterator[Any]:
+    """A client of a cluster on this machine, which ends with it."""
+    import dask
+    from distributed import Client, Nanny, Scheduler, SpecCluster
+    from distributed.worker_memory import parse_memory_limit
+
+    gpus = usable_gpus(execution, device)
+    chosen = worker_specs(execution.workers, count_cores(), gpus)
+    log, whole = logging.getLogger(__name__), sum(spec.memory for spec in chosen)
+    limits = [parse_memory_limit(execution.memory_limit, spec.memory, whole, logger=log) for spec in chosen]
+    workers = {
+        number: {
+            "cls": Nanny,
+            "options": {
+                "nthreads": spec.threads,
+                "resources": spec.resources,
+                "env": spec.environment,
+                "memory_limit": limits[number],
+                "host": "127.0.0.1",  # else its ports are open to the network, without authentication
+                "dashboard": False,
+                "silence_logs": logging.CRITICAL,  # a task that fails is a row of the ledger
+            },
+        }
+        for number, spec in enumerate(chosen)
+    }
+    scheduler = {
+        "cls": Scheduler,
+        "options": {"host": "127.0.0.1", "dashboard": True, "dashboard_address": "127.0.0.1:0"},
+    }
+    quiet = {
+        "distributed.worker.memory.target": False,  # Dask could spill records only, which are small
+        "distributed.worker.memory.spill": False,
+        # read before Python starts; beside a GPU, workers cut and outline: their threads would keep 8 arenas a core
+        "distributed.nanny.pre-spawn-environ": {"MALLOC_ARENA_MAX": "2"} if gpus else ENVIRONMENT,
+        "logging": {"distributed": "error"},
+    }
+    with ExitStack() as stack:
+        stack.enter_context(dask.config.set(quiet))
+        with interrupts_kept_from_children():
+            try:
+                cluster = SpecCluster(workers, scheduler, name="nightslide", silence_logs=logging.ERROR)
+            except RuntimeError as error:
+                raise RunError(f"the worker processes do not start ({error}): {GUARD}") from None
+            stack.enter_context(cluster)
+        client = stack.enter_context(Client(cluster, set_as_default=False))
+        client.wait_for_workers(len(chosen), timeout=120)
+        yield client

@@ -1,0 +1,58 @@
+"""How a run starts other processes: its script is not run again, torch stays in them, Ctrl-C does not reach them."""
+
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from multiprocessing import resource_tracker
+from typing import Any, TypeVar
+
+from pipeline.errors import RunError
+
+T = TypeVar("T")
+
+GUARD = (
+    'a script that calls `run` needs `if __name__ == "__main__":` before what it does, or `Execution(cluster=False)`'
+)
+
+
+def stop_in_a_starting_worker() -> None:
+    """End this process if it is a worker that is being started: it imports the script, and came to the same call."""
+    if getattr(multiprocessing.current_process(), "_inheriting", False):  # until its script is imported
+        raise SystemExit(f"nightslide: {GUARD}: each worker process imports it")
+
+
+def ask(apart: bool, function: Callable[..., T], *args: Any) -> T:
+    """What a function that loads torch returns or raises: called in a process of its own (`apart`), or here.
+
+    A process that only distributes work is half the size without torch. Raises RunError where that process is killed.
+    """
+    if not apart:
+        return function(*args)
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        try:
+            with interrupts_kept_from_children():
+                future = pool.submit(function, *args)
+            return future.result()
+        except BrokenProcessPool as error:
+            raise RunError("a process that loads torch ended early: need about 0.5 GB of free memory for it") from error
+
+
+@contextmanager
+def interrupts_kept_from_children() -> Iterator[None]:
+    """Of processes that are started by threads which are made in this block: a terminal sends Ctrl-C to them, too.
+
+    They are this process's to end. Threads and processes inherit which signals are blocked where they are made.
+    """
+    if os.name != "posix":
+        yield
+        return
+    resource_tracker.ensure_running()  # Python unblocks the signal again in the thread that starts it
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
