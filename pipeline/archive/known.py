@@ -13,7 +13,7 @@ from pipeline.errors import RunError
 from pipeline.layout import RunFolder
 from pipeline.segment import finished
 from pipeline.segment.job import Job
-from pipeline.segment.record import SlideRecord
+from pipeline.segment.record import SlideRecord, read_record
 from pipeline.text import one_line
 from slides.errors import NightslideError
 from slides.scale import BY_DEFAULT, FORCED
@@ -49,7 +49,7 @@ class KnownSlides:
             return self._failed(source.name)
         for damage in finished.damaged_results(job.folder, content, thorough=False):
             raise RunError(damage)
-        record = finished.read_record(content)
+        record = read_record(content, source.name)
         try:
             if not self._is_of(job, source, record, content):
                 return None
@@ -85,17 +85,15 @@ class KnownSlides:
 
     def elsewhere(self, name: str) -> SlideRecord | None:
         """The record of a slide that another run has finished, or failed at; the results are not looked at."""
-        record, content = ledger.read_finished(self._folder.slide(name))
+        record, content = ledger.read_finished(self._folder.slide(name), name)
         if record is None:
-            record = self._failed(name)
-        elif not self._counts(content):
-            return None
-        return record and dataclasses.replace(record, slide=name)
+            return self._failed(name)
+        return record if self._counts(content) else None
 
     def finished(self, name: str) -> SlideRecord | None:
         """The record of a slide that has results which are not to be made again; they are not looked at."""
-        record, content = ledger.read_finished(self._folder.slide(name))
-        return dataclasses.replace(record, slide=name) if record is not None and self._counts(content) else None
+        record, content = ledger.read_finished(self._folder.slide(name), name)
+        return record if record is not None and self._counts(content) else None
 
     def others(self, own: Collection[str]) -> ledger.OtherSlides:
         """The slides that other commands have left in the folder, all but those of these names."""
@@ -113,7 +111,7 @@ class KnownSlides:
         folder = self._folder.slide(name)
         written = files.mtime_ns(folder.failure_json)
         before = self._failures_ns.setdefault(name, written)
-        return ledger.read_failure(folder) if written not in (None, before) else None
+        return ledger.read_failure(folder, name) if written not in (None, before) else None
 
 
 def _otherwise(record: SlideRecord, cause: str) -> SlideRecord:

@@ -15,9 +15,8 @@ from pipeline import files
 from pipeline.config import Settings
 from pipeline.errors import RunError
 from pipeline.layout import RunFolder, SlideFolder
-from pipeline.segment.finished import knows_regions
 from pipeline.segment.job import slide_digest
-from pipeline.segment.record import OF_OTHER_SETTINGS, WAITS, SlideRecord
+from pipeline.segment.record import OF_OTHER_SETTINGS, WAITS, SlideRecord, knows_regions, read_record
 from pipeline.text import counted, csv_cell, from_csv_cell, one_line, printable
 
 
@@ -58,10 +57,15 @@ def write_ledger(run: RunFolder, records: Iterable[SlideRecord]) -> None:
     """Commit all rows as ledger.csv."""
     escaped = "backslashreplace"  # a name in a remark need not be text: one slide's may not cost all others their rows
     with files.committed(run.ledger) as path, path.open("w", newline="", encoding="utf-8", errors=escaped) as file:
-        writer = csv.DictWriter(file, list(row_of(SlideRecord("", ""))))
+        writer = csv.DictWriter(file, list(_columns()))
         writer.writeheader()
         for record in records:
             writer.writerow({name: csv_cell(value) for name, value in row_of(record).items()})
+
+
+def _columns() -> dict[str, type]:
+    """The columns in their order, and what each holds."""
+    return {name: type(value) for name, value in row_of(SlideRecord("any", "waiting")).items()}
 
 
 class OtherSlides(NamedTuple):
@@ -78,26 +82,26 @@ def other_slides(run: RunFolder, own: Collection[str], settings: Settings) -> Ot
     """
     records, names = {}, dict[str, str]()
     for folder in run.failed():
-        records[run.name_of(folder)] = read_failure(folder)
-    for folder in run.finished():
-        record, content = read_finished(folder)
         name = run.name_of(folder)
+        records[name] = read_failure(folder, name)
+    for folder in run.finished():
+        name = run.name_of(folder)
+        record, content = read_finished(folder, name)
         if record is not None:
             of_others = () if content["digest"] == _digest(content, settings) else (OF_OTHER_SETTINGS,)
             records[name] = dataclasses.replace(record, remarks=(*of_others, *record.remarks))
             if name not in own:
                 names[str(content.get("source_path"))] = name
-    others = [dataclasses.replace(records[name], slide=name) for name in sorted(records) if name not in own]
-    return OtherSlides(others, names)
+    return OtherSlides([records[name] for name in sorted(records) if name not in own], names)
 
 
-def read_finished(folder: SlideFolder) -> tuple[SlideRecord | None, dict[str, Any]]:
-    """The record of a finished slide, nameless, and what slide.json holds; None where that is missing or damaged."""
+def read_finished(folder: SlideFolder, name: str) -> tuple[SlideRecord | None, dict[str, Any]]:
+    """The record of a finished slide, and what slide.json holds; None where that is missing or damaged."""
     content = files.read_json(folder.slide_json) or {}
     try:
         known = {"digest", "regions"} <= content.keys() and knows_regions(content)
         complete = files.fits_checksum(content) and known
-        return (SlideRecord.from_json(content["record"]) if complete else None), content
+        return (read_record(content, name) if complete else None), content
     except (KeyError, TypeError, AttributeError, ValueError):
         return None, content
 
@@ -109,7 +113,7 @@ def _digest(content: Mapping[str, Any], settings: Settings) -> str:
 
 def read_ledger(run: RunFolder) -> list[dict[str, Any]]:
     """The rows of ledger.csv, numbers as numbers. Raises RunError where there is none."""
-    return read_columns(run, {name: type(value) for name, value in row_of(SlideRecord("", "")).items()})
+    return read_columns(run, _columns())
 
 
 def read_columns(run: RunFolder, kinds: Mapping[str, type]) -> list[dict[str, Any]]:
@@ -134,8 +138,8 @@ def read_columns(run: RunFolder, kinds: Mapping[str, type]) -> list[dict[str, An
         raise RunError(f"{run.ledger} is not a run's ledger ({error}): need the --out folder of a run") from error
 
 
-def write_failure(folder: SlideFolder, source: str, error: BaseException) -> SlideRecord:
-    """Note in the slide's folder, where it can be written, why it failed. Returns its record, without its name."""
+def write_failure(folder: SlideFolder, name: str, source: str, error: BaseException) -> SlideRecord:
+    """Note in the slide's folder, where it can be written, why it failed. Returns its record."""
     cause = one_line(error)
     trace = [printable(line) for line in traceback.format_exception(error)]
     try:
@@ -143,12 +147,12 @@ def write_failure(folder: SlideFolder, source: str, error: BaseException) -> Sli
         files.write_json(folder.failure_json, {"source": printable(source), "cause": cause, "traceback": trace})
     except OSError:
         pass  # a full disk or a missing folder may itself be the cause, which is in the record
-    return SlideRecord("", "failed", cause)
+    return SlideRecord(name, "failed", cause)
 
 
-def read_failure(folder: SlideFolder) -> SlideRecord:
-    """The failure that is noted for this slide, without its name."""
-    return SlideRecord("", "failed", str((files.read_json(folder.failure_json) or {}).get("cause", "")))
+def read_failure(folder: SlideFolder, name: str) -> SlideRecord:
+    """The failure that is noted in the slide's folder."""
+    return SlideRecord(name, "failed", str((files.read_json(folder.failure_json) or {}).get("cause", "")))
 
 
 def terminal_lines(record: SlideRecord) -> str:

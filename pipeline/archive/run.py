@@ -347,14 +347,14 @@ class ArchiveRun:
                 raise asyncio.CancelledError
             holder = await asyncio.to_thread(self.leases.holder, folder.path)
             if not self.execution.wait:
-                record = SlideRecord("", "locked", f"by {holder}")
+                record = SlideRecord(source.name, "locked", f"by {holder}")
                 break
             since = time.monotonic() if since is None else since
             if holder and not told and time.monotonic() - since > _PATIENCE_S:
                 told = True
                 self.progress.say(f"{source.name}: waiting for {holder}, which has this slide; --no-wait leaves it")
             await asyncio.sleep(_POLL_S)
-        self.done[source.name] = dataclasses.replace(record, slide=source.name)
+        self.done[source.name] = record
         self.progress.ended(source.name, failed=record.status == "failed")
 
     async def _attempt(self, source: Source, folder: SlideFolder) -> SlideRecord | None:
@@ -362,7 +362,7 @@ class ArchiveRun:
         try:
             if source.skip:
                 known = await asyncio.to_thread(self.known.finished, source.name)
-                return known or SlideRecord("", "skipped", source.skip)
+                return known or SlideRecord(source.name, "skipped", source.skip)
             # of os.path, as pathlib refuses links in a circle
             regions = await asyncio.to_thread(region_file, source, self.settings.regions)
             path = Path(os.path.realpath(source.path))
@@ -395,8 +395,8 @@ class ArchiveRun:
     def _failed(self, source: Source, error: Exception) -> SlideRecord:
         """The record of a slide that failed, noted in its folder; not where a link would lead elsewhere."""
         if any(self.folder.links(source.name)):
-            return SlideRecord("", "failed", one_line(error))
-        return ledger.write_failure(self.folder.slide(source.name), source.place, error)
+            return SlideRecord(source.name, "failed", one_line(error))
+        return ledger.write_failure(self.folder.slide(source.name), source.name, source.place, error)
 
     def _known(self, source: Source, job: Job) -> SlideRecord | None:
         """As `KnownSlides.look`; of a slide that is done, what it lacks is made."""
@@ -454,7 +454,7 @@ class ArchiveRun:
             record = await self._segment(source.name, job)
             if self.overwrite:
                 self.folder.regions.unlink(missing_ok=True)  # it has rows of this slide as it was
-            self.progress.say(ledger.terminal_lines(dataclasses.replace(record, slide=source.name)))
+            self.progress.say(ledger.terminal_lines(record))
             return record
         except Exception as error:
             # whoever has taken the slide over has changed its files: an error of ours means nothing then

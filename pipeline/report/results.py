@@ -18,9 +18,8 @@ from PIL import Image, ImageOps
 from pipeline import files
 from pipeline.layout import DENSITY, RunFolder
 from pipeline.segment.attempts import Attempt
-from pipeline.segment.finished import read_record
 from pipeline.segment.polygons import Floats
-from pipeline.segment.record import OF_OTHER_SETTINGS
+from pipeline.segment.record import OF_OTHER_SETTINGS, read_record
 from pipeline.segment.summary import AREA_EDGES_UM2, QUANTILES, SEAM_EDGES_PX, VERSION
 from pipeline.text import from_csv_cell
 
@@ -122,7 +121,7 @@ def _read(run: RunFolder, row: Mapping[str, Any]) -> SlideResult:
     try:
         whole = files.fits_checksum(content)
         known = whole and _is_legible(summary)
-        record = read_record(content) if whole else None
+        record = read_record(content, name) if whole else None
     except (KeyError, TypeError, ValueError, AttributeError):  # damaged, or of a version that had none
         known, record = False, None
     asked = [f"not done again: {row['cause']}"] if row.get("cause") else []

@@ -18,7 +18,7 @@ from pipeline.segment import annotations, tables
 from pipeline.segment.export import FORMATS, Exported, check_formats
 from pipeline.segment.job import Job, Origin
 from pipeline.segment.plan import Plan, read_artefacts, read_plan, reported_tissue
-from pipeline.segment.record import SlideRecord, remarks
+from pipeline.segment.record import SlideRecord, knows_regions, read_record, remarks
 from pipeline.segment.summary import summarise
 from pipeline.segment.tables import checked_between_groups
 from pipeline.text import one_line
@@ -59,20 +59,6 @@ def finish_slide(job: Job, record: SlideRecord) -> SlideRecord:
     job.check_lease()
     files.write_json(job.folder.slide_json, files.with_checksum(content))
     return record
-
-
-def read_record(content: Mapping[str, Any]) -> SlideRecord:
-    """The record in a slide.json. Raises AttributeError, KeyError, TypeError or ValueError where it is none."""
-    return SlideRecord.from_json(content["record"])
-
-
-def knows_regions(content: Mapping[str, Any]) -> bool:
-    """Whether a slide.json says legibly to which regions the slide was restricted, or that it was not."""
-    regions = content.get("regions")
-    kinds = {"path": str, "crop": bool, "sha256": str}  # as `_regions` writes them
-    return regions is None or (
-        isinstance(regions, dict) and all(isinstance(regions.get(name), kind) for name, kind in kinds.items())
-    )
 
 
 def is_unchanged(origin: Origin, content: Mapping[str, Any]) -> bool:
@@ -239,7 +225,7 @@ def _is_complete(content: Mapping[str, Any]) -> bool:
     """Whether a slide.json is as it was written, and holds what other functions read of it and of every file."""
     known = content.get("files")
     try:
-        read_record(content)
+        read_record(content, "")
     except (AttributeError, KeyError, TypeError, ValueError):
         return False
     return (

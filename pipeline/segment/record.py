@@ -172,6 +172,23 @@ class SlideRecord:
         return cls(**values)
 
 
+def read_record(content: Mapping[str, Any], name: str) -> SlideRecord:
+    """The record in a slide.json; name: of the slide now, as its folder may have been renamed since.
+
+    Raises AttributeError, KeyError, TypeError or ValueError where it is none.
+    """
+    return dataclasses.replace(SlideRecord.from_json(content["record"]), slide=name)
+
+
+def knows_regions(content: Mapping[str, Any]) -> bool:
+    """Whether a slide.json says legibly to which regions the slide was restricted, or that it was not."""
+    regions = content.get("regions")
+    kinds = {"path": str, "crop": bool, "sha256": str}  # as `finished` writes them
+    return regions is None or (
+        isinstance(regions, dict) and all(isinstance(regions.get(name), kind) for name, kind in kinds.items())
+    )
+
+
 def device_use(work: StageRecord) -> str:
     """How busy the detectors were, and why they were not; empty where none has worked.
 

@@ -16,9 +16,10 @@ from pipeline import files
 from pipeline.errors import AnnotationError
 from pipeline.layout import SlideFolder
 from pipeline.segment import annotations, tables
-from pipeline.segment.finished import knows_regions, remedy
+from pipeline.segment.finished import remedy
 from pipeline.segment.geojson import read_objects
 from pipeline.segment.polygons import Floats, Ints, Polygons
+from pipeline.segment.record import knows_regions
 from pipeline.segment.regions import RegionFile, SlideRegions, contained, read_regions
 from pipeline.text import counted
 from slides.errors import NightslideError

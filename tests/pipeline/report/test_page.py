@@ -92,7 +92,7 @@ def found(near=100):
 
 def finish(folder, summary, attempts=(), remarks=()) -> None:
     folder.mkdir(parents=True)
-    record = SlideRecord("", "done", remarks=tuple(remarks), attempts=tuple(attempts)).to_json()
+    record = SlideRecord("a", "done", remarks=tuple(remarks), attempts=tuple(attempts)).to_json()
     (folder / "slide.json").write_text(json.dumps({"summary": summary, "record": record}))
     Image.new("RGB", (400, 300), "pink").save(folder / "overlay.jpg")
 

@@ -37,7 +37,7 @@ def sizes(quantiles):
 
 def finish(folder, summary, remarks=()) -> None:
     folder.mkdir(parents=True)
-    record = SlideRecord("", "done", remarks=tuple(remarks)).to_json()
+    record = SlideRecord("a", "done", remarks=tuple(remarks)).to_json()
     (folder / "slide.json").write_text(json.dumps({"summary": summary, "record": record}))
 
 
@@ -189,7 +189,7 @@ def test_a_ledger_shows_no_folder_beside_the_run_s(tmp_path, name):
 def test_of_a_damaged_slide_json_nothing_is_believed(tmp_path):
     """One that is still JSON, whose numbers and names may be any."""
     (tmp_path / "a").mkdir()
-    content = with_checksum({"summary": found(), "record": SlideRecord("", "done", remarks=("lost",)).to_json()})
+    content = with_checksum({"summary": found(), "record": SlideRecord("a", "done", remarks=("lost",)).to_json()})
     text = json.dumps(content)
     for damaged in (text.replace('"quantiles"', '"quantilez"'), text.replace("lost", "last")):
         (tmp_path / "a" / "slide.json").write_text(damaged)
