@@ -7,7 +7,7 @@ import contextlib
 import os
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import unquote_to_bytes
@@ -19,7 +19,7 @@ from pipeline.archive.region_files import suffix
 from pipeline.archive.verify import without_nuclei
 from pipeline.config import require
 from pipeline.errors import RunError
-from pipeline.layout import RunFolder
+from pipeline.layout import RunFolder, SlideFolder
 from pipeline.segment import tables
 from pipeline.segment.finished import check_same_source, remedy
 from pipeline.text import one_line
@@ -47,38 +47,23 @@ def write_project(run: RunFolder, slides: Path | None = None) -> Written:
     if not run.run_json.is_file() or not finished:
         raise RunError(f"{run.path} has no finished slides: need the --out folder of a run")
     project = _read(run.qupath_project)
-    files_of = {str(entry.get("imageName")): [*map(_path, _uris(entry))] for entry in project["images"]}
-    present = {path for paths in files_of.values() for path in paths}
+    known = {str(entry.get("imageName")): [*map(_path, _uris(entry))] for entry in project["images"]}
+    present = {path for paths in known.values() for path in paths}
     moved = _by_name(slides)
     added, left_out, warnings = 0, [], without_nuclei(run.path)
     colours: dict[str, tuple[int, int, int]] = {}
     for slide in finished:
-        content = files.read_json(slide.slide_json) or {}
-        source = Path(str(content.get("source_path", "")))
         name = run.name_of(slide)
-        image_name = name if name.endswith(suffix(source)) else f"{name}{suffix(source)}"
-        try:
-            colours |= tables.read_provenance(slide.nuclei).colours if slide.nuclei.is_file() else {}
-        except (NightslideError, OSError, ValueError, KeyError, pa.ArrowException) as error:
-            left_out.append(f"{name}: {slide.nuclei.name} is damaged ({one_line(error)}): {remedy(slide.nuclei)}")
-            continue
-        known = [str(source)] if str(source) in present else files_of.get(image_name, [])
-        if not {"source_path", "quick_hash"} <= content.keys():
-            left_out.append(f"{name}: {slide.slide_json.name} is damaged")
-        elif known:
-            if not any(map(os.path.exists, known)):
-                warnings.append(
-                    f"{name}: {known[0]}, its image in the project, does not exist: tell QuPath where it is now"
-                )
-        elif (image := _image(source, content, moved)) is None:
-            lack, what = f"{source} does not exist", "the slide is now"
-            if not source.is_absolute():
-                lack, what = "it was read from a URL, which QuPath does not open", "a copy of the slide is"
-            left_out.append(f"{name}: {lack}: say with --slides DIR where {what}")
-        elif str(image) not in present:
+        outcome = _outcome(name, slide, known, present, moved)
+        colours |= outcome.colours
+        if outcome.image is not None:
             project["lastID"] += 1
-            project["images"].append(_entry(image, project["lastID"], image_name))
+            project["images"].append(_entry(outcome.image, project["lastID"], outcome.image_name))
             added += 1
+        if outcome.warning:
+            warnings.append(f"{name}: {outcome.warning}")
+        if outcome.left_out:
+            left_out.append(f"{name}: {outcome.left_out}")
     if not project["images"]:
         raise RunError(f"no slide of {run.path} can be an image of a project: {'; '.join(left_out)}")
     run.qupath_classes.parent.mkdir(parents=True, exist_ok=True)
@@ -88,6 +73,51 @@ def write_project(run: RunFolder, slides: Path | None = None) -> Written:
         files.write_json(run.qupath_project, project)
     warnings += [f"left out: {line}" for line in left_out]
     return Written(run.qupath_project, len(project["images"]), added, tuple(warnings))
+
+
+class _Outcome(NamedTuple):
+    """What becomes of a finished slide; with the defaults, the project has it already."""
+
+    colours: Mapping[str, tuple[int, int, int]]  # of its classes
+    image: Path | None = None  # the file of a new image
+    image_name: str = ""
+    warning: str = ""  # what is wrong with the image that the project has
+    left_out: str = ""  # why it is no image
+
+
+def _outcome(
+    name: str,
+    slide: SlideFolder,
+    known: Mapping[str, Sequence[str]],
+    present: Collection[str],
+    moved: Mapping[str, Sequence[Path]],
+) -> _Outcome:
+    """What becomes of the slide of this name.
+
+    known: the files of the project's images by the images' names; present: all of them; moved: of `_by_name`.
+    """
+    try:
+        colours = tables.read_provenance(slide.nuclei).colours if slide.nuclei.is_file() else {}
+    except (NightslideError, OSError, ValueError, KeyError, pa.ArrowException) as error:
+        return _Outcome({}, left_out=f"{slide.nuclei.name} is damaged ({one_line(error)}): {remedy(slide.nuclei)}")
+    content = files.read_json(slide.slide_json) or {}
+    if not {"source_path", "quick_hash"} <= content.keys():
+        return _Outcome(colours, left_out=f"{slide.slide_json.name} is damaged")
+    source = Path(str(content["source_path"]))
+    image_name = name if name.endswith(suffix(source)) else f"{name}{suffix(source)}"
+    its_files = [str(source)] if str(source) in present else known.get(image_name, [])
+    if any(map(os.path.exists, its_files)):
+        return _Outcome(colours)
+    if its_files:
+        lost = f"{its_files[0]}, its image in the project, does not exist: tell QuPath where it is now"
+        return _Outcome(colours, warning=lost)
+    image = _image(source, content, moved)
+    if image is not None:
+        return _Outcome(colours) if str(image) in present else _Outcome(colours, image, image_name)
+    lack, what = f"{source} does not exist", "the slide is now"
+    if not source.is_absolute():
+        lack, what = "it was read from a URL, which QuPath does not open", "a copy of the slide is"
+    return _Outcome(colours, left_out=f"{lack}: say with --slides DIR where {what}")
 
 
 def _by_name(folder: Path | None) -> dict[str, list[Path]]:
