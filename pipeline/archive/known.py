@@ -6,6 +6,7 @@ from typing import Any
 
 from pipeline import files
 from pipeline.archive import ledger
+from pipeline.archive.failures import read_failure
 from pipeline.archive.manifest import check_run
 from pipeline.archive.sources import IN_MANIFEST, Source
 from pipeline.config import Settings
@@ -111,7 +112,7 @@ class KnownSlides:
         folder = self._folder.slide(name)
         written = files.mtime_ns(folder.failure_json)
         before = self._failures_ns.setdefault(name, written)
-        return ledger.read_failure(folder, name) if written not in (None, before) else None
+        return read_failure(folder, name) if written not in (None, before) else None
 
 
 def _otherwise(record: SlideRecord, cause: str) -> SlideRecord:

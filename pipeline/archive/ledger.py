@@ -1,23 +1,23 @@
-"""ledger.csv, a row a slide, and failure.json of a slide that failed.
+"""ledger.csv, a row a slide: all slides of the folder, whatever command did them.
 
-A finished slide has its record in slide.json, and one that failed the cause in failure.json, where other runs on the
-same folder, later or at the same time, read it: the ledger has all slides of the folder, whatever command did them.
+A finished slide has its record in slide.json, and one that failed the cause in failure.json (`failures`), where other
+runs on the same folder, later or at the same time, read it.
 """
 
 import csv
 import dataclasses
-import traceback
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from pipeline import files
+from pipeline.archive.failures import read_failure
 from pipeline.config import Settings
 from pipeline.errors import RunError
 from pipeline.layout import RunFolder, SlideFolder
 from pipeline.segment.job import slide_digest
 from pipeline.segment.record import OF_OTHER_SETTINGS, WAITS, SlideRecord, knows_regions, read_record
-from pipeline.text import counted, csv_cell, from_csv_cell, one_line, printable
+from pipeline.text import counted, csv_cell, from_csv_cell
 
 
 def row_of(record: SlideRecord) -> dict[str, Any]:
@@ -136,23 +136,6 @@ def read_columns(run: RunFolder, kinds: Mapping[str, type]) -> list[dict[str, An
         ) from error
     except (OSError, ValueError, TypeError, AttributeError, csv.Error) as error:
         raise RunError(f"{run.ledger} is not a run's ledger ({error}): need the --out folder of a run") from error
-
-
-def write_failure(folder: SlideFolder, name: str, source: str, error: BaseException) -> SlideRecord:
-    """Note in the slide's folder, where it can be written, why it failed. Returns its record."""
-    cause = one_line(error)
-    trace = [printable(line) for line in traceback.format_exception(error)]
-    try:
-        folder.path.mkdir(parents=True, exist_ok=True)
-        files.write_json(folder.failure_json, {"source": printable(source), "cause": cause, "traceback": trace})
-    except OSError:
-        pass  # a full disk or a missing folder may itself be the cause, which is in the record
-    return SlideRecord(name, "failed", cause)
-
-
-def read_failure(folder: SlideFolder, name: str) -> SlideRecord:
-    """The failure that is noted in the slide's folder."""
-    return SlideRecord(name, "failed", str((files.read_json(folder.failure_json) or {}).get("cause", "")))
 
 
 def terminal_lines(record: SlideRecord) -> str:

@@ -21,6 +21,7 @@ from typing import Any
 from pipeline.archive import ledger
 from pipeline.archive.execution import check_execution, open_executor, starts_processes
 from pipeline.archive.executors import Executor, run_task
+from pipeline.archive.failures import explained, first_error, write_failure
 from pipeline.archive.known import DONE_OTHERWISE, KnownSlides
 from pipeline.archive.lease import Leases
 from pipeline.archive.manifest import (
@@ -40,7 +41,6 @@ from pipeline.archive.staging import Room, Staging
 from pipeline.archive.stream import Stream, Waits
 from pipeline.config import Execution, Settings, require_kind
 from pipeline.errors import ClusterLost, LeaseLost, RunError, ScratchLost
-from pipeline.files import FULL_DISK
 from pipeline.layout import RunFolder, SlideFolder
 from pipeline.model.weights import licence
 from pipeline.report.page import write_report
@@ -257,7 +257,7 @@ class ArchiveRun:
                 for source in self.archive.sources:
                     slides.create_task(self._slide(source))
         except ExceptionGroup as group:
-            raise _first(group) from None
+            raise first_error(group) from None
         finally:
             self.ended = True
             watch.cancel()
@@ -375,17 +375,12 @@ class ArchiveRun:
             async with self.staging.room(source.files) as room:
                 return await self._leased(source, job, room)
         except Exception as raised:
-            error = _first(raised)
+            error = first_error(raised)
             if isinstance(error, ClusterLost):
                 raise error from None
             if isinstance(error, LeaseLost):
                 return None
-            if not os.path.exists(self.folder.run_json):  # whatever it looks like
-                error = RunError(
-                    f"{self.folder.path} is not there any more: put it back, and run the same command again"
-                )
-            elif (full := _full_disk(error, folder.path)) is not None:
-                error = RunError(f"no space left in {full}: free some space, and run the same command again")
+            error = explained(error, self.folder, folder)
             if self.staging is not None:
                 error = self.staging.of_original(error, source.place)
             record = await asyncio.to_thread(self._failed, source, error)
@@ -396,7 +391,7 @@ class ArchiveRun:
         """The record of a slide that failed, noted in its folder; not where a link would lead elsewhere."""
         if any(self.folder.links(source.name)):
             return SlideRecord(source.name, "failed", one_line(error))
-        return ledger.write_failure(self.folder.slide(source.name), source.name, source.place, error)
+        return write_failure(self.folder.slide(source.name), source.name, source.place, error)
 
     def _known(self, source: Source, job: Job) -> SlideRecord | None:
         """As `KnownSlides.look`; of a slide that is done, what it lacks is made."""
@@ -458,7 +453,7 @@ class ArchiveRun:
             return record
         except Exception as error:
             # whoever has taken the slide over has changed its files: an error of ours means nothing then
-            if isinstance(_first(error), ClusterLost) or not await asyncio.to_thread(self._is_taken_over, job):
+            if isinstance(first_error(error), ClusterLost) or not await asyncio.to_thread(self._is_taken_over, job):
                 raise
             return None
 
@@ -479,7 +474,7 @@ class ArchiveRun:
                 work, before = await self._stages(name, job, started)
                 break
             except* (ScratchLost, FileNotFoundError) as lost:
-                error = _first(lost)
+                error = first_error(lost)
                 if attempt == _ATTEMPTS - 1 and isinstance(error, ScratchLost):
                     error = RunError(f"{error}, again and again: is the disk sound?")
                 if attempt == _ATTEMPTS - 1:
@@ -568,24 +563,6 @@ class ArchiveRun:
     def _stand_in(self, stage: Stage) -> tuple[Detect, ...]:
         """The last argument of a stage that takes a stand-in for the detector, where there is one."""
         return (self.detect,) if stage.on_device and self.detect is not None else ()
-
-
-def _first(error: BaseException) -> Exception:
-    """The first exception in the groups that task groups raise."""
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    assert isinstance(error, Exception)
-    return error
-
-
-def _full_disk(error: BaseException, written: Path) -> Path | None:
-    """The folder in which no space, or no quota, was left, where that was the cause; `written`: where we write."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, OSError) and cause.errno in FULL_DISK:
-            return Path(os.fsdecode(cause.filename)).parent if isinstance(cause.filename, str | bytes) else written
-        cause = cause.__cause__ or cause.__context__
-    return None
 
 
 def _check_space(job: Job, window: int) -> None:

@@ -8,16 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline import files
-from pipeline.archive.ledger import (
-    mixed_stains,
-    other_slides,
-    read_failure,
-    read_finished,
-    read_ledger,
-    row_of,
-    write_failure,
-    write_ledger,
-)
+from pipeline.archive.failures import read_failure, write_failure
+from pipeline.archive.ledger import mixed_stains, other_slides, read_finished, read_ledger, row_of, write_ledger
 from pipeline.config import Settings
 from pipeline.errors import RunError
 from pipeline.layout import RunFolder
