@@ -18,6 +18,7 @@ import pytest
 import oracle
 from oracle import chosen, files, paint
 from pipeline.archive import run as archive_run
+from pipeline.archive import slide_stages
 from pipeline.archive.lease import Leases
 from pipeline.archive.run import run
 from pipeline.config import Execution, Settings
@@ -67,7 +68,7 @@ def test_a_slide_that_changes_between_runs_is_refused_and_its_results_stay(archi
 def test_a_slide_that_changes_while_its_work_is_half_done_is_refused(archive: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(archive_run, "STAGES", without_stitching())
+        patched.setattr(slide_stages, "STAGES", without_stitching())
         assert segment(archive, out)["a"].cause == "stitching failed"
     assert list((out / "a" / "work" / "instances").glob("*.parquet"))
     paint(archive / "a.png", 2)
@@ -138,7 +139,7 @@ def test_a_full_disk_is_told_whatever_stage_meets_it(
             raise ValueError("the library failed") from error
 
     failing = tuple(s._replace(run=fail, needed=lambda settings: True) if s.name == stage else s for s in stages.STAGES)
-    monkeypatch.setattr(archive_run, "STAGES", failing)
+    monkeypatch.setattr(slide_stages, "STAGES", failing)
     rows = segment(archive, tmp_path / "out")
     remedy = "free some space, and run the same command again"
     assert rows["a"].cause == f"no space left in {tmp_path / 'out' / 'a'}: {remedy}"
@@ -178,7 +179,7 @@ def test_a_run_json_that_is_damaged_is_reported(archive: Path, tmp_path: Path) -
 def test_overwriting_restarts_with_other_settings_even_half_done_work(archive: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(archive_run, "STAGES", without_stitching())
+        patched.setattr(slide_stages, "STAGES", without_stitching())
         segment(archive, out)
     rows = run(
         [archive / "list.csv"],
@@ -215,7 +216,7 @@ def test_a_slide_that_was_left_to_another_run_is_done_once_that_has_done_it(
                 other.release(out.resolve() / "a")
                 run([archive / "a.png"], out, chosen(), ONE, mpp=0.25, say=lambda line: None, detect=oracle.detect)
 
-        monkeypatch.setattr(archive_run, "_check_space", another_ends)
+        monkeypatch.setattr(slide_stages, "_check_space", another_ends)
         rows = segment(archive, out, Execution(cluster=False, workers=1, wait=False))
     assert [row.status for row in rows.values()] == ["done", "done"]
     assert rows["a"].nuclei > 0

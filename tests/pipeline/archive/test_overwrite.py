@@ -20,6 +20,7 @@ import oracle
 import pipeline
 from oracle import chosen, files, paint
 from pipeline.archive import run as archive_run
+from pipeline.archive import slide_stages
 from pipeline.archive.lease import Leases
 from pipeline.archive.ledger import read_ledger
 from pipeline.archive.manifest import resolve
@@ -178,7 +179,7 @@ def test_two_runs_with_other_settings_do_not_mix(archive: Path, tmp_path: Path) 
             second[0] = segment(archive / "b.tif", out, with_iou(0.4))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(archive_run, "_check_space", starts_another)
+        patch.setattr(slide_stages, "_check_space", starts_another)
         patch.setattr(archive_run.ArchiveRun, "_open_slides", lambda _: 1)
         first = segment(archive, out)
     assert [row.status for row in second[0].values()] == ["done"]
@@ -221,7 +222,7 @@ def test_the_ledger_knows_what_another_run_has_done_meanwhile(archive: Path, tmp
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(archive_run.ArchiveRun, "process", noted)
-        patch.setattr(archive_run, "_check_space", starts_another)
+        patch.setattr(slide_stages, "_check_space", starts_another)
         patch.setattr(archive_run.ArchiveRun, "_open_slides", lambda _: 1)
         rows = segment(archive, out)
     assert seen[0] == [("a", "unfinished"), ("b", "done")]
