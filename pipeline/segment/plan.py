@@ -1,6 +1,7 @@
 """The plan of a slide: its scale, tissue, artefacts, grid and stain. Made once, before tiling; kept on disk."""
 
 import functools
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from typing import Any, NamedTuple
 
@@ -79,12 +80,6 @@ class Plan(NamedTuple):
         return sum(self.artefacts.tissue.any_in(t.core) and not self.tissue.any_in(t.core) for t in every)
 
 
-def _left_out(slide: Slide) -> tuple[str, ...]:
-    """A note on levels of the slide that show something else."""
-    sizes = [" x ".join(map(str, slide.levels[level].size)) for level in slide.odd_levels]
-    return (f"a level of {' and one of '.join(sizes)} px is of another shape: not read from",) if sizes else ()
-
-
 def plan_slide(slide: Slide, settings: Settings, regions: RegionFile | None = None) -> Plan:
     """The plan of a slide. Reads a thumbnail and, to fit its stain, a few regions.
 
@@ -95,67 +90,62 @@ def plan_slide(slide: Slide, settings: Settings, regions: RegionFile | None = No
     file of the stain normalisation has other content than the settings say or there are no weights of the detector, and
     what `read_regions` raises.
     """
+    frame = slide.frame(settings.tiling.mpp)
+    grid = _grid(frame.size, settings)
+    artefacts, glass, found = find_tissue_and_artefacts(slide, settings.tissue, settings.tiling.mpp)
+    clean = artefacts.clean_tissue()
+    stained = clean if clean.mask.any() else artefacts.tissue
+    normalisation, unfitted = _normalisation(slide, stained, settings)
+    step = grid_step(detector_architecture(find_weights(settings.detector.weights)).upscale)
+    undecided = settings.stain.method == "auto" and normalisation.source.method != "none"
+    whole_tissue = reported_tissue(artefacts, settings)
+    restricted: tuple[str, ...] = ()
+    without_tissue = NO_TISSUE
+    if regions is not None:
+        drawn = read_regions(regions, slide.bounds)
+        artefacts = artefacts._replace(tissue=drawn.restrict(artefacts.tissue))
+        restricted = (_restriction(drawn, regions, settings),)
+        without_tissue = _nothing_in(drawn, slide, regions, found=bool(whole_tissue.area_mm2))
+    tissue = reported_tissue(artefacts, settings)
+    notes = (
+        *_scale_notes(slide, tissue.frame.mpp, settings),
+        *restricted,
+        *_left_out(slide),
+        *found,
+        *unfitted,
+        *_tissue_notes(artefacts, tissue, without_tissue),
+    )
+    return Plan(
+        quick_hash=slide.quick_hash,
+        vendor=slide.vendor,
+        scale=slide.scale,
+        size=slide.size,
+        bounds=slide.bounds,
+        frame=frame,
+        grid=grid,
+        step=step,
+        tissue=tissue,
+        whole_tissue=whole_tissue,
+        artefacts=artefacts,
+        glass=glass,
+        normalisation=normalisation,
+        has_icc=slide.has_icc,
+        notes=notes,
+        trials=stain_trial.squares(stained, step) if undecided else (),
+    )
+
+
+def _grid(size: Size, settings: Settings) -> TileGrid:
+    """The grid of a slide of this size, work px. Raises GridError where its margin is too small."""
     tiling = settings.tiling
-    frame = slide.frame(tiling.mpp)
-    grid = TileGrid(frame.size, tiling.tile, tiling.margin, tiling.block)
+    grid = TileGrid(size, tiling.tile, tiling.margin, tiling.block)
     check_margin(
         tiling.margin,
         settings.stitching.max_diameter_um / tiling.mpp,
         settings.stitching.tolerance_px,
         settings.detector.largest_shift_px,
     )
-    artefacts, glass, notes = find_tissue_and_artefacts(slide, settings.tissue, tiling.mpp)
-    clean = artefacts.clean_tissue()
-    stained = clean if clean.mask.any() else artefacts.tissue
-    normalisation, unfitted = _normalisation(slide, stained, settings)
-    step = grid_step(detector_architecture(find_weights(settings.detector.weights)).upscale)
-    undecided = settings.stain.method == "auto" and normalisation.source.method != "none"
-    notes = (*_left_out(slide), *notes, *unfitted)
-    whole_tissue = reported_tissue(artefacts, settings)
-    if regions is not None:
-        drawn = read_regions(regions, slide.bounds)
-        artefacts = artefacts._replace(tissue=drawn.restrict(artefacts.tissue))
-        judged = "" if settings.tissue.artefacts == "off" else ", and blur is judged within them"
-        notes = (f"restricted to {drawn.describe_chosen(regions.path)}{judged}", *notes)
-    tissue = reported_tissue(artefacts, settings)
-    if artefacts.tissue.area_mm2 and not tissue.area_mm2:
-        notes = (*notes, "artefacts cover all tissue: --artefacts flag reports the nuclei there, too")
-    elif not tissue.area_mm2:
-        found = bool(whole_tissue.area_mm2)
-        notes = (*notes, NO_TISSUE if regions is None else _nothing_in(drawn, slide, regions, found=found))
-    if slide.scale.source == FORCED:
-        notes = (f"its scale is {slide.scale.x:g} µm/px by --force-mpp, whatever it states", *notes)
-    if tissue.frame.mpp > (wanted := max(settings.tissue.thumbnail_mpp, tiling.mpp)):
-        notes = (f"{_LARGER_THAN_GLASS}: tissue was detected at {tissue.frame.mpp:g} µm/px, not {wanted:g}", *notes)
-    return Plan(
-        slide.quick_hash,
-        slide.vendor,
-        slide.scale,
-        slide.size,
-        slide.bounds,
-        frame,
-        grid,
-        step,
-        tissue,
-        whole_tissue,
-        artefacts,
-        glass,
-        normalisation,
-        slide.has_icc,
-        notes,
-        stain_trial.squares(stained, step) if undecided else (),
-    )
-
-
-def _nothing_in(drawn: SlideRegions, slide: Slide, file: RegionFile, *, found: bool) -> str:
-    """Why no tissue lies in regions. found: whether there is tissue elsewhere."""
-    if not shapely.intersects(shapely.box(*slide.bounds), drawn.polygons).any():
-        flag = "--regions.no-crop" if file.crop else "--regions.crop"
-        return (
-            f"the regions lie outside the slide ({slide.bounds.width} x {slide.bounds.height} px): are they another "
-            f"slide's, or is it {flag}?"
-        )
-    return "no tissue lies in the regions" if found else NO_TISSUE
+    return grid
 
 
 def reported_tissue(artefacts: ArtefactMap, settings: Settings) -> TissueMap:
@@ -184,6 +174,100 @@ def picture_frame(slide: Slide, plan: Plan, longest_px: int) -> Frame:
     return slide.frame(plan.frame.mpp * max(1.0, max(plan.frame.size) / longest_px))
 
 
+# --------------------------------------------------------------------------------------------------- notes
+
+
+def _scale_notes(slide: Slide, tissue_mpp: float, settings: Settings) -> Iterator[str]:
+    """Notes on a scale that is forced, or may be wrong; tissue_mpp: at which the tissue was detected."""
+    if tissue_mpp > (wanted := max(settings.tissue.thumbnail_mpp, settings.tiling.mpp)):
+        yield f"{_LARGER_THAN_GLASS}: tissue was detected at {tissue_mpp:g} µm/px, not {wanted:g}"
+    if slide.scale.source == FORCED:
+        yield f"its scale is {slide.scale.x:g} µm/px by --force-mpp, whatever it states"
+
+
+def _left_out(slide: Slide) -> Iterator[str]:
+    """A note on levels of the slide that show something else."""
+    if slide.odd_levels:
+        sizes = [" x ".join(map(str, slide.levels[level].size)) for level in slide.odd_levels]
+        yield f"a level of {' and one of '.join(sizes)} px is of another shape: not read from"
+
+
+def _restriction(drawn: SlideRegions, file: RegionFile, settings: Settings) -> str:
+    """To which regions the slide is restricted."""
+    judged = "" if settings.tissue.artefacts == "off" else ", and blur is judged within them"
+    return f"restricted to {drawn.describe_chosen(file.path)}{judged}"
+
+
+def _tissue_notes(artefacts: ArtefactMap, tissue: TissueMap, without_tissue: str) -> Iterator[str]:
+    """A note where there is no tissue to report nuclei in; without_tissue: what it says where none was found at all."""
+    if tissue.area_mm2:
+        return
+    if artefacts.tissue.area_mm2:
+        yield "artefacts cover all tissue: --artefacts flag reports the nuclei there, too"
+    else:
+        yield without_tissue
+
+
+def _nothing_in(drawn: SlideRegions, slide: Slide, file: RegionFile, *, found: bool) -> str:
+    """Why no tissue lies in regions. found: whether there is tissue elsewhere."""
+    if not shapely.intersects(shapely.box(*slide.bounds), drawn.polygons).any():
+        flag = "--regions.no-crop" if file.crop else "--regions.crop"
+        return (
+            f"the regions lie outside the slide ({slide.bounds.width} x {slide.bounds.height} px): are they another "
+            f"slide's, or is it {flag}?"
+        )
+    return "no tissue lies in the regions" if found else NO_TISSUE
+
+
+# ----------------------------------------------------------------------------------------------- on disk
+
+
+class _Form(NamedTuple):
+    """How plan.json stores a field of a plan: `write` turns it into what JSON can hold, `read` turns that back."""
+
+    write: Callable[[Any], Any]
+    read: Callable[[Any], Any]
+
+
+def _as_it_is(value: Any) -> Any:
+    return value
+
+
+def _tuple_of(kind: Callable[..., Any]) -> _Form:
+    """The form of a NamedTuple, which JSON holds as a list."""
+    return _Form(_as_it_is, lambda values: kind(*values))
+
+
+def _frame(stored: list[Any]) -> Frame:
+    size, mpp, to_slide = stored
+    return Frame(Size(*size), mpp, Affine(*to_slide))
+
+
+_PLAIN = _Form(_as_it_is, _as_it_is)
+_LIST = _Form(_as_it_is, tuple)
+
+# Every field of a plan but the three maps (tissue, whole_tissue, artefacts), which are masks in tissue.npz.
+_FORMS: Mapping[str, _Form] = {
+    "quick_hash": _PLAIN,
+    "vendor": _PLAIN,
+    "scale": _tuple_of(Scale),
+    "size": _tuple_of(Size),
+    "bounds": _tuple_of(Box),
+    "frame": _Form(_as_it_is, _frame),
+    "grid": _Form(asdict, lambda grid: TileGrid(**{**grid, "size": Size(*grid["size"])})),
+    "step": _PLAIN,
+    "glass": _PLAIN,
+    "normalisation": _Form(Normalisation.to_json, Normalisation.from_json),
+    "has_icc": _PLAIN,
+    "notes": _LIST,
+    "trials": _Form(_as_it_is, lambda boxes: tuple(Box(*box) for box in boxes)),
+    "trial_scores": _Form(_as_it_is, lambda scores: None if scores is None else tuple(scores)),
+    "trial_work": _Form(StageRecord.to_json, StageRecord.from_json),
+    "file": _LIST,
+    "overwrite": _PLAIN,
+}
+
+
 def write_plan(plan: Plan, folder: SlideFolder, digest: str) -> None:
     """Commit work/plan.json and, before it, work/tissue.npz; digest: of the settings that it was made with."""
     with files.checked(folder.tissue, {}) as path, path.open("wb") as file:
@@ -195,28 +279,8 @@ def write_plan(plan: Plan, folder: SlideFolder, digest: str) -> None:
             detected=plan.artefacts.tissue.mask,
             artefacts=plan.artefacts.kinds,
         )
-    content = {
-        "digest": digest,
-        "quick_hash": plan.quick_hash,
-        "vendor": plan.vendor,
-        "scale": plan.scale,
-        "size": plan.size,
-        "bounds": plan.bounds,
-        "frame": plan.frame,
-        "grid": asdict(plan.grid),
-        "step": plan.step,
-        "tissue_frame": plan.tissue.frame,
-        "glass": plan.glass,
-        "normalisation": plan.normalisation.to_json(),
-        "has_icc": plan.has_icc,
-        "notes": plan.notes,
-        "trials": plan.trials,
-        "trial_scores": plan.trial_scores,
-        "trial_work": plan.trial_work.to_json(),
-        "file": plan.file,
-        "overwrite": plan.overwrite,
-    }
-    files.write_checked_json(folder.plan, content)
+    fields = {name: form.write(getattr(plan, name)) for name, form in _FORMS.items()}
+    files.write_checked_json(folder.plan, {"digest": digest, "tissue_frame": plan.tissue.frame, **fields})
 
 
 def load_plan(folder: SlideFolder, digest: str) -> Plan | None:
@@ -224,39 +288,13 @@ def load_plan(folder: SlideFolder, digest: str) -> Plan | None:
     content = files.read_checked_json(folder.plan)
     if content is None or content["digest"] != digest or files.read_checked(folder.tissue) is None:
         return None
-    grid, frame = content["grid"], _frame(content["frame"])
+    fields = {name: form.read(content[name]) for name, form in _FORMS.items()}
     tissue_frame = _frame(content["tissue_frame"])
     with np.load(folder.tissue, allow_pickle=False) as masks:
         names = ("tissue", "whole_tissue", "detected")
-        tissue, whole_tissue, detected = (TissueMap(masks[name], tissue_frame, frame) for name in names)
+        tissue, whole_tissue, detected = (TissueMap(masks[name], tissue_frame, fields["frame"]) for name in names)
         artefacts = ArtefactMap(masks["artefacts"], detected)
-    return Plan(
-        content["quick_hash"],
-        content["vendor"],
-        Scale(*content["scale"]),
-        Size(*content["size"]),
-        Box(*content["bounds"]),
-        frame,
-        TileGrid(Size(*grid["size"]), grid["tile"], grid["margin"], grid["block"]),
-        content["step"],
-        tissue,
-        whole_tissue,
-        artefacts,
-        content["glass"],
-        Normalisation.from_json(content["normalisation"]),
-        content["has_icc"],
-        tuple(content["notes"]),
-        tuple(Box(*box) for box in content["trials"]),
-        None if content["trial_scores"] is None else (content["trial_scores"][0], content["trial_scores"][1]),
-        StageRecord.from_json(content["trial_work"]),
-        (content["file"][0], content["file"][1]),
-        content["overwrite"],
-    )
-
-
-def _frame(stored: list[Any]) -> Frame:
-    size, mpp, to_slide = stored
-    return Frame(Size(*size), mpp, Affine(*to_slide))
+    return Plan(**fields, tissue=tissue, whole_tissue=whole_tissue, artefacts=artefacts)
 
 
 def read_plan(folder: SlideFolder, digest: str) -> Plan:

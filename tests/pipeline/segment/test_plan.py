@@ -12,10 +12,14 @@ from hypothesis import strategies as st
 import oracle
 from oracle import HEIGHT, WIDTH, chosen, paint
 from pipeline.config import Detector, Tissue
-from pipeline.segment.plan import Plan, plan_slide
+from pipeline.layout import SlideFolder
+from pipeline.model.fitted_stain import TEMPLATE, Normalisation
+from pipeline.segment.plan import Plan, load_plan, plan_slide, write_plan
+from pipeline.segment.record import Counts, StageRecord
 from pipeline.segment.stages import outline
 from slides import slide as slide_module
 from slides.errors import GridError
+from slides.geometry import Box
 from slides.slide import Slide, open_slide
 from slides.tissue import TissueMap
 
@@ -51,6 +55,39 @@ def test_views_that_are_shifted_need_a_wider_margin(discs: Slide) -> None:
     assert plan_slide(discs, settings).grid.margin == 11
     with pytest.raises(GridError, match=r"margin=11 cuts objects of 18 px"):
         plan_slide(discs, dataclasses.replace(settings, detector=Detector(views=2)))
+
+
+def test_every_field_of_a_plan_reads_back_as_it_was_written(discs: Slide, tmp_path: Path) -> None:
+    """A field that were forgotten in the file would have its default afterwards, so here none has it."""
+    plan = plan_slide(discs, chosen())
+    plan = plan._replace(
+        tissue=plan.tissue._replace(mask=np.eye(*plan.tissue.mask.shape) > 0),
+        artefacts=plan.artefacts._replace(kinds=plan.artefacts.kinds + np.uint8(2)),
+        normalisation=Normalisation(TEMPLATE["macenko"], TEMPLATE["reinhard"]),
+        notes=("one", "two"),
+        trials=(Box(0, 0, 64, 64), Box(64, 0, 128, 64)),
+        trial_scores=(0.5, 0.75),
+        trial_work=StageRecord({"stain": 1.5}, Counts(nuclei=3), ("cpu float32",)),
+        file=(1000, 2**60),
+        overwrite="a round",
+    )
+    assert all(getattr(plan, name) != default for name, default in Plan._field_defaults.items())
+    folder = SlideFolder(tmp_path)
+    folder.work.mkdir()
+    write_plan(plan, folder, "digest")
+    assert load_plan(folder, "other") is None
+    back = load_plan(folder, "digest")
+    assert back is not None
+    maps = ("tissue", "whole_tissue", "artefacts")
+    for name in Plan._fields:
+        written, read = getattr(plan, name), getattr(back, name)
+        if name not in maps:
+            assert (read, type(read)) == (written, type(written)), name
+    for was, is_ in ((plan.tissue, back.tissue), (plan.whole_tissue, back.whole_tissue)):
+        assert np.array_equal(was.mask, is_.mask)
+        assert (was.frame, was.work) == (is_.frame, is_.work)
+    assert np.array_equal(plan.artefacts.kinds, back.artefacts.kinds)
+    assert np.array_equal(plan.artefacts.tissue.mask, back.artefacts.tissue.mask)
 
 
 def outlined(slide: Slide, plan: Plan) -> pa.Table:
