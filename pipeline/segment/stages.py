@@ -22,7 +22,6 @@ from uuid import uuid4
 import numpy as np
 import pyarrow as pa
 import shapely
-from numpy.typing import NDArray
 
 from pipeline import files
 from pipeline.config import Settings
@@ -32,10 +31,10 @@ from pipeline.model.allocator import return_freed_memory
 from pipeline.model.device import compute, computes_on
 from pipeline.model.fitted_stain import UNCHANGED, Normalisation
 from pipeline.model.instances import HostInstances, Patches, select
-from pipeline.model.weights import detector_architecture, find_weights
-from pipeline.segment import annotations, arrow, pictures, polygons, stain_trial, stitch, tables
+from pipeline.segment import annotations, pictures, polygons, stain_trial, stitch, tables
 from pipeline.segment.finished import check_exports, write_exports
 from pipeline.segment.job import Job
+from pipeline.segment.nuclei import write_nuclei
 from pipeline.segment.plan import (
     Plan,
     load_plan,
@@ -49,8 +48,7 @@ from pipeline.segment.plan import (
 from pipeline.segment.predictions import read_predictions, write_predictions
 from pipeline.segment.record import ARTEFACT_AREAS, Counts, StageRecord
 from slides import focus
-from slides.artefacts import KINDS, ArtefactMap
-from slides.geometry import Size
+from slides.artefacts import ArtefactMap
 from slides.grid import Tile
 from slides.patches import PatchStore, cut
 from slides.scale import GivenScale
@@ -58,7 +56,6 @@ from slides.slide import Slide, open_slide
 
 # A process of more returns what detection left free before a stage of the whole slide, which needs memory of its own.
 _SLIDE_STAGE_BYTES = 1e9
-_TILE, _BOX = ("tile_row", "tile_col"), ("x0", "y0", "x1", "y1")  # columns of the instances
 THUMBNAIL_PX, OVERLAY_PX = 1200, 3000  # longest sides of thumbnail.jpg and overlay.jpg
 
 
@@ -321,65 +318,20 @@ def outline(instances: HostInstances, tile: Tile, plan: Plan, settings: Settings
 # -------------------------------------------------------------------------------------------------- stitch
 
 
-COLOURS = (
-    (40, 220, 90),
-    (230, 60, 60),
-    (90, 110, 255),
-    (240, 160, 30),
-    (40, 120, 220),
-    (0, 170, 170),
-    (200, 90, 150),
-)
-
-
 def stitch_slide(job: Job) -> StageRecord:
-    """Instances of all blocks -> nuclei.parquet, in slide px.
+    """Instances of all blocks -> nuclei.parquet, in slide px; and all artefacts -> work/artefacts.npy.
 
-    Two passes keep memory small: first the boxes of everything, and the polygons only of what could have a
-    duplicate across a seam; then block by block into the table, without what is left out. Regions are looked at last,
-    so the nuclei in them do not depend on them.
     With --overwrite the former results are removed now, as late as can be: a slide that fails before keeps them.
     Raises ScratchLost where the instances of a block are missing or damaged; LeaseLost between two blocks.
     """
     started = time.perf_counter()
     return_freed_memory(_SLIDE_STAGE_BYTES)
-    plan, settings = read_plan(job.folder, job.digest), job.settings
+    plan = read_plan(job.folder, job.digest)
     if job.overwrite:
         _remove_results(job)
     artefacts = _with_blur(job, plan)
-    classes = class_names(settings)
-    left_out = _left_out_at_seams(job, plan)
-    colours = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(classes)}
-    um_per_px = (plan.scale.x, plan.scale.y)
-    provenance = tables.Provenance(plan.quick_hash, um_per_px, plan.size, plan.bounds, job.digest, colours)
-    regions, kinds = job.read_regions(plan.bounds), np.array(("", *KINDS))
-    nuclei = flagged = 0
-    with tables.NucleiWriter(job.folder.nuclei, provenance) as writer:
-        for block in job.while_leased(iter(plan.blocks)):
-            rows = tables.read_instances(job.folder.instances(block))
-            keep = np.ones(rows.num_rows, bool)
-            keep[left_out.get(block, [])] = False
-            rows = rows.filter(arrow.numbers(keep))
-            shapes = tables.geometry(rows)
-            kind = artefacts.at(polygons.centroids(shapes))
-            outlines = shapely.transform(shapes, plan.frame.to_slide.apply)
-            selected = kind == 0 if settings.tissue.artefacts == "skip" else np.ones(len(kind), bool)
-            if regions is not None:  # exactly: the plan's tissue has pixels of some micrometres
-                selected &= regions.select(polygons.measure(outlines, um_per_px).centroid)
-            rows, outlines, kind = rows.filter(arrow.numbers(selected)), outlines[selected], kind[selected]
-            writer.write(
-                outlines,
-                class_name=[classes[i] for i in arrow.values(rows["class_index"])],
-                score=arrow.values(rows["score"]),
-                votes=arrow.values(rows["votes"]),
-                class_score=arrow.values(rows["class_score"]),
-                stains=np.stack([arrow.values(rows[name]) for name in tables.STAINS], 1),
-                artefact=kinds[kind].tolist(),
-            )
-            nuclei, flagged = nuclei + rows.num_rows, flagged + int(np.count_nonzero(kind))
-        job.check_lease()
-    counts = Counts(nuclei=nuclei, seam_duplicates=sum(map(len, left_out.values())), flagged_nuclei=flagged)
-    return _worked("stitch", started, counts + _areas(artefacts, skipped=settings.tissue.artefacts == "skip"))
+    counts = write_nuclei(job, plan, artefacts)
+    return _worked("stitch", started, counts + _areas(artefacts, skipped=job.settings.tissue.artefacts == "skip"))
 
 
 def _remove_results(job: Job) -> None:
@@ -414,49 +366,6 @@ def _areas(artefacts: ArtefactMap, *, skipped: bool) -> Counts:
     areas = artefacts.tissue_mm2()
     fields: dict[str, Any] = {ARTEFACT_AREAS[kind]: area for kind, area in areas.items()}
     return Counts(**fields, skipped_mm2=sum(areas.values()) if skipped else 0.0)
-
-
-def class_names(settings: Settings) -> tuple[str, ...]:
-    """Class names of the weights, read from the file's text without loading the network."""
-    return detector_architecture(find_weights(settings.detector.weights)).classes
-
-
-def _left_out_at_seams(job: Job, plan: Plan) -> dict[int, NDArray[np.int64]]:
-    """Rows of each block to leave out: duplicates, and what is anchored outside its core and unconfirmed."""
-    stride, reach = plan.grid.stride, 0.0
-    for block in job.while_leased(iter(plan.blocks)):
-        boxes, tiles = _boxes(tables.read_instances(job.folder.instances(block), [*_TILE, *_BOX]))
-        reach = max(reach, float(stitch.overhang(boxes, _cores(tiles, stride)).max(initial=0.0)))
-    # only what lies near a seam is held of all blocks
-    places, shapes, tile, score = [], [], [], []
-    for block in job.while_leased(iter(plan.blocks)):
-        rows = tables.read_instances(job.folder.instances(block), [*_TILE, *_BOX, "score", "geometry"])
-        boxes, tiles = _boxes(rows)
-        near = np.flatnonzero(stitch.seam_candidates(boxes, _cores(tiles, stride), reach))
-        places.append(np.stack([np.full(len(near), block), near], 1))
-        shapes.append(tables.geometry(rows.take(arrow.numbers(near))))
-        tile.append(tiles[near])
-        score.append(arrow.values(rows["score"])[near])
-    if not places:
-        return {}
-    place, outline, of_tile = np.concatenate(places), np.concatenate(shapes), np.concatenate(tile)
-    everything = Size(plan.grid.cols * stride, plan.grid.rows * stride)
-    outside = stitch.anchored_outside(polygons.centroids(outline), _cores(of_tile, stride), everything)
-    number = of_tile[:, 0].astype(np.int64) * plan.grid.cols + of_tile[:, 1]
-    iou = job.settings.stitching.iou
-    lost = place[~stitch.resolve(outline, number, np.concatenate(score), iou=iou, outside=outside)]
-    return {int(b): lost[lost[:, 0] == b, 1] for b in np.unique(lost[:, 0])}
-
-
-def _boxes(rows: pa.Table) -> tuple[polygons.Floats, polygons.Ints]:
-    """Of instances, x0 y0 x1 y1 in work px, (N, 4); and row and column of their tiles, (N, 2)."""
-    return tables.bounds(rows), np.stack([arrow.values(rows[name]) for name in _TILE], 1)
-
-
-def _cores(tiles: polygons.Ints, stride: int) -> polygons.Ints:
-    """The cores of tiles, x0 y0 x1 y1 in work px, (N, 4), not clipped to the slide; tiles: row and column, (N, 2)."""
-    corners = tiles[:, ::-1] * stride
-    return np.concatenate([corners, corners + stride], 1)
 
 
 # -------------------------------------------------------------------------------------------------- export
