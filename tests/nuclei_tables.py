@@ -1,6 +1,7 @@
 """Tables of nuclei for the tests of what reads them."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import shapely
@@ -30,8 +31,15 @@ def write(path: Path, shapes: np.ndarray, seed: int = 0, provenance: tables.Prov
             votes=rng.integers(1, 9, count),
             stains=rng.random((count, len(tables.STAINS))),
             class_score=rng.random(count),
+            artefact=[""] * count,
         )
     return path
+
+
+def append(writer: tables.NucleiWriter, shapes: np.ndarray, **columns: Any) -> None:
+    """Write nuclei whose class is certain, and which lie in no artefact, unless `columns` says otherwise."""
+    usual = {"class_score": np.ones(len(shapes)), "artefact": [""] * len(shapes)}
+    writer.write(shapes, **{**usual, **columns})
 
 
 def blobs(count: int, seed: int = 0) -> np.ndarray:

@@ -192,14 +192,14 @@ class NucleiWriter:
         score: NDArray[np.floating],
         votes: NDArray[np.integer],
         stains: NDArray[np.floating],
-        class_score: NDArray[np.floating] | None = None,
-        artefact: Sequence[str] = (),
+        class_score: NDArray[np.floating],
+        artefact: Sequence[str],
     ) -> None:
         """Append nuclei; the shape of each is measured here.
 
         polygons: object (N,), slide px, each a valid, non-empty Polygon without holes (`polygons.solid`)
-        class_name: (N,) names; artefact: (N,) kinds, each empty where there is none, or () where there is none at all
-        stains: float (N, 10), in the order of `STAINS`; score, votes, class_score: (N,), the last None where all are 1
+        class_name: (N,) names; artefact: (N,) kinds, each empty where there is none
+        stains: float (N, 10), in the order of `STAINS`; score, votes, class_score: (N,)
         Raises ValueError for any other geometry, and for a class that has no colour.
         """
         self._check(polygons, class_name)
@@ -209,14 +209,14 @@ class NucleiWriter:
             "id": self._ids(encoded),
             "geometry": encoded,
             "class": list(class_name),
-            "artefact": list(artefact) or [""] * len(polygons),
+            "artefact": list(artefact),
             "score": score,
             "votes": votes,
             **shapes._asdict(),
             "centroid_x": shapes.centroid[:, 0],
             "centroid_y": shapes.centroid[:, 1],
             **dict(zip(STAINS, stains.T, strict=True)),
-            "class_score": np.ones(len(polygons)) if class_score is None else class_score,
+            "class_score": class_score,
             "bbox": pa.StructArray.from_arrays(list(map(arrow.numbers, extent.T)), fields=list(_BBOX)),
         }
         rows = pa.table([arrow.array(columns[f.name], f.type) for f in _STORED], schema=_STORED)

@@ -98,6 +98,8 @@ def make_table(folder: SlideFolder, nuclei: int) -> None:
                 score=rng.uniform(0.5, 1, count),
                 votes=rng.integers(1, 9, count),
                 stains=rng.random((count, len(tables.STAINS))),
+                class_score=np.ones(count),
+                artefact=[""] * count,
             )
 
 

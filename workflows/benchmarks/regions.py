@@ -80,6 +80,8 @@ def write_nuclei(path: Path, count: int, rng: np.random.Generator) -> None:
                 score=rng.random(size),
                 votes=np.ones(size, int),
                 stains=rng.random((size, len(tables.STAINS))),
+                class_score=np.ones(size),
+                artefact=[""] * size,
             )
 
 

@@ -85,6 +85,8 @@ def write_results(run: RunFolder, slide: Slide, nuclei: int) -> None:
                 score=rng.uniform(0.5, 1, count),
                 votes=np.ones(count, int),
                 stains=rng.random((count, len(STAINS))),
+                class_score=np.ones(count),
+                artefact=[""] * count,
             )
     content = {
         "source_path": str(slide.path.resolve()),

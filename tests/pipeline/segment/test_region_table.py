@@ -13,6 +13,7 @@ import shapely
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nuclei_tables import append
 from pipeline.layout import SlideFolder
 from pipeline.segment import tables
 from pipeline.segment.annotations import place
@@ -34,7 +35,8 @@ def slide(path: Path, nuclei: list[Any] = NUCLEI, artefacts: list[str] | None = 
     xy = np.array([centre for centre, *_ in nuclei], float).reshape(-1, 2) + CORNER
     half = np.array([half for _, half, _ in nuclei], float).reshape(-1, 1)
     with tables.NucleiWriter(folder.nuclei, provenance) as writer:
-        writer.write(
+        append(
+            writer,
             np.asarray(shapely.box(*(xy - half).T, *(xy + half).T), dtype=object),
             class_name=[name for *_, name in nuclei],
             score=np.linspace(0.5, 0.9, len(nuclei)),

@@ -8,6 +8,7 @@ import shapely
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nuclei_tables import append
 from pipeline.model.fitted_stain import TEMPLATE, Normalisation
 from pipeline.segment import tables
 from pipeline.segment.plan import Plan
@@ -164,7 +165,8 @@ def write(path, sides_um, class_name, at):
         "s", (0.5, 0.5), Size(1000, 512), Box(0, 0, 1000, 512), "d", {"Nucleus": (1, 2, 3), "Other": (4, 5, 6)}
     )
     with tables.NucleiWriter(path, provenance) as writer:
-        writer.write(
+        append(
+            writer,
             shapes,
             class_name=class_name,
             score=np.linspace(0.5, 1.0, len(shapes)),

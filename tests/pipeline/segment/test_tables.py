@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import dataset
 
+from nuclei_tables import append
 from pipeline import files
 from pipeline.model import instances
 from pipeline.segment import tables
@@ -53,7 +54,7 @@ def write(path, shapes, columns, cuts=()) -> None:
     with tables.NucleiWriter(path, PROVENANCE) as writer:
         for part in np.split(np.arange(len(shapes)), cuts):
             columns_of_part: dict[str, Any] = {name: np.asarray(values)[part] for name, values in columns.items()}
-            writer.write(shapes[part], **columns_of_part)
+            append(writer, shapes[part], **columns_of_part)
 
 
 # -------------------------------------------------------------------------------------------- instances
@@ -214,7 +215,7 @@ def test_other_slides_have_other_ids(tmp_path):
     for slide in ("one", "two"):
         provenance = tables.Provenance(slide, (1, 1), Size(9, 9), Box(0, 0, 9, 9), "", PROVENANCE.colours)
         with tables.NucleiWriter(tmp_path / slide, provenance) as writer:
-            writer.write(squares(3), **rest(3))
+            append(writer, squares(3), **rest(3))
         ids += tables.read_nuclei(tmp_path / slide, ["id"])["id"].to_pylist()
     assert len(set(ids)) == 6
 
@@ -255,7 +256,7 @@ def test_a_table_of_before_has_certain_classes(tmp_path):
     assert np.isnan(of_several).tolist() == [True] * 9
     one = dataclasses.replace(PROVENANCE, colours={"Nucleus": (200, 30, 30)})
     with tables.NucleiWriter(tmp_path / "nuclei.parquet", one) as writer:
-        writer.write(squares(9), **{**rest(9), "class_name": ["Nucleus"] * 9})
+        append(writer, squares(9), **{**rest(9), "class_name": ["Nucleus"] * 9})
     older = _of_before(tmp_path / "nuclei.parquet")
     pq.write_table(older, tmp_path / "older.parquet", row_group_size=4)
     whole = tables.read_nuclei(tmp_path / "older.parquet")

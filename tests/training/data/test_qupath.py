@@ -19,6 +19,7 @@ from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
 from PIL import Image
 
+from nuclei_tables import append
 from pipeline.config import Export
 from pipeline.errors import AnnotationError
 from pipeline.segment import export, geojson, tables
@@ -396,7 +397,8 @@ def test_what_we_export_can_be_corrected_in_qupath_and_read(tmp_path: Path, cell
     _, drawn = outlines(np.kron(np.array([[1, 0], [2, 3]], np.uint8), np.ones((6, 6), np.uint8)).astype(np.uint8))
     provenance = tables.Provenance("s", (0.25, 0.25), Size(12, 12), Box(0, 0, 12, 12), "d", {"Nucleus": (200, 30, 30)})
     with tables.NucleiWriter(tmp_path / "n.parquet", provenance) as writer:
-        writer.write(
+        append(
+            writer,
             drawn,
             class_name=["Nucleus"] * 3,
             score=np.ones(3),

@@ -14,7 +14,7 @@ import tifffile
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nuclei_tables import PROVENANCE, blobs, write
+from nuclei_tables import PROVENANCE, append, blobs, write
 from pipeline import files
 from pipeline.config import Export
 from pipeline.errors import ConfigError
@@ -31,7 +31,8 @@ def table(path: Path, centres: Sequence[tuple[float, float]], half: list[float],
     x, y = np.add(centres, (10.0, 20.0)).T
     shapes = np.asarray(shapely.box(x - half, y - half, x + half, y + half), dtype=object)
     with tables.NucleiWriter(path, provenance) as writer:
-        writer.write(
+        append(
+            writer,
             shapes,
             class_name=names,
             score=np.ones(len(x)),
@@ -109,7 +110,8 @@ def test_the_last_square_is_no_sliver_made_by_rounding(um_per_px: float, width: 
     )
     shape = np.asarray([shapely.box(width - 8, 10, width + 8, 26)], dtype=object)
     with tables.NucleiWriter(tmp_path / "n.parquet", provenance) as writer:
-        writer.write(
+        append(
+            writer,
             shape,
             class_name=["A"],
             score=np.ones(1),

@@ -12,7 +12,7 @@ import shapely
 
 import dicom_files
 import oracle
-from nuclei_tables import PROVENANCE, blobs, write
+from nuclei_tables import PROVENANCE, append, blobs, write
 from pipeline.archive import run as archive_run
 from pipeline.archive.estimate import estimate_slide
 from pipeline.archive.sources import Source
@@ -117,7 +117,8 @@ def test_what_float32_cannot_hold_is_counted(tmp_path: Path) -> None:
     image = dicom_files.complete(dicom_files.write(tmp_path / "x.dcm", "1.2.3"), provenance.size)
     nuclei = tmp_path / "nuclei.parquet"
     with tables.NucleiWriter(nuclei, provenance) as writer:
-        writer.write(
+        append(
+            writer,
             np.array([shapely.Polygon(square), shapely.Polygon(speck), shapely.Polygon(square + 20)]),
             class_name=["Nucleus"] * 3,
             score=np.array([np.nan, 0.5, 0.25]),

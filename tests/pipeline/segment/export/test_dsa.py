@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import shapely
 
-from nuclei_tables import PROVENANCE, blobs, write
+from nuclei_tables import PROVENANCE, append, blobs, write
 from pipeline.config import Export
 from pipeline.segment import tables
 from pipeline.segment.export.dsa import write_dsa
@@ -55,7 +55,8 @@ def test_what_cannot_be_written_is_left_out(tmp_path: Path) -> None:
     """A number that is not finite; a nucleus that is a point at a hundredth of a pixel, which is counted."""
     speck = shapely.Polygon([(500, 500), (500.001, 500), (500, 500.001)])
     with tables.NucleiWriter(tmp_path / "nuclei.parquet", PROVENANCE) as writer:
-        writer.write(
+        append(
+            writer,
             np.array([*blobs(1), speck]),
             class_name=["Nucleus"] * 2,
             score=np.array([np.inf, 0.5]),

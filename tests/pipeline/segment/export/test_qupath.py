@@ -15,7 +15,7 @@ import shapely
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from nuclei_tables import PROVENANCE, blobs, write
+from nuclei_tables import PROVENANCE, append, blobs, write
 from pipeline.config import Export
 from pipeline.segment import tables
 from pipeline.segment.export import qupath
@@ -284,7 +284,8 @@ def test_numbers_that_are_not_finite_are_left_out(tmp_path):
     stains = np.full((3, len(tables.STAINS)), 0.5)
     stains[:, tables.STAINS.index("eosin")] = np.nan, 0.3, -np.inf
     with tables.NucleiWriter(tmp_path / "nuclei.parquet", PROVENANCE) as writer:
-        writer.write(
+        append(
+            writer,
             blobs(3),
             class_name=["Nucleus"] * 3,
             score=np.array([0.5, np.inf, 1e-7]),
