@@ -35,7 +35,7 @@ from training.config import StainTraining, Training
 from training.data.crops import Batch, Crops, collate
 from training.data.sample import NO_CLASSES, Dataset, Sample, describe_lost
 from training.depthwise import use_fast_gradients
-from training.monitor import HeldOutCrop, Log, held_out_crop, score_held_out
+from training.monitor import LOG_EVERY, HeldOutCrop, Log, held_out_crop, score_held_out
 
 WEIGHTS_FILE, HELD_OUT_FOLDER = "nuclei.safetensors", "held_out"
 
@@ -118,7 +118,9 @@ def fit(
         _update_average(average, model, min(training.average, step / (step + 10)))
         stop = step == training.steps or 0 < limit_s <= seconds
         if process.rank == 0:
-            results.log.losses(step, training.steps, losses, norm, skipped)
+            results.log.add(losses, norm)
+            if stop or step % LOG_EVERY == 0:
+                results.log.losses(step, training.steps, skipped)
             if stop or step % training.save_every == 0:
                 results.write(model, average, optimiser, step, seconds)
         if stop:

@@ -26,7 +26,7 @@ from training.pictures import draw
 
 HELD_OUT_PX = 512  # side, in work pixels, of the part of a held-out image that is scored
 LOSSES_FILE, SCORES_FILE, CURVES_FILE = "losses.csv", "scores.csv", "curves.png"
-LOG_EVERY = 20  # steps to a row of losses
+LOG_EVERY = 20  # steps to a row of losses; the last row may be of fewer
 SHOWN = ("pq", "aji", "dice", "precision", "recall")
 
 
@@ -89,13 +89,14 @@ class Log:
         self.sums: dict[str, Tensor] = {}  # on the device, which so is waited for once a row and not once a number
         self.count, self.since = 0, time.monotonic()
 
-    def losses(self, step: int, steps: int, losses: Mapping[str, Tensor], norm: Tensor, skipped: int) -> None:
-        """Means of the losses since the last row."""
+    def add(self, losses: Mapping[str, Tensor], norm: Tensor) -> None:
+        """Take the losses of a step, and the norm of its gradients, into the next row."""
         for name, value in {**losses, "norm": norm}.items():
             self.sums[name] = self.sums.get(name, torch.zeros((), device=value.device)) + value.detach()
         self.count += 1
-        if step % LOG_EVERY:
-            return
+
+    def losses(self, step: int, steps: int, skipped: int) -> None:
+        """Write a row: the means over the steps since the last one. steps: of the schedule, 0 for one of minutes."""
         means = {name: float(total) / self.count for name, total in self.sums.items()}
         seconds = (time.monotonic() - self.since) / self.count
         append_row(self.out / LOSSES_FILE, {"step": step, **means, "skipped": skipped, "seconds": seconds})

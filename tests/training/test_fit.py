@@ -132,6 +132,11 @@ def test_it_continues_exactly_and_shows_what_it_does(data: Path, tmp_path: Path)
         assert len(list((tmp_path / folder / "held_out").glob("*.png"))) == 1
         with Image.open(tmp_path / folder / "curves.png") as curves:
             assert curves.size[0] > 500
+    for folder, steps in (("whole", ["4"]), ("parts", ["1", "4"])):  # a row at the end, however few steps there were
+        with (tmp_path / folder / "losses.csv").open() as file:
+            rows = list(csv.DictReader(file))
+        assert [row["step"] for row in rows] == steps
+        assert all(float(row["norm"]) > 0 for row in rows)
     assert (tmp_path / "whole" / "scores.csv").read_bytes() == (tmp_path / "parts" / "scores.csv").read_bytes()
     assert max(p.stat().st_size for p in (tmp_path / "whole" / "checkpoint").iterdir()) < 16 * 2**20
     fit([images], tmp_path / "whole", settings, TINY, say=silent)  # done already: nothing to do
