@@ -412,7 +412,13 @@ def test_the_mean_of_weights_is_that_of_their_tensors(tmp_path: Path) -> None:
     refused = average("no", "a", "other")
     assert refused.returncode == 2
     assert "differ in architecture" in refused.stderr
+    assert "other.safetensors has channels 8, not 16" in refused.stderr
+    (tmp_path / "file").touch()
+    impossible = average("file/no", "a", "b")
+    assert (impossible.returncode, impossible.stderr.count("\n")) == (2, 1), impossible.stderr
     assert not (tmp_path / "no.safetensors").exists()
+    assert average("new/folder/one", "a").returncode == 0
+    assert licence(tmp_path / "new" / "folder" / "one.safetensors") == "CC0 1.0"
 
 
 class Empty:

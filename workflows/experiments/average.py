@@ -17,25 +17,35 @@ from pathlib import Path
 import torch
 
 from pipeline.errors import ConfigError, WeightsError
+from pipeline.files import committed, refuse_folder
 from pipeline.model.detector import load_weights, save_weights
 from pipeline.model.weights import find_weights, licence, read_notes
 
 
 def average(files: list[Path], out: Path, terms: str = "", score: float = 0.0) -> None:
-    """Write the mean of `files` to `out`. Raises WeightsError where they differ in architecture, ConfigError.
+    """Write the mean of `files` to `out`, whose folder is made.
 
     score: the threshold that the new file states; 0: that of the first
+    Raises WeightsError where they differ in architecture, ConfigError for another score and where `out` is a folder,
+    OSError where it cannot be written.
     """
+    refuse_folder(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
     models = [load_weights(file) for file in files]
     score = score or models[0].architecture.score
     for model in models:
         model.architecture = dataclasses.replace(model.architecture, score=score)
-    if any(model.architecture != models[0].architecture for model in models):
-        raise WeightsError(f"{', '.join(map(str, files))} differ in architecture: need the same")
+    first = dataclasses.asdict(models[0].architecture)
+    for file, model in zip(files, models, strict=True):
+        theirs = dataclasses.asdict(model.architecture)
+        if differing := [
+            f"{name} {theirs[name]}, not {value}" for name, value in first.items() if theirs[name] != value
+        ]:
+            raise WeightsError(f"the files differ in architecture, {file} has {'; '.join(differing)}: need the same")
     states = [model.state_dict() for model in models]
     mean = {
-        name: torch.stack([state[name] for state in states]).mean(0) if first.is_floating_point() else first
-        for name, first in states[0].items()
+        name: torch.stack([state[name] for state in states]).mean(0) if value.is_floating_point() else value
+        for name, value in states[0].items()
     }
     models[0].load_state_dict(mean)
     last = read_notes(files[-1])
@@ -47,7 +57,8 @@ def average(files: list[Path], out: Path, terms: str = "", score: float = 0.0) -
         notes["mean_of"] = json.dumps([read_notes(file)["sha256"] for file in files])
     if terms := terms or "; ".join(dict.fromkeys(filter(None, map(licence, files)))):
         notes["licence"] = terms
-    save_weights(models[0], out, notes)
+    with committed(out) as part:
+        save_weights(models[0], part, notes)
 
 
 def main() -> int:
@@ -59,7 +70,7 @@ def main() -> int:
     arguments = parser.parse_args()
     try:
         average([find_weights(w) for w in arguments.weights], arguments.out, arguments.licence, arguments.score)
-    except (ConfigError, WeightsError) as error:
+    except (ConfigError, WeightsError, OSError) as error:
         print(f"average: {error}", file=sys.stderr)
         return 2
     return 0
