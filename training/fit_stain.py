@@ -64,6 +64,8 @@ def fit_stain(
         raise AnnotationError("a dataset has no images in its split: need at least one of each")
     if template is not None and not template.exists():
         raise AnnotationError(f"{template}: there is no such file to take as the template")
+    if template is not None:  # now, not after the training: a network that has learnt nothing refuses the same images
+        _fit_template(template, _as_saved(ClusterNet(architecture)))
     out.mkdir(parents=True, exist_ok=True)
     images = [_stain_images(samples, architecture.mpp, training.crop_px, say) for samples in sets]
     images = [of_set for of_set in images if of_set]
@@ -76,12 +78,17 @@ def fit_stain(
     if template is None:
         target = typical_stain(sets, "dcgmm", architecture.mpp, saved)
     else:
-        target = fit_template(template, Stain(method="dcgmm"), Tissue(), architecture.mpp, saved)
+        target = _fit_template(template, saved)
     notes = {"recipe": json.dumps(asdict(training)), "step": str(step), "template": json.dumps(target.to_json())}
     with committed(out / WEIGHTS_FILE) as part:
         dcgmm.save(network, part, notes)
     say(f"stopped at step {step} of {training.steps}: {out / WEIGHTS_FILE}")
     return out / WEIGHTS_FILE
+
+
+def _fit_template(template: Path, network: ClusterNet) -> FittedStain:
+    """The stain of a slide or an image, by this network. Raises StainError and SlideError where it has none."""
+    return fit_template(template, Stain(method="dcgmm"), Tissue(), network.architecture.mpp, network)
 
 
 def _train(

@@ -104,6 +104,7 @@ def test_a_template_can_be_given(tmp_path: Path) -> None:
     Image.new("RGB", (300, 300), "white").save(tmp_path / "white.png")
     with pytest.raises(StainError, match="need"):
         fit_stain([IMAGES], tmp_path / "c", QUICK, TINY, template=tmp_path / "white.png", say=silent)
+    assert not (tmp_path / "c").exists(), "it was refused only after the training"
 
 
 def test_images_without_a_stain_are_left_out_and_said(tmp_path: Path) -> None:
