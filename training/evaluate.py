@@ -25,7 +25,7 @@ from pipeline.files import read_json
 from pipeline.layout import RunFolder
 from pipeline.model.weights import detector_architecture, find_weights
 from pipeline.segment import tables
-from pipeline.segment.record import SlideRecord
+from pipeline.segment.record import LOOK, SlideRecord
 from training import breakdown
 from training.breakdown import Breakdown, Rows
 from training.data.datasets import read_dataset, requested_sets
@@ -136,9 +136,9 @@ def predict(
             writer.writerow([name, repr(image.sample.mpp)])
     results = _run_folder(folder).path
 
-    def pass_on(line: str) -> None:
-        if line.startswith("WARNING") or str(results) not in line:  # they are gone when the user could look
-            say(line)
+    def pass_on(line: str) -> None:  # but for what names the results: they are gone when the user could look
+        if line.startswith("WARNING") or str(results) not in line:
+            say(line.replace(LOOK, ""))
 
     rows = run([manifest], results, settings, execution, say=pass_on)
     for image, row in zip(images, rows, strict=True):

@@ -21,6 +21,9 @@ OF_OTHER_SETTINGS = "done with other settings than the folder's: run it again wi
 ARTEFACT_AREAS = {kind: f"{kind.replace(' ', '_')}_mm2" for kind in KINDS}
 "Which of `Counts` holds the area of a kind of artefact."
 
+LOOK = "look at overlay.jpg; "
+"Part of a remark. Where nobody can look, as the results are not kept, it is left out."
+
 _ARTEFACT_SHARE = 0.05  # of the tissue: less is usual
 
 _TOUCHING_SHARE = 0.001  # of the nuclei: a few at the edges are clumps, more are a margin that is too small
@@ -217,7 +220,7 @@ def remarks(record: SlideRecord, summary: Mapping[str, Any], notes: tuple[str, .
     """
     counts, said = record.work.counts, list(notes)
     if record.tissue_mm2 and not counts.nuclei:
-        said.append("no nuclei were found: look at overlay.jpg; is it stained with H&E, and is the scale right?")
+        said.append(f"no nuclei were found: {LOOK}is it stained with H&E, and is the scale right?")
     if counts.area_lost_mm2:
         said.append(
             f"{counts.area_lost_mm2:.3g} mm² of tiles, glass included, have no result: unreadable, or the device had "

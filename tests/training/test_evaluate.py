@@ -16,10 +16,11 @@ from PIL import Image
 from pipeline.archive.sources import find_slides
 from pipeline.config import Architecture, Detector, Execution, Settings, Stain, Stitching, Tiling, Tissue
 from pipeline.errors import AnnotationError
+from pipeline.layout import RESULTS
 from pipeline.model import inference
 from pipeline.model.detector import NucleusDetector, save_weights
 from pipeline.model.fitted_stain import Normalisation
-from pipeline.model.instances import STATISTICS, HostInstances, Patches
+from pipeline.model.instances import STATISTICS, HostInstances, Patches, empty
 from pipeline.model.weights import content_sha256
 from pipeline.segment.record import SlideRecord
 from training import evaluate as evaluating
@@ -210,6 +211,22 @@ def test_an_image_that_cannot_be_segmented_is_named(
     data = draw_dataset(tmp_path / "data", {"a1": 3}, classes=False)
     with pytest.raises(AnnotationError, match="a1 could not be segmented: no such luck"):
         evaluate(gather([data]), settings, ONE)
+
+
+def test_no_warning_names_a_file_of_results_that_are_gone(
+    tmp_path: Path, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is lost or looks wrong is said as `run` says it, but for where it tells to look."""
+
+    def blind(patches: Patches, normalisation: Normalisation, settings: Settings) -> Iterator[HostInstances]:
+        yield from (empty(SIDE) for _ in patches)
+
+    monkeypatch.setattr(inference, "detect_patches", blind)
+    data, said = draw_dataset(tmp_path / "data", {"a1": 3}, classes=False), list[str]()
+    evaluate(gather([data]), settings, ONE, say=said.append)
+    lines = [line for text in said for line in text.splitlines()]
+    assert "    WARNING: no nuclei were found: is it stained with H&E, and is the scale right?" in lines
+    assert not [line for line in lines if any(name in line for name in RESULTS)]
 
 
 def test_every_image_is_handed_over_with_its_own_scale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
