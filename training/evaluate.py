@@ -249,11 +249,6 @@ def tally_image(labelled: LabelledImage, detections: Detections, mpp: float, cla
     return ImageTallies(tally(whole), tuple(map(tally, apart)), rows)
 
 
-def summary(tallies: Sequence[Tally]) -> Summary:
-    """The measures of several images together."""
-    return Summary(mean([measure(t) for t in tallies]), measure(pool(tallies)))
-
-
 def summarise(
     images: Sequence[EvaluationImage], classes: Sequence[str], tallies: Sequence[ImageTallies], about: dict[str, Any]
 ) -> Evaluation:
@@ -267,7 +262,7 @@ def summarise(
         name: [t for t in (of_image.classes[i] for of_image in tallies) if t.truth or t.detected]
         for i, name in enumerate(classes)
     }
-    summaries = {name: summary(of_class) for name, of_class in by_class.items() if of_class}
+    summaries = {name: _summary(of_class) for name, of_class in by_class.items() if of_class}
     return Evaluation(
         about,
         {image.name: measure(of_image.whole) for image, of_image in zip(images, tallies, strict=True)},
@@ -277,8 +272,8 @@ def summarise(
             }
             for image, of_image in zip(images, tallies, strict=True)
         },
-        {kind: {n: _summary(t) for n, t in sorted(named.items())} for kind, named in within.items()},
-        _summary(tallies),
+        {kind: {n: _summary([i.whole for i in t]) for n, t in sorted(named.items())} for kind, named in within.items()},
+        _summary([of_image.whole for of_image in tallies]),
         summaries,
         _over_classes(summaries, len(tallies)) if summaries else None,
         _breakdown(tallies),
@@ -292,8 +287,9 @@ def _over_classes(summaries: Mapping[str, Summary], images: int) -> Summary:
     return Summary(*(scores._replace(images=images) for scores in means))
 
 
-def _summary(images: Sequence[ImageTallies]) -> Summary:
-    return summary([of_image.whole for of_image in images])
+def _summary(tallies: Sequence[Tally]) -> Summary:
+    """The measures of several images together, each of which has a tally."""
+    return Summary(mean([measure(t) for t in tallies]), measure(pool(tallies)))
 
 
 def _breakdown(images: Sequence[ImageTallies]) -> Breakdown:

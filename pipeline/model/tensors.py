@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import WeightsError
-from pipeline.model.weights import notes_sha256, read_notes
+from pipeline.model.weights import NOTES_SHA256, notes_sha256, read_notes
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -39,7 +39,7 @@ def save(network: nn.Module, architecture: Any, path: Path, notes: Mapping[str, 
         "architecture": json.dumps(dataclasses.asdict(architecture)),
         "sha256": _tensors_sha256(tensors),
     }
-    metadata["notes_sha256"] = notes_sha256(metadata)
+    metadata[NOTES_SHA256] = notes_sha256(metadata)
     # save_file would make a file that its owner alone may read
     path.write_bytes(_in_order(safetensors.torch.save(tensors, metadata)))
 

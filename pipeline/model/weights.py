@@ -22,7 +22,7 @@ from slides.errors import SlideNotFound
 
 T = TypeVar("T")
 
-_NOTES_SHA256 = "notes_sha256"
+NOTES_SHA256 = "notes_sha256"  # the note that holds the checksum of all others
 
 
 def shipped() -> tuple[str, ...]:
@@ -112,14 +112,14 @@ def read_notes(path: Path) -> dict[str, str]:
             notes = dict(file.metadata() or {})
     except (OSError, safetensors.SafetensorError) as error:
         raise WeightsError(f"{path} is not a whole safetensors file ({error}): download or copy it again") from error
-    if notes.get(_NOTES_SHA256, notes_sha256(notes)) != notes_sha256(notes):  # older files have none
+    if notes.get(NOTES_SHA256, notes_sha256(notes)) != notes_sha256(notes):  # older files have none
         raise WeightsError(f"{path} is damaged: its notes do not match their checksum; download or copy it again")
     return notes
 
 
 def notes_sha256(notes: Mapping[str, str]) -> str:
     """The checksum of all notes of a weights file but itself."""
-    rest = {name: value for name, value in notes.items() if name != _NOTES_SHA256}
+    rest = {name: value for name, value in notes.items() if name != NOTES_SHA256}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 

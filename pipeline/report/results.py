@@ -78,7 +78,7 @@ class SlideResult:
     @property
     def classes(self) -> Mapping[str, int]:
         """How many of its nuclei are of each class; empty where that is not known."""
-        return {str(name): int(count) for name, count in (self.summary or {}).get("classes", {}).items()}
+        return {str(name): int(count) for name, count in self.summary.get("classes", {}).items()}
 
     @property
     def median_area(self) -> float:
