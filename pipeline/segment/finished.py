@@ -23,7 +23,7 @@ from pipeline.segment.summary import summarise
 from pipeline.segment.tables import checked_between_groups
 from pipeline.text import one_line
 from slides.errors import NightslideError, ScaleUnknown
-from slides.slide import open_slide
+from slides.slide import Slide, open_slide
 
 
 def finish_slide(job: Job, record: SlideRecord) -> SlideRecord:
@@ -66,14 +66,22 @@ def is_unchanged(origin: Origin, content: Mapping[str, Any]) -> bool:
     return (origin.bytes, origin.mtime_ns) == (content.get("source_bytes"), content.get("source_mtime_ns"))
 
 
+def check_same_file(slide: Slide, quick_hash: str, file: str, advice: str) -> None:
+    """Raise SlideChanged where a slide is another file than the one whose quick hash was recorded.
+
+    file, advice: for the message: which file it should be, such as "the file that these results are of"; what to do
+    """
+    if slide.quick_hash != quick_hash:
+        raise SlideChanged(
+            f"{slide.path.name} is not {file} ({slide.quick_hash[:12]}, was {quick_hash[:12]}): {advice}"
+        )
+
+
 def check_same_source(source: Path, content: Mapping[str, Any]) -> None:
     """Raise SlideChanged where a slide, which is opened, is another than the one in a slide.json."""
     with open_slide(source, mpp=1.0) as slide:
-        if slide.quick_hash != content["quick_hash"]:
-            raise SlideChanged(
-                f"{source.name} is not the file that these results are of ({slide.quick_hash[:12]}, was "
-                f"{content['quick_hash'][:12]}): put it back, or give --overwrite"
-            )
+        of_results = "the file that these results are of"
+        check_same_file(slide, content["quick_hash"], of_results, "put it back, or give --overwrite")
 
 
 def stated_mpp(source: Path) -> float | None:

@@ -32,7 +32,7 @@ from pipeline.model.device import compute, computes_on
 from pipeline.model.fitted_stain import UNCHANGED, Normalisation
 from pipeline.model.instances import HostInstances, Patches, select
 from pipeline.segment import annotations, pictures, polygons, stain_trial, stitch, tables
-from pipeline.segment.finished import check_exports, write_exports
+from pipeline.segment.finished import check_exports, check_same_file, write_exports
 from pipeline.segment.job import Job
 from pipeline.segment.nuclei import write_nuclei
 from pipeline.segment.plan import (
@@ -113,11 +113,8 @@ def _check_same_slide(plan: Plan, slide: Slide, job: Job) -> None:
             f"{name}: work was started at {plan.scale.x} um/px ({plan.scale.source}), now it has {slide.scale.x} "
             f"({slide.scale.source}): give the same scale, or --overwrite"
         )
-    if plan.quick_hash != slide.quick_hash:
-        raise SlideChanged(
-            f"{name} is not the file this work was started on ({slide.quick_hash[:12]}, was {plan.quick_hash[:12]}): "
-            f"give --overwrite, or put the slide back"
-        )
+    of_work = "the file this work was started on"
+    check_same_file(slide, plan.quick_hash, of_work, "give --overwrite, or put the slide back")
 
 
 def remove_work(job: Job) -> None:

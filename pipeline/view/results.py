@@ -10,14 +10,14 @@ from typing import Any, TypeVar
 from pipeline import files
 from pipeline.archive.ledger import read_columns
 from pipeline.config import require
-from pipeline.errors import RunError, SlideChanged
+from pipeline.errors import RunError
 from pipeline.layout import RunFolder, SlideFolder
-from pipeline.segment.finished import remedy
+from pipeline.segment.finished import check_same_file, remedy
 from pipeline.text import printable
 from pipeline.view.deep_zoom import DeepZoom
 from pipeline.view.nuclei import NucleusTiles
 from slides.errors import SlideError
-from slides.slide import Slide, open_slide
+from slides.slide import open_slide
 
 _OPEN_SLIDES = 4
 _TABLES_IN_MEMORY = 2
@@ -98,7 +98,8 @@ class Results:
         for path in self._places(source):
             try:
                 slide = open_slide(path, mpp=mpp)
-                _check_same(slide, quick_hash)
+                of_results = "the file that the results are of"
+                check_same_file(slide, quick_hash, of_results, f"put that one back into {path.parent}")
                 return DeepZoom(slide)
             except SlideError as error:
                 problems.append(error)
@@ -110,15 +111,6 @@ class Results:
             if source.name in names:
                 yield Path(inside, source.name)
         yield source
-
-
-def _check_same(slide: Slide, quick_hash: str) -> None:
-    """Raise SlideChanged where a slide is another than the one of the results."""
-    if slide.quick_hash != quick_hash:
-        raise SlideChanged(
-            f"{slide.path} is not the file that the results are of ({slide.quick_hash[:12]}, was {quick_hash[:12]}): "
-            f"put that one back"
-        )
 
 
 def _recent(limit: int, make: Callable[[int, int | None], T]) -> Callable[[int, int | None], T]:

@@ -110,7 +110,7 @@ def test_another_slide_of_the_same_name_is_not_shown(finished: Finished, tmp_pat
     others = tmp_path / "others"
     others.mkdir()
     oracle.paint(others / f"{FIRST}.png", 5)
-    with pytest.raises(SlideChanged, match=r"is not the file that the results are of .*--slides DIR"):
+    with pytest.raises(SlideChanged, match=r"is not the file that the results are of .*back into .*others; .*--slides"):
         Results(RunFolder(copy.run), others).picture(0)
     shutil.copytree(copy.slides, others / "here")  # among several of this name it is the one that fits
     assert Results(RunFolder(copy.run), others).picture(0).slide.path.parent.name == "here"
