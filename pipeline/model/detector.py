@@ -265,7 +265,10 @@ def _size(images: Tensor) -> tuple[int, int]:
 
 
 def _saturated(kept: int, offered: int, limits: Limits) -> bool:
-    """Whether a patch may hold more than what was kept of its proposals."""
+    """Whether a patch may hold more nuclei than were kept: a limit, of the instances or of the proposals, was reached.
+
+    kept: boxes that survived non-maximum suppression; offered: proposals that they come from
+    """
     return kept > limits.instances or (
         offered >= limits.proposals and kept > limits.proposals // _PROPOSALS_PER_INSTANCE
     )
@@ -281,8 +284,9 @@ def _anchor_shapes(generator: AnchorGenerator, device: torch.device) -> Tensor:
 def _peaks(logits: Tensor) -> Tensor:
     """Objectness (B, A, h, w) of the anchors that no neighbour of the same shape exceeds; of all others -inf.
 
-    An anchor beside a better one gives nearly the same proposal, which NMS would drop. Without these, the limits cut
-    off none in a usual patch, so that what is proposed for a nucleus does not depend on the rest of its patch.
+    An anchor beside a better one gives nearly the same proposal, which NMS would drop later. When such anchors are left
+    out first, a usual patch stays below the limits, so what is proposed for a nucleus does not depend on what else its
+    patch holds.
     """
     return logits.where(logits == _largest_around(logits), -torch.inf)
 
@@ -314,7 +318,10 @@ def _convolvable(rows: Tensor) -> Tensor:
 
 
 def _of_class(values: Tensor, class_index: Tensor) -> Tensor:
-    """values: (N, 1 + K, ...), the first of the background -> (N, ...), each of its class, int64 (N,) from 0."""
+    """Of each row, the values of its own class: (N, 1 + K, ...) -> (N, ...).
+
+    values: of the background and of K classes; class_index: int64 (N,), the class of each row, from 0
+    """
     index = class_index.view(-1, *[1] * (values.dim() - 1)).expand(-1, 1, *values.shape[2:])
     return values[:, 1:].gather(1, index).squeeze(1)
 

@@ -36,10 +36,11 @@ def fuse(patches: Sequence[Sequence[Candidates]], limits: Limits, classes: int) 
     """Fuse the boxes that several views give each patch of a batch, all in the patch's frame.
 
     patches: of each patch, the candidates of every view; classes: how many there are
-    limits: boxes that overlap by more than its IoU are one, and need its score in the mean over all views
-    The best boxes lead (non-maximum suppression over all views); every other box joins the leader it overlaps
-    most, and of each view a leader counts the best. The fused box is the mean weighted by score, the class
-    the one of the highest summed score.
+    limits: boxes that overlap by more than its IoU `nms` are one; one is kept if its mean score over all views is at
+        least `score`
+    Non-maximum suppression over the boxes of all views together decides which boxes lead. Every other box joins the
+    leader that it overlaps most; of the boxes that one view gives a leader, only the best counts. The fused box is the
+    mean of these, weighted by their scores, and the class is the one with the highest sum of scores.
     Laws: one view is returned as it is, with one vote each; the order of the views does not matter, to the bit;
     neither do the other patches.
     """

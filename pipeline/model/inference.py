@@ -29,12 +29,13 @@ _GLASS = 255
 def detect_patches(patches: Patches, normalisation: Normalisation, settings: Settings) -> Iterator[HostInstances]:
     """The instances of each of the patches uint8 (h, w, 3), as numpy arrays, in the order of the patches.
 
-    For a GPU the patches are copied to where it takes them from in this call, before the first instances are asked for:
-    meanwhile it may compute for another thread.
-    normalisation: of the slide that the patches were cut from. A batch is of patches of one size, wherever they stand;
-    on a GPU they are filled up to few sizes (`_usual_sides`).
-    Where the device has no memory for a batch, batches are smaller from then on. A patch that it has no memory for
-    on its own is detected in quarters (`split`), and where it has none for the smallest of those either it is `lost`.
+    For a GPU this call copies the patches into pinned memory, before the first instances are asked for, so that the GPU
+    may compute for another thread meanwhile.
+    normalisation: of the slide that the patches were cut from
+    A batch is made of patches of one size, which need not be neighbours in `patches`; for a GPU all patches are first
+    filled up with glass to a few sizes (`_usual_sides`). Where the device has no memory for a batch, this process makes
+    its batches smaller from then on. A patch for which there is no memory even when it is alone is detected in quarters
+    (`split`); where there is none for the smallest quarters either, the patch has no instances and is marked `lost`.
     Law: the instances of a patch that fits depend neither on the other patches nor on whether those fit.
     """
     on_gpu = choose_device(settings.detector.device).type == "cuda"
@@ -129,9 +130,10 @@ def _usual_sides(sides: Sides, settings: Settings) -> Sides:
 
 
 def _usual_number(count: int, settings: Settings) -> int:
-    """Patches in a batch, up to which glass is appended: 1, 2, 4, 8, ... or the largest batch, as a GPU plans for each.
+    """The number of patches that a batch of `count` patches is filled up to, with patches of glass.
 
-    On a CPU as many as there are.
+    On a GPU it is 1, 2, 4, 8, ... or the size of the largest batch, because the GPU plans every convolution anew for
+    each number of patches. On a CPU it is `count`: nothing is added.
     """
     if choose_device(settings.detector.device).type == "cpu":
         return count
@@ -139,7 +141,11 @@ def _usual_number(count: int, settings: Settings) -> int:
 
 
 def _cropped(patch: HostInstances, size: Sides) -> HostInstances:
-    """The instances of a patch that was filled up, without what lies right of this width or below this height."""
+    """The instances of a patch that was filled up with glass, without the part of them that lies in the glass.
+
+    size: height and width of the patch before it was filled up. Instances beyond it are left out; the box of one that
+    crosses its edge ends there, and the rest of the mask is stretched over the M x M grid of the smaller box.
+    """
     edge = np.array(size[::-1], np.float32)
     patch = instances.select(patch, np.flatnonzero((patch.boxes[:, :2] < edge).all(1)))
     crossing = np.flatnonzero((patch.boxes[:, 2:] > edge).any(1))
@@ -201,7 +207,8 @@ def _stain_density(images: Tensor, boxes: Sequence[Tensor], masks: Tensor) -> Te
 def _download(batch: Sequence[Instances[Tensor]], images: Tensor) -> list[Instances[Tensor]]:
     """A batch's instances on the host, with the stain density that each has in `images`, in one copy.
 
-    A GPU waits for every copy, so all columns go as the bytes of one table. Masks have 256 levels from here on.
+    The host waits for the GPU at every copy, so the columns are joined to one table of bytes, which is copied once and
+    taken apart again. From here on masks are uint8: they have 256 levels.
     """
     whole = instances.concat(batch)
     density = _stain_density(images, [patch.boxes for patch in batch], whole.mask_probs)
@@ -256,9 +263,11 @@ def _attempt(batch: Tensor, normalisation: Normalisation, settings: Settings) ->
 def _in_quarters(
     patch: NDArray[np.uint8], normalisation: Normalisation, settings: Settings
 ) -> Instances[Tensor] | None:
-    """A patch (H, W, 3) in quarters, and those in quarters again where need be; None where that fails too.
+    """The instances of a patch (H, W, 3) that is detected in quarters, for want of memory for the whole.
 
-    The next patch is tried as a whole again: it may hold less, and detection in a whole patch is better.
+    A quarter that is too large as well is divided in the same way. None where even the smallest quarters need more
+    memory than there is. The caller tries the next patch as a whole again: it may hold fewer nuclei, and a whole patch
+    gives better results.
     """
     step = side_step(load.detector(settings.detector).model.architecture.upscale)
     parts = quarters(patch.shape[:2], settings.tiling.margin, step)

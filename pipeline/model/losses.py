@@ -84,9 +84,9 @@ def match_anchors(boxes: Sequence[Tensor], grids: Sequence[Tensor], matcher: Mat
 
     boxes: of the nuclei of each image, (N, 4); grids: as in `proposal_losses`
     Returns int64 (B, sum h * w * A).
-    What torchvision's Matcher gives for their matrix of IoU, with low-quality matches: the anchors that overlap a
-    nucleus most are positive, however little that is. Images are compared one by one, which suits a processor's cache;
-    on a GPU together, for there each call costs more than its work.
+    It is what torchvision's Matcher gives for the matrix of IoU, low-quality matches included: the anchors that overlap
+    a nucleus most are positive, however little they overlap it. On a CPU images are compared one by one, so that each
+    matrix fits into the cache; on a GPU together, because there a call costs more than the work in it.
     """
     if boxes[0].device.type == "cpu":
         return torch.cat([_match(b[None], torch.ones(1, len(b), dtype=torch.bool), grids, matcher) for b in boxes])

@@ -16,8 +16,8 @@ from pipeline.model.detector import SMALL_PX, NucleusDetector
 def fold(model: NucleusDetector) -> NucleusDetector:
     """Fold every batch norm into the convolution that feeds it, in place: for inference only, which it makes faster.
 
-    Which one that is, a small image shows: a network may register them in any order, and norm what it adds up. Such a
-    norm stays.
+    A network may register its layers in any order, so a small image is passed through it to see which convolution each
+    norm takes its input from. A norm whose input is no convolution's output, such as a sum, stays as it is.
     Law: the folded model gives the same features, within rounding.
     """
     pairs = _normed_convolutions(model)
@@ -65,8 +65,9 @@ def _normed_convolutions(model: NucleusDetector) -> dict[nn.Module, nn.Conv2d]:
 def widen_kernels(model: NucleusDetector) -> NucleusDetector:
     """Give convolutions that pad one side of their input more than the other a wider kernel, in place: for a CPU.
 
-    With a stride of 2 and TensorFlow's padding, timm copies the largest maps first. A kernel that begins with a row and
-    a column of zeros, and pads both sides alike, computes the same. On a GPU it was not tried.
+    With a stride of 2, TensorFlow pads unevenly; timm imitates that by copying the input, and these inputs are the
+    largest maps of all. A kernel with an additional first row and column of zeros needs even padding, which is done
+    without a copy, and computes the same. On a GPU it was not tried.
     Law: the same bits, for images whose sides are multiples of the coarsest stride.
     """
     for name, module in list(model.named_modules()):
@@ -83,7 +84,8 @@ def widen_kernels(model: NucleusDetector) -> NucleusDetector:
 def slice_widest(model: NucleusDetector) -> NucleusDetector:
     """Have the block of timm's with the widest map compute it a few channels at a time, in place: for a CPU.
 
-    Widened before its resolution is halved, that map takes 177 MB for a patch of 1280 px. The model is folded.
+    The block multiplies the channels before it halves their resolution; in between, the map of a patch of 1280 px would
+    take 177 MB. The model must have been folded.
     Law: the same bits.
     """
     for name, module in model.backbone.named_modules():

@@ -32,11 +32,12 @@ class Quarter(NamedTuple):
 
 
 def quarters(size: tuple[int, int], margin: int, step: int) -> tuple[Quarter, ...]:
-    """The four quarters of a patch of this height and width, px, which read at least `margin` px of each other.
+    """The four quarters of a patch of this height and width, px; each reads at least `margin` px of its neighbours.
 
-    step: what each reads is a multiple of it (`config.side_step`). Along an axis where a half would read all, the patch
-    is not divided: so they are two in a long patch, and none in a small one.
-    Law: every box of the patch is owned by one quarter.
+    step: the sides of what a quarter reads are multiples of it (`config.side_step`)
+    Along an axis where a half would have to read the whole side, the patch is not divided. So a long and narrow patch
+    has two parts, and a small one has none: the result is then empty.
+    Law: where there are any, every box of the patch is owned by one of them.
     """
     rows, columns = (_halves(side, margin, step) for side in size)
     parts = tuple(
@@ -48,7 +49,10 @@ def quarters(size: tuple[int, int], margin: int, step: int) -> tuple[Quarter, ..
 
 
 def _halves(side: int, margin: int, step: int) -> list[tuple[tuple[int, int], tuple[int, int]]]:
-    """Along one axis, what each half of a patch owns and reads; the whole where a half would read all of it."""
+    """Along one axis, what each half of a patch owns and what it reads: pairs of (start, stop), px.
+
+    Where a half would have to read the whole side, the only part is the whole.
+    """
     half = side // 2
     read = -(-(half + margin) // step) * step
     if read >= side:

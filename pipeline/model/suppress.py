@@ -18,12 +18,13 @@ _BEYOND_PX = 64
 def suppress(
     boxes: Tensor, scores: Tensor, patch: Tensor, level: Tensor, patches: int, *, iou: float
 ) -> tuple[Tensor, list[int]]:
-    """Of boxes of one patch and level that overlap by more than `iou`, keep the best.
+    """Of boxes that overlap by more than `iou` keep the best; only boxes of one patch and one level are compared.
 
-    boxes: float32 (N, 4), from -_BEYOND_PX; patch: int (N,), ascending, below `patches`; level: int64 (N,)
-    Returns indices of what is kept, patch by patch, best first, and how many they are in each patch.
-    On a CPU each patch is a call of its own, which takes less time there, and of equal scores the first is the best.
-    On a GPU a call is of as many patches as have up to _BOXES_AT_ONCE boxes together, or of one.
+    boxes: float32 (N, 4), no coordinate below -_BEYOND_PX; level: int64 (N,)
+    patch: int (N,), the number of each box's patch, ascending; patches: how many there are
+    Returns the indices of the boxes that are kept, patch by patch and the best first, and how many each patch keeps.
+    On a CPU the patches are taken one by one, which takes less time there, and of equal scores the first is the best.
+    On a GPU as many are taken together as have up to _BOXES_AT_ONCE boxes.
     """
     if len(boxes) == 0:
         return patch, [0] * patches
@@ -47,7 +48,10 @@ def suppress(
 
 
 def _grouped(sizes: list[int]) -> list[int]:
-    """Sums of neighbouring sizes, each up to _BOXES_AT_ONCE or of one alone."""
+    """Neighbouring patches joined to groups -> how many boxes each group has.
+
+    sizes: how many boxes each patch has. A group has at most _BOXES_AT_ONCE boxes, unless it is a single patch.
+    """
     sums = [0]
     for size in sizes:
         if sums[-1] and sums[-1] + size > _BOXES_AT_ONCE:

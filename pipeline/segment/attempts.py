@@ -10,10 +10,10 @@ Attempt = tuple[float, float]
 
 
 def begin(folder: SlideFolder, started: float) -> list[Attempt]:
-    """Note in the work folder that an attempt began at `started`. Returns those before it; safe to repeat.
+    """Note in the work folder that an attempt began at `started`, and return the attempts before it. Safe to repeat.
 
-    An attempt that was interrupted ended, as far as is known, with the last block that it finished; one that finished
-    none is left out.
+    When an attempt was interrupted is recorded nowhere, so it is taken to have ended when its last block was written.
+    An attempt that finished no block is left out.
     """
     noted = files.read_checked_json(folder.attempts) or {"before": [], "started": started}
     before: list[Attempt] = [(since, until) for since, until in noted["before"]]

@@ -177,9 +177,10 @@ def rewrite_exports(folder: SlideFolder, export: Export) -> dict[str, Exported]:
 
 
 def _crop_of_outlines(export: Export, content: Mapping[str, Any]) -> bool | None:
-    """Whether outlines start at the corner of the bounds, once the exports are made; None: as they are.
+    """Where the outlines of tissue and artefacts are to start, once `export` is made: see `rewrite_exports`.
 
     content: of slide.json, before the exports are noted in it
+    Returns True for the corner of the slide's bounds, False for that of the whole slide, None for where they are.
     """
     if "qupath" not in export.formats:
         crop: bool | None = content.get("files", {}).get(EXPORTS["qupath"], {}).get("options", {}).get("crop")
@@ -201,7 +202,10 @@ def _placed(folder: SlideFolder, crop: bool | None) -> list[str]:
 
 
 def _read_whole(folder: SlideFolder) -> dict[str, Any] | None:
-    """The content of slide.json; None where it is missing or damaged: it would get a checksum that fits the damage."""
+    """The content of slide.json; None where it is missing or damaged.
+
+    A damaged one is not to be written again: it would get a new checksum, which would fit the damage.
+    """
     content = files.read_json(folder.slide_json)
     return content if content is not None and files.fits_checksum(content) else None
 

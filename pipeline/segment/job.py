@@ -46,7 +46,7 @@ def slide_digest(settings: Settings, regions: tuple[str, bool] | None) -> str:
 
 @dataclass(frozen=True)
 class Job:
-    """Paths and numbers only: it is sent with every task.
+    """A slide, and how it is processed. It holds paths and numbers only, as it is sent to the worker with every task.
 
     source: the file to open: the slide, or a copy of it.
     scale: what the user states of it.

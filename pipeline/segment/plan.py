@@ -64,7 +64,8 @@ class Plan(NamedTuple):
     def trimmed(self, tile: Tile) -> Box:
         """The part of a tile's patch that the detector is given, work px: the core's tissue and the margin around it.
 
-        It does not depend on regions, so that these change no nucleus.
+        It is that of the whole slide's tissue also where a run is restricted to regions: a nucleus then looks the same
+        to the detector, with regions or without, and has the same outline.
         """
         return trim(tile, self.whole_tissue.bounds_in(tile.core), self.grid.margin, self.step)
 

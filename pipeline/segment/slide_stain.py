@@ -59,8 +59,9 @@ def fit_slide(slide: Slide, tissue: TissueMap, settings: Stain, network: "Cluste
 def spread(tissue: TissueMap, count: int, side: int) -> list[Box]:
     """At most `count` squares spread evenly over the tissue, in work px; within the slide where it is large enough.
 
-    The tissue is divided into strips of rows of equal area, and each of these into as many parts, side by side; in the
-    middle of each part is a square.
+    The tissue is cut into horizontal strips, about as many as the square root of `count`, and every strip from left to
+    right into parts; all parts hold the same area of tissue. A square is centred on a tissue pixel in the middle of
+    each part.
     """
     rows, columns = np.nonzero(tissue.mask)  # row by row
     count = min(count, len(rows))

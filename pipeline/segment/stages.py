@@ -214,8 +214,8 @@ def block_record(job: Job, block: int) -> StageRecord | None:
 def detect_block(job: Job, block: int, before: StageRecord, detect: Detect | None = None) -> StageRecord:
     """Patches of one block, trimmed to the tissue -> their instances, committed in one rename; then they are deleted.
 
-    detect: replaces the detector. It is called once the patches are in memory, and computes when instances are asked
-    for: two of these in one process take turns at that, and while one computes the other one reads.
+    detect: replaces the detector. It is called once the patches are in memory, and computes only when its iterator is
+    advanced. Two calls of this function in one process take turns at computing: while one does, the other reads.
     Raises LeaseLost between two patches once the slide is not ours any more, as when the run is interrupted.
     """
     plan = read_plan(job.folder, job.digest)
