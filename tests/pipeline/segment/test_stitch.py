@@ -414,6 +414,7 @@ def test_neighbours_that_touch_and_empty_outlines_are_kept() -> None:
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(0, 30), st.sampled_from([0.3, 0.5, 1.0]))
+@example(107694867, 18, 1.0)
 def test_which_outlines_are_kept_does_not_depend_on_their_order(seed: int, count: int, share: float) -> None:
     rng = np.random.default_rng(seed)
     shapes = discs(
@@ -425,11 +426,12 @@ def test_which_outlines_are_kept_does_not_depend_on_their_order(seed: int, count
     again = mask_nms(shapes[order], score[order], share=share)
     assert set(shapely.to_wkb(shapes[stays])) == set(shapely.to_wkb(shapes[order][again]))
     kept = shapes[stays]
+    rounding = 1e-9  # the last bits of the area that two discs share depend on which is named first
     for i, one in enumerate(kept):
         for other in kept[:i]:
-            assert one.intersection(other).area < share * min(one.area, other.area)
+            assert one.intersection(other).area < share * min(one.area, other.area) + rounding
     for one in shapes[~stays]:
-        assert any(one.intersection(k).area >= share * min(one.area, k.area) for k in kept)
+        assert any(one.intersection(k).area >= share * min(one.area, k.area) - rounding for k in kept)
 
 
 @given(seed=st.integers(0, 2**32 - 1), share=st.sampled_from([0.1, 0.5, 0.9]))
