@@ -15,8 +15,6 @@ from typing import Any
 
 from pipeline.archive import ledger
 from pipeline.archive.command import Command
-from pipeline.archive.execution import check_execution, open_executor, starts_processes
-from pipeline.archive.executors import Executor
 from pipeline.archive.failures import first_error
 from pipeline.archive.known import KnownSlides
 from pipeline.archive.lease import Leases
@@ -29,7 +27,6 @@ from pipeline.archive.manifest import (
     resolve,
     versions,
 )
-from pipeline.archive.processes import ask, stop_in_a_starting_worker
 from pipeline.archive.progress import Progress
 from pipeline.archive.region_files import with_regions
 from pipeline.archive.slide_stages import SlideStages
@@ -37,7 +34,10 @@ from pipeline.archive.slots import FairSlots
 from pipeline.archive.sources import Inputs, Source, find_slides
 from pipeline.archive.staging import Staging
 from pipeline.archive.stream import Stream
-from pipeline.archive.watch import ExecutorWatch
+from pipeline.archive.workers.execution import check_execution, open_executor, starts_processes
+from pipeline.archive.workers.executors import Executor
+from pipeline.archive.workers.processes import ask, stop_in_a_starting_worker
+from pipeline.archive.workers.watch import ExecutorWatch
 from pipeline.config import Execution, Settings, require_kind
 from pipeline.errors import RunError
 from pipeline.layout import RunFolder

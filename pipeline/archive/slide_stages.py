@@ -8,10 +8,10 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
-from pipeline.archive.executors import Executor, run_task
 from pipeline.archive.failures import first_error
 from pipeline.archive.progress import Progress
 from pipeline.archive.stream import Stream, Waits
+from pipeline.archive.workers.executors import Executor, run_task
 from pipeline.errors import RunError, ScratchLost
 from pipeline.segment import attempts, finished
 from pipeline.segment.attempts import Attempt

@@ -10,8 +10,8 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from pipeline.archive.executors import Executor
 from pipeline.archive.slots import FairSlots
+from pipeline.archive.workers.executors import Executor
 from pipeline.segment.stages import Stage
 
 _RECENT = 0.1  # weight of the latest block in the mean times

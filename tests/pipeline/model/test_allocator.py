@@ -134,7 +134,7 @@ print(os.environ.get("ONEDNN_PRIMITIVE_CACHE_CAPACITY"), os.environ.get("LRU_CAC
 @pytest.mark.parametrize(
     ("module", "function", "argument", "layers"),
     [
-        ("pipeline.archive.execution", "_use_this_process", '"cpu"', "128"),
+        ("pipeline.archive.workers.execution", "_use_this_process", '"cpu"', "128"),
         ("training.fit", "_this_process", 'Training(device="cpu")', "None"),  # else each step would prepare all again
     ],
 )

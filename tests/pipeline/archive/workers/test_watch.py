@@ -1,7 +1,7 @@
 """What changes at an executor is said once."""
 
-from pipeline.archive.executors import Loop
-from pipeline.archive.watch import ExecutorWatch
+from pipeline.archive.workers.executors import Loop
+from pipeline.archive.workers.watch import ExecutorWatch
 
 
 class Changing(Loop):

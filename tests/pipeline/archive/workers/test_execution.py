@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.archive.execution import check_execution, open_executor, starts_processes
+from pipeline.archive.workers.execution import check_execution, open_executor, starts_processes
 from pipeline.config import Execution
 from pipeline.errors import ConfigError
 

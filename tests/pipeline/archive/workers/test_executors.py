@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from pipeline.archive.execution import open_executor
-from pipeline.archive.executors import Executor, run_task
+from pipeline.archive.workers.execution import open_executor
+from pipeline.archive.workers.executors import Executor, run_task
 from pipeline.config import Execution
 
 HERE = Execution(cluster=False)

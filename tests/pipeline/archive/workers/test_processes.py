@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from pipeline.archive.processes import ask
+from pipeline.archive.workers.processes import ask
 from pipeline.errors import RunError
 
 

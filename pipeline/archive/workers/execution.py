@@ -4,11 +4,11 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from pipeline.archive.cluster import Cluster
-from pipeline.archive.executors import Executor, Loop, Threads, open_threads
-from pipeline.archive.local_cluster import start_cluster
-from pipeline.archive.machine import count_cores, usable_gpus
-from pipeline.archive.scheduler import check_scheduler, connect
+from pipeline.archive.workers.cluster import Cluster
+from pipeline.archive.workers.executors import Executor, Loop, Threads, open_threads
+from pipeline.archive.workers.local_cluster import start_cluster
+from pipeline.archive.workers.machine import count_cores, usable_gpus
+from pipeline.archive.workers.scheduler import check_scheduler, connect
 from pipeline.config import Execution
 from pipeline.model.allocator import keep_few_prepared_layers, keep_freed_memory
 from pipeline.model.device import choose_device

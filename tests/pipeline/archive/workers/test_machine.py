@@ -2,7 +2,7 @@
 
 import pytest
 
-from pipeline.archive.machine import worker_specs
+from pipeline.archive.workers.machine import worker_specs
 
 
 @pytest.mark.parametrize(

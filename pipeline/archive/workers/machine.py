@@ -7,7 +7,7 @@ import functools
 import os
 from typing import NamedTuple
 
-from pipeline.archive.processes import ask
+from pipeline.archive.workers.processes import ask
 from pipeline.config import Execution
 from pipeline.errors import ConfigError
 from pipeline.model.device import count_gpus, device_kind, has_gpu_driver

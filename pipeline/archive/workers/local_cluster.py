@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from pipeline.archive.machine import count_cores, usable_gpus, worker_specs
-from pipeline.archive.processes import GUARD, interrupts_kept_from_children
+from pipeline.archive.workers.machine import count_cores, usable_gpus, worker_specs
+from pipeline.archive.workers.processes import GUARD, interrupts_kept_from_children
 from pipeline.config import Execution
 from pipeline.errors import RunError
 from pipeline.model.allocator import ENVIRONMENT

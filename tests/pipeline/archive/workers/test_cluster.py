@@ -11,8 +11,8 @@ import pytest
 import oracle
 from oracle import chosen, paint
 from pipeline.archive import run as archive_run
-from pipeline.archive.cluster import Cluster, exposed
-from pipeline.archive.executors import Loop, run_task
+from pipeline.archive.workers.cluster import Cluster, exposed
+from pipeline.archive.workers.executors import Loop, run_task
 
 
 def busy(_: int) -> tuple[float, float]:

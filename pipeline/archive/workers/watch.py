@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from pipeline.archive.executors import Executor
+from pipeline.archive.workers.executors import Executor
 from pipeline.text import counted
 
 

@@ -19,7 +19,7 @@ import oracle
 from oracle import chosen, files, paint
 from pipeline.archive.certificates import Certificates, write_certificates
 from pipeline.archive.run import run
-from pipeline.archive.scheduler import connect
+from pipeline.archive.workers.scheduler import connect
 from pipeline.config import Execution
 from pipeline.model.allocator import ENVIRONMENT
 
