@@ -233,7 +233,7 @@ def initial_model(init: str, architecture: Architecture, say: Callable[[str], No
         wanted, known = model.state_dict(), {k: v for k, v in known.items() if not k.startswith("backbone.")}
     known_classes, ours = other.architecture.classes, architecture.classes
     if known_classes != ours and max(len(known_classes), len(ours)) > 1:
-        known = {k: _by_name(v, known_classes, ours) if k.startswith(_OF_CLASSES) else v for k, v in known.items()}
+        known = with_classes(known, known_classes, ours)
         # together as likely as they were
         known["roi_heads.box_predictor.score.bias"][1:] -= math.log(len(ours) / len(known_classes))
         if new := [name for name in ours if name not in known_classes and len(known_classes) > 1]:
@@ -269,6 +269,11 @@ def _check_fit(init: str, other: Architecture, architecture: Architecture, say: 
 
 
 _OF_CLASSES = ("roi_heads.box_predictor.", "roi_heads.mask_predictor.2.")  # layers with equal parts for each class
+
+
+def with_classes(state: Mapping[str, Tensor], before: Sequence[str], after: Sequence[str]) -> dict[str, Tensor]:
+    """The tensors of a network of the classes `before`, as one of the classes `after` has them; see `_by_name`."""
+    return {k: _by_name(v, before, after) if k.startswith(_OF_CLASSES) else v for k, v in state.items()}
 
 
 def _by_name(value: Tensor, before: Sequence[str], after: Sequence[str]) -> Tensor:

@@ -391,6 +391,9 @@ def test_the_mean_of_weights_is_that_of_their_tensors(tmp_path: Path) -> None:
         save_weights(NucleusDetector(TINY), tmp_path / f"{name}.safetensors", notes)
     other = dataclasses.replace(TINY, channels=8)
     save_weights(NucleusDetector(other), tmp_path / "other.safetensors", {})
+    save_weights(NucleusDetector(dataclasses.replace(TINY, classes=("x", "y", "z"))), tmp_path / "xyz.safetensors", {})
+    turned = initial_model(str(tmp_path / "xyz.safetensors"), dataclasses.replace(TINY, classes=("z", "x", "y")))
+    save_weights(turned, tmp_path / "zxy.safetensors", {})
     script = Path(__file__).parents[2] / "workflows" / "experiments" / "average.py"
 
     def average(*files: str, score: float = 0.0) -> subprocess.CompletedProcess[str]:
@@ -413,6 +416,11 @@ def test_the_mean_of_weights_is_that_of_their_tensors(tmp_path: Path) -> None:
     assert refused.returncode == 2
     assert "differ in architecture" in refused.stderr
     assert "other.safetensors has channels 8, not 16" in refused.stderr
+    assert average("same", "xyz", "zxy").returncode == 0
+    same, first = (load_weights(tmp_path / f"{name}.safetensors") for name in ("same", "xyz"))
+    assert same.architecture.classes == ("x", "y", "z")
+    for name, value in first.state_dict().items():
+        torch.testing.assert_close(same.state_dict()[name], value, rtol=2**-10, atol=1e-6)
     (tmp_path / "file").touch()
     impossible = average("file/no", "a", "b")
     assert (impossible.returncode, impossible.stderr.count("\n")) == (2, 1), impossible.stderr

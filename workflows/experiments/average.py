@@ -2,10 +2,10 @@
 
     python workflows/experiments/average.py OUT FILE-OR-NAME... [--score SCORE] [--licence TEXT]
 
-Every tensor becomes the mean of the files' tensors. They must have the same architecture, but for the score threshold,
-and one must have been trained from another, or all from the same weights: else the mean is of no use. The new file
-states the licences of all, if no other is given, the data of all, and the recipe of the last one, in which `choose.py`
-reads what was held out. One file alone gets another threshold or licence so.
+Every tensor becomes the mean of the files' tensors. They must have the same architecture, but for the score threshold
+and the order of the classes, and one must have been trained from another, or all from the same weights: else the mean
+is of no use. The new file states the licences of all, if no other is given, the data of all, and the recipe of the last
+one, in which `choose.py` reads what was held out. One file alone gets another threshold or licence so.
 """
 
 import argparse
@@ -20,6 +20,7 @@ from pipeline.errors import ConfigError, WeightsError
 from pipeline.files import committed, refuse_folder
 from pipeline.model.detector import load_weights, save_weights
 from pipeline.model.weights import find_weights, licence, read_notes
+from training.fit import with_classes
 
 
 def average(files: list[Path], out: Path, terms: str = "", score: float = 0.0) -> None:
@@ -33,7 +34,13 @@ def average(files: list[Path], out: Path, terms: str = "", score: float = 0.0) -
     out.parent.mkdir(parents=True, exist_ok=True)
     models = [load_weights(file) for file in files]
     score = score or models[0].architecture.score
-    for model in models:
+    classes = models[0].architecture.classes
+    states = [model.state_dict() for model in models]
+    for number, model in enumerate(models):
+        own = model.architecture.classes
+        if sorted(own) == sorted(classes):
+            states[number] = with_classes(states[number], own, classes)
+            model.architecture = dataclasses.replace(model.architecture, classes=classes)
         model.architecture = dataclasses.replace(model.architecture, score=score)
     first = dataclasses.asdict(models[0].architecture)
     for file, model in zip(files, models, strict=True):
@@ -42,15 +49,14 @@ def average(files: list[Path], out: Path, terms: str = "", score: float = 0.0) -
             f"{name} {theirs[name]}, not {value}" for name, value in first.items() if theirs[name] != value
         ]:
             raise WeightsError(f"the files differ in architecture, {file} has {'; '.join(differing)}: need the same")
-    states = [model.state_dict() for model in models]
     mean = {
         name: torch.stack([state[name] for state in states]).mean(0) if value.is_floating_point() else value
         for name, value in states[0].items()
     }
     models[0].load_state_dict(mean)
     last = read_notes(files[-1])
-    own = ("recipe", "held_out", *(["step", "mean_of"] if len(files) == 1 else []))
-    notes: dict[str, str] = {name: last[name] for name in own if name in last}
+    kept = ("recipe", "held_out", *(["step", "mean_of"] if len(files) == 1 else []))
+    notes: dict[str, str] = {name: last[name] for name in kept if name in last}
     data = [json.loads(read_notes(file).get("data", "{}")) for file in files]
     notes["data"] = json.dumps({name: count for of_file in data for name, count in of_file.items()})
     if len(files) > 1:
