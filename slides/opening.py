@@ -14,6 +14,7 @@ from PIL import Image, UnidentifiedImageError
 
 from slides.errors import SlideError, SlideNotFound, SlideTooLarge, SlideUnreadable, SlideUnsupported
 from slides.geometry import Size
+from slides.ome import read_ome
 
 # Pixels of a stored tile, which OpenSlide decodes whole, at four bytes each.
 _LARGEST_TILE_PX = 2**26
@@ -102,7 +103,7 @@ def _open_quietly(path: Path) -> Image.Image:
 
 
 class Picture(openslide.ImageSlide):
-    """A plain image that states its TIFF resolution and colour profile in OpenSlide's properties."""
+    """A plain image that states its TIFF resolution, description and colour profile in OpenSlide's properties."""
 
     def __init__(self, picture: Image.Image) -> None:
         tags = getattr(picture, "tag_v2", {})
@@ -110,6 +111,10 @@ class Picture(openslide.ImageSlide):
         resolution = {"tiff.XResolution": tags.get(282), "tiff.YResolution": tags.get(283)}
         self._stated = {name: str(float(value)) for name, value in resolution.items() if value}
         self._stated["tiff.ResolutionUnit"] = unit
+        # Pillow takes it for Latin-1; OME's XML is UTF-8.
+        self._stated["tiff.ImageDescription"] = (
+            str(tags.get(270, "")).encode("latin-1", "replace").decode(errors="replace")
+        )
         if profile := picture.info.get("icc_profile"):
             self._stated["openslide.icc-size"] = str(len(profile))
         super().__init__(picture.convert("RGBA"))
@@ -188,3 +193,13 @@ def check_tiles(path: Path, properties: Mapping[str, str], levels: int) -> None:
                 f"{path} is stored in tiles of {width:,} x {height:,} px: need at most {_LARGEST_TILE_PX:,} px; "
                 f"{CONVERT}, with tiles of 256 to 2048 px"
             )
+
+
+def check_channels(path: Path, properties: Mapping[str, str]) -> None:
+    """Raise SlideUnsupported where the channels of an OME-TIFF are pictures of their own: OpenSlide shows the first."""
+    ome = read_ome(properties.get("tiff.ImageDescription", ""))
+    if ome and ome.channels > 1:
+        raise SlideUnsupported(
+            f"{path} is an OME-TIFF of {ome.channels} channels, each a picture of its own: need RGB in one picture, as "
+            f"`raw2ometiff --rgb` and QuPath write slides of H&E; {CONVERT}"
+        )

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from slides.errors import ScaleUnknown
+from slides.ome import read_ome
 
 # Micrometres per pixel that a microscope can have made; OpenSlide reports 1000 for a TIFF without resolution.
 _LEAST_MPP, _LARGEST_MPP = 0.05, 5.0
@@ -69,7 +70,9 @@ def find_scale(path: Path, properties: Mapping[str, str], given: GivenScale) -> 
 
 
 def _stated_scale(properties: Mapping[str, str]) -> Scale | None:
-    """What the scanner wrote; nothing for a generic TIFF, where OpenSlide repeats the resolution tags."""
+    """What OME's XML or the scanner states; nothing of other generic TIFFs, whose resolution tags OpenSlide repeats."""
+    if ome := read_ome(properties.get("tiff.ImageDescription", "")):
+        return Scale(*ome.mpp, "metadata") if ome.mpp else None
     if properties.get("openslide.vendor") == "generic-tiff":
         return None
     try:

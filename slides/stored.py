@@ -13,7 +13,7 @@ from PIL import Image
 
 from slides.errors import RegionUnreadable
 from slides.geometry import Box, Size, cells
-from slides.opening import Picture, check_tiles, open_handle, stated_tile
+from slides.opening import Picture, check_channels, check_tiles, open_handle, stated_tile
 from slides.stored_tiles import VENDORS, StoredTiles
 
 Pixels = NDArray[np.uint8]
@@ -41,7 +41,7 @@ class Level(NamedTuple):
 class StoredPixels:
     """The levels of a slide's file and their pixels. Safe to share between threads and with forked children.
 
-    properties (OpenSlide's), vendor (`image` for a plain picture), levels.
+    properties (OpenSlide's), vendor (`image` for a plain picture), levels: OpenSlide's, then those that it passes over.
     OpenSlide's handles are not shared: each thread of each process has its own, opened on first use.
     Raises SlideNotFound, SlideUnreadable, SlideUnsupported, SlideTooLarge.
     """
@@ -57,8 +57,14 @@ class StoredPixels:
             Level(Size(*size), downsample)
             for size, downsample in zip(handle.level_dimensions, handle.level_downsamples, strict=True)
         )
+        check_channels(path, self.properties)
         check_tiles(path, self.properties, len(self.levels))
         self._tile_sizes = tuple(_tile_size(self.properties, level) for level in range(len(self.levels)))
+        self._passed_over: dict[int, StoredTiles] = {}
+        for tiles in self._find_passed_over():
+            self._passed_over[len(self.levels)] = tiles
+            self.levels += (Level(tiles.size, self.levels[0].size.width / tiles.size.width),)
+            self._tile_sizes += (tiles.tile,)
 
     def close(self) -> None:
         """Close this process's handles, which no other thread may be using. Reading again opens new ones."""
@@ -126,9 +132,18 @@ class StoredPixels:
 
     def _stored_tiles(self, level: int) -> StoredTiles | None:
         """The tiles of a level, if they can be decoded without OpenSlide."""
+        if level in self._passed_over:
+            return self._passed_over[level]
         if level not in self._tiles:
             self._tiles[level] = self._find_stored_tiles(level)
         return self._tiles.get(level)
+
+    def _find_passed_over(self) -> tuple[StoredTiles, ...]:
+        """The levels of an OME-TIFF that OpenSlide passes over, where the first can be decoded without it, too."""
+        if self.vendor != "generic-tiff" or len(self.levels) > 1:
+            return ()
+        smaller = StoredTiles.smaller_versions(self.path, self.levels[0].size)
+        return smaller if smaller and self._stored_tiles(0) else ()
 
     def _find_stored_tiles(self, level: int) -> StoredTiles | None:
         """As `_stored_tiles`: where those that are compared are what OpenSlide gives.
@@ -157,18 +172,27 @@ class StoredPixels:
 
     def _from_openslide(self, level: int, box: Box) -> Pixels:
         """One call to OpenSlide: `box` in level px, uint8 (h, w, 3). Raises RegionUnreadable."""
-        downsample = self.levels[level].downsample
-        location = (round(box.x0 * downsample), round(box.y0 * downsample))
+        location = self._location(level, box)
+        if level in self._passed_over:
+            raise self._unreadable(level, box, "a damaged tile")
         try:
             image = self._handle().read_region(location, level, box.size)
         except openslide.OpenSlideError as error:
             # After an error OpenSlide refuses everything else: drop the handle, the next read opens another.
             self._handles.pop((os.getpid(), threading.get_ident())).close()
-            raise RegionUnreadable(
-                f"{self.path}: {box.width} x {box.height} px at {location} of level {level} cannot be "
-                f"decoded ({error}): the file is damaged there; copy it again, or continue without this region"
-            ) from error
+            raise self._unreadable(level, box, str(error)) from error
         return _on_white(image)
+
+    def _location(self, level: int, box: Box) -> tuple[int, int]:
+        """Where a box of a level starts, level-0 px, as OpenSlide takes it."""
+        downsample = self.levels[level].downsample
+        return round(box.x0 * downsample), round(box.y0 * downsample)
+
+    def _unreadable(self, level: int, box: Box, complaint: str) -> RegionUnreadable:
+        return RegionUnreadable(
+            f"{self.path}: {box.width} x {box.height} px at {self._location(level, box)} of level {level} cannot be "
+            f"decoded ({complaint}): the file is damaged there; copy it again, or continue without this region"
+        )
 
     def _handle(self) -> openslide.AbstractSlide:
         """This thread's handle, opened if need be; a forked child opens its own.

@@ -36,6 +36,9 @@ _CACHE_BYTES = 2**25
 _LARGEST_TILE_PX = 2**22
 _LARGEST_TILE_BYTES = 2**24
 
+# Smaller versions of a picture that are looked at: pyramids halve, so 16 of them end at a pixel.
+_MOST_VERSIONS = 16
+
 _JPEG, _RGB, _YCBCR = 7, 2, 6  # values of the tags Compression and PhotometricInterpretation
 _COLOURS = {_RGB: "RGB", _YCBCR: "YCbCr"}  # simplejpeg's names
 
@@ -81,6 +84,27 @@ class StoredTiles:
                 return cls(path, size, page) if _is_readable(page, size, tile) else None
         except Exception:  # whatever tifffile makes of a strange directory: OpenSlide has its own reader
             return None
+
+    @classmethod
+    def smaller_versions(cls, path: Path, size: Size) -> tuple[Self, ...]:
+        """The smaller versions of the TIFF's first picture, of that size, that its directory refers to; largest first.
+
+        OME-TIFF keeps its pyramid in these (the tag SubIFDs), and OpenSlide passes them over. Those that are not read
+        here are left out.
+        """
+        try:
+            with tifffile.TiffFile(path) as file:
+                found = []
+                for page in itertools.islice(file.pages.first.pages or (), _MOST_VERSIONS):
+                    if not isinstance(page, tifffile.TiffPage) or not page.is_tiled:
+                        continue
+                    own, tile = Size(page.imagewidth, page.imagelength), Size(page.tilewidth, page.tilelength)
+                    smaller = 0 < own.width < size.width and 0 < own.height < size.height
+                    if smaller and _is_readable(page, own, tile):
+                        found.append(cls(path, own, page))
+        except Exception:  # as in `find`
+            return ()
+        return tuple(sorted(found, key=lambda version: version.size, reverse=True))
 
     def boxes(self, most: int) -> Iterator[Box]:
         """Where some of the tiles lie, spread over the level, as are the first four: the box of each, level px."""

@@ -18,7 +18,8 @@ class Level(NamedTuple):
 
     rgb: colours are stored as they are; tables: the tables that all tiles share are stored once; replaced: streams that
     stand in place of those of some tiles, by their numbers; reduced: marked as a smaller version of the first level;
-    description: what the directory says of it.
+    description: what the directory says of it; smaller: versions that the directory refers to
+    (SubIFDs), as OME-TIFF does.
     """
 
     pixels: np.ndarray
@@ -30,6 +31,7 @@ class Level(NamedTuple):
     photometric: int = 0  # 0: as the tiles are stored
     reduced: bool = False
     description: str = ""
+    smaller: tuple["Level", ...] = ()
 
 
 def write(path: Path, *levels: Level) -> Path:
@@ -38,21 +40,27 @@ def write(path: Path, *levels: Level) -> Path:
         file.write(struct.pack("<2sHI", b"II", 42, 0))
         link = 4
         for level in levels:
-            streams = [_encoded(piece, level) for piece in _tiles(level)]
-            tables, streams = _split(streams) if level.tables else (b"", streams)
-            for index, stream in level.replaced.items():
-                streams[index] = stream
-            offsets = []
-            for stream in streams:
-                offsets.append(file.tell() if stream else 0)
-                file.write(stream + b"\0" * (len(stream) % 2))
-            here = _write_tags(file, level, offsets, [len(stream) for stream in streams], tables)
+            here = _write_level(file, level)
             end = file.tell()
             file.seek(link)
             file.write(struct.pack("<I", here))
             link = end - 4
             file.seek(end)
     return path
+
+
+def _write_level(file: BinaryIO, level: Level) -> int:
+    """Write the tiles and the directory of a level, after those of its smaller versions; returns where that is."""
+    smaller = [_write_level(file, version) for version in level.smaller]
+    streams = [_encoded(piece, level) for piece in _tiles(level)]
+    tables, streams = _split(streams) if level.tables else (b"", streams)
+    for index, stream in level.replaced.items():
+        streams[index] = stream
+    offsets = []
+    for stream in streams:
+        offsets.append(file.tell() if stream else 0)
+        file.write(stream + b"\0" * (len(stream) % 2))
+    return _write_tags(file, level, offsets, [len(stream) for stream in streams], tables, smaller)
 
 
 def encode(pixels: np.ndarray, *, rgb: bool = False, subsampling: str = "4:4:4") -> bytes:
@@ -94,7 +102,9 @@ def _split(streams: list[bytes]) -> tuple[bytes, list[bytes]]:
     return b"\xff\xd8" + tables + b"\xff\xd9", bare
 
 
-def _write_tags(file: BinaryIO, level: Level, offsets: list[int], lengths: list[int], tables: bytes) -> int:
+def _write_tags(
+    file: BinaryIO, level: Level, offsets: list[int], lengths: list[int], tables: bytes, smaller: list[int]
+) -> int:
     """Write the level's directory; returns where it is. The link to the next one is its last four bytes."""
     height, width = level.pixels.shape[:2]
     values: dict[int, tuple[str, list[int]]] = {
@@ -112,9 +122,11 @@ def _write_tags(file: BinaryIO, level: Level, offsets: list[int], lengths: list[
         325: ("I", lengths),
     }
     if level.description:
-        values[270] = ("b", [*level.description.encode(), 0])
+        values[270] = ("b", np.frombuffer(level.description.encode() + b"\0", np.int8).tolist())
     if tables:
         values[347] = ("B", list(tables))
+    if smaller:
+        values[330] = ("I", smaller)
     if not level.rgb:
         values[530] = ("H", list(_SUBSAMPLING[level.subsampling]))
     entries = b""
