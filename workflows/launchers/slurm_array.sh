@@ -12,7 +12,8 @@
 # another. Give arguments of nightslide run; options of sbatch come before the script.
 #   sbatch --array=1-20 -p gpu workflows/launchers/slurm_array.sh slides/ --out results --stain macenko
 # A job with no slide left ends at once, so that its GPU does not idle while other jobs finish. To do what a killed job
-# left, and to bring ledger.csv and report.html up to date, submit one more that starts when all have ended:
+# left, and to bring ledger.csv and report.html up to date, submit one more that starts when all have ended (without
+# --overwrite, which would do everything once more):
 #   sbatch --array=1 --dependency=afterany:JOB workflows/launchers/slurm_array.sh slides/ --out results --stain macenko
 # Other batch systems need only the command, any number of times, with SIGTERM before the time limit:
 #   qsub -J 1-8 (PBS), bsub -J "nightslide[1-8]" (LSF), or, without any:
