@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.config import Architecture, Execution, Export, Regions, Settings, build, require, require_kind
+from pipeline.config import Architecture, Execution, Export, Regions, Settings, build, checked, require
 from pipeline.errors import ExportFailed, RunError
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def plan(
     """
     import warnings
 
-    require_kind("settings", settings, Settings)
+    settings = checked("settings", settings, Settings)
     seconds = speed(settings, seconds_per_mm2)
     archive, estimates = estimate(inputs, settings, seconds, mpp=mpp, force_mpp=force_mpp, follow_links=follow_links)
     for unread in archive.unread:

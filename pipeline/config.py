@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
 import re
 import sys
 import tomllib
@@ -599,9 +600,14 @@ def check(content: dict[str, Any], path: Path) -> Settings:
     return build(Settings, {key: value for key, value in content.items() if key != "execution"}, where=str(path))
 
 
-def require_kind(name: str, value: object, kind: type) -> None:
-    """Raise ConfigError for a parameter of another type, such as a dict for `Settings`."""
+def checked(name: str, value: T, kind: type[T]) -> T:
+    """Settings that were made in Python, as strict as those of a TOML file, and with values of the same types.
+
+    So 40 and 40.0 are one setting with one digest. Raises ConfigError, also for a parameter of another type, such as a
+    dict for `Settings`.
+    """
     require(isinstance(value, kind), f"{name}={value!r}: need a pipeline.{kind.__name__}")
+    return build(kind, dataclasses.asdict(typing.cast(Any, value)), name)
 
 
 def build(kind: type[T], content: Any, where: str) -> T:
@@ -635,6 +641,10 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         return tuple(_convert(options[0], item, where) for item in value)
     if origin in (typing.Union, types.UnionType):
         return None if value is None else _convert(next(o for o in options if o is not type(None)), value, where)
+    if hint is str and isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if hint is float and isinstance(value, float):
+        return float(value)  # numpy has a type of its own
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value) if abs(value) <= sys.float_info.max else math.inf if value > 0 else -math.inf  # as 1e400
     require(type(value) is hint, f"{where}={value!r}: need {hint.__name__}")

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ import pytest
 import pipeline
 import slides
 from pipeline.api import CPU_SECONDS_PER_MM2
-from pipeline.config import Detector, Stain
+from pipeline.config import Detector, Export, Stain, Tissue
 from pipeline.errors import ConfigError, ExportFailed, RunError
 from slides import phantom
 from slides.geometry import Size
@@ -50,6 +50,14 @@ def test_a_run_returns_the_ledger_and_resumes(place: Path) -> None:
     (row,) = pipeline.run([place / "slides" / "case7.tif"], str(place / "results"), say=lambda _: None)
     assert (row.slide, row.status, row.cause) == ("case7", "done before", "")
     assert row.nuclei == pipeline.read_nuclei(place / "results" / "case7").num_rows
+
+
+def test_a_run_resumes_whichever_number_a_setting_is(place: Path) -> None:
+    """40 and 40.0, which the command line makes of 40."""
+    settings = pipeline.Settings(tissue=Tissue(margin_um=40))
+    here = pipeline.Execution(cluster=False)
+    (row,) = pipeline.run(place / "slides", place / "results", settings, here, say=lambda _: None)
+    assert row.status == "done before"
 
 
 def test_a_plan_is_an_estimate_for_each_slide(place: Path) -> None:
@@ -115,6 +123,27 @@ def test_parameters_of_another_type_are_refused(tmp_path: Path) -> None:
             call()
     with pytest.raises(ConfigError, match=r"execution=\{'views': 4\}: need a pipeline\.Execution"):
         pipeline.run("x.svs", tmp_path, execution=other)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (
+            pipeline.Settings(stain=Stain(method=cast(Any, "Macenko"))),
+            "stain: method='Macenko': need one of none, reinhard",
+        ),
+        (pipeline.Settings(detector=Detector(views=cast(Any, 3))), "detector: views=3: need one of 1, 2, 4, 8"),
+        (pipeline.Settings(export=Export(formats=cast(Any, "csv"))), "export: formats='csv': need a list"),
+    ],
+)
+def test_a_wrong_setting_is_named_before_anything_is_done(
+    settings: pipeline.Settings, said: str, tmp_path: Path
+) -> None:
+    """As it is on the command line and in a TOML file."""
+    for call in (lambda: pipeline.run("x.svs", tmp_path / "out", settings), lambda: pipeline.plan("x.svs", settings)):
+        with pytest.raises(ConfigError, match=said):
+            call()
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("mpp", [0, -1, float("nan"), 1e9, "0.5"])

@@ -38,7 +38,7 @@ from pipeline.archive.workers.execution import check_execution, open_executor, s
 from pipeline.archive.workers.executors import Executor
 from pipeline.archive.workers.processes import ask, stop_in_a_starting_worker
 from pipeline.archive.workers.watch import ExecutorWatch
-from pipeline.config import Execution, Settings, require_kind
+from pipeline.config import Execution, Settings, checked
 from pipeline.errors import RunError
 from pipeline.layout import RunFolder
 from pipeline.model.weights import licence
@@ -76,8 +76,8 @@ def run(
     What is done is kept: a second call continues at the block. A slide that fails does not stop the others.
     Raises RunError, WeightsError, StainError or ConfigError before anything is started; ClusterLost.
     """
-    require_kind("settings", settings, Settings)
-    require_kind("execution", execution, Execution)
+    settings = checked("settings", settings, Settings)
+    execution = checked("execution", execution, Execution)
     if starts_processes(execution, client):
         stop_in_a_starting_worker()
     folder = RunFolder(Path(out).absolute())

@@ -7,8 +7,9 @@ import inspect
 import itertools
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import pytest
 
 from pipeline import config
@@ -17,11 +18,15 @@ from pipeline.config import (
     Architecture,
     Detector,
     Execution,
+    Export,
+    Regions,
     Sampling,
     Settings,
     StainArchitecture,
     Tiling,
+    Tissue,
     build,
+    checked,
     grid_step,
     load,
     side_step,
@@ -32,6 +37,20 @@ from pipeline.errors import ConfigError
 def test_settings_survive_a_round_trip_through_plain_values() -> None:
     for kind in (Settings, Execution, Architecture):
         assert build(kind, dataclasses.asdict(kind()), "test") == kind()
+
+
+def test_settings_of_python_have_the_types_of_a_file_s() -> None:
+    """Whole numbers, numpy's, lists and paths."""
+    made = Settings(
+        tissue=Tissue(margin_um=40),
+        detector=Detector(score=np.float64(0.5)),
+        regions=Regions(folder=cast(str, Path("drawn"))),
+        export=Export(formats=cast(Any, ["csv", "qupath"])),
+    )
+    settings = checked("settings", made, Settings)
+    assert (type(settings.tissue.margin_um), type(settings.detector.score)) == (float, float)
+    assert (settings.regions.folder, settings.export.formats) == ("drawn", ("csv", "qupath"))
+    assert settings.digest == Settings(detector=Detector(score=0.5)).digest
 
 
 def test_toml_sets_what_it_names_and_leaves_the_rest(tmp_path: Path) -> None:
@@ -103,7 +122,7 @@ def test_numbers_that_no_slide_has_are_refused(kind: type, wrong: dict[str, Any]
 def test_the_digest_names_what_results_depend_on_and_nothing_else() -> None:
     settings = Settings()
     same = dataclasses.replace(settings, detector=dataclasses.replace(settings.detector, device="cpu", batch=3))
-    exported = dataclasses.replace(settings, export=config.Export(formats=("csv",), crop=False))
+    exported = dataclasses.replace(settings, export=Export(formats=("csv",), crop=False))
     other = dataclasses.replace(settings, detector=dataclasses.replace(settings.detector, score=0.51))
     file = dataclasses.replace(settings, detector=dataclasses.replace(settings.detector, weights_sha256="b"))
     assert settings.digest == same.digest == exported.digest
