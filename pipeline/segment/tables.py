@@ -83,7 +83,7 @@ _STORED = NUCLEI.append(pa.field("bbox", _BBOX))
 """What nuclei.parquet holds: `NUCLEI`, and the bounds of each outline, slide px, which GeoParquet calls its covering:
 other programs read the nuclei of a region by them, and no others (`geopandas.read_parquet(path, bbox=...)`)."""
 
-_KEY = b"nightslide"  # names our JSON in a file's metadata
+_KEY, GEO = b"nightslide", b"geo"  # name our JSON in a file's metadata, and that of GeoParquet
 _ROW_GROUP = 50_000
 _NAMESPACE = uuid.uuid5(uuid.NAMESPACE_DNS, "nightslide.nuclei")
 
@@ -261,13 +261,28 @@ class NucleiWriter:
         if np.isfinite(self._extent).all():
             column["bbox"] = self._extent.tolist()
         geo = {"version": "1.1.0", "primary_column": "geometry", "columns": {"geometry": column}}
-        self._file.add_key_value_metadata({b"geo": _json(geo), _KEY: _json(dataclasses.asdict(self._provenance))})
+        self._file.add_key_value_metadata({GEO: _json(geo), _KEY: _json(dataclasses.asdict(self._provenance))})
 
 
 def read_nuclei(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
-    """All nuclei of a slide, all columns of `NUCLEI` or some; `geometry` decodes the outlines."""
+    """All nuclei of a slide, all columns of `NUCLEI` or some; `geometry` decodes the outlines.
+
+    With the outlines the table is GeoParquet, should it be written again.
+    """
     with pq.ParquetFile(path) as file:
-        return _complete(file, file.read(columns or NUCLEI.names), columns)
+        rows = _complete(file, file.read(columns or NUCLEI.names), columns)
+    metadata = dict(rows.schema.metadata or {})
+    geo = metadata.pop(GEO, None)
+    if geo is not None and "geometry" in rows.column_names:
+        metadata[GEO] = without_covering(geo)
+    return rows.replace_schema_metadata(metadata)
+
+
+def without_covering(geo: bytes) -> bytes:
+    """The metadata of GeoParquet for a table with the outlines of nuclei.parquet, and without their bounds."""
+    content = json.loads(geo)
+    content["columns"]["geometry"].pop("covering", None)  # tables of the first versions have none
+    return _json(content)
 
 
 def _complete(file: pq.ParquetFile, rows: pa.Table, columns: Sequence[str] | None) -> pa.Table:

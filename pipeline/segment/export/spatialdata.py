@@ -18,7 +18,7 @@ from pipeline.config import Export
 from pipeline.files import committed
 from pipeline.segment.export.anndata_table import CHUNK, Group, annotation, write_table
 from pipeline.segment.export.exported import Exported
-from pipeline.segment.tables import iter_nuclei, read_provenance
+from pipeline.segment.tables import GEO, iter_nuclei, read_provenance, without_covering
 
 
 def write_spatialdata(nuclei: Path, out: Path, options: Export) -> Exported:
@@ -63,15 +63,14 @@ def _shapes(um_per_px: tuple[float, float]) -> dict[str, Any]:
 
 def _write_outlines(nuclei: Path, out: Path) -> None:
     """The outlines as GeoParquet 1.1, with the metadata by which pandas makes `instance_id` the index."""
-    geo = json.loads(pq.read_metadata(nuclei).metadata[b"geo"])
-    geo["columns"]["geometry"].pop("covering", None)
+    geo = without_covering(pq.read_metadata(nuclei).metadata[GEO])
     index = {"name": "instance_id", "pandas_type": "int64", "numpy_type": "int64"}
     outline = {"name": "geometry", "pandas_type": "bytes", "numpy_type": "object"}
     columns = [{**column, "field_name": column["name"], "metadata": None} for column in (outline, index)]
     pandas = {"index_columns": ["instance_id"], "column_indexes": [], "columns": columns, "pandas_version": "2.0.0"}
     schema = pa.schema(
         [("geometry", pa.binary()), ("instance_id", pa.int64())],
-        metadata={"geo": json.dumps(geo), "pandas": json.dumps(pandas)},
+        metadata={GEO: geo, b"pandas": json.dumps(pandas).encode()},
     )
     first = 1
     with pq.ParquetWriter(out, schema, compression="zstd", use_dictionary=False) as file:

@@ -175,6 +175,20 @@ def test_geopandas_reads_the_nuclei_of_a_region(tmp_path, monkeypatch):
     assert 1 <= len(file.split_by_row_group(touched)) <= 3 < file.metadata.num_row_groups
 
 
+def test_a_table_that_was_read_is_written_as_geoparquet_again(tmp_path):
+    """Its metadata names no column that it has not: neither the bounds nor, where they were left out, the outlines."""
+    write(tmp_path / "nuclei.parquet", squares(9), rest(9))
+    nuclei = tables.read_nuclei(tmp_path / "nuclei.parquet")
+    pq.write_table(nuclei.slice(0, 5), tmp_path / "some.parquet")
+    assert len(geopandas.read_parquet(tmp_path / "some.parquet")) == 5
+    assert (
+        "covering"
+        not in json.loads(pq.read_metadata(tmp_path / "some.parquet").metadata[b"geo"])["columns"]["geometry"]
+    )
+    pq.write_table(tables.read_nuclei(tmp_path / "nuclei.parquet", ["id"]), tmp_path / "ids.parquet")
+    assert b"geo" not in pq.read_metadata(tmp_path / "ids.parquet").metadata
+
+
 def test_its_metadata_is_geoparquet_1_1(tmp_path):
     path, shapes = tmp_path / "nuclei.parquet", squares(12)
     write(path, shapes, rest(12), [5])
