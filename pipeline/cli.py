@@ -3,6 +3,7 @@
 import math
 import os
 import re
+import shlex
 import signal
 import sys
 import typing
@@ -363,7 +364,8 @@ def qupath(folder: Path, *, slides: MovedSlides = None) -> int:
     print(f"{written.file}: {counted(written.images, 'image')}, {written.added} of them new")
     for warning in written.warnings:
         print(f"WARNING: {warning}", file=sys.stderr)
-    print(f"their nuclei: QuPath script workflows/qupath/import.groovy -p {written.file} -s")
+    command = ["QuPath", "script", "workflows/qupath/import.groovy", "-p", str(written.file), "-s"]
+    print(f"their nuclei: {shlex.join(command)}")
     return 0
 
 
@@ -461,9 +463,9 @@ def certificates(*, out: Out, days: Annotated[int, Parameter(group=COMMON)] = 36
 
     made = write_certificates(out, days)
     print(f"{made.ca}, {made.cert} and {made.key} are valid for {days} days; keep {made.key.name} secret")
-    print(
-        f"give them to scheduler, workers and run: --tls-ca-file {made.ca} --tls-cert {made.cert} --tls-key {made.key}"
-    )
+    flags = {"--tls-ca-file": made.ca, "--tls-cert": made.cert, "--tls-key": made.key}
+    given = shlex.join(str(part) for flag in flags.items() for part in flag)
+    print(f"give them to scheduler, workers and run: {given}")
     return 0
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ def data(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def run(data: Path, tmp_path: Path) -> RunFolder:
-    made = RunFolder(tmp_path / "results")
+    made = RunFolder(tmp_path / "my results")
     finished(made, "a/x", slide(data / "a" / "x.svs"))
     finished(made, "b/x", slide(data / "b" / "x.svs"))
     finished(made, "µ y", slide(data / "a µ#1" / "y.ome.tif"))
@@ -59,7 +60,9 @@ def test_every_finished_slide_is_an_image(run: RunFolder, data: Path, capsys: py
     with pytest.raises(SystemExit) as ended:
         cli.main(["qupath", str(run.path)])
     assert ended.value.code == 0
-    assert f"{run.qupath_project}: 3 images, 3 of them new" in capsys.readouterr().out
+    said, advice = capsys.readouterr().out.splitlines()
+    assert said == f"{run.qupath_project}: 3 images, 3 of them new"
+    assert shlex.split(advice)[-3:] == ["-p", str(run.qupath_project), "-s"]
     project = content(run)
     assert project["lastID"] == 3
     assert project["createTimestamp"] <= project["modifyTimestamp"]
