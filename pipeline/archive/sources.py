@@ -17,6 +17,7 @@ from pipeline.text import printable
 from slides.scale import FORCED, NEED_MPP, GivenScale, is_believable
 
 IN_MANIFEST = "manifest"  # source of a scale
+_NEED_INPUTS = "need slides, folders of slides, or a CSV manifest"
 
 Inputs = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
 "Slides, folders (searched), URLs of either, and CSV manifests: one of them or several."
@@ -84,8 +85,10 @@ def find_slides(
     """
     _check_scales({"mpp": mpp, "force-mpp": force_mpp})
     given_inputs = [inputs] if isinstance(inputs, str | os.PathLike) else list(inputs)
+    if not given_inputs:  # such as a pattern that no file fits
+        raise RunError(f"there is no input: {_NEED_INPUTS}")
     if "" in given_inputs:  # as a path it would be the current folder
-        raise RunError("an input is empty: need slides, folders of slides, or a CSV manifest; `.` is this folder")
+        raise RunError(f"an input is empty: {_NEED_INPUTS}; `.` is this folder")
     remote = [str(given) for given in given_inputs if is_url(given)]
     paths = [Path(given) for given in given_inputs if not is_url(given)]
     # the outermost folder names a slide, as it does in the search
@@ -165,7 +168,7 @@ def _named(inputs: Sequence[Path], out: str | None) -> Iterator[_Given]:
     """The slides that are named. Raises RunError for an input that does not exist, is no manifest, or lies in `out`."""
     for given in inputs:
         if not os.path.exists(given):
-            raise RunError(f"{given} does not exist: need slides, folders of slides, or a CSV manifest")
+            raise RunError(f"{given} does not exist: {_NEED_INPUTS}")
         if given.suffix.lower() == ".csv":
             yield from _manifest(given)
         elif not os.path.isdir(given):

@@ -365,6 +365,8 @@ def test_inputs_that_are_not_there_are_named(tmp_path: Path) -> None:
         find_slides([tmp_path / "none.csv"])
     with pytest.raises(RunError, match=r"no slides in .*empty: 0 other files"):
         find_slides([tmp_path / "empty"])
+    with pytest.raises(RunError, match="there is no input: need slides, folders of slides"):
+        find_slides(tmp_path.glob("*.svs"))
 
 
 def test_what_nightslide_has_written_is_no_input(tmp_path: Path) -> None:
