@@ -53,6 +53,11 @@ def test_what_is_imported_is_declared_and_what_is_declared_is_imported(project: 
     assert used == declared(project["dependencies"] + extras) - NOT_IMPORTED
 
 
+def test_type_checkers_read_the_annotations_of_an_installed_package() -> None:
+    """They do so only beside a file of this name (PEP 561): else whatever a script imports is Any."""
+    assert all((ROOT / package / "py.typed").is_file() for package in PACKAGES)
+
+
 def test_every_dependency_has_a_lower_bound_and_no_upper_one(project: dict[str, Any]) -> None:
     extras = [requirement for extra in project["optional-dependencies"].values() for requirement in extra]
     for requirement in project["dependencies"] + extras:
