@@ -47,11 +47,16 @@ class SlideFolder:
     path: Path
 
     @property
+    def run(self) -> "RunFolder | None":
+        """The run that it is a part of; None where it lies in no run's folder."""
+        above = Path(os.path.abspath(self.path)).parents
+        return next((RunFolder(folder) for folder in above if (folder / _RUN).is_file()), None)
+
+    @property
     def name(self) -> str:
         """That of the slide in its run, "/" between its parts; the folder's own where it lies in no run's folder."""
-        whole = Path(os.path.abspath(self.path))
-        run = next((folder for folder in whole.parents if (folder / _RUN).is_file()), whole.parent)
-        return whole.relative_to(run).as_posix()
+        whole, run = Path(os.path.abspath(self.path)), self.run
+        return whole.name if run is None else whole.relative_to(run.path).as_posix()
 
     @property
     def slide_json(self) -> Path:

@@ -2,7 +2,8 @@
 
 import contextlib
 import csv
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,7 +33,8 @@ def measure_slides(folder: Path, regions: config.Regions) -> Iterator[Measured]:
     """Measure the nuclei of every finished slide in its regions, and write the tables; a slide at a time.
 
     folder: of a run, or of one slide of it. A slide without regions, or with regions that cannot be read, stops
-    no other, and keeps no regions.csv of an earlier call. The run's own regions.csv and report are written last.
+    no other, and keeps no regions.csv of an earlier call. The run's own regions.csv, which is those of all its slides,
+    and its report are written last.
     `pipeline.segment.region_table` says what the columns are.
     Raises RunError for a folder without finished slides, and what `match_regions` raises.
     """
@@ -40,11 +42,12 @@ def measure_slides(folder: Path, regions: config.Regions) -> Iterator[Measured]:
         raise RunError("regions is not given: need --regions with the folder of QuPath's GeoJSON files")
     run = RunFolder(folder)
     finished = run.finished()
+    if [slide.path for slide in finished] == [run.path] and (whole := finished[0].run):
+        run, finished = whole, [SlideFolder(Path(os.path.abspath(folder)))]
     slides = {printable(run.name_of(slide)): slide for slide in finished}
     if not slides:
         raise RunError(f"{folder} holds no finished slide: need the --out folder of a run")
     matches = match_regions(regions.folder, {name: _source(slide) for name, slide in slides.items()})
-    rows: list[dict[str, Any]] = []
     for name, slide in slides.items():
         if name in matches.files:
             measured = _measure(name, slide, matches.files[name], regions.crop)
@@ -56,13 +59,12 @@ def measure_slides(folder: Path, regions: config.Regions) -> Iterator[Measured]:
         else:
             measured = Measured(name, words=f"no file of regions in {regions.folder}")
         if measured.rows:
-            _write(slide.regions, measured.rows)
+            _write(slide.regions, [{key: _cell(value) for key, value in row.items()} for row in measured.rows])
         else:
             slide.regions.unlink(missing_ok=True)
-        rows += measured.rows
         yield measured
     if [slide.path for slide in finished] != [run.path]:
-        _write(run.regions, rows)
+        _write(run.regions, list(_tables(run)))
         with contextlib.suppress(RunError):  # slides of which there is no ledger
             write_report(run, read_ledger(run))
 
@@ -84,13 +86,21 @@ def _measure(name: str, slide: SlideFolder, path: Path, crop: bool) -> Measured:
     return Measured(name, rows, f"{table.regions.describe(path)}{notes}")
 
 
-def _write(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Commit rows as CSV; the columns are those of all rows, and what is not known is left empty."""
+def _tables(run: RunFolder) -> Iterator[dict[str, str]]:
+    """The rows of all slides that have been measured."""
+    for slide in run.finished():
+        if slide.regions.is_file():
+            with slide.regions.open(newline="", encoding="utf-8") as file:
+                yield from csv.DictReader(file)
+
+
+def _write(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
+    """Commit rows of cells as CSV; the columns are those of all rows, and what is not known is left empty."""
     columns = list(dict.fromkeys(column for row in rows for column in row))
     with files.committed(path) as partial, partial.open("w", newline="", encoding="utf-8", errors="replace") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
-        writer.writerows({name: _cell(value) for name, value in row.items()} for row in rows)
+        writer.writerows(rows)
 
 
 def _cell(value: Any) -> object:

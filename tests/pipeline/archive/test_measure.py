@@ -166,10 +166,24 @@ def test_a_damaged_slide_json_is_a_line(
 
 
 def test_one_slide_by_itself(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    draw(place / "drawn" / "c.geojson", WHOLE)
+    """The run's table has what was measured of it last, and of the others what it had."""
+    for name in "abc":
+        draw(place / "drawn" / f"{name}.geojson", WHOLE)
+    measure(place, capsys)
+    before = table(place / "out" / "regions.csv")
+    draw(place / "drawn" / "c.geojson", *QUARTERS)
     assert measure(place, capsys, "out/site/c")[0] == 0
-    assert [row["slide"] for row in table(place / "out" / "site" / "c" / "regions.csv")] == ["c"]
-    assert not (place / "out" / "regions.csv").exists()
+    of_c = table(place / "out" / "site" / "c" / "regions.csv")
+    assert [row["slide"] for row in of_c] == ["site/c"] * 4
+    assert table(place / "out" / "regions.csv") == [*before[:2], *of_c]
+
+
+def test_one_slide_without_its_run(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    draw(place / "drawn" / "c.geojson", WHOLE)
+    (place / "out" / "site" / "c").rename(place / "c")
+    assert measure(place, capsys, "c")[0] == 0
+    assert [row["slide"] for row in table(place / "c" / "regions.csv")] == ["c"]
+    assert not (place / "c" / "report.html").exists()
 
 
 def test_a_script_measures_the_same(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
