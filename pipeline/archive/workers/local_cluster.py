@@ -4,7 +4,8 @@ One of the three files that import Dask, beside `machine` and `scheduler`.
 """
 
 import logging
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Set
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -45,14 +46,16 @@ def start_cluster(execution: Execution, device: str) -> Iterator[Any]:
         "cls": Scheduler,
         "options": {"host": "127.0.0.1", "dashboard": True, "dashboard_address": "127.0.0.1:0"},
     }
+    # read before Python starts; beside a GPU, workers cut and outline: their threads would keep 8 arenas a core
+    variables = {"MALLOC_ARENA_MAX": "2"} if gpus else ENVIRONMENT
     quiet = {
         "distributed.worker.memory.target": False,  # Dask could spill records only, which are small
         "distributed.worker.memory.spill": False,
-        # read before Python starts; beside a GPU, workers cut and outline: their threads would keep 8 arenas a core
-        "distributed.nanny.pre-spawn-environ": {"MALLOC_ARENA_MAX": "2"} if gpus else ENVIRONMENT,
+        "distributed.nanny.pre-spawn-environ": variables,
         "logging": {"distributed": "error"},
     }
     with ExitStack() as stack:
+        stack.enter_context(_taken_back(variables.keys()))
         stack.enter_context(dask.config.set(quiet))
         with interrupts_kept_from_children():
             try:
@@ -63,3 +66,17 @@ def start_cluster(execution: Execution, device: str) -> Iterator[Any]:
         client = stack.enter_context(Client(cluster, set_as_default=False))
         client.wait_for_workers(len(chosen), timeout=120)
         yield client
+
+
+@contextmanager
+def _taken_back(variables: Set[str]) -> Iterator[None]:
+    """Those of these variables that this process lacks it lacks afterwards.
+
+    Dask sets those of its workers here, where they inherit them, and leaves them: to all that a notebook starts later.
+    """
+    lacking = variables - os.environ.keys()
+    try:
+        yield
+    finally:
+        for name in lacking:
+            os.environ.pop(name, None)

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,9 @@ from oracle import chosen, paint
 from pipeline.archive import run as archive_run
 from pipeline.archive.workers.cluster import Cluster, exposed
 from pipeline.archive.workers.executors import Loop, run_task
+from pipeline.archive.workers.local_cluster import start_cluster
+from pipeline.config import Execution
+from pipeline.model import allocator
 
 
 def busy(_: int) -> tuple[float, float]:
@@ -31,6 +35,17 @@ def test_a_gpu_has_two_tasks_at_once_and_no_more(client: Any) -> None:
 
     spans = asyncio.run(six())
     assert max(sum(a <= started < b for a, b in spans) for started, _ in spans) == 2
+
+
+def test_a_cluster_of_this_machine_leaves_the_environment_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else what a notebook starts later has the workers' allocator."""
+    given, *others = allocator.ENVIRONMENT
+    monkeypatch.setenv(given, "7")
+    for name in others:
+        monkeypatch.delenv(name, raising=False)
+    with start_cluster(Execution(workers=1), "cpu"):
+        assert allocator.ENVIRONMENT.keys() <= os.environ.keys()
+    assert {name: os.environ[name] for name in allocator.ENVIRONMENT.keys() & os.environ.keys()} == {given: "7"}
 
 
 class OfANetwork:
