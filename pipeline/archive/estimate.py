@@ -30,7 +30,7 @@ class SlideEstimate(NamedTuple):
 
 
 def estimate_slide(source: Source, settings: Settings, seconds_per_mm2: float) -> SlideEstimate:
-    """Open a slide, find its tissue, and say what a run would take. Reads a thumbnail only.
+    """Open a slide, find its tissue, and say what a run would take. Reads a thumbnail and the texture below its tissue.
 
     So it does not know whether a stain can be fitted, and counts the time of the trial of `--stain auto` in any case.
     """

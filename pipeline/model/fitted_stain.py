@@ -1,6 +1,7 @@
 """The stain of a slide, or of the template that slides are normalised to, in plain numbers.
 
-`pipeline.model.stain` fits and applies them. Nothing here loads torch: every process of a run reads stains.
+`stain_fit` fits both, and `stain` moves images from the one to the other. Nothing here loads torch: every process of a
+run reads stains.
 """
 
 import json

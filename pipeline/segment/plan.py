@@ -82,7 +82,7 @@ class Plan(NamedTuple):
 
 
 def plan_slide(slide: Slide, settings: Settings, regions: RegionFile | None = None) -> Plan:
-    """The plan of a slide. Reads a thumbnail and, to fit its stain, a few regions.
+    """The plan of a slide. Reads a thumbnail, the texture below its tissue and, to fit its stain, a few regions.
 
     regions: to which it is restricted. Its stain is that of the whole slide all the same: so nuclei are those that
     the whole slide would have there.
