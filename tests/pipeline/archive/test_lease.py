@@ -252,7 +252,10 @@ def test_an_owner_that_was_suspended_too_long_has_lost_its_lease(tmp_path: Path)
     age(file_of(tmp_path), 30)
     assert other.take(tmp_path)
     assert not suspended.ours(tmp_path)
+    being_made = tmp_path / f"{LEASE}-of-a-third-one"
+    being_made.mkdir()
     suspended.release(tmp_path)
+    assert being_made.exists(), "whoever has lost a slide removes nothing there"
     assert other.ours(tmp_path)
     assert not suspended.take(tmp_path)
 
@@ -370,6 +373,28 @@ def test_what_cannot_be_written_is_said(tmp_path: Path, monkeypatch: pytest.Monk
     with pytest.raises(OSError, match="No space left"):
         Leases().take(tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("dead", [False, True])
+def test_a_free_slide_is_taken_where_nothing_is_renamed_over_a_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dead: bool
+) -> None:
+    """Not over an empty one either, on some network file systems; a killed process may leave one."""
+    if dead:
+        make(tmp_path, elsewhere(), age_s=LONG_DEAD_S)
+    else:
+        (tmp_path / LEASE).mkdir()
+    rename = os.rename
+
+    def rename_to_nothing(source: Path, target: Path) -> None:
+        if target.exists():
+            raise FileExistsError(errno.EEXIST, "File exists")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", rename_to_nothing)
+    leases = Leases()
+    assert leases.take(tmp_path)
+    assert leases.ours(tmp_path)
 
 
 def test_who_has_a_slide_is_not_known_where_a_file_server_does_not_say(
