@@ -313,11 +313,17 @@ def test_a_lease_is_watched_from_its_last_change(tmp_path: Path, monkeypatch: py
     assert other.take(tmp_path)
 
 
-def test_another_host_is_another_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Copies of a virtual machine may share the id of a boot: their pids mean different processes."""
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a machine is told by its network address")
+@pytest.mark.parametrize(("where", "name"), [(platform, "node"), (os, "readlink"), (os, "getuid")])
+def test_another_host_container_or_user_is_another_machine(
+    monkeypatch: pytest.MonkeyPatch, where: object, name: str
+) -> None:
+    """Copies of a virtual machine may share the id of a boot, and a container has pids of its own: these mean different
+    processes. Those of another user may be hidden.
+    """
     me = lease._me()
     assert lease._is_gone(me._replace(started=-1.0))
-    monkeypatch.setattr(platform, "node", lambda: "copy")
+    monkeypatch.setattr(where, name, lambda *_: "another")
     assert not lease._is_gone(me._replace(started=-1.0))
 
 
@@ -352,6 +358,14 @@ def test_a_pid_that_was_given_again_is_another_process(tmp_path: Path) -> None:
     assert not Leases().take(tmp_path / "a")
     make(tmp_path / "b", json.dumps(me._replace(started=me.started - 60)._asdict()))
     assert Leases().take(tmp_path / "b")
+
+
+def test_an_owner_whose_process_is_gone_is_dead_at_once(tmp_path: Path) -> None:
+    """Gone altogether: its parent has asked for its status, as a shell does."""
+    with subprocess.Popen([sys.executable, "-c", ""]) as ended:
+        ended.wait()
+    make(tmp_path, json.dumps(lease._me()._replace(pid=ended.pid)._asdict()))
+    assert Leases().take(tmp_path)
 
 
 def test_without_a_pid_namespace_no_owner_is_known_to_be_dead(monkeypatch: pytest.MonkeyPatch) -> None:
