@@ -279,7 +279,7 @@ def plan(
     bad, others = sum(bool(row.problem) for row in rows), counted(archive.skipped, "other file")
     print(
         f"{counted(len(rows), 'slide')} ({bad} will fail), {sum(r.tissue_mm2 for r in rows):.1f} mm2 of tissue, "
-        f"{_hours(rows, '.2f')} hours, {sum(r.disk_gb for r in rows):.2f} GB; {others} skipped"
+        f"{_hours(rows)} hours, {sum(r.disk_gb for r in rows):.2f} GB; {others} skipped"
     )
     print(_basis(seconds, seconds_per_mm2 is not None))
     return 1 if bad else 0
@@ -295,7 +295,7 @@ def _table(rows: Sequence["SlideEstimate"]) -> list[str]:
             lines.append(f"{name:{width}}  WILL FAIL: {printable(row.problem)}")
         else:
             lines.append(
-                f"{name:{width}}  {row.mpp:7.4f}  {row.tissue_mm2:10.2f}  {row.tiles:6}  {_hours([row], '.2f'):>6}  "
+                f"{name:{width}}  {row.mpp:7.4f}  {row.tissue_mm2:10.2f}  {row.tiles:6}  {_hours([row]):>6}  "
                 f"{row.disk_gb:7.3f}"
             )
             lines += [f"{'':{width}}  NOTE: {note}" for note in row.notes]
@@ -308,9 +308,9 @@ def _shortened(name: str) -> str:
     return name if len(name) <= _NAME_CHARS else f"{name[:half]}…{name[-half:]}"
 
 
-def _hours(rows: Sequence["SlideEstimate"], form: str) -> str:
+def _hours(rows: Sequence["SlideEstimate"]) -> str:
     total = sum(row.hours for row in rows)
-    return "?" if math.isnan(total) else f"{total:{form}}"
+    return "?" if math.isnan(total) else f"{total:.2f}"
 
 
 def _basis(seconds: float, given: bool) -> str:

@@ -1,7 +1,6 @@
 """The demo: a synthetic slide whose nuclei are known is segmented by the whole pipeline, and the result is scored."""
 
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -51,7 +50,7 @@ def match(detected: Polygons, true: Polygons) -> Match:
     return Match(len(detected), len(true), min(len(np.unique(i[matched])), len(np.unique(j[matched]))))
 
 
-def run_demo(out: Path, seed: int, settings: Settings, say: Callable[[str], None] = print) -> int:
+def run_demo(out: Path, seed: int, settings: Settings) -> int:
     """Draw a slide, run the pipeline on it, and score the result. Returns the exit status.
 
     Raises RunError where `out` cannot be a folder to write to, ConfigError for a device that is not there.
@@ -66,20 +65,20 @@ def run_demo(out: Path, seed: int, settings: Settings, say: Callable[[str], None
     drawn = phantom.draw(SIZE, seed)
     with files.committed(slide) as part:
         phantom.write(part, drawn)
-    say(f"drew {slide}: {len(drawn.polygons):,} nuclei on {SIZE.width} x {SIZE.height} px")
+    print(f"drew {slide}: {len(drawn.polygons):,} nuclei on {SIZE.width} x {SIZE.height} px")
     results = RunFolder(out / "results")
-    (row,) = run([slide], results.path, settings, Execution(cluster=False), say=say)
+    (row,) = run([slide], results.path, settings, Execution(cluster=False), say=print)
     if row.status == "failed":
         return 1
     folder = results.slide(row.slide)
     detected = tables.geometry(tables.read_nuclei(folder.nuclei, ["geometry"]))
     scores = match(detected, np.array([shapely.Polygon(ring) for ring in drawn.polygons], object))
-    say(
+    print(
         f"against the truth, at IoU .5: precision {scores.precision:.3f}, recall {scores.recall:.3f}, "
         f"F1 {scores.f1:.3f} ({scores.detected:,} detected, {scores.true:,} true)"
     )
-    say(f"pictures: {folder.overlay}")
-    say(f"          {folder.thumbnail}")
-    say(f"in QuPath open {slide}, then drag {folder.export('qupath')} onto it")
-    say(f"{time.perf_counter() - started:.0f} s")
+    print(f"pictures: {folder.overlay}")
+    print(f"          {folder.thumbnail}")
+    print(f"in QuPath open {slide}, then drag {folder.export('qupath')} onto it")
+    print(f"{time.perf_counter() - started:.0f} s")
     return 0

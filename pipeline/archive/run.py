@@ -214,8 +214,8 @@ class ArchiveRun:
         executor: Executor,
         leases: Leases,
         progress: Progress,
-        detect: Detect | None = None,
-        staging: Staging | None = None,
+        detect: Detect | None,
+        staging: Staging | None,
     ) -> None:
         """detect: replaces the detector, in tests."""
         self.command, self.progress = command, progress

@@ -29,7 +29,7 @@ class SlideStages:
     work: what was done by block or on a device, of all slides until now.
     """
 
-    def __init__(self, executor: Executor, stream: Stream, progress: Progress, detect: Detect | None = None) -> None:
+    def __init__(self, executor: Executor, stream: Stream, progress: Progress, detect: Detect | None) -> None:
         """detect: replaces the detector, in tests."""
         self._executor, self._stream, self._progress, self._detect = executor, stream, progress, detect
         self.work = StageRecord()

@@ -27,7 +27,7 @@ class Stream:
     slots: a block takes one before its first stage, and gives it back after its last.
     """
 
-    def __init__(self, executor: Executor, window: int = 0, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, executor: Executor, window: int, clock: Callable[[], float] = time.monotonic) -> None:
         """window: blocks in flight, 0: as many as the detectors need, by what they take; clock: seconds."""
         self._executor, self._window, self._clock = executor, window, clock
         self._inside: Counter[str] = Counter()  # blocks in each stage; "detector" for those on a device

@@ -91,7 +91,7 @@ def stamp(path: Path) -> tuple[int, ...]:
     return status.st_size, status.st_mtime_ns, status.st_ino
 
 
-def check_content(path: Path, recorded: str = "") -> str:
+def check_content(path: Path, recorded: str) -> str:
     """SHA-256 of a file. Raises WeightsError where it is not `recorded`, unless that is empty: any content will do."""
     try:
         sha256 = content_sha256(path)

@@ -66,14 +66,13 @@ def size_factor(least: float, training: Training, rng: np.random.Generator) -> f
     return math.exp(rng.uniform(math.log(shrink), math.log(training.enlarge)))
 
 
-def bend(
-    source: int, side: int, rng: np.random.Generator, cells: int = 6
-) -> list[tuple[tuple[int, int, int, int], tuple[float, ...]]]:
+def bend(source: int, side: int, rng: np.random.Generator) -> list[tuple[tuple[int, int, int, int], tuple[float, ...]]]:
     """A mesh for Pillow that shifts the knots of a grid at random: sectioning stretches the tissue.
 
     Maps a square of `side` px onto one of `source` px; inner knots move by up to a fifth of a cell, so that
     no cell folds over, and the outline stays.
     """
+    cells = 6  # along a side
     knots = np.linspace(0, source, cells + 1)
     grid = np.stack(np.meshgrid(knots, knots), -1)  # (cells + 1, cells + 1, 2), x y in source px
     grid[1:-1, 1:-1] += rng.uniform(-0.2, 0.2, (cells - 1, cells - 1, 2)) * source / cells

@@ -120,7 +120,7 @@ def _renumbered(read: Callable[[], LabelledImage], number: NDArray[np.int64]) ->
     return labelled._replace(class_index=number[labelled.class_index])
 
 
-def read_datasets(data: Sequence[Path], splits: Sequence[str] = (), mpp: Sequence[float] = ()) -> list[Dataset]:
+def read_datasets(data: Sequence[Path], splits: Sequence[str], mpp: Sequence[float]) -> list[Dataset]:
     """Several datasets, each as `read_dataset` gives it; see `requested_sets`."""
     return [read_dataset(one.data, one.splits, one.mpp) for one in requested_sets(data, splits, mpp)]
 

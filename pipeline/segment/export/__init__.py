@@ -17,7 +17,7 @@ from pipeline.segment.export.ngff import write_ngff
 from pipeline.segment.export.qupath import write_qupath
 from pipeline.segment.export.spatialdata import write_spatialdata
 
-__all__ = ["FORMATS", "Exported", "check_formats", "write_csv", "write_density", "write_qupath"]
+__all__ = ["FORMATS", "Exported", "check_formats", "write_density", "write_qupath"]
 
 FORMATS: Mapping[ExportFormat, Format] = {
     "qupath": Format(write_qupath, options=("crop", "cells")),
