@@ -30,6 +30,7 @@ def test_an_attempt_ended_with_its_last_block_and_without_one_was_none(tmp_path:
         assert np.allclose(begin(folder, 30.0), [(20.0, 24.0)], atol=1)
     assert np.allclose(begin(folder, 40.0), [(20.0, 24.0)], atol=1)
     finish(folder, 2, 44.0)
+    assert np.allclose(begin(folder, 40.0), [(20.0, 24.0)], atol=1), "the one that goes on is not one before"
     assert np.allclose(begin(folder, 50.0), [(20.0, 24.0), (40.0, 44.0)], atol=1)
 
 

@@ -113,12 +113,14 @@ def test_an_invalid_region_is_mended_and_counted(tmp_path: Path) -> None:
     """What a line encloses that crosses itself belongs to the region."""
     bow_tie = shapely.Polygon([(0, 0), (4, 4), (4, 0), (0, 4)])
     loop = shapely.Polygon([(0, 0), (10, 0), (10, 10), (4, 10), (4, 4), (14, 4), (14, 8), (0, 8)])
-    file = write(tmp_path / "x.geojson", feature(bow_tie), feature(loop), feature(shapely.box(0, 0, 1, 1)))
+    line = shapely.Polygon([(0, 0), (1, 1), (2, 2)])  # of which nothing is left
+    drawn_there = (bow_tie, loop, shapely.box(0, 0, 1, 1), line)
+    file = write(tmp_path / "x.geojson", *map(feature, drawn_there))
     drawn = read_regions(file, Box(0, 0, 50, 50))
-    assert drawn.mended == 2
+    assert (drawn.mended, drawn.skipped) == (2, 1)
     assert shapely.is_valid(drawn.polygons).all()
     assert shapely.area(drawn.polygons[0]) == 8
-    assert drawn.describe(file.path) == "3 regions of x.geojson (2 invalid ones mended)"
+    assert drawn.describe(file.path) == "3 regions of x.geojson (2 invalid ones mended, 1 other object left out)"
 
 
 @pytest.mark.parametrize(

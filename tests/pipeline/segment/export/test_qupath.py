@@ -204,13 +204,13 @@ def test_qupath_takes_any_polygon(tmp_path_factory, seed, size, count):
 
 
 def test_what_rounding_breaks_keeps_its_largest_part(tmp_path):
-    """Two squares, 4 and 3 px, joined by a bridge that is narrower than the rounding."""
+    """Two squares, 4 and 3 px, joined by a bridge that is narrower than the rounding; of a speck nothing is kept."""
     bridge = shapely.box(3, 1.996, 8, 1.9999)
     shape = shapely.union_all([shapely.box(0, 0, 4, 4), bridge, shapely.box(7, 0, 10, 3)])
     assert shape.geom_type == "Polygon"
-    nuclei = write(tmp_path / "nuclei.parquet", np.array([shape]))
+    nuclei = write(tmp_path / "nuclei.parquet", np.array([shape, NASTY["speck"]]))
     done = qupath.write_qupath(nuclei, tmp_path / "n.zip", Export(crop=False))
-    assert done == Exported(1, 1, 0)
+    assert done == Exported(1, 1, 1), "what is dropped does not count as repaired"
     (feature,) = check_zip(tmp_path / "n.zip")
     assert shapely.geometry.shape(feature["geometry"]).equals(shapely.box(0, 0, 4, 4))
 
@@ -252,6 +252,18 @@ def test_cells_hold_their_nuclei(tmp_path, crop, monkeypatch):
     monkeypatch.setattr(qupath, "_SHARD", 7)
     qupath.write_qupath(nuclei, tmp_path / "s.zip", Export(crop=crop, cells=3.0))
     assert check_zip(tmp_path / "s.zip", shard=7) == cells
+
+
+def test_cells_are_measured_in_um_along_each_axis(tmp_path):
+    """Of a slide whose px are twice as high as wide."""
+    provenance = dataclasses.replace(PROVENANCE, um_per_px=(0.2, 0.4))
+    nuclei = write(tmp_path / "nuclei.parquet", np.array([shapely.box(700, 700, 740, 710)]), 0, provenance)
+    qupath.write_qupath(nuclei, tmp_path / "c.zip", Export(cells=3.0))
+    (cell,) = check_zip(tmp_path / "c.zip")
+    outline = shapely.transform(shapely.geometry.shape(cell["geometry"]), lambda xy: xy * provenance.um_per_px)
+    measured = cell["properties"]["measurements"]
+    assert measured["Cell: Length µm"] == pytest.approx(outline.length, rel=1e-5)
+    assert measured["Cell: Length µm"] == pytest.approx(2 * (8 + 4) + 2 * np.pi * 3, rel=0.01)
 
 
 def test_a_hole_of_a_cell_is_written(tmp_path):
