@@ -38,6 +38,11 @@ class Scale(NamedTuple):
     y: float
     source: str
 
+    @property
+    def mean(self) -> float:
+        """Of both axes, to six digits after the point: the one number that tables have."""
+        return round((self.x + self.y) / 2, 6)
+
 
 def is_believable(mpp: float) -> bool:
     """Whether a microscope can have made so many micrometres per pixel; else messages say NEED_MPP."""

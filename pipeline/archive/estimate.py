@@ -51,7 +51,7 @@ def estimate_slide(source: Source, settings: Settings, seconds_per_mm2: float) -
     return SlideEstimate(
         source.name,
         "",
-        plan.scale.x,
+        plan.scale.mean,
         plan.scale.source,
         area,
         len(plan.tiles),

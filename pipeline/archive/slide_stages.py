@@ -56,7 +56,7 @@ class SlideStages:
         record = SlideRecord(
             name,
             "done",
-            mpp=round((plan.scale.x + plan.scale.y) / 2, 6),
+            mpp=plan.scale.mean,
             mpp_source=plan.scale.source,
             tissue_mm2=round(plan.tissue.area_mm2, 4),
             tiles=len(plan.tiles),

@@ -88,7 +88,7 @@ def stated_mpp(source: Path) -> float | None:
     """What a slide states itself, um per px at level 0; None where it states none. Raises SlideError."""
     try:
         with open_slide(source) as slide:
-            return (slide.scale.x + slide.scale.y) / 2
+            return slide.scale.mean
     except ScaleUnknown:
         return None
 

@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import oracle
 from pipeline.archive.estimate import estimate_slide
+from pipeline.archive.run import run
 from pipeline.archive.sources import Source
-from pipeline.config import Settings, Stain, Tissue
+from pipeline.config import Execution, Settings, Stain, Tissue
 from pipeline.segment.record import NO_TISSUE
 from slides.scale import GivenScale
 
@@ -33,6 +35,16 @@ def test_a_field_of_view_smaller_than_any_tissue_is_taken_whole(tmp_path: Path) 
     small, large = source(tmp_path / "small.png", 390), source(tmp_path / "large.png", 410)  # 97.5 and 102.5 um
     assert estimate_slide(small, Settings(), 42.0).tissue_mm2 == pytest.approx(0.0975**2, rel=0.2)  # whole px of 8 um
     assert estimate_slide(large, Settings(), 42.0).tissue_mm2 == 0
+
+
+def test_the_scale_is_that_of_the_ledger(tmp_path: Path) -> None:
+    """Of a slide whose pixels are not quite square, as a scanner may state them."""
+    path = tmp_path / "oblong.tif"
+    Image.new("RGB", (300, 300), "white").save(path, dpi=(25400 / 0.25, 25400 / 0.254))
+    (row,) = run([path], tmp_path / "out", oracle.chosen(), Execution(cluster=False), say=print, detect=oracle.detect)
+    estimate = estimate_slide(Source(path, "oblong", GivenScale()), oracle.chosen(), 42.0)
+    assert (estimate.mpp, estimate.mpp_source) == (row.mpp, row.mpp_source)
+    assert row.mpp == pytest.approx(0.252, abs=1e-5)
 
 
 def test_a_template_is_nothing_to_an_estimate(tmp_path: Path) -> None:
