@@ -18,7 +18,7 @@ from pipeline.errors import AnnotationError, SlideChanged
 from pipeline.segment.annotations import ARTEFACTS, TISSUE
 from pipeline.segment.geojson import read_objects
 from pipeline.segment.polygons import Floats, Polygons, rasterise
-from pipeline.text import printable
+from pipeline.text import counted, printable
 from slides.geometry import Box
 from slides.tissue import TissueMap
 
@@ -111,10 +111,10 @@ class SlideRegions(NamedTuple):
         return self._in_words(path, chosen, remarks)
 
     def _in_words(self, path: Path, count: int, remarks: list[str]) -> str:
-        remarks += [f"{self.mended} invalid one{'s' * (self.mended > 1)} mended"] if self.mended else []
-        remarks += [f"{self.skipped} other object{'s' * (self.skipped > 1)} left out"] if self.skipped else []
+        remarks += [f"{counted(self.mended, 'invalid one')} mended"] if self.mended else []
+        remarks += [f"{counted(self.skipped, 'other object')} left out"] if self.skipped else []
         name = " ".join(printable(path.name).split())  # of a file: any bytes, and line ends
-        return f"{count} region{'s' * (count != 1)} of {name}" + (f" ({', '.join(remarks)})" if remarks else "")
+        return f"{counted(count, 'region')} of {name}" + (f" ({', '.join(remarks)})" if remarks else "")
 
 
 def read_regions(file: RegionFile, bounds: Box) -> SlideRegions:
