@@ -60,6 +60,20 @@ def test_a_slot_that_is_cancelled_is_given_back() -> None:
     asyncio.run(work())
 
 
+def test_who_waits_behind_a_cancelled_one_is_next() -> None:
+    """Nothing is given back when a wait is cancelled, so that it must not be waited for."""
+
+    async def work() -> None:
+        space = Space(10)
+        await space.take(8)
+        large, small = asyncio.create_task(space.take(5)), asyncio.create_task(space.take(2))
+        await asyncio.sleep(0)
+        large.cancel()
+        await asyncio.wait_for(small, timeout=1)
+
+    asyncio.run(work())
+
+
 @given(st.lists(st.tuples(st.integers(0, 10), st.integers(0, 3), st.booleans()), max_size=12))
 def test_no_more_space_is_taken_than_there_is(asked: list[tuple[int, int, bool]]) -> None:
     """Law: whatever is asked for, given back or cancelled, at most `size` is taken, in order, and everyone gets it."""

@@ -187,6 +187,16 @@ def test_a_fused_nucleus_is_the_mean_of_its_views(scores: tuple[float, ...]) -> 
     assert patch.saturated
 
 
+@pytest.mark.parametrize(("score", "votes"), [(0.25, 3), (0.3, 4)])
+def test_a_view_counts_that_gives_half_the_score_which_is_needed(score: float, votes: int) -> None:
+    """However many views there are: less is no detection."""
+    image = torch.zeros(1, 3, 48, 64)
+    image[..., 10:16, 31:37] = 0.5
+    model: Any = Exact((0.9, score, 0.9, 0.9))
+    (patch,) = infer(model, image, choose_views(4), limits(40, 30, score=0.55), 16)
+    assert patch.votes.tolist() == [votes]
+
+
 def test_a_saturated_patch_is_detected_in_quarters(tiny: NucleusDetector) -> None:
     """With room for few boxes a whole patch is full; its quarters together may hold four times as many."""
     image = torch.rand(1, 3, 256, 256, generator=torch.Generator().manual_seed(2))
