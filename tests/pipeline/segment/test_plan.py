@@ -1,6 +1,7 @@
 """The plan of a slide."""
 
 import dataclasses
+import json
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +17,10 @@ from pipeline.layout import SlideFolder
 from pipeline.model.fitted_stain import TEMPLATE, Normalisation
 from pipeline.segment.plan import Plan, load_plan, plan_slide, write_plan
 from pipeline.segment.record import Counts, StageRecord
+from pipeline.segment.regions import RegionFile
 from pipeline.segment.stages import outline
 from slides import slide as slide_module
+from slides.artefacts import PEN
 from slides.errors import GridError
 from slides.geometry import Box
 from slides.slide import Slide, open_slide
@@ -88,6 +91,28 @@ def test_every_field_of_a_plan_reads_back_as_it_was_written(discs: Slide, tmp_pa
         assert (was.frame, was.work) == (is_.frame, is_.work)
     assert np.array_equal(plan.artefacts.kinds, back.artefacts.kinds)
     assert np.array_equal(plan.artefacts.tissue.mask, back.artefacts.tissue.mask)
+
+
+def test_regions_do_not_change_what_the_detector_sees_of_a_tile(discs: Slide, tmp_path: Path) -> None:
+    """So a nucleus in them has the outline that it has in a run of the whole slide."""
+    outline = {"type": "Polygon", "coordinates": [[[100, 100], [140, 100], [140, 140], [100, 140], [100, 100]]]}
+    (tmp_path / "x.geojson").write_text(json.dumps({"type": "Feature", "geometry": outline, "properties": {}}))
+    whole = plan_slide(discs, chosen())._replace(step=2)
+    restricted = plan_slide(discs, chosen(), RegionFile.of(tmp_path / "x.geojson", crop=True))._replace(step=2)
+    assert 0 < len(restricted.tiles) < len(whole.tiles)
+    assert restricted.tissue.area_mm2 < whole.tissue.area_mm2
+    assert [restricted.trimmed(tile) for tile in restricted.tiles] == list(map(whole.trimmed, restricted.tiles))
+
+
+def test_tiles_whose_tissue_lies_under_artefacts_are_counted(discs: Slide) -> None:
+    plan = plan_slide(discs, chosen())
+    assert plan.skipped_tiles == 0
+    kinds = np.full_like(plan.artefacts.kinds, PEN)
+    kinds[:, -1] = 0
+    artefacts = plan.artefacts._replace(kinds=kinds)
+    skipping = plan._replace(artefacts=artefacts, tissue=artefacts.clean_tissue())
+    assert 0 < len(skipping.tiles) < len(plan.tiles)
+    assert skipping.skipped_tiles == len(plan.tiles) - len(skipping.tiles)
 
 
 def outlined(slide: Slide, plan: Plan) -> pa.Table:
