@@ -224,6 +224,23 @@ def test_ids_are_uuids_of_slide_and_polygon(tmp_path):
     assert tables.read_nuclei(tmp_path / "b", ["id"])["id"].to_pylist() == ids[::-1]
 
 
+def test_ids_are_those_of_every_version(tmp_path):
+    """Tables that others have made are joined by them."""
+    square = shapely.Polygon([(200, 300), (220, 300), (220, 320), (200, 320)])
+    write(tmp_path / "a", np.array([square]), rest(1))
+    assert tables.read_nuclei(tmp_path / "a", ["id"])["id"].to_pylist() == ["5fdb23e8-a2ea-5bd3-a440-ed73ee0a44c6"]
+
+
+def test_a_check_between_groups_ends_with_its_block(tmp_path):
+    """The thread goes on with another slide, whose lease is another one."""
+    write(tmp_path / "a", squares(3), rest(3))
+    checks = []
+    with tables.checked_between_groups(lambda: checks.append(1)):
+        assert [rows.num_rows for rows in tables.iter_nuclei(tmp_path / "a")] == [3]
+    assert [rows.num_rows for rows in tables.iter_nuclei(tmp_path / "a")] == [3]
+    assert checks == [1]
+
+
 def test_other_slides_have_other_ids(tmp_path):
     ids = []
     for slide in ("one", "two"):
