@@ -127,6 +127,18 @@ def test_a_normalised_image_has_the_targets_stain(method: str) -> None:
     assert distance(again, target) < 0.35 * distance(source, target)
 
 
+def test_macenko_scales_each_stain_to_the_strength_of_the_target() -> None:
+    """Of a slide in the target's colours, with twice the haematoxylin and three times the eosin."""
+    target = TEMPLATE["macenko"]
+    times = torch.tensor([2.0, 3.0])
+    strength = tuple((torch.tensor(target.numbers["strength"]) * times).tolist())
+    source = FittedStain("macenko", {**target.numbers, "strength": strength})
+    vectors = torch.tensor([target.numbers["haematoxylin"], target.numbers["eosin"]])
+    amounts = torch.tensor([[1.2, 0.6], [0.6, 1.5], [2.0, 0.3]])
+    before, after = ((-(of @ vectors)).exp().T.reshape(1, 3, 1, 3) for of in (amounts, amounts / times))
+    torch.testing.assert_close(Normaliser(Normalisation(source, target))(before), after, atol=1e-4, rtol=0)
+
+
 def test_macenko_fits_the_stains_that_were_painted() -> None:
     numbers = fitted(painted(4, PURPLE, PINK, glass=0.1), "macenko").numbers
     for name, vector in (("haematoxylin", PURPLE), ("eosin", PINK)):
