@@ -5,8 +5,9 @@ size of a file; a new one replaces the old one by renaming.
 """
 
 import dataclasses
+import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from pipeline.errors import ConfigError, WeightsError
 from pipeline.files import committed, read_json, remove, write_json
+from training.data.sample import Dataset
 
 FOLDER = "checkpoint"
 PART_BYTES = 12 * 2**20
@@ -89,7 +91,16 @@ def resume(
         state = _moments(tensors, optimiser)
     except ConfigError:
         raise
-    except (OSError, ValueError, ArithmeticError, LookupError, RuntimeError, TypeError, SafetensorError) as error:
+    except (
+        OSError,
+        ValueError,
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        RuntimeError,
+        TypeError,
+        SafetensorError,
+    ) as error:
         raise WeightsError(
             f"{folder} cannot be continued ({error}): need the checkpoint of a training of this network, "
             f"or another --out"
@@ -113,6 +124,15 @@ def _moments(tensors: Mapping[str, Tensor], optimiser: torch.optim.Optimizer) ->
 def named_fields(name: str, settings: Any) -> dict[str, object]:
     """The fields of a dataclass for a recipe, as <name>.<field>, so that a difference is named by its field."""
     return {f"{name}.{field}": value for field, value in dataclasses.asdict(settings).items()}
+
+
+def data_fields(datasets: Sequence[Dataset]) -> dict[str, object]:
+    """What a recipe states of its data: of each dataset the number of images, and a digest of which they are."""
+    which = {d.name: json.dumps([[image.id, image.mpp, image.group] for image in d.images]) for d in datasets}
+    return {
+        "data": {d.name: len(d.images) for d in datasets},
+        "images": {name: hashlib.sha256(images.encode()).hexdigest()[:16] for name, images in which.items()},
+    }
 
 
 def _previous(folder: Path) -> Path:

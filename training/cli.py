@@ -224,7 +224,8 @@ def fit_stain(
     from training.data.datasets import read_datasets
     from training.fit_stain import fit_stain as fit
 
-    fit([dataset.images for dataset in read_datasets(data, split, mpp)], out, training, architecture, template)
+    _make_folder(out)
+    fit(read_datasets(data, split, mpp), out, training, architecture, template)
     return 0
 
 

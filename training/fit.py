@@ -5,7 +5,6 @@ step), and the first one writes.
 """
 
 import dataclasses
-import hashlib
 import itertools
 import json
 import math
@@ -171,14 +170,8 @@ def _recipe(
     datasets: Sequence[Dataset], training: Training, architecture: Architecture, process: Process
 ) -> dict[str, object]:
     """All that decides the weights; see `checkpoint.resume`."""
-    images = {d.name: len(d.images) for d in datasets}
     shape = checkpoint.named_fields("architecture", architecture)
-    which = {"images": {d.name: _digest([[i.id, i.mpp, i.group] for i in d.images]) for d in datasets}}
-    return {**_noted_recipe(training), **shape, "data": images, **which, "processes": process.size}
-
-
-def _digest(content: object) -> str:
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+    return {**_noted_recipe(training), **shape, **checkpoint.data_fields(datasets), "processes": process.size}
 
 
 def _noted_recipe(training: Training) -> dict[str, object]:

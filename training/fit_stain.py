@@ -3,7 +3,7 @@
 import contextlib
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
@@ -25,7 +25,7 @@ from pipeline.model.fitted_stain import FittedStain
 from pipeline.segment.slide_stain import fit_template
 from training import checkpoint
 from training.config import StainTraining
-from training.data.sample import Sample
+from training.data.sample import Dataset, Sample
 from training.fit import learning_rate
 from training.monitor import LOG_EVERY, LOSSES_FILE, append_row
 
@@ -45,14 +45,14 @@ class StainImage(NamedTuple):
 
 
 def fit_stain(
-    sets: Sequence[Sequence[Sample]],
+    datasets: Sequence[Dataset],
     out: Path,
     training: StainTraining,
     architecture: StainArchitecture,
     template: Path | None = None,
     say: Callable[[str], None] = print,
 ) -> Path:
-    """Train on the images of `sets`, drawn with equal probabilities; continues from a checkpoint in `out`.
+    """Train on the images of `datasets`, drawn with equal probabilities; continues from a checkpoint in `out`.
 
     template: the slide or image that `--stain dcgmm` normalises to, unless --stain.template names another; without it,
     the typical one of the training images.
@@ -60,6 +60,7 @@ def fit_stain(
     the template). Returns the latter's path. Raises AnnotationError where no image shows a stain, StainError and
     SlideError where the template does not, ConfigError for a checkpoint of another recipe.
     """
+    sets = [dataset.images for dataset in datasets]
     if not all(sets):
         raise AnnotationError("a dataset has no images in its split: need at least one of each")
     if template is not None and not template.exists():
@@ -73,7 +74,12 @@ def fit_stain(
         raise AnnotationError(_NO_STAIN)
     torch.manual_seed(training.seed)
     network = ClusterNet(architecture).to(choose_device(training.device))
-    step = _train(network, images, out, training, say)
+    recipe = {
+        **asdict(training),
+        **checkpoint.named_fields("architecture", architecture),
+        **checkpoint.data_fields(datasets),
+    }
+    step = _train(network, images, out, training, recipe, say)
     saved = _as_saved(network)
     if template is None:
         target = typical_stain(sets, "dcgmm", architecture.mpp, saved)
@@ -96,13 +102,12 @@ def _train(
     images: Sequence[Sequence[StainImage]],
     out: Path,
     training: StainTraining,
+    recipe: Mapping[str, object],
     say: Callable[[str], None],
 ) -> int:
     """Run the schedule, or its rest, or as much as the minutes allow; the last step."""
     device, floor = next(network.parameters()).device, network.architecture.floor
     optimiser = torch.optim.Adam(network.parameters(), lr=training.rate)
-    recipe = {**asdict(training), **checkpoint.named_fields("architecture", network.architecture)}
-    recipe["images"] = [len(of_set) for of_set in images]
     first, _ = checkpoint.resume(out / checkpoint.FOLDER, network, {}, optimiser, recipe)
     started, since, step, losses = time.monotonic(), time.monotonic(), first, []
     for step in range(first + 1, training.steps + 1):

@@ -81,6 +81,14 @@ def test_threads_that_wait_leave_the_cores_to_others(chosen: dict[str, str], see
     assert done.stdout.split() == [seen], done.stderr
 
 
+@pytest.mark.parametrize("command", ["train", "fit-stain"])
+def test_an_output_that_is_a_file_is_refused(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "out").touch()
+    status, _, err = run(capsys, command, "--data", tmp_path, "--out", tmp_path / "out")
+    assert status == 2
+    assert f"nightslide: {tmp_path / 'out'} cannot be made a folder: File exists; choose another" in err
+
+
 def test_train_without_nuclei_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = qupath_export(tmp_path / "none", ("cell", "Tumor"), ("detection", "Ignore*"))
     status, _, err = run(

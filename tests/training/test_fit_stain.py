@@ -18,7 +18,7 @@ from pipeline.model.fitted_stain import read_template
 from pipeline.model.stain_fit import fit
 from pipeline.model.weights import read_notes
 from training.config import StainTraining
-from training.data.sample import LabelledImage, Sample
+from training.data.sample import NO_CLASSES, Dataset, LabelledImage, Sample
 from training.fit import learning_rate
 from training.fit_stain import fit_stain, typical_stain
 
@@ -47,6 +47,7 @@ def read_white() -> LabelledImage:
 
 
 IMAGES = [Sample(str(seed), "", 0.25, partial(read, seed)) for seed in range(3)]
+SET = Dataset("discs", tuple(IMAGES), NO_CLASSES)
 WHITE = Sample("white", "", 0.25, read_white)
 
 
@@ -55,7 +56,7 @@ def silent(_line: str) -> None:
 
 
 def test_the_loss_falls(tmp_path: Path) -> None:
-    weights = fit_stain([IMAGES], tmp_path, dataclasses.replace(QUICK, steps=60, save_every=60), TINY, say=silent)
+    weights = fit_stain([SET], tmp_path, dataclasses.replace(QUICK, steps=60, save_every=60), TINY, say=silent)
     with (tmp_path / "losses.csv").open() as file:
         losses = [float(row["bound"]) for row in csv.DictReader(file)]
     assert len(losses) == 3
@@ -66,25 +67,36 @@ def test_the_loss_falls(tmp_path: Path) -> None:
 
 def test_it_continues_exactly(tmp_path: Path) -> None:
     """Law: stopped and continued, the weights and the template are those of an uninterrupted training."""
-    whole = fit_stain([IMAGES], tmp_path / "whole", QUICK, TINY, say=silent)
+    whole = fit_stain([SET], tmp_path / "whole", QUICK, TINY, say=silent)
     for _ in range(2):  # a step each
-        fit_stain([IMAGES], tmp_path / "parts", dataclasses.replace(QUICK, minutes=1e-9), TINY, say=silent)
-    parts = fit_stain([IMAGES], tmp_path / "parts", QUICK, TINY, say=silent)
+        fit_stain([SET], tmp_path / "parts", dataclasses.replace(QUICK, minutes=1e-9), TINY, say=silent)
+    parts = fit_stain([SET], tmp_path / "parts", QUICK, TINY, say=silent)
     first, second = dcgmm.load(whole).state_dict(), dcgmm.load(parts).state_dict()
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert read_template(whole) == read_template(parts)
 
 
 def test_another_architecture_does_not_continue(tmp_path: Path) -> None:
-    fit_stain([IMAGES], tmp_path, QUICK, TINY, say=silent)
+    fit_stain([SET], tmp_path, QUICK, TINY, say=silent)
     with pytest.raises(ConfigError, match=r"architecture.channels=\[4, 8\], not \[4, 6\]: .* another --out"):
-        fit_stain([IMAGES], tmp_path, QUICK, StainArchitecture(channels=(4, 6)), say=silent)
+        fit_stain([SET], tmp_path, QUICK, StainArchitecture(channels=(4, 6)), say=silent)
 
 
 def test_another_recipe_does_not_continue(tmp_path: Path) -> None:
-    fit_stain([IMAGES], tmp_path, QUICK, TINY, say=silent)
+    fit_stain([SET], tmp_path, QUICK, TINY, say=silent)
     with pytest.raises(ConfigError, match=r"steps=4, not 5: .* another --out"):
-        fit_stain([IMAGES], tmp_path, dataclasses.replace(QUICK, steps=5), TINY, say=silent)
+        fit_stain([SET], tmp_path, dataclasses.replace(QUICK, steps=5), TINY, say=silent)
+
+
+def test_other_images_do_not_continue(tmp_path: Path) -> None:
+    """Neither more of them nor as many others: the weights would be of the first, the template of the others."""
+    fit_stain([SET._replace(images=tuple(IMAGES[:2]))], tmp_path, QUICK, TINY, say=silent)
+    for images, message in (
+        (IMAGES, "data={'discs': 2}, not {'discs': 3}: .* another --out"),
+        (IMAGES[1:], "other images, .*, in discs: .* another --out"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            fit_stain([SET._replace(images=tuple(images))], tmp_path, QUICK, TINY, say=silent)
 
 
 def test_the_template_is_the_median_of_single_fits() -> None:
@@ -97,28 +109,29 @@ def test_the_template_is_the_median_of_single_fits() -> None:
 
 def test_a_template_can_be_given(tmp_path: Path) -> None:
     Image.fromarray(np.tile(picture(9), (3, 3, 1))).save(tmp_path / "mine.png")
-    mine = fit_stain([IMAGES], tmp_path / "a", QUICK, TINY, template=tmp_path / "mine.png", say=silent)
-    typical_one = fit_stain([IMAGES], tmp_path / "b", QUICK, TINY, say=silent)
+    mine = fit_stain([SET], tmp_path / "a", QUICK, TINY, template=tmp_path / "mine.png", say=silent)
+    typical_one = fit_stain([SET], tmp_path / "b", QUICK, TINY, say=silent)
     assert read_template(mine) != read_template(typical_one)
     assert read_template(mine).numbers["white"] != (1, 1, 1)  # its own glass
     Image.new("RGB", (300, 300), "white").save(tmp_path / "white.png")
     with pytest.raises(StainError, match="need"):
-        fit_stain([IMAGES], tmp_path / "c", QUICK, TINY, template=tmp_path / "white.png", say=silent)
+        fit_stain([SET], tmp_path / "c", QUICK, TINY, template=tmp_path / "white.png", say=silent)
     assert not (tmp_path / "c").exists(), "it was refused only after the training"
 
 
 def test_images_without_a_stain_are_left_out_and_said(tmp_path: Path) -> None:
     said: list[str] = []
-    fit_stain([[*IMAGES, WHITE]], tmp_path / "some", QUICK, TINY, say=said.append)
+    fit_stain([SET._replace(images=(*IMAGES, WHITE))], tmp_path / "some", QUICK, TINY, say=said.append)
     assert said[0].startswith("1 of 4 images left out")
     with pytest.raises(AnnotationError, match="shows a stain"):
-        fit_stain([[WHITE]], tmp_path / "none", QUICK, TINY, say=silent)
+        fit_stain([SET._replace(images=(WHITE,))], tmp_path / "none", QUICK, TINY, say=silent)
 
 
 def test_an_image_of_less_than_a_pixel_at_the_working_scale_is_left_out(tmp_path: Path) -> None:
     said: list[str] = []
     narrow = LabelledImage(picture(0)[:1, :2], np.zeros((1, 2), np.int32), np.zeros(0, np.int64))
-    fit_stain([[*IMAGES, Sample("narrow", "", 0.06, lambda: narrow)]], tmp_path, QUICK, TINY, say=said.append)
+    images = (*IMAGES, Sample("narrow", "", 0.06, lambda: narrow))
+    fit_stain([SET._replace(images=images)], tmp_path, QUICK, TINY, say=said.append)
     assert said[0].startswith("1 of 4 images left out")
 
 
