@@ -27,6 +27,11 @@ PART_BYTES = 12 * 2**20
 # take the place of a number of steps.
 MAY_DIFFER = frozenset(["minutes", "device", "loaders", "save_every", "licence", "architecture.score"])
 
+_DIGESTED = {  # of each dataset only a digest is known
+    "images": "other images, or other scales (--mpp) or groups of the same",
+    "annotations": "other annotations of the same images",
+}
+
 _STATE = "state.json"
 
 
@@ -158,9 +163,9 @@ def _check_recipe(folder: Path, saved: Mapping[str, Any], wanted: Mapping[str, o
     if different := [name for name in shared if saved[name] != stated[name]]:
         name = different[0]
         what = f"{name}={saved[name]!r}, not {stated[name]!r}"
-        if name == "images":  # of each dataset only a digest is known
+        if name in _DIGESTED:
             changed = ", ".join(one for one in stated[name] if saved[name].get(one) != stated[name][one])
-            what = f"other images, or other scales (--mpp) or groups of the same, in {changed}"
+            what = f"{_DIGESTED[name]}, in {changed}"
         raise ConfigError(
             f"{folder} is of a training with {what}: continue it with the recipe "
             f"that it was started with, or start another training with another --out"

@@ -92,10 +92,12 @@ def fit(
     model = initial.to(process.device).to(memory_format=torch.channels_last)
     average = {k: v.detach().clone() for k, v in model.state_dict().items()}
     optimiser = torch.optim.AdamW(_parameter_groups(model, training.decay), lr=training.rate, fused=True)
-    recipe = _recipe(datasets, training, architecture, process)
-    first, spent_s = checkpoint.resume(out / checkpoint.FOLDER, model, average, optimiser, recipe)
     trained = [d._replace(images=tuple(trained)) for d, (trained, _) in zip(datasets, split, strict=True)]
-    loader = _loader(trained, first, training, model.architecture, process, say if process.rank == 0 else _silent)
+    drawn = _crops(trained, training, model.architecture, say if process.rank == 0 else _silent)
+    learnt = {d.name: digest for d, digest in zip(datasets, drawn.digests(), strict=True)}
+    recipe = {**_recipe(datasets, training, architecture, process), "annotations": learnt}
+    first, spent_s = checkpoint.resume(out / checkpoint.FOLDER, model, average, optimiser, recipe)
+    loader = _loader(drawn, first, training, process)
     held_out = [(d.name, s) for d, (_, held) in zip(datasets, split, strict=True) for s in held]
     crops = [held_out_crop(*one, model.architecture.mpp) for one in held_out] if process.rank == 0 else []
     results = _Results(out, recipe, _notes(datasets, training), crops, Log(out, say))
@@ -335,15 +337,10 @@ def _common_classes(datasets: Sequence[Dataset]) -> tuple[str, ...]:
     return classes.pop()
 
 
-def _loader(
-    datasets: Sequence[Dataset],
-    first: int,
-    training: Training,
-    architecture: Architecture,
-    process: Process,
-    say: Callable[[str], None],
-) -> DataLoader[Batch]:
-    """Batches of crops from step `first` on. Raises ConfigError for a crop that the feature pyramid cannot halve."""
+def _crops(
+    datasets: Sequence[Dataset], training: Training, architecture: Architecture, say: Callable[[str], None]
+) -> Crops:
+    """The crops to train on. Raises ConfigError for a crop that the feature pyramid cannot halve."""
     side = round(training.crop_px * architecture.upscale)
     if training.crop_px % side_step(architecture.upscale):
         raise ConfigError(
@@ -354,6 +351,11 @@ def _loader(
     for dataset, groups in zip(datasets, crops.sets, strict=True):
         for line in describe_lost(dataset.name, sum(image.labelled.lost for group in groups for image in group)):
             say(f"WARNING: {line}")
+    return crops
+
+
+def _loader(crops: Crops, first: int, training: Training, process: Process) -> DataLoader[Batch]:
+    """Batches of crops from step `first` on."""
     batches: DataLoader[Any] = DataLoader(
         crops,
         training.batch,

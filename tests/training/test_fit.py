@@ -266,7 +266,7 @@ def test_a_damaged_checkpoint_is_named(data: Path, tmp_path: Path) -> None:
 
 
 def test_another_recipe_is_refused(data: Path, tmp_path: Path) -> None:
-    """Also other data, and another architecture; a checkpoint of the old form, which states neither, goes on."""
+    """Also other data or annotations, and another architecture; a checkpoint of the old form, without, goes on."""
     images = read_dataset(data, [], 0.25)
     settings = dataclasses.replace(QUICK, steps=2)
     fit([images], tmp_path, dataclasses.replace(settings, minutes=1e-9), TINY, say=silent)
@@ -283,6 +283,9 @@ def test_another_recipe_is_refused(data: Path, tmp_path: Path) -> None:
     for changed_images in (others, rescaled):  # of the same number, and name
         with pytest.raises(ConfigError, match=rf"other images, or other scales .*, in {images.name}: continue it"):
             fit([images._replace(images=tuple(changed_images))], tmp_path, settings, TINY, say=silent)
+    corrected = [sample._replace(read=Corrected(sample)) for sample in images.images]
+    with pytest.raises(ConfigError, match=f"other annotations of the same images, in {images.name}: continue it"):
+        fit([images._replace(images=tuple(corrected))], tmp_path, settings, TINY, say=silent)
     state = tmp_path / "checkpoint" / "state.json"
     content = json.loads(state.read_text())
     fields = {field.name for field in dataclasses.fields(QUICK)}
@@ -438,6 +441,19 @@ class Empty:
     def __call__(self) -> LabelledImage:
         labelled = self.sample.read()
         return LabelledImage(labelled.image, np.zeros_like(labelled.labels), np.zeros(0, np.int64))
+
+
+class Corrected:
+    """The image with a nucleus that is larger by a row of pixels."""
+
+    def __init__(self, sample: Sample) -> None:
+        self.sample = sample
+
+    def __call__(self) -> LabelledImage:
+        labelled = self.sample.read()
+        labels = labelled.labels.copy()
+        labels[1:][labels[:-1] == 1] = 1
+        return labelled._replace(labels=labels)
 
 
 class Halves:

@@ -87,7 +87,8 @@ def measure(datasets: Any, training: Training, steps: int) -> None:
     average = {k: v.detach().clone() for k, v in model.state_dict().items()}
     optimiser = torch.optim.AdamW(fit._parameter_groups(model, training.decay), lr=1e-5, fused=True)
     wrapped, clock = fit._wrapped(model, process), Clock()
-    loader = fit._loader(datasets, 0, training, model.architecture, process, print)
+    crops = fit._crops(datasets, training, model.architecture, print)
+    loader = fit._loader(crops, 0, training, process)
     instrument(model, optimiser, clock)
     batches = iter(loader)
     for number in itertools.count():
