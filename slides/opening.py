@@ -5,7 +5,7 @@ import os
 import re
 import struct
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
@@ -184,9 +184,17 @@ def stated_tile(properties: Mapping[str, str], level: int) -> Size:
     return Size(*(int(value) if value.isdecimal() else 0 for value in (width, height)))
 
 
-def check_tiles(path: Path, properties: Mapping[str, str], levels: int) -> None:
-    """Raise SlideTooLarge where OpenSlide would need gigabytes to decode one tile."""
-    for level in range(levels):
+def check_levels(path: Path, properties: Mapping[str, str], sizes: Sequence[Size]) -> None:
+    """Raise SlideUnreadable for a level without pixels, SlideTooLarge for tiles that take gigabytes to decode.
+
+    Sizes that OpenSlide computes from damaged metadata may be below zero.
+    """
+    for level, size in enumerate(sizes):
+        if min(size) < 1:
+            raise SlideUnreadable(
+                f"{path} is damaged: its level {level} has {size.width:,} x {size.height:,} px, need 1 x 1 or more; "
+                f"copy it again"
+            )
         width, height = stated_tile(properties, level)
         if width * height > _LARGEST_TILE_PX:
             raise SlideTooLarge(

@@ -529,6 +529,17 @@ def test_shared_slides_that_do_not_open(shared: Path, name: str, cause: str) -> 
     assert Path(name).name in str(raised.value)
 
 
+def test_shared_mirax_with_a_damaged_overlap_is_damaged(shared: Path, tmp_path: Path) -> None:
+    """OpenSlide opens it, and counts its levels' pixels below zero."""
+    copy = Path(shutil.copy(shared / "slides" / "mirax-sparse.mrxs", tmp_path / "m.mrxs"))
+    shutil.copytree(shared / "slides" / "mirax-sparse", tmp_path / "m", copy_function=shutil.copyfile)
+    (tmp_path / "m").chmod(0o700)
+    ini = tmp_path / "m" / "Slidedat.ini"
+    ini.write_text(ini.read_text(encoding="utf-8").replace("OVERLAP_X=0", "OVERLAP_X=1000000"), encoding="utf-8")
+    with pytest.raises(SlideUnreadable, match=r"m\.mrxs is damaged: its level 0 has -[\d,]+ x 6,144 px"):
+        open_slide(copy)
+
+
 def test_shared_leica_reads_only_inside_its_bounds(shared: Path) -> None:
     """The container was written around the CMU pixels: a frame starts where they start."""
     with (
