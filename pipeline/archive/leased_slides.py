@@ -19,7 +19,7 @@ from pipeline.archive.region_files import region_file
 from pipeline.archive.slide_stages import SlideStages
 from pipeline.archive.sources import Source
 from pipeline.archive.staging import Room, Staging
-from pipeline.errors import ClusterLost, LeaseLost
+from pipeline.errors import ClusterLost, LeaseLost, WorkersDied
 from pipeline.segment import finished
 from pipeline.segment.job import Job
 from pipeline.segment.record import SlideRecord
@@ -53,7 +53,10 @@ class LeasedSlides:
         self._leases.release_all()
 
     async def attempt(self, source: Source) -> SlideRecord | None:
-        """The slide's record, whatever happens to it; None where another run has it."""
+        """The slide's record, whatever happens to it; None where another run has it.
+
+        Raises ClusterLost; WorkersDied, of which another slide may be the cause.
+        """
         folder = self._command.folder.slide(source.name)
         try:
             if source.skip:
@@ -72,16 +75,20 @@ class LeasedSlides:
                 return await self._leased(source, job, room)
         except Exception as raised:
             error = first_error(raised)
-            if isinstance(error, ClusterLost):
+            if isinstance(error, ClusterLost | WorkersDied):
                 raise error from None
             if isinstance(error, LeaseLost):
                 return None
             error = explained(error, self._command.folder, folder)
             if self._staging is not None:
                 error = self._staging.of_original(error, source.place)
-            record = await asyncio.to_thread(self._failed, source, error)
-            self._progress.say(f"{source.name}: FAILED: {record.cause}")
-            return record
+            return await self.fail(source, error)
+
+    async def fail(self, source: Source, error: Exception) -> SlideRecord:
+        """The record of a slide that failed, which is said."""
+        record = await asyncio.to_thread(self._failed, source, error)
+        self._progress.say(f"{source.name}: FAILED: {record.cause}")
+        return record
 
     def _failed(self, source: Source, error: Exception) -> SlideRecord:
         """The record of a slide that failed, noted in its folder; not where a link would lead elsewhere."""

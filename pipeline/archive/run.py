@@ -39,7 +39,7 @@ from pipeline.archive.workers.executors import Executor
 from pipeline.archive.workers.processes import ask, stop_in_a_starting_worker
 from pipeline.archive.workers.watch import ExecutorWatch
 from pipeline.config import Execution, Settings, checked
-from pipeline.errors import RunError
+from pipeline.errors import RunError, WorkersDied
 from pipeline.layout import RunFolder
 from pipeline.model.weights import licence
 from pipeline.report.page import write_report
@@ -226,6 +226,7 @@ class ArchiveRun:
         self._stages = SlideStages(executor, self._stream, progress, detect)
         self._slides = LeasedSlides(command, self._known, self._stages, leases, staging, progress)
         self._done: dict[str, SlideRecord] = {}
+        self._suspects: list[tuple[Source, WorkersDied]] = []  # slides in whose tasks worker processes died
         self._others: list[SlideRecord] = []  # what other commands have left in the folder
         self._ended = False
 
@@ -250,7 +251,8 @@ class ArchiveRun:
         try:
             async with asyncio.TaskGroup() as slides:
                 for source in self.command.archive.sources:
-                    slides.create_task(self._slide(source))
+                    slides.create_task(self._first(source))
+            await self._again()
         except ExceptionGroup as group:
             raise first_error(group) from None
         finally:
@@ -322,6 +324,29 @@ class ArchiveRun:
         except OSError as error:
             self.progress.say(f"WARNING: ledger.csv could not be written: {error}")
 
+    async def _first(self, source: Source) -> None:
+        """The first try of a slide."""
+        try:
+            await self._slide(source)
+        except WorkersDied as error:
+            self._suspects.append((source, error))
+
+    async def _again(self) -> None:
+        """Try slides in whose tasks worker processes died once more, one at a time, now that all others have ended.
+
+        A file that ends the process which reads it ends what that does for other slides, too. Where only one slide is
+        left so, it was no other's doing.
+        """
+        for source, error in self._suspects:
+            if len(self._suspects) > 1:
+                self.progress.say(f"{source.name}: {error}; tried once more, with no other slide beside it")
+                try:
+                    await self._slide(source)
+                    continue
+                except WorkersDied as died:
+                    error = died
+            self._end(source, await self._slides.fail(source, error))
+
     async def _slide(self, source: Source) -> None:
         told, since = False, None
         while True:
@@ -343,5 +368,8 @@ class ArchiveRun:
                 told = True
                 self.progress.say(f"{source.name}: waiting for {holder}, which has this slide; --no-wait leaves it")
             await asyncio.sleep(_POLL_S)
+        self._end(source, record)
+
+    def _end(self, source: Source, record: SlideRecord) -> None:
         self._done[source.name] = record
         self.progress.ended(source.name, failed=record.status == "failed")

@@ -1,6 +1,7 @@
 """Runs that fail: each error is a clear line of the ledger, affects nothing else, and can be corrected."""
 
 import asyncio
+import contextlib
 import errno
 import json
 import os
@@ -8,7 +9,8 @@ import re
 import shutil
 import threading
 from collections import namedtuple
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from pipeline.archive import run as archive_run
 from pipeline.archive import slide_stages
 from pipeline.archive.lease import Leases
 from pipeline.archive.run import run
+from pipeline.archive.workers.executors import Loop
 from pipeline.config import Execution, Settings
 from pipeline.errors import RunError
 from pipeline.model.fitted_stain import Normalisation
@@ -220,6 +223,50 @@ def test_a_slide_that_was_left_to_another_run_is_done_once_that_has_done_it(
         rows = segment(archive, out, Execution(cluster=False, workers=1, wait=False))
     assert [row.status for row in rows.values()] == ["done", "done"]
     assert rows["a"].nuclei > 0
+
+
+class KilledWorker(Exception):
+    """Named as Dask's error of a task that ended several workers."""
+
+
+class OneWorker(Loop):
+    """A worker process that dies of some slides so often, and takes what it does beside with it."""
+
+    def __init__(self, deaths: dict[str, int]) -> None:
+        self.deaths = deaths
+
+    def submit(self, on_device: bool, function: Callable[..., Any], *args: Any) -> Future[Any]:
+        name = args[0].folder.path.name
+        if self.deaths.get(name, 0):
+            self.deaths[name] -= 1
+            died: Future[Any] = Future()
+            died.set_exception(KilledWorker())
+            return died
+        return super().submit(on_device, function, *args)
+
+
+@pytest.mark.parametrize(
+    ("deaths", "left", "failed"),
+    [({"a": 9, "b": 1}, {"a": 7, "b": 0}, {"a"}), ({"a": 9}, {"a": 8}, {"a"}), ({"a": 9, "b": 9}, {}, {"a", "b"})],
+    ids=["one is sound", "nobody else's doing", "both are bad"],
+)
+def test_a_slide_that_ends_its_workers_costs_no_other_slide(
+    deaths: dict[str, int],
+    left: dict[str, int],
+    failed: set[str],
+    archive: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Law 13: what died beside a file that crashes its reader is done after all others, alone."""
+    worker = OneWorker(dict(deaths))
+    monkeypatch.setattr(archive_run, "open_executor", lambda *_: contextlib.nullcontext(worker))
+    rows = segment(archive, tmp_path / "out")
+    assert {name for name, row in rows.items() if row.status == "failed"} == failed
+    assert all(rows[name].status == "done" for name in rows.keys() - failed)
+    assert all("worker processes died in make_plan" in rows[name].cause for name in failed)
+    assert worker.deaths.items() >= left.items()
+    assert not (tmp_path / "out" / "b" / "failure.json").exists() or "b" in failed
 
 
 def test_who_has_a_slide_that_is_waited_for_is_said_once(
