@@ -51,6 +51,8 @@ def start_cluster(execution: Execution, device: str) -> Iterator[Any]:
     quiet = {
         "distributed.worker.memory.target": False,  # Dask could spill records only, which are small
         "distributed.worker.memory.spill": False,
+        # after so long without its process Dask gives a worker up for good, also where that is being started again
+        "distributed.deploy.lost-worker-timeout": "1000 days",
         "distributed.nanny.pre-spawn-environ": variables,
         "logging": {"distributed": "error"},
     }
