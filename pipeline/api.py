@@ -56,12 +56,14 @@ def estimate(
     mpp: float | None = None,
     force_mpp: float | None = None,
     follow_links: bool = Execution().follow_links,
+    apart: bool = False,
 ) -> "tuple[Archive, Iterator[SlideEstimate]]":
     """The slides of `inputs`, and their estimates one by one; see `plan`.
 
+    apart: as for `estimate_slides`; a script that asks for it needs `if __name__ == "__main__":`
     Raises what `pipeline.archive.run.run` would raise for these settings.
     """
-    from pipeline.archive.estimate import estimate_slide
+    from pipeline.archive.estimate import estimate_slides
     from pipeline.archive.manifest import check_seams, resolve
     from pipeline.archive.region_files import with_regions
     from pipeline.archive.sources import find_slides
@@ -70,8 +72,8 @@ def estimate(
     check_seams(settings)
     archive = find_slides(inputs, mpp=mpp, force_mpp=force_mpp, follow_links=follow_links)
     archive = with_regions(archive, settings.regions)
-    sources = (source for source in archive.sources if not source.skip)
-    return archive, (estimate_slide(source, settings, seconds_per_mm2) for source in sources)
+    sources = [source for source in archive.sources if not source.skip]
+    return archive, estimate_slides(sources, settings, seconds_per_mm2, apart=apart)
 
 
 def speed(settings: Settings, seconds_per_mm2: float | None = None) -> float:

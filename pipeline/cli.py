@@ -261,7 +261,9 @@ def plan(
     from pipeline.api import estimate, speed
 
     seconds = speed(settings, seconds_per_mm2)
-    archive, estimates = estimate(inputs, settings, seconds, mpp=mpp, force_mpp=force_mpp, follow_links=follow_links)
+    archive, estimates = estimate(
+        inputs, settings, seconds, mpp=mpp, force_mpp=force_mpp, follow_links=follow_links, apart=True
+    )
     terminal = Console(stderr=True)
     rows = list(
         track(

@@ -1,10 +1,13 @@
 """Time and disk space that a run will take, slide by slide, estimated before it is started."""
 
 import dataclasses
+import itertools
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from pipeline.archive.region_files import region_file
 from pipeline.archive.sources import Source
+from pipeline.archive.workers.processes import ask_each
 from pipeline.config import Settings, Stain
 from pipeline.errors import RunError
 from pipeline.model.weights import as_weights_state
@@ -29,6 +32,21 @@ class SlideEstimate(NamedTuple):
     notes: tuple[str, ...] = ()  # what a person should know before the run
 
 
+_CRASHED = (
+    "the process that read it ended: the file is damaged, or there is too little memory; copy it again, or leave it out"
+)
+
+
+def estimate_slides(
+    sources: Sequence[Source], settings: Settings, seconds_per_mm2: float, *, apart: bool
+) -> Iterator[SlideEstimate]:
+    """`estimate_slide` of each, one by one. apart: in another process, which a file that crashes its reader ends."""
+    questions = [(source, settings, seconds_per_mm2) for source in sources]
+    answers = ask_each(estimate_slide, questions) if apart else itertools.starmap(estimate_slide, questions)
+    for source, answer in zip(sources, answers, strict=True):
+        yield answer or _failing(source, _CRASHED)
+
+
 def estimate_slide(source: Source, settings: Settings, seconds_per_mm2: float) -> SlideEstimate:
     """Open a slide, find its tissue, and say what a run would take. Reads a thumbnail and the texture below its tissue.
 
@@ -42,7 +60,7 @@ def estimate_slide(source: Source, settings: Settings, seconds_per_mm2: float) -
             plan = plan_slide(slide, unnormalised, region_file(source, settings.regions))
         check_exports(source.path, source.name, plan, settings.export)
     except Exception as error:
-        return SlideEstimate(source.name, one_line(error), 0, "", 0, 0, 0, 0)
+        return _failing(source, one_line(error))
     area = plan.tissue.area_mm2
     detected = area * settings.detector.views
     if settings.stain.method == "auto" and area:
@@ -59,3 +77,7 @@ def estimate_slide(source: Source, settings: Settings, seconds_per_mm2: float) -
         area * 6000 * 700 / 1e9,
         plan.notes,
     )
+
+
+def _failing(source: Source, problem: str) -> SlideEstimate:
+    return SlideEstimate(source.name, problem, 0, "", 0, 0, 0, 0)

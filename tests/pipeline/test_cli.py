@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import itertools
 import os
 import re
 import shlex
@@ -329,6 +330,7 @@ def planned(
     for name in names:
         (folder / f"{name}.svs").touch()
     monkeypatch.setattr("pipeline.archive.estimate.estimate_slide", estimate)
+    monkeypatch.setattr("pipeline.archive.estimate.ask_each", itertools.starmap)
     status, out, _ = said(capsys, "plan", str(folder), *tokens)
     assert status == 0
     return out.splitlines()

@@ -3,7 +3,7 @@
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -32,13 +32,37 @@ def ask(apart: bool, function: Callable[..., T], *args: Any) -> T:
     """
     if not apart:
         return function(*args)
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+    with _one_process() as pool:
         try:
             with interrupts_kept_from_children():
                 future = pool.submit(function, *args)
             return future.result()
         except BrokenProcessPool as error:
             raise RunError("a process that loads torch ended early: need about 0.5 GB of free memory for it") from error
+
+
+def ask_each(function: Callable[..., T], questions: Iterable[tuple[Any, ...]]) -> Iterator[T | None]:
+    """What a function returns for each of these arguments, one after the other in another process; None where it dies.
+
+    So a file that crashes its reader costs no more than its own answer.
+    """
+    pool = _one_process()
+    try:
+        for args in questions:
+            try:
+                with interrupts_kept_from_children():
+                    future = pool.submit(function, *args)
+                yield future.result()
+            except BrokenProcessPool:
+                pool.shutdown()
+                pool = _one_process()
+                yield None
+    finally:
+        pool.shutdown()
+
+
+def _one_process() -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """What `plan` says of a slide before the run: its tissue, or why there will be none."""
 
 import dataclasses
+import os
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,8 @@ import pytest
 from PIL import Image
 
 import oracle
-from pipeline.archive.estimate import estimate_slide
+from pipeline.archive import estimate
+from pipeline.archive.estimate import estimate_slide, estimate_slides
 from pipeline.archive.run import run
 from pipeline.archive.sources import Source
 from pipeline.config import Execution, Settings, Stain, Tissue
@@ -42,11 +44,26 @@ def test_the_scale_is_that_of_the_ledger(tmp_path: Path) -> None:
     path = tmp_path / "oblong.tif"
     Image.new("RGB", (300, 300), "white").save(path, dpi=(25400 / 0.25, 25400 / 0.254))
     (row,) = run([path], tmp_path / "out", oracle.chosen(), Execution(cluster=False), say=print, detect=oracle.detect)
-    estimate = estimate_slide(Source(path, "oblong", GivenScale()), oracle.chosen(), 42.0)
-    assert (estimate.mpp, estimate.mpp_source) == (row.mpp, row.mpp_source)
+    estimated = estimate_slide(Source(path, "oblong", GivenScale()), oracle.chosen(), 42.0)
+    assert (estimated.mpp, estimated.mpp_source) == (row.mpp, row.mpp_source)
     assert row.mpp == pytest.approx(0.252, abs=1e-5)
 
 
 def test_a_template_is_nothing_to_an_estimate(tmp_path: Path) -> None:
     settings = dataclasses.replace(Settings(), stain=Stain(method="macenko", template="nowhere.png"))
     assert estimate_slide(source(tmp_path / "a.png", 390), settings, 42.0).problem == ""
+
+
+def crash(given: Source, _: Settings, __: float) -> estimate.SlideEstimate:
+    """Stands for the estimate of a slide of which one crashes its reader."""
+    if given.name == "bad":
+        os.abort()
+    return estimate.SlideEstimate(given.name, "", 0.25, "given", 1.0, 1, 0.0, 0.0)
+
+
+def test_a_slide_that_crashes_its_reader_is_one_that_will_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Law 13: and those after it are estimated."""
+    monkeypatch.setattr(estimate, "estimate_slide", crash)
+    slides = [Source(tmp_path, name, GivenScale()) for name in ("a", "bad", "c")]
+    problems = [each.problem for each in estimate_slides(slides, Settings(), 42.0, apart=True)]
+    assert problems == ["", estimate._CRASHED, ""]
