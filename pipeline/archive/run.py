@@ -175,17 +175,22 @@ def _in_a_thread(work: Callable[[], Any], stop: Callable[[], None]) -> None:
 
     with ThreadPoolExecutor(1) as pool:
         future = pool.submit(asyncio.run, main())
-        try:
-            # A signal that the kernel gives another thread does not wake this one, whose turn it is to handle it.
-            while not wait([future], _SIGNAL_S).done:
-                pass
-            future.result()
-        except KeyboardInterrupt:
-            stop()
-            if not future.done() and started:
-                loop, task = started[0]
-                loop.call_soon_threadsafe(task.cancel)
-            raise
+        interrupted = told = False
+        while not future.done():
+            try:
+                if interrupted and not told:
+                    stop()
+                    for loop, task in started:
+                        with contextlib.suppress(RuntimeError):  # the loop has just ended
+                            loop.call_soon_threadsafe(task.cancel)
+                        told = True
+                # A signal that the kernel gives another thread does not wake this one, whose turn it is to handle it.
+                wait([future], _SIGNAL_S)
+            except KeyboardInterrupt:  # also a second one, as a group of processes is sent, while the first is handled
+                interrupted = True
+        if interrupted:
+            raise KeyboardInterrupt
+        future.result()
 
 
 def _publish(folder: RunFolder, records: Sequence[SlideRecord], progress: Progress, *, chosen_stains: bool) -> None:

@@ -1,9 +1,11 @@
 """A run that is told to stop hands over at once: it does not wait for the end of a block."""
 
+import asyncio
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import pytest
 
 import oracle
 from oracle import chosen, files, paint
+from pipeline.archive import run as archive_run
 from pipeline.archive.run import run
 from pipeline.config import Execution
 
@@ -93,3 +96,29 @@ def test_ctrl_c_in_a_terminal_ends_a_cluster_without_a_traceback(tmp_path: Path)
     assert "the same command continues where it stopped" in said
     assert "Traceback" not in said
     assert "KeyboardInterrupt" not in said
+
+
+def test_a_second_signal_while_the_first_is_handled_changes_nothing() -> None:
+    """`timeout`, and batch systems, send SIGTERM to a process and to its group: the run would have waited for ever."""
+    stops: list[int] = []
+    ended = threading.Event()
+
+    def stop() -> None:
+        stops.append(1)
+        if len(stops) == 1:
+            raise KeyboardInterrupt
+
+    async def work() -> None:
+        try:
+            await asyncio.sleep(0.5)  # until it is waited for
+            os.kill(os.getpid(), signal.SIGINT)
+            await asyncio.sleep(60)
+        finally:
+            ended.set()
+
+    started = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        archive_run._in_a_thread(work, stop)
+    assert ended.is_set()
+    assert len(stops) == 2
+    assert time.monotonic() - started < 30
