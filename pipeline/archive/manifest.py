@@ -109,12 +109,18 @@ def check_seams(settings: Settings) -> tuple[str, ...]:
 
 
 def check_worker(theirs: Mapping[str, str], run_json: Path, stage: Path | None) -> None:
-    """To be run in a worker. Raises RunError unless it sees the run's folders and has the same versions.
+    """To be run in a worker. Raises RunError unless it has the run's folders and the same versions.
 
     stage: the folder of staged slides, if there is one.
     """
-    if not run_json.exists():
+    if not os.path.exists(run_json):
         raise RunError(f"does not see {run_json}: workers need the same file system, at the same place")
+    try:
+        files.now_ns(run_json.parent)
+    except OSError as error:
+        raise RunError(
+            f"cannot write to {run_json.parent} ({error.strerror or error}): workers need the rights of the run"
+        ) from error
     if stage is not None and not stage.exists():
         raise RunError(
             f"does not see {stage}: need a --stage folder that all workers share; on machines that share none, start "

@@ -145,7 +145,7 @@ def _staging(execution: Execution, leases: Leases) -> contextlib.AbstractContext
 
 def _carry_out(work: "ArchiveRun") -> list[SlideRecord]:
     """Process all slides; the ledger and the report are written, however that ends. Raises RunError, ClusterLost."""
-    for problem in work.check_workers():
+    for problem in work.check_workers(retire=False):
         raise RunError(problem)
     try:
         _in_a_thread(work.process, work.stop)
@@ -269,10 +269,11 @@ class ArchiveRun:
         """From any thread: give all slides back, and start no other."""
         self._slides.stop()
 
-    def check_workers(self) -> list[str]:
-        """What is wrong with workers that are new, a line each."""
+    def check_workers(self, *, retire: bool) -> list[str]:
+        """What is wrong with workers that are new, a line each. retire: end those that are no use."""
         stage = self._staging.folder if self._staging else None
-        return self._executor.run_on_new_workers(check_worker, versions(), self.command.folder.run_json, stage)
+        run_json = self.command.folder.run_json
+        return self._executor.run_on_new_workers(check_worker, versions(), run_json, stage, retire=retire)
 
     def records(self) -> list[SlideRecord]:
         """A record for every slide of the archive, whatever became of it."""
@@ -317,7 +318,8 @@ class ArchiveRun:
             self._stream.slots.size, self._open.size = self._stream.size, self._open_slides()
             for warning in (*watch.detectors(), *watch.scheduler()):
                 self.progress.say(f"WARNING: {warning}")
-            problems = await asyncio.to_thread(self.check_workers)
+            # a worker that fails at every task is soon free for the next: it would get them all
+            problems = await asyncio.to_thread(self.check_workers, retire=True)
             for warning in (*problems, *watch.ended_workers()):
                 self.progress.say(f"WARNING: {warning}")
 

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
 
+from pipeline.errors import RunError
+
 _ASK_AGAIN_S = 5.0  # for how long the resources that the workers offer are cached
 _ANSWER_S = 5.0  # for how long an answer of the scheduler is waited for
 
@@ -59,14 +61,21 @@ class Cluster:
         offers = self._offers()
         return int(offers["CPU"] or offers["workers"])
 
-    def run_on_new_workers(self, function: Callable[..., Any], *args: Any) -> list[str]:
+    def run_on_new_workers(self, function: Callable[..., Any], *args: Any, retire: bool = False) -> list[str]:
         if (workers := self._workers()) is not None:
             self.ended += len(self._known - workers.keys())
             self._known &= workers.keys()
         new = [address for address in workers or () if address not in self._known]
         self._known.update(new)
         answers = self._client.run(function, *args, workers=new, on_error="return") if new else {}
-        return [f"the worker at {address} {answer}" for address, answer in answers.items() if answer is not None]
+        problems = {address: answer for address, answer in answers.items() if answer is not None}
+        # not those that did not answer: they may be busy
+        unfit = [address for address, problem in problems.items() if retire and isinstance(problem, RunError)]
+        if unfit:
+            self._known.difference_update(unfit)  # so that they do not count as ended
+            self._client.retire_workers(unfit)
+        retired = dict.fromkeys(unfit, "; it is retired")
+        return [f"the worker at {address} {problem}{retired.get(address, '')}" for address, problem in problems.items()]
 
     def submit(self, on_device: bool, function: Callable[..., Any], *args: Any) -> Future[Any]:
         offers = self._offers()

@@ -35,8 +35,11 @@ class Executor(Protocol):
 
     def submit(self, on_device: bool, function: Callable[..., Any], *args: Any) -> Future[Any]: ...
 
-    def run_on_new_workers(self, function: Callable[..., Any], *args: Any) -> list[str]:
-        """Call a function once in every process that runs tasks. Returns a line for each in which it raised."""
+    def run_on_new_workers(self, function: Callable[..., Any], *args: Any, retire: bool = False) -> list[str]:
+        """Call a function once in every process that runs tasks. Returns a line for each in which it raised.
+
+        retire: end those in which it raised RunError; else they go on taking tasks.
+        """
 
 
 async def run_task(executor: Executor, on_device: bool, function: Callable[..., Any], *args: Any) -> Any:
@@ -64,7 +67,7 @@ class Loop:
 
     dashboard, warning, detectors, feeders, silent, ended = "", "", 1, 1, False, 0
 
-    def run_on_new_workers(self, function: Callable[..., Any], *args: Any) -> list[str]:
+    def run_on_new_workers(self, function: Callable[..., Any], *args: Any, retire: bool = False) -> list[str]:
         return []
 
     def submit(self, _on_device: bool, function: Callable[..., Any], *args: Any) -> Future[Any]:

@@ -1,12 +1,14 @@
 """What a run refuses, or warns of, before anything is started."""
 
 import dataclasses
+import errno
+import os
 from pathlib import Path
 
 import pytest
 
 from pipeline.api import CPU_SECONDS_PER_MM2, speed
-from pipeline.archive.manifest import check_seams, resolve
+from pipeline.archive.manifest import check_seams, check_worker, resolve, versions
 from pipeline.archive.run import run
 from pipeline.config import Architecture, Detector, Execution, Settings, Tiling
 from pipeline.errors import RunError
@@ -59,3 +61,16 @@ def test_the_weights_set_the_working_scale_and_the_score(tmp_path: Path) -> None
         resolve(Settings(tiling=Tiling(mpp=0.25), detector=detector))
     assert speed(Settings(detector=Detector(device="cpu"))) == CPU_SECONDS_PER_MM2
     assert speed(Settings(detector=detector)) == CPU_SECONDS_PER_MM2 / 4
+
+
+def test_a_worker_that_cannot_write_to_the_results_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every slide of which it did a task failed: a folder that is mounted there for reading is seen, too."""
+    (tmp_path / "run.json").touch()
+    check_worker(versions(), tmp_path / "run.json", None)
+
+    def refuse(path: Path, *_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    monkeypatch.setattr(Path, "touch", refuse)
+    with pytest.raises(RunError, match=r"cannot write to .* \(Read-only file system\): workers need the rights"):
+        check_worker(versions(), tmp_path / "run.json", None)

@@ -52,7 +52,7 @@ class Machine:
     def submit(self, *_: Any) -> Future[Any]:
         raise NotImplementedError
 
-    def run_on_new_workers(self, *_: Any) -> list[str]:
+    def run_on_new_workers(self, *_: Any, retire: bool = False) -> list[str]:
         raise NotImplementedError
 
     async def feed(self, seconds: float) -> None:

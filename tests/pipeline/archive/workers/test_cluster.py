@@ -17,6 +17,7 @@ from pipeline.archive.workers.executors import Loop, run_task
 from pipeline.archive.workers.local_cluster import start_cluster
 from pipeline.config import Execution
 from pipeline.model import allocator
+from pipeline.errors import RunError
 
 
 def busy(_: int) -> tuple[float, float]:
@@ -70,6 +71,35 @@ def test_workers_that_ended_are_counted(monkeypatch: pytest.MonkeyPatch) -> None
         where.run_on_new_workers(busy, 0)
         counts.append(where.ended)
     assert counts == [0, 1, 1, 1, 3]
+
+
+def fits(dask_worker: Any) -> None:
+    if dask_worker.name == "late":
+        raise RunError("has another version")
+
+
+@pytest.mark.parametrize("retire", [False, True])
+def test_a_worker_that_is_no_use_is_retired_where_that_is_wanted(retire: bool) -> None:
+    """It failed at every task, so that it was soon free for the next: a run with it came to no end."""
+    from distributed import Client, LocalCluster, Worker
+
+    options: dict[str, Any] = {"n_workers": 1, "threads_per_worker": 1, "processes": False, "dashboard_address": ":0"}
+    with LocalCluster(**options) as cluster, Client(cluster, set_as_default=False) as client:
+        where = Cluster(client)
+        assert where.run_on_new_workers(fits, retire=retire) == []
+        late = client.sync(lambda: start(Worker(cluster.scheduler_address, name="late", dashboard=False)))
+        (problem,) = where.run_on_new_workers(fits, retire=retire)
+        said = f"the worker at {late.address} has another version"
+        assert problem == (f"{said}; it is retired" if retire else said)
+        assert (late.address in client.scheduler_info(n_workers=-1)["workers"]) == (not retire)
+        assert where.run_on_new_workers(fits, retire=retire) == []
+        assert where.ended == 0, "nobody is told to look for its end"
+        if not retire:
+            client.sync(late.close)
+
+
+async def start(worker: Any) -> Any:
+    return await worker
 
 
 @pytest.mark.parametrize(
