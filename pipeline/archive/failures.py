@@ -21,11 +21,16 @@ def first_error(error: BaseException) -> Exception:
 
 
 def explained(error: Exception, run: RunFolder, slide: SlideFolder) -> Exception:
-    """What to do about an error of a slide, where the run's folder is gone or a disk is full; else the error itself."""
+    """What to do about an error of a slide, where the run's folder is gone, a disk is full or a file is refused.
+
+    Else the error itself.
+    """
     if not os.path.exists(run.run_json):  # whatever it looks like
         return RunError(f"{run.path} is not there any more: put it back, and run the same command again")
     if (full := _full_disk(error, slide.path)) is not None:
         return RunError(f"no space left in {full}: free some space, and run the same command again")
+    if isinstance(error, OSError) and (refused := files.refusal(error)):
+        return RunError(refused)
     return error
 
 

@@ -108,6 +108,7 @@ class Leases:
             os.rename(staged, lease)
         except OSError as error:
             if error.errno not in _LOST_RACE:
+                error.filename = str(folder)  # the name of ours says nothing to anybody
                 raise
         finally:
             shutil.rmtree(staged, ignore_errors=True)

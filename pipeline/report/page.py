@@ -169,7 +169,7 @@ def _failures(slides: Sequence[SlideResult]) -> str:
     for slide in slides:
         if slide.state == "failed":
             own = re.escape(slide.name.rsplit("/", 1)[-1])
-            cause = re.sub(rf"\S*{own}\.\S*", "…", str(slide.row.get("cause") or "unknown cause"))
+            cause = re.sub(rf"\S*({own}\.|/{own}\b)\S*", "…", str(slide.row.get("cause") or "unknown cause"))
             groups[re.sub(r"\d+([.,]\d+)*", "#", cause)].append((slide, cause))
     if not groups:
         return ""

@@ -148,6 +148,24 @@ def test_a_full_disk_is_told_whatever_stage_meets_it(
     assert rows["a"].cause == f"no space left in {tmp_path / 'out' / 'a'}: {remedy}"
 
 
+def test_a_slides_folder_that_may_not_be_written_is_named_with_the_remedy(
+    archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of another user: each such slide failed with the random name of a file that is not there."""
+    make = Path.mkdir
+
+    def refuse(path: Path, *arguments: Any, **options: Any) -> None:
+        if path.name.startswith(".lease-") and path.parent.name == "a":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        make(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    rows = segment(archive, tmp_path / "out")
+    remedy = "make it a file or folder that may be read and written, and give the same command again"
+    assert rows["a"].cause == f"{tmp_path / 'out' / 'a'}: Permission denied: {remedy}"
+    assert rows["b"].status == "done"
+
+
 def test_an_output_folder_that_vanishes_ends_the_run_without_an_error(archive: Path, tmp_path: Path) -> None:
     out, away = tmp_path / "out", tmp_path / "away"
 

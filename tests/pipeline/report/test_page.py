@@ -190,6 +190,11 @@ def test_failures_stand_first_by_cause(tmp_path):
     assert failures.count("cannot be read") == 3  # the cause, and where two differ each its own
 
 
+def test_causes_that_name_the_slides_own_folder_are_one(tmp_path):
+    rows = [row(f"x/{name}", "failed", cause=f"/out/x/{name}: Permission denied") for name in ("axe", "bow")]
+    assert "2 · … Permission denied" in read(tmp_path, rows).text
+
+
 def test_the_run_in_numbers(tmp_path):
     """Two slides side by side count once, the day between two attempts not at all; when files were written neither."""
     finish(tmp_path / "a", found(), [(1000, 1030)])
