@@ -46,6 +46,16 @@ def join(*parts: pa.Array | pa.ChunkedArray | str, **options: Any) -> Any:
     return pc.binary_join_element_wise(*(text([p])[0] if isinstance(p, str) else p for p in parts), **options)
 
 
+def no_rows(schema: pa.Schema) -> pa.Table:
+    """A table without rows: `schema.empty_table`, without pandas."""
+    return pa.Table.from_arrays([pa.nulls(0, field.type) for field in schema], schema=schema)
+
+
+def whole(column: pa.ChunkedArray) -> pa.Array:
+    """A column as one array: `combine_chunks`, without pandas where it has no chunk."""
+    return column.combine_chunks() if column.num_chunks else pa.nulls(0, column.type)
+
+
 def values(column: pa.ChunkedArray) -> NDArray[Any]:
     """A column of numbers without nulls as a numpy array (N,)."""
-    return np.from_dlpack(column.combine_chunks())
+    return np.from_dlpack(whole(column))

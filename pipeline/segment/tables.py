@@ -325,7 +325,7 @@ def take_nuclei(path: Path, rows: Ints, columns: Sequence[str] | None = None) ->
     rows: int64 (N,), numbers of rows from 0, ascending
     """
     with pq.ParquetFile(path) as file:
-        taken, first = [_STORED.empty_table().select(columns or NUCLEI.names)], 0
+        taken, first = [arrow.no_rows(_STORED).select(columns or NUCLEI.names)], 0
         for group in range(file.num_row_groups):
             stop = first + file.metadata.row_group(group).num_rows
             here = rows[np.searchsorted(rows, first) : np.searchsorted(rows, stop)] - first

@@ -85,7 +85,7 @@ def _shards(nuclei: Path, cells_um: float) -> Iterator[_Shard]:
             yield _Shard(rows, cells_of(nuclei, bounds, part, cells_um) if cells_um else None)
             row = part.stop
     if not row:
-        yield _Shard(NUCLEI.empty_table(), None)
+        yield _Shard(arrow.no_rows(NUCLEI), None)
 
 
 def _printable(polygons: Polygons, image: Box) -> tuple[Polygons, NDArray[np.bool_]]:
@@ -181,6 +181,6 @@ def _add(archive: zipfile.ZipFile, name: str, features: pa.ChunkedArray) -> None
     """A FeatureCollection, one feature a line; its bytes do not depend on the day or the system."""
     member = zipfile.ZipInfo(name, date_time=(1980, 1, 1, 0, 0, 0))
     member.compress_type, member.create_system, member.external_attr = zipfile.ZIP_DEFLATED, 3, 0o644 << 16
-    every = pa.ListArray.from_arrays(arrow.numbers(np.array([0, len(features)], np.int32)), features.combine_chunks())
+    every = pa.ListArray.from_arrays(arrow.numbers(np.array([0, len(features)], np.int32)), arrow.whole(features))
     lines = pc.binary_join(every, arrow.text([",\n"])[0])[0].as_buffer()
     archive.writestr(member, b"".join([_HEAD, lines, _TAIL]), compresslevel=1)

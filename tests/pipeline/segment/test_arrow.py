@@ -38,25 +38,32 @@ def test_values_are_those_of_all_chunks() -> None:
     assert len(arrow.values(pa.chunked_array([], pa.float32()))) == 0
 
 
+def test_a_table_without_rows_is_that_of_pyarrow() -> None:
+    schema = pa.schema([("a", pa.float32()), ("b", pa.struct([("c", pa.string())]))])
+    assert arrow.no_rows(schema).equals(schema.empty_table())
+
+
 RUN = """
 import sys
 from pathlib import Path
 import oracle
+from PIL import Image
 from pipeline.archive.run import run
 from pipeline.config import Execution
 
 folder = Path(sys.argv[1])
 oracle.paint(folder / "a.png", 3)
-(record,) = run([folder / "a.png"], folder / "out", oracle.chosen(), Execution(cluster=False, workers=1), mpp=0.25,
-                detect=oracle.detect)
-print(record.status, record.nuclei > 0, "pandas" in sys.modules)
+Image.new("RGB", (300, 300), "white").save(folder / "b.png")
+slides, here = [folder / "a.png", folder / "b.png"], Execution(cluster=False, workers=1)
+records = run(slides, folder / "out", oracle.chosen(), here, mpp=0.25, detect=oracle.detect)
+print(*(record.status for record in records), *(record.nuclei > 0 for record in records), "pandas" in sys.modules)
 """
 
 
 def test_a_run_does_not_wait_for_pandas(tmp_path: Path) -> None:
-    """Law: neither the tables nor the export for QuPath import it: a second, in every new process."""
+    """Law: neither the tables nor the export for QuPath import it, with nuclei or without: a second a process."""
     path = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
     done = subprocess.run(
         [sys.executable, "-c", RUN, str(tmp_path)], cwd=ROOT, env=path, capture_output=True, text=True, check=True
     )
-    assert done.stdout.splitlines()[-1] == "done True False"
+    assert done.stdout.splitlines()[-1] == "done done True False False"
