@@ -60,18 +60,24 @@ class Entry(NamedTuple):
 
 
 def locate(url: str) -> "RemoteFolder | RemoteSlide":
-    """The slide at a URL, or else the folder: all that is stored below it.
+    """The slide at a URL, or else the folder, which only stores have: all that is stored below it.
 
     Raises RunError for a URL that cannot be used or does not answer; ConfigError where obstore is not installed.
     """
     store, place, key = _store(url)
     folder, _, name = key.rpartition("/")
     slide = RemoteSlide(RemoteFolder(store, place, f"{folder}/" if folder else ""), name)
+    on_the_web = place.startswith(tuple(f"{scheme}://" for scheme in _WEB))
+    if on_the_web and not name:
+        raise RunError(f"{place} names no file: a web server does not list its slides, give the URL of each")
     try:
         if name:
-            with contextlib.suppress(SlideNotFound):
+            try:
                 slide.origin()
                 return slide
+            except SlideNotFound:
+                if on_the_web:
+                    raise
         return RemoteFolder(store, place, f"{key}/" if key else "")
     except NightslideError as error:
         raise RunError(str(error)) from None

@@ -208,6 +208,15 @@ def test_a_password_that_cuts_its_url_short_is_refused_without_secrets(scheme: s
     assert "me" not in str(refused.value)
 
 
+@pytest.mark.parametrize(
+    ("path", "message"), [("away/x.svs", "x.svs: there is no such file"), ("", "names no file: a web server")]
+)
+def test_what_is_not_on_a_web_server_is_said(server: str, path: str, message: str) -> None:
+    """It was taken for a folder, which a web server is asked for ten times in vain."""
+    with pytest.raises(RunError, match=message):
+        locate(f"{server}/{path}")
+
+
 @pytest.mark.parametrize("given", ["ftp://host/x.svs", "s3://", "s3://me:pw@bucket/x.svs", "s3://bucket/x?sig=pw"])
 def test_a_url_of_another_form_is_refused_without_its_secrets(given: str) -> None:
     with pytest.raises(RunError, match="need s3://BUCKET") as refused:
