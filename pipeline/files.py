@@ -136,10 +136,10 @@ def now_ns(folder: Path) -> int:
 
 
 def mtime_ns(path: Path) -> int | None:
-    """When a file was written, by the clock of its file system; None where there is none (any more)."""
+    """When a file was written, by the clock of its file system; None where there is none (any more) that we may see."""
     try:
         return path.stat().st_mtime_ns
-    except FileNotFoundError:
+    except (FileNotFoundError, PermissionError):
         return None
 
 

@@ -166,6 +166,23 @@ def test_a_slides_folder_that_may_not_be_written_is_named_with_the_remedy(
     assert rows["b"].status == "done"
 
 
+def test_a_slides_folder_that_may_not_be_entered_costs_the_others_no_row(
+    archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Law: one slide cannot end a run. Until its turn there was no ledger, and after Ctrl-C no report."""
+    look, said = Path.stat, list[str]()
+
+    def refuse(path: Path, **options: Any) -> os.stat_result:
+        if path.parent.name == "a" and path.parent.parent.name == "out":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return look(path, **options)
+
+    monkeypatch.setattr(Path, "stat", refuse)
+    run([archive / "list.csv"], tmp_path / "out", chosen(), ONE, mpp=0.25, say=said.append, detect=oracle.detect)
+    assert not [line for line in said if "could not be written" in line]
+    assert any(line.startswith("b: ") and "nuclei" in line for line in said)
+
+
 def test_an_output_folder_that_vanishes_ends_the_run_without_an_error(archive: Path, tmp_path: Path) -> None:
     out, away = tmp_path / "out", tmp_path / "away"
 
