@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import IO
 
 import openslide
+import tifffile
 from PIL import Image, UnidentifiedImageError
 
 from slides.errors import SlideError, SlideNotFound, SlideTooLarge, SlideUnreadable, SlideUnsupported
@@ -79,6 +80,8 @@ def _open_picture(path: Path) -> openslide.ImageSlide:
         with _open_quietly(path) as picture:
             count, mode = getattr(picture, "n_frames", 1), picture.mode
             # Of several images the first may be a label: then it is a slide in a format that OpenSlide lacks.
+            if count == 1 and ";16" in str(getattr(picture, "tile", "")):  # how Pillow reads it, into 8
+                raise SlideUnsupported(_too_deep(path, 16))
             if count == 1 and mode in _EIGHT_BIT_MODES:
                 return Picture(picture)
     except UnidentifiedImageError as error:
@@ -203,11 +206,27 @@ def check_levels(path: Path, properties: Mapping[str, str], sizes: Sequence[Size
             )
 
 
-def check_channels(path: Path, properties: Mapping[str, str]) -> None:
-    """Raise SlideUnsupported where the channels of an OME-TIFF are pictures of their own: OpenSlide shows the first."""
+def check_samples(path: Path, properties: Mapping[str, str]) -> None:
+    """Raise SlideUnsupported for a generic TIFF of which OpenSlide shows only some channels, or some of their bits."""
     ome = read_ome(properties.get("tiff.ImageDescription", ""))
     if ome and ome.channels > 1:
         raise SlideUnsupported(
             f"{path} is an OME-TIFF of {ome.channels} channels, each a picture of its own: need RGB in one picture, as "
             f"`raw2ometiff --rgb` and QuPath write slides of H&E; {CONVERT}"
         )
+    if properties.get("openslide.vendor") == "generic-tiff" and (bits := _bits(path)) > 8:
+        raise SlideUnsupported(_too_deep(path, bits))
+
+
+def _bits(path: Path) -> int:
+    """Bits of a channel of a TIFF's first picture; 0 where that is not known."""
+    try:
+        with tifffile.TiffFile(path) as file:
+            return int(file.pages.first.bitspersample)
+    except Exception:  # whatever tifffile makes of a strange directory: OpenSlide has opened it
+        return 0
+
+
+def _too_deep(path: Path, bits: int) -> str:
+    # of 12 bits in 16 the upper 8 would be nearly black
+    return f"{path} has {bits} bits a channel: need 8; convert it, scaling the values that it uses to 0 to 255"

@@ -13,7 +13,7 @@ from PIL import Image
 
 from slides.errors import RegionUnreadable
 from slides.geometry import Box, Size, cells
-from slides.opening import Picture, check_channels, check_levels, open_handle, stated_tile
+from slides.opening import Picture, check_levels, check_samples, open_handle, stated_tile
 from slides.stored_tiles import VENDORS, StoredTiles
 
 Pixels = NDArray[np.uint8]
@@ -57,7 +57,7 @@ class StoredPixels:
             Level(Size(*size), downsample)
             for size, downsample in zip(handle.level_dimensions, handle.level_downsamples, strict=True)
         )
-        check_channels(path, self.properties)
+        check_samples(path, self.properties)
         check_levels(path, self.properties, [level.size for level in self.levels])
         self._tile_sizes = tuple(_tile_size(self.properties, level) for level in range(len(self.levels)))
         self._passed_over: dict[int, StoredTiles] = {}

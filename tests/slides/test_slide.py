@@ -282,6 +282,19 @@ def test_a_colour_profile_is_recorded(tmp_path: Path, picture: np.ndarray) -> No
     assert not open_slide(tmp_path / "without.png", mpp=0.25).has_icc
 
 
+@pytest.mark.parametrize("tile", [None, (64, 64)], ids=["a plain image", "through OpenSlide"])
+@pytest.mark.parametrize("shape", [(90, 100, 3), (90, 100)], ids=["RGB", "grey"])
+def test_more_than_8_bits_a_channel_are_refused(
+    tmp_path: Path, shape: tuple[int, ...], tile: tuple[int, int] | None
+) -> None:
+    """OpenSlide and Pillow take the upper 8: of the 12 bits of a camera, in 16, that is nearly black."""
+    pixels = np.random.default_rng(1).integers(0, 2**12, shape, np.uint16)
+    path = tmp_path / "deep.tif"
+    tifffile.imwrite(path, pixels, photometric="rgb" if len(shape) == 3 else "minisblack", tile=tile)
+    with pytest.raises(SlideUnsupported, match=r"deep\.tif has 16 bits a channel: need 8; convert it, scaling"):
+        open_slide(path, mpp=0.25)
+
+
 def test_transparency_is_blended_on_white(tmp_path: Path) -> None:
     rgba = np.zeros((64, 64, 4), np.uint8)
     rgba[:, 32:, 3] = 255

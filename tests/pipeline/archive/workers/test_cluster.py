@@ -16,8 +16,8 @@ from pipeline.archive.workers.cluster import Cluster, exposed
 from pipeline.archive.workers.executors import Loop, run_task
 from pipeline.archive.workers.local_cluster import start_cluster
 from pipeline.config import Execution
-from pipeline.model import allocator
 from pipeline.errors import RunError
+from pipeline.model import allocator
 
 
 def busy(_: int) -> tuple[float, float]:
