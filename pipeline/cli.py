@@ -90,6 +90,9 @@ def main(tokens: Sequence[str] | None = None) -> None:
     """Entry point. Exit status: 0 all done, 1 some slides failed, 2 wrong usage, 130 interrupted."""
     from pipeline.errors import ClusterLost, ExportFailed, WorkersDied
 
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the caller, as by `>&-`
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
     for stream in (sys.stdout, sys.stderr):  # a name that the terminal's encoding lacks is no reason to stop
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

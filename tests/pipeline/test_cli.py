@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from pipeline import cli
 from pipeline.archive.estimate import SlideEstimate
@@ -502,6 +503,18 @@ def test_an_export_is_printed_whatever_a_name_holds(
     assert status == 1
     assert out == f"{tmp_path}/x\\u202ey/nuclei.csv: 1 nucleus\n"
     assert err == f"nightslide: {tmp_path}/x\\u202ey is damaged\n"
+
+
+@pytest.mark.parametrize("closed", [">&-", ">&- 2>&-"])
+def test_a_run_whose_output_is_closed_does_its_work(tmp_path: Path, closed: str) -> None:
+    """As a scheduler of nightly jobs may start it."""
+    Image.new("RGB", (300, 300), "white").save(tmp_path / "blank.tif")
+    words = ["run", "blank.tif", "--mpp", "0.25", "--out", "out", "--no-cluster"]
+    command = shlex.join([sys.executable, "-c", "from pipeline.cli import main; main()", *words])
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(["bash", "-c", f"{command} {closed}"], env=environment, cwd=tmp_path)
+    assert done.returncode == 0
+    assert (tmp_path / "out" / "report.html").is_file()
 
 
 def test_a_plan_is_printed_whatever_a_name_holds_and_whoever_reads_it(tmp_path: Path) -> None:
