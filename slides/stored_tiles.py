@@ -14,6 +14,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterator
 from functools import cache
+from io import FileIO
 from pathlib import Path
 from typing import Self
 
@@ -121,12 +122,12 @@ class StoredTiles:
         """
         try:
             with self._path.open("rb", buffering=0) as file:
-                return self._read(file.fileno(), box, pixels)
+                return self._read(file, box, pixels)
         except OSError:  # whatever is wrong with the file: OpenSlide says it
             return [cell.intersect(box) for cell in cells(box, self.tile, lattice=True)]
 
-    def _read(self, file: int, box: Box, pixels: Pixels) -> list[Box]:
-        """As `read`, from the descriptor of an open file."""
+    def _read(self, file: FileIO, box: Box, pixels: Pixels) -> list[Box]:
+        """As `read`, from the open file, which no other thread has."""
         left = []
         recent, room = _recent(os.getpid()), np.empty((self.tile.height, self.tile.width, 3), np.uint8)
         for cell in cells(box, self.tile, lattice=True):
@@ -150,12 +151,13 @@ class StoredTiles:
         width, height = self.tile
         return Box(col * width, row * height, (col + 1) * width, (row + 1) * height).intersect(Box(0, 0, *self.size))
 
-    def _decode(self, file: int, index: int, room: Pixels) -> Pixels | None:
+    def _decode(self, file: FileIO, index: int, room: Pixels) -> Pixels | None:
         """A whole tile, decoded into `room`, uint8 (tile height, tile width, 3); None where that cannot be done."""
         offset, length = int(self._offsets[index]), int(self._lengths[index])
         if not (offset > 0 and 4 <= length <= _LARGEST_TILE_BYTES):
             return None
-        data = os.pread(file, length, offset)
+        file.seek(offset)  # `os.pread` is missing on Windows
+        data = file.read(length)
         if len(data) < length or data[:2] != b"\xff\xd8":
             return None
         data = self._head + data[2:]

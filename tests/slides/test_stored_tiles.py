@@ -5,7 +5,7 @@ import os
 import pickle
 import threading
 from collections.abc import Callable
-from io import BytesIO
+from io import BytesIO, FileIO
 from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
@@ -79,6 +79,17 @@ def test_every_box_is_what_openslide_gives(form: Path, data: st.DataObject) -> N
     assert np.array_equal(pixels, expected[box.within((0, 0))])
     assert not lost.any()
     stored.close()
+
+
+def test_tiles_are_read_where_the_system_has_no_pread(
+    tmp_path: Path, picture: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on Windows."""
+    monkeypatch.delattr("os.pread", raising=False)
+    stored = StoredPixels(jpeg_tiff.write(tmp_path / "x.tif", Level(picture)))
+    assert stored._stored_tiles(0) is not None
+    pixels, _ = stored.read(0, Box(0, 0, WIDTH, HEIGHT), strict=True)
+    assert np.array_equal(pixels, through_openslide(tmp_path / "x.tif"))
 
 
 def test_levels_of_a_whole_downsample_are_read_and_others_are_not(tmp_path: Path, picture: np.ndarray) -> None:
@@ -346,7 +357,7 @@ def test_only_tiles_at_the_edge_of_a_box_are_kept(
     decoded: list[int] = []
     decode = tiles._decode
 
-    def counted(file: int, index: int, room: np.ndarray) -> np.ndarray | None:
+    def counted(file: FileIO, index: int, room: np.ndarray) -> np.ndarray | None:
         decoded.append(index)
         return decode(file, index, room)
 

@@ -1,8 +1,8 @@
 """How a run starts other processes: its script is not run again, torch stays in them, Ctrl-C does not reach them."""
 
 import multiprocessing
-import os
 import signal
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -71,7 +71,7 @@ def interrupts_kept_from_children() -> Iterator[None]:
 
     They are this process's to end. Threads and processes inherit which signals are blocked where they are made.
     """
-    if os.name != "posix":
+    if sys.platform == "win32":
         yield
         return
     resource_tracker.ensure_running()  # Python unblocks the signal again in the thread that starts it
