@@ -5,6 +5,7 @@ The nuclei themselves are added by QuPath (workflows/qupath/import.groovy): its 
 
 import contextlib
 import os
+import re
 import time
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -175,8 +176,9 @@ def _uris(content: Any) -> Iterator[str]:
 
 
 def _path(uri: str) -> str:
-    """Of a file, whatever bytes its name has: QuPath writes file:/..., others file:///..."""
-    return os.fsdecode(unquote_to_bytes(uri.removeprefix("file:").removeprefix("//")))
+    """Of a file, whatever bytes its name has: QuPath writes file:/..., others file:///..., of a server file://SERVER/..."""
+    path = os.fsdecode(unquote_to_bytes(re.sub(r"\Afile:(//(?=/))?", "", uri)))
+    return str(Path(path[1:] if os.path.splitdrive(path[1:])[0] else path))  # of Windows: /C:/...
 
 
 def _add_classes(file: Path, colours: dict[str, tuple[int, int, int]]) -> None:

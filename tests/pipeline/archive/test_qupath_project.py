@@ -1,10 +1,12 @@
 """A QuPath project of a run has every slide once, keeps what is in it, and is written only where something is new."""
 
 import json
+import ntpath
 import os
 import shlex
 import shutil
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ import pytest
 from nuclei_tables import PROVENANCE, blobs, write
 from oracle import paint
 from pipeline import cli
+from pipeline.archive import qupath_project
 from pipeline.archive.ledger import write_ledger
 from pipeline.archive.qupath_project import write_project
 from pipeline.archive.region_files import match_regions
@@ -120,6 +123,18 @@ def test_a_name_that_is_no_text_is_known_again(run: RunFolder, data: Path) -> No
     finished(run, "caf_xe9", slide(data / os.fsdecode(b"caf\xe9.svs")))
     assert write_project(run)[1:3] == (4, 4)
     assert write_project(run)[1:] == (4, 0, ())
+
+
+@pytest.mark.parametrize("written", ["file:/", "file:///", "file:////"])
+@pytest.mark.parametrize("path", ["C:\\slides\\x y.svs", "\\\\server\\slides\\µ.svs"])
+def test_images_of_windows_are_known_again(monkeypatch: pytest.MonkeyPatch, path: str, written: str) -> None:
+    """Law: the path of a file's URI is that of the file, whichever of its forms QuPath writes."""
+    monkeypatch.setattr(qupath_project, "os", SimpleNamespace(fsdecode=os.fsdecode, path=ntpath))
+    monkeypatch.setattr(qupath_project, "Path", PureWindowsPath)
+    uri = PureWindowsPath(path).as_uri()
+    assert qupath_project._path(uri) == path
+    if (written == "file:////") == path.startswith("\\\\"):
+        assert qupath_project._path(written + uri.removeprefix("file:").lstrip("/")) == path
 
 
 def test_what_cannot_be_a_project_is_refused(run: RunFolder, tmp_path: Path) -> None:
