@@ -17,7 +17,7 @@ import re
 import shutil
 import uuid
 from collections.abc import AsyncIterator, Iterator, Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePath
 from types import TracebackType
 from typing import NamedTuple, Protocol, Self
 
@@ -175,7 +175,7 @@ class Staging:
 
     def of_original(self, error: Exception, place: str) -> Exception:
         """An error that names the slide's own place, where it names that of its copy."""
-        folder = re.compile(re.escape(f"{self.folder}{os.sep}") + f"[0-9a-f]{{32}}{os.sep}{_COPY}")
+        folder = re.compile(re.escape(f"{self.folder}{os.sep}") + "[0-9a-f]{32}" + re.escape(f"{os.sep}{_COPY}"))
         text = folder.sub(lambda _: os.path.dirname(place), str(error))
         if text == str(error):
             return error
@@ -217,10 +217,10 @@ def _copy(slide: SlideFiles, room: Room, job: Job) -> None:
     partial.rename(target)
 
 
-def _inside(name: str) -> PurePosixPath:
+def _inside(name: str) -> PurePath:
     """A name of a part as a path. Raises SlideUnreadable for one that would lead out of the folder."""
-    path = PurePosixPath(name)
-    if path.is_absolute() or ".." in path.parts or "\0" in name:
+    path = PurePath(name)  # of this system: Windows takes a backslash for "/", and knows drives
+    if path.anchor or ".." in path.parts or "\0" in name:
         raise SlideUnreadable(f"a part of the slide is called {name!r}: need a name below the slide's folder")
     return path
 

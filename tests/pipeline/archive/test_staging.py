@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import pytest
@@ -258,6 +258,25 @@ def test_no_part_is_written_outside_the_folder(tmp_path: Path, name: str) -> Non
     path.write_bytes(b"1")
     with pytest.raises(SlideUnreadable, match="below the slide's folder"):
         copied(LocalSlide(path), [Part(name, 1, 0)], tmp_path / "copy")
+
+
+@pytest.mark.parametrize("name", ["..\\x.svs", "\\x.svs", "C:x.svs", "C:\\x.svs", "//server/share/x.svs"])
+def test_no_part_is_written_outside_the_folder_of_windows(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(staging, "PurePath", PureWindowsPath)
+    with pytest.raises(SlideUnreadable, match="below the slide's folder"):
+        staging._inside(name)
+
+
+@pytest.mark.parametrize("separator", ["/", "\\"])
+def test_an_error_names_the_slide_in_place_of_its_copy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, separator: str
+) -> None:
+    with Leases() as leases, Staging(tmp_path, 1, leases) as stage:
+        said = separator.join([str(stage.folder), "0" * 32, "slide", "x.svs is damaged"])
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "sep", separator)
+            error = stage.of_original(RunError(said), "/archive/x.svs")
+    assert str(error) == separator.join(["/archive", "x.svs is damaged"])
 
 
 def test_room_frees_the_space_of_files_that_a_worker_has_open(tmp_path: Path) -> None:
