@@ -5,7 +5,8 @@
    manifest in the manifest's, or in its own if it lies elsewhere.
 2. Each part of a name fits every file system, log and table: bytes that are not UTF-8 are spelled `_xe9`; what
    Windows refuses, control characters and a leading dot become `_`; dots and spaces at the end go; more than 200 bytes
-   are cut, and a hash appended; and `_` is appended to what a run calls its own files (`RESERVED`).
+   are cut, and a hash appended; and `_` is appended to what a run calls its own files (`RESERVED`), and to what
+   Windows calls its devices (con_, nul_.1).
 3. Where slides of several folders would have one name, all of these begin with the folder's name, and with as many of
    its parents' as tell the folders apart: siteA/x, siteB/x.
 4. Where a name is taken, the slide keeps its suffix, and if that does not help, a hash of its path follows. Taken is
@@ -31,6 +32,7 @@ from typing import NamedTuple
 from pipeline.layout import RESERVED
 
 _UNFIT = re.compile(r'[\x00-\x1f\x7f-\x9f\u2028\u2029<>:"|?*\\/]|^\.')
+_DEVICE = re.compile(r"\A(con|prn|aux|nul|com[0-9]|lpt[0-9])(?= *(\.|\Z))", re.IGNORECASE)
 _LONGEST = 200  # bytes; file systems end at 255, and the hash comes on top
 
 
@@ -75,8 +77,9 @@ def _labels(homes: set[Path]) -> dict[Path, tuple[str, ...]]:
     if len(homes) == 1:
         return dict.fromkeys(homes, ())
     labels: dict[Path, tuple[str, ...]] = {}
-    for depth in range(1, max(len(home.parts) for home in homes)):
-        labels = {home: tuple(map(_fit, home.parts[1:][-depth:])) for home in homes}
+    parts = {home: (*filter(None, [home.drive]), *home.parts[1:]) for home in homes}  # drives are those of Windows
+    for depth in range(1, max(map(len, parts.values())) + 1):
+        labels = {home: tuple(map(_fit, parts[home][-depth:])) for home in homes}
         if len({_key("/".join(label)) for label in labels.values()}) == len(homes):
             break
     return labels
@@ -93,6 +96,7 @@ def _stem(place: Place) -> str:
 def _fit(part: str) -> str:
     """A part of a path as a part of a name."""
     text = _UNFIT.sub("_", os.fsencode(part).decode("utf-8", "backslashreplace")).rstrip(" .") or "_"
+    text = _DEVICE.sub(r"\1_", text)
     if len(text.encode()) > _LONGEST:
         text = f"{text.encode()[:_LONGEST].decode('utf-8', 'ignore')}-{_hash(part)}"
     return f"{text}_" if _key(text) in RESERVED else text

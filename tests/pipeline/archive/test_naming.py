@@ -3,7 +3,8 @@
 import json
 import os
 import unicodedata
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
+from typing import cast
 
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
@@ -15,7 +16,7 @@ from pipeline.text import printable
 # few names, so that they often meet
 ORDINARY = ["a", "A", "ab", "b", "_a", "-a", "a.svs", "a.tif", "é", "e\u0301", "ß", "SS"]
 TAKEN = ["work", "Work", "logs", "run.json", "nuclei.parquet"]
-AWKWARD = ["b ", ".a", "a.", "...", " ", "\udce9", "_xe9", "a\nb", "a:b", "s" * 240, "é" * 120]
+AWKWARD = ["con", "nul.1", "b ", ".a", "a.", "...", " ", "\udce9", "_xe9", "a\nb", "a:b", "s" * 240, "é" * 120]
 PARTS = st.sampled_from([*ORDINARY, *TAKEN, *AWKWARD])
 SUFFIXES = st.sampled_from([".svs", ".tif", ".SVS", ".tif.svs", ""])
 HOMES = st.sampled_from(
@@ -114,6 +115,24 @@ def test_what_is_not_fit_for_a_name_is_replaced() -> None:
     ]
     (long,) = names("/in", "é" * 126 + ".s")
     assert long.startswith("é" * 100 + "-")
+
+
+def test_no_folder_is_called_as_a_device_of_windows() -> None:
+    """Where one is, the results can be written on Linux, and neither copied to Windows nor opened there."""
+    assert names("/in", "Con/x.svs", "nul.svs", "aux.1.svs", "com1 .2.svs", "nul_.svs", "control.svs", "com.svs") == [
+        "Con_/x",
+        "nul_",
+        "aux_.1",
+        "com1_ .2",
+        "nul_.svs",
+        "control",
+        "com",
+    ]
+
+
+def test_equal_names_of_two_drives_begin_with_the_drive() -> None:
+    homes = [PureWindowsPath("C:/slides"), PureWindowsPath("D:/slides")]
+    assert name_slides([Place(cast(Path, home), "x.svs") for home in homes]) == ["C_/slides/x", "D_/slides/x"]
 
 
 def test_equal_names_of_several_folders_begin_with_the_folders() -> None:
