@@ -1,6 +1,7 @@
 """Which file of regions belongs to which slide: they are matched by their names."""
 
 import os
+import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -91,7 +92,7 @@ def _keys(images: Iterable[str], name: str, path: Path, root: Path) -> Iterator[
         places.insert(0, path.relative_to(root).parent)
     for place in places:
         for image in images:
-            yield (place / image).as_posix()
+            yield _key(place / image)
 
 
 def _exports(root: Path) -> dict[str, list[Path]]:
@@ -102,8 +103,13 @@ def _exports(root: Path) -> dict[str, list[Path]]:
         for name in sorted(names):
             path = Path(place, name)
             if not name.startswith(".") and path.is_file() and (image := image_name(path, given=False)):
-                exports[path.with_name(image).relative_to(root).as_posix()].append(path)
+                exports[_key(path.with_name(image).relative_to(root))].append(path)
     return exports
+
+
+def _key(path: Path) -> str:
+    """Equal for letters that are composed, and decomposed, as disks of macOS have them."""
+    return unicodedata.normalize("NFC", path.as_posix())
 
 
 def with_regions(archive: Archive, regions: config.Regions) -> Archive:

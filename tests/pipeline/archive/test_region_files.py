@@ -1,8 +1,10 @@
 """Files of regions belong to the slides whose names they have; what is unclear is never guessed."""
 
 import os
+import unicodedata
 import zipfile
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
@@ -11,6 +13,8 @@ from pipeline.archive.region_files import Matches, match_regions, with_regions
 from pipeline.archive.sources import Archive, Source
 from pipeline.errors import RunError
 from slides.scale import GivenScale
+
+Form = Literal["NFC", "NFD"]
 
 SLIDES = {"a/x": Path("/scans/a/x.svs"), "b/y": Path("/scans/b/y.ome.tif"), "z": Path("/scans/z.mrxs")}
 
@@ -38,6 +42,17 @@ def test_the_name_is_that_of_the_slide_with_or_without_its_suffix_and_folder(
 ) -> None:
     made(tmp_path, name + suffix)
     assert matched(tmp_path) == Matches({"a/x": tmp_path / (name + suffix)}, {})
+
+
+@pytest.mark.parametrize(("slide", "drawn"), [("NFC", "NFD"), ("NFD", "NFC")])
+def test_composed_and_decomposed_letters_are_one_name(tmp_path: Path, slide: Form, drawn: Form) -> None:
+    """One disk stores Müller as it is given, another one, of macOS, decomposed."""
+    name = unicodedata.normalize(slide, "Müller")
+    made(tmp_path, unicodedata.normalize(drawn, "Müller.svs.geojson"))
+    (found,) = matched(tmp_path, {name: Path(f"/scans/{name}.svs")}).files
+    assert found == name
+    made(tmp_path, unicodedata.normalize(slide, "Müller.svs.geojson"))  # a disk that keeps both has two files
+    assert "need one file" in matched(tmp_path, {name: Path(f"/scans/{name}.svs")}).problems[name]
 
 
 def test_the_most_special_name_counts(tmp_path: Path) -> None:
