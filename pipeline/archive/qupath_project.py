@@ -17,6 +17,7 @@ import pyarrow as pa
 
 from pipeline import files
 from pipeline.archive.region_files import suffix
+from pipeline.archive.remote import is_url
 from pipeline.archive.verify import without_nuclei
 from pipeline.config import require
 from pipeline.errors import RunError
@@ -102,9 +103,10 @@ def _outcome(
     except (NightslideError, OSError, ValueError, KeyError, pa.ArrowException) as error:
         return _Outcome({}, left_out=f"{slide.nuclei.name} is damaged ({one_line(error)}): {remedy(slide.nuclei)}")
     content = files.read_json(slide.slide_json) or {}
-    if not {"source_path", "quick_hash"} <= content.keys():
+    if not {"source", "source_path", "quick_hash"} <= content.keys():
         return _Outcome(colours, left_out=f"{slide.slide_json.name} is damaged")
-    source = Path(str(content["source_path"]))
+    place = str(content["source_path"])
+    source = Path(place)
     image_name = name if name.endswith(suffix(source)) else f"{name}{suffix(source)}"
     its_files = [str(source)] if str(source) in present else known.get(image_name, [])
     if any(map(os.path.exists, its_files)):
@@ -115,8 +117,8 @@ def _outcome(
     image = _image(source, content, moved)
     if image is not None:
         return _Outcome(colours) if str(image) in present else _Outcome(colours, image, image_name)
-    lack, what = f"{source} does not exist", "the slide is now"
-    if not source.is_absolute():
+    lack, what = f"{place} does not exist", "the slide is now"
+    if is_url(place):
         lack, what = "it was read from a URL, which QuPath does not open", "a copy of the slide is"
     return _Outcome(colours, left_out=f"{lack}: say with --slides DIR where {what}")
 
@@ -135,11 +137,12 @@ def _by_name(folder: Path | None) -> dict[str, list[Path]]:
 def _image(source: Path, content: Mapping[str, Any], moved: Mapping[str, Sequence[Path]]) -> Path | None:
     """Where the slide of a slide.json is: where it was, else the first file of its name that has its content.
 
-    Of one that was read from a URL, which QuPath does not open, `source` is no absolute path: only the second counts.
+    Of one that was read from a URL, which QuPath does not open, or on a computer of another system, `source` is no
+    absolute path: only the second counts.
     """
     if source.is_absolute() and source.exists():
         return source
-    for path in sorted(moved.get(source.name, ())):
+    for path in sorted(moved.get(str(content["source"]), ())):
         with contextlib.suppress(SlideError):
             check_same_source(path, content)
             return path

@@ -89,13 +89,13 @@ class Results:
         if content is None:
             raise RunError(f"{self.name(number)} is not done, or its slide.json is damaged: run it again")
         try:
-            source, quick_hash = Path(content["source_path"]), content["quick_hash"]
+            source, name, quick_hash = Path(content["source_path"]), content["source"], content["quick_hash"]
             mpp = float(content["um_per_px"][0])
         except (KeyError, IndexError, TypeError, ValueError) as error:
             slide_json = self.folder(number).slide_json
             raise RunError(f"{slide_json} is damaged ({error!r}): {remedy(slide_json)}") from error
         problems: list[SlideError] = []
-        for path in self._places(source):
+        for path in self._places(source, name):
             try:
                 slide = open_slide(path, mpp=mpp)
                 of_results = "the file that the results are of"
@@ -105,11 +105,14 @@ class Results:
                 problems.append(error)
         raise type(problems[0])(f"{problems[0]}; or say with --slides DIR where the slide is now")
 
-    def _places(self, source: Path) -> Iterator[Path]:
-        """Where a slide may be: wherever --slides holds a file of its name, then where the run read it."""
+    def _places(self, source: Path, name: str) -> Iterator[Path]:
+        """Where a slide may be: wherever --slides holds a file of its name, then where the run read it.
+
+        name: its own, as the path may be of another system.
+        """
         for inside, _, names in os.walk(self._slides) if self._slides is not None else ():
-            if source.name in names:
-                yield Path(inside, source.name)
+            if name in names:
+                yield Path(inside, name)
         yield source
 
 

@@ -3,6 +3,7 @@
 import json
 import ntpath
 import os
+import re
 import shlex
 import shutil
 from pathlib import Path, PureWindowsPath
@@ -198,7 +199,8 @@ def test_slides_that_were_moved_are_looked_for(tmp_path: Path) -> None:
         paint(slides / folder / "x.png", seed)
         finished(run, folder, slides / folder / "x.png")
         with open_slide(slides / folder / "x.png", mpp=1.0) as opened:
-            fields = {"source_path": str(slides / folder / "x.png"), "quick_hash": opened.quick_hash}
+            source_path, quick_hash = str(slides / folder / "x.png"), opened.quick_hash
+        fields = {"source": "x.png", "source_path": source_path, "quick_hash": quick_hash}
         run.slide(folder).slide_json.write_text(json.dumps(fields))
     run.run_json.write_text("{}")
     slides.rename(tmp_path / "moved")
@@ -228,16 +230,27 @@ def test_slides_that_were_moved_are_looked_for(tmp_path: Path) -> None:
     )
 
 
-def test_copies_of_slides_at_urls_are_images(tmp_path: Path) -> None:
-    """QuPath opens no URL, but a copy in the folder that --slides names, if it has the content of the results."""
+@pytest.mark.parametrize(
+    ("source_path", "said"),
+    [
+        ("s3://bucket/2024/x y.png", "it was read from a URL, which QuPath does not open"),
+        ("C:\\2024\\x y.png", "C:\\2024\\x y.png does not exist"),
+    ],
+)
+def test_copies_of_slides_are_images_whose_place_is_unknown_here(tmp_path: Path, source_path: str, said: str) -> None:
+    """At a URL, which QuPath does not open, or on Windows: a copy in the folder that --slides names is the image, if it
+    has the content of the results.
+    """
     run, copies = RunFolder(tmp_path / "results"), tmp_path / "copies"
     for folder, seed in (("a", 1), ("b", 2)):
         paint(slide(copies / folder / "x y.png"), seed)
-    finished(run, "x y", "s3://bucket/2024/x y.png")
+    finished(run, "x y", source_path)
     with open_slide(copies / "b" / "x y.png", mpp=1.0) as opened:
-        fields = {"source_path": "s3://bucket/2024/x y.png", "quick_hash": opened.quick_hash}
+        fields = {"source": "x y.png", "source_path": source_path, "quick_hash": opened.quick_hash}
     run.slide("x y").slide_json.write_text(json.dumps(fields))
     run.run_json.write_text("{}")
+    with pytest.raises(RunError, match=re.escape(f"x y: {said}: say with --slides DIR")):
+        write_project(run)
     assert write_project(run, copies)[1:] == (1, 1, ())
     (entry,) = content(run)["images"]
     assert entry["serverBuilder"]["uri"] == f"file://{copies}/b/x%20y.png"

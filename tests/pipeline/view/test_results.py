@@ -1,5 +1,6 @@
 """Slides are found again, by number, wherever they are now."""
 
+import json
 import shutil
 import threading
 from pathlib import Path
@@ -103,6 +104,15 @@ def test_a_slide_that_has_moved(finished: Finished, tmp_path: Path) -> None:
     results = Results(RunFolder(copy.run), elsewhere.parent)
     assert results.picture(0).slide.path.parent == elsewhere
     assert results.picture(1).size == (oracle.WIDTH, oracle.HEIGHT)
+
+
+def test_a_slide_that_was_read_on_another_system(finished: Finished, tmp_path: Path) -> None:
+    """Its path is none here, as that of Windows on Linux, but its name is known."""
+    copy = finished.copy(tmp_path)
+    slide_json = RunFolder(copy.run).slide(FIRST).slide_json
+    content = json.loads(slide_json.read_text())
+    slide_json.write_text(json.dumps(content | {"source_path": f"C:\\scans\\{FIRST}.png"}))
+    assert Results(RunFolder(copy.run), copy.slides).picture(0).slide.path == copy.slides / f"{FIRST}.png"
 
 
 def test_another_slide_of_the_same_name_is_not_shown(finished: Finished, tmp_path: Path) -> None:
