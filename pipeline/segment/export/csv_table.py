@@ -23,9 +23,11 @@ def write_csv(nuclei: Path, out: Path, options: Export) -> Exported:
     order = [*first, *(name for name in NUCLEI.names if name not in (*first, "geometry"))]
     schema = pa.schema([NUCLEI.field(name) for name in order])
     written = 0
+    quoting = pyarrow.csv.WriteOptions(quoting_style="needed")
     with (
         committed(out) as partial,
-        pyarrow.csv.CSVWriter(partial, schema, write_options=pyarrow.csv.WriteOptions(quoting_style="needed")) as file,
+        partial.open("wb") as stream,  # by itself the writer leaves it open, and Windows renames no open file
+        pyarrow.csv.CSVWriter(stream, schema, write_options=quoting) as file,
     ):
         for rows in iter_nuclei(nuclei, order):
             corner = {"centroid_x": x, "centroid_y": y}

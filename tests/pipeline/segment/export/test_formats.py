@@ -1,9 +1,13 @@
 """Every format: equal tables give equal bytes, and its counts read as a sentence."""
 
 import dataclasses
+import os
 import re
+import sys
 import typing
+from pathlib import Path
 
+import psutil
 import pytest
 
 import dicom_files
@@ -31,6 +35,25 @@ def test_the_same_table_gives_the_same_bytes(tmp_path):
             made.write(nuclei, tmp_path / attempt / EXPORTS[name], Export(dicom_reference=str(image)))
             twice.append(files.sha256(tmp_path / attempt / EXPORTS[name]))
         assert twice[0] == twice[1], name
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere open files are not known, or renaming them fails")
+def test_no_file_is_open_when_it_is_renamed(tmp_path, monkeypatch):
+    """Windows renames no file, and no folder with a file, that is open."""
+    renamed, open_then = list[str](), list[str]()
+
+    def replace(partial, path, replace=os.replace):
+        renamed.append(Path(path).name)
+        open_then.extend(file.path for file in psutil.Process().open_files() if file.path.startswith(str(partial)))
+        replace(partial, path)
+
+    monkeypatch.setattr(os, "replace", replace)
+    nuclei = write(tmp_path / "nuclei.parquet", blobs(20))
+    image = dicom_files.complete(dicom_files.write(tmp_path / "slide.dcm", "1.2.3"), PROVENANCE.size)
+    for name, made in FORMATS.items():
+        made.write(nuclei, tmp_path / EXPORTS[name], Export(dicom_reference=str(image)))
+    assert {"nuclei.parquet", *EXPORTS.values()} <= set(renamed)
+    assert not open_then
 
 
 def test_the_options_of_a_format_are_settings():
