@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import ConfigError
-from slides.partial import PREFIX, partial_path
+from slides.partial import PREFIX, partial_path, replace
 
 
 @contextlib.contextmanager
@@ -47,6 +47,8 @@ FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 "Numbers of errors: no space is left, or none of a quota."
 
 _FULL, _FORBIDDEN = "free some space there", "make it a file or folder that may be read and written"
+if os.name == "nt":
+    _FORBIDDEN = f"close the programs that have it open, or {_FORBIDDEN}"
 _REMEDIES = {
     **dict.fromkeys(FULL_DISK, _FULL),
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), _FORBIDDEN),
@@ -70,13 +72,13 @@ def _replace(partial: Path, path: Path) -> None:
     """Rename over what is there. A folder that is there is moved away first: nothing can be renamed over it."""
     while True:
         try:
-            return os.replace(partial, path)
+            return replace(partial, path)
         except OSError:
             if not partial.exists() or not (partial.is_dir() or path.is_dir()) or not path.exists():
                 raise
             former = partial_path(path)
             with contextlib.suppress(FileNotFoundError):  # another writer was faster
-                os.replace(path, former)
+                replace(path, former)
                 remove(former)
 
 

@@ -32,7 +32,7 @@ from zarr.storage import MemoryStore
 from slides.errors import GridError, StoreMismatch
 from slides.geometry import Frame, Size
 from slides.grid import Tile, TileGrid, read_box
-from slides.partial import partial_path
+from slides.partial import partial_path, replace
 from slides.slide import Slide
 
 _WHITE = 255
@@ -181,7 +181,7 @@ class PatchStore:
         file.parent.mkdir(parents=True, exist_ok=True)
         try:
             partial.write_bytes(content.data)
-            os.replace(partial, file)
+            replace(partial, file)
         finally:
             partial.unlink(missing_ok=True)
 

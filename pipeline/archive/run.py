@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
+from pipeline import files
 from pipeline.archive import ledger
 from pipeline.archive.command import Command
 from pipeline.archive.failures import first_error
@@ -194,7 +195,8 @@ def _in_a_thread(work: Callable[[], Any], stop: Callable[[], None]) -> None:
 
 
 def _publish(folder: RunFolder, records: Sequence[SlideRecord], progress: Progress, *, chosen_stains: bool) -> None:
-    """Write the ledger and the report. A full disk or a missing folder is a warning, and no error.
+    """Write the ledger and the report, each whatever becomes of the other. A full disk, a missing folder, or a file
+    that another program has open, is a warning and no error.
 
     chosen_stains: whether each slide's stain normalisation was chosen by itself; then it is said how often which.
     """
@@ -205,9 +207,16 @@ def _publish(folder: RunFolder, records: Sequence[SlideRecord], progress: Progre
         progress.say(stains)
     try:
         ledger.write_ledger(folder, records)
+    except OSError as error:
+        progress.say(_not_written(folder.ledger, error))
+    try:
         progress.say(f"report: {write_report(folder, rows)}")
     except OSError as error:
-        progress.say(f"WARNING: ledger.csv and report.html could not be written: {error}")
+        progress.say(_not_written(folder.report, error))
+
+
+def _not_written(file: Path, error: OSError) -> str:
+    return f"WARNING: {file.name} could not be written: {files.refusal(error) or error}"
 
 
 class ArchiveRun:
@@ -329,7 +338,7 @@ class ArchiveRun:
         try:
             await asyncio.to_thread(lambda: ledger.write_ledger(folder, self.of_the_folder(self.records())))
         except OSError as error:
-            self.progress.say(f"WARNING: ledger.csv could not be written: {error}")
+            self.progress.say(_not_written(folder.ledger, error))
 
     async def _first(self, source: Source) -> None:
         """The first try of a slide."""

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from pipeline import files
+from slides import partial as partial_files
 
 
 def test_a_committed_file_appears_when_it_is_complete(tmp_path):
@@ -102,6 +103,38 @@ def test_a_file_replaces_a_folder(tmp_path):
         partial.write_text("new")
     assert (tmp_path / "t").read_text() == "new"
     assert os.listdir(tmp_path) == ["t"]
+
+
+def held_open(monkeypatch, times):
+    """As on Windows, where nothing is renamed while a virus scanner has it open. Returns the tries."""
+    tries = []
+
+    def replace(*paths, replace=os.replace):
+        tries.append(paths)
+        if len(tries) <= times:
+            raise PermissionError(errno.EACCES, "Access is denied", *map(str, paths))
+        replace(*paths)
+
+    monkeypatch.setattr(os, "replace", replace)
+    return tries
+
+
+def test_on_windows_a_file_that_is_open_is_waited_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(partial_files, "_PATIENCE_S", 60.0)
+    held_open(monkeypatch, 3)
+    with files.committed(tmp_path / "t") as partial:
+        partial.write_text("new")
+    assert (tmp_path / "t").read_text() == "new"
+
+
+@pytest.mark.parametrize("patience_s", [0.0, 0.1])
+def test_a_file_that_stays_open_is_an_error_that_names_it(tmp_path, monkeypatch, patience_s):
+    monkeypatch.setattr(partial_files, "_PATIENCE_S", patience_s)
+    tries = held_open(monkeypatch, 1000)
+    with pytest.raises(PermissionError) as refused, files.committed(tmp_path / "t") as partial:
+        partial.write_text("new")
+    assert files.refusal(refused.value).startswith(f"{tmp_path / 't'}: Permission denied: ")
+    assert (len(tries) > 1) == (patience_s > 0)
 
 
 def test_two_writers_of_one_folder_leave_that_of_the_last(tmp_path):

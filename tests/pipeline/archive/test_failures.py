@@ -183,6 +183,24 @@ def test_a_slides_folder_that_may_not_be_entered_costs_the_others_no_row(
     assert any(line.startswith("b: ") and "nuclei" in line for line in said)
 
 
+def test_a_ledger_that_another_program_has_open_costs_no_report(
+    archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a spreadsheet on Windows has it."""
+    out, said = tmp_path / "out", list[str]()
+
+    def refuse(partial: Path, path: Path, replace: Callable[..., None] = os.replace) -> None:
+        if path.name == "ledger.csv":
+            raise PermissionError(errno.EACCES, "Access is denied", str(partial))
+        replace(partial, path)
+
+    monkeypatch.setattr(os, "replace", refuse)
+    rows = run([archive / "list.csv"], out, chosen(), ONE, mpp=0.25, say=said.append, detect=oracle.detect)
+    assert [row.status for row in rows] == ["done", "done"]
+    assert (out / "report.html").is_file()
+    assert any(line.startswith(f"WARNING: ledger.csv could not be written: {out / 'ledger.csv'}: ") for line in said)
+
+
 def test_an_output_folder_that_vanishes_ends_the_run_without_an_error(archive: Path, tmp_path: Path) -> None:
     out, away = tmp_path / "out", tmp_path / "away"
 
