@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from pipeline.errors import ConfigError, WeightsError
 from pipeline.files import committed, read_json, remove, write_json
+from slides.partial import replace
 from training.data.sample import Dataset
 
 FOLDER = "checkpoint"
@@ -60,8 +61,8 @@ def save(
         write_json(partial / _STATE, {"step": step, "seconds": seconds, "parts": names, "recipe": recipe})
     if folder.exists():
         remove(old)  # what a process that was killed while it removed it has left
-        folder.rename(old)
-    new.rename(folder)
+        replace(folder, old)
+    replace(new, folder)
     remove(old)
 
 
@@ -89,7 +90,8 @@ def resume(
         if step < 0 or not 0 <= seconds < float("inf"):
             raise ValueError(f"step {step}, {seconds} seconds")
         parts = [folder / Path(str(name)).name for name in content["parts"]]
-        tensors = {k: v for part in parts for k, v in safetensors.torch.load_file(part).items()}
+        # read, not mapped: while the optimiser has a mapped tensor Windows neither renames nor removes its file
+        tensors = {k: v for part in parts for k, v in safetensors.torch.load(part.read_bytes()).items()}
         model.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
         for name in average:
             average[name].copy_(tensors[f"average.{name}"])

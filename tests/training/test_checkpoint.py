@@ -1,6 +1,7 @@
 """A checkpoint is continued by the recipe that it was made with, and by no other."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,16 @@ def test_everything_comes_back(tmp_path: Path) -> None:
         assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     moments = (o.state_dict()["state"][0]["exp_avg"] for o in (optimiser, other_optimiser))
     assert torch.equal(*moments)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the files of a process are not known so")
+def test_no_file_of_a_checkpoint_is_kept_open(tmp_path: Path) -> None:
+    """Windows could not put the next checkpoint in its place."""
+    checkpoint.save(tmp_path / "c", *trained(0), 7, RECIPE)
+    continued = trained(1)
+    checkpoint.resume(tmp_path / "c", *continued, RECIPE)
+    assert str(tmp_path) not in Path("/proc/self/maps").read_text(errors="replace")
+    checkpoint.save(tmp_path / "c", *continued, 8, RECIPE)
 
 
 @pytest.mark.parametrize(
