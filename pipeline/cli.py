@@ -3,7 +3,6 @@
 import math
 import os
 import re
-import shlex
 import signal
 import sys
 import typing
@@ -29,7 +28,7 @@ from pipeline.config import (
     read_toml,
     require,
 )
-from pipeline.text import counted, printable
+from pipeline.text import counted, printable, shell_command
 from slides.errors import NightslideError
 
 if TYPE_CHECKING:
@@ -370,7 +369,7 @@ def qupath(folder: Path, *, slides: MovedSlides = None) -> int:
     for warning in written.warnings:
         print(f"WARNING: {warning}", file=sys.stderr)
     command = ["QuPath", "script", "workflows/qupath/import.groovy", "-p", str(written.file), "-s"]
-    print(f"their nuclei: {shlex.join(command)}")
+    print(f"their nuclei: {shell_command(command)}")
     return 0
 
 
@@ -469,7 +468,7 @@ def certificates(*, out: Out, days: Annotated[int, Parameter(group=COMMON)] = 36
     made = write_certificates(out, days)
     print(f"{made.ca}, {made.cert} and {made.key} are valid for {days} days; keep {made.key.name} secret")
     flags = {"--tls-ca-file": made.ca, "--tls-cert": made.cert, "--tls-key": made.key}
-    given = shlex.join(str(part) for flag in flags.items() for part in flag)
+    given = shell_command(part for flag in flags.items() for part in flag)
     print(f"give them to scheduler, workers and run: {given}")
     return 0
 

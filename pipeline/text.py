@@ -1,6 +1,10 @@
 """Text from outside (names of files, messages of libraries) made safe to print and to write."""
 
+import os
+import shlex
+import subprocess
 import unicodedata
+from collections.abc import Iterable
 
 _UNSAFE = frozenset(["Cc", "Cf", "Cs", "Zl", "Zp"])  # control, format (bidirectional overrides), line separators
 
@@ -25,6 +29,12 @@ def one_line(error: BaseException) -> str:
     """An exception's message as one printable line, or its type; of a long one the middle is left out."""
     line = printable(" ".join(str(error).split()) or type(error).__name__)
     return line if len(line) <= _START + _END else f"{line[:_START]} ... {line[-_END:]}"
+
+
+def shell_command(parts: Iterable[object]) -> str:
+    """A command to copy into a terminal of this system, quoted as its shell needs it."""
+    words = [str(part) for part in parts]
+    return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
 
 
 def counted(number: int, singular: str, plural: str = "") -> str:

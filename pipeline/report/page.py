@@ -2,7 +2,6 @@
 
 import html
 import re
-import shlex
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
@@ -21,6 +20,7 @@ from pipeline.report.table import linked, slide_table
 from pipeline.segment.record import ARTEFACT_AREAS, DETECTING, WAITS, StageRecord, device_use
 from pipeline.segment.stages import STAGES
 from pipeline.segment.summary import NEAR_PX, SEAM_EDGES_PX, seam_verdict
+from pipeline.text import shell_command
 
 
 def write_report(folder: RunFolder, rows: Sequence[Mapping[str, Any]]) -> Path:
@@ -92,7 +92,7 @@ def _table(content: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 
 def _viewer(folder: RunFolder) -> str:
     """How to look at the slides with their nuclei: the address changes with every start, so the command is given."""
-    command = html.escape(f"nightslide view {shlex.quote(str(folder.path.resolve()))}")
+    command = html.escape(shell_command(["nightslide", "view", folder.path.resolve()]))
     return f'<p class="soft">The slides with their nuclei, in a browser: <code>{command}</code></p>'
 
 

@@ -7,13 +7,13 @@ load nothing from anywhere else. Slides are named by their numbers: no path of a
 
 import contextlib
 import secrets
-import shlex
 import socket
 from pathlib import Path
 
 from pipeline.config import require
 from pipeline.errors import ConfigError
 from pipeline.layout import RunFolder
+from pipeline.text import shell_command
 from pipeline.view.results import Results
 
 HOST = "127.0.0.1"
@@ -44,7 +44,7 @@ def serve(folder: Path, slides: Path | None = None, port: int = 0) -> None:
             ws="none",
             server_header=False,
         )
-        print(f"{shlex.quote(str(folder))}: http://{HOST}:{port}/{token}/  (end with Ctrl-C)", flush=True)
+        print(f"{shell_command([folder])}: http://{HOST}:{port}/{token}/  (end with Ctrl-C)", flush=True)
         with contextlib.suppress(KeyboardInterrupt):  # uvicorn passes it on, but not always
             uvicorn.Server(config).run(sockets=[listener])
         print("ended")

@@ -1,11 +1,13 @@
 """Text from outside is harmless where it is printed."""
 
+import os
 import unicodedata
 
+import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from pipeline.text import one_line, printable
+from pipeline.text import one_line, printable, shell_command
 
 UNSAFE = {"Cc", "Cf", "Cs", "Zl", "Zp"}
 unsafe = st.characters(categories=["Cc", "Cf", "Cs", "Zl", "Zp"])
@@ -23,6 +25,14 @@ def test_what_is_printed_neither_commands_nor_hides(text: str) -> None:
     if not {unicodedata.category(c) for c in text if c not in "\n\t"} & UNSAFE:
         assert shown == text
     assert len(one_line(ValueError(text)).splitlines()) == 1
+
+
+def test_a_command_is_quoted_for_the_shell_of_the_system(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one of Windows knows no single quotes."""
+    command = ["QuPath", "-p", "C:\\my results\\project.qpproj"]
+    assert shell_command(command) == "QuPath -p 'C:\\my results\\project.qpproj'"
+    monkeypatch.setattr(os, "name", "nt")
+    assert shell_command(command) == 'QuPath -p "C:\\my results\\project.qpproj"'
 
 
 def test_a_long_message_keeps_its_start_and_its_remedy() -> None:
