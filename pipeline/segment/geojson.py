@@ -23,6 +23,10 @@ from pipeline.segment.polygons import Polygons
 _LARGEST_UNPACKED = 2**30  # bytes of text in a compressed file: about a million nuclei, at 1.1 kB each
 _LARGEST_PX = 10_000_000  # of any slide; the geometry of larger numbers overflows
 
+# Characters of a name or class. In memory every class of a file takes what the longest one does, and the csv module
+# does not read a longer cell than 131,072 characters.
+_LONGEST_NAME = 1000
+
 _PLAIN, _GZIP, _ZIP = ".geojson", ".geojson.gz", ".zip"
 _SUFFIXES = (_PLAIN + _ZIP, _GZIP, _PLAIN, _ZIP)  # the longer of two that fit comes first
 TYPES = ("annotation", "detection", "cell")
@@ -55,6 +59,7 @@ def read_objects(path: Path, wanted: Collection[str] = TYPES) -> tuple[Objects, 
             geometry = feature.get("nucleusGeometry") if type_ == "cell" else feature["geometry"]
             reason = _reason_to_skip(type_, geometry) if type_ in wanted else f"of type {type_}"
             class_ = _class_of(properties.get("classification"))
+            name = str(properties.get("name") or "")
         except (AttributeError, KeyError, TypeError) as error:
             raise AnnotationError(
                 f"{path}: object {number} is no GeoJSON feature: export it again from QuPath"
@@ -62,9 +67,14 @@ def read_objects(path: Path, wanted: Collection[str] = TYPES) -> tuple[Objects, 
         if reason:
             skipped[reason] += 1
             continue
+        if (length := max(len(name), len(class_))) > _LONGEST_NAME:
+            raise AnnotationError(
+                f"{path}: object {number} has a name or class of {length:,} characters: need at most "
+                f"{_LONGEST_NAME:,}; shorten it in QuPath and export it again"
+            )
         types.append(type_)
         classes.append(class_)
-        names.append(str(properties.get("name") or ""))
+        names.append(name)
         geometries.append(json.dumps(geometry))
     try:
         polygons = np.asarray(shapely.from_geojson(np.array(geometries, dtype=object)), dtype=object)

@@ -50,6 +50,16 @@ def test_an_object_without_a_place_is_counted(tmp_path: Path) -> None:
         read_objects(save(tmp_path / "x.geojson", unlocated, {"type": "Feature", "properties": {}}))
 
 
+@pytest.mark.parametrize("properties", [{"name": "n" * 1001}, {"classification": {"name": "c" * 1001}}])
+def test_a_name_that_is_too_long_is_refused(properties: dict[str, Any], tmp_path: Path) -> None:
+    """A class of 100,000 characters among 20,000 objects took 15 GB, and a name as long ended every `measure`."""
+    path = save(tmp_path / "x.geojson", feature(SQUARE, "annotation"), feature(SQUARE, "annotation", **properties))
+    with pytest.raises(AnnotationError, match="object 2 has a name or class of 1,001 characters: need at most 1,000"):
+        read_objects(path)
+    longest = save(tmp_path / "x.geojson", feature(SQUARE, "annotation", name="n" * 1000))
+    assert read_objects(longest)[0].names.tolist() == ["n" * 1000]
+
+
 def test_only_wanted_types_are_read_and_the_others_counted(tmp_path: Path) -> None:
     path = save(
         tmp_path / "x.geojson",
