@@ -87,11 +87,16 @@ def _measure(name: str, slide: SlideFolder, path: Path, crop: bool) -> Measured:
 
 
 def _tables(run: RunFolder) -> Iterator[dict[str, str]]:
-    """The rows of all slides that have been measured."""
+    """The rows of all slides that have been measured. Raises RunError for a table that cannot be read."""
     for slide in run.finished():
         if slide.regions.is_file():
-            with slide.regions.open(newline="", encoding="utf-8") as file:
-                yield from csv.DictReader(file)
+            try:
+                with slide.regions.open(newline="", encoding="utf-8") as file:
+                    yield from csv.DictReader(file)
+            except (OSError, ValueError, csv.Error) as error:  # a spreadsheet may save it in another encoding
+                raise RunError(
+                    f"{slide.regions} is no table of regions ({error}): measure its slide again, or delete the file"
+                ) from error
 
 
 def _write(path: Path, rows: Sequence[Mapping[str, object]]) -> None:

@@ -178,6 +178,17 @@ def test_one_slide_by_itself(place: Path, capsys: pytest.CaptureFixture[str]) ->
     assert table(place / "out" / "regions.csv") == [*before[:2], *of_c]
 
 
+def test_a_table_in_another_encoding_is_named(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As a spreadsheet saves it; the run's table is made of those of all slides."""
+    for name in ("a", "b"):
+        draw(place / "drawn" / f"{name}.tif.geojson", WHOLE)
+    measure(place, capsys)
+    (place / "out" / "b" / "regions.csv").write_bytes("slide,region\nb,Präparat\n".encode("latin-1"))
+    code, _, said = measure(place, capsys, "out/a")
+    assert code == 2
+    assert re.search(r"b.regions\.csv is no table of regions .*: measure its slide again, or delete the file", said)
+
+
 def test_one_slide_without_its_run(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     draw(place / "drawn" / "c.geojson", WHOLE)
     (place / "out" / "site" / "c").rename(place / "c")
