@@ -46,8 +46,8 @@ def fuse(patches: Sequence[Sequence[Candidates]], limits: Limits, classes: int) 
     """
     views = len(patches[0])
     if views == 1:
-        once = torch.ones_like(torch.cat([c.class_index for (c,) in patches]))
-        votes = once.split([len(c.boxes) for (c,) in patches])
+        sizes = [len(c.boxes) for (c,) in patches]
+        votes = patches[0][0].class_index.new_ones(sum(sizes)).split(sizes)
         return [
             Fused(c.boxes, c.scores, c.class_index, c.class_scores, v) for (c,), v in zip(patches, votes, strict=True)
         ]
@@ -185,8 +185,8 @@ def _masks(
     model: NucleusDetector, features: Pyramid, view: View, fused: Sequence[Fused], size: tuple[int, int]
 ) -> Tensor:
     """The masks that one view gives the fused boxes of all patches: float32 (sum N, M, M), turned back."""
-    boxes = [apply_boxes(view, patch.boxes, size) for patch in fused]
-    return undo_masks(view, model.masks(features, boxes, [patch.class_index for patch in fused]))
+    boxes = apply_boxes(view, torch.cat([f.boxes for f in fused]), size).split([len(f.boxes) for f in fused])
+    return undo_masks(view, model.masks(features, list(boxes), [patch.class_index for patch in fused]))
 
 
 def candidates(

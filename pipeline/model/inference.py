@@ -175,7 +175,7 @@ def _detect(batch: Tensor, normalisation: Normalisation, settings: Settings) -> 
         pixels = batch.to(running.device, non_blocking=True)
         if missing := _usual_number(len(batch), settings) - len(batch):
             pixels = F.pad(pixels, (0, 0, 0, 0, 0, 0, 0, missing), value=_GLASS)
-        raw = pixels.permute(0, 3, 1, 2).float() / 255  # (B, 3, H, W)
+        raw = pixels.permute(0, 3, 1, 2) / 255  # float32 (B, 3, H, W)
         images = normaliser(raw)
         chosen = views.choose_views(settings.detector.views)
         with running.autocast():

@@ -39,8 +39,10 @@ def suppress(
         kept = []
         for of_group in zip(boxes.split(sizes), scores.split(sizes), strict=True):
             kept.append(nms(*of_group, iou))
-    firsts = itertools.accumulate(sizes, initial=0)
-    keep = torch.cat([first + k for k, first in zip(kept, firsts, strict=False)])
+    keep = kept[0]
+    if len(kept) > 1:
+        firsts = itertools.accumulate(sizes, initial=0)
+        keep = torch.cat([first + k for k, first in zip(kept, firsts, strict=False)])
     if boxes.device.type == "cpu":
         return keep, [len(k) for k in kept]
     owner = patch[keep]

@@ -204,7 +204,19 @@ def test_the_cost_of_a_batch(patches: list[np.ndarray]) -> None:
     assert cuda.uploads == [(8, SIDE, SIDE, 3)]
     assert cuda.total(WAIT, DOWNLOAD, BLOCKING) <= 7
     assert cuda.total(UPLOAD) == 1
-    assert cuda.total(LAUNCH) <= 448  # 29 of them for the statistics of the stains, 12 to thin the anchors
+    assert cuda.total(LAUNCH) <= 443  # 29 of them for the statistics of the stains, 12 to thin the anchors
+
+
+def test_a_view_turns_the_boxes_of_all_patches_at_once(patches: list[np.ndarray]) -> None:
+    """A batch of four launches no more for it than a single patch."""
+    launches = []
+    for batch in (1, 4):
+        with PretendedCuda() as cuda:
+            detected = detect(patches[:batch], chosen("cuda", views=4, batch=batch))
+        assert all(len(patch.boxes) for patch in detected)
+        counted = cuda.by_function(LAUNCH)
+        launches.append(sum(count for place, count in counted.items() if "model/views.py" in place))
+    assert launches[0] == launches[1]
 
 
 def assert_no_more(counted: Mapping[str, int], expected: Mapping[str, int]) -> None:
