@@ -240,19 +240,22 @@ def _as_numpy(patch: Instances[Tensor]) -> HostInstances:
 
 
 _OF_MEMORY = ("out of memory", "can't allocate memory", "ALLOC_FAILED")  # of CUDA, the processor, CUDA's libraries
+# Of cuDNN where it has no kernel for a convolution: for want of memory, or because there is none for this GPU.
+_NO_KERNEL = "unable to find an engine"
 _LEAST_PX = 256  # longer side of a quarter: smaller ones are mostly margin
 
 
 def _attempt(batch: Tensor, normalisation: Normalisation, settings: Settings) -> list[Instances[Tensor]] | None:
     """The instances of a batch, or None where there is no memory for it; the memory of the attempt is then free again.
 
-    Every other error is raised.
+    Every other error is raised. One that may be a shortage counts as such for several patches: a single one shows it.
     """
     try:
         return _detect(batch, normalisation, settings)
     except (MemoryError, RuntimeError) as error:
         of_memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
-        if not of_memory and not any(words in str(error) for words in _OF_MEMORY):
+        said = (*_OF_MEMORY, _NO_KERNEL) if len(batch) > 1 else _OF_MEMORY
+        if not of_memory and not any(words in str(error) for words in said):
             raise
     # not in the except block: until it ends, the exception holds the tensors of its frames
     if torch.cuda.is_available():

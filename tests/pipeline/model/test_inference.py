@@ -183,6 +183,16 @@ def test_every_shortage_of_memory_is_recognised(device: Callable[..., Device], e
     assert [f.lost for f in detected] == [True, True]
 
 
+def test_what_may_be_a_shortage_is_tried_with_fewer_patches(device: Callable[..., Device]) -> None:
+    """cuDNN says the same where it has no kernel for a GPU at all: then nothing must count as lost."""
+    error = RuntimeError("GET was unable to find an engine to execute this computation")
+    one, patches = device(memory=2 * SIDE**2, error=error), [painted([(9, 9)])] * 4
+    assert [len(f.boxes) for f in one.detect(patches, batch=4)] == [1] * 4
+    assert [count for count, _ in one.tried] == [4, 2, 2]
+    with pytest.raises(RuntimeError, match="unable to find an engine"):
+        device(memory=0, error=error).detect(patches, batch=4)
+
+
 def test_a_shortage_of_host_memory_is_recognised(
     device: Callable[..., Device], monkeypatch: pytest.MonkeyPatch
 ) -> None:
