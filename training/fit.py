@@ -430,6 +430,7 @@ def _this_process(training: Training) -> Process:
         keep_freed_memory()
     if device.type == "cuda" and size > 1:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)  # else what pins the batches takes memory of the first GPU, in every process
     if size > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return Process(rank, size, device)

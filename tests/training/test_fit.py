@@ -310,6 +310,19 @@ def test_processes_share_the_work() -> None:
     assert alone == list(range(3 * QUICK.batch, QUICK.steps * QUICK.batch))
 
 
+def test_a_process_among_several_uses_its_own_gpu_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loader pins batches through the current device."""
+    current, joined = list[torch.device](), list[str]()
+    monkeypatch.setattr(trainer, "choose_device", torch.device)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    monkeypatch.setattr(torch.distributed, "init_process_group", joined.append)
+    for name, value in (("WORLD_SIZE", "2"), ("RANK", "1"), ("LOCAL_RANK", "1")):
+        monkeypatch.setenv(name, value)
+    process = trainer._this_process(dataclasses.replace(QUICK, device="cuda"))
+    assert process == Process(1, 2, torch.device("cuda", 1))
+    assert (current, joined) == ([torch.device("cuda", 1)], ["nccl"])
+
+
 def test_two_processes_train_together(data: Path, tmp_path: Path) -> None:
     """torchrun with two processes on the CPU: they agree on the stop, and one writes."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
