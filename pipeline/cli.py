@@ -12,7 +12,7 @@ from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from cyclopts import App, CycloptsError, Group, Parameter, Token, convert
+from cyclopts import App, CycloptsError, Group, Parameter, Token, UnknownCommandError, convert
 from cyclopts.config import Dict
 
 from pipeline.config import (
@@ -35,6 +35,10 @@ if TYPE_CHECKING:
     from pipeline.archive.estimate import SlideEstimate
 
 DEBUGGING = Group("Debugging", sort_key=99)
+SLIDES, RESULTS, WEIGHTS, MACHINE = (  # of commands, in the order in which they are needed
+    Group(name, sort_key=at)  # below 0: before the options
+    for at, name in enumerate(["Slides", "Results of a run", "Your own weights", "This machine"], -4)
+)
 _NAME_CHARS = 48  # of a slide's name in the table of `plan`: a longer one is shortened in its middle
 
 
@@ -72,6 +76,8 @@ app = App(
     version=lambda: metadata.version("nightslide"),
 )
 app.meta.suppress_keyboard_interrupt = False
+for _flag in ("--help", "--version"):
+    app[_flag].group = COMMON
 for _name, _help in {
     "train": "Train the detector on annotated images, and write its weights.",
     "evaluate": "Score the detector on annotated images.",
@@ -79,7 +85,7 @@ for _name, _help in {
     "convert": "Write a dataset of any form that `train` reads as label maps or COCO JSON.",
 }.items():
     # named by a string: the module is imported when the command is called
-    app.command(f"training.cli:{_name.replace('-', '_')}", name=_name, help=_help)
+    app.command(f"training.cli:{_name.replace('-', '_')}", name=_name, help=_help, group=WEIGHTS)
 
 
 _RESUMED = frozenset(["run", "train", "fit-stain"])  # commands
@@ -110,6 +116,10 @@ def main(tokens: Sequence[str] | None = None) -> None:
         left = "; the same command continues where it stopped" if _RESUMED.intersection(given) else ""
         print(f"interrupted{left}", file=sys.stderr)
         sys.exit(130)
+    except UnknownCommandError as error:  # its own list ends after eight commands
+        said, _, _ = str(error).partition(" Available commands:")
+        print(f"nightslide: {printable(said)} `nightslide --help` lists the commands.", file=sys.stderr)
+        sys.exit(2)
     except (NightslideError, CycloptsError) as error:
         print(f"nightslide: {printable(error)}", file=sys.stderr)
         sys.exit(1 if isinstance(error, ClusterLost | ExportFailed | WorkersDied) else 2)
@@ -188,7 +198,7 @@ def _flags_of(command: str, content: dict[str, Any]) -> dict[str, Any]:
     return tables
 
 
-@app.command
+@app.command(group=SLIDES)
 def run(
     inputs: Inputs,
     *,
@@ -232,7 +242,7 @@ def run(
     return 0 if len(done) + len(left_out) == len(rows) and not otherwise else 1
 
 
-@app.command
+@app.command(group=SLIDES)
 def plan(
     inputs: Inputs,
     *,
@@ -329,7 +339,7 @@ def _basis(seconds: float, given: bool) -> str:
     return f"hours on the CPU, at {seconds:g} s per mm2 of tissue and view as measured on two cores; {own}"
 
 
-@app.command
+@app.command(group=RESULTS)
 def export(folder: Path, *, settings: Annotated[Export, Parameter(name="*", group=EXPORT)] = Export()) -> int:
     """Write the files for QuPath and other programs again, from the tables of a finished run.
 
@@ -352,7 +362,7 @@ def export(folder: Path, *, settings: Annotated[Export, Parameter(name="*", grou
     return 0
 
 
-@app.command
+@app.command(group=RESULTS)
 def qupath(folder: Path, *, slides: MovedSlides = None) -> int:
     """Write a QuPath project of all finished slides of a run, or add to it those that it lacks.
 
@@ -373,7 +383,7 @@ def qupath(folder: Path, *, slides: MovedSlides = None) -> int:
     return 0
 
 
-@app.command
+@app.command(group=RESULTS)
 def measure(folder: Path, *, regions: Annotated[Regions, Parameter(name="*", group=REGIONS)] = Regions()) -> int:
     """Measure the nuclei of finished slides in regions drawn in QuPath, and write regions.csv; nothing is segmented.
 
@@ -392,7 +402,7 @@ def measure(folder: Path, *, regions: Annotated[Regions, Parameter(name="*", gro
     return 1 if failed else 0
 
 
-@app.command
+@app.command(group=RESULTS)
 def report(folder: Path) -> int:
     """Write report.html of a run again, after the run or while it is going on.
 
@@ -410,7 +420,7 @@ def report(folder: Path) -> int:
     return 0
 
 
-@app.command
+@app.command(group=RESULTS)
 def view(
     folder: Path,
     *,
@@ -432,7 +442,7 @@ def view(
     return 0
 
 
-@app.command
+@app.command(group=RESULTS)
 def verify(folder: Path) -> int:
     """Compare every result of a run with the size and checksum in its slide.json, and say what differs.
 
@@ -452,7 +462,7 @@ def verify(folder: Path) -> int:
     return 0 if whole == slides else 1
 
 
-@app.command
+@app.command(group=MACHINE)
 def certificates(*, out: Out, days: Annotated[int, Parameter(group=COMMON)] = 365) -> int:
     """Make certificates with which a Dask cluster of several machines lets nobody else in (TLS).
 
@@ -473,7 +483,7 @@ def certificates(*, out: Out, days: Annotated[int, Parameter(group=COMMON)] = 36
     return 0
 
 
-@app.command
+@app.command(group=SLIDES)
 def demo(
     *,
     out: Out = Path("nightslide-demo"),
@@ -494,7 +504,7 @@ def demo(
     return run_demo(out, seed, settings)
 
 
-@app.command
+@app.command(group=MACHINE)
 def doctor() -> int:
     """Show versions, devices and weights, find conflicts with other packages, and test the detector."""
     from pipeline.doctor import check_up

@@ -87,6 +87,15 @@ def test_the_settings_stand_in_groups_with_the_common_ones_first(
         assert re.search(rf"{flag}\b", common), flag
 
 
+def test_the_commands_stand_in_groups_in_the_order_in_which_they_are_needed(capsys: pytest.CaptureFixture[str]) -> None:
+    _, out, _ = said(capsys, "--help")
+    groups = ("Slides", "Results of a run", "Your own weights", "This machine", "Common options")
+    at = [out.index(f"─ {group} ─") for group in groups]
+    assert at == sorted(at)
+    for command, group in {"run": 0, "plan": 0, "view": 1, "export": 1, "train": 2, "doctor": 3}.items():
+        assert f"│ {command} " in out[at[group] : at[group + 1]], command
+
+
 def test_no_flag_has_a_negative_that_reads_badly(capsys: pytest.CaptureFixture[str]) -> None:
     out = "".join(said(capsys, command, "--help")[1] for command in OWN_COMMANDS)
     assert set(re.findall(r"--\S*\b(?:no|empty)-[\w-]+", out)) == {
@@ -236,7 +245,8 @@ def test_shipped_configurations_are_valid() -> None:
         (["run", "x.svs", "--out", "o", "--memory-limit", "1MB"], "memory-limit='1MB': need auto, or 1GB or more"),
         (["run", "x.svs", "--out", "o", "--memory-limit", "1.2.3GB"], "need auto, or 1GB or more"),
         (["run", "x.svs", "--out", "o", "--config", "none.toml"], "none.toml"),
-        (["bogus"], 'Unknown command "bogus"'),
+        (["bogus"], 'Unknown command "bogus". `nightslide --help` lists the commands.'),
+        (["veiw"], 'Unknown command "veiw". Did you mean "view"? `nightslide --help` lists the commands.'),
         (["export", "nowhere"], "holds no nuclei.parquet"),
         (["evaluate", "--data", "nowhere"], "nowhere does not exist"),
         (["train", "--data", "d", "--out", "o", "--architecture.anchors", "12 24"], "need sides such as 18,30/44,64"),
