@@ -60,5 +60,9 @@ class ClusterLost(NightslideError):
     """The Dask scheduler is gone, and with it the tasks in flight; what was committed stays."""
 
 
+class DeviceLost(ClusterLost):
+    """A GPU does nothing more in this process, whatever it is asked: each slide that it is given would fail."""
+
+
 class WorkersDied(NightslideError):
     """Every worker process that tried a task died of it."""

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from pipeline.config import Detector, check_device_name
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, DeviceLost
 
 if TYPE_CHECKING:
     import torch
@@ -105,11 +105,29 @@ def compute(device: str, function: Callable[[], T]) -> T:
 
     For a GPU it is called in the same thread every time. PyTorch keeps the plans of cuDNN's convolutions by thread, and
     to plan a network for one more thread, or one more size of its input, took two seconds on an H200.
+    Raises DeviceLost where the function failed because the GPU has.
     """
     with _computing:
         if device == "cpu" or device_kind(device, count_gpus()) == "cpu":
             return function()
-        return _thread_of_gpu().submit(function).result()
+        return _thread_of_gpu().submit(_on_gpu, choose_device(device), function).result()
+
+
+def _on_gpu(device: "torch.device", function: Callable[[], T]) -> T:
+    """As `compute`, in the thread of the GPU."""
+    import torch
+
+    try:
+        return function()
+    except RuntimeError as error:
+        try:
+            torch.cuda.synchronize(device)  # after an error of the GPU itself CUDA refuses all that a process asks
+        except RuntimeError as lost:
+            raise DeviceLost(
+                f"the GPU {device} has failed ({str(lost).splitlines()[0]}): look at nvidia-smi and the system's log; "
+                f"the same command continues, with --gpus or CUDA_VISIBLE_DEVICES on others"
+            ) from error
+        raise
 
 
 @functools.cache

@@ -5,12 +5,15 @@ this one computes; the others ask for the resource CPU. A resource that no worke
 """
 
 import ipaddress
+import multiprocessing
+import os
+import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
 
-from pipeline.errors import RunError
+from pipeline.errors import DeviceLost, RunError
 
 _ASK_AGAIN_S = 5.0  # for how long the resources that the workers offer are cached
 _ANSWER_S = 5.0  # for how long an answer of the scheduler is waited for
@@ -83,8 +86,21 @@ class Cluster:
         resources = {"GPU": 0.5} if on_device else {"CPU": 1}
         if not (offers["CPU"] or (on_device and offers["GPU"])):
             resources = {}
-        future: Future[Any] = self._client.get_executor(pure=False, resources=resources).submit(function, *args)
+        executor = self._client.get_executor(pure=False, resources=resources)
+        call = (_on_device, function) if on_device else (function,)
+        future: Future[Any] = executor.submit(*call, *args)
         return future
+
+
+def _on_device(function: Callable[..., Any], *args: Any) -> Any:
+    """What a task returns, or raises. A worker that has lost its GPU ends: Dask starts another, which does the task."""
+    try:
+        return function(*args)
+    except DeviceLost as error:
+        if multiprocessing.parent_process() is None:  # nobody would start another
+            raise
+        print(f"nightslide: {error}", file=sys.stderr, flush=True)
+        os._exit(1)
 
 
 def exposed(address: str) -> str:

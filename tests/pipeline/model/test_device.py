@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, DeviceLost
 from pipeline.model import device
 from pipeline.model.device import choose_device, choose_precision, count_gpus, device_kind
 
@@ -84,3 +84,26 @@ def test_bfloat16_is_chosen_where_the_chosen_device_computes_in_it(monkeypatch: 
     assert chosen == [torch.float32, torch.bfloat16, torch.float32]
     assert choose_precision("bfloat16", torch.device("cuda", 0)) == torch.bfloat16
     assert choose_precision("float32", torch.device("cuda", 1)) == torch.float32
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_a_gpu_that_has_failed_is_told_from_a_task_that_has(monkeypatch: pytest.MonkeyPatch, lost: bool) -> None:
+    """After an illegal access, or an error of its memory, CUDA refuses all that the process asks for."""
+
+    def synchronize(asked: torch.device) -> None:
+        assert asked.type == "cuda"
+        if lost:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered\nCompile with TORCH_USE_CUDA_DSA")
+
+    def fails() -> None:
+        raise RuntimeError("of the task")
+
+    monkeypatch.setattr(device, "count_gpus", lambda: 1)
+    monkeypatch.setattr(device, "choose_device", torch.device)
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    expected = (
+        r"the GPU cuda has failed \(CUDA error: an illegal memory access was encountered\): look" if lost else "of the"
+    )
+    with pytest.raises(DeviceLost if lost else RuntimeError, match=expected):
+        device.compute("cuda", fails)
+    assert device.compute("cuda", lambda: 3) == 3

@@ -12,11 +12,11 @@ import pytest
 import oracle
 from oracle import chosen, paint
 from pipeline.archive import run as archive_run
-from pipeline.archive.workers.cluster import Cluster, exposed
+from pipeline.archive.workers.cluster import Cluster, _on_device, exposed
 from pipeline.archive.workers.executors import Loop, run_task
 from pipeline.archive.workers.local_cluster import start_cluster
 from pipeline.config import Execution
-from pipeline.errors import RunError
+from pipeline.errors import DeviceLost, RunError
 from pipeline.model import allocator
 
 
@@ -139,3 +139,21 @@ def test_a_run_says_that_its_scheduler_is_exposed(tmp_path: Path, monkeypatch: p
     said: list[str] = []
     archive_run.run([tmp_path / "a.png"], tmp_path / "out", chosen(), mpp=0.25, say=said.append, detect=oracle.detect)
     assert f"WARNING: {warning}" in said
+
+
+def lose_the_gpu(once: Path) -> int:
+    """Loses its GPU, but not where another process has."""
+    if not once.exists():
+        once.touch()
+        raise DeviceLost("the GPU has failed")
+    return os.getpid()
+
+
+def test_a_worker_that_has_lost_its_gpu_is_replaced(tmp_path: Path) -> None:
+    """It would fail at every task, and so be free for the next: no other slide would be done."""
+    with start_cluster(Execution(workers=1), "cpu") as client:
+        before = set(client.run(os.getpid).values())
+        cluster = Cluster(client)
+        assert cluster.submit(True, lose_the_gpu, tmp_path / "once").result(60) not in before
+        with pytest.raises(DeviceLost):
+            _on_device(lose_the_gpu, tmp_path / "here")  # of a process that nobody would replace
