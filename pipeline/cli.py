@@ -393,12 +393,15 @@ def measure(folder: Path, *, regions: Annotated[Regions, Parameter(name="*", gro
         The --out folder of a run, or the folder of one slide in it.
     """
     from pipeline.archive.measure import measure_slides
+    from pipeline.layout import RunFolder
 
     failed = 0
     for measured in measure_slides(folder, regions):
         failed += measured.failed
         line = f"{measured.slide}: {'FAILED: ' if measured.failed else ''}{measured.words}"
         print(line, file=sys.stderr if measured.failed else sys.stdout)
+    if (table := RunFolder(folder).regions).exists():
+        print(f"regions: {printable(table)}")
     return 1 if failed else 0
 
 

@@ -237,7 +237,7 @@ class Regions:
     """Annotations of QuPath's, in which nuclei are measured, or to which a run is restricted."""
 
     folder: Annotated[str, Parameter(name=["--regions.folder", "--regions"], group=COMMON)] = ""
-    "Folder of regions drawn in QuPath: GeoJSON files named after the slides, such as case7.svs.geojson. A run is restricted to them."
+    "Folder of regions drawn in QuPath: GeoJSON files named after the slides, such as case7.svs.geojson. Nuclei are measured in them, and a run is restricted to them."
     crop: Annotated[bool, Parameter(name="--regions.crop", negative="--regions.no-crop")] = True
     "Coordinates of the regions are relative to the slide's bounds, to which QuPath's OpenSlide reader crops; else to the corner of the whole slide."
 

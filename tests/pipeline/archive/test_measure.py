@@ -78,7 +78,8 @@ def test_every_slide_has_its_table_and_the_run_has_all(place: Path, capsys: pyte
     draw(place / "drawn" / "c.tif.geojson", WHOLE, class_="Stroma")
     status, out, err = measure(place, capsys)
     assert (status, err) == (0, "")
-    a, b, c = out.splitlines()
+    a, b, c, where = out.splitlines()
+    assert where == f"regions: {place}/out/regions.csv"
     assert a.startswith("a: 5 regions of a.geojson")
     assert b == f"b: no file of regions in {place}/drawn"
     assert c.startswith("site/c: 1 region of c.tif.geojson")
