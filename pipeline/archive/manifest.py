@@ -118,9 +118,10 @@ def check_worker(theirs: Mapping[str, str], run_json: Path, stage: Path | None) 
     try:
         files.now_ns(run_json.parent)
     except OSError as error:
-        raise RunError(
-            f"cannot write to {run_json.parent} ({error.strerror or error}): workers need the rights of the run"
-        ) from error
+        if error.errno not in files.FULL_DISK:  # which no other worker could write to either
+            raise RunError(
+                f"cannot write to {run_json.parent} ({error.strerror or error}): workers need the rights of the run"
+            ) from error
     if stage is not None and not stage.exists():
         raise RunError(
             f"does not see {stage}: need a --stage folder that all workers share; on machines that share none, start "

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline import files
 from pipeline.api import CPU_SECONDS_PER_MM2, speed
 from pipeline.archive.manifest import check_seams, check_worker, resolve, versions
 from pipeline.archive.run import run
@@ -74,3 +75,16 @@ def test_a_worker_that_cannot_write_to_the_results_is_refused(tmp_path: Path, mo
     monkeypatch.setattr(Path, "touch", refuse)
     with pytest.raises(RunError, match=r"cannot write to .* \(Read-only file system\): workers need the rights"):
         check_worker(versions(), tmp_path / "run.json", None)
+
+
+def test_a_worker_is_fit_for_work_where_the_disk_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is full for every other worker, too, and space may be made: it must not be retired for that."""
+    (tmp_path / "run.json").touch()
+
+    def full(path: Path, *_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr(Path, "touch", full)
+    with pytest.raises(OSError, match="No space left"):
+        files.now_ns(tmp_path)
+    check_worker(versions(), tmp_path / "run.json", None)
