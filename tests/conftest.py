@@ -1,5 +1,6 @@
 """Fixtures for all tests."""
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,9 @@ from hypothesis import settings
 # A busy machine is no broken law.
 settings.register_profile("nightslide", deadline=None)
 settings.load_profile("nightslide")
+
+# A shell that starts the tests in the background has them and all their children ignore Ctrl-C, which is tested.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
