@@ -16,6 +16,7 @@ from pipeline.archive.known import DONE_OTHERWISE, KnownSlides
 from pipeline.archive.lease import Leases
 from pipeline.archive.progress import Progress
 from pipeline.archive.region_files import region_file
+from pipeline.archive.slide_records import SlideRecords
 from pipeline.archive.slide_stages import SlideStages
 from pipeline.archive.sources import Source
 from pipeline.archive.staging import Room, Staging
@@ -30,7 +31,7 @@ from pipeline.text import one_line
 class LeasedSlides:
     """Attempts at slides, several at a time. Used by one event loop.
 
-    started: the names of those whose stages have begun; stopped: no other is started.
+    stopped: no other is started
     """
 
     def __init__(
@@ -40,11 +41,11 @@ class LeasedSlides:
         stages: SlideStages,
         leases: Leases,
         staging: Staging | None,
+        records: SlideRecords,
         progress: Progress,
     ) -> None:
         self._command, self._known, self._stages = command, known, stages
-        self._leases, self._staging, self._progress = leases, staging, progress
-        self.started: set[str] = set()
+        self._leases, self._staging, self._records, self._progress = leases, staging, records, progress
         self.stopped = False
 
     def stop(self) -> None:
@@ -148,7 +149,7 @@ class LeasedSlides:
     async def _owned(self, source: Source, job: Job) -> SlideRecord | None:
         """The record of a slide, which is ours, after all stages; None where another run has taken it over."""
         try:
-            self.started.add(source.name)
+            self._records.begin(source.name)
             record = await self._stages.process(source.name, job)
             job.folder.failure_json.unlink(missing_ok=True)
             if not self._command.execution.keep_work:

@@ -30,6 +30,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import oracle  # noqa: E402
 from pipeline import files  # noqa: E402
+from pipeline.archive import all_slides  # noqa: E402
 from pipeline.archive import run as archive_run  # noqa: E402
 from pipeline.archive.lease import Leases  # noqa: E402
 from pipeline.config import Execution  # noqa: E402
@@ -49,7 +50,7 @@ def segment(slide: Path, out: Path, threads: int, patch_s: float) -> None:
     """A run as a process of its own; exit status 0 if the slide is done. The cause of a failure is in OUT.<pid>.log."""
     os.environ[oracle.SECONDS] = str(patch_s)
     files._sync = lambda path: None  # no power is cut here
-    archive_run._POLL_S = POLL_S
+    all_slides._POLL_S = POLL_S
     vars(archive_run)["Leases"] = functools.partial(Leases, BEAT_S, EXPIRY_S)
     log = out.with_name(f"{out.name}.{os.getpid()}.log")
     how = Execution(cluster=False, workers=threads)

@@ -17,6 +17,7 @@ import pytest
 
 import oracle
 from oracle import chosen, files, paint
+from pipeline.archive import all_slides
 from pipeline.archive import run as archive_run
 from pipeline.archive.lease import Leases
 from pipeline.archive.ledger import mixed_computation, row_of
@@ -286,7 +287,7 @@ def test_a_lost_lease_stops_the_slide_and_is_no_failure(
     slide: Path, whole: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another process takes the slide over in the middle: ours leaves it alone, and takes it up when it is free."""
-    monkeypatch.setattr(archive_run, "_POLL_S", 0.05)
+    monkeypatch.setattr(all_slides, "_POLL_S", 0.05)
     out, calls = tmp_path / "out", []
 
     def detect(patches: Any, normalisation: Any, settings: Settings) -> Any:
@@ -306,7 +307,7 @@ def test_what_a_former_owner_removes_is_made_again(
     lost: str, slide: Path, whole: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It was suspended between asking for its lease and removing the work, or has just finished the slide."""
-    monkeypatch.setattr(archive_run, "_POLL_S", 0.05)
+    monkeypatch.setattr(all_slides, "_POLL_S", 0.05)
     out, calls = tmp_path / "out", []
 
     def detect(patches: Any, normalisation: Any, settings: Settings) -> Any:

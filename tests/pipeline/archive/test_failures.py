@@ -19,8 +19,8 @@ import pytest
 
 import oracle
 from oracle import chosen, files, paint
+from pipeline.archive import all_slides, slide_stages
 from pipeline.archive import run as archive_run
-from pipeline.archive import slide_stages
 from pipeline.archive.lease import Leases
 from pipeline.archive.run import run
 from pipeline.archive.workers.executors import Loop
@@ -326,8 +326,8 @@ def test_who_has_a_slide_that_is_waited_for_is_said_once(
     archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out, said = tmp_path / "out", list[str]()
-    monkeypatch.setattr(archive_run, "_PATIENCE_S", 0.1)
-    monkeypatch.setattr(archive_run, "_POLL_S", 0.1)
+    monkeypatch.setattr(all_slides, "_PATIENCE_S", 0.1)
+    monkeypatch.setattr(all_slides, "_POLL_S", 0.1)
     with Leases() as other:
         other.take(out.resolve() / "a")
         later = threading.Timer(2, other.release, [out.resolve() / "a"])

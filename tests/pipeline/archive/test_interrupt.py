@@ -13,7 +13,7 @@ import pytest
 
 import oracle
 from oracle import chosen, files, paint
-from pipeline.archive import run as archive_run
+from pipeline.archive.event_loop import run_coroutine
 from pipeline.archive.run import run
 from pipeline.config import Execution
 
@@ -118,7 +118,7 @@ def test_a_second_signal_while_the_first_is_handled_changes_nothing() -> None:
 
     started = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
-        archive_run._in_a_thread(work, stop)
+        run_coroutine(work, stop)
     assert ended.is_set()
     assert len(stops) == 2
     assert time.monotonic() - started < 30

@@ -21,6 +21,7 @@ import pipeline
 from oracle import chosen, files, paint
 from pipeline.archive import run as archive_run
 from pipeline.archive import slide_stages
+from pipeline.archive.all_slides import AllSlides
 from pipeline.archive.lease import Leases
 from pipeline.archive.ledger import read_ledger
 from pipeline.archive.manifest import resolve
@@ -180,7 +181,7 @@ def test_two_runs_with_other_settings_do_not_mix(archive: Path, tmp_path: Path) 
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(slide_stages, "_check_space", starts_another)
-        patch.setattr(archive_run.ArchiveRun, "_open_slides", lambda _: 1)
+        patch.setattr(AllSlides, "_open_slides", lambda _: 1)
         first = segment(archive, out)
     assert [row.status for row in second[0].values()] == ["done"]
     assert "another run was started" in first["b"].cause
@@ -208,22 +209,22 @@ def test_the_ledger_has_the_slides_of_all_commands(archive: Path, tmp_path: Path
 def test_the_ledger_knows_what_another_run_has_done_meanwhile(archive: Path, tmp_path: Path) -> None:
     """As one of several commands on one folder sees it, before it comes to that slide."""
     out, seen = tmp_path / "out", list[list[tuple[str, str]]]()
-    started: list[archive_run.ArchiveRun] = []
-    process = archive_run.ArchiveRun.process
+    started: list[AllSlides] = []
+    process = AllSlides.process
 
-    async def noted(run: archive_run.ArchiveRun) -> None:
-        started.append(run)
-        await process(run)
+    async def noted(slides: AllSlides) -> None:
+        started.append(slides)
+        await process(slides)
 
     def starts_another(*_: Any) -> None:
         if len(started) == 1 and not seen:
             segment(archive / "b.tif", out)
-            seen.append([(record.slide, record.status) for record in started[0].records()])
+            seen.append([(record.slide, record.status) for record in started[0].records.all()])
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(archive_run.ArchiveRun, "process", noted)
+        patch.setattr(AllSlides, "process", noted)
         patch.setattr(slide_stages, "_check_space", starts_another)
-        patch.setattr(archive_run.ArchiveRun, "_open_slides", lambda _: 1)
+        patch.setattr(AllSlides, "_open_slides", lambda _: 1)
         rows = segment(archive, out)
     assert seen[0] == [("a", "unfinished"), ("b", "done")]
     assert [row.status for row in rows.values()] == ["done", "done before"]

@@ -1,0 +1,110 @@
+"""What became of the slides of a command: in the ledger while it runs, in the ledger and the report at its end."""
+
+import asyncio
+import time
+from pathlib import Path
+
+from pipeline import files
+from pipeline.archive import ledger
+from pipeline.archive.command import Command
+from pipeline.archive.known import KnownSlides
+from pipeline.archive.progress import Progress
+from pipeline.report.page import write_report
+from pipeline.segment.record import SlideRecord
+
+_POLL_S = 5.0  # between looks at whether the ledger is to be written again
+_LEDGER_SHARE = 20  # times as long as the ledger takes to write passes before the next: it looks at every slide
+
+
+class SlideRecords:
+    """A record for every slide of a command, and those of the slides that other commands have left in the folder."""
+
+    def __init__(self, command: Command, known: KnownSlides, progress: Progress) -> None:
+        self._command, self._known, self._progress = command, known, progress
+        self._begun: set[str] = set()  # slides whose stages have begun
+        self._own: dict[str, SlideRecord] = {}
+        self._others: list[SlideRecord] = []
+        self._ended = False
+
+    async def look_around(self) -> None:
+        """Look at what other commands have left in the folder; of a file that has results there already it is said."""
+        sources = self._command.archive.sources
+        self._others, names = await asyncio.to_thread(self._known.others, {source.name for source in sources})
+        for source in sources if names else ():
+            if (name := names.get(source.files.place)) is not None and not (source.skip or source.problem):
+                self._progress.say(
+                    f"WARNING: {source.name}: its file has results as {name}, by a command that was given another "
+                    f"folder: all its nuclei will be there twice"
+                )
+
+    def begin(self, name: str) -> None:
+        """The stages of a slide begin."""
+        self._begun.add(name)
+
+    def end(self, name: str, record: SlideRecord) -> None:
+        """A slide has come to its end, for this command."""
+        self._own[name] = record
+        self._progress.ended(name, failed=record.status == "failed")
+
+    def end_all(self) -> None:
+        """No slide is worked at any more: those that have begun are interrupted."""
+        self._ended = True
+
+    def all(self) -> list[SlideRecord]:
+        """A record for every slide of the command, whatever became of it."""
+        return [self._record(source.name) for source in self._command.archive.sources]
+
+    def _record(self, name: str) -> SlideRecord:
+        own = self._own.get(name)
+        if own is not None and own.status != "locked":
+            return own
+        if (elsewhere := self._known.elsewhere(name)) is not None:
+            return elsewhere
+        begun = "interrupted" if self._ended else "unfinished"  # which it stays where this process is killed
+        return own or SlideRecord(name, begun if name in self._begun else "waiting")
+
+    async def keep_ledger(self) -> None:
+        """Write the ledger again whenever a slide has begun or ended since, but not all the time."""
+        written, due = (0, 0), 0.0
+        while True:
+            await asyncio.sleep(_POLL_S)
+            state = len(self._begun), len(self._own)
+            if state != written and time.monotonic() >= due:
+                written, started = state, time.monotonic()
+                await self.write_ledger()
+                due = time.monotonic() + _LEDGER_SHARE * (time.monotonic() - started)
+
+    async def write_ledger(self) -> None:
+        """Of all slides as they are now; where it cannot be written the run goes on."""
+        run = self._command.folder
+        try:
+            await asyncio.to_thread(lambda: ledger.write_ledger(run, [*self.all(), *self._others]))
+        except OSError as error:
+            self._progress.say(_not_written(run.ledger, error))
+
+    def publish(self) -> list[SlideRecord]:
+        """Write the ledger and the report, each whatever becomes of the other, and say what a reader should know.
+
+        A full disk, a missing folder, or a file that another program has open, is a warning and no error. Returns
+        the records of the command's slides as they are written.
+        """
+        run, own = self._command.folder, self.all()
+        records = [*own, *self._others]
+        rows = [ledger.row_of(record) for record in records]
+        if warning := ledger.mixed_computation(rows):
+            self._progress.say(f"WARNING: {warning}")
+        if self._command.settings.stain.method == "auto" and (stains := ledger.mixed_stains(rows)):
+            self._progress.say(stains)
+        try:
+            ledger.write_ledger(run, records)
+        except OSError as error:
+            self._progress.say(_not_written(run.ledger, error))
+        try:
+            self._progress.say(f"report: {write_report(run, rows)}")
+        except OSError as error:
+            self._progress.say(_not_written(run.report, error))
+        return own
+
+
+def _not_written(file: Path, error: OSError) -> str:
+    return f"WARNING: {file.name} could not be written: {files.refusal(error) or error}"
