@@ -239,7 +239,18 @@ def _compressed(segmentation: Any, height: int, width: int, where: str) -> bytes
         raise AnnotationError(
             f"{where}: its run lengths cover {counts.sum()} px of an image of {height * width}: need all of them"
         )
-    return text or bytes(mask.frPyObjects(segmentation, height, width)["counts"])
+    return text or _text(stated, height, width)
+
+
+def _text(counts: list[int], height: int, width: int) -> bytes:
+    """Run lengths -> compressed run lengths, with two empty pairs after them.
+
+    pycocotools reserves six characters a number and none for the end of the text: where every number takes six, which
+    those from 2^24 on do, it writes beyond its memory. Of the empty pairs the last takes two characters.
+    """
+    from pycocotools import mask
+
+    return bytes(mask.frPyObjects({"size": [height, width], "counts": [*counts, 0, 0, 0, 0]}, height, width)["counts"])
 
 
 def _check_ring(ring: Any, height: int, width: int, where: str) -> None:
