@@ -148,7 +148,7 @@ class AllSlides:
         while True:
             await asyncio.sleep(_POLL_S)
             self._stream.slots.size, self._open.size = self._stream.size, self._open_slides()
-            for warning in (*watch.detectors(), *watch.scheduler()):
+            for warning in (*watch.detectors(), *watch.scheduler(), *self._stages.tasks.silence()):
                 self._progress.say(f"WARNING: {warning}")
             # a worker that fails at every task is soon free for the next: it would get them all
             problems = await asyncio.to_thread(self.check_workers, retire=True)

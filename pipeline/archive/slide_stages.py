@@ -12,6 +12,7 @@ from pipeline.archive.failures import first_error
 from pipeline.archive.progress import Progress
 from pipeline.archive.stream import Stream, Waits
 from pipeline.archive.workers.executors import Executor, run_task
+from pipeline.archive.workers.watch import TaskWatch
 from pipeline.errors import RunError, ScratchLost
 from pipeline.segment import attempts, finished
 from pipeline.segment.attempts import Attempt
@@ -26,13 +27,14 @@ _ATTEMPTS = 3  # at a slide whose scratch is damaged while it is processed
 class SlideStages:
     """Processes slides, of which several share the stream. Used by one event loop.
 
-    work: what was done by block or on a device, of all slides until now.
+    work: what was done by block or on a device, of all slides until now; tasks: those that run
     """
 
     def __init__(self, executor: Executor, stream: Stream, progress: Progress, detect: Detect | None) -> None:
         """detect: replaces the detector, in tests."""
         self._executor, self._stream, self._progress, self._detect = executor, stream, progress, detect
         self.work = StageRecord()
+        self.tasks = TaskWatch()
 
     async def process(self, name: str, job: Job) -> SlideRecord:
         """All stages of a slide; again where scratch is damaged or disappears: what is whole is not done again.
@@ -64,7 +66,8 @@ class SlideStages:
             work=work,
             attempts=(*before, (started, time.time())),
         )
-        complete: SlideRecord = await run_task(self._executor, False, finished.finish_slide, job, record)
+        with self.tasks.running("end", name):
+            complete: SlideRecord = await run_task(self._executor, False, finished.finish_slide, job, record)
         return complete
 
     async def _stages(self, name: str, job: Job, started: float) -> tuple[StageRecord, list[Attempt]]:
@@ -80,16 +83,15 @@ class SlideStages:
                 work += await self._blocks(name, job, tuple(group), plan)
             else:
                 for stage in (stage for stage in group if stage.needed(job.settings)):
-                    work += await self._slide_stage(stage, job)
+                    work += await self._slide_stage(name, stage, job)
         return work, before
 
-    async def _slide_stage(self, stage: Stage, job: Job) -> StageRecord:
+    async def _slide_stage(self, name: str, stage: Stage, job: Job) -> StageRecord:
         """A stage of the whole slide."""
         if not stage.on_device:
-            record: StageRecord = await run_task(self._executor, False, stage.run, job)
-            return record
+            return await self._task(name, stage, job)
         waited: Waits = defaultdict(float)
-        record = await self._in_stream(stage, waited, StageRecord(), job)
+        record = await self._in_stream(name, stage, waited, StageRecord(), job)
         record += StageRecord(waited=waited)
         self.work += record
         return record
@@ -107,7 +109,7 @@ class SlideStages:
             if known[block] is None:
                 waited: Waits = defaultdict(float)
                 for stage in stages:
-                    record = await self._in_stream(stage, waited, record, job, block, record)
+                    record = await self._in_stream(name, stage, waited, record, job, block, record)
                 record += StageRecord(waited=waited)
                 self.work += record
                 self._progress.block(mm2)
@@ -121,13 +123,18 @@ class SlideStages:
                 tasks[-1].add_done_callback(lambda _: self._stream.slots.give_back())
         return sum((task.result() for task in tasks), StageRecord())
 
-    async def _in_stream(self, stage: Stage, waited: Waits, before: StageRecord, *arguments: Any) -> StageRecord:
+    async def _in_stream(
+        self, name: str, stage: Stage, waited: Waits, before: StageRecord, *arguments: Any
+    ) -> StageRecord:
         """What a stage gives for these arguments. waited: as in `Stream.inside`; before: the record until then."""
         with self._stream.inside(stage, waited) as took:
-            record: StageRecord = await run_task(
-                self._executor, stage.on_device, stage.run, *arguments, *self._stand_in(stage)
-            )
+            record = await self._task(name, stage, *arguments, *self._stand_in(stage))
             took(record.seconds.get(stage.name, 0.0) - before.seconds.get(stage.name, 0.0))
+        return record
+
+    async def _task(self, name: str, stage: Stage, *arguments: Any) -> StageRecord:
+        with self.tasks.running(stage.name, name):
+            record: StageRecord = await run_task(self._executor, stage.on_device, stage.run, *arguments)
         return record
 
     def _stand_in(self, stage: Stage) -> tuple[Detect, ...]:

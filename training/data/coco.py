@@ -239,7 +239,7 @@ def _compressed(segmentation: Any, height: int, width: int, where: str) -> bytes
         raise AnnotationError(
             f"{where}: its run lengths cover {counts.sum()} px of an image of {height * width}: need all of them"
         )
-    return text or _text(stated, height, width)
+    return text or _text(counts.tolist(), height, width)
 
 
 def _text(counts: list[int], height: int, width: int) -> bytes:

@@ -1,9 +1,48 @@
 """What changes at an executor while a run goes on, in words."""
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from pipeline.archive.workers.executors import Executor
 from pipeline.text import counted
+
+_SILENCE_S = 20 * 60.0  # in which no task ended, until that is said
+
+
+class TaskWatch:
+    """The tasks that run. Used by one event loop."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        """clock: seconds."""
+        self._clock = clock
+        self._running: dict[object, tuple[float, str]] = {}  # when each began, and which it is
+        self._since = clock()  # when the last one ended, or it was last said that none did
+
+    @contextmanager
+    def running(self, stage: str, slide: str) -> Iterator[None]:
+        """While a task of a stage of a slide is with the executor."""
+        task = object()
+        if not self._running:
+            self._since = self._clock()
+        self._running[task] = self._clock(), f"{stage} of {slide}"
+        try:
+            yield
+        finally:
+            del self._running[task]
+            self._since = self._clock()
+
+    def silence(self) -> Iterator[str]:
+        """No task has ended for long, nor was that said: which began first."""
+        if not self._running or self._clock() - self._since < _SILENCE_S:
+            return
+        self._since = self._clock()
+        began, first = min(self._running.values())
+        others = f" and {counted(len(self._running) - 1, 'other task')}" if len(self._running) > 1 else ""
+        yield (
+            f"nothing was done for {_SILENCE_S / 60:.0f} min: {first}, begun {(self._since - began) / 60:.0f} min ago,"
+            f"{others} did not end. Does a disk not answer, or is a file read for ever? Ctrl-C keeps what is done"
+        )
 
 
 class ExecutorWatch:

@@ -23,6 +23,7 @@ from pipeline.archive import all_slides, slide_stages
 from pipeline.archive import run as archive_run
 from pipeline.archive.lease import Leases
 from pipeline.archive.run import run
+from pipeline.archive.workers import watch
 from pipeline.archive.workers.executors import Loop
 from pipeline.config import Execution, Settings
 from pipeline.errors import RunError
@@ -46,8 +47,8 @@ def archive(tmp_path: Path) -> Path:
 
 
 def segment(archive: Path, out: Path, execution: Execution = ONE, **more: Any) -> dict[str, SlideRecord]:
-    more = {"detect": oracle.detect, **more}
-    rows = run([archive / "list.csv"], out, chosen(), execution, mpp=0.25, say=lambda line: None, **more)
+    more = {"detect": oracle.detect, "say": lambda line: None, **more}
+    rows = run([archive / "list.csv"], out, chosen(), execution, mpp=0.25, **more)
     return {row.slide: row for row in rows}
 
 
@@ -337,6 +338,26 @@ def test_who_has_a_slide_that_is_waited_for_is_said_once(
         later.join()
     (line,) = [line for line in said if line.startswith("a: waiting")]
     assert re.search(rf"a: waiting for .*process {os.getpid()}, which has this slide; --no-wait leaves it", line)
+
+
+def test_a_task_that_does_not_end_is_named(archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk does not answer, or a file is read for ever: the others are done, and then it is said what is left."""
+    said, named = list[str](), threading.Event()
+
+    def say(line: str) -> None:
+        said.append(line)
+        if "nothing was done for" in line:
+            named.set()
+
+    def never_ends(patches: Patches, normalisation: Normalisation, settings: Settings) -> Iterator[HostInstances]:
+        assert named.wait(60)
+        yield from oracle.detect(patches, normalisation, settings)
+
+    monkeypatch.setattr(watch, "_SILENCE_S", 0.5)
+    monkeypatch.setattr(all_slides, "_POLL_S", 0.1)
+    rows = segment(archive, tmp_path / "out", Execution(cluster=False, workers=2), detect=never_ends, say=say)
+    assert [row.status for row in rows.values()] == ["done", "done"]
+    assert any(re.match(r"WARNING: nothing was done for 0 min: detect of [ab], begun", line) for line in said)
 
 
 def test_what_the_device_had_no_memory_for_is_area_lost(archive: Path, tmp_path: Path) -> None:

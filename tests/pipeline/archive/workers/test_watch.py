@@ -1,7 +1,9 @@
-"""What changes at an executor is said once."""
+"""What changes at an executor is said once, and that no task ends."""
+
+from contextlib import ExitStack
 
 from pipeline.archive.workers.executors import Loop
-from pipeline.archive.workers.watch import ExecutorWatch
+from pipeline.archive.workers.watch import ExecutorWatch, TaskWatch
 
 
 class Changing(Loop):
@@ -33,3 +35,24 @@ def test_every_change_is_said_once() -> None:
         executor.ended = ended
         lines += watch.ended_workers()
     assert [line.split(" ended")[0] for line in lines] == ["1 worker process", "2 worker processes"]
+
+
+def test_that_no_task_ends_is_said_every_twenty_minutes() -> None:
+    now = [1000.0]
+    watch, tasks = TaskWatch(lambda: now[0]), ExitStack()
+
+    def said_after(minutes: float) -> list[str]:
+        now[0] += minutes * 60
+        return list(watch.silence())
+
+    assert said_after(100) == []  # nothing runs
+    tasks.enter_context(watch.running("plan", "a"))
+    assert said_after(19) == []
+    with watch.running("detect", "b"):
+        assert said_after(2)[0].startswith("nothing was done for 20 min: plan of a, begun 21 min ago, and 1 other task")
+        assert said_after(19) == []
+    assert said_after(19) == []  # since one ended
+    (line,) = said_after(1)
+    assert "plan of a, begun 60 min ago, did not end" in line
+    tasks.close()
+    assert said_after(100) == []
