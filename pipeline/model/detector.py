@@ -19,12 +19,13 @@ from torchvision.models.detection._utils import BoxCoder
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
-from torchvision.ops import FeaturePyramidNetwork, clip_boxes_to_image
+from torchvision.ops import FeaturePyramidNetwork
 
 from pipeline.config import STRIDES, Architecture, Detector, Sampling
 from pipeline.errors import ConfigError, WeightsError
 from pipeline.model import tensors, weights
 from pipeline.model.deterministic import pad_rows, sigmoid, topk, upsample
+from pipeline.model.device import count_up
 from pipeline.model.losses import (
     Sampled,
     Targets,
@@ -139,47 +140,29 @@ class NucleusDetector(nn.Module):
 
     def _proposals(self, logits: list[Tensor], deltas: list[Tensor], features: Pyramid, limits: Limits) -> list[Tensor]:
         """logits, deltas: of each level, (B, A, h, w) and (B, A * 4, h, w)."""
-        objectness, offsets, indices = [], [], []
-        for score, delta in zip(logits, deltas, strict=True):
+        objectness, offsets, anchors = [], [], []
+        for score, delta, grid in zip(logits, deltas, self._anchor_grids(features.table), strict=True):
             score = score.permute(0, 2, 3, 1).flatten(1)  # (B, h * w * A)
             delta = delta.permute(0, 2, 3, 1).reshape(*score.shape, 4)
             best, index = topk(score, min(limits.anchors, score.shape[1]))  # (B, n)
             objectness.append(best)
             offsets.append(delta.gather(1, index[..., None].expand(-1, -1, 4)))
-            indices.append(index)
-        numbers = torch.arange(len(indices), device=features.table.pixels.device).split(1)
-        level = torch.cat([number.expand(index.shape[1]) for number, index in zip(numbers, indices, strict=True)])
-        anchors = self._anchors(features.table, torch.cat(indices, 1), level)
-        boxes = _decode(torch.cat(offsets, 1).float(), anchors, self.rpn.box_coder)  # (B, N, 4)
-        boxes = clip_boxes_to_image(boxes, features.size)
+            anchors.append(grid.flatten(0, 2)[index])
+        numbers = count_up(len(anchors), features.table.pixels.device).split(1)
+        level = torch.cat([number.expand(some.shape[1]) for number, some in zip(numbers, anchors, strict=True)])
+        boxes = _decode(torch.cat(offsets, 1).float(), torch.cat(anchors, 1), self.rpn.box_coder)  # (B, N, 4)
+        boxes = _clip(boxes, features.size)
         scores = torch.cat(objectness, 1).float().sigmoid()
         wide = (boxes[..., 2:] - boxes[..., :2] >= self.rpn.min_size).all(-1)
         image, at = torch.where(wide & (scores >= limits.objectness))
         boxes, scores = boxes[image, at], scores[image, at]
-        keep, counts = suppress(boxes, scores, image, level[at], features.table.images, iou=self.rpn.nms_thresh)
+        images, iou = features.table.images, self.rpn.nms_thresh
+        keep, counts = suppress(boxes, scores, image, images, level=level[at], iou=iou)
         return [b[: limits.proposals] for b in boxes[keep].split(counts)]
-
-    def _anchors(self, table: FeatureTable, index: Tensor, level: Tensor) -> Tensor:
-        """Anchors of the maps of a table, in px of their images: float32 (B, N, 4).
-
-        index: int64 (B, N), of an anchor among those of its level, row after row; level: int64 (N,)
-        """
-        shapes = _anchor_shapes(self.rpn.anchor_generator, index.device)  # (L, A, 4)
-        width, _, stride, _, _ = table.layout(STRIDES)[level].unbind(1)
-        pixel, number = index // shapes.shape[1], index % shapes.shape[1]
-        x, y = pixel % width, pixel // width
-        return shapes[level, number] + torch.stack([x, y, x, y], -1) * stride[:, None]
 
     def _anchor_grids(self, table: FeatureTable) -> list[Tensor]:
         """All anchors of the maps of a table, in px of their images: of each level, float32 (h, w, A, 4)."""
-        device, grids = table.pixels.device, []
-        for shapes, (height, width), stride in zip(
-            _anchor_shapes(self.rpn.anchor_generator, device), table.shapes, STRIDES, strict=True
-        ):
-            y, x = (torch.arange(n, device=device) * stride for n in (height, width))
-            corner = torch.stack([x.expand(height, -1), y[:, None].expand(-1, width)], -1)  # (h, w, 2)
-            grids.append(shapes + corner.repeat(1, 1, 2)[:, :, None])
-        return grids
+        return _anchor_grids(self.rpn.anchor_generator, table.shapes, table.pixels.device)
 
     def classify(self, features: Pyramid, proposals: list[Tensor], limits: Limits) -> list[Candidates]:
         """Proposals -> boxes with class and score, after class-agnostic NMS, in patch px.
@@ -194,13 +177,13 @@ class NucleusDetector(nn.Module):
         scores, (best, class_index) = classes[:, 1:].sum(1), classes[:, 1:].max(1)
         class_scores = best / scores.clamp(min=torch.finfo(scores.dtype).tiny)
         deltas = _of_class(deltas.view(*logits.shape, 4), class_index)  # (P, 4)
-        boxes = clip_boxes_to_image(_decode(deltas, rois, heads.box_coder), features.size)
+        boxes = _clip(_decode(deltas, rois, heads.box_coder), features.size)
         shorter = (boxes[:, 2:] - boxes[:, :2]).amin(1)
         likely = torch.where((scores >= limits.score) & (shorter >= _LEAST_SIDE_PX))[0]
         boxes, scores, class_index, class_scores, image = (
             column[likely] for column in (boxes, scores, class_index, class_scores, image)
         )
-        keep, counts = suppress(boxes, scores, image, torch.zeros_like(class_index), len(proposals), iou=limits.nms)
+        keep, counts = suppress(boxes, scores, image, len(proposals), iou=limits.nms)
         boxes = boxes[keep] / self.architecture.upscale
         columns = (c.split(counts) for c in (boxes, scores[keep], class_index[keep], class_scores[keep]))
         most = limits.instances
@@ -275,10 +258,15 @@ def _saturated(kept: int, offered: int, limits: Limits) -> bool:
 
 
 @functools.lru_cache(maxsize=8)
-def _anchor_shapes(generator: AnchorGenerator, device: torch.device) -> Tensor:
-    """The anchors of each level at its first pixel, float32 (L, A, 4) in image px. Made once per network and device."""
-    with torch.inference_mode(False):  # they outlive the caller's mode
-        return torch.stack([shapes.float() for shapes in generator.cell_anchors]).to(device)
+def _anchor_grids(generator: AnchorGenerator, maps: tuple[tuple[int, int], ...], device: torch.device) -> list[Tensor]:
+    """`NucleusDetector._anchor_grids` for maps of these heights and widths. Made once per network, size and device."""
+    grids = []
+    with torch.inference_mode():  # whatever the caller's mode is: they outlive that
+        for shapes, (height, width), stride in zip(generator.cell_anchors, maps, STRIDES, strict=True):
+            y, x = (torch.arange(n) * stride for n in (height, width))
+            corner = torch.stack([x.expand(height, -1), y[:, None].expand(-1, width)], -1)  # (h, w, 2)
+            grids.append((shapes.float().cpu() + corner.repeat(1, 1, 2)[:, :, None]).to(device))
+    return grids
 
 
 def _peaks(logits: Tensor) -> Tensor:
@@ -322,6 +310,8 @@ def _of_class(values: Tensor, class_index: Tensor) -> Tensor:
 
     values: of the background and of K classes; class_index: int64 (N,), the class of each row, from 0
     """
+    if values.shape[1] == 2:
+        return values[:, 1]
     index = class_index.view(-1, *[1] * (values.dim() - 1)).expand(-1, 1, *values.shape[2:])
     return values[:, 1:].gather(1, index).squeeze(1)
 
@@ -332,8 +322,22 @@ def _decode(deltas: Tensor, anchors: Tensor, coder: BoxCoder) -> Tensor:
     centres = torch.add(anchors[..., :2], sides, alpha=0.5)
     (across, _, wider, _) = coder.weights  # the same along x and y
     centres = deltas[..., :2] / across * sides + centres
-    half = 0.5 * ((deltas[..., 2:] / wider).clamp(max=coder.bbox_xform_clip).exp() * sides)
-    return torch.cat([centres - half, centres + half], -1)
+    sides = (deltas[..., 2:] / wider).clamp(max=coder.bbox_xform_clip).exp() * sides
+    return torch.cat([centres.sub(sides, alpha=0.5), centres.add(sides, alpha=0.5)], -1)
+
+
+def _clip(boxes: Tensor, size: tuple[int, int]) -> Tensor:
+    """The part of boxes (..., 4) that lies within an image of this height and width."""
+    return boxes.clamp(*_bounds(size, boxes.device))
+
+
+@functools.lru_cache(maxsize=64)
+def _bounds(size: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor]:
+    """The least and the largest coordinates of a box in an image, float32 (4,). Made once per size and device."""
+    height, width = size
+    with torch.inference_mode(False):  # they outlive the caller's mode
+        largest = torch.tensor([width, height, width, height], dtype=torch.float32).to(device)
+        return torch.zeros_like(largest), largest
 
 
 def _proposal_network(architecture: Architecture) -> RegionProposalNetwork:

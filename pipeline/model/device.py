@@ -139,3 +139,12 @@ def computes_on(detector: Detector) -> str:
     """Kind of device and precision of a detector here, such as "cpu bfloat16": they decide the last bits of results."""
     device = choose_device(detector.device)
     return f"{device.type} {str(choose_precision(detector.precision, device)).removeprefix('torch.')}"
+
+
+@functools.lru_cache(maxsize=256)
+def count_up(count: int, device: "torch.device") -> "torch.Tensor":
+    """0, 1, 2, ...: int32 (count,), made once per device, as the GPU is asked for nothing then."""
+    import torch
+
+    with torch.inference_mode():  # whatever the caller's mode is: it outlives that
+        return torch.arange(count, dtype=torch.int32, device=device)

@@ -58,7 +58,7 @@ def fuse(patches: Sequence[Sequence[Candidates]], limits: Limits, classes: int) 
     order = _canonical(every, score, class_, class_score, number // views)
     every, score, class_, class_score, number = (c[order] for c in (every, score, class_, class_score, number))
     patch = number // views
-    leaders, sizes = suppress(every, score, patch, torch.zeros_like(class_), len(patches), iou=limits.nms)
+    leaders, sizes = suppress(every, score, patch, len(patches), iou=limits.nms)
     leaders = leaders.sort().values  # canonical order is falling score
     per_patch = every.split([sum(len(c.boxes) for c in patch) for patch in patches])
     best = _best_leaders(per_patch, every[leaders].split(sizes))

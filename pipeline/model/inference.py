@@ -194,14 +194,14 @@ def _stain_density(images: Tensor, boxes: Sequence[Tensor], masks: Tensor) -> Te
     # at the middle of each of the mask's pixels; without `aligned` half a pixel right of it and below
     density = roi_align(stain.he_density(images), rois, masks.shape[-1], sampling_ratio=1, aligned=True)  # (N, 2, M, M)
     inside = (masks > 0.5)[:, None]
-    count = inside.sum((2, 3))  # (N, 1)
-    mean = (density * inside).sum((2, 3)) / count.clamp(min=1)  # (N, 2)
+    count = inside.sum((2, 3)).clamp(min=1)  # (N, 1)
+    mean = (density * inside).sum((2, 3)) / count  # (N, 2)
     squares = ((density - mean[..., None, None]) * inside).square().sum((2, 3))
     ordered = density.masked_fill(~inside, torch.inf).flatten(2).sort(2).values  # (N, 2, M * M), those outside last
-    last = (count - 1).clamp(min=0)
-    places = torch.stack([last // 2, count // 2, torch.zeros_like(last), last], 2).expand(-1, 2, -1)
-    lower, upper, least, greatest = ordered.gather(2, places).unbind(2)
-    return torch.stack([mean, (lower + upper) / 2, least, greatest, (squares / (count - 1)).sqrt()], 2)
+    last = count - 1
+    places = torch.stack([last // 2, count // 2, last], 2).expand(-1, 2, -1)
+    lower, upper, greatest = ordered.gather(2, places).unbind(2)
+    return torch.stack([mean, (lower + upper) / 2, ordered[..., 0], greatest, (squares / last).sqrt()], 2)
 
 
 def _download(batch: Sequence[Instances[Tensor]], images: Tensor) -> list[Instances[Tensor]]:

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pipeline.model.device import count_up
+
 SAMPLES = 2  # along each side of a bin
 _BINS_AT_ONCE = 1 << 21  # each has 16 rows and weights: 256 MiB
 
@@ -51,7 +53,7 @@ class FeatureTable(NamedTuple):
 
 def flatten_boxes(boxes: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Boxes of each image, (N, 4) -> those of all, (sum N, 4), and the index of each one's image, int32 (sum N,)."""
-    numbers = torch.arange(len(boxes), dtype=torch.int32, device=boxes[0].device).split(1)
+    numbers = count_up(len(boxes), boxes[0].device).split(1)
     image = torch.cat([number.expand(len(b)) for number, b in zip(numbers, boxes, strict=True)])
     return torch.cat(list(boxes)), image
 
@@ -92,10 +94,21 @@ class RoIPool(nn.Module):
 
     def levels(self, rois: Tensor) -> Tensor:
         """Index of the pyramid level that each box (R, 4) is pooled from: int64 (R,)."""
-        side = ((rois[:, 2] - rois[:, 0]) * (rois[:, 3] - rois[:, 1])).sqrt()
-        lowest = math.log2(self.strides[0])
-        level = torch.floor(self.canonical_level + torch.log2(side / self.canonical_px) + 1e-6) - lowest
-        return level.clamp(0, len(self.strides) - 1).long()
+        area = (rois[:, 2] - rois[:, 0]) * (rois[:, 3] - rois[:, 1])
+        first = math.log2(self.strides[0]) - self.canonical_level
+        return torch.bucketize(area, _least_areas(first, self.canonical_px, len(self.strides), rois.device), right=True)
+
+
+@functools.lru_cache(maxsize=64)
+def _least_areas(first: float, canonical_px: float, levels: int, device: torch.device) -> Tensor:
+    """The least area of a box, px2, that is pooled from each level but the first: float32 (L - 1,).
+
+    first: of the first level, log2 of its side over `canonical_px`. A side that is less by a millionth counts, too, as
+    in torchvision. Made once per network and device.
+    """
+    areas = [(canonical_px * 2 ** (first + level - 1e-6)) ** 2 for level in range(1, levels)]
+    with torch.inference_mode(False):  # it outlives the caller's mode
+        return torch.tensor(areas, dtype=torch.float32).to(device)
 
 
 @functools.lru_cache(maxsize=512)
@@ -109,6 +122,13 @@ def _layout(shapes: tuple[tuple[int, int], ...], images: int, strides: tuple[int
         return torch.tensor(rows, dtype=torch.int32).to(device)
 
 
+@functools.lru_cache(maxsize=64)
+def _samples(size: int, device: torch.device) -> Tensor:
+    """Where a side is sampled, in units of the distance of samples: float32 (size * SAMPLES,). Made once per device."""
+    with torch.inference_mode(False):  # it outlives the caller's mode
+        return torch.arange(0.5, size * SAMPLES, device=device)
+
+
 def _corners(low: Tensor, high: Tensor, size: int, extent: Tensor) -> tuple[Tensor, Tensor]:
     """Along both axes, the pixels that each bin of [low, high) (R, 2) reads: indices and weights (R, 2, size, 4).
 
@@ -116,12 +136,13 @@ def _corners(low: Tensor, high: Tensor, size: int, extent: Tensor) -> tuple[Tens
     the edge: torchvision's rule.
     """
     step = (high - low).clamp(min=1) / (size * SAMPLES)
-    at = low[..., None] + torch.arange(0.5, size * SAMPLES, device=low.device) * step[..., None]
+    at = low[..., None] + _samples(size, low.device) * step[..., None]
     inside = (at >= -1) & (at <= extent[..., None])
-    at, last = at.clamp(min=0), extent[..., None] - 1
-    near = torch.minimum(at.int(), last)
+    last = extent[..., None] - 1
+    at = torch.minimum(at.clamp(min=0), last)
+    near = at.int()
     far = torch.minimum(near + 1, last)
-    beyond = torch.where(near >= last, 0.0, at - near)  # weight of the far pixel
+    beyond = at - near  # weight of the far pixel
     both = (torch.stack([near, far], 3), torch.stack([1 - beyond, beyond], 3) * (inside / SAMPLES)[..., None])
     indices, weights = (x.view(len(low), 2, size, 2 * SAMPLES) for x in both)
     return indices, weights

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torchvision.ops import nms
 
+from pipeline.model.device import count_up
+
 # Compared on a GPU in one go. torchvision walks through its matrix of bits, every box by every other, in one block of
 # threads: on an H200, 24,000 boxes of 16 patches took 40 ms together and 9 ms two patches at a time; of 4,800 boxes,
 # 2.5 ms together and 6 ms one patch at a time.
@@ -16,12 +18,13 @@ _BEYOND_PX = 64
 
 
 def suppress(
-    boxes: Tensor, scores: Tensor, patch: Tensor, level: Tensor, patches: int, *, iou: float
+    boxes: Tensor, scores: Tensor, patch: Tensor, patches: int, *, level: Tensor | None = None, iou: float
 ) -> tuple[Tensor, list[int]]:
     """Of boxes that overlap by more than `iou` keep the best; only boxes of one patch and one level are compared.
 
-    boxes: float32 (N, 4), no coordinate below -_BEYOND_PX; level: int64 (N,)
+    boxes: float32 (N, 4), no coordinate below -_BEYOND_PX
     patch: int (N,), the number of each box's patch, ascending; patches: how many there are
+    level: int (N,), or None where all are of one level
     Returns the indices of the boxes that are kept, patch by patch and the best first, and how many each patch keeps.
     On a CPU the patches are taken one by one, which takes less time there, and of equal scores the first is the best.
     On a GPU as many are taken together as have up to _BOXES_AT_ONCE boxes.
@@ -30,11 +33,13 @@ def suppress(
         return patch, [0] * patches
     if boxes.device.type == "cpu":
         sizes = counts(patch, patches)
-        each = zip(boxes.split(sizes), scores.split(sizes), level.split(sizes), strict=True)
+        levels = [None] * patches if level is None else level.split(sizes)
+        each = zip(boxes.split(sizes), scores.split(sizes), levels, strict=True)
         kept = [_by_level(*columns, iou) for columns in each]
     else:
         # what must not be compared lies apart: patches side by side, levels one below the other
-        boxes = boxes + torch.stack([patch, level, patch, level], 1) * (boxes.max() + (1 + _BEYOND_PX))
+        apart = patch[:, None] if level is None else torch.stack([patch, level, patch, level], 1)
+        boxes = boxes + apart * (boxes.max() + (1 + _BEYOND_PX))
         sizes = [len(boxes)] if len(boxes) <= _BOXES_AT_ONCE else _grouped(counts(patch, patches))
         kept = []
         for of_group in zip(boxes.split(sizes), scores.split(sizes), strict=True):
@@ -62,15 +67,19 @@ def _grouped(sizes: list[int]) -> list[int]:
     return sums
 
 
-def _by_level(boxes: Tensor, scores: Tensor, level: Tensor, iou: float) -> Tensor:
+def _by_level(boxes: Tensor, scores: Tensor, level: Tensor | None, iou: float) -> Tensor:
     """`suppress` for one patch, as torchvision's batched_nms, which sorts equal scores into any order."""
-    levels = [torch.where(level == number)[0] for number in level.unique()]
-    keep = torch.cat([level[:0], *(at[nms(boxes[at], scores[at], iou)] for at in levels)])
+    keep: Tensor
+    if level is None:
+        keep = nms(boxes, scores, iou)
+    else:
+        levels = [torch.where(level == number)[0] for number in level.unique()]
+        none = torch.empty(0, dtype=torch.int64)
+        keep = torch.cat([none, *(at[nms(boxes[at], scores[at], iou)] for at in levels)])
     return keep[scores[keep].sort(stable=True, descending=True).indices]
 
 
 def counts(patch: Tensor, patches: int) -> list[int]:
     """How often each number below `patches` occurs."""
-    every = torch.arange(patches, device=patch.device)
-    occurrences: list[int] = (patch[:, None] == every).sum(0).tolist()
+    occurrences: list[int] = (patch[:, None] == count_up(patches, patch.device)).sum(0).tolist()
     return occurrences

@@ -262,11 +262,7 @@ def test_anchors_are_torchvision_s(tiny: NucleusDetector) -> None:
     size, shapes = (96, 160), tuple((96 // stride, 160 // stride) for stride in STRIDES)
     maps = [torch.empty(1, 1, *shape) for shape in shapes]
     (expected,) = tiny.rpn.anchor_generator(ImageList(torch.empty(1, 3, *size), [size]), maps)
-    counts = [6 * height * width for height, width in shapes]
-    index = torch.cat([torch.arange(count) for count in counts])[None]
-    level = torch.arange(len(shapes)).repeat_interleave(torch.tensor(counts))
     table = FeatureTable.of(maps, torch.float32)
-    assert torch.equal(tiny._anchors(table, index, level)[0], expected)
     assert torch.equal(torch.cat([grid.flatten(0, 2) for grid in tiny._anchor_grids(table)]), expected)
 
 

@@ -14,13 +14,14 @@ from pretend_cuda import PretendedCuda
     st.integers(0, 2**31),
     st.integers(0, 300),
     st.integers(1, 5),
+    st.sampled_from([1, 3]),
     st.sampled_from([0, -40]),
     st.booleans(),
     st.booleans(),
 )
 @settings(max_examples=60)
 def test_it_is_that_of_each_patch_and_level(
-    seed: int, count: int, patches: int, least: int, on_gpu: bool, crowded: bool
+    seed: int, count: int, patches: int, levels: int, least: int, on_gpu: bool, crowded: bool
 ) -> None:
     """Law: on a CPU and on a GPU, also of boxes left of the edge and above; best first, and patch by patch."""
     draw = torch.Generator().manual_seed(seed)
@@ -28,19 +29,19 @@ def test_it_is_that_of_each_patch_and_level(
     boxes = torch.cat([corner, corner + 5 + torch.rand(count, 2, generator=draw) * 20], 1)
     scores = torch.randperm(count, generator=draw) / 300
     patch = torch.randint(patches, (count,), generator=draw).sort().values
-    level = torch.randint(3, (count,), generator=draw)
+    level = torch.randint(levels, (count,), generator=draw)
     expected: list[int] = []
     counts = []
     for number in range(patches):
-        rows = [torch.where((patch == number) & (level == one))[0] for one in range(3)]
+        rows = [torch.where((patch == number) & (level == one))[0] for one in range(levels)]
         kept = torch.cat([r[nms(boxes[r], scores[r], 0.4)] for r in rows])
         expected += kept[scores[kept].argsort(descending=True)].tolist()
         counts.append(len(kept))
-    given_ = (boxes, scores, patch, level)
+    columns = (boxes, scores, patch, level)
     with pytest.MonkeyPatch.context() as patched, PretendedCuda():
         patched.setattr(suppress, "_BOXES_AT_ONCE", 60 if crowded else 1000)
-        there = [t.to("cuda") for t in given_] if on_gpu else given_
-        keep, sizes = suppress.suppress(*there, patches, iou=0.4)  # type: ignore[misc]
+        boxes, scores, patch, level = (t.to("cuda") if on_gpu else t for t in columns)
+        keep, sizes = suppress.suppress(boxes, scores, patch, patches, level=level if levels > 1 else None, iou=0.4)
         assert keep.device.type == ("cuda" if on_gpu else "cpu")
         assert keep.tolist() == expected
     assert sizes == counts
@@ -57,6 +58,6 @@ def test_of_equal_scores_the_first_is_the_best_whatever_else_there_is(seed: int,
     boxes[~near] += 1000
     scores = torch.randint(1, 4, (len(boxes),), generator=draw) / 4
     zeros = torch.zeros(len(boxes), dtype=torch.int64)
-    together, _ = suppress.suppress(boxes, scores, zeros, zeros, 1, iou=0.4)
-    alone, _ = suppress.suppress(boxes[near], scores[near], zeros[near], zeros[near], 1, iou=0.4)
+    together, _ = suppress.suppress(boxes, scores, zeros, 1, iou=0.4)
+    alone, _ = suppress.suppress(boxes[near], scores[near], zeros[near], 1, iou=0.4)
     assert torch.equal(together[near[together]], torch.where(near)[0][alone])
