@@ -4,7 +4,9 @@ The layout on disk is AnnData's version 0.1.0, in which a file of HDF5 and a Zar
 made. It is written here, and not by anndata, so that memory holds no more than a row group.
 """
 
-from collections.abc import Callable
+import contextlib
+import io
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,8 +90,41 @@ def write_h5ad(nuclei: Path, out: Path, options: Export) -> Exported:
         chunks = (min(CHUNK, shape[0]), *shape[1:])
         return group.create_dataset(name, shape, stored, chunks=chunks, compression="gzip", compression_opts=1)
 
-    with committed(out) as partial, h5py.File(partial, "w") as file:
+    with committed(out) as partial, _told_late(partial) as handle, h5py.File(handle, "w") as file:
         return Exported(write_table(Group(file, create), nuclei))
+
+
+class _Handle(io.FileIO):
+    """A file that is written without errors; `error`: the first one that the system gave."""
+
+    error: OSError | None = None
+
+    def write(self, content: Any) -> int:
+        left = memoryview(content)
+        try:
+            while left and self.error is None:  # a disk that becomes full takes a part
+                left = left[super().write(left) :]
+        except OSError as error:
+            self.error = error
+        return len(content)
+
+    def truncate(self, size: int | None = None) -> int:
+        try:
+            return super().truncate(size)
+        except OSError as error:
+            self.error = self.error or error
+            return 0
+
+
+@contextlib.contextmanager
+def _told_late(path: Path) -> Iterator[_Handle]:
+    """A file for HDF5, which after a write that failed can end the process: the OSError is raised at the end."""
+    with _Handle(path, "w+") as handle:
+        try:
+            yield handle
+        finally:
+            if handle.error is not None:  # else of HDF5, which finds zeros where nothing was written
+                raise handle.error
 
 
 def write_table(root: Group, nuclei: Path) -> int:

@@ -1,9 +1,14 @@
 """The table of AnnData reads back equal, by anndata; `test_spatialdata.py` has the same table in Zarr."""
 
+import errno
+import subprocess
+import sys
+
 import anndata
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 
 from nuclei_tables import PROVENANCE, blobs, write
 from pipeline.config import Export
@@ -68,6 +73,31 @@ def test_a_slide_without_nuclei_has_an_empty_table(tmp_path):
     nuclei = write(tmp_path / "nuclei.parquet", blobs(0))
     assert write_h5ad(nuclei, tmp_path / "n.h5ad", Export()) == Exported(0)
     check_table(anndata.read_h5ad(tmp_path / "n.h5ad"), tables.read_nuclei(nuclei))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a limit for the size of files")
+def test_a_file_that_cannot_be_written_to_its_end_is_the_systems_error(tmp_path):
+    """h5py raised RuntimeError, which ended the export of all other slides; at its end the process crashed."""
+    nuclei = write(tmp_path / "nuclei.parquet", blobs(45))
+    write_h5ad(nuclei, tmp_path / "whole.h5ad", Export())
+    size = (tmp_path / "whole.h5ad").stat().st_size
+    code = f"""if True:
+        import resource
+        from pathlib import Path
+        from pipeline.config import Export
+        from pipeline.segment.export.anndata_table import write_h5ad
+
+        for limit in range(0, {size}, {size // 8}):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+            try:
+                write_h5ad(Path({str(nuclei)!r}), Path({str(tmp_path / "n.h5ad")!r}), Export())
+            except OSError as error:
+                assert error.errno == {errno.EFBIG}, error
+            else:
+                raise AssertionError(limit)
+    """
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["nuclei.parquet", "whole.h5ad"]
 
 
 def test_another_column_of_text_is_a_category(tmp_path):
