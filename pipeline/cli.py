@@ -1,5 +1,6 @@
 """The command `nightslide`: its flags are the fields of pipeline.config's dataclasses, never written again."""
 
+import contextlib
 import math
 import os
 import re
@@ -101,8 +102,10 @@ def main(tokens: Sequence[str] | None = None) -> None:
     for stream in (sys.stdout, sys.stderr):  # a name that the terminal's encoding lacks is no reason to stop
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    # batch systems send SIGTERM before they kill: it is treated like Ctrl-C
+    # batch systems send SIGTERM before they kill, a terminal that is closed sends SIGHUP: both are treated like Ctrl-C
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if os.name == "posix" and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # `nohup` ignores it
+        signal.signal(signal.SIGHUP, signal.default_int_handler)
     try:
         status = app.meta(
             sys.argv[1:] if tokens is None else tokens,
@@ -114,7 +117,8 @@ def main(tokens: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         given = sys.argv[1:] if tokens is None else tokens
         left = "; the same command continues where it stopped" if _RESUMED.intersection(given) else ""
-        print(f"interrupted{left}", file=sys.stderr)
+        with contextlib.suppress(OSError):  # a terminal that is gone
+            print(f"interrupted{left}", file=sys.stderr)
         sys.exit(130)
     except UnknownCommandError as error:  # its own list ends after eight commands
         said, _, _ = str(error).partition(" Available commands:")

@@ -67,16 +67,18 @@ def _one_process() -> ProcessPoolExecutor:
 
 @contextmanager
 def interrupts_kept_from_children() -> Iterator[None]:
-    """Of processes that are started by threads which are made in this block: a terminal sends Ctrl-C to them, too.
+    """Of processes that are started by threads which are made in this block: a terminal tells them, too, of Ctrl-C, and
+    of its end.
 
     They are this process's to end. Threads and processes inherit which signals are blocked where they are made.
     """
     if sys.platform == "win32":
         yield
         return
-    resource_tracker.ensure_running()  # Python unblocks the signal again in the thread that starts it
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
     try:
+        resource_tracker.ensure_running()  # Python unblocks SIGINT again in the thread that starts it
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)

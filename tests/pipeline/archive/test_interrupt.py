@@ -70,8 +70,11 @@ def test_sigterm_stops_between_two_patches_and_the_same_command_resumes(workers:
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs groups of processes")
-def test_ctrl_c_in_a_terminal_ends_a_cluster_without_a_traceback(tmp_path: Path) -> None:
-    """A terminal interrupts all processes of the command at once, those of the workers, too."""
+@pytest.mark.parametrize("name", ["SIGINT", "SIGHUP"])
+def test_a_terminal_that_sends_ctrl_c_or_is_closed_ends_a_cluster_without_a_traceback(
+    name: str, tmp_path: Path
+) -> None:
+    """It tells all processes of the command at once, those of the workers, too."""
     slide, out = tmp_path / "discs.png", tmp_path / "out"
     paint(slide, 0)
     code = "import sys, oracle; oracle.command(*sys.argv[1:])"
@@ -87,7 +90,7 @@ def test_ctrl_c_in_a_terminal_ends_a_cluster_without_a_traceback(tmp_path: Path)
         while not list(out.glob("discs/work/patches.zarr/done/c/*/*/*")):
             assert doomed.poll() is None
             time.sleep(0.05)
-        os.killpg(doomed.pid, signal.SIGINT)
+        os.killpg(doomed.pid, getattr(signal, name))
         said, _ = doomed.communicate(timeout=60)
     finally:
         if doomed.poll() is None:
@@ -96,6 +99,7 @@ def test_ctrl_c_in_a_terminal_ends_a_cluster_without_a_traceback(tmp_path: Path)
     assert "the same command continues where it stopped" in said
     assert "Traceback" not in said
     assert "KeyboardInterrupt" not in said
+    assert "interrupted" in (out / "ledger.csv").read_text()
 
 
 def test_a_second_signal_while_the_first_is_handled_changes_nothing() -> None:
