@@ -11,6 +11,7 @@ import io
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, BinaryIO, NamedTuple, Self
 from urllib.parse import unquote, urlsplit
 
@@ -29,6 +30,11 @@ _NEED = "need s3://BUCKET/..., gs://BUCKET/..., az://CONTAINER/... or https://HO
 _CUT_PASSWORD = re.compile(r"\A[^/?#@\[]*:(?!\d*(?:[/?#]|$))[^/?#@]*[/?#].*@", re.DOTALL)
 
 _PIECE = 8 * 2**20  # bytes of a request, held in memory; obstore ends a request after 30 s, so 0.3 MB/s are enough
+_PATIENCE: Any = {  # with a store that has answered: of itself obstore tries ten times, within some three seconds
+    "max_retries": 1000,
+    "retry_timeout": timedelta(minutes=3),
+    "backoff": {"init_backoff": timedelta(seconds=1), "max_backoff": timedelta(seconds=15), "base": 2},
+}
 _HEADER = 2**16  # bytes that are read ahead of a DICOM header
 
 
@@ -64,16 +70,18 @@ def locate(url: str) -> "RemoteFolder | RemoteSlide":
 
     Raises RunError for a URL that cannot be used or does not answer; ConfigError where obstore is not installed.
     """
-    store, place, key = _store(url)
+    asked, place, key = _store(url)
+    store, _, _ = _store(url, _PATIENCE)
     folder, _, name = key.rpartition("/")
-    slide = RemoteSlide(RemoteFolder(store, place, f"{folder}/" if folder else ""), name)
+    above = f"{folder}/" if folder else ""
+    slide, first = (RemoteSlide(RemoteFolder(each, place, above), name) for each in (store, asked))
     on_the_web = place.startswith(tuple(f"{scheme}://" for scheme in _WEB))
     if on_the_web and not name:
         raise RunError(f"{place} names no file: a web server does not list its slides, give the URL of each")
     try:
         if name:
             try:
-                slide.origin()
+                first.origin()  # an address that is wrong is told soon
                 return slide
             except SlideNotFound:
                 if on_the_web:
@@ -83,8 +91,11 @@ def locate(url: str) -> "RemoteFolder | RemoteSlide":
         raise RunError(str(error)) from None
 
 
-def _store(url: str) -> tuple[Any, str, str]:
-    """The store of a URL; its place, a URL without secrets that ends with "/"; and the key that the URL names."""
+def _store(url: str, retry: Any = None) -> tuple[Any, str, str]:
+    """The store of a URL; its place, a URL without secrets that ends with "/"; and the key that the URL names.
+
+    retry: how often it is asked again where it does not answer; obstore's own where None
+    """
     match = _URL.fullmatch(url)
     scheme, rest = (match[1].lower(), match[2]) if match else ("", "")
     shown = without_secrets(url)
@@ -108,7 +119,7 @@ def _store(url: str) -> tuple[Any, str, str]:
         key, root = unquote(parsed.path).lstrip("/"), parsed._replace(path="", fragment="").geturl()
         place, options = without_secrets(f"{scheme}://{parsed.netloc}/"), {"allow_http": scheme == "http"}
     with _asked(place, RunError):
-        return from_url(root, client_options=options), place, key.rstrip("/")
+        return from_url(root, client_options=options, retry_config=retry), place, key.rstrip("/")
 
 
 @contextlib.contextmanager
@@ -124,6 +135,8 @@ def _asked(url: str, refused: type[NightslideError] = SlideUnreadable) -> Iterat
         cause = one_line(error).partition(" Debug source:")[0]
         cause = re.sub(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s\"']+", lambda found: without_secrets(found[0]), cause)
         remedy = "are the address and the credentials in the environment right?"
+        if type(error).__name__ == "NotSupportedError":  # it sends a whole file, or a page to log in, for a part of one
+            remedy = "log in, or download the slide and give the file"
         if type(error).__name__ == "InvalidPathError":  # it ends a listing, whatever else is there
             remedy = "rename what has such a name there, or give the slides and folders beside it as inputs"
         raise refused(f"{url} cannot be read ({type(error).__name__}: {cause}): {remedy}") from None
@@ -171,7 +184,13 @@ class RemoteFolder:
             answer = self._obstore().get(self.store, entry.key, options={"range": (start, end)})
             if Entry.of(answer.meta)[1:] != entry[1:]:
                 raise SlideChanged(f"{url} changed while it was copied: run the same command again")
-            return bytes(answer.bytes())
+            content = bytes(answer.bytes())
+        if len(content) != end - start:
+            raise SlideUnreadable(
+                f"{url} cannot be read: of bytes {start} to {end} the server sent {len(content)}: download the slide "
+                f"and give the file"
+            )
+        return content
 
     def url(self, name: str) -> str:
         return f"{self.place}{self.key}{name}"

@@ -1,15 +1,20 @@
 """Slides at URLs, on a stand-in for S3 on this machine: the results are those of the same files on a disk."""
 
+import contextlib
 import functools
+import http.server
 import json
 import os
 import re
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import obstore
 import pytest
@@ -194,6 +199,102 @@ def test_a_manifest_may_name_urls(bucket: S3Store, slide: Path, tmp_path: Path) 
     assert "no file" in sources["none"].problem
     assert "no file" in sources["a"].problem
     assert sources["discs"].remote is None
+
+
+# ------------------------------------------------------------------------------------------- servers that go wrong
+
+Answer = tuple[int, dict[str, str], bytes]  # status, headers, content
+
+
+@contextlib.contextmanager
+def serving(answer: Callable[[str, slice | None], Answer]) -> Iterator[str]:
+    """The address of a web server; answer: of a method and the range that is asked for."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            wanted = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+            part = slice(int(wanted[1]), int(wanted[2]) + 1) if wanted else None
+            status, headers, content = answer(self.command, part)
+            self.send_response(status)
+            for name, value in {"Content-Length": str(len(content)), **headers}.items():
+                self.send_header(name, value)
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(content)
+
+        do_HEAD = do_GET
+
+        def log_message(self, format: str, *args: Any) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def whole_or_part(content: bytes, part: slice | None) -> Answer:
+    if part is None:
+        return 200, {}, content
+    return 206, {"Content-Range": f"bytes {part.start}-{part.stop - 1}/{len(content)}"}, content[part]
+
+
+def test_a_server_that_is_away_for_a_while_is_waited_for(
+    slide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """obstore gave up within three seconds: each slide failed that came to be copied meanwhile."""
+    quick = {"init_backoff": timedelta(milliseconds=1), "max_backoff": timedelta(milliseconds=5), "base": 2}
+    monkeypatch.setitem(remote._PATIENCE, "backoff", quick)
+    content, asked = slide.read_bytes(), []
+
+    def answer(method: str, part: slice | None) -> Answer:
+        asked.append(method)
+        return (503, {}, b"") if 3 < len(asked) < 50 else whole_or_part(content, part)
+
+    with serving(answer) as address:
+        (row,) = run(f"{address}/x.tif", tmp_path / "out", chosen(), staged(tmp_path), say=lambda line: None)
+    assert (row.status, row.cause) == ("done", "")
+    assert len(asked) > 50
+
+
+def test_a_server_that_does_not_answer_at_first_is_told_soon() -> None:
+    asked = []
+
+    def answer(method: str, part: slice | None) -> Answer:
+        asked.append(method)
+        return 503, {}, b""
+
+    with serving(answer) as address, pytest.raises(RunError, match="503"):
+        locate(f"{address}/x.tif")
+    assert len(asked) < 20
+
+
+@pytest.mark.parametrize("sent", [-10, 10])
+def test_a_server_that_sends_another_number_of_bytes_is_named(sent: int, slide: Path) -> None:
+    content = slide.read_bytes()
+
+    def answer(method: str, part: slice | None) -> Answer:
+        status, headers, whole = whole_or_part(content, part)
+        return status, headers, (whole + bytes(10))[: len(whole) + sent] if part else whole
+
+    with serving(answer) as address:
+        at = locate(f"{address}/x.tif")
+        assert isinstance(at, RemoteSlide)
+        message = rf"/x\.tif cannot be read: of bytes 0 to 100 the server sent {100 + sent}: download the slide"
+        with pytest.raises(SlideUnreadable, match=message):
+            at.folder.read(at.folder.entry("x.tif"), 0, 100)
+
+
+def test_a_server_without_byte_ranges_is_named_with_the_remedy(slide: Path) -> None:
+    with serving(lambda method, part: (200, {}, slide.read_bytes())) as address:
+        at = locate(f"{address}/x.tif")
+        assert isinstance(at, RemoteSlide)
+        with pytest.raises(SlideUnreadable, match=r"Range.*: log in, or download the slide and give the file"):
+            at.folder.read(at.folder.entry("x.tif"), 0, 100)
 
 
 # -------------------------------------------------------------------------------------------- refusals and secrets
