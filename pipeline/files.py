@@ -20,8 +20,8 @@ def committed(path: Path, *, synced: bool = True) -> Iterator[Path]:
 
     Synced, then renamed over what was there, then the folder is synced: a reader, or a machine that lost
     power, has all of it or nothing. On an error the partial file is removed, and an OSError for which `refusal` has
-    words names `path`; a killed process leaves it to `sweep`. Writers of the same file do not disturb each other; the
-    last one stays.
+    words names `path`; what cannot be removed, or a killed process leaves, is left to `sweep`. Writers of the same file
+    do not disturb each other; the last one stays.
     synced: False for scratch that has a checksum, as many disks take longer to sync than to write it; what a machine
     that lost power has of it may be damaged.
     """
@@ -40,7 +40,8 @@ def committed(path: Path, *, synced: bool = True) -> Iterator[Path]:
             error.filename = str(path)
         raise
     finally:
-        remove(partial)
+        with contextlib.suppress(OSError):  # of a folder that is read-only by now: it would hide the error above
+            remove(partial)
 
 
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)

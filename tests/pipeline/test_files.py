@@ -39,6 +39,18 @@ def test_an_error_leaves_the_old_file_and_no_other(tmp_path):
     assert os.listdir(tmp_path) == ["a.json"]
 
 
+def test_an_error_is_not_hidden_by_a_partial_file_that_cannot_be_removed(tmp_path, monkeypatch):
+    """A file system that is read-only refuses to remove even what is not there: that file was named, not the other."""
+
+    def refuse(path, **_):
+        raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    with pytest.raises(OSError, match="Read-only") as raised, files.committed(tmp_path / "table") as partial:
+        refuse(partial)
+    assert files.refusal(raised.value).startswith(f"{tmp_path / 'table'}: Read-only file system: make it")
+
+
 def test_writers_of_one_path_do_not_disturb_each_other(tmp_path):
     target = tmp_path / "a"
     with files.committed(target) as first:
