@@ -42,7 +42,7 @@ class SlideStages:
         A former owner that was suspended may remove work, and files being written, before it learns that it lost the
         lease.
         """
-        started, before = time.time(), list[Attempt]()
+        started, began, before = time.time(), time.monotonic(), list[Attempt]()
         await asyncio.to_thread(_check_space, job, self._stream.most)
         for attempt in range(_ATTEMPTS):
             try:
@@ -64,7 +64,7 @@ class SlideStages:
             tiles=len(plan.tiles),
             stain=plan.normalisation.source.method,
             work=work,
-            attempts=(*before, (started, time.time())),
+            attempts=(*before, (started, started + time.monotonic() - began)),  # the clock may have been set
         )
         with self.tasks.running("end", name):
             complete: SlideRecord = await run_task(self._executor, False, finished.finish_slide, job, record)

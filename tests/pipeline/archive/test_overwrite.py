@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -234,8 +235,6 @@ def test_seconds_and_attempts_outlast_an_interruption(archive: Path, tmp_path: P
     out, seen = tmp_path / "out", [0]
 
     def slow(patches: Patches, normalisation: Normalisation, settings: Settings) -> Iterator[HostInstances]:
-        import time
-
         for found in oracle.detect(patches, normalisation, settings):
             seen[0] += 1
             if seen[0] == 14:
@@ -251,6 +250,21 @@ def test_seconds_and_attempts_outlast_an_interruption(archive: Path, tmp_path: P
     assert interrupted - first >= 0.05 * 8, "two blocks of four patches were finished"
     assert record.elapsed_seconds == pytest.approx(interrupted - first + ended - again, abs=0.002)
     assert record.elapsed_seconds >= 0.9 * record.work.seconds["detect"]
+
+
+@pytest.mark.parametrize("hours", [-6, 6])
+def test_a_clock_that_is_set_during_a_run_changes_no_duration(
+    archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hours: int
+) -> None:
+    """The ledger had negative seconds, or hours that nobody waited."""
+    clock = time.time
+
+    def setting(patches: Patches, normalisation: Normalisation, settings: Settings) -> Iterator[HostInstances]:
+        monkeypatch.setattr(time, "time", lambda: clock() + hours * 3600)
+        return oracle.detect(patches, normalisation, settings)
+
+    record = segment(archive / "a.tif", tmp_path / "out", detect=setting)["a"]
+    assert 0 < record.elapsed_seconds < 3600
 
 
 # ----------------------------------------------------------------------------------------- slides that have changed
