@@ -8,12 +8,13 @@ import signal
 import sys
 import typing
 from collections.abc import Sequence
+from difflib import get_close_matches
 from importlib import metadata
 from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from cyclopts import App, CycloptsError, Group, Parameter, Token, UnknownCommandError, convert
+from cyclopts import App, CycloptsError, Group, Parameter, Token, UnknownCommandError, UnknownOptionError, convert
 from cyclopts.config import Dict
 
 from pipeline.config import (
@@ -124,6 +125,10 @@ def main(tokens: Sequence[str] | None = None) -> None:
         said, _, _ = str(error).partition(" Available commands:")
         print(f"nightslide: {printable(said)} `nightslide --help` lists the commands.", file=sys.stderr)
         sys.exit(2)
+    except UnknownOptionError as error:  # its own guess compares whole names: of --tile and --tiling.tile they are unlike
+        said, _, _ = str(error).partition(" Did you mean ")
+        print(f"nightslide: {printable(said)}{_meant(error)}", file=sys.stderr)
+        sys.exit(2)
     except (NightslideError, CycloptsError) as error:
         print(f"nightslide: {printable(error)}", file=sys.stderr)
         sys.exit(1 if isinstance(error, ClusterLost | ExportFailed | WorkersDied) else 2)
@@ -132,6 +137,18 @@ def main(tokens: Sequence[str] | None = None) -> None:
         sys.exit(128 + 13)
     except Exception as error:
         sys.exit(_unexpected(error))
+
+
+def _meant(error: UnknownOptionError) -> str:
+    """A question for the flag that was probably meant, by the last part of its name; nothing where none is alike."""
+
+    def last(flag: str) -> str:
+        return flag.lstrip("-").rpartition(".")[2]
+
+    known = [flag for argument in error.argument_collection or () if argument.parse for flag in argument.names]
+    flags = {last(flag): flag for flag in sorted(known, key=len, reverse=True)}  # the shortest of those that end alike
+    alike = get_close_matches(last(error.token.keyword or error.token.value), flags, n=1, cutoff=0.7)
+    return f" Did you mean {flags[alike[0]]}?" if alike else ""
 
 
 def _unexpected(error: Exception) -> int:
@@ -205,6 +222,7 @@ def _flags_of(command: str, content: dict[str, Any]) -> dict[str, Any]:
 @app.command(group=SLIDES)
 def run(
     inputs: Inputs,
+    /,
     *,
     out: Out,
     mpp: Mpp = None,
@@ -249,6 +267,7 @@ def run(
 @app.command(group=SLIDES)
 def plan(
     inputs: Inputs,
+    /,
     *,
     mpp: Mpp = None,
     force_mpp: Mpp = None,
@@ -344,7 +363,7 @@ def _basis(seconds: float, given: bool) -> str:
 
 
 @app.command(group=RESULTS)
-def export(folder: Path, *, settings: Annotated[Export, Parameter(name="*", group=EXPORT)] = Export()) -> int:
+def export(folder: Path, /, *, settings: Annotated[Export, Parameter(name="*", group=EXPORT)] = Export()) -> int:
     """Write the files for QuPath and other programs again, from the tables of a finished run.
 
     Parameters
@@ -367,7 +386,7 @@ def export(folder: Path, *, settings: Annotated[Export, Parameter(name="*", grou
 
 
 @app.command(group=RESULTS)
-def qupath(folder: Path, *, slides: MovedSlides = None) -> int:
+def qupath(folder: Path, /, *, slides: MovedSlides = None) -> int:
     """Write a QuPath project of all finished slides of a run, or add to it those that it lacks.
 
     Parameters
@@ -388,7 +407,7 @@ def qupath(folder: Path, *, slides: MovedSlides = None) -> int:
 
 
 @app.command(group=RESULTS)
-def measure(folder: Path, *, regions: Annotated[Regions, Parameter(name="*", group=REGIONS)] = Regions()) -> int:
+def measure(folder: Path, /, *, regions: Annotated[Regions, Parameter(name="*", group=REGIONS)] = Regions()) -> int:
     """Measure the nuclei of finished slides in regions drawn in QuPath, and write regions.csv; nothing is segmented.
 
     Parameters
@@ -410,7 +429,7 @@ def measure(folder: Path, *, regions: Annotated[Regions, Parameter(name="*", gro
 
 
 @app.command(group=RESULTS)
-def report(folder: Path) -> int:
+def report(folder: Path, /) -> int:
     """Write report.html of a run again, after the run or while it is going on.
 
     Parameters
@@ -430,6 +449,7 @@ def report(folder: Path) -> int:
 @app.command(group=RESULTS)
 def view(
     folder: Path,
+    /,
     *,
     slides: MovedSlides = None,
     port: Annotated[int, Parameter(group=COMMON)] = 0,
@@ -450,7 +470,7 @@ def view(
 
 
 @app.command(group=RESULTS)
-def verify(folder: Path) -> int:
+def verify(folder: Path, /) -> int:
     """Compare every result of a run with the size and checksum in its slide.json, and say what differs.
 
     Parameters

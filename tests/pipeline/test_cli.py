@@ -69,7 +69,7 @@ def test_the_settings_stand_in_groups_with_the_common_ones_first(
     monkeypatch.setenv("COLUMNS", "240")
     _, out, _ = said(capsys, "run", "--help")
     groups = (
-        "Parameters",
+        "Arguments",
         "Common options",
         "Tissue",
         "Tiling",
@@ -171,7 +171,12 @@ def test_shipped_configurations_are_valid() -> None:
 @pytest.mark.parametrize(
     ("tokens", "message"),
     [
-        (["run"], "requires an argument"),
+        (["run", "--out", "o"], "INPUTS requires an argument"),
+        (["export"], "FOLDER requires an argument"),
+        (["run", "x.svs", "--out", "o", "--tile", "512"], "Unknown option: --tile. Did you mean --tiling.tile?"),
+        (["run", "x.svs", "--out", "o", "--device", "cpu"], "Did you mean --detector.device?"),
+        (["run", "x.svs", "--out", "o", "--weigths", "fast"], "Did you mean --weights?"),
+        (["export", "o", "--format", "csv"], "Did you mean --formats?"),
         (["run", "x.svs", "--out", "o", "--bogus", "3"], "Unknown option: --bogus"),
         (["run", "nowhere.svs", "--out", "o"], "nowhere.svs does not exist"),
         (["run", "x.svs", "--out", ""], "out='': need a path"),
