@@ -30,7 +30,7 @@ from pipeline.config import (
     read_toml,
     require,
 )
-from pipeline.text import counted, printable, shell_command
+from pipeline.text import counted, counted_nuclei, printable, shell_command
 from slides.errors import NightslideError
 
 if TYPE_CHECKING:
@@ -125,7 +125,9 @@ def main(tokens: Sequence[str] | None = None) -> None:
         said, _, _ = str(error).partition(" Available commands:")
         print(f"nightslide: {printable(said)} `nightslide --help` lists the commands.", file=sys.stderr)
         sys.exit(2)
-    except UnknownOptionError as error:  # its own guess compares whole names: of --tile and --tiling.tile they are unlike
+    except (
+        UnknownOptionError
+    ) as error:  # its own guess compares whole names, not --tile and tile
         said, _, _ = str(error).partition(" Did you mean ")
         print(f"nightslide: {printable(said)}{_meant(error)}", file=sys.stderr)
         sys.exit(2)
@@ -251,7 +253,7 @@ def run(
     failed = [r for r in rows if r.status == "failed"]
     done = [r for r in rows if r.done]
     nuclei = sum(r.nuclei for r in done)
-    print(f"{len(done)} of {len(rows)} slides done, {nuclei:,} nuclei; ledger: {RunFolder(out).ledger}")
+    print(f"{len(done)} of {len(rows)} slides done, {counted_nuclei(nuclei)}; ledger: {RunFolder(out).ledger}")
     for row in failed:
         print(f"  failed: {row.slide}: {row.cause}", file=sys.stderr)
     otherwise = [r for r in rows if r.status == DONE_OTHERWISE]

@@ -42,6 +42,11 @@ def counted(number: int, singular: str, plural: str = "") -> str:
     return f"{number:,} {singular if number == 1 else plural or f'{singular}s'}"
 
 
+def counted_nuclei(number: int) -> str:
+    """`counted` for nuclei: 1 nucleus, 2,418 nuclei."""
+    return counted(number, "nucleus", "nuclei")
+
+
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what a spreadsheet evaluates
 
 

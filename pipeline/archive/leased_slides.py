@@ -25,7 +25,7 @@ from pipeline.segment import finished
 from pipeline.segment.job import Job
 from pipeline.segment.record import SlideRecord
 from pipeline.segment.stages import remove_work
-from pipeline.text import one_line
+from pipeline.text import counted_nuclei, one_line
 
 
 class LeasedSlides:
@@ -104,7 +104,7 @@ class LeasedSlides:
             self._progress.say(f"{source.name}: NOT DONE AGAIN: {record.cause}")
         elif record is not None and record.done:
             self._complete(source.name, job)
-            self._progress.say(f"{source.name}: done before, {record.nuclei:,} nuclei")
+            self._progress.say(f"{source.name}: done before, {counted_nuclei(record.nuclei)}")
         return record
 
     def _complete(self, name: str, job: Job) -> None:

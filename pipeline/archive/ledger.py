@@ -17,7 +17,7 @@ from pipeline.errors import RunError
 from pipeline.layout import RunFolder, SlideFolder
 from pipeline.segment.job import slide_digest
 from pipeline.segment.record import OF_OTHER_SETTINGS, WAITS, SlideRecord, knows_regions, read_record
-from pipeline.text import counted, csv_cell, from_csv_cell
+from pipeline.text import counted, counted_nuclei, csv_cell, from_csv_cell
 
 
 def row_of(record: SlideRecord) -> dict[str, Any]:
@@ -143,7 +143,7 @@ def terminal_lines(record: SlideRecord) -> str:
     area, seconds = record.tissue_mm2, record.work_seconds
     stages = ", ".join(f"{name} {record.work.seconds.get(name, 0.0):.1f} s" for name in _stage_names())
     lines = [
-        f"{record.slide}: {record.nuclei:,} nuclei in {area:.2f} mm2, {seconds:.1f} s of work "
+        f"{record.slide}: {counted_nuclei(record.nuclei)} in {area:.2f} mm2, {seconds:.1f} s of work "
         f"({seconds / area if area else 0:.1f} s/mm2)",
         f"    {stages}",
         *(f"    WARNING: {remark}" for remark in record.remarks),

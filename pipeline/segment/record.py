@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Self
 
 from pipeline.segment.attempts import Attempt
+from pipeline.text import counted
 from slides.artefacts import KINDS
 
 PLAUSIBLE_AREA_UM2 = (8.0, 150.0)  # of a slide's median nucleus; outside, the scale is probably wrong
@@ -229,13 +230,19 @@ def remarks(record: SlideRecord, summary: Mapping[str, Any], notes: tuple[str, .
     if artefacts := _artefacts(record):
         said.append(artefacts)
     if counts.saturated_tiles:
-        said.append(f"{counts.saturated_tiles} tiles hold more nuclei than allowed: raise --detector.instances-per-mm2")
+        said.append(
+            f"{counted(counts.saturated_tiles, 'tile holds', 'tiles hold')} more nuclei than allowed: "
+            f"raise --detector.instances-per-mm2"
+        )
     if counts.split_tiles:
-        said.append(f"{counts.split_tiles} tiles were done in quarters for want of device memory: lower --tiling.tile")
+        said.append(
+            f"{counted(counts.split_tiles, 'tile was', 'tiles were')} done in quarters for want of device memory: "
+            f"lower --tiling.tile"
+        )
     if counts.touching_nuclei > _TOUCHING_SHARE * counts.nuclei:
         said.append(
-            f"{counts.touching_nuclei:,} nuclei reach the edge of what their tile read, and may be cut: "
-            f"raise --tiling.margin"
+            f"{counted(counts.touching_nuclei, 'nucleus reaches', 'nuclei reach')} the edge of what a tile read, and "
+            f"may be cut: raise --tiling.margin"
         )
     quantiles = summary.get("area_um2", {}).get("quantiles") or [None]
     median = quantiles[len(quantiles) // 2]
@@ -253,7 +260,8 @@ def remarks(record: SlideRecord, summary: Mapping[str, Any], notes: tuple[str, .
         )
     if counts.export_dropped:
         said.append(
-            f"{counts.export_dropped} nuclei are outside the slide, or too small for the exports: left out there"
+            f"{counted(counts.export_dropped, 'nucleus is', 'nuclei are')} outside the slide, or too small for the "
+            f"exports: left out there"
         )
     if len(record.work.computed_on) > 1:
         said.append(f"computed on {' and '.join(record.work.computed_on)}: single nuclei may differ between them")
@@ -266,11 +274,12 @@ def _artefacts(record: SlideRecord) -> str:
     covered = sum(counts.artefact_mm2.values())
     kinds = ", ".join(f"{kind} {area:.2g}" for kind, area in counts.artefact_mm2.items())
     if counts.skipped_mm2:
-        return f"{counts.skipped_mm2:.2g} mm² of tissue, {counts.skipped_tiles} tiles, were skipped: {kinds} mm²"
+        tiles = counted(counts.skipped_tiles, "tile")
+        return f"{counts.skipped_mm2:.2g} mm² of tissue, {tiles}, were skipped: {kinds} mm²"
     if covered > _ARTEFACT_SHARE * record.tissue_mm2:
         share = covered / record.tissue_mm2
         return (
-            f"artefacts cover {share:.0%} of the tissue ({kinds} mm²); the {counts.flagged_nuclei:,} nuclei there have "
+            f"artefacts cover {share:.0%} of the tissue ({kinds} mm²); nuclei there ({counts.flagged_nuclei:,}) have "
             f"their kind in the column artefact: --artefacts skip leaves them out"
         )
     return ""

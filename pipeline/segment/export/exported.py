@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from pipeline.config import Export
 from pipeline.segment.polygons import Floats, Ints, Polygons
 from pipeline.segment.tables import Provenance, iter_nuclei
+from pipeline.text import counted, counted_nuclei
 from slides.geometry import Box, Size
 
 
@@ -25,7 +26,7 @@ class Exported(NamedTuple):
     dropped: int = 0  # nothing was left of them at the precision of the format
 
     def __str__(self) -> str:
-        return f"{self.written:,} nuclei ({self.changed:,} outlines repaired, {self.dropped:,} dropped)"
+        return f"{counted_nuclei(self.written)} ({counted(self.changed, 'outline')} repaired, {self.dropped:,} dropped)"
 
 
 class Writer(Protocol):

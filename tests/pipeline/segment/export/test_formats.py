@@ -78,4 +78,5 @@ def test_a_format_whose_package_is_missing_is_refused(tmp_path, monkeypatch):
 
 
 def test_the_counts_read_as_a_sentence():
+    assert str(Exported(1, 1, 1)) == "1 nucleus (1 outline repaired, 1 dropped)"
     assert str(Exported(2418, 3, 0)) == f"{Exported(2418, 3, 0)}" == "2,418 nuclei (3 outlines repaired, 0 dropped)"
