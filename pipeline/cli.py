@@ -30,7 +30,7 @@ from pipeline.config import (
     read_toml,
     require,
 )
-from pipeline.text import counted, counted_nuclei, printable, shell_command
+from pipeline.text import counted, counted_nuclei, duration, printable, shell_command
 from slides.errors import NightslideError
 
 if TYPE_CHECKING:
@@ -125,9 +125,7 @@ def main(tokens: Sequence[str] | None = None) -> None:
         said, _, _ = str(error).partition(" Available commands:")
         print(f"nightslide: {printable(said)} `nightslide --help` lists the commands.", file=sys.stderr)
         sys.exit(2)
-    except (
-        UnknownOptionError
-    ) as error:  # its own guess compares whole names, not --tile and tile
+    except UnknownOptionError as error:  # its own guess compares whole names, not --tile and tile
         said, _, _ = str(error).partition(" Did you mean ")
         print(f"nightslide: {printable(said)}{_meant(error)}", file=sys.stderr)
         sys.exit(2)
@@ -318,7 +316,7 @@ def plan(
     bad, others = sum(bool(row.problem) for row in rows), counted(archive.skipped, "other file")
     print(
         f"{counted(len(rows), 'slide')} ({bad} will fail), {sum(r.tissue_mm2 for r in rows):.1f} mm2 of tissue, "
-        f"{_hours(rows)} hours, {sum(r.disk_gb for r in rows):.2f} GB; {others} skipped"
+        f"time {_time(rows)}, disk {sum(r.disk_gb for r in rows):.3f} GB; {others} skipped"
     )
     print(_basis(seconds, seconds_per_mm2 is not None))
     return 1 if bad else 0
@@ -328,13 +326,13 @@ def _table(rows: Sequence["SlideEstimate"]) -> list[str]:
     """The lines of `plan`: a slide each, below their headings."""
     names = [_shortened(printable(row.slide)) for row in rows]
     width = max(map(len, ["slide", *names]))
-    lines = [f"{'slide':{width}}  {'um/px':>7}  {'tissue mm2':>10}  {'tiles':>6}  {'hours':>6}  {'disk GB':>7}"]
+    lines = [f"{'slide':{width}}  {'um/px':>7}  {'tissue mm2':>10}  {'tiles':>6}  {'time':>8}  {'disk GB':>7}"]
     for name, row in zip(names, rows, strict=True):
         if row.problem:
             lines.append(f"{name:{width}}  WILL FAIL: {printable(row.problem)}")
         else:
             lines.append(
-                f"{name:{width}}  {row.mpp:7.4f}  {row.tissue_mm2:10.2f}  {row.tiles:6}  {_hours([row]):>6}  "
+                f"{name:{width}}  {row.mpp:7.4f}  {row.tissue_mm2:10.2f}  {row.tiles:6}  {_time([row]):>8}  "
                 f"{row.disk_gb:7.3f}"
             )
             lines += [f"{'':{width}}  NOTE: {note}" for note in row.notes]
@@ -347,21 +345,20 @@ def _shortened(name: str) -> str:
     return name if len(name) <= _NAME_CHARS else f"{name[:half]}…{name[-half:]}"
 
 
-def _hours(rows: Sequence["SlideEstimate"]) -> str:
-    total = sum(row.hours for row in rows)
-    return "?" if math.isnan(total) else f"{total:.2f}"
+def _time(rows: Sequence["SlideEstimate"]) -> str:
+    return duration(3600 * sum(row.hours for row in rows))
 
 
 def _basis(seconds: float, given: bool) -> str:
-    """The speed that the hours are computed from."""
+    """The speed that the time is computed from."""
     own = (
         "for your machine give --seconds-per-mm2, from a finished run's ledger.csv: seconds_detect / tissue_mm2 / views"
     )
     if given:
-        return f"hours at {seconds:g} s per mm2 of tissue and view, as given"
+        return f"time at {seconds:g} s per mm2 of tissue and view, as given"
     if math.isnan(seconds):
-        return f"hours are not known: no speed has been measured for a GPU; {own}"
-    return f"hours on the CPU, at {seconds:g} s per mm2 of tissue and view as measured on two cores; {own}"
+        return f"the time is not known: no speed has been measured for a GPU; {own}"
+    return f"time on the CPU, at {seconds:g} s per mm2 of tissue and view as measured on two cores; {own}"
 
 
 @app.command(group=RESULTS)

@@ -1,5 +1,6 @@
 """Text from outside (names of files, messages of libraries) made safe to print and to write."""
 
+import math
 import os
 import shlex
 import subprocess
@@ -45,6 +46,15 @@ def counted(number: int, singular: str, plural: str = "") -> str:
 def counted_nuclei(number: int) -> str:
     """`counted` for nuclei: 1 nucleus, 2,418 nuclei."""
     return counted(number, "nucleus", "nuclei")
+
+
+def duration(seconds: float) -> str:
+    """A time in the unit that suits it: 3.4 s, 12 min, 40.3 h; `?` for NaN."""
+    if math.isnan(seconds):
+        return "?"
+    if seconds < 100:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:,.1f} h"
 
 
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what a spreadsheet evaluates

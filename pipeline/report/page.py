@@ -20,7 +20,7 @@ from pipeline.report.table import linked, slide_table
 from pipeline.segment.record import ARTEFACT_AREAS, DETECTING, WAITS, StageRecord, device_use
 from pipeline.segment.stages import STAGES
 from pipeline.segment.summary import NEAR_PX, SEAM_EDGES_PX, seam_verdict
-from pipeline.text import shell_command
+from pipeline.text import duration, shell_command
 
 
 def write_report(folder: RunFolder, rows: Sequence[Mapping[str, Any]]) -> Path:
@@ -113,8 +113,7 @@ def _numbers(slides: Sequence[SlideResult]) -> str:
         (f"{nuclei:,.0f}", "nuclei", ""),
         (_area(area, 1), "mm² of tissue", ""),
         (f"{nuclei / area:,.0f}" if area else "?", "nuclei per mm²", ""),
-        (f"{seconds / 3600:,.2f}", "hours of processing", ""),
-        (f"{area / seconds:,.3f}" if seconds else "?", "mm² per second", ""),
+        (duration(seconds), "of processing", ""),
         (f"{3600 * area / seconds:,.0f}" if seconds else "?", "mm² per hour", ""),
         *([(_area(artefacts, 2), "mm² under artefacts", "")] if artefacts else []),
         *([(_area(lost, 3), "mm² lost", "bad")] if lost else []),
@@ -212,7 +211,7 @@ def _stages(slides: Sequence[SlideResult]) -> str:
         return ""
     lines = (
         f'<tr><td>{stage}</td><td><span class="swatch c{number}" style="width:{100 * value / most:.1f}%"></span></td>'
-        f'<td class="number">{value / 3600:,.3f} h</td><td class="number">{value / whole:.1%}</td></tr>'
+        f'<td class="number">{duration(value)}</td><td class="number">{value / whole:.1%}</td></tr>'
         for number, (stage, value) in enumerate(seconds.items())
     )
     return (

@@ -353,28 +353,28 @@ def planned(
     return out.splitlines()
 
 
-def test_hours_say_which_device_they_are_for(
+def test_the_time_says_which_device_they_are_for(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     _, row, total, basis = planned(capsys, monkeypatch, tmp_path, "--detector.device", "cpu", "--views", "4")
-    assert row.split()[4] == "0.14"
-    assert "0.14 hours" in total
-    assert basis.startswith("hours on the CPU, at 13 s per mm2 of tissue and view as measured on two cores; ")
+    assert row.split()[4:6] == ["9", "min"]
+    assert "time 9 min, disk 0.042 GB" in total
+    assert basis.startswith("time on the CPU, at 13 s per mm2 of tissue and view as measured on two cores; ")
 
 
-def test_no_hours_of_a_cpu_are_given_where_a_gpu_works(
+def test_no_time_of_a_cpu_is_given_where_a_gpu_works(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """A GPU has not been timed: its hours are not known, unless the user says how fast it is."""
+    """A GPU has not been timed: its time is not known, unless the user says how fast it is."""
     monkeypatch.setattr("pipeline.model.device.count_gpus", lambda: 1)
     _, row, total, basis = planned(capsys, monkeypatch, tmp_path)
     assert row.split()[4] == "?"
-    assert "? hours" in total
-    assert basis.startswith("hours are not known: no speed has been measured for a GPU")
+    assert "time ?, disk" in total
+    assert basis.startswith("the time is not known: no speed has been measured for a GPU")
     assert "--seconds-per-mm2" in basis
     _, row, _, basis = planned(capsys, monkeypatch, tmp_path, "--seconds-per-mm2", "3.6")
-    assert row.split()[4] == "0.01"
-    assert basis == "hours at 3.6 s per mm2 of tissue and view, as given"
+    assert row.split()[4:6] == ["36.0", "s"]
+    assert basis == "time at 3.6 s per mm2 of tissue and view, as given"
 
 
 def test_one_long_name_does_not_widen_the_table(
@@ -382,7 +382,7 @@ def test_one_long_name_does_not_widen_the_table(
 ) -> None:
     names = ["short", "begin" + "x" * 150 + "end"]
     lines = planned(capsys, monkeypatch, tmp_path, names=names)[:3]
-    assert all(len(line) <= cli._NAME_CHARS + 46 for line in lines)
+    assert all(len(line) <= cli._NAME_CHARS + 48 for line in lines)
     assert re.match(r"beginx+…x+end ", next(line for line in lines if line.startswith("begin")))
     assert len({len(line) for line in lines}) == 1
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from pipeline.text import one_line, printable, shell_command
+from pipeline.text import duration, one_line, printable, shell_command
 
 UNSAFE = {"Cc", "Cf", "Cs", "Zl", "Zp"}
 unsafe = st.characters(categories=["Cc", "Cf", "Cs", "Zl", "Zp"])
@@ -33,6 +33,14 @@ def test_a_command_is_quoted_for_the_shell_of_the_system(monkeypatch: pytest.Mon
     assert shell_command(command) == "QuPath -p 'C:\\my results\\project.qpproj'"
     monkeypatch.setattr(os, "name", "nt")
     assert shell_command(command) == 'QuPath -p "C:\\my results\\project.qpproj"'
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [(0, "0.0 s"), (11.24, "11.2 s"), (540, "9 min"), (7200, "2.0 h"), (4.6e6, "1,277.8 h"), (float("nan"), "?")],
+)
+def test_a_time_is_given_in_the_unit_that_suits_it(seconds: float, said: str) -> None:
+    assert duration(seconds) == said
 
 
 def test_a_long_message_keeps_its_start_and_its_remedy() -> None:

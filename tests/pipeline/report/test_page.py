@@ -204,8 +204,8 @@ def test_the_run_in_numbers(tmp_path):
     figures = page.text[: page.text.index("Seams")]
     for words in ("3slides done", "0failed", "1pending", "18,000nuclei", "6.0mm² of tissue", "3,000nuclei per mm²"):
         assert words in figures
-    assert "0.080mm² per second" in figures  # 6 mm2 in 45 + 30 s
-    assert "288mm² per hour" in figures
+    assert "75.0 sof processing" in figures
+    assert "288mm² per hour" in figures  # 6 mm2 in 45 + 30 s
     assert "lost" not in figures
 
 
