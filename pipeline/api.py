@@ -1,34 +1,43 @@
 """`plan`, `export`, `measure` and `read_nuclei` for scripts and notebooks; `run` is in `pipeline.archive.run`."""
 
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.archive.estimate import SlideEstimate, estimate_slides
+from pipeline.archive.lease import Leases
+from pipeline.archive.manifest import check_seams, resolve
+from pipeline.archive.measure import Measured, measure_slides
+from pipeline.archive.region_files import with_regions
+from pipeline.archive.sources import Archive, Inputs, find_slides
+from pipeline.archive.verify import without_nuclei
 from pipeline.config import Architecture, Execution, Export, Regions, Settings, build, checked, require
 from pipeline.errors import ExportFailed, RunError
-
-if TYPE_CHECKING:
-    import pyarrow as pa
-
-    from pipeline.archive.estimate import SlideEstimate
-    from pipeline.archive.measure import Measured
-    from pipeline.archive.sources import Archive, Inputs
-    from pipeline.segment.export import Exported
+from pipeline.layout import RunFolder, SlideFolder
+from pipeline.model.device import count_gpus, device_kind
+from pipeline.model.weights import detector_architecture, find_weights
+from pipeline.segment.export import Exported, check_formats
+from pipeline.segment.finished import UNUSABLE, cause, rewrite_exports
+from pipeline.segment.tables import read_nuclei as read_table
 
 CPU_SECONDS_PER_MM2 = 13.0
 "Of tissue, all stages but the choice of the stain, in one view: 3.48 mm2 on two cores of an AMD EPYC (README, Cost)."
 
 
 def plan(
-    inputs: "Inputs",
+    inputs: Inputs,
     settings: Settings = Settings(),
     *,
     mpp: float | None = None,
     force_mpp: float | None = None,
     seconds_per_mm2: float | None = None,
     follow_links: bool = Execution().follow_links,
-) -> list["SlideEstimate"]:
+) -> list[SlideEstimate]:
     """Open slides and estimate what a run would take; nothing is written.
 
     inputs, mpp, force_mpp: as for `pipeline.archive.run.run`
@@ -38,8 +47,6 @@ def plan(
     is known), disk space, or the `problem` with which it would fail. Warns of folders that cannot be read. Raises
     ConfigError for inputs that cannot be searched.
     """
-    import warnings
-
     settings = checked("settings", settings, Settings)
     seconds = speed(settings, seconds_per_mm2)
     archive, estimates = estimate(inputs, settings, seconds, mpp=mpp, force_mpp=force_mpp, follow_links=follow_links)
@@ -49,7 +56,7 @@ def plan(
 
 
 def estimate(
-    inputs: "Inputs",
+    inputs: Inputs,
     settings: Settings,
     seconds_per_mm2: float,
     *,
@@ -57,17 +64,12 @@ def estimate(
     force_mpp: float | None = None,
     follow_links: bool = Execution().follow_links,
     apart: bool = False,
-) -> "tuple[Archive, Iterator[SlideEstimate]]":
+) -> tuple[Archive, Iterator[SlideEstimate]]:
     """The slides of `inputs`, and their estimates one by one; see `plan`.
 
     apart: as for `estimate_slides`; a script that asks for it needs `if __name__ == "__main__":`
     Raises what `pipeline.archive.run.run` would raise for these settings.
     """
-    from pipeline.archive.estimate import estimate_slides
-    from pipeline.archive.manifest import check_seams, resolve
-    from pipeline.archive.region_files import with_regions
-    from pipeline.archive.sources import find_slides
-
     settings = resolve(settings)
     check_seams(settings)
     archive = find_slides(inputs, mpp=mpp, force_mpp=force_mpp, follow_links=follow_links)
@@ -83,9 +85,6 @@ def speed(settings: Settings, seconds_per_mm2: float | None = None) -> float:
     weights take; NaN for a GPU, for which nothing has been measured. Raises ConfigError for a device that is not there,
     and for a speed that is not above 0; WeightsError.
     """
-    from pipeline.model.device import count_gpus, device_kind
-    from pipeline.model.weights import detector_architecture, find_weights
-
     if seconds_per_mm2 is not None:
         require(0 < seconds_per_mm2 < float("inf"), f"seconds-per-mm2={seconds_per_mm2}: need more than 0")
         return seconds_per_mm2
@@ -97,7 +96,7 @@ def speed(settings: Settings, seconds_per_mm2: float | None = None) -> float:
 
 def export(
     folder: str | os.PathLike[str], formats: str | Sequence[str] = Export().formats, **options: Any
-) -> dict[Path, "Exported"]:
+) -> dict[Path, Exported]:
     """Write the files for other programs again, from the tables of a finished run; nothing is segmented.
 
     folder: of a run, or of one slide of it
@@ -106,23 +105,14 @@ def export(
     does not exist, RunError for a folder without tables, and, once all others are written, ExportFailed for what could
     not be: tables that are damaged, a full disk, slides that a run is working on.
     """
-    import warnings
-
-    from pipeline.archive.verify import without_nuclei
-
     for problem in without_nuclei(Path(folder)):
         warnings.warn(f"not exported: {problem}", stacklevel=2)
     wanted = [formats] if isinstance(formats, str) else list(formats)
     return dict(export_files(folder, build(Export, {"formats": wanted, **options}, where="export")))
 
 
-def export_files(folder: str | os.PathLike[str], settings: Export) -> Iterator[tuple[Path, "Exported"]]:
+def export_files(folder: str | os.PathLike[str], settings: Export) -> Iterator[tuple[Path, Exported]]:
     """`export`, a slide at a time: each file with its count, when the slide's files are written."""
-    from pipeline.archive.lease import Leases
-    from pipeline.layout import RunFolder
-    from pipeline.segment.export import check_formats
-    from pipeline.segment.finished import UNUSABLE, cause, rewrite_exports
-
     check_formats(settings.formats)
     slides = RunFolder(Path(folder)).with_nuclei()
     if not slides:
@@ -150,19 +140,17 @@ def export_files(folder: str | os.PathLike[str], settings: Export) -> Iterator[t
 
 def measure(
     folder: str | os.PathLike[str], regions: str | os.PathLike[str], *, crop: bool = Regions().crop
-) -> list["Measured"]:
+) -> list[Measured]:
     """Measure the nuclei of finished slides in regions drawn in QuPath, and write regions.csv; nothing is segmented.
 
     folder: of a run, or of one slide of it
     regions: folder of QuPath's GeoJSON files, named after the slides; crop: as in `Regions`
     Returns what became of each slide; `pipeline.archive.measure.measure_slides` says more, and what is raised.
     """
-    from pipeline.archive.measure import measure_slides
-
     return list(measure_slides(Path(folder), Regions(os.fspath(regions), crop)))
 
 
-def read_nuclei(path: str | os.PathLike[str], columns: str | Sequence[str] | None = None) -> "pa.Table":
+def read_nuclei(path: str | os.PathLike[str], columns: str | Sequence[str] | None = None) -> pa.Table:
     """The nuclei of a slide, all columns of nuclei.parquet but `bbox`, or one or several.
 
     `geopandas.read_parquet` decodes the outlines.
@@ -170,12 +158,6 @@ def read_nuclei(path: str | os.PathLike[str], columns: str | Sequence[str] | Non
     path: nuclei.parquet, or the slide's folder in the results
     Raises RunError where there is no such table, where it is damaged, and for a column that it does not have.
     """
-    import pyarrow.parquet as pq
-
-    from pipeline.layout import SlideFolder
-    from pipeline.segment.finished import UNUSABLE, cause
-    from pipeline.segment.tables import read_nuclei as read_table
-
     table = SlideFolder(Path(path)).nuclei if os.path.isdir(path) else Path(path)
     if not table.is_file():
         raise RunError(f"{table} does not exist: need a finished slide's folder or its nuclei.parquet")

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import typing
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -35,6 +36,12 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         for example in re.findall(r"```python\n(.*?)```", README, flags=re.S):
             exec(compile(example, "README.md", "exec"), names)
         yield folder
+
+
+@pytest.mark.parametrize("name", [*pipeline.__all__, *slides.__all__])
+def test_the_types_that_are_stated_can_be_asked_for(name: str) -> None:
+    """As notebooks and validators do."""
+    typing.get_type_hints(getattr(pipeline if name in pipeline.__all__ else slides, name))
 
 
 def test_the_readme_s_example_segments_a_slide(place: Path) -> None:

@@ -366,7 +366,7 @@ def test_no_time_of_a_cpu_is_given_where_a_gpu_works(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """A GPU has not been timed: its time is not known, unless the user says how fast it is."""
-    monkeypatch.setattr("pipeline.model.device.count_gpus", lambda: 1)
+    monkeypatch.setattr("pipeline.api.count_gpus", lambda: 1)
     _, row, total, basis = planned(capsys, monkeypatch, tmp_path)
     assert row.split()[4] == "?"
     assert "time ?, disk" in total
