@@ -33,7 +33,10 @@ class Browser:
         self._tell("Page.enable")
         self._tell("Runtime.enable")
         self._tell("Log.enable")
-        width, height = SIZE
+        self.resize(*SIZE)
+
+    def resize(self, width: int, height: int) -> None:
+        """The window, CSS px."""
         self._tell("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
 
     def _tell(self, method: str, **parameters: Any) -> dict[str, Any]:

@@ -35,8 +35,8 @@ def region_table(slides: Sequence[SlideResult], address: str) -> str:
     )
     left_out = f"{len(rows) - _SHOWN:,} more regions, and all" if len(rows) > _SHOWN else "All"
     return (
-        f"<section><h2>Regions</h2><table><thead><tr><th>slide</th>{heads}</tr></thead>"
-        f"<tbody>{''.join(_row(slide, row) for slide, row in rows[:_SHOWN])}</tbody></table>"
+        f'<section><h2>Regions</h2><div class="scroll"><table><thead><tr><th>slide</th>{heads}</tr></thead>'
+        f"<tbody>{''.join(_row(slide, row) for slide, row in rows[:_SHOWN])}</tbody></table></div>"
         f'<p class="soft">{left_out} measurements: <a href="{address}">{address}</a></p></section>'
     )
 

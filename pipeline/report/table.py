@@ -45,15 +45,15 @@ def slide_table(slides: Sequence[SlideResult]) -> str:
         f'placeholder="name, cause, warning"><select id="state" aria-label="which slides">{options}</select>'
         f'<span id="shown" class="soft"></span><span class="soft">sizes: 0 to {_SHOWN_UM2} µm² and above · '
         f"{keys}</span></div>\n"
-        f'<table id="slides"><thead><tr><th></th>{heads}</tr></thead>\n<tbody>\n'
-        f"{''.join(_row(slide, number) for number, slide in enumerate(slides))}</tbody></table></section>"
+        f'<div class="scroll"><table id="slides"><thead><tr><th></th>{heads}</tr></thead>\n<tbody>\n'
+        f"{''.join(_row(slide, number) for number, slide in enumerate(slides))}</tbody></table></div></section>"
     )
 
 
 def _row(slide: SlideResult, number: int) -> str:
     """A slide's row; `number` names it for links from the charts."""
     status, name = html.escape(str(slide.row["status"])), html.escape(slide.name)
-    picture = f'<img src="{slide.picture}" alt="" loading="lazy">' if slide.picture else ""
+    picture = f'<img src="{slide.picture}" alt="the nuclei on {name}" loading="lazy">' if slide.picture else ""
     remarks = slide.remarks or [str(cause) for cause in [slide.row.get("cause")] if cause]
     known = slide.number if slide.state == "done" else lambda _: np.nan
     cells = [

@@ -24,7 +24,10 @@ function thumbnail(slide) {
   image.alt = "";
   image.src = `slides/${slide.number}/thumbnail.jpg`;
   image.addEventListener("error", () => image.remove());
-  return link(slide, image);
+  const again = link(slide, image); // the slide's name leads there, too: once is enough for keyboards and screen readers
+  again.tabIndex = -1;
+  again.ariaHidden = "true";
+  return again;
 }
 
 function show(slide) {

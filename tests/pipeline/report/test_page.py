@@ -293,15 +293,17 @@ def test_classes_have_their_shares(tmp_path):
     assert "Classes of" not in page.text
 
 
-def test_the_table_is_no_wider_than_the_page(tmp_path):
-    """Also with the shares of several classes: the warnings are in its last column."""
+def test_the_page_is_no_wider_than_the_window(tmp_path):
+    """Also with the shares of several classes: the warnings come last. A narrow window scrolls the table."""
     classes = {"Connective": 1950, "Inflammatory": 302, "Neoplastic": 55, "Epithelial": 20}
     finish(tmp_path / "a", {**found(), "classes": classes}, remarks=["artefacts cover much of the tissue " * 3])
     path = write_report(RunFolder(tmp_path), [row("a")])
     with browser() as page:
         page.open(path.as_uri())
         page.wait_for("document.querySelector('#slides .remarks p').textContent")
-        assert page.evaluate("document.documentElement.scrollWidth") <= SIZE[0]
+        for width in (SIZE[0], 1200, 400):
+            page.resize(width, SIZE[1])
+            assert page.evaluate("document.documentElement.scrollWidth") <= width
 
 
 def test_a_cause_hides_no_warning(tmp_path):

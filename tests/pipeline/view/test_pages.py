@@ -88,6 +88,11 @@ def test_the_list_and_a_slide_with_its_nuclei(page: Browser, finished: Finished)
         page.wait_for("document.querySelectorAll('#slides tr').length === 3")
         assert text(page, "summary").startswith("2 of 3 slides done")
         page.wait_for("[...document.images].every((image) => image.complete && image.naturalWidth)")
+        reached = "[...document.links].filter((link) => link.tabIndex >= 0).every((link) => link.textContent)"
+        assert page.evaluate(reached)  # one link a slide, by its name
+        page.resize(400, SIZE[1])
+        assert page.evaluate("document.documentElement.scrollWidth") <= 400
+        page.resize(*SIZE)
         page.evaluate("document.querySelector('td.name a').click()")
         assert page.wait_for(DRAWN) == finished.nuclei
         page.wait_for(f"document.getElementById('shown').textContent === '{finished.nuclei} nuclei'")
