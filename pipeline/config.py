@@ -287,6 +287,10 @@ class Export:
 WORK_FORMAT = 12
 "Version of the files in a slide's work folder: raised with every change after which older ones must not be continued."
 
+# Tables of `Settings` that are no part of its digest: exports are made from nuclei.parquet again and again, and regions
+# are part of the digest of each slide, `pipeline.segment.job.Job.digest`.
+UNDIGESTED = ("export", "regions")
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -307,11 +311,10 @@ class Settings:
         """Names everything that nuclei.parquet depends on: no device, batch, export, and of files the content only.
 
         The checksums of the files are part of the settings once `pipeline.archive.manifest.resolve` has set them.
-        Regions are part of the digest of each slide, `pipeline.segment.job.Job.digest`.
         """
         content = dataclasses.asdict(self)
-        del content["export"]  # made from the table, again and again
-        del content["regions"]
+        for table in UNDIGESTED:
+            del content[table]
         for name in ("device", "batch", "weights"):
             del content["detector"][name]
         for name in ("weights", "template"):

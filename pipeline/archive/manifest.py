@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pipeline import files
-from pipeline.config import CONTEXT_PX, STRIDES, Architecture, Settings, Stain, Tiling, grid_step
+from pipeline.config import CONTEXT_PX, STRIDES, UNDIGESTED, Architecture, Settings, Stain, Tiling, grid_step
 from pipeline.errors import RunError
 from pipeline.layout import LEASE, RunFolder
 from pipeline.model.weights import (
@@ -244,11 +244,13 @@ def _differences(before: Mapping[str, Any], settings: Settings) -> str:
     now, then = asdict(settings), before["settings"]
     changed = []
     for table, values in now.items():
+        if table in UNDIGESTED:
+            continue
         for key, value in values.items():
-            before_value = then.get(table, {}).get(key)
-            if json.loads(json.dumps(value)) == before_value:
+            then_value, now_value = then.get(table, {}).get(key), json.loads(json.dumps(value))
+            if now_value == then_value:
                 continue
             file = key.removesuffix("_sha256")
             same = f"the file of {table}.{file} has other content"
-            changed.append(same if file != key else f"{table}.{key} was {before_value!r}, is {value!r}")
+            changed.append(same if file != key else f"{table}.{key} was {then_value!r}, is {now_value!r}")
     return "; ".join(changed) or "the version of the work format changed"

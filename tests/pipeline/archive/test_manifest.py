@@ -9,10 +9,11 @@ import pytest
 
 from pipeline import files
 from pipeline.api import CPU_SECONDS_PER_MM2, speed
-from pipeline.archive.manifest import check_seams, check_worker, resolve, versions
+from pipeline.archive.manifest import check_seams, check_worker, open_run, resolve, versions
 from pipeline.archive.run import run
-from pipeline.config import Architecture, Detector, Execution, Settings, Tiling
+from pipeline.config import Architecture, Detector, Execution, Export, Settings, Tiling
 from pipeline.errors import RunError
+from pipeline.layout import RunFolder
 from pipeline.model.detector import NucleusDetector, save_weights
 
 
@@ -88,3 +89,15 @@ def test_a_worker_is_fit_for_work_where_the_disk_is_full(tmp_path: Path, monkeyp
     with pytest.raises(OSError, match="No space left"):
         files.now_ns(tmp_path)
     check_worker(versions(), tmp_path / "run.json", None)
+
+
+def test_of_other_settings_only_those_are_named_that_matter(tmp_path: Path) -> None:
+    """Other formats alone are no reason to refuse a folder: a run writes them beside the others."""
+    run = RunFolder(tmp_path)
+    open_run(run, resolve(Settings()), overwrite=False)
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "slide.json").write_text("{}")
+    csv = Export(formats=("qupath", "csv"))
+    open_run(run, resolve(Settings(export=csv)), overwrite=False)
+    with pytest.raises(RunError, match=r"\): tiling\.tile was 1280, is 512\. Choose another --out"):
+        open_run(run, resolve(Settings(export=csv, tiling=Tiling(tile=512))), overwrite=False)
