@@ -166,7 +166,7 @@ class Detector:
     """The detector's weights, thresholds and limits, and where it runs."""
 
     weights: Annotated[str, Parameter(name=["--detector.weights", "--weights"], group=COMMON)] = "nuclei"
-    "Name of shipped weights, or a .safetensors file."
+    "Name of shipped weights (`nightslide doctor` lists them), or a .safetensors file."
     views: Annotated[Literal[1, 2, 4, 8], Parameter(name=["--detector.views", "--views"], group=COMMON)] = 1
     "Test-time-augmentation views per patch (flips, quarter-turns, shifts), fused by overlap with votes."
     score: float | None = None

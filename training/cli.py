@@ -9,7 +9,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from pipeline.config import Architecture, Execution, Settings, StainArchitecture
+from pipeline.config import EXECUTION, Architecture, Execution, Settings, StainArchitecture
 from pipeline.errors import ConfigError
 from pipeline.text import counted
 from training.config import DATA, NETWORK, OUTPUT, StainTraining, Training
@@ -150,7 +150,7 @@ def evaluate(
     per_image: Annotated[bool, Parameter(negative="", group=OUTPUT)] = False,
     breakdown: Annotated[bool, Parameter(negative="", group=OUTPUT)] = False,
     settings: Annotated[Settings, Flat] = Settings(),
-    execution: Annotated[EvaluationExecution, Flat] = EvaluationExecution(),
+    execution: Annotated[EvaluationExecution, Parameter(name="*", group=EXECUTION)] = EvaluationExecution(),
 ) -> int:
     """Segment a dataset's images as `run` would, and score the result against their annotations.
 

@@ -44,8 +44,9 @@ def qupath_export(folder: Path, *objects: tuple[str, str]) -> Path:
 
 
 @pytest.mark.parametrize("command", ["train", "evaluate", "fit-stain", "convert"])
-def test_every_flag_is_explained_and_in_a_group(command: str) -> None:
+def test_every_flag_is_explained_and_in_a_group(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Law: a sentence for each command and flag; the settings of `run` are tested with `run`."""
+    assert "─ Parameters ─" not in run(capsys, command, "--help")[1]  # flags without a group, which come first
     arguments = app[command].assemble_argument_collection(parse_docstring=True)
     own = [a for a in arguments if a.show and (not a.keys or command != "evaluate")]
     assert len(own) > 3
