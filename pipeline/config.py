@@ -597,10 +597,17 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path} is not a readable TOML file: {error}") from error
 
 
+@dataclass(frozen=True)
+class _File(Settings):
+    """The tables of a TOML file."""
+
+    execution: Execution = field(default_factory=Execution)
+
+
 def check(content: dict[str, Any], path: Path) -> Settings:
     """The settings in the content of a TOML file. Raises ConfigError, also for its table `execution`."""
-    build(Execution, content.get("execution", {}), where=f"{path}: execution")
-    return build(Settings, {key: value for key, value in content.items() if key != "execution"}, where=str(path))
+    whole = build(_File, content, where=str(path))
+    return Settings(**{table.name: getattr(whole, table.name) for table in dataclasses.fields(Settings)})
 
 
 def checked(name: str, value: T, kind: type[T]) -> T:

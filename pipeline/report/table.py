@@ -43,7 +43,7 @@ def slide_table(slides: Sequence[SlideResult]) -> str:
     return (
         f'<section><h2>Slides</h2>\n<div class="controls"><input id="words" type="search" aria-label="filter" '
         f'placeholder="name, cause, warning"><select id="state" aria-label="which slides">{options}</select>'
-        f'<span id="shown" class="soft"></span><span class="soft">sizes: 0 to {_SHOWN_UM2} µm² and above · '
+        f'<span id="shown" class="soft"></span><span class="soft">sizes: 0 to {_SHOWN_UM2} µm² and above · seconds: '
         f"{keys}</span></div>\n"
         f'<div class="scroll"><table id="slides"><thead><tr><th></th>{heads}</tr></thead>\n<tbody>\n'
         f"{''.join(_row(slide, number) for number, slide in enumerate(slides))}</tbody></table></div></section>"

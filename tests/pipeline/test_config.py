@@ -68,6 +68,7 @@ def test_toml_sets_what_it_names_and_leaves_the_rest(tmp_path: Path) -> None:
     [
         ("[detector]\nscor = 0.3", "unknown key 'scor'; the keys here are weights, views, score"),
         ("[detektor]\nscore = 0.3", "unknown key 'detektor'; the keys here are tissue, tiling"),
+        ("workers = 4", "the keys here are tissue, tiling, stain, detector, stitching, regions, export, execution"),
         ("[detector]\nscore = 'high'", "score='high': need float"),
         ("[tiling]\ntile = 512.5", "tile=512.5: need int"),
         ("[tiling]\ntile = true", "tile=True: need int"),
