@@ -42,8 +42,9 @@ PATIENCE_S = 120  # until a trial has failed
 
 # Forked, so that a trial need not import anything. This process starts no threads and computes nothing.
 FORK = multiprocessing.get_context("fork")
-with contextlib.suppress(ImportError):
-    importlib.import_module("pandas")  # pyarrow would import it in every trial, where it is installed
+for module in ("pipeline.segment.stages", "torch", "scipy.ndimage", "pandas"):  # what a run imports when it needs it
+    with contextlib.suppress(ImportError):  # pandas, which pyarrow asks for, is not installed everywhere
+        importlib.import_module(module)
 
 
 def segment(slide: Path, out: Path, threads: int, patch_s: float) -> None:
