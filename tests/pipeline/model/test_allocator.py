@@ -1,12 +1,16 @@
 """What was freed is used again without the kernel; a user's own choice stands."""
 
+import os
 import platform
 import subprocess
 import sys
 
 import pytest
 
+from pipeline.archive.workers import execution
 from pipeline.model.allocator import ENVIRONMENT
+from training import fit
+from training.config import Training
 
 pytestmark = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
 
@@ -107,6 +111,7 @@ libc = ctypes.CDLL(None)
 class MallInfo(ctypes.Structure):
     _fields_ = [(f"field_{n}", ctypes.c_size_t) for n in range(10)]
 libc.mallinfo2.restype = MallInfo
+torch.set_num_threads(1)  # two would wait for each other most of the time
 weight, used = torch.ones(64, 64, 3, 3), []
 with torch.inference_mode():
     for side in range(10, 410):
@@ -122,26 +127,15 @@ def test_what_is_prepared_for_sizes_of_images_is_bounded() -> None:
     assert int(done.stdout) < 500
 
 
-PREPARED = """
-import os
-from training.config import Training
-from {module} import {function}
-{function}({argument})
-print(os.environ.get("ONEDNN_PRIMITIVE_CACHE_CAPACITY"), os.environ.get("LRU_CACHE_CAPACITY"))
-"""
-
-
-@pytest.mark.parametrize(
-    ("module", "function", "argument", "layers"),
-    [
-        ("pipeline.archive.workers.execution", "_use_this_process", '"cpu"', "128"),
-        ("training.fit", "_this_process", 'Training(device="cpu")', "None"),  # else each step would prepare all again
-    ],
-)
 def test_few_prepared_layers_are_kept_by_processes_that_detect_and_do_not_train(
-    module: str, function: str, argument: str, layers: str
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    code = PREPARED.format(module=module, function=function, argument=argument)
-    environment = {"PYTHONPATH": ":".join(sys.path)}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout.split() == [layers, layers]
+    """Else each step of a training would prepare all again."""
+    variables: dict[str, str] = {}
+    monkeypatch.setattr(os, "environ", variables)
+    for module in (execution, fit):
+        monkeypatch.setattr(module, "keep_freed_memory", bool)  # it would hold for all tests of this process
+    fit._this_process(Training(device="cpu"))
+    assert variables == {}
+    execution._use_this_process("cpu")
+    assert variables == {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128", "LRU_CACHE_CAPACITY": "128"}
