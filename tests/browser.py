@@ -1,6 +1,5 @@
 """Debian's Chromium, without a window, told what to do by its DevTools protocol."""
 
-import base64
 import contextlib
 import itertools
 import json
@@ -72,9 +71,6 @@ class Browser:
     def point(self, x: float, y: float) -> None:
         """Move the mouse, CSS px."""
         self._tell("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
-
-    def screenshot(self, path: Path) -> None:
-        path.write_bytes(base64.b64decode(self._tell("Page.captureScreenshot")["data"]))
 
 
 @contextlib.contextmanager
