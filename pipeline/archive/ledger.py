@@ -16,7 +16,7 @@ from pipeline.config import Settings
 from pipeline.errors import RunError
 from pipeline.layout import RunFolder, SlideFolder
 from pipeline.segment.job import slide_digest
-from pipeline.segment.record import OF_OTHER_SETTINGS, WAITS, SlideRecord, knows_regions, read_record
+from pipeline.segment.record import OF_OTHER_SETTINGS, WAITS, SlideRecord, is_whole, read_record
 from pipeline.text import counted, counted_nuclei, csv_cell, from_csv_cell
 
 
@@ -98,16 +98,11 @@ def other_slides(run: RunFolder, own: Collection[str], settings: Settings) -> Ot
 def read_finished(folder: SlideFolder, name: str) -> tuple[SlideRecord | None, dict[str, Any]]:
     """The record of a finished slide, and what slide.json holds; None where that is missing or damaged."""
     content = files.read_json(folder.slide_json) or {}
-    try:
-        known = {"digest", "regions"} <= content.keys() and knows_regions(content)
-        complete = files.fits_checksum(content) and known
-        return (read_record(content, name) if complete else None), content
-    except (KeyError, TypeError, AttributeError, ValueError):
-        return None, content
+    return (read_record(content, name) if is_whole(content) else None), content
 
 
 def _digest(content: Mapping[str, Any], settings: Settings) -> str:
-    regions = content["regions"]
+    regions = content.get("regions")
     return slide_digest(settings, regions and (regions["sha256"], regions["crop"]))
 
 

@@ -18,7 +18,7 @@ from pipeline.segment import annotations, tables
 from pipeline.segment.export import FORMATS, Exported, check_formats
 from pipeline.segment.job import Job, Origin
 from pipeline.segment.plan import Plan, read_artefacts, read_plan, reported_tissue
-from pipeline.segment.record import SlideRecord, knows_regions, read_record, remarks
+from pipeline.segment.record import SlideRecord, is_whole, remarks
 from pipeline.segment.summary import summarise
 from pipeline.segment.tables import checked_between_groups
 from pipeline.text import one_line
@@ -171,7 +171,7 @@ def rewrite_exports(folder: SlideFolder, export: Export) -> dict[str, Exported]:
     if content is not None:
         placed = _placed(folder, _crop_of_outlines(export, content))
         made = _describe(folder, export, (*placed, *(EXPORTS[name] for name in export.formats)))
-        content = {**content, "files": {**content.get("files", {}), **made}}
+        content = {**content, "files": {**content["files"], **made}}
         files.write_json(folder.slide_json, files.with_checksum(content))
     return exported
 
@@ -183,7 +183,7 @@ def _crop_of_outlines(export: Export, content: Mapping[str, Any]) -> bool | None
     Returns True for the corner of the slide's bounds, False for that of the whole slide, None for where they are.
     """
     if "qupath" not in export.formats:
-        crop: bool | None = content.get("files", {}).get(EXPORTS["qupath"], {}).get("options", {}).get("crop")
+        crop: bool | None = content["files"].get(EXPORTS["qupath"], {}).get("options", {}).get("crop")
         if crop is not None:
             return crop
     return export.crop if any("crop" in FORMATS[name].options for name in export.formats) else None
@@ -207,7 +207,7 @@ def _read_whole(folder: SlideFolder) -> dict[str, Any] | None:
     A damaged one is not to be written again: it would get a new checksum, which would fit the damage.
     """
     content = files.read_json(folder.slide_json)
-    return content if content is not None and files.fits_checksum(content) else None
+    return content if content is not None and is_whole(content) else None
 
 
 def unnoted_exports(folder: SlideFolder) -> str:
@@ -224,30 +224,13 @@ def damaged_results(folder: SlideFolder, content: Mapping[str, Any], *, thorough
     thorough: every file by its checksum, which reads every byte; else only the size of nuclei.parquet, as all
     others can be made again from it.
     """
-    if not _is_complete(content):
+    if not is_whole(content):
         yield f"{folder.slide_json.name} is damaged: {remedy(folder.slide_json)}"
         return
     known = content["files"]
     for name in known if thorough else {folder.nuclei.name} & known.keys():
         if problem := _damage(folder.path / name, known[name], thorough=thorough):
             yield f"{name} {problem}: {remedy(folder.path / name)}"
-
-
-def _is_complete(content: Mapping[str, Any]) -> bool:
-    """Whether a slide.json is as it was written, and holds what other functions read of it and of every file."""
-    known = content.get("files")
-    try:
-        read_record(content, "")
-    except (AttributeError, KeyError, TypeError, ValueError):
-        return False
-    return (
-        files.fits_checksum(content)
-        and {"digest", "quick_hash"} <= content.keys()
-        and knows_regions(content)
-        and isinstance(known, dict)
-        and all(isinstance(about, dict) and isinstance(about.get("bytes"), int) for about in known.values())
-        and all("sha256" in about for about in known.values())
-    )
 
 
 def _damage(file: Path, known: Mapping[str, Any], *, thorough: bool) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
 
+from pipeline import files
 from pipeline.segment.attempts import Attempt
 from pipeline.text import counted
 from slides.artefacts import KINDS
@@ -184,13 +185,25 @@ def read_record(content: Mapping[str, Any], name: str) -> SlideRecord:
     return dataclasses.replace(SlideRecord.from_json(content["record"]), slide=name)
 
 
-def knows_regions(content: Mapping[str, Any]) -> bool:
-    """Whether a slide.json says legibly to which regions the slide was restricted, or that it was not."""
-    regions = content.get("regions")
-    kinds = {"path": str, "crop": bool, "sha256": str}  # as `finished` writes them
-    return regions is None or (
-        isinstance(regions, dict) and all(isinstance(regions.get(name), kind) for name, kind in kinds.items())
+def is_whole(content: Mapping[str, Any]) -> bool:
+    """Whether a slide.json is as `finished` wrote it, and holds what others read of it and of every file."""
+    known, regions = content.get("files"), content.get("regions")
+    try:
+        read_record(content, "")
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return False
+    return (
+        files.fits_checksum(content)
+        and {"digest", "quick_hash"} <= content.keys()
+        and (regions is None or _holds(regions, {"path": str, "crop": bool, "sha256": str}))
+        and isinstance(known, dict)
+        and all(_holds(about, {"bytes": int, "sha256": str}) for about in known.values())
     )
+
+
+def _holds(value: Any, kinds: Mapping[str, type]) -> bool:
+    """Whether a value of JSON is an object with these fields, each of its kind."""
+    return isinstance(value, dict) and all(isinstance(value.get(name), kind) for name, kind in kinds.items())
 
 
 def device_use(work: StageRecord) -> str:

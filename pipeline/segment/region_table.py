@@ -19,7 +19,7 @@ from pipeline.segment import annotations, tables
 from pipeline.segment.finished import remedy
 from pipeline.segment.geojson import read_objects
 from pipeline.segment.polygons import Floats, Ints, Polygons
-from pipeline.segment.record import knows_regions
+from pipeline.segment.record import is_whole
 from pipeline.segment.regions import RegionFile, SlideRegions, contained, read_regions
 from pipeline.text import counted
 from slides.errors import NightslideError
@@ -159,8 +159,7 @@ def _segmented(
     Raises AnnotationError where slide.json, which says so, is damaged.
     """
     content = files.read_json(slide.slide_json)
-    legible = content is not None and files.fits_checksum(content) and knows_regions(content)
-    if slide.slide_json.exists() and not legible:
+    if slide.slide_json.exists() and not (content and is_whole(content)):
         raise AnnotationError(
             f"{slide.slide_json} is damaged, which says what was segmented: {remedy(slide.slide_json)}"
         )

@@ -100,6 +100,7 @@ def test_a_cell_reads_back_as_the_text_that_it_was_made_from(text: str) -> None:
     [
         {"regions": "none"},
         {"regions": {"path": "/drawn/a.geojson"}},
+        {"files": {"overlay.jpg": {}}},
         {"record": {"slide": "", "status": "done", "work": {"seconds": {"plan": "long"}}}},
         {"record": {"slide": "", "status": "done", "work": {"counts": {"nuclei": "many"}}}},
         {"record": {"slide": "", "status": "done", "attempts": [["yesterday", "today"]]}},
