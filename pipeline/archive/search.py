@@ -12,7 +12,7 @@ from pipeline.archive.naming import Place
 from pipeline.archive.remote import RemoteSlide, locate
 from pipeline.errors import RunError
 from pipeline.layout import STAGED, RunFolder
-from pipeline.text import printable
+from pipeline.text import counted, printable
 from slides.dicom import read_header
 from slides.errors import SlideError
 from slides.parts import Directory, LocalDirectory
@@ -82,7 +82,7 @@ class Search:
         while self._links:
             self._link(self._links.popleft())
         for home, count in sorted(self._outward.items()):
-            links = "1 link leads" if count == 1 else f"{count} links lead"
+            links = counted(count, "link leads", "links lead")
             self.unread.append(printable(f"{links} out of {home}: not followed, give --follow-links"))
 
     def add(self, path: Path, place: Place) -> str:
