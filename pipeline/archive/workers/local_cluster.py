@@ -9,7 +9,7 @@ from collections.abc import Iterator, Set
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from pipeline.archive.workers.machine import count_cores, usable_gpus, worker_specs
+from pipeline.archive.workers.machine import WorkerSpec, count_cores, usable_gpus, worker_specs
 from pipeline.archive.workers.processes import GUARD, interrupts_kept_from_children
 from pipeline.config import Execution
 from pipeline.errors import RunError
@@ -20,28 +20,14 @@ from pipeline.model.allocator import ENVIRONMENT
 def start_cluster(execution: Execution, device: str) -> Iterator[Any]:
     """A client of a cluster on this machine, which ends with it."""
     import dask
-    from distributed import Client, Nanny, Scheduler, SpecCluster
+    from distributed import Client, Scheduler, SpecCluster
     from distributed.worker_memory import parse_memory_limit
 
     gpus = usable_gpus(execution, device)
     chosen = worker_specs(execution.workers, count_cores(), gpus)
     log, whole = logging.getLogger(__name__), sum(spec.memory for spec in chosen)
     limits = [parse_memory_limit(execution.memory_limit, spec.memory, whole, logger=log) for spec in chosen]
-    workers = {
-        number: {
-            "cls": Nanny,
-            "options": {
-                "nthreads": spec.threads,
-                "resources": spec.resources,
-                "env": spec.environment,
-                "memory_limit": limits[number],
-                "host": "127.0.0.1",  # else its ports are open to the network, without authentication
-                "dashboard": False,
-                "silence_logs": logging.CRITICAL,  # a task that fails is a row of the ledger
-            },
-        }
-        for number, spec in enumerate(chosen)
-    }
+    workers = {number: _worker(*one) for number, one in enumerate(zip(chosen, limits, strict=True))}
     scheduler = {
         "cls": Scheduler,
         "options": {"host": "127.0.0.1", "dashboard": True, "dashboard_address": "127.0.0.1:0"},
@@ -68,6 +54,22 @@ def start_cluster(execution: Execution, device: str) -> Iterator[Any]:
         client = stack.enter_context(Client(cluster, set_as_default=False))
         client.wait_for_workers(len(chosen), timeout=120)
         yield client
+
+
+def _worker(spec: WorkerSpec, memory_limit: int | None) -> dict[str, Any]:
+    """A worker process, as `SpecCluster` starts it."""
+    from distributed import Nanny
+
+    options = {
+        "nthreads": spec.threads,
+        "resources": spec.resources,
+        "env": spec.environment,
+        "memory_limit": memory_limit,
+        "host": "127.0.0.1",  # else its ports are open to the network, without authentication
+        "dashboard": False,
+        "silence_logs": logging.CRITICAL,  # a task that fails is a row of the ledger
+    }
+    return {"cls": Nanny, "options": options}
 
 
 @contextmanager
