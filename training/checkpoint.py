@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from pipeline.config import Architecture, StainArchitecture
 from pipeline.errors import ConfigError, WeightsError
 from pipeline.files import committed, read_json, remove, write_json
 from slides.partial import replace
@@ -128,9 +129,9 @@ def _moments(tensors: Mapping[str, Tensor], optimiser: torch.optim.Optimizer) ->
     return state
 
 
-def named_fields(name: str, settings: Any) -> dict[str, object]:
-    """The fields of a dataclass for a recipe, as <name>.<field>, so that a difference is named by its field."""
-    return {f"{name}.{field}": value for field, value in dataclasses.asdict(settings).items()}
+def architecture_fields(architecture: Architecture | StainArchitecture) -> dict[str, object]:
+    """What a recipe states of the network: each field by itself, so that a difference is named by its field."""
+    return {f"architecture.{field}": value for field, value in dataclasses.asdict(architecture).items()}
 
 
 def data_fields(datasets: Sequence[Dataset]) -> dict[str, object]:

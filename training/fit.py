@@ -172,8 +172,8 @@ def _recipe(
     datasets: Sequence[Dataset], training: Training, architecture: Architecture, process: Process
 ) -> dict[str, object]:
     """All that decides the weights; see `checkpoint.resume`."""
-    shape = checkpoint.named_fields("architecture", architecture)
-    return {**_noted_recipe(training), **shape, **checkpoint.data_fields(datasets), "processes": process.size}
+    network, data = checkpoint.architecture_fields(architecture), checkpoint.data_fields(datasets)
+    return {**_noted_recipe(training), **network, **data, "processes": process.size}
 
 
 def _noted_recipe(training: Training) -> dict[str, object]:

@@ -76,7 +76,7 @@ def fit_stain(
     network = ClusterNet(architecture).to(choose_device(training.device))
     recipe = {
         **asdict(training),
-        **checkpoint.named_fields("architecture", architecture),
+        **checkpoint.architecture_fields(architecture),
         **checkpoint.data_fields(datasets),
     }
     step = _train(network, images, out, training, recipe, say)
