@@ -84,26 +84,26 @@ def fit(
     """
     out.mkdir(parents=True, exist_ok=True)
     process = _this_process(training)
+    say = say if process.rank == 0 else _silent
     if training.by_class:
         architecture = dataclasses.replace(architecture, classes=_common_classes(datasets))
-    split = [split_held_out(d.images, training.hold_out, training.seed) for d in datasets]
+    trained, held_out = _split(datasets, training)
     torch.manual_seed(training.seed)  # what is not pretrained starts from random weights
-    initial = initial_model(training.init, architecture, say if process.rank == 0 else _silent)
+    initial = initial_model(training.init, architecture, say)
     model = initial.to(process.device).to(memory_format=torch.channels_last)
     average = {k: v.detach().clone() for k, v in model.state_dict().items()}
     optimiser = torch.optim.AdamW(_parameter_groups(model, training.decay), lr=training.rate, fused=True)
-    trained = [d._replace(images=tuple(trained)) for d, (trained, _) in zip(datasets, split, strict=True)]
-    drawn = _crops(trained, training, model.architecture, say if process.rank == 0 else _silent)
+    drawn = _crops(trained, training, model.architecture, say)
     learnt = {d.name: digest for d, digest in zip(datasets, drawn.digests(), strict=True)}
     recipe = {**_recipe(datasets, training, architecture, process), "annotations": learnt}
     first, spent_s = checkpoint.resume(out / checkpoint.FOLDER, model, average, optimiser, recipe)
-    loader = _loader(drawn, first, training, process)
-    held_out = [(d.name, s) for d, (_, held) in zip(datasets, split, strict=True) for s in held]
-    crops = [held_out_crop(*one, model.architecture.mpp) for one in held_out] if process.rank == 0 else []
-    results = _Results(out, recipe, _notes(datasets, training), crops, Log(out, say))
-    wrapped = _wrapped(model, process)
-    if process.rank == 0 and first and not results.are_of(first):  # killed after the checkpoint, before the rest
-        results.write(model, average, optimiser, first, spent_s)
+    results: _Results | None = None  # the other processes write nothing
+    if process.rank == 0:
+        crops = [held_out_crop(d.name, image, model.architecture.mpp) for d in held_out for image in d.images]
+        results = _Results(out, recipe, _notes(datasets, held_out, training), crops, Log(out, say))
+        if first and not results.are_of(first):  # killed after the checkpoint, before the rest
+            results.write(model, average, optimiser, first, spent_s)
+    loader, wrapped = _loader(drawn, first, training, process), _wrapped(model, process)
     step, skipped, limit_s = first, 0, 60 * training.minutes
     spent_s = 0.0 if training.steps else spent_s  # of a number of steps, each call has its minutes
     started = time.monotonic() - spent_s
@@ -118,7 +118,7 @@ def fit(
         skipped += not torch.isfinite(norm)
         _update_average(average, model, min(training.average, step / (step + 10)))
         stop = step == training.steps or 0 < limit_s <= seconds
-        if process.rank == 0:
+        if results:
             results.log.add(losses, norm)
             if stop or step % LOG_EVERY == 0:
                 results.log.losses(step, training.steps, skipped)
@@ -126,8 +126,7 @@ def fit(
                 results.write(model, average, optimiser, step, seconds)
         if stop:
             break
-    if process.rank == 0:
-        say(f"stopped at step {step}{f' of {training.steps}' if training.steps else ''}: {out / WEIGHTS_FILE}")
+    say(f"stopped at step {step}{f' of {training.steps}' if training.steps else ''}: {out / WEIGHTS_FILE}")
     _leave(process)
     return out / WEIGHTS_FILE
 
@@ -181,16 +180,22 @@ def _noted_recipe(training: Training) -> dict[str, object]:
     return {**dataclasses.asdict(training), "init": Path(training.init).name}
 
 
-def _notes(datasets: Sequence[Dataset], training: Training) -> dict[str, str]:
+def _notes(datasets: Sequence[Dataset], held_out: Sequence[Dataset], training: Training) -> dict[str, str]:
     """What the weights file records of its training."""
-    aside = {d.name: [i.id for i in split_held_out(d.images, training.hold_out, training.seed)[1]] for d in datasets}
     notes = {
         "data": json.dumps({d.name: len(d.images) for d in datasets}),
-        "held_out": json.dumps(aside),
+        "held_out": json.dumps({d.name: [image.id for image in d.images] for d in held_out}),
         "recipe": json.dumps(_noted_recipe(training)),
     }
     terms = training.licence or _licence_of(training.init)
     return {**notes, "licence": terms} if terms else notes
+
+
+def _split(datasets: Sequence[Dataset], training: Training) -> tuple[list[Dataset], list[Dataset]]:
+    """The datasets with the images that are trained on, and with those that are held out."""
+    parts = [split_held_out(d.images, training.hold_out, training.seed) for d in datasets]
+    trained = [d._replace(images=tuple(images)) for d, (images, _) in zip(datasets, parts, strict=True)]
+    return trained, [d._replace(images=tuple(images)) for d, (_, images) in zip(datasets, parts, strict=True)]
 
 
 def split_held_out(images: Sequence[Sample], hold_out: int, seed: int) -> tuple[list[Sample], list[Sample]]:
