@@ -172,15 +172,24 @@ def evaluate(
     """
     import shlex
 
-    from pipeline.files import refuse_folder, write_json
-    from training.evaluate import Outputs, as_json, check_outputs, gather, report, report_breakdown, whole_images
+    from pipeline.files import write_json
+    from training.evaluate import (
+        Outputs,
+        as_json,
+        check_outputs,
+        check_scores,
+        gather,
+        report,
+        report_breakdown,
+        whole_images,
+    )
     from training.evaluate import evaluate as score_images
 
     for folder in (save_labels, pictures, None if json is None else json.parent):
         if folder is not None:  # now, not when all images have been segmented
             _make_folder(folder)
     if json is not None:
-        refuse_folder(json)
+        check_scores(json)
     images, outputs = gather(data, split, mpp), Outputs(save_labels, pictures)
     check_outputs(outputs, images.images, data)
     _warn(images.skipped)

@@ -21,7 +21,7 @@ from PIL import Image
 from pipeline.archive.run import run
 from pipeline.config import Execution, Settings
 from pipeline.errors import AnnotationError, ConfigError
-from pipeline.files import read_json
+from pipeline.files import read_json, refuse_folder
 from pipeline.layout import RunFolder
 from pipeline.model.weights import detector_architecture, find_weights
 from pipeline.segment import tables
@@ -314,11 +314,20 @@ def check_outputs(outputs: Outputs, images: Sequence[EvaluationImage], data: Seq
     if outputs.labels and outputs.pictures and outputs.labels.resolve() == outputs.pictures.resolve():
         raise ConfigError(f"label maps and pictures in {outputs.labels} would have the same names: need two folders")
     of_data = [folder.resolve() for folder in data if folder.is_dir()]
+    own = {image.sample.image.resolve() for image in images if image.sample.image}  # of a file, beside other folders
     for folder in filter(None, outputs):
-        if any(folder.resolve().is_relative_to(of) for of in of_data):
-            for image in images:
-                if (path := folder / f"{image.name}.png").exists():
-                    raise ConfigError(f"{path} is there already, in the folder of a dataset: choose another folder")
+        inside = any(folder.resolve().is_relative_to(of) for of in of_data)
+        for image in images:
+            path = folder / f"{image.name}.png"
+            if path.resolve() in own or (inside and path.exists()):
+                raise ConfigError(f"{path} is there already, in the folder of a dataset: choose another folder")
+
+
+def check_scores(path: Path) -> None:
+    """Raises ConfigError for a folder, or a file that is there and holds no scores: it may be one of annotations."""
+    refuse_folder(path)
+    if path.is_file() and path.stat().st_size and "overall" not in (read_json(path) or {}):
+        raise ConfigError(f"{path} is there already, and holds no scores of `evaluate`: choose another name")
 
 
 def _inside(folder: Path, name: str) -> Path:

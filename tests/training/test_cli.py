@@ -17,7 +17,7 @@ from pipeline.errors import ConfigError
 from training import cli as training_cli
 from training import config
 from training.data.datasets import read_dataset
-from training.evaluate import gather
+from training.evaluate import check_scores, gather
 
 GROUPS = {value.name for value in vars(config).values() if isinstance(value, type(config.DATA))}
 
@@ -203,6 +203,23 @@ def test_what_evaluation_writes_takes_no_file_of_the_dataset(
     assert status == 2
     assert f"{data / 'x.png'} is there already, in the folder of a dataset: choose another folder" in err
     assert (data / "x.png").read_bytes() == before
+    # the annotations alone, with the image beside them
+    status, _, err = run(capsys, "evaluate", "--data", data / "x.geojson", "--mpp", 0.25, flag, data)
+    assert (status, (data / "x.png").read_bytes()) == (2, before)
+    assert f"{data / 'x.png'} is there already, in the folder of a dataset: choose another folder" in err
+
+
+def test_scores_do_not_take_the_place_of_annotations(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Former scores may be replaced, and an empty file, as `mktemp` makes it."""
+    data = qupath_export(tmp_path / "one", ("detection", "Tumor"))
+    annotations, scores = data / "x.geojson", tmp_path / "scores.json"
+    before = annotations.read_bytes()
+    status, _, err = run(capsys, "evaluate", "--data", data, "--mpp", 0.25, "--json", annotations)
+    assert (status, annotations.read_bytes()) == (2, before)
+    assert f"{annotations} is there already, and holds no scores of `evaluate`: choose another name" in err
+    for former in ("", '{"overall": {}}'):
+        scores.write_text(former)
+        check_scores(scores)
 
 
 def test_label_maps_and_pictures_have_folders_of_their_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -92,6 +92,7 @@ def read_dataset(data: Path, splits: Sequence[str] = (), mpp: float | None = Non
             metadata.groups.get(id_, group_of(id_) if entries[id_].group is None else entries[id_].group or ""),
             _scale(entries[id_], metadata, mpp, data),
             partial(_renumbered, entries[id_].read, number) if metadata.merge else entries[id_].read,
+            entries[id_].image,
         )
         for id_ in _chosen(entries, splits, beside, data)
     )

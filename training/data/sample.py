@@ -52,6 +52,7 @@ class Sample(NamedTuple):
     group: str  # organ, patient or laboratory; "" where unknown
     mpp: float
     read: Callable[[], LabelledImage]
+    image: Path | None = None  # the file of its pixels, where that is known
 
 
 class Dataset(NamedTuple):
