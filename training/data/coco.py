@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pipeline.errors import AnnotationError
-from pipeline.files import committed, write_json
+from pipeline.files import committed, remove, write_json
 from training.data.sample import (
     DATASET_FILE,
     SPLITS_FILE,
@@ -94,6 +94,14 @@ def write_coco(dataset: Dataset, path: Path) -> Conversion:
             f"{path.parent} holds {path.name} or images already: need a new folder, so that none is replaced"
         )
     (path.parent / "images").mkdir(parents=True, exist_ok=True)
+    try:
+        return _write(dataset, path)
+    except BaseException:  # also when interrupted: the images that are written would be in the way of another try
+        remove(path.parent / "images")
+        raise
+
+
+def _write(dataset: Dataset, path: Path) -> Conversion:
     images: list[dict[str, Any]] = []
     nuclei: list[dict[str, Any]] = []
     contested, lost = 0, 0
