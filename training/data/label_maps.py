@@ -19,6 +19,7 @@ from pipeline.files import remove, write_json
 from training.data.mat5 import read_mat
 from training.data.sample import (
     DATASET_FILE,
+    MOST_CLASSES,
     NO_CLASSES,
     Catalogue,
     Conversion,
@@ -37,7 +38,6 @@ from training.data.sample import (
 )
 
 _MAPS = (".png", ".tif", ".tiff")
-_MOST_CLASSES = 255  # of an 8-bit map
 _MOST_NUCLEI = 65_535  # of a 16-bit map
 _PIECES_OF_A_MASK = 10  # of one number, where there is no other: nobody annotates one nucleus so
 
@@ -81,8 +81,8 @@ def write_folder(dataset: Dataset, folder: Path) -> Conversion:
     """
     if any(p.is_dir() and any(p.iterdir()) for p in (folder / "images", folder / "labels", folder / "classes")):
         raise AnnotationError(f"{folder} holds images already: need a new folder, so that two datasets do not mix")
-    if len(dataset.classes) > _MOST_CLASSES:
-        raise AnnotationError(f"{dataset.name} has {len(dataset.classes)} classes: need up to {_MOST_CLASSES}")
+    if len(dataset.classes) > MOST_CLASSES:
+        raise AnnotationError(f"{dataset.name} has {len(dataset.classes)} classes: need up to {MOST_CLASSES}")
     folders = ("images", "labels", "classes") if len(dataset.classes) > 1 else ("images", "labels")
     for name in folders:
         (folder / name).mkdir(parents=True, exist_ok=True)
@@ -286,8 +286,8 @@ def _majority(labels: NDArray[np.int32], classes: Path | NDArray[np.int32]) -> N
     if values.shape != labels.shape:
         raise AnnotationError(f"{source} is {values.shape}, the labels {labels.shape}: need one class per pixel")
     count, width = int(labels.max()) + 1, int(values.max()) + 1
-    if width > _MOST_CLASSES + 1:
-        raise AnnotationError(f"{source} goes up to {width - 1}: need classes of 1 to {_MOST_CLASSES}")
+    if width > MOST_CLASSES + 1:
+        raise AnnotationError(f"{source} goes up to {width - 1}: need classes of 1 to {MOST_CLASSES}")
     ids, row = np.unique(labels, return_inverse=True)  # numbers may be large, and few
     votes = np.bincount(row.ravel() * np.int64(width) + values.ravel(), minlength=len(ids) * width)
     table, nuclei = votes.reshape(len(ids), width)[ids > 0], ids[ids > 0]

@@ -23,6 +23,8 @@ DATASET_FILE, SPLITS_FILE = "dataset.json", "splits.json"
 SUFFIXES = frozenset([".png", ".webp", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp"])
 NO_CLASSES = ("Nucleus",)
 
+MOST_CLASSES = 255  # where they are numbers, as in an 8-bit map
+
 # Numbers of nuclei index a table, so a stray 4294967295 must not ask for its gigabytes.
 _LARGEST_NUMBER = 2**24 - 1
 
@@ -290,6 +292,10 @@ def class_names(annotated: Iterable[str], metadata: Metadata, source: Path) -> t
 
 def class_numbers(largest: int, metadata: Metadata, source: Path) -> tuple[str, ...]:
     """The dataset's classes where they are numbers, 1 to `largest`: dataset.json's names, else the numbers."""
+    if largest > MOST_CLASSES:
+        raise AnnotationError(
+            f"{source} has objects of class {largest}: need classes of 1 to {MOST_CLASSES}; is it a map of nuclei?"
+        )
     if not metadata.classes:
         return tuple(map(str, range(1, largest + 1))) or NO_CLASSES
     if largest > len(metadata.classes):

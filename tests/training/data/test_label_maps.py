@@ -100,8 +100,8 @@ def test_bad_folders_are_named(tmp_path: Path) -> None:
     with pytest.raises(AnnotationError, match="need one class per pixel"):
         read_dataset(folder, mpp=0.25).images[0].read()
     save(folder / "classes" / "x_1.png", np.full((1, 2), 300, np.uint16))
-    with pytest.raises(AnnotationError, match="need classes of 1 to 255"):
-        read_dataset(folder, mpp=0.25).images[0].read()
+    with pytest.raises(AnnotationError, match="has objects of class 300: need classes of 1 to 255"):
+        read_dataset(folder, mpp=0.25)
     (folder / "classes" / "x_1.png").unlink()
     with pytest.raises(
         AnnotationError,
@@ -337,6 +337,7 @@ def test_bad_matlab_files_are_named(tmp_path: Path) -> None:
         ({"other": labels}, r"a.mat: the labels are an array of \(0,\)"),
         ({"inst_map": labels - 3}, "need 0 to"),
         ({"inst_map": labels, "inst_type": np.array([[1]])}, "inst_type has 1 classes for 2 nuclei"),
+        ({"inst_map": labels, "inst_type": np.array([[1], [300]])}, "class 300: need classes of 1 to 255"),
         ({"inst_map": labels, "type_map": labels[:1]}, "type_map is .* need one class per pixel"),
         ({"inst_map": labels, "type_map": labels * 0}, "type_map gives nucleus 1 no class"),
     ):
