@@ -138,7 +138,10 @@ def _catalogue(content: Mapping[str, Any], source: Path, metadata: Metadata) -> 
     of_id = {entry["id"]: _image_entry(entry, source) for entry in content["images"]}
     if len(of_id) < len(content["images"]):
         raise AnnotationError(f"{source} gives two images the same id: need one for each")
-    categories = {c["id"]: c["name"] for c in sorted(content.get("categories", ()), key=lambda c: c["id"])}
+    listed_categories = sorted(content.get("categories", ()), key=lambda c: c["id"])
+    categories = {c["id"]: c["name"] for c in listed_categories}
+    if len(categories) < len(listed_categories):
+        raise AnnotationError(f"{source} gives two categories the same id: need one for each")
     names = tuple(categories.values())
     if not names or len(set(names)) < len(names) or not all(isinstance(n, str) and n for n in names):
         raise AnnotationError(f"{source} names the categories {list(names)}: need one or more, each with its own name")

@@ -171,6 +171,7 @@ def image(**changes: Any) -> dict[str, Any]:
         ({"categories": []}, r"names the categories \[\]: need one or more"),
         ({"categories": [{"id": 4, "name": "a"}, {"id": 5, "name": "a"}]}, "each with its own name"),
         ({"categories": [{"id": 4, "name": None}]}, "each with its own name"),
+        ({"categories": [{"id": 4, "name": "a"}, {"id": 4, "name": "b"}]}, "gives two categories the same id"),
         ({"categories": 3}, "is not in COCO's form"),
         ({"annotations": [3]}, "is not in COCO's form"),
         ({"annotations": [{"image_id": 5}]}, "is not in COCO's form"),
