@@ -307,8 +307,10 @@ def _numbered(data: Path, name: str) -> dict[str, Path]:
 def _load(path: Path) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
     """inst_map, int32 (h, w), and the class of nucleus n at n - 1, empty where the file has no classes."""
     content = read_mat(path, ("inst_map", "type_map", "inst_type"))
+    if "inst_map" not in content:
+        raise AnnotationError(f"{path} holds no inst_map: need the map of nuclei by that name")
     try:
-        labels = whole_numbers(np.asarray(content.get("inst_map", ())))
+        labels = whole_numbers(content["inst_map"])
         if "type_map" in content:
             return labels, _majority(labels, whole_numbers(content["type_map"]))
         if "inst_type" in content:
