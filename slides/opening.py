@@ -77,7 +77,7 @@ def _is_czi(path: Path) -> bool:
 def _open_picture(path: Path) -> openslide.ImageSlide:
     """A plain image as a slide of one level. Raises SlideUnreadable, SlideUnsupported, SlideTooLarge."""
     try:
-        with _open_quietly(path) as picture:
+        with open_quietly(path) as picture:
             count, mode = getattr(picture, "n_frames", 1), picture.mode
             # Of several images the first may be a label: then it is a slide in a format that OpenSlide lacks.
             if count == 1 and ";16" in str(getattr(picture, "tile", "")):  # how Pillow reads it, into 8
@@ -98,7 +98,7 @@ def _open_picture(path: Path) -> openslide.ImageSlide:
     )
 
 
-def _open_quietly(path: Path) -> Image.Image:
+def open_quietly(path: Path) -> Image.Image:
     """A picture, not decoded yet. Pillow warns of half as many pixels as it refuses; these are fine."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)

@@ -16,6 +16,7 @@ from PIL import Image, ImageSequence
 
 from pipeline.errors import AnnotationError
 from pipeline.files import remove, write_json
+from slides.opening import open_quietly
 from training.data.mat5 import read_mat
 from training.data.sample import (
     DATASET_FILE,
@@ -263,7 +264,7 @@ def _named(
 def _read_map(path: Path) -> NDArray[np.int32]:
     """An image of one channel (or of equal ones) as numbers, int32 (h, w)."""
     try:
-        with Image.open(path) as image:
+        with open_quietly(path) as image:
             values = np.asarray(image)
             sizes = [frame.size for frame in ImageSequence.Iterator(image)]
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
