@@ -83,8 +83,8 @@ def train(
     from training.data.sample import NO_CLASSES
     from training.fit import fit
 
-    _make_folder(out)
     datasets = read_datasets(data, split, mpp)
+    _make_folder(out)
     _warn(line for dataset in datasets for line in (*dataset.describe_skipped(), *dataset.describe_size()))
     _warn(
         f"{dataset.name} has {counted(len(dataset.images), 'image')}: --hold-out {training.hold_out} leaves none to "
@@ -185,13 +185,13 @@ def evaluate(
     )
     from training.evaluate import evaluate as score_images
 
-    for folder in (save_labels, pictures, None if json is None else json.parent):
-        if folder is not None:  # now, not when all images have been segmented
-            _make_folder(folder)
     if json is not None:
         check_scores(json)
     images, outputs = gather(data, split, mpp), Outputs(save_labels, pictures)
     check_outputs(outputs, images.images, data)
+    for folder in (save_labels, pictures, None if json is None else json.parent):
+        if folder is not None:  # now, not when all images have been segmented
+            _make_folder(folder)
     _warn(images.skipped)
     scores = score_images(
         images,
@@ -233,8 +233,9 @@ def fit_stain(
     from training.data.datasets import read_datasets
     from training.fit_stain import fit_stain as fit
 
+    datasets = read_datasets(data, split, mpp)
     _make_folder(out)
-    fit(read_datasets(data, split, mpp), out, training, architecture, template)
+    fit(datasets, out, training, architecture, template)
     return 0
 
 

@@ -84,10 +84,23 @@ def test_threads_that_wait_leave_the_cores_to_others(chosen: dict[str, str], see
 
 @pytest.mark.parametrize("command", ["train", "fit-stain"])
 def test_an_output_that_is_a_file_is_refused(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = qupath_export(tmp_path / "one", ("detection", "Tumor"))
     (tmp_path / "out").touch()
-    status, _, err = run(capsys, command, "--data", tmp_path, "--out", tmp_path / "out")
+    status, _, err = run(capsys, command, "--data", data, "--mpp", 0.25, "--out", tmp_path / "out")
     assert status == 2
     assert f"nightslide: {tmp_path / 'out'} cannot be made a folder: File exists; choose another" in err
+
+
+@pytest.mark.parametrize(
+    "flags", ["train --out x", "fit-stain --out x", "evaluate --save-labels x", "evaluate --json x/y"]
+)
+def test_a_dataset_that_is_not_there_leaves_no_folder(
+    flags: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    status, _, err = run(capsys, *flags.split(), "--data", "misspelt")
+    assert (status, os.listdir()) == (2, [])
+    assert "misspelt does not exist: need a dataset's folder" in err
 
 
 def test_train_without_nuclei_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
