@@ -91,6 +91,7 @@ for _name, _help in {
 
 
 _RESUMED = frozenset(["run", "train", "fit-stain"])  # commands
+_CONFIGURED = frozenset(["run", "plan", "demo", "export", "measure", "evaluate"])  # by --config
 
 
 def main(tokens: Sequence[str] | None = None) -> None:
@@ -193,6 +194,8 @@ def launch(
     if debug:
         os.environ["NIGHTSLIDE_DEBUG"] = "1"
     if config is not None:
+        command = tokens[0] if tokens else ""
+        require(command not in app or command in _CONFIGURED, f"{command} takes no settings: leave --config out")
         content = read_toml(config)
         check(content, config)  # an unknown key or a wrong value is an error that names the right ones
         # below the command's name: else cyclopts leaves out tables that have the name of a command, such as `export`

@@ -250,6 +250,8 @@ def test_shipped_configurations_are_valid() -> None:
         (["run", "x.svs", "--out", "o", "--memory-limit", "1MB"], "memory-limit='1MB': need auto, or 1GB or more"),
         (["run", "x.svs", "--out", "o", "--memory-limit", "1.2.3GB"], "need auto, or 1GB or more"),
         (["run", "x.svs", "--out", "o", "--config", "none.toml"], "none.toml"),
+        (["train", "--data", "d", "--out", "o", "--config", "c.toml"], "train takes no settings: leave --config out"),
+        (["verify", "o", "--config", "c.toml"], "verify takes no settings: leave --config out"),
         (["bogus"], 'Unknown command "bogus". `nightslide --help` lists the commands.'),
         (["veiw"], 'Unknown command "veiw". Did you mean "view"? `nightslide --help` lists the commands.'),
         (["export", "nowhere"], "holds no nuclei.parquet"),
