@@ -132,10 +132,18 @@ def append_row(path: Path, row: Mapping[str, float]) -> None:
 
 
 def _rows(path: Path) -> list[dict[str, str]]:
-    if not path.exists():
+    """The rows of a table; none where it is missing or damaged: one that a spreadsheet saved with semicolons, say, may
+    not end a training.
+    """
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:  # some save it with a byte order mark
+            rows = list(csv.DictReader(file, strict=True))
+        for row in rows:
+            int(row["step"])
+            sum(map(float, row.values()))
+    except (FileNotFoundError, ValueError, KeyError, TypeError, csv.Error):
         return []
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
+    return rows
 
 
 def curves(out: Path) -> None:

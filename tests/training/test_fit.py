@@ -161,6 +161,30 @@ def test_how_often_it_is_saved_changes_nothing(data: Path, tmp_path: Path) -> No
     assert all(torch.equal(first[k], second[k]) for k in first)
 
 
+@pytest.mark.parametrize(
+    ("saved", "steps"),
+    [
+        (b"\xef\xbb\xbfstep,pq\r\n1,0.5\r\n", ["1", "2"]),
+        (b"step;pq\n1;0,5\n", ["2"]),
+        (b"step,pq\n1,0,5\n", ["2"]),
+        (b"step,pq\n1", ["2"]),
+        (b"step,pq\n1,\xff\n", ["2"]),
+        (bytes(40), ["2"]),
+    ],
+)
+def test_a_table_that_is_damaged_or_saved_otherwise_ends_no_training(
+    saved: bytes, steps: list[str], tmp_path: Path
+) -> None:
+    """As a spreadsheet saves it, or a disk leaves it; its byte order mark is no part of a name."""
+    for name in ("losses.csv", "scores.csv"):
+        (tmp_path / name).write_bytes(saved)
+    assert monitor.Log(tmp_path, silent).last_scored() == int(steps[0]) % 2
+    monitor.append_row(tmp_path / "losses.csv", {"step": 2, "pq": 0.5})
+    with (tmp_path / "losses.csv").open() as file:
+        assert [row["step"] for row in csv.DictReader(file)] == steps
+    monitor.curves(tmp_path)
+
+
 @pytest.mark.parametrize("lost", ["nuclei.safetensors", "scores.csv"])
 def test_a_kill_between_checkpoint_and_weights_is_made_good(data: Path, tmp_path: Path, lost: str) -> None:
     """The same command writes what the checkpoint's step lacks, although no step is left to do."""
