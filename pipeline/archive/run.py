@@ -19,7 +19,7 @@ from pipeline.archive.manifest import (
 from pipeline.archive.progress import Progress
 from pipeline.archive.region_files import with_regions
 from pipeline.archive.sources import Inputs, find_slides
-from pipeline.archive.staging import Staging
+from pipeline.archive.staging import Staging, make_home
 from pipeline.archive.workers.execution import check_execution, open_executor, starts_processes
 from pipeline.archive.workers.processes import ask, stop_in_a_starting_worker
 from pipeline.config import Execution, Settings, checked
@@ -72,6 +72,8 @@ def run(
     check_formats(settings.export.formats)
     seams = check_seams(settings) if detect is None else ()
     _check_computing(settings, execution, client)
+    if execution.stage:
+        make_home(Path(execution.stage).absolute())
     opened = open_run(folder, settings, execution.overwrite)
     with Progress(folder.logs, len(archive.sources), say) as progress:
         found = f"{counted(len(archive.sources), 'slide')}, {counted(archive.skipped, 'other file')} skipped"

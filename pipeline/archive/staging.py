@@ -21,10 +21,10 @@ from pathlib import Path, PurePath
 from types import TracebackType
 from typing import NamedTuple, Protocol, Self
 
+from pipeline import files
 from pipeline.archive.lease import Leases
 from pipeline.archive.slots import Space
 from pipeline.errors import RunError, SlideChanged
-from pipeline.files import FULL_DISK
 from pipeline.layout import STAGED
 from pipeline.segment.job import Job, Origin
 from slides.errors import SlideNotFound, SlideTooLarge, SlideUnreadable
@@ -111,6 +111,17 @@ class Room(NamedTuple):
         return sum(part.bytes for part in self.parts)
 
 
+def make_home(home: Path) -> None:
+    """Make DIR of `--stage`. Raises RunError where nothing can be written there."""
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+        files.now_ns(home)
+    except OSError as error:
+        raise RunError(
+            f"--stage {home} cannot be written ({error.strerror or error}): need a folder that can be"
+        ) from error
+
+
 class Staging:
     """The staging folder of a run, there while the context lasts."""
 
@@ -122,12 +133,9 @@ class Staging:
         self.folder = home
 
     def __enter__(self) -> Self:
-        try:
-            self._home.mkdir(parents=True, exist_ok=True)
-            self._remove_leftovers()
-            self.folder = self._own_folder()
-        except OSError as error:
-            raise RunError(f"--stage {self._home} cannot be written ({error.strerror or error})") from error
+        make_home(self._home)
+        self._remove_leftovers()
+        self.folder = self._own_folder()
         return self
 
     def __exit__(
@@ -192,7 +200,7 @@ class Staging:
             async with self._copying:
                 await asyncio.to_thread(_copy, slide, room, job)
         except OSError as error:
-            if error.errno in FULL_DISK:
+            if error.errno in files.FULL_DISK:
                 error.filename = str(self.folder)  # so that the right disk is named: writing does not tell the file
             raise
         own = room.parts[0]

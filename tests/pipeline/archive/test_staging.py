@@ -337,6 +337,7 @@ def test_a_folder_that_cannot_be_written_is_refused(archive: Path, tmp_path: Pat
     execution = dataclasses.replace(THREADS, stage=str(tmp_path / "file"))
     with pytest.raises(RunError, match=r"--stage .*file cannot be written"):
         run([archive / "0.png"], tmp_path / "out", chosen(), execution, say=print)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("size", ["", "many", "0GB", "-1GB", "100"])
