@@ -30,6 +30,12 @@ _COLUMNS = {
     "warnings": False,
 }
 
+_LEGEND = (
+    '<p class="soft">mm² lost: tissue that could not be read or computed. Saturated tiles hold more nuclei than are '
+    "allowed: raise --detector.instances-per-mm2. Seam ratio: how dense nuclei are near the seams of tiles, compared "
+    "with the tissue around them; 1 where none is cut or there twice.</p>"
+)
+
 
 def slide_table(slides: Sequence[SlideResult]) -> str:
     """The table as HTML, a row for each slide in the given order."""
@@ -46,7 +52,8 @@ def slide_table(slides: Sequence[SlideResult]) -> str:
         f'<span id="shown" class="soft"></span><span class="soft">sizes: 0 to {_SHOWN_UM2} µm² and above · seconds: '
         f"{keys}</span></div>\n"
         f'<div class="scroll"><table id="slides"><thead><tr><th></th>{heads}</tr></thead>\n<tbody>\n'
-        f"{''.join(_row(slide, number) for number, slide in enumerate(slides))}</tbody></table></div></section>"
+        f"{''.join(_row(slide, number) for number, slide in enumerate(slides))}</tbody></table></div>\n"
+        f"{_LEGEND}</section>"
     )
 
 

@@ -259,7 +259,8 @@ function choose() {
 async function countChosen() {
   await density.load(chosen);
   const shown = density.counts.reduce((sum, value) => sum + value, 0);
-  el("shown").textContent = shown === about.count ? `${count(shown)} nuclei` : `${count(shown)} of ${count(about.count)} nuclei`;
+  const nuclei = about.count === 1 ? "nucleus" : "nuclei";
+  el("shown").textContent = `${shown === about.count ? "" : `${count(shown)} of `}${count(about.count)} ${nuclei}`;
   requestDraw();
 }
 
