@@ -1,5 +1,6 @@
 """Fixtures for all tests."""
 
+import os
 import signal
 from pathlib import Path
 
@@ -9,6 +10,9 @@ from hypothesis import settings
 # A busy machine is no broken law.
 settings.register_profile("nightslide", deadline=None)
 settings.load_profile("nightslide")
+
+# Files are tested side by side, and the networks of most tests are so small that threads only wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # A shell that starts the tests in the background has them and all their children ignore Ctrl-C, which is tested.
 signal.signal(signal.SIGINT, signal.default_int_handler)
