@@ -10,11 +10,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.archive.estimate import SlideEstimate, estimate_slides
+from pipeline.archive.inputs.region_files import with_regions
+from pipeline.archive.inputs.sources import Archive, Inputs, find_slides
 from pipeline.archive.lease import Leases
 from pipeline.archive.manifest import check_seams, resolve
 from pipeline.archive.measure import Measured, measure_slides
-from pipeline.archive.region_files import with_regions
-from pipeline.archive.sources import Archive, Inputs, find_slides
 from pipeline.archive.verify import without_nuclei
 from pipeline.config import Architecture, Execution, Export, Regions, Settings, build, checked, require
 from pipeline.errors import ExportFailed, RunError

@@ -9,6 +9,8 @@ import time
 
 from pipeline.archive.command import Command
 from pipeline.archive.failures import first_error
+from pipeline.archive.inputs.sources import Source
+from pipeline.archive.inputs.staging import Staging
 from pipeline.archive.known import KnownSlides
 from pipeline.archive.lease import Leases
 from pipeline.archive.leased_slides import LeasedSlides
@@ -17,8 +19,6 @@ from pipeline.archive.progress import Progress
 from pipeline.archive.slide_records import SlideRecords
 from pipeline.archive.slide_stages import SlideStages
 from pipeline.archive.slots import FairSlots
-from pipeline.archive.sources import Source
-from pipeline.archive.staging import Staging
 from pipeline.archive.stream import Stream
 from pipeline.archive.workers.executors import Executor
 from pipeline.archive.workers.watch import ExecutorWatch

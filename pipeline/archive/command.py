@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from pipeline.archive.sources import Archive
+from pipeline.archive.inputs.sources import Archive
 from pipeline.config import Execution, Settings
 from pipeline.layout import RunFolder
 

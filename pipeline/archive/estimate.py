@@ -5,8 +5,8 @@ import itertools
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from pipeline.archive.region_files import region_file
-from pipeline.archive.sources import Source
+from pipeline.archive.inputs.region_files import region_file
+from pipeline.archive.inputs.sources import Source
 from pipeline.archive.workers.processes import ask_each
 from pipeline.config import Settings, Stain
 from pipeline.errors import RunError

@@ -7,8 +7,8 @@ from typing import Any
 from pipeline import files
 from pipeline.archive import ledger
 from pipeline.archive.failures import read_failure
+from pipeline.archive.inputs.sources import IN_MANIFEST, Source
 from pipeline.archive.manifest import check_run
-from pipeline.archive.sources import IN_MANIFEST, Source
 from pipeline.config import Settings
 from pipeline.errors import RunError
 from pipeline.layout import RunFolder

@@ -12,14 +12,14 @@ from pathlib import Path
 from pipeline.archive import ledger
 from pipeline.archive.command import Command
 from pipeline.archive.failures import explained, first_error, write_failure
+from pipeline.archive.inputs.region_files import region_file
+from pipeline.archive.inputs.sources import Source
+from pipeline.archive.inputs.staging import Room, Staging
 from pipeline.archive.known import DONE_OTHERWISE, KnownSlides
 from pipeline.archive.lease import Leases
 from pipeline.archive.progress import Progress
-from pipeline.archive.region_files import region_file
 from pipeline.archive.slide_records import SlideRecords
 from pipeline.archive.slide_stages import SlideStages
-from pipeline.archive.sources import Source
-from pipeline.archive.staging import Room, Staging
 from pipeline.errors import ClusterLost, LeaseLost, WorkersDied
 from pipeline.segment import finished
 from pipeline.segment.job import Job

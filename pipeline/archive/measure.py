@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pipeline import config, files
+from pipeline.archive.inputs.region_files import match_regions
 from pipeline.archive.ledger import read_ledger
-from pipeline.archive.region_files import match_regions
 from pipeline.errors import RunError
 from pipeline.layout import RunFolder, SlideFolder
 from pipeline.report.page import write_report

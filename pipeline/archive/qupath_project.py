@@ -16,8 +16,8 @@ from urllib.parse import unquote_to_bytes
 import pyarrow as pa
 
 from pipeline import files
-from pipeline.archive.region_files import suffix
-from pipeline.archive.remote import is_url
+from pipeline.archive.inputs.region_files import suffix
+from pipeline.archive.inputs.remote import is_url
 from pipeline.archive.verify import without_nuclei
 from pipeline.config import require
 from pipeline.errors import RunError

@@ -9,6 +9,9 @@ from typing import Any
 from pipeline.archive.all_slides import AllSlides
 from pipeline.archive.command import Command
 from pipeline.archive.event_loop import run_coroutine
+from pipeline.archive.inputs.region_files import with_regions
+from pipeline.archive.inputs.sources import Inputs, find_slides
+from pipeline.archive.inputs.staging import Staging, make_home
 from pipeline.archive.lease import Leases
 from pipeline.archive.manifest import (
     check_seams,
@@ -17,9 +20,6 @@ from pipeline.archive.manifest import (
     resolve,
 )
 from pipeline.archive.progress import Progress
-from pipeline.archive.region_files import with_regions
-from pipeline.archive.sources import Inputs, find_slides
-from pipeline.archive.staging import Staging, make_home
 from pipeline.archive.workers.execution import check_execution, open_executor, starts_processes
 from pipeline.archive.workers.processes import ask, stop_in_a_starting_worker
 from pipeline.config import Execution, Settings, checked

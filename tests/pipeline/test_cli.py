@@ -16,8 +16,8 @@ from PIL import Image
 
 from pipeline import cli
 from pipeline.archive.estimate import SlideEstimate
+from pipeline.archive.inputs.sources import Source
 from pipeline.archive.ledger import write_ledger
-from pipeline.archive.sources import Source
 from pipeline.cli import app, main
 from pipeline.config import Execution, Settings, load
 from pipeline.errors import ClusterLost, ExportFailed

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.archive.sources import find_slides
+from pipeline.archive.inputs.sources import find_slides
 from pipeline.config import Architecture, Detector, Execution, Settings, Stain, Stitching, Tiling, Tissue
 from pipeline.errors import AnnotationError
 from pipeline.layout import RESULTS

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.archive.search import SUFFIXES
+from pipeline.archive.inputs.search import SUFFIXES
 from pipeline.layout import RESULTS, RunFolder
 
 FOLDER = Path(__file__).parents[2] / "workflows" / "launchers" / "nextflow"

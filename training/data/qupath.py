@@ -9,7 +9,7 @@ import numpy as np
 import shapely
 from numpy.typing import NDArray
 
-from pipeline.archive.search import SUFFIXES as SLIDES
+from pipeline.archive.inputs.search import SUFFIXES as SLIDES
 from pipeline.errors import AnnotationError
 from pipeline.segment.geojson import Objects, image_name, read_objects
 from pipeline.segment.polygons import Polygons, rasterise

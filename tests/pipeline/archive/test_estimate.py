@@ -11,8 +11,8 @@ from PIL import Image
 import oracle
 from pipeline.archive import estimate
 from pipeline.archive.estimate import estimate_slide, estimate_slides
+from pipeline.archive.inputs.sources import Source
 from pipeline.archive.run import run
-from pipeline.archive.sources import Source
 from pipeline.config import Execution, Settings, Stain, Tissue
 from pipeline.segment.record import NO_TISSUE
 from slides.scale import GivenScale

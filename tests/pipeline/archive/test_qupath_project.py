@@ -16,9 +16,9 @@ from nuclei_tables import PROVENANCE, blobs, write
 from oracle import paint
 from pipeline import cli
 from pipeline.archive import qupath_project
+from pipeline.archive.inputs.region_files import match_regions
 from pipeline.archive.ledger import write_ledger
 from pipeline.archive.qupath_project import write_project
-from pipeline.archive.region_files import match_regions
 from pipeline.errors import ConfigError, RunError
 from pipeline.layout import RunFolder
 from pipeline.segment.record import SlideRecord

@@ -15,7 +15,7 @@ import oracle
 from nuclei_tables import PROVENANCE, append, blobs, write
 from pipeline.archive import run as archive_run
 from pipeline.archive.estimate import estimate_slide
-from pipeline.archive.sources import Source
+from pipeline.archive.inputs.sources import Source
 from pipeline.config import Execution, Export, Settings
 from pipeline.errors import ConfigError, RunError
 from pipeline.layout import SlideFolder

@@ -9,7 +9,7 @@ from typing import cast
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
-from pipeline.archive.naming import Place, name_slides
+from pipeline.archive.inputs.naming import Place, name_slides
 from pipeline.layout import EXPORTS, RESERVED, RESULTS, RunFolder
 from pipeline.text import printable
 

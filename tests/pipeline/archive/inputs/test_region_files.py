@@ -9,8 +9,8 @@ from typing import Literal
 import pytest
 
 from pipeline import config
-from pipeline.archive.region_files import Matches, match_regions, with_regions
-from pipeline.archive.sources import Archive, Source
+from pipeline.archive.inputs.region_files import Matches, match_regions, with_regions
+from pipeline.archive.inputs.sources import Archive, Source
 from pipeline.errors import RunError
 from slides.scale import GivenScale
 

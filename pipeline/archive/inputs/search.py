@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from pipeline.archive.naming import Place
-from pipeline.archive.remote import RemoteSlide, locate
+from pipeline.archive.inputs.naming import Place
+from pipeline.archive.inputs.remote import RemoteSlide, locate
 from pipeline.errors import RunError
 from pipeline.layout import STAGED, RunFolder
 from pipeline.text import counted, printable
@@ -96,7 +96,7 @@ class Search:
         return key
 
     def url(self, url: str) -> None:
-        """The slide at a URL, or all slides below it. Raises as `pipeline.archive.remote.locate`."""
+        """The slide at a URL, or all slides below it. Raises as `pipeline.archive.inputs.remote.locate`."""
         found = locate(url)
         if isinstance(found, RemoteSlide):
             self._add_remote(found)

@@ -25,10 +25,10 @@ import oracle
 from dicom_files import write
 from oracle import chosen, files, paint
 from pipeline import cli
-from pipeline.archive import remote
 from pipeline.archive import run as archive_run
-from pipeline.archive.remote import RemoteFolder, RemoteSlide, locate, without_secrets
-from pipeline.archive.sources import find_slides
+from pipeline.archive.inputs import remote
+from pipeline.archive.inputs.remote import RemoteFolder, RemoteSlide, locate, without_secrets
+from pipeline.archive.inputs.sources import find_slides
 from pipeline.config import Execution
 from pipeline.errors import ConfigError, RunError, SlideChanged
 from pipeline.files import with_checksum

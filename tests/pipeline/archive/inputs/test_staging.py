@@ -22,10 +22,10 @@ import pytest
 import oracle
 from oracle import chosen, files, paint
 from pipeline.archive import run as archive_run
-from pipeline.archive import staging
+from pipeline.archive.inputs import staging
+from pipeline.archive.inputs.staging import LocalSlide, Part, Room, Staging
 from pipeline.archive.lease import Leases
 from pipeline.archive.manifest import check_worker, versions
-from pipeline.archive.staging import LocalSlide, Part, Room, Staging
 from pipeline.config import Execution
 from pipeline.errors import ConfigError, LeaseLost, RunError, SlideChanged
 from pipeline.layout import SlideFolder

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pipeline import config
-from pipeline.archive.sources import Archive, Source
+from pipeline.archive.inputs.sources import Archive, Source
 from pipeline.errors import RunError
 from pipeline.segment.geojson import image_name
 from pipeline.segment.regions import RegionFile

@@ -8,10 +8,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from pipeline.archive.naming import Place, name_slides
-from pipeline.archive.remote import RemoteSlide, is_url, without_secrets
-from pipeline.archive.search import SUFFIXES, Search
-from pipeline.archive.staging import LocalSlide, SlideFiles
+from pipeline.archive.inputs.naming import Place, name_slides
+from pipeline.archive.inputs.remote import RemoteSlide, is_url, without_secrets
+from pipeline.archive.inputs.search import SUFFIXES, Search
+from pipeline.archive.inputs.staging import LocalSlide, SlideFiles
 from pipeline.errors import RunError
 from pipeline.text import printable
 from slides.scale import FORCED, NEED_MPP, GivenScale, is_believable
@@ -77,9 +77,9 @@ def find_slides(
     is reached in several ways, is listed once. Links that lead out of an input folder are followed only with
     `follow_links`; those within it, and those that are named, always. A manifest has the columns path, relative to
     itself, and perhaps mpp, which overrides what the slide states; `mpp` is for slides that state none, `force_mpp`
-    for all. An error in a row of a manifest is that slide's `problem` and stops no other. `pipeline.archive.naming` has
-    the rule of names, which does not depend on the order of the inputs. urls: whether the slides will be copied to
-    a disk before they are read.
+    for all. An error in a row of a manifest is that slide's `problem` and stops no other. `naming` has the rule of
+    names, which does not depend on the order of the inputs. urls: whether the slides will be copied to a disk before
+    they are read.
     Raises RunError for an input that does not exist, that is no manifest, or lies in `out`; for a URL without `urls`;
     for a scale that no slide has; and where no slide is.
     """

@@ -1,7 +1,7 @@
 """Slides on object stores and web servers, by URL: s3://bucket/key, gs://bucket/key, az://container/key, https://...
 
 obstore reads them (extra `remote`), with its own credentials from the environment. A slide is never opened there: its
-files are listed, and read in pieces into a copy on a disk (`pipeline.archive.staging`).
+files are listed, and read in pieces into a copy on a disk (`pipeline.archive.inputs.staging`).
 
 Law: a user name, password, query or fragment of a URL, which may be a secret, is in no message and no result.
 """
@@ -15,7 +15,7 @@ from datetime import timedelta
 from typing import Any, BinaryIO, NamedTuple, Self
 from urllib.parse import unquote, urlsplit
 
-from pipeline.archive.staging import Part
+from pipeline.archive.inputs.staging import Part
 from pipeline.errors import ConfigError, RunError, SlideChanged
 from pipeline.segment.job import Origin
 from pipeline.text import one_line

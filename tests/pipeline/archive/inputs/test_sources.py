@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dicom_files
-from pipeline.archive.naming import Place
-from pipeline.archive.search import Search
-from pipeline.archive.sources import Archive, Source, find_slides
+from pipeline.archive.inputs.naming import Place
+from pipeline.archive.inputs.search import Search
+from pipeline.archive.inputs.sources import Archive, Source, find_slides
 from pipeline.errors import RunError
 from slides.scale import GivenScale
 
