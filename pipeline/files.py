@@ -53,13 +53,13 @@ if os.name == "nt":
 _REMEDIES = {
     **dict.fromkeys(FULL_DISK, _FULL),
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), _FORBIDDEN),
-    errno.ESTALE: "look whether the file server is in order",
+    **dict.fromkeys((errno.EIO, errno.ESTALE, errno.ETIMEDOUT), "look whether the disk or file server is in order"),
 }
 
 
 def refusal(error: OSError) -> str:
     """In words: the path, what the system refused there, and the remedy. Empty for other errors than those of a full
-    disk, of files and folders that may not be read or written, and of a file server that has lost them.
+    disk, of files and folders that may not be read or written, and of a disk or file server that fails.
     """
     if error.errno not in _REMEDIES:
         return ""

@@ -285,7 +285,7 @@ def raiser(error: Exception) -> Callable[..., object]:
     return fail
 
 
-@pytest.mark.parametrize("error", [KeyError("x"), RuntimeError("two\nlines"), OSError(5, "Input/output error")])
+@pytest.mark.parametrize("error", [KeyError("x"), RuntimeError("two\nlines"), OSError(22, "Invalid argument")])
 def test_an_unexpected_error_is_a_line_and_a_traceback_only_on_request(
     error: Exception, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -309,7 +309,8 @@ def test_an_unexpected_error_is_a_line_and_a_traceback_only_on_request(
         (errno.EDQUOT, "Disk quota exceeded: free some space there, and give the same command again"),
         (errno.EACCES, "Permission denied: make it a file or folder that may be read and written"),
         (errno.EROFS, "Read-only file system: make it a file or folder that may be read and written"),
-        (errno.ESTALE, "Stale file handle: look whether the file server is in order, and give the same"),
+        (errno.ESTALE, "Stale file handle: look whether the disk or file server is in order, and give the same"),
+        (errno.EIO, "Input/output error: look whether the disk or file server is in order, and give the same"),
     ],
 )
 def test_what_the_system_refuses_is_no_fault_of_ours(
