@@ -4,7 +4,7 @@
 #   workflows/experiments/bns.sh DATA OUT MINUTES [flags of nightslide train, such as --init FILE]
 # DATA: the TNBC folder with its splits.json. --init must not have seen these patients. PATIENTS (environment)
 # chooses some of them; EVALUATE holds flags of nightslide evaluate; MEAN_WITH is a weights file, the one of --init, of which
-# and each training the mean is scored. A patient whose JSON is in OUT is skipped.
+# and, twice, each training the mean is scored. A patient whose JSON is in OUT is skipped.
 set -euo pipefail
 case ${1-} in -h | --help) sed -n '2,/^[^#]/s/^# //p' "$0" && exit ;; esac
 here=$(dirname "$0")
@@ -21,7 +21,7 @@ for patient in ${PATIENTS:-01 02 03 04 05 06 07}; do
         --minutes "$minutes" "$@"
     weights=$out/$patient/nuclei.safetensors
     if [ "${MEAN_WITH:-}" ]; then
-        python "$here/average.py" "$out/$patient/mean.safetensors" "$weights" "$MEAN_WITH"
+        python "$here/average.py" "$out/$patient/mean.safetensors" "$weights" "$weights" "$MEAN_WITH"
         weights=$out/$patient/mean.safetensors
     fi
     # a tile whose core holds an image of 512 px
