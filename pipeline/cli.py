@@ -106,7 +106,7 @@ def main(tokens: Sequence[str] | None = None) -> None:
             stream.reconfigure(errors="backslashreplace")
     # batch systems send SIGTERM before they kill, a terminal that is closed sends SIGHUP: both are treated like Ctrl-C
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    if os.name == "posix" and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # `nohup` ignores it
+    if sys.platform != "win32" and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # `nohup` ignores it
         signal.signal(signal.SIGHUP, signal.default_int_handler)
     try:
         status = app.meta(
