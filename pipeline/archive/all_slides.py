@@ -69,7 +69,7 @@ class AllSlides:
 
     async def process(self) -> None:
         """Process every slide of the archive. Raises ClusterLost."""
-        await self.records.look_around()
+        await self.records.read_others()
         await self.records.write_ledger()  # for the report and the viewer
         watchers = [asyncio.create_task(watch()) for watch in (self.records.keep_ledger, self._watch_workers)]
         try:

@@ -26,8 +26,8 @@ class SlideRecords:
         self._others: list[SlideRecord] = []
         self._ended = False
 
-    async def look_around(self) -> None:
-        """Look at what other commands have left in the folder; of a file that has results there already it is said."""
+    async def read_others(self) -> None:
+        """Read what other commands have left in the folder; where a file has results there by another name, say so."""
         sources = self._command.archive.sources
         self._others, names = await asyncio.to_thread(self._known.others, {source.name for source in sources})
         for source in sources if names else ():
