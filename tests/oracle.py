@@ -12,15 +12,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import pytest
 import shapely
 from PIL import Image
 
 from pipeline.config import Settings, Stain, Stitching, Tiling, Tissue
 from pipeline.model.fitted_stain import Normalisation
 from pipeline.model.instances import HostInstances, Patches
-from pipeline.segment import tables
+from pipeline.segment import stages, tables
 
 HEIGHT, WIDTH, RADIUS = 330, 410, 9
+_QUEUE = stages._queue
 SECONDS = "NIGHTSLIDE_TEST_SECONDS_A_PATCH"  # in the environment: how slow the oracle is
 
 
@@ -46,6 +48,11 @@ def detect(patches: Patches, normalisation: Normalisation, settings: Settings) -
             np.zeros((len(ids), 2, 5), np.float32),
             False,
         )
+
+
+def replace_detector(monkeypatch: pytest.MonkeyPatch, detect: stages.Detect) -> None:
+    """Have this in the detector's place, in this process, whatever a run is given."""
+    monkeypatch.setattr(stages, "_queue", lambda _: _QUEUE(detect))
 
 
 def command(*arguments: str) -> None:

@@ -31,10 +31,11 @@ ROOT = Path(__file__).parents[1]
 
 WAIT = "wait"  # the host needs a number from the device before it can go on
 DOWNLOAD = "download"  # so does a copy to the host
+QUEUED = "queued download"  # one to pinned memory is not waited for: it holds anything until an event after it is
 BLOCKING = "blocking upload"  # from memory that is not pinned: the host waits until it is copied
 UPLOAD = "upload"  # from pinned memory, while the host goes on
 LAUNCH = "launch"
-COSTS = (WAIT, DOWNLOAD, BLOCKING, UPLOAD)
+COSTS = (WAIT, DOWNLOAD, QUEUED, BLOCKING, UPLOAD)
 
 _COPIES = {"_to_copy", "to", "copy_"}
 # operators whose result has a size or a value that the host must know
@@ -97,6 +98,26 @@ class OnDevice(torch.Tensor):
         return _compute(func, args, kwargs or {})
 
 
+class _Stream:
+    """What computes: an event of it has come when all downloads that were queued before are there."""
+
+    def __init__(self, cuda: "PretendedCuda") -> None:
+        self.cuda = cuda
+
+    def record_event(self, _event: object) -> "_Event":
+        return _Event(self.cuda, list(self.cuda.queued))
+
+
+class _Event(NamedTuple):
+    cuda: "PretendedCuda"
+    before: list[tuple[torch.Tensor, torch.Tensor]]
+
+    def synchronize(self) -> None:
+        self.cuda.note(WAIT, ())
+        for target, values in self.before:
+            target.numpy()[...] = values.numpy()  # whatever mode torch is in by now
+
+
 class PretendedCuda(TorchDispatchMode):
     """While it is entered, torch has one CUDA device, that of `OnDevice`.
 
@@ -109,6 +130,7 @@ class PretendedCuda(TorchDispatchMode):
         self.uploads: list[tuple[int, ...]] = []
         self.costs: Counter[Cost] = Counter()
         self._pinned: list[torch.Tensor] = []  # kept, so that no other tensor gets the memory of one
+        self.queued: list[tuple[torch.Tensor, torch.Tensor]] = []  # copies to the host that nothing has waited for
 
     def total(self, *kinds: str) -> int:
         return sum(count for cost, count in self.costs.items() if cost.kind in kinds)
@@ -136,6 +158,8 @@ class PretendedCuda(TorchDispatchMode):
                 ("is_bf16_supported", True),
                 ("empty_cache", None),
                 ("device", nullcontext()),
+                ("current_stream", _Stream(self)),
+                ("Event", None),
             ):
                 stack.enter_context(mock.patch.object(torch.cuda, name, return_value=value))
             # torch does not dispatch what makes tensors of Python's numbers, and pins nothing without a device
@@ -159,15 +183,20 @@ class PretendedCuda(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if _name(func) == "copy_" and isinstance(args[1], OnDevice) and self._is_hidden(args[0], *args[2:], **kwargs):
+            self.note(QUEUED, tuple(args[1].shape))
+            self.queued.append((args[0], args[1].host.clone()))
+            args[0].view(torch.uint8).fill_(0xA5)
+            return args[0]
         result = _compute(func, args, kwargs)
         for leaf in tree_leaves(result):
             if isinstance(leaf, OnDevice) and leaf.numel() * leaf.itemsize > self.largest:
                 raise torch.OutOfMemoryError(f"CUDA out of memory. Tried to allocate {leaf.numel() * leaf.itemsize}")
         for kind, shape in _costs(func, args, kwargs, result, self._is_pinned):
-            self._note(kind, shape)
+            self.note(kind, shape)
         return result
 
-    def _note(self, kind: str, shape: tuple[int, ...]) -> None:
+    def note(self, kind: str, shape: tuple[int, ...]) -> None:
         self.costs[Cost(kind, *_caller())] += 1
         if kind in (UPLOAD, BLOCKING):
             self.uploads.append(shape)
@@ -183,6 +212,9 @@ class PretendedCuda(TorchDispatchMode):
         start = tensor.untyped_storage().data_ptr()
         return any(pinned.untyped_storage().data_ptr() == start for pinned in self._pinned)
 
+    def _is_hidden(self, pinned: torch.Tensor, non_blocking: bool = False) -> bool:
+        return non_blocking and not isinstance(pinned, OnDevice) and self._is_pinned(pinned)
+
     def _from_python(self, name: str, make: Any, *args: Any, **kwargs: Any) -> Any:
         """A factory of tensors from Python's numbers, for the device where it is asked for."""
         like = args[0] if name == "new_tensor" else None
@@ -197,7 +229,7 @@ class PretendedCuda(TorchDispatchMode):
             make, args = torch.tensor, args[1:]
             kwargs = {"dtype": like.dtype, **kwargs}
         host = make(*args, **{**kwargs, "device": "cpu"})
-        self._note(BLOCKING, tuple(host.shape))
+        self.note(BLOCKING, tuple(host.shape))
         return OnDevice(host)
 
 

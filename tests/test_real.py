@@ -10,9 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
+from oracle import replace_detector
 from pipeline.archive.run import run
 from pipeline.config import Execution, Settings, Tissue
-from pipeline.model import inference
 from pipeline.model.fitted_stain import Normalisation
 from pipeline.model.instances import STATISTICS, HostInstances, Patches
 from pipeline.model.weights import find_weights, read_notes
@@ -55,7 +55,7 @@ def test_an_archive_of_every_format_with_damage_between(
     shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Readable slides are done, the others fail alone with a cause that a user understands."""
-    monkeypatch.setattr(inference, "detect_patches", one_square)
+    replace_detector(monkeypatch, one_square)
     rows = {
         r.slide: r
         for r in run([shared / "slides"], tmp_path, Settings(), Execution(cluster=False), say=lambda line: None)
@@ -81,7 +81,7 @@ def test_an_archive_of_every_format_with_damage_between(
 def test_a_slide_without_scale_runs_where_the_user_gives_one(
     shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(inference, "detect_patches", one_square)
+    replace_detector(monkeypatch, one_square)
     slide = shared / "slides" / "generic-no-resolution.tif"
     (row,) = run([slide], tmp_path, Settings(), Execution(cluster=False), mpp=0.499, say=lambda line: None)
     assert (row.status, row.mpp_source, row.mpp) == ("done", "default by --mpp", 0.499)

@@ -114,7 +114,7 @@ def compute(device: str, function: Callable[[], T]) -> T:
 
 
 def _on_gpu(device: "torch.device", function: Callable[[], T]) -> T:
-    """As `compute`, in the thread of the GPU."""
+    """What `function` returns, or raises. Raises DeviceLost where it failed because the GPU has."""
     import torch
 
     try:
@@ -128,6 +128,28 @@ def _on_gpu(device: "torch.device", function: Callable[[], T]) -> T:
                 f"the same command continues, with --gpus or CUDA_VISIBLE_DEVICES on others"
             ) from error
         raise
+
+
+def start_download(values: "torch.Tensor") -> "Callable[[], torch.Tensor]":
+    """Have a tensor copied to the host once it is computed. What is returned waits for the copy, and gives it.
+
+    Until then the GPU may be given more to do, and the memory of `values` may be used again. The values of a CPU are
+    given as they are. What is returned raises DeviceLost where the GPU has failed meanwhile.
+    """
+    import torch
+
+    device = values.device
+    if device.type == "cpu":
+        return lambda: values
+    copy = torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(values, non_blocking=True)
+    # of the stream that computes; a thread that waits for it leaves its core to others
+    copied = torch.cuda.current_stream(device).record_event(torch.cuda.Event(blocking=True))
+
+    def downloaded() -> torch.Tensor:
+        _on_gpu(device, copied.synchronize)
+        return copy
+
+    return downloaded
 
 
 @functools.cache

@@ -1,6 +1,7 @@
 """Patches -> instances: stain normalisation, every view, fusion, batch by batch on the device."""
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,9 +15,9 @@ from pipeline.config import Settings, side_step
 from pipeline.model import fuse, instances, load, stain, views
 from pipeline.model.allocator import return_freed_memory
 from pipeline.model.detector import Limits
-from pipeline.model.device import choose_device
+from pipeline.model.device import choose_device, start_download
 from pipeline.model.fitted_stain import Normalisation
-from pipeline.model.instances import HostInstances, Instances, Patches
+from pipeline.model.instances import HostInstances, Instances, Patches, Result
 from pipeline.model.roi_align import flatten_boxes
 from pipeline.model.split import join, quarters
 
@@ -26,11 +27,12 @@ Sides = tuple[int, int]
 _GLASS = 255
 
 
-def detect_patches(patches: Patches, normalisation: Normalisation, settings: Settings) -> Iterator[HostInstances]:
+def detect_patches(patches: Patches, normalisation: Normalisation, settings: Settings) -> Iterator[Result]:
     """The instances of each of the patches uint8 (h, w, 3), as numpy arrays, in the order of the patches.
 
-    For a GPU this call copies the patches into pinned memory, before the first instances are asked for, so that the GPU
-    may compute for another thread meanwhile.
+    What the device does is done, or has at least been given to it, while the iterator is advanced. For a GPU this call
+    itself copies the patches into pinned memory, and the results that are called in the end wait for the instances; so
+    meanwhile it may compute for another thread.
     normalisation: of the slide that the patches were cut from
     A batch is made of patches of one size, which need not be neighbours in `patches`; for a GPU all patches are first
     filled up with glass to a few sizes (`_usual_sides`). Where the device has no memory for a batch, this process makes
@@ -73,32 +75,31 @@ def _stack(patches: Patches, sides: Sides, *, pinned: bool = False) -> Tensor:
     return stacked
 
 
-def _detect_groups(
-    groups: Sequence[_Group], normalisation: Normalisation, settings: Settings
-) -> Iterator[HostInstances]:
+def _detect_groups(groups: Sequence[_Group], normalisation: Normalisation, settings: Settings) -> Iterator[Result]:
     """The instances of the patches of all groups, in the order of their numbers; as `detect_patches`."""
     places = {number: (group, place) for group in groups for place, number in enumerate(group.numbers)}
-    done: dict[int, HostInstances] = {}
+    done: dict[int, Result] = {}
     for number in sorted(places):
         group, first = places[number]
-        own = group.patches[first]
         while number not in done:
             batch = group.batch(first, _batch_size(settings))
             detected = _attempt(batch, normalisation, settings)
             if detected is None and len(batch) > 1:
                 _batch_that_fits[settings] = len(batch) // 2
                 continue
-            if detected is None:
-                smaller = _sides(own) != group.sides
-                detected = _attempt(_stack([own], _sides(own)), normalisation, settings) if smaller else None
-                if detected is None and (parts := _in_quarters(own, normalisation, settings)) is not None:
-                    detected = [parts]
-            every = map(_as_numpy, detected) if detected else [_lost(settings)]
-            done.update(zip(group.numbers[first : first + len(batch)], every, strict=True))
-        found = done.pop(number)
-        yield found if _sides(own) == group.sides else _cropped(found, _sides(own))
+            detected = detected or _alone(group.patches[first], group.sides, normalisation, settings)
+            for place in range(len(batch)):
+                own = _sides(group.patches[first + place])
+                done[group.numbers[first + place]] = functools.partial(_result, detected, place, own, group.sides)
+        yield done.pop(number)
         if choose_device(settings.detector.device).type == "cpu":
             return_freed_memory()
+
+
+def _result(detected: "_Detected", place: int, own: Sides, filled: Sides) -> HostInstances:
+    """The instances of a batch's patch at this place. own, filled: its sides before it was filled up, and after."""
+    found = _as_numpy(detected()[place])
+    return found if own == filled else _cropped(found, own)
 
 
 def _sides(patch: NDArray[np.uint8]) -> Sides:
@@ -166,8 +167,12 @@ def _cropped(patch: HostInstances, size: Sides) -> HostInstances:
 # ------------------------------------------------------------------------------------------------- a batch
 
 
-def _detect(batch: Tensor, normalisation: Normalisation, settings: Settings) -> list[Instances[Tensor]]:
-    """Normalise a batch uint8 (B, H, W, 3), detect in every view, fuse. The tensors returned are on the host."""
+_Detected = Callable[[], list[Instances[Tensor]]]
+"Waits for the instances of a batch's patches, and gives them, on the host."
+
+
+def _detect(batch: Tensor, normalisation: Normalisation, settings: Settings) -> _Detected:
+    """Normalise a batch uint8 (B, H, W, 3), detect in every view, fuse."""
     running = load.detector(settings.detector)
     limits = Limits.of_patch(settings.detector, (batch.shape[1], batch.shape[2]), settings.tiling.mpp)
     normaliser = load.normaliser(normalisation, settings.stain, running.device)
@@ -204,29 +209,35 @@ def _stain_density(images: Tensor, boxes: Sequence[Tensor], masks: Tensor) -> Te
     return torch.stack([mean, (lower + upper) / 2, ordered[..., 0], greatest, (squares / last).sqrt()], 2)
 
 
-def _download(batch: Sequence[Instances[Tensor]], images: Tensor) -> list[Instances[Tensor]]:
+def _download(batch: Sequence[Instances[Tensor]], images: Tensor) -> _Detected:
     """A batch's instances on the host, with the stain density that each has in `images`, in one copy.
 
-    The host waits for the GPU at every copy, so the columns are joined to one table of bytes, which is copied once and
-    taken apart again. From here on masks are uint8: they have 256 levels.
+    The columns are joined to one table of bytes, which is copied once and taken apart again. The host does not wait for
+    it here, so that the next batch can be given to a GPU that is still at the masks of this one.
+    From here on masks are uint8: they have 256 levels.
     """
     whole = instances.concat(batch)
     density = _stain_density(images, [patch.boxes for patch in batch], whole.mask_probs)
     levels = (whole.mask_probs * 255).round().byte()
     whole = whole._replace(stain_density=density, mask_probs=levels)
-    columns = {name: getattr(whole, name) for name in instances.columns(Instances)}
-    flat = [column.flatten(1) if column.dim() > 1 else column[:, None] for column in columns.values()]
-    table = torch.cat([values.contiguous().view(torch.uint8) for values in flat], 1).cpu()
+    columns = [getattr(whole, name) for name in instances.columns(Instances)]
+    flat = [column.flatten(1) if column.dim() > 1 else column[:, None] for column in columns]
+    table = start_download(torch.cat([values.contiguous().view(torch.uint8) for values in flat], 1))
+    # what is kept until the copy is there holds nothing of the device's memory
     widths = [values.shape[1] * values.itemsize for values in flat]
-    host = {
-        name: values.clone(memory_format=torch.contiguous_format).view(column.dtype).view(column.shape)
-        for (name, column), values in zip(columns.items(), table.split(widths, 1), strict=True)
-    }
-    counts = [len(patch.boxes) for patch in batch]
-    per_patch = zip(*(column.split(counts) for column in host.values()), strict=True)
-    return [
-        patch._replace(**dict(zip(host, values, strict=True))) for patch, values in zip(batch, per_patch, strict=True)
-    ]
+    kinds = [(column.dtype, column.shape) for column in columns]
+    counts, flags = [len(patch.boxes) for patch in batch], [patch[len(columns) :] for patch in batch]
+
+    @functools.cache
+    def detected() -> list[Instances[Tensor]]:
+        parts = table().split(widths, 1)
+        host = [
+            values.clone(memory_format=torch.contiguous_format).view(dtype).view(shape).split(counts)
+            for (dtype, shape), values in zip(kinds, parts, strict=True)
+        ]
+        return [Instances(*values, *of_patch) for *values, of_patch in zip(*host, flags, strict=True)]
+
+    return detected
 
 
 def _as_numpy(patch: Instances[Tensor]) -> HostInstances:
@@ -245,7 +256,7 @@ _NO_KERNEL = "unable to find an engine"
 _LEAST_PX = 256  # longer side of a quarter: smaller ones are mostly margin
 
 
-def _attempt(batch: Tensor, normalisation: Normalisation, settings: Settings) -> list[Instances[Tensor]] | None:
+def _attempt(batch: Tensor, normalisation: Normalisation, settings: Settings) -> _Detected | None:
     """The instances of a batch, or None where there is no memory for it; the memory of the attempt is then free again.
 
     Every other error is raised. One that may be a shortage counts as such for several patches: a single one shows it.
@@ -261,6 +272,17 @@ def _attempt(batch: Tensor, normalisation: Normalisation, settings: Settings) ->
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     return None
+
+
+def _alone(patch: NDArray[np.uint8], filled: Sides, normalisation: Normalisation, settings: Settings) -> _Detected:
+    """The instances of a patch for which there is no memory in the sides to which it was filled up.
+
+    As it is; else in quarters; else it has none, and is marked `lost`.
+    """
+    if _sides(patch) != filled and (detected := _attempt(_stack([patch], _sides(patch)), normalisation, settings)):
+        return detected
+    found = _in_quarters(patch, normalisation, settings) or _lost(settings)
+    return lambda: [found]
 
 
 def _in_quarters(
@@ -280,14 +302,15 @@ def _in_quarters(
     for part in parts:
         piece = patch[part.window]
         whole = _attempt(_stack([piece], _sides(piece)), normalisation, settings)
-        rows = whole[0] if whole else _in_quarters(piece, normalisation, settings)
+        rows = whole()[0] if whole else _in_quarters(piece, normalisation, settings)
         if rows is None:
             return None
         detected.append(rows)
     return join(parts, detected, settings.detector.nms)._replace(split=True)
 
 
-def _lost(settings: Settings) -> HostInstances:
+def _lost(settings: Settings) -> Instances[Tensor]:
     """The result of a patch that could not be processed: no instances."""
-    mask_size = load.detector(settings.detector).model.architecture.mask_size
-    return instances.empty(mask_size)._replace(lost=True)
+    none = instances.empty(load.detector(settings.detector).model.architecture.mask_size)
+    columns: Any = {name: torch.from_numpy(getattr(none, name)) for name in instances.columns(Instances)}
+    return Instances(**columns, lost=True)

@@ -1,7 +1,7 @@
 """The instances of one tile: one type, from the detector to the block's file on disk."""
 
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
@@ -36,6 +36,9 @@ class Instances(NamedTuple, Generic[A]):
 
 
 HostInstances = Instances[NDArray[Any]]
+
+Result = Callable[[], HostInstances]
+"Gives the instances of a patch; waits until the device has computed and copied them."
 
 
 def columns(kind: type[tuple[Any, ...]]) -> tuple[str, ...]:

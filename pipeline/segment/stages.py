@@ -14,7 +14,7 @@ import contextlib
 import functools
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 from uuid import uuid4
@@ -30,7 +30,7 @@ from pipeline.layout import RESULTS
 from pipeline.model.allocator import return_freed_memory
 from pipeline.model.device import compute, computes_on
 from pipeline.model.fitted_stain import UNCHANGED, Normalisation
-from pipeline.model.instances import HostInstances, Patches, select
+from pipeline.model.instances import HostInstances, Patches, Result, select
 from pipeline.segment import annotations, pictures, polygons, stain_trial, stitch, tables
 from pipeline.segment.finished import check_exports, check_same_file, write_exports
 from pipeline.segment.job import Job
@@ -60,7 +60,7 @@ THUMBNAIL_PX, OVERLAY_PX = 1200, 3000  # longest sides of thumbnail.jpg and over
 
 
 class Detect(Protocol):
-    """The detector, or its stand-in: patches uint8 (h, w, 3) of any sizes -> the instances of each, in their order."""
+    """What may replace the detector: patches uint8 (h, w, 3) of any sizes -> the instances of each, in their order."""
 
     def __call__(
         self, patches: Patches, normalisation: Normalisation, settings: Settings
@@ -144,14 +144,9 @@ def choose_stain(job: Job, detect: Detect | None = None) -> StageRecord:
     with job.open() as slide:
         patches = [slide.read_decodable(square, plan.frame)[0] for square in plan.trials]
     settings = stain_trial.own_settings(job.settings)
-    tried = [(detect or _detector())(patches, each, settings) for each in (UNCHANGED, plan.normalisation)]
-
-    def both() -> tuple[list[float], StageRecord]:
-        started = time.perf_counter()
-        scores = [stain_trial.mean_score(job.while_leased(found)) for found in tried]
-        return scores, _worked("stain", started, computed_on=() if detect else (computes_on(settings.detector),))
-
-    (without, with_it), worked = compute(settings.detector.device, both)
+    queues = [_queue(detect)(patches, each, settings) for each in (UNCHANGED, plan.normalisation)]
+    tried, worked = _computed("stain", job, queues, detect)
+    without, with_it = (stain_trial.mean_score(result() for result in results) for results in tried)
     chosen = plan.normalisation if with_it > without else UNCHANGED
     notes = plan.notes if without or with_it else (*plan.notes, stain_trial.NOTHING_FOUND)
     decided = plan._replace(
@@ -231,10 +226,10 @@ def detect_block(job: Job, block: int, before: StageRecord, detect: Detect | Non
             patch[plan.trimmed(tile).within((tile.read.x0, tile.read.y0))]
             for patch, tile in zip(patches, tiles, strict=True)
         ]
-        found = (detect or _detector())(trimmed, plan.normalisation, job.settings)
-        computing = functools.partial(_detected, job, found, () if detect else (computes_on(job.settings.detector),))
-        instances, worked = compute(job.settings.detector.device, computing)
+        queue = _queue(detect)(trimmed, plan.normalisation, job.settings)
+        (results,), worked = _computed("detect", job, [queue], detect)
         before += worked
+        instances = [result() for result in results]
         job.check_lease()
         write_predictions(job.folder.predictions(block), instances, lost, before)
         break
@@ -242,18 +237,34 @@ def detect_block(job: Job, block: int, before: StageRecord, detect: Detect | Non
     return before
 
 
-def _detected(
-    job: Job, found: Iterator[HostInstances], computed_on: tuple[str, ...]
-) -> tuple[list[HostInstances], StageRecord]:
-    """The instances of each patch, and the work that was. Raises LeaseLost between two patches."""
-    started = time.perf_counter()
-    return list(job.while_leased(found)), _worked("detect", started, computed_on=computed_on)
+def _computed(
+    stage: str, job: Job, queues: Sequence[Iterator[Result]], detect: Detect | None
+) -> tuple[list[list[Result]], StageRecord]:
+    """All results of each queue, computed in our turn at the device, and the work that was.
+
+    The results of a GPU wait for the last of its work and their copy, in which it may compute for another thread.
+    Raises LeaseLost between two patches.
+    """
+
+    def all_of_them() -> tuple[list[list[Result]], StageRecord]:
+        started = time.perf_counter()
+        results = [list(job.while_leased(queue)) for queue in queues]
+        return results, _worked(stage, started, computed_on=() if detect else (computes_on(job.settings.detector),))
+
+    return compute(job.settings.detector.device, all_of_them)
 
 
-def _detector() -> Detect:
+def _queue(detect: Detect | None) -> Callable[[Patches, Normalisation, Settings], Iterator[Result]]:
+    """The detector, or what replaces it, whose instances are known at once."""
+    if detect is not None:
+        return lambda patches, normalisation, settings: map(_known, detect(patches, normalisation, settings))
     from pipeline.model.inference import detect_patches  # workers that do not detect start in half the time without it
 
     return detect_patches
+
+
+def _known(instances: HostInstances) -> Result:
+    return lambda: instances
 
 
 # ------------------------------------------------------------------------------------------------- outline

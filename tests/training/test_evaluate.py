@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from oracle import replace_detector
 from pipeline.archive.inputs.sources import find_slides
 from pipeline.config import Architecture, Detector, Execution, Settings, Stain, Stitching, Tiling, Tissue
 from pipeline.errors import AnnotationError
 from pipeline.layout import RESULTS
-from pipeline.model import inference
 from pipeline.model.detector import NucleusDetector, save_weights
 from pipeline.model.fitted_stain import Normalisation
 from pipeline.model.instances import STATISTICS, HostInstances, Patches, empty
@@ -108,7 +108,7 @@ def settings(weights: Path) -> Settings:
 
 @pytest.fixture(autouse=True)
 def _oracle(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inference, "detect_patches", oracle)
+    replace_detector(monkeypatch, oracle)
 
 
 ONE = Execution(cluster=False, workers=1)
@@ -207,7 +207,7 @@ def test_an_image_that_cannot_be_segmented_is_named(
     def broken(patches: Patches, normalisation: Normalisation, settings: Settings) -> Iterator[HostInstances]:
         raise RuntimeError("no such luck")
 
-    monkeypatch.setattr(inference, "detect_patches", broken)
+    replace_detector(monkeypatch, broken)
     data = draw_dataset(tmp_path / "data", {"a1": 3}, classes=False)
     with pytest.raises(AnnotationError, match="a1 could not be segmented: no such luck"):
         evaluate(gather([data]), settings, ONE)
@@ -221,7 +221,7 @@ def test_no_warning_names_a_file_of_results_that_are_gone(
     def blind(patches: Patches, normalisation: Normalisation, settings: Settings) -> Iterator[HostInstances]:
         yield from (empty(SIDE) for _ in patches)
 
-    monkeypatch.setattr(inference, "detect_patches", blind)
+    replace_detector(monkeypatch, blind)
     data, said = draw_dataset(tmp_path / "data", {"a1": 3}, classes=False), list[str]()
     evaluate(gather([data]), settings, ONE, say=said.append)
     lines = [line for text in said for line in text.splitlines()]

@@ -115,7 +115,8 @@ def record(source: Path, work: Path) -> None:
     margin, mpp = settings.tiling.margin, settings.tiling.mpp
     with open_slide(source) as slide:
         patch = np.pad(square(slide, mpp), ((margin, margin), (margin, margin), (0, 0)), "wrap")
-    (detected,) = detect_patches([patch], UNCHANGED, settings)
+    (result,) = detect_patches([patch], UNCHANGED, settings)
+    detected = result()
     most = round(DENSITY * (len(patch) * mpp / 1000) ** 2)
     chosen = select(detected, np.argsort(-detected.scores)[:most])
     np.savez(path, allow_pickle=False, **chosen._asdict())

@@ -27,7 +27,7 @@ from pipeline.config import Detector, Settings, Tiling
 from pipeline.model import inference
 from pipeline.model.device import compute
 from pipeline.model.fitted_stain import TEMPLATE, Normalisation
-from pipeline.model.instances import HostInstances
+from pipeline.model.instances import HostInstances, Result
 from pipeline.model.weights import as_weights_state
 from slides.geometry import Box
 from slides.slide import open_slide
@@ -72,7 +72,7 @@ def settings(given: argparse.Namespace, **detection: Any) -> Settings:
 
 
 def detect(patches: NDArray[np.uint8], chosen: Settings) -> list[HostInstances]:
-    return list(inference.detect_patches(list(patches), UNCHANGED, chosen))
+    return [result() for result in inference.detect_patches(list(patches), UNCHANGED, chosen)]
 
 
 def compare_patches(given: argparse.Namespace) -> None:
@@ -121,8 +121,11 @@ def _in_turns(patches: NDArray[np.uint8], batch: int, chosen: Settings, seconds:
     def detect_for_a_while() -> None:
         while time.perf_counter() - started < seconds:
             some = patches[(len(turns) * batch + np.arange(batch)) % len(patches)]
-            found = inference.detect_patches(list(some), UNCHANGED, chosen)
-            turns.append(compute(chosen.detector.device, functools.partial(_seconds_of, found)))
+            queue = inference.detect_patches(list(some), UNCHANGED, chosen)
+            results, turn = compute(chosen.detector.device, functools.partial(_timed, queue))
+            for result in results:
+                result()
+            turns.append(turn)
 
     with ThreadPoolExecutor(2) as threads:
         for thread in [threads.submit(detect_for_a_while) for _ in range(2)]:
@@ -130,10 +133,9 @@ def _in_turns(patches: NDArray[np.uint8], batch: int, chosen: Settings, seconds:
     return time.perf_counter() - started, turns
 
 
-def _seconds_of(found: Iterator[HostInstances]) -> float:
+def _timed(queue: Iterator[Result]) -> tuple[list[Result], float]:
     started = time.perf_counter()
-    list(found)
-    return time.perf_counter() - started
+    return list(queue), time.perf_counter() - started
 
 
 def measure_pair(given: argparse.Namespace) -> None:

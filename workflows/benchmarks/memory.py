@@ -137,8 +137,8 @@ def main() -> None:
         seconds, nuclei = [], 0
         for number in densest:
             started = time.process_time()
-            (detected,) = inference.detect_patches([patches[number]], UNCHANGED, settings)
-            nuclei += len(detected.boxes)
+            (result,) = inference.detect_patches([patches[number]], UNCHANGED, settings)
+            nuclei += len(result().boxes)
             seconds.append(time.process_time() - started)
     for step, (occupied, allocated) in watch.peaks.items():
         print(f"{step:20}  PSS {occupied / 1e6:6.0f} MB  allocated {allocated / 1e6:6.0f} MB")

@@ -152,9 +152,9 @@ def find_area(slide: Slide) -> Area:
     stride, mpp = plan.grid.stride, plan.frame.mpp
     whole = [tile for tile in plan.tiles if tile.core.size == (stride, stride)]
     tile = min(whole, key=lambda tile: float(slide.read(tile.core, plan.frame)[..., 0].mean()))
-    (detected,) = inference.detect_patches(patch(slide, plan, tile), plan.normalisation, settings)
+    (result,) = inference.detect_patches(patch(slide, plan, tile), plan.normalisation, settings)
     corner = np.array(tile.core[:2])
-    outlines = geometry(stages.outline(detected, tile, plan, settings)[0])
+    outlines = geometry(stages.outline(result(), tile, plan, settings)[0])
     nuclei = shapely.transform(outlines, lambda xy: (xy - corner) * mpp)
     x, y = (corner * mpp).tolist()
     return Area(slide, (x, y), stride * mpp, nuclei)
@@ -170,7 +170,7 @@ def nightslide(area: Area, weights: str) -> Network:
     pixels = patch(area.slide, plan, tile)
 
     def run() -> Any:
-        return next(inference.detect_patches(pixels, plan.normalisation, settings))
+        return next(inference.detect_patches(pixels, plan.normalisation, settings))()
 
     detected = run()
     return Network(

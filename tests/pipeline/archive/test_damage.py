@@ -24,6 +24,7 @@ from pipeline.archive.ledger import mixed_computation, row_of
 from pipeline.config import Execution, Export, Settings, Stain
 from pipeline.errors import LeaseLost, RunError, ScratchLost
 from pipeline.layout import RunFolder, SlideFolder
+from pipeline.model.instances import HostInstances
 from pipeline.segment import job as job_module
 from pipeline.segment import stages, tables
 from pipeline.segment.finished import finish_slide
@@ -152,8 +153,8 @@ def test_scratch_that_is_damaged_while_a_run_goes_on_is_made_again(
 def test_a_detector_computes_in_its_turn_and_prepares_before(
     slide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: Any
 ) -> None:
-    """In the trial of a stain, and in every block. What a call of it does may take place while another one computes."""
-    job, inside, called, computed = job_of(slide, tmp_path), [False], [], []
+    """In the trial of a stain, and in every block. It prepares before, and waits after, while another one computes."""
+    job, inside, called, computed, waited = job_of(slide, tmp_path), [False], [], [], []
     job = dataclasses.replace(job, settings=dataclasses.replace(job.settings, stain=Stain(method=method)))
 
     def compute(device: str, function: Any) -> Any:
@@ -166,20 +167,26 @@ def test_a_detector_computes_in_its_turn_and_prepares_before(
 
     def detect(patches: Any, normalisation: Any, settings: Settings) -> Any:
         called.append(inside[0])
-        return found(patches, normalisation, settings)
+        return queue(patches, normalisation, settings)
 
-    def found(patches: Any, normalisation: Any, settings: Settings) -> Any:
+    def queue(patches: Any, normalisation: Any, settings: Settings) -> Any:
         computed.append(inside[0])
-        yield from oracle.detect(patches, normalisation, settings)
+        for found in oracle.detect(patches, normalisation, settings):
+            yield functools.partial(wait, found)
+
+    def wait(found: HostInstances) -> HostInstances:
+        waited.append(inside[0])
+        return found
 
     monkeypatch.setattr(stages, "compute", compute)
+    monkeypatch.setattr(stages, "_queue", lambda _: detect)
     stages.make_plan(job)
-    stages.choose_stain(job, detect)
+    stages.choose_stain(job)
     blocks = read_plan(job.folder, job.digest).blocks
     for block in blocks:
-        stages.detect_block(job, block, stages.tile_block(job, block, StageRecord()), detect)
+        stages.detect_block(job, block, stages.tile_block(job, block, StageRecord()))
     turns = len(blocks) + (2 if method == "auto" else 0)
-    assert (called, computed) == ([False] * turns, [True] * turns)
+    assert (called, computed, set(waited)) == ([False] * turns, [True] * turns, {False})
 
 
 def test_outlining_twice_at_once_changes_nothing(slide: Path, tmp_path: Path) -> None:

@@ -68,7 +68,7 @@ class Device:
         )
 
     def detect(self, patches: Patches, batch: int = 1) -> list[HostInstances]:
-        return list(detect_patches(patches, NONE, chosen(batch)))
+        return [result() for result in detect_patches(patches, NONE, chosen(batch))]
 
 
 def taken(image: torch.Tensor) -> float:
@@ -304,7 +304,8 @@ def test_the_detector_sees_the_normalised_patch_and_densities_are_the_patch_s_ow
     stronger = FittedStain("macenko", {**target.numbers, "strength": (4.0, 3.0)})
     settings = dataclasses.replace(chosen(), stain=Stain(method="macenko"))
     patch = np.full((SIDE, SIDE, 3), (90, 40, 120), np.uint8)
-    (detected,) = detect_patches([patch], Normalisation(stronger, target), settings)
+    (result,) = detect_patches([patch], Normalisation(stronger, target), settings)
+    detected = result()
     raw = torch.from_numpy(patch).permute(2, 0, 1)[None] / 255
     images, margin = seen
     assert isinstance(images, torch.Tensor)
@@ -371,11 +372,8 @@ def test_neither_threads_nor_batches_show(method: Any, precision: torch.dtype, m
     def detect(batch: int, threads: int) -> list[HostInstances]:
         detection = Detector(batch=batch, score=0.05, objectness=0.3)
         torch.set_num_threads(threads)
-        return list(
-            detect_patches(
-                list(patches), Normalisation(paler, target), Settings(detector=detection, stain=Stain(method=method))
-            )
-        )
+        staining = Settings(detector=detection, stain=Stain(method=method))
+        return [result() for result in detect_patches(list(patches), Normalisation(paler, target), staining)]
 
     before = torch.get_num_threads()
     try:

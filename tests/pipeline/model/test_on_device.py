@@ -38,10 +38,11 @@ COARSE = 1  # levels of 256, in which masks leave the device
 
 # What a batch costs beyond computation, by function. A number may become smaller, and is then lowered here.
 DETECTION = {
-    "download: pipeline/model/inference.py _download": 1,
+    "queued download: pipeline/model/device.py start_download": 1,
     "download: pipeline/model/suppress.py counts": 2,
     "upload: pipeline/model/inference.py _detect": 1,
     "wait: pipeline/model/detector.py NucleusDetector.classify": 1,
+    "wait: pipeline/model/device.py _on_gpu": 1,  # for the results, when another thread has its turn
     "wait: pipeline/model/detector.py NucleusDetector._proposals": 1,
     "wait: pipeline/model/suppress.py suppress": 2,
 }
@@ -97,7 +98,7 @@ def normalisation(method: str) -> Normalisation:
 
 
 def detect(patches: Patches, settings: Settings) -> list[HostInstances]:
-    return list(detect_patches(patches, normalisation(settings.stain.method), settings))
+    return [result() for result in detect_patches(patches, normalisation(settings.stain.method), settings)]
 
 
 def assert_same(there: list[HostInstances], here: list[HostInstances]) -> None:
@@ -187,7 +188,7 @@ def positions(boxes: np.ndarray, grid: int) -> np.ndarray:
 
 def costs(views: int) -> dict[str, int]:
     """What a batch in several views may cost."""
-    per_batch = {k: v if "inference" in k else views * v for k, v in DETECTION.items()}
+    per_batch = {k: v if "inference" in k or "model/device" in k else views * v for k, v in DETECTION.items()}
     fusion = FUSION if views > 1 else {}
     return {k: per_batch.get(k, 0) + fusion.get(k, 0) for k in per_batch.keys() | fusion.keys()}
 
@@ -199,7 +200,9 @@ def test_the_cost_of_a_batch(patches: list[np.ndarray]) -> None:
         detect(patches, settings)
         cuda.costs.clear()
         cuda.uploads.clear()
-        detected = detect(patches, settings)
+        queued = list(detect_patches(patches, normalisation("none"), settings))
+        assert cuda.total(WAIT, DOWNLOAD, BLOCKING) <= 6  # then another thread has its turn
+        detected = [result() for result in queued]
     print(f"\n{cuda.table(*COSTS)}\n{cuda.total(LAUNCH)} launches")
     assert sum(len(patch.boxes) for patch in detected) > 10
     assert_no_more(cuda.by_function(*COSTS), costs(1))

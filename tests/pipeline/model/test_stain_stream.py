@@ -12,13 +12,14 @@ import pytest
 import torch
 from PIL import Image
 
+from oracle import replace_detector
 from pipeline.archive.run import run
 from pipeline.cli import app, main
 from pipeline.config import Detector, Execution, Settings, Stain, Stitching, Tiling, Tissue
 from pipeline.errors import RunError, StainError, WeightsError
 from pipeline.model import dcgmm, fuse, inference, load, stain
 from pipeline.model.fitted_stain import TEMPLATE, Normalisation, read_template
-from pipeline.model.instances import STATISTICS, HostInstances, Instances
+from pipeline.model.instances import STATISTICS, HostInstances, Instances, Patches
 from pipeline.model.weights import content_sha256, find_weights
 from pipeline.segment.plan import Plan, plan_slide
 from slides.errors import SlideNotFound
@@ -139,7 +140,7 @@ def test_the_detector_is_given_normalised_patches(slide: Path, monkeypatch: pyte
 # ----------------------------------------------------------------------------------------------------- runs
 
 
-def nothing_found(patches: np.ndarray, _normalisation: Normalisation, _settings: Settings) -> Iterator[HostInstances]:
+def nothing_found(patches: Patches, normalisation: Normalisation, settings: Settings) -> Iterator[HostInstances]:
     """Stands for the detector."""
     for _ in patches:
         yield HostInstances(
@@ -158,7 +159,7 @@ def test_another_network_or_template_does_not_continue_a_run(
     slide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The contents of the files count, not their names; a method that does not read them is not affected."""
-    monkeypatch.setattr(inference, "detect_patches", nothing_found)
+    replace_detector(monkeypatch, nothing_found)
     mine, template = tmp_path / "mine.safetensors", picture(tmp_path / "template.png", 1)
     shutil.copy(find_weights("stain"), mine)
 
