@@ -89,6 +89,8 @@ class _Networks(Generic[M]):
         self._lock = threading.Lock()
 
     def get(self, path: Path, place: tuple[torch.device, torch.dtype], recorded: str) -> M:
+        if place[0].type == "cuda":  # by default cuDNN's convolutions round what is float32 to the ten bits of TF32
+            torch.backends.cudnn.allow_tf32 = False
         with self._lock:
             sha256 = check_content(path, recorded)
             network = self._loaded.pop((sha256, *place), None)

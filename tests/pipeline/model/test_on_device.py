@@ -4,7 +4,7 @@ the data decides, and the results are the CPU's."""
 import copy
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 from unittest import mock
 
@@ -210,6 +210,19 @@ def test_the_cost_of_a_batch(patches: list[np.ndarray]) -> None:
     assert cuda.total(WAIT, DOWNLOAD, BLOCKING) <= 7
     assert cuda.total(UPLOAD) == 1
     assert cuda.total(LAUNCH) <= 397  # 26 of them for the statistics of the stains, 12 to thin the anchors
+
+
+def test_float32_is_not_rounded_to_fewer_bits() -> None:
+    """Nor are the colours that dcgmm gives in it; cuDNN does so by default."""
+    with PretendedCuda():
+        networks: tuple[Callable[[], object], ...] = (
+            lambda: load.detector(Detector(device="cuda", precision="float32")),
+            lambda: load.stain_network(Stain(method="dcgmm"), torch.device("cuda", 0)),
+        )
+        for load_network in networks:
+            torch.backends.cudnn.allow_tf32 = True
+            load_network()
+            assert not torch.backends.cudnn.allow_tf32
 
 
 def test_a_view_turns_the_boxes_of_all_patches_at_once(patches: list[np.ndarray]) -> None:
