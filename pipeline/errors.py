@@ -12,6 +12,7 @@
     ├── LeaseLost                                    another process has taken the slide over
     ├── ScratchLost                                  scratch of a block is missing or damaged: it is made again
     ├── ClusterLost                                  the Dask scheduler is gone
+    │   └── DeviceLost                               a GPU does nothing more
     └── WorkersDied                                  every worker process that tried a task died
 
 Every message states the value, the rule and the remedy.

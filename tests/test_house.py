@@ -112,6 +112,13 @@ def test_only_what_starts_or_reaches_a_cluster_imports_dask() -> None:
         assert not {n.split(".")[0] for n in names} & {"dask", "distributed"}, path
 
 
+@pytest.mark.parametrize("package", ["slides", "pipeline"])
+def test_the_tree_of_errors_has_all_of_them(package: str) -> None:
+    module = ast.parse((ROOT / package / "errors.py").read_text(encoding="utf-8"))
+    tree = (ast.get_docstring(module) or "").split()
+    assert not {node.name for node in module.body if isinstance(node, ast.ClassDef)} - {*tree}
+
+
 def loaded_by(statement: str, *heavy: str) -> list[str]:
     code = f"import sys\n{statement}\nprint(*[m for m in {heavy!r} if m in sys.modules])"
     return subprocess.run(
