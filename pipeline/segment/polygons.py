@@ -194,8 +194,7 @@ def rasterise(polygons: Polygons, shape: tuple[int, int]) -> NDArray[np.int32]:
         owner, row, first, stop = _spans(polygons[part], shape)
         order = np.argsort(-owner, kind="stable")
         owner, row, first, length = owner[order], row[order], first[order], (stop - first)[order]
-        offset = np.arange(length.sum()) - (np.cumsum(length) - length).repeat(length)
-        labels[(row * shape[1] + first).repeat(length) + offset] = (part.start + 1 + owner).repeat(length)
+        labels[(row * shape[1] + first).repeat(length) + count_up(length)] = (part.start + 1 + owner).repeat(length)
     return labels.reshape(shape)
 
 
@@ -218,7 +217,7 @@ def _spans(polygons: Polygons, shape: tuple[int, int]) -> tuple[Ints, Ints, Ints
     top, bottom = (np.ceil(end[:, 1] - 0.5).clip(0, shape[0]).astype(np.int64) for end in (upper, lower))
     crossed = bottom - top
     edge = np.arange(len(crossed)).repeat(crossed)
-    row = np.arange(len(edge)) - (np.cumsum(crossed) - crossed).repeat(crossed) + top.repeat(crossed)
+    row = top.repeat(crossed) + count_up(crossed)
     run, rise = (lower - upper)[edge].T
     x = upper[edge, 0] + (row + 0.5 - upper[edge, 1]) * (run / rise)
     owner = edges.owner[edges.ring[edge]]
@@ -227,6 +226,11 @@ def _spans(polygons: Polygons, shape: tuple[int, int]) -> tuple[Ints, Ints, Ints
     enter, leave = order[::2], order[1::2]
     first, stop = (np.ceil(x[i] - 0.5).clip(0, shape[1]).astype(np.int64) for i in (enter, leave))
     return owner[enter], row[enter], first, stop
+
+
+def count_up(counts: Ints) -> Ints:
+    """0, 1, ... n - 1 for every n in `counts`, one after another: int64 (counts.sum(),)."""
+    return np.asarray(np.arange(counts.sum()) - (np.cumsum(counts) - counts).repeat(counts))
 
 
 class Measures(NamedTuple):

@@ -14,7 +14,7 @@ import numpy as np
 import shapely
 from numpy.typing import NDArray
 
-from pipeline.segment.polygons import Floats, Ints, Polygons
+from pipeline.segment.polygons import Floats, Ints, Polygons, count_up
 from slides.geometry import Box, Size
 
 Bools = NDArray[np.bool_]
@@ -190,7 +190,6 @@ def _in_one_tile(i: Ints, j: Ints, outline: Ints, tile: Ints) -> Bools:
     present = np.unique(outline * tiles + tile)  # every (outline, tile) there is, by outline
     start, stop = np.searchsorted(present, i * tiles), np.searchsorted(present, (i + 1) * tiles)
     pair = np.arange(len(i)).repeat(stop - start)
-    nth = np.arange(len(pair)) - (np.cumsum(stop - start) - (stop - start)).repeat(stop - start)
-    tile_of_i = present[start.repeat(stop - start) + nth] % tiles
+    tile_of_i = present[start.repeat(stop - start) + count_up(stop - start)] % tiles
     both = np.isin(j[pair] * tiles + tile_of_i, present)
     return np.bincount(pair, both, len(i)) > 0
