@@ -14,7 +14,7 @@ from pipeline.errors import RunError
 from pipeline.layout import RunFolder
 from pipeline.segment import finished
 from pipeline.segment.job import Job
-from pipeline.segment.record import SlideRecord, read_record
+from pipeline.segment.record import SlideRecord, read_record, read_slide_json
 from pipeline.text import one_line
 from slides.errors import NightslideError
 from slides.scale import BY_DEFAULT, FORCED
@@ -86,15 +86,15 @@ class KnownSlides:
 
     def elsewhere(self, name: str) -> SlideRecord | None:
         """The record of a slide that another run has finished, or failed at; the results are not looked at."""
-        record, content = ledger.read_finished(self._folder.slide(name), name)
-        if record is None:
+        content = read_slide_json(self._folder.slide(name))
+        if content is None:
             return self._failed(name)
-        return record if self._counts(content) else None
+        return read_record(content, name) if self._counts(content) else None
 
     def finished(self, name: str) -> SlideRecord | None:
         """The record of a slide that has results which are not to be made again; they are not looked at."""
-        record, content = ledger.read_finished(self._folder.slide(name), name)
-        return record if record is not None and self._counts(content) else None
+        content = read_slide_json(self._folder.slide(name))
+        return read_record(content, name) if content is not None and self._counts(content) else None
 
     def others(self, own: Collection[str]) -> ledger.OtherSlides:
         """The slides that other commands have left in the folder, all but those of these names."""

@@ -14,9 +14,9 @@ from pipeline import files
 from pipeline.archive.failures import read_failure
 from pipeline.config import Settings
 from pipeline.errors import RunError
-from pipeline.layout import RunFolder, SlideFolder
+from pipeline.layout import RunFolder
 from pipeline.segment.job import slide_digest
-from pipeline.segment.record import OF_OTHER_SETTINGS, WAITS, SlideRecord, is_whole, read_record
+from pipeline.segment.record import OF_OTHER_SETTINGS, WAITS, SlideRecord, read_record, read_slide_json
 from pipeline.text import counted, counted_nuclei, csv_cell, from_csv_cell
 
 
@@ -86,19 +86,14 @@ def other_slides(run: RunFolder, own: Collection[str], settings: Settings) -> Ot
         records[name] = read_failure(folder, name)
     for folder in run.finished():
         name = run.name_of(folder)
-        record, content = read_finished(folder, name)
-        if record is not None:
+        content = read_slide_json(folder)
+        if content is not None:
+            record = read_record(content, name)
             of_others = () if content["digest"] == _digest(content, settings) else (OF_OTHER_SETTINGS,)
             records[name] = dataclasses.replace(record, remarks=(*of_others, *record.remarks))
             if name not in own:
                 names[str(content.get("source_path"))] = name
     return OtherSlides([records[name] for name in sorted(records) if name not in own], names)
-
-
-def read_finished(folder: SlideFolder, name: str) -> tuple[SlideRecord | None, dict[str, Any]]:
-    """The record of a finished slide, and what slide.json holds; None where that is missing or damaged."""
-    content = files.read_json(folder.slide_json) or {}
-    return (read_record(content, name) if is_whole(content) else None), content
 
 
 def _digest(content: Mapping[str, Any], settings: Settings) -> str:

@@ -18,7 +18,7 @@ from pipeline.segment import annotations, tables
 from pipeline.segment.export import FORMATS, Exported, check_formats
 from pipeline.segment.job import Job, Origin
 from pipeline.segment.plan import Plan, read_artefacts, read_plan, reported_tissue
-from pipeline.segment.record import SlideRecord, is_whole, remarks
+from pipeline.segment.record import SlideRecord, is_whole, read_slide_json, remarks
 from pipeline.segment.summary import summarise
 from pipeline.segment.tables import checked_between_groups
 from pipeline.text import one_line
@@ -143,7 +143,7 @@ def _with_source(export: Export, source: Path | None) -> Export:
 
 def stale_exports(folder: SlideFolder, export: Export) -> tuple[ExportFormat, ...]:
     """Names of the wanted formats whose files are missing, of another size than was written, or of other options."""
-    known = (_read_whole(folder) or {}).get("files", {})
+    known = (read_slide_json(folder) or {}).get("files", {})
     return tuple(
         name
         for name in export.formats
@@ -166,7 +166,7 @@ def rewrite_exports(folder: SlideFolder, export: Export) -> dict[str, Exported]:
     The outlines of tissue and artefacts get the origin of QuPath's file, over which they are shown, whichever export is
     made; where the slide has none, that of the other exports with a choice of origin.
     """
-    content = _read_whole(folder)
+    content = read_slide_json(folder)
     exported = write_exports(folder, export, Path(content["source_path"]) if content is not None else None)
     if content is not None:
         placed = _placed(folder, _crop_of_outlines(export, content))
@@ -201,18 +201,9 @@ def _placed(folder: SlideFolder, crop: bool | None) -> list[str]:
     return placed
 
 
-def _read_whole(folder: SlideFolder) -> dict[str, Any] | None:
-    """The content of slide.json; None where it is missing or damaged.
-
-    A damaged one is not to be written again: it would get a new checksum, which would fit the damage.
-    """
-    content = files.read_json(folder.slide_json)
-    return content if content is not None and is_whole(content) else None
-
-
 def unnoted_exports(folder: SlideFolder) -> str:
     """Why slide.json does not note the exports that `rewrite_exports` makes, and the remedy; empty where it does."""
-    if _read_whole(folder) is not None or not folder.slide_json.exists():
+    if read_slide_json(folder) is not None or not folder.slide_json.exists():
         return ""
     return f"{folder.slide_json} is damaged, so it does not note the exports: {remedy(folder.slide_json)}"
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Self
 
 from pipeline import files
+from pipeline.layout import SlideFolder
 from pipeline.segment.attempts import Attempt
 from pipeline.text import counted
 from slides.artefacts import KINDS
@@ -199,6 +200,15 @@ def is_whole(content: Mapping[str, Any]) -> bool:
         and isinstance(known, dict)
         and all(_holds(about, {"bytes": int, "sha256": str}) for about in known.values())
     )
+
+
+def read_slide_json(folder: SlideFolder) -> dict[str, Any] | None:
+    """The content of slide.json; None where it is missing or damaged.
+
+    A damaged one is not to be written again: it would get a new checksum, which would fit the damage.
+    """
+    content = files.read_json(folder.slide_json)
+    return content if content is not None and is_whole(content) else None
 
 
 def _holds(value: Any, kinds: Mapping[str, type]) -> bool:

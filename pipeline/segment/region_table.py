@@ -12,14 +12,13 @@ import pyarrow.parquet as pq
 import shapely
 from numpy.typing import NDArray
 
-from pipeline import files
 from pipeline.errors import AnnotationError
 from pipeline.layout import SlideFolder
 from pipeline.segment import annotations, tables
 from pipeline.segment.finished import remedy
 from pipeline.segment.geojson import read_objects
 from pipeline.segment.polygons import Floats, Ints, Polygons
-from pipeline.segment.record import is_whole
+from pipeline.segment.record import read_slide_json
 from pipeline.segment.regions import RegionFile, SlideRegions, contained, read_regions
 from pipeline.text import counted
 from slides.errors import NightslideError
@@ -158,8 +157,8 @@ def _segmented(
     regions: of `file`; bounds: of the slide, slide px. A run may have been restricted to the regions of another file.
     Raises AnnotationError where slide.json, which says so, is damaged.
     """
-    content = files.read_json(slide.slide_json)
-    if slide.slide_json.exists() and not (content and is_whole(content)):
+    content = read_slide_json(slide)
+    if content is None and slide.slide_json.exists():
         raise AnnotationError(
             f"{slide.slide_json} is damaged, which says what was segmented: {remedy(slide.slide_json)}"
         )
