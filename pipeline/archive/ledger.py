@@ -17,6 +17,7 @@ from pipeline.errors import RunError
 from pipeline.layout import RunFolder
 from pipeline.segment.job import slide_digest
 from pipeline.segment.record import OF_OTHER_SETTINGS, WAITS, SlideRecord, read_record, read_slide_json
+from pipeline.segment.regions import RegionFile
 from pipeline.text import counted, counted_nuclei, csv_cell, from_csv_cell
 
 
@@ -89,16 +90,12 @@ def other_slides(run: RunFolder, own: Collection[str], settings: Settings) -> Ot
         content = read_slide_json(folder)
         if content is not None:
             record = read_record(content, name)
-            of_others = () if content["digest"] == _digest(content, settings) else (OF_OTHER_SETTINGS,)
+            now = slide_digest(settings, RegionFile.from_json(content.get("regions")))
+            of_others = () if content["digest"] == now else (OF_OTHER_SETTINGS,)
             records[name] = dataclasses.replace(record, remarks=(*of_others, *record.remarks))
             if name not in own:
                 names[str(content.get("source_path"))] = name
     return OtherSlides([records[name] for name in sorted(records) if name not in own], names)
-
-
-def _digest(content: Mapping[str, Any], settings: Settings) -> str:
-    regions = content.get("regions")
-    return slide_digest(settings, regions and (regions["sha256"], regions["crop"]))
 
 
 def read_ledger(run: RunFolder) -> list[dict[str, Any]]:

@@ -19,6 +19,7 @@ from pipeline.segment.export import FORMATS, Exported, check_formats
 from pipeline.segment.job import Job, Origin
 from pipeline.segment.plan import Plan, read_artefacts, read_plan, reported_tissue
 from pipeline.segment.record import SlideRecord, is_whole, read_slide_json, remarks
+from pipeline.segment.regions import RegionFile
 from pipeline.segment.summary import summarise
 from pipeline.segment.tables import checked_between_groups
 from pipeline.text import one_line
@@ -38,7 +39,7 @@ def finish_slide(job: Job, record: SlideRecord) -> SlideRecord:
     content = {
         "digest": job.digest,
         "overwrite": job.overwrite,
-        "regions": _regions(job),
+        "regions": job.regions and job.regions.to_json(),
         "source": job.source.name,
         "source_path": original.place,
         "source_bytes": original.bytes,
@@ -95,16 +96,11 @@ def stated_mpp(source: Path) -> float | None:
 
 def difference(job: Job, content: Mapping[str, Any]) -> str:
     """Why the digest in a slide.json is not that of the job: other regions, or else other settings, in words."""
-    then, now = content.get("regions"), _regions(job)
-    if (then and (then["sha256"], then["crop"])) == (now and (now["sha256"], now["crop"])):
+    then, now = RegionFile.from_json(content.get("regions")), job.regions
+    if (then and then[1:]) == (now and now[1:]):  # wherever they lie
         return f"settings ({content['digest']}, these are {job.digest})"
-    was, is_ = (regions["path"] if regions else "none" for regions in (then, now))
+    was, is_ = (str(regions.path) if regions else "none" for regions in (then, now))
     return f"regions ({was if was != is_ else f'other content of {was}'}, now {is_})"
-
-
-def _regions(job: Job) -> dict[str, Any] | None:
-    """The file of the slide's regions as it stands in slide.json."""
-    return job.regions and {**job.regions._asdict(), "path": str(job.regions.path)}
 
 
 # --------------------------------------------------------------------------------------- files of results

@@ -36,11 +36,11 @@ class Origin(NamedTuple):
         return cls(str(path), stat.st_size, stat.st_mtime_ns)
 
 
-def slide_digest(settings: Settings, regions: tuple[str, bool] | None) -> str:
-    """The digest of a slide's results. regions: checksum of their file, and `RegionFile.crop`; None for all of it."""
+def slide_digest(settings: Settings, regions: RegionFile | None) -> str:
+    """The digest of a slide's results. regions: to which it is restricted; None for all of it."""
     if regions is None:
         return settings.digest
-    content = f"{settings.digest} {regions[0]} {regions[1]}"
+    content = f"{settings.digest} {regions.sha256} {regions.crop}"
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
@@ -77,7 +77,7 @@ class Job:
     @property
     def digest(self) -> str:
         """Names everything that the slide's nuclei.parquet depends on: the settings, and what its regions are."""
-        return slide_digest(self.settings, self.regions and (self.regions.sha256, self.regions.crop))
+        return slide_digest(self.settings, self.regions)
 
     def read_regions(self, bounds: Box) -> SlideRegions | None:
         """The regions to which the slide, of these bounds (slide px), is restricted. Raises as `read_regions`."""

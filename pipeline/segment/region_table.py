@@ -162,13 +162,11 @@ def _segmented(
         raise AnnotationError(
             f"{slide.slide_json} is damaged, which says what was segmented: {remedy(slide.slide_json)}"
         )
-    restricted = (content or {}).get("regions")
-    if restricted is None:
+    before = RegionFile.from_json((content or {}).get("regions"))
+    if before is None:
         return regions.polygons, ()
-    path = Path(restricted["path"])
-    only = f"only what {path} says was segmented"
-    before = RegionFile(path, restricted["crop"], restricted["sha256"])
-    if (file.sha256, file.crop) == (before.sha256, before.crop):  # wherever it lies now
+    only = f"only what {before.path} says was segmented"
+    if file[1:] == before[1:]:  # wherever it lies now
         return regions.within(regions.polygons), ()
     try:
         parts = read_regions(before, bounds).within(regions.polygons)

@@ -5,9 +5,9 @@ is in, on a right or lower one out. So regions that share a border share no poin
 """
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import shapely
@@ -45,6 +45,14 @@ class RegionFile(NamedTuple):
             return cls(path, crop, files.file_sha256(path))
         except OSError as error:
             raise AnnotationError(f"{path} cannot be read ({error.strerror or error}): export it again") from error
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any] | None) -> "RegionFile | None":
+        """As `to_json` gave it; None of none."""
+        return None if content is None else cls(Path(content["path"]), content["crop"], content["sha256"])
+
+    def to_json(self) -> dict[str, Any]:
+        return {**self._asdict(), "path": str(self.path)}
 
 
 class SlideRegions(NamedTuple):
