@@ -92,10 +92,7 @@ class ArtefactMap(NamedTuple):
 
     def at(self, work_xy: ArrayLike) -> NDArray[np.uint8]:
         """work_xy: (N, 2) work px. Returns uint8 (N,), the number of a kind, or 0."""
-        at, inside = self.tissue.locate(work_xy)
-        kinds = np.zeros(len(inside), np.uint8)
-        kinds[inside] = self.kinds[at]
-        return kinds
+        return self.tissue.look_up(self.kinds, work_xy)
 
     def tissue_mm2(self) -> dict[str, float]:
         """The tissue's area that each kind covers."""

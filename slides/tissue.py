@@ -2,13 +2,15 @@
 
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import scipy  # loads ndimage where it is first used: who reads a mask does without
 from numpy.typing import ArrayLike, NDArray
 
 from slides.geometry import Box, Frame
+
+T = TypeVar("T", bound=np.generic)
 
 # The hue of anything darker is noise: intensities are held above this, so densities below -ln(20/255) = 2.5.
 _DARKEST = 20.0
@@ -58,18 +60,17 @@ class TissueMap(NamedTuple):
 
     def contains(self, work_xy: ArrayLike) -> NDArray[np.bool_]:
         """work_xy: (N, 2) work px. Returns bool (N,): on tissue. Outside the mask is no tissue."""
-        place, inside = self.locate(work_xy)
-        on_tissue = np.zeros(len(inside), np.bool_)
-        on_tissue[inside] = self.mask[place]
-        return on_tissue
+        return self.look_up(self.mask, work_xy)
 
-    def locate(self, work_xy: ArrayLike) -> tuple[tuple[NDArray[np.int64], NDArray[np.int64]], NDArray[np.bool_]]:
-        """work_xy: (N, 2) work px. Returns rows and columns in the mask of those inside it, and bool (N,): inside."""
+    def look_up(self, values: NDArray[T], work_xy: ArrayLike) -> NDArray[T]:
+        """values: (h, w), a pixel of `frame` each; work_xy: (N, 2) work px. Returns (N,): those there, 0 outside."""
         points = np.asarray(work_xy, np.float64).reshape(-1, 2)
         x, y = np.floor(points * self.per_work_px).astype(np.int64).T
-        height, width = self.mask.shape
+        height, width = values.shape
         inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
-        return (y[inside], x[inside]), inside
+        found = np.zeros(len(points), values.dtype)
+        found[inside] = values[y[inside], x[inside]]
+        return found
 
     def any_in(self, box: Box) -> bool:
         """Whether any tissue touches `box` (work px). An empty box holds none."""
