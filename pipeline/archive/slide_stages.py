@@ -60,7 +60,6 @@ class SlideStages:
             "done",
             mpp=plan.scale.mean,
             mpp_source=plan.scale.source,
-            tissue_mm2=round(plan.tissue.area_mm2, 4),
             tiles=len(plan.tiles),
             stain=plan.normalisation.source.method,
             work=work,

@@ -28,7 +28,7 @@ from slides.slide import Slide, open_slide
 
 
 def finish_slide(job: Job, record: SlideRecord) -> SlideRecord:
-    """Write slide.json: provenance, record and summary. Returns the record with its remarks."""
+    """Write slide.json: provenance, record and summary. Returns the record with its area of tissue and its remarks."""
     plan = read_plan(job.folder, job.digest)
     tissue = reported_tissue(read_artefacts(job.folder, plan), job.settings)
     record = dataclasses.replace(record, tissue_mm2=round(tissue.area_mm2, 4))
