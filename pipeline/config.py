@@ -576,15 +576,6 @@ class StainArchitecture:
 T = TypeVar("T")
 
 
-def load(path: Path) -> Settings:
-    """Settings from a TOML file, whose tables are the fields of `Settings`; `execution` may be another one.
-
-    Raises ConfigError for a file that is not TOML, an unknown key (it lists the right ones), a wrong type
-    or a value out of range.
-    """
-    return check(read_toml(path), path)
-
-
 def read_toml(path: Path) -> dict[str, Any]:
     """The content of a TOML file. Raises ConfigError."""
     try:
@@ -605,7 +596,10 @@ class _File(Settings):
 
 
 def check(content: dict[str, Any], path: Path) -> Settings:
-    """The settings in the content of a TOML file. Raises ConfigError, also for its table `execution`."""
+    """The settings in the content of a TOML file, whose tables are the fields of `Settings`, and perhaps `execution`.
+
+    Raises ConfigError for an unknown key (it lists the right ones), a wrong type or a value out of range.
+    """
     whole = build(_File, content, where=str(path))
     return Settings(**{table.name: getattr(whole, table.name) for table in dataclasses.fields(Settings)})
 

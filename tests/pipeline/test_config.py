@@ -26,9 +26,10 @@ from pipeline.config import (
     Tiling,
     Tissue,
     build,
+    check,
     checked,
     grid_step,
-    load,
+    read_toml,
     side_step,
 )
 from pipeline.errors import ConfigError
@@ -56,7 +57,7 @@ def test_settings_of_python_have_the_types_of_a_file_s() -> None:
 def test_toml_sets_what_it_names_and_leaves_the_rest(tmp_path: Path) -> None:
     file = tmp_path / "settings.toml"
     file.write_text("[tiling]\ntile = 512\n[detector]\nscore = 0.25\n[export]\nformats = ['csv']\n")
-    settings = load(file)
+    settings = check(read_toml(file), file)
     assert settings.tiling == Tiling(tile=512)
     assert settings.detector == Detector(score=0.25)
     assert settings.export.formats == ("csv",)
@@ -92,16 +93,16 @@ def test_bad_settings_are_named(tmp_path: Path, text: str, said: str) -> None:
     file = tmp_path / "bad.toml"
     file.write_text(text)
     with pytest.raises(ConfigError) as raised:
-        load(file)
+        check(read_toml(file), file)
     assert said in str(raised.value)
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as raised:
-        load(tmp_path / "none.toml")
+        read_toml(tmp_path / "none.toml")
     assert str(raised.value) == f"{tmp_path / 'none.toml'} does not exist: need a TOML file of settings"
     with pytest.raises(ConfigError) as raised:
-        load(tmp_path)
+        read_toml(tmp_path)
     assert str(raised.value) == f"{tmp_path} cannot be read (Is a directory): need a TOML file of settings"
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config import Settings, load
+from pipeline.config import Settings, check, read_toml
 
 WORKFLOWS = Path(__file__).parents[2] / "workflows"
 
@@ -57,4 +57,4 @@ def test_help_of_a_shell_script_is_its_first_comment(script: Path) -> None:
 
 @pytest.mark.parametrize("path", files("*.toml"), ids=name)
 def test_a_configuration_is_valid_and_changes_something(path: Path) -> None:
-    assert load(path) != Settings()
+    assert check(read_toml(path), path) != Settings()
