@@ -13,6 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from slides.geometry import Box, Frame
 from slides.slide import Slide
+from slides.stored import Mask
 from slides.tissue import TissueMap, densities, glass, grown, ink_colours, is_grey, without_small
 
 KINDS = ("pen", "fold", "bubble", "coverslip edge", "blur")
@@ -20,7 +21,6 @@ KINDS = ("pen", "fold", "bubble", "coverslip edge", "blur")
 PEN, FOLD, BUBBLE, COVERSLIP, BLUR = range(1, len(KINDS) + 1)
 
 Floats = NDArray[np.float32]
-Mask = NDArray[np.bool_]
 
 # Pixels along a side of a cell at which texture is measured: 2 um in a cell of 8 um.
 _PARTS = 4

@@ -34,6 +34,7 @@ from slides.geometry import Frame, Size
 from slides.grid import Tile, TileGrid, read_box
 from slides.partial import partial_path, replace
 from slides.slide import Slide
+from slides.stored import Pixels
 
 _WHITE = 255
 
@@ -42,7 +43,6 @@ _WHITE = 255
 _MARK = struct.Struct("<Q32s")
 _LARGEST_METADATA = 2**20  # bytes; ours has a few kB
 
-Pixels = NDArray[np.uint8]
 Shares = NDArray[np.float32]
 
 

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy.spatial import cKDTree
 
-from pipeline.segment.polygons import Floats, Ints, centroids
-from training.measures import Bools, Detections, Labels, Overlap
+from pipeline.segment.polygons import Bools, Floats, Ints, centroids
+from training.measures import Detections, Labels, Overlap
 
 NEIGHBOUR_UM = 10.0  # between centroids
 PX_UM2 = 0.25**2  # sizes are also given in pixels of 0.25 um, as in the literature

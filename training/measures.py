@@ -17,10 +17,9 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from scipy.spatial import cKDTree
 
-from pipeline.segment.polygons import Floats, Ints, Polygons, rasterise
+from pipeline.segment.polygons import Bools, Floats, Ints, Polygons, rasterise
 
 Labels = NDArray[np.integer[Any]]
-Bools = NDArray[np.bool_]
 
 HIT_IOU = 0.5  # more than this is a hit; such a pair is the only one of both its members (Kirillov et al. 2019)
 COCO_IOUS = np.linspace(0.5, 0.95, 10)  # of pycocotools' COCOeval, whose rules `rank` and `average_precision` keep

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 Polygons = NDArray[np.object_]
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
+Bools = NDArray[np.bool_]
 
 _MOSAIC_CELLS = 1 << 22  # float64 cells outlined in one call: 32 MiB
 _MOSAIC_ROWS = 1 << 13  # whose coordinates are made together
@@ -167,7 +168,7 @@ class _Edges(NamedTuple):
     end: Floats  # (E, 2)
     ring: Ints  # (E,) index of its ring
     owner: Ints  # (R,) index of the polygon of each ring
-    hole: NDArray[np.bool_]  # (R,) a ring inside its polygon
+    hole: Bools  # (R,) a ring inside its polygon
 
 
 def _edges(polygons: Polygons) -> _Edges:

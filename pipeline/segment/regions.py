@@ -11,18 +11,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import shapely
-from numpy.typing import NDArray
 
 from pipeline import files
 from pipeline.errors import AnnotationError, SlideChanged
 from pipeline.segment.annotations import ARTEFACTS, TISSUE
 from pipeline.segment.geojson import read_objects
-from pipeline.segment.polygons import Floats, Polygons, rasterise
+from pipeline.segment.polygons import Bools, Floats, Ints, Polygons, rasterise
 from pipeline.text import counted, printable
 from slides.geometry import Box
 from slides.tissue import TissueMap
-
-Flags = NDArray[np.bool_]
 
 _AREAL = (shapely.GeometryType.POLYGON, shapely.GeometryType.MULTIPOLYGON)
 
@@ -65,12 +62,12 @@ class SlideRegions(NamedTuple):
     skipped: int = 0  # objects in the file that are no regions: detections, points, lines
 
     @property
-    def ignored(self) -> Flags:
+    def ignored(self) -> Bools:
         """Which are of a class that QuPath ignores: its name ends in *, and it is not Region*."""
         return np.array([name.endswith("*") and name.lower() != "region*" for name in self.classes], bool)
 
     @property
-    def chosen(self) -> Flags:
+    def chosen(self) -> Bools:
         """Which are those that a restricted run processes: not ignored ones, nor tissue and artefacts beside others.
 
         These two are annotations of ours, which an export of a whole image from QuPath holds, too.
@@ -79,7 +76,7 @@ class SlideRegions(NamedTuple):
         drawn = ~self.ignored & ~ours
         return drawn if drawn.any() else ~self.ignored
 
-    def select(self, slide_xy: Floats) -> Flags:
+    def select(self, slide_xy: Floats) -> Bools:
         """Which points a run that is restricted to these regions processes: bool (N,).
 
         slide_xy: float64 (N, 2), slide px
@@ -169,7 +166,7 @@ def areal(geometries: Polygons) -> Polygons:
 # ------------------------------------------------------------------------------------------ points in regions
 
 
-def in_any(polygons: Iterable[shapely.Geometry], xy: Floats) -> Flags:
+def in_any(polygons: Iterable[shapely.Geometry], xy: Floats) -> Bools:
     """Which points lie in one of the polygons or in several, half-open: bool (N,)."""
     inside = np.zeros(len(xy), bool)
     for polygon in polygons:
@@ -177,7 +174,7 @@ def in_any(polygons: Iterable[shapely.Geometry], xy: Floats) -> Flags:
     return inside
 
 
-def contained(polygon: shapely.Geometry, xy: Floats) -> NDArray[np.int64]:
+def contained(polygon: shapely.Geometry, xy: Floats) -> Ints:
     """Which points lie in a polygon, half-open: their indices, int64 (M,), ascending.
 
     polygon: a valid Polygon or MultiPolygon; xy: float64 (N, 2) of its frame
@@ -195,7 +192,7 @@ def contained(polygon: shapely.Geometry, xy: Floats) -> NDArray[np.int64]:
     return np.asarray(near[inside])
 
 
-def _crosses_an_odd_number(polygon: shapely.Geometry, xy: Floats) -> Flags:
+def _crosses_an_odd_number(polygon: shapely.Geometry, xy: Floats) -> Bools:
     """Whether the ray from each point to the left crosses an odd number of edges: bool (N,).
 
     An edge is crossed at a point where upper y <= y < lower y. It is taken from its upper end, in whichever direction a

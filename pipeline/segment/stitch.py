@@ -14,10 +14,8 @@ import numpy as np
 import shapely
 from numpy.typing import NDArray
 
-from pipeline.segment.polygons import Floats, Ints, Polygons, count_up
+from pipeline.segment.polygons import Bools, Floats, Ints, Polygons, count_up
 from slides.geometry import Box, Size
-
-Bools = NDArray[np.bool_]
 
 # The outline of a nucleus that is cut by its patch's edge ends up to half a mask cell, plus the tolerance of
 # `simplify`, before that edge: 2 px for the largest nuclei.

@@ -31,11 +31,11 @@ from pipeline.config import Detector, Execution, Settings, Stain, StainMethod
 from pipeline.files import read_json
 from pipeline.model.fitted_stain import TEMPLATE
 from pipeline.model.weights import detector_architecture, find_weights, read_notes
-from pipeline.segment.polygons import Floats
+from pipeline.segment.polygons import Bools, Floats
 from slides.errors import NightslideError
 from training.breakdown import AREA_EDGES_UM2, reliability
 from training.evaluate import EvaluationSet, gather, predict, read_detections, results_of, whole_images
-from training.measures import Bools, Overlap, aji_sums, overlap, select
+from training.measures import Overlap, aji_sums, overlap, select
 
 LOWEST_SCORE = 0.05
 GRID = np.arange(0.05, 0.96, 0.05)
