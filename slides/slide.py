@@ -42,7 +42,7 @@ _REACH = 3
 
 
 class Slide:
-    """A readable slide of known scale. Made by `open_slide`; safe to share between threads, fork and pickle.
+    """A readable slide of known scale, as `open_slide` gives it; safe to share between threads, fork and pickle.
 
     path, vendor (`image` for a plain picture), size (level 0), bounds (slide px; what the scanner recorded),
     levels, scale, quick_hash (identifies the file), has_icc (recorded only: colours are left as stored),

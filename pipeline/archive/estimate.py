@@ -15,7 +15,7 @@ from pipeline.segment import stain_trial
 from pipeline.segment.finished import check_exports
 from pipeline.segment.plan import plan_slide
 from pipeline.text import one_line
-from slides.slide import open_slide
+from slides.slide import Slide
 
 
 class SlideEstimate(NamedTuple):
@@ -56,7 +56,7 @@ def estimate_slide(source: Source, settings: Settings, seconds_per_mm2: float) -
         unnormalised = dataclasses.replace(as_weights_state(settings), stain=Stain(method="none"))
         if source.problem:
             raise RunError(source.problem)
-        with open_slide(source.path, **source.scale._asdict()) as slide:
+        with Slide(source.path, source.scale) as slide:
             plan = plan_slide(slide, unnormalised, region_file(source, settings.regions))
         check_exports(source.path, source.name, plan, settings.export)
     except Exception as error:

@@ -15,7 +15,7 @@ from pipeline.layout import SlideFolder
 from pipeline.segment.regions import RegionFile, SlideRegions, read_regions
 from slides.geometry import Box
 from slides.scale import GivenScale
-from slides.slide import Slide, open_slide
+from slides.slide import Slide
 
 LEASE_CHECK_S = 1.0  # between two checks while patches are detected or a slide is copied: each asks the file server
 
@@ -67,7 +67,7 @@ class Job:
 
     def open(self) -> Slide:
         """The slide. Raises what `open_slide` raises."""
-        return open_slide(self.source, **self.scale._asdict())
+        return Slide(self.source, self.scale)
 
     @property
     def origin(self) -> Origin:

@@ -15,7 +15,6 @@ import functools
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 from uuid import uuid4
 
@@ -51,8 +50,7 @@ from slides import focus
 from slides.artefacts import ArtefactMap
 from slides.grid import Tile
 from slides.patches import PatchStore, cut
-from slides.scale import GivenScale
-from slides.slide import Slide, open_slide
+from slides.slide import Slide
 
 # A process of more returns what detection left free before a stage of the whole slide, which needs memory of its own.
 _SLIDE_STAGE_BYTES = 1e9
@@ -180,10 +178,8 @@ def tile_block(job: Job, block: int, before: StageRecord) -> StageRecord:
     return before + _worked("tile", started)
 
 
-@functools.lru_cache(maxsize=4)
-def _slide(source: Path, scale: GivenScale) -> Slide:
-    """Slides stay open between blocks; a Slide gives every thread a handle of its own."""
-    return open_slide(source, **scale._asdict())
+_slide = functools.lru_cache(maxsize=4)(Slide)
+"Slides stay open between blocks; a Slide gives every thread a handle of its own."
 
 
 def _is_detected(job: Job, block: int) -> bool:
