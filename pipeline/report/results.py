@@ -18,6 +18,7 @@ from PIL import Image, ImageOps
 from pipeline import files
 from pipeline.layout import DENSITY, RunFolder
 from pipeline.segment.attempts import Attempt
+from pipeline.segment.pictures import UNREADABLE, reduced
 from pipeline.segment.polygons import Floats
 from pipeline.segment.record import OF_OTHER_SETTINGS, read_record
 from pipeline.segment.summary import AREA_EDGES_UM2, QUANTILES, SEAM_EDGES_PX, VERSION
@@ -27,7 +28,6 @@ from pipeline.text import from_csv_cell
 OUTLIER_Z, FEWEST_SLIDES = 3.5, 8
 
 _PICTURE_PX, _QUALITY = (180, 130), 60
-_UNREADABLE = (OSError, ValueError, Image.DecompressionBombError)  # the last: a damaged header states any size
 
 # Colours of densities, from none to the highest: white to dark violet, in even steps of lightness.
 _HEAT = ((255, 255, 255), (252, 197, 142), (241, 96, 93), (158, 47, 127), (45, 17, 86))
@@ -154,14 +154,8 @@ def _is_legible(summary: Mapping[str, Any]) -> bool:
 
 
 def _small(overlay: Path) -> str:
-    try:
-        with Image.open(overlay) as image:
-            image.draft("RGB", (2 * _PICTURE_PX[0], 2 * _PICTURE_PX[1]))  # decodes an eighth of a JPEG: fast
-            small = image.convert("RGB")
-    except _UNREADABLE:
-        return ""
-    small.thumbnail(_PICTURE_PX)
-    return _data_url(small, "jpeg", quality=_QUALITY, optimize=True)
+    small = reduced(overlay, _PICTURE_PX)
+    return "" if small is None else _data_url(small, "jpeg", quality=_QUALITY, optimize=True)
 
 
 def _density(picture: Path) -> dict[str, Any]:
@@ -172,7 +166,7 @@ def _density(picture: Path) -> dict[str, Any]:
     try:
         with Image.open(picture) as image:
             density = np.nan_to_num(np.asarray(image, np.float32))
-    except _UNREADABLE:
+    except UNREADABLE:
         return {}
     top = float(density[: max(1, len(density) - 1), : max(1, density.shape[1] - 1)].max(initial=0.0))
     steps = np.linspace(0, top or 1.0, len(_HEAT))

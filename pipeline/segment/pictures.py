@@ -18,6 +18,9 @@ from slides.tissue import TissueMap
 
 _TILE = (60, 60, 160)
 
+UNREADABLE = (OSError, ValueError, Image.DecompressionBombError)
+"What Pillow raises for a damaged picture; the last where its header states any size."
+
 
 def draw_plan(
     picture: NDArray[np.uint8],
@@ -68,6 +71,18 @@ def draw_overlay(picture: NDArray[np.uint8], frame: Frame, nuclei: Path, path: P
         for outline, name in zip(outlines, rows["class"].to_pylist(), strict=True) if len(owner) else ():
             draw.line([(x, y) for x, y in outline.tolist()], fill=colours[name])
     _save(image, path)
+
+
+def reduced(path: Path, most_px: tuple[int, int]) -> Image.Image | None:
+    """A picture of a slide that fits into `most_px` (width, height); None where it cannot be read."""
+    try:
+        with Image.open(path, formats=["JPEG"]) as image:
+            image.draft("RGB", (2 * most_px[0], 2 * most_px[1]))  # decodes an eighth of a JPEG: fast
+            small = image.convert("RGB")
+    except UNREADABLE:
+        return None
+    small.thumbnail(most_px)
+    return small
 
 
 def _save(image: Image.Image, path: Path) -> None:

@@ -7,7 +7,6 @@ from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 from pathlib import Path
 
-from PIL import Image
 from starlette.applications import Starlette
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
@@ -18,7 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pipeline import files
 from pipeline.layout import SlideFolder
-from pipeline.segment import annotations
+from pipeline.segment import annotations, pictures
 from pipeline.view import deep_zoom, nuclei
 from pipeline.view.results import Results
 from slides.errors import NightslideError
@@ -144,14 +143,9 @@ def _slides(results: Results, _: Request) -> Response:
 
 
 def _thumbnail(results: Results, request: Request) -> Response:
-    path = results.folder(request.path_params["slide"]).thumbnail
-    try:
-        with Image.open(path, formats=["JPEG"]) as image:
-            image.draft("RGB", _THUMBNAIL_PX)
-            small = image.convert("RGB")
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
-        raise HTTPException(404) from error
-    small.thumbnail(_THUMBNAIL_PX)
+    small = pictures.reduced(results.folder(request.path_params["slide"]).thumbnail, _THUMBNAIL_PX)
+    if small is None:
+        raise HTTPException(404)
     file = BytesIO()
     small.save(file, "JPEG", quality=80)
     return _binary(file.getvalue(), "image/jpeg")
