@@ -52,27 +52,19 @@ def resolve(settings: Settings) -> Settings:
     """
     weights, settings = find_weights(settings.detector.weights), as_weights_state(settings)
     _check_fit(settings.tiling, detector_architecture(weights), weights.name)
-    detector, stain = settings.detector, settings.stain
-    detector = dataclasses.replace(
-        detector, weights=str(weights), weights_sha256=check_content(weights, detector.weights_sha256)
-    )
-    stain = _resolved(stain)
-    export = settings.export
+    sha256, export = check_content(weights, settings.detector.weights_sha256), settings.export
+    detector = dataclasses.replace(settings.detector, weights=str(weights), weights_sha256=sha256)
     if export.dicom_reference:  # so that it is the same folder to every worker
         export = dataclasses.replace(export, dicom_reference=os.path.abspath(export.dicom_reference))
-    return dataclasses.replace(settings, detector=detector, stain=stain, export=export)
+    return dataclasses.replace(settings, detector=detector, stain=_resolved(settings.stain), export=export)
 
 
 def _resolved(stain: Stain) -> Stain:
     """The stain normalisation with the paths and checksums of the files that it reads."""
-    files = stain_files(stain)
-    if "weights" in files:
-        sha256 = check_content(files["weights"], stain.weights_sha256)
-        stain = dataclasses.replace(stain, weights=str(files["weights"]), weights_sha256=sha256)
-    if "template" in files:
-        sha256 = check_content(files["template"], stain.template_sha256)
-        stain = dataclasses.replace(stain, template=str(files["template"]), template_sha256=sha256)
-    return stain
+    given: dict[str, Any] = {}
+    for name, path in stain_files(stain).items():
+        given |= {name: str(path), f"{name}_sha256": check_content(path, getattr(stain, f"{name}_sha256"))}
+    return dataclasses.replace(stain, **given)
 
 
 def _check_fit(tiling: Tiling, architecture: Architecture, weights: str) -> None:

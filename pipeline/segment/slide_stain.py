@@ -111,7 +111,7 @@ def template_stain(settings: Stain, tissue_settings: Tissue, mpp: float) -> Fitt
     """
     files = stain_files(settings)
     for name, path in files.items():
-        check_content(path, {"weights": settings.weights_sha256, "template": settings.template_sha256}[name])
+        check_content(path, getattr(settings, f"{name}_sha256"))
     return _template_stain(settings, tissue_settings, mpp, tuple(stamp(path) for path in files.values()))
 
 
