@@ -124,7 +124,7 @@ class Texture(NamedTuple):
     """What a thumbnail does not show of its pixels, from the optical density in green of their parts.
 
     deviation: float32 (h, w), the standard deviation within a pixel; palest: float32 (h, w), the density of the palest
-    part. Both are 0 where they were not read.
+    part. Both are 0 where they were not read; of a slide that has no finer pixels the deviation is 1.
     """
 
     deviation: Floats

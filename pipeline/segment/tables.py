@@ -312,7 +312,7 @@ def checked_between_groups(check: Callable[[], None]) -> Iterator[None]:
 
 
 def iter_nuclei(path: Path, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
-    """The same, a row group (at most 50,000 rows) at a time. Raises what the check of `checked_between_groups` does."""
+    """As `read_nuclei`, a row group (at most 50,000 rows) at a time. Raises what the check between groups does."""
     with pq.ParquetFile(path) as file:
         for group in range(file.num_row_groups):
             _check.get()()
