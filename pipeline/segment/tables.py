@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
@@ -179,10 +178,8 @@ class NucleiWriter:
             self._closing = opening.pop_all()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._closing.__exit__(kind, error, trace)
+    def __exit__(self, *error: Any) -> None:
+        self._closing.__exit__(*error)
 
     def write(
         self,
@@ -249,9 +246,7 @@ class NucleiWriter:
         self._file.write_table(group.combine_chunks(), row_group_size=_ROW_GROUP)
         self._pending = rest.combine_chunks()
 
-    def _finish(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def _finish(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is not None:
             return
         if self._pending.num_rows:

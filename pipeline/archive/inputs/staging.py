@@ -18,7 +18,6 @@ import shutil
 import uuid
 from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path, PurePath
-from types import TracebackType
 from typing import NamedTuple, Protocol, Self
 
 from pipeline import files
@@ -138,9 +137,7 @@ class Staging:
         self.folder = self._own_folder()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
         self._leases.release(self.folder)
 
