@@ -69,7 +69,7 @@ def measure(patches: Iterable[NDArray[np.uint8]], tiles: tuple[Tile, ...], size:
     left, top = cores.x0 // side, cores.y0 // side
     sums = np.zeros((-(-cores.y1 // side) - top, -(-cores.x1 // side) - left, 4), np.int64)
     for patch, tile in zip(patches, tiles, strict=True):
-        core = Box(*tile.core[:2], min(tile.core.x1, size.width // 2 * 2), min(tile.core.y1, size.height // 2 * 2))
+        core = Box(*tile.core.corner, min(tile.core.x1, size.width // 2 * 2), min(tile.core.y1, size.height // 2 * 2))
         if core.area:
             x, y = core.x0 // side, core.y0 // side
             measures = _measures(patch, core, tile.read)
@@ -85,7 +85,7 @@ def _measures(patch: NDArray[np.uint8], core: Box, read: Box) -> NDArray[np.int3
     # from an even pixel on, in whole pairs
     x0, y0 = around.x0 + around.x0 % 2, around.y0 + around.y0 % 2
     pairs = Box(x0, y0, x0 + (around.x1 - x0) // 2 * 2, y0 + (around.y1 - y0) // 2 * 2)
-    green = patch[pairs.within((read.x0, read.y0))][..., 1]
+    green = patch[pairs.within(read.corner)][..., 1]
     rows = np.add(green[::2], green[1::2], dtype=np.int16)
     grey = rows[:, ::2] + rows[:, 1::2]  # the sums below fit int16: at most 16 * 4 * 255
     missing = (
@@ -140,8 +140,8 @@ def add(parts: list[Focus]) -> Focus:
     whole = union(boxes)
     sums = np.zeros((whole.height, whole.width, 4), np.int64)
     for box, part in zip(boxes, parts, strict=True):
-        sums[box.within((whole.x0, whole.y0))] += part.sums
-    return Focus((whole.x0, whole.y0), sums)
+        sums[box.within(whole.corner)] += part.sums
+    return Focus(whole.corner, sums)
 
 
 def blurred(sums: Sums, glass: float, mpp: float) -> NDArray[np.bool_]:

@@ -38,6 +38,11 @@ class Box(NamedTuple):
         return Size(self.width, self.height)
 
     @property
+    def corner(self) -> tuple[int, int]:
+        """The upper left one, x y."""
+        return self.x0, self.y0
+
+    @property
     def area(self) -> int:
         """Pixels inside; 0 exactly when the box is empty."""
         return self.width * self.height
@@ -63,7 +68,7 @@ def cells(box: Box, side: tuple[int, int], *, lattice: bool = False) -> Iterator
     lattice: they are whole and start at multiples of `side`, so that the outer ones hang over the box.
     """
     width, height = side
-    left, top = (box.x0 // width * width, box.y0 // height * height) if lattice else (box.x0, box.y0)
+    left, top = (box.x0 // width * width, box.y0 // height * height) if lattice else box.corner
     for y in range(top, box.y1, height):
         for x in range(left, box.x1, width):
             cell = Box(x, y, x + width, y + height)

@@ -111,7 +111,7 @@ def trim(tile: Tile, tissue: Box, margin: int, step: int) -> Box:
     maps lie on the slide as those of the whole patch do.
     Law: it holds what lies in the patch and within `margin` of the tissue.
     """
-    corner = np.array(tile.read[:2])
+    corner = np.array(tile.read.corner)
     low = np.array(tissue[:2]) - margin - corner
     high = np.array(tissue[2:]) + margin - corner
     low, high = low // step * step + corner, -(-high // step) * step + corner

@@ -211,10 +211,9 @@ def cut(slide: Slide, tiles: tuple[Tile, ...], grid: TileGrid, frame: Frame) -> 
     if not tiles:
         return np.full((side, side, 3), _WHITE, np.uint8), shares
     needed = read_box(tiles)
-    corner = (needed.x0, needed.y0)
     pixels, lost = slide.read_decodable(needed, frame)
     if lost.any():
-        shares[:] = [lost[tile.core.within(corner)].mean() for tile in tiles]
+        shares[:] = [lost[tile.core.within(needed.corner)].mean() for tile in tiles]
     if needed.size == (side, side):
         return pixels, shares
     region = np.full((side, side, 3), _WHITE, np.uint8)

@@ -130,7 +130,7 @@ class Slide:
             return self.read_decodable(box, frame)[0]
         shown, _ = blank(box)
         resized = Image.fromarray(pixels).resize(inside.size, Image.Resampling.BICUBIC, box=window, reducing_gap=2.0)
-        shown[inside.within((box.x0, box.y0))] = np.asarray(resized)
+        shown[inside.within(box.corner)] = np.asarray(resized)
         return shown
 
     def thumbnail(self, frame: Frame) -> Pixels:
@@ -165,7 +165,7 @@ class Slide:
         if inside == box:
             return read
         pixels, lost = blank(box)
-        place = inside.within((box.x0, box.y0))
+        place = inside.within(box.corner)
         pixels[place], lost[place] = read
         return pixels, lost
 
@@ -185,13 +185,13 @@ class Slide:
                 piece = image.crop(around.shift(-source.x0, -source.y0))
                 piece = piece.resize(cell.size, Image.Resampling.BICUBIC, box=window)
                 resampled.paste(piece, (cell.x0 - group.x0, cell.y0 - group.y0))
-                at = around.within((source.x0, source.y0))
+                at = around.within(source.corner)
                 if undecoded[at].any():
                     part = cell.intersect(inside)
                     nearest = undecoded[at][_nearest(window, cell.size)]
-                    lost[part.within(inside[:2])] = nearest[part.within(cell[:2])]
+                    lost[part.within(inside.corner)] = nearest[part.within(cell.corner)]
             part = group.intersect(inside)
-            pixels[part.within(inside[:2])] = np.asarray(resampled)[part.within(group[:2])]
+            pixels[part.within(inside.corner)] = np.asarray(resampled)[part.within(group.corner)]
         return pixels, lost
 
     def _source(self, piece: Box, to_level: Affine) -> tuple[Box, Window]:

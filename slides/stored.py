@@ -90,8 +90,8 @@ class StoredPixels:
             side = self._chunk_sides(level) if whole else (CHUNK, CHUNK)
             parts = (cell.intersect(box) for cell in cells(box, side, lattice=True))
         for part in parts:
-            x, y = (part.x0, part.y0) if whole else (part.x0 // CHUNK * CHUNK, part.y0 // CHUNK * CHUNK)
-            place = part.within((box.x0, box.y0))
+            x, y = part.corner if whole else (part.x0 // CHUNK * CHUNK, part.y0 // CHUNK * CHUNK)
+            place = part.within(box.corner)
             try:
                 pixels[place] = self._from_openslide(level, Box(x, y, part.x1, part.y1))[part.within((x, y))]
             except RegionUnreadable:
@@ -123,7 +123,7 @@ class StoredPixels:
         pixels, lost = blank(box)
         for tile in cells(box, self._tile_sizes[level], lattice=True):
             part = tile.intersect(box)
-            place = part.within((box.x0, box.y0))
+            place = part.within(box.corner)
             try:
                 pixels[place] = self._from_openslide(level, part)
             except RegionUnreadable:

@@ -143,7 +143,7 @@ class StoredTiles:
                     continue
                 if not inside:
                     recent.put((self._number, index), tile)
-            pixels[part.within((box.x0, box.y0))] = tile[part.within((cell.x0, cell.y0))]
+            pixels[part.within(box.corner)] = tile[part.within(cell.corner)]
         return left
 
     def _box(self, index: int) -> Box:

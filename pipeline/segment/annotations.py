@@ -83,7 +83,7 @@ def place(path: Path, bounds: Box, crop: bool) -> bool:
 def _content(path: Path, bounds: Box) -> tuple[list[dict[str, Any]], tuple[int, int]]:
     content = files.read_json(path) or {}
     try:
-        x, y = content.get("origin_px", (bounds.x0, bounds.y0))
+        x, y = content.get("origin_px", bounds.corner)
         return list(content["features"]), (int(x), int(y))
     except (TypeError, KeyError, ValueError) as error:
         raise AnnotationError(f"{path} is not as it was written ({error!r}): run the slide again") from error
@@ -97,7 +97,7 @@ def _moved(coordinates: Any, by: tuple[int, int]) -> Any:
 
 
 def _origin(bounds: Box, crop: bool) -> tuple[int, int]:
-    return (bounds.x0, bounds.y0) if crop else (0, 0)
+    return bounds.corner if crop else (0, 0)
 
 
 def outline(mask: NDArray[np.bool_], frame: Frame, bounds: Box, crop: bool) -> shapely.Geometry:

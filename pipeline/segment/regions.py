@@ -132,7 +132,7 @@ def read_regions(file: RegionFile, bounds: Box) -> SlideRegions:
     objects, skipped = read_objects(file.path, ("annotation",))
     if files.file_sha256(file.path) != file.sha256:
         raise SlideChanged(f"{file.path} was changed while its slide was processed: run the same command again")
-    corner = (bounds.x0, bounds.y0) if file.crop else (0, 0)
+    corner = bounds.corner if file.crop else (0, 0)
     polygons = shapely.transform(objects.polygons, lambda xy: xy + corner)
     broken = ~shapely.is_valid(polygons)
     polygons[broken] = _mended(polygons[broken])

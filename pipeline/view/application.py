@@ -231,7 +231,7 @@ def _annotation(results: Results, request: Request) -> Response:
     if path is None:
         raise HTTPException(404)
     try:
-        features = annotations.features_from(path, (bounds.x0, bounds.y0), bounds)
+        features = annotations.features_from(path, bounds.corner, bounds)
         return JSONResponse({"type": "FeatureCollection", "features": features}, media_type="application/geo+json")
     except (TypeError, ValueError) as error:  # bounds that are no numbers, coordinates that JSON does not know
         raise HTTPException(404) from error

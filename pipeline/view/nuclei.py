@@ -63,7 +63,7 @@ class NucleusTiles:
         provenance = read_provenance(path)
         self.um_per_px = provenance.um_per_px
         self.size = provenance.bounds.size
-        corner = np.array(provenance.bounds[:2], float)
+        corner = np.array(provenance.bounds.corner, float)
         columns = [field.name for field in pq.read_schema(path) if not pa.types.is_nested(field.type)]
         tables, vertices, counts, bounds = [], [], [np.zeros(1, np.int64)], [np.zeros((0, 4))]
         for rows in iter_nuclei(path, columns):

@@ -102,7 +102,7 @@ def _read_field(
 
 def _moved(polygons: Polygons, box: Box) -> Polygons:
     """From px of the image to px of `box`."""
-    moved: Polygons = shapely.transform(polygons, lambda xy: xy - (box.x0, box.y0))
+    moved: Polygons = shapely.transform(polygons, lambda xy: xy - box.corner)
     return moved
 
 

@@ -120,7 +120,7 @@ def find_reference(name: str, size: Size, bounds: Box, options: Export) -> Refer
             f"DICOM annotations refer to a DICOM image of {name}, and {_place(options.dicom_reference)}: give "
             f"--export.dicom-reference DIR with one as DIR/{name}.dcm or in DIR/{name}/, or leave out dicom"
         )
-    corners = {size: (0, 0), bounds.size: (bounds.x0, bounds.y0)}
+    corners = {size: (0, 0), bounds.size: bounds.corner}
     fitting = [Reference(path, corners[stated]) for path, stated in images if stated in corners]
     if len(fitting) != 1:
         sizes = ", ".join(sorted({f"{width} x {height}" for _, (width, height) in images}))

@@ -165,7 +165,7 @@ def _places(bounds: Floats, box: Box) -> tuple[NDArray[np.int64], NDArray[np.int
     bounds: float64 (N, 4), x0 y0 x1 y1, slide px
     """
     last = [-(-side // _SHARD) - 1 for side in box.size]
-    low, high = (np.floor((b - box[:2]) / _SHARD).astype(np.int64) for b in (bounds[:, :2], bounds[:, 2:]))
+    low, high = (np.floor((b - box.corner) / _SHARD).astype(np.int64) for b in (bounds[:, :2], bounds[:, 2:]))
     low, high = np.maximum(low, 0), np.minimum(high, last)
     across, down = np.maximum(high - low + 1, 0).T
     index = np.arange(len(bounds)).repeat(across * down)

@@ -95,7 +95,7 @@ def _printable(polygons: Polygons, image: Box) -> tuple[Polygons, NDArray[np.boo
     Returns object (N,), some of them empty, and bool (N,), which were repaired: rounding can make an outline touch or
     cross itself. Such a one is made valid on the grid of hundredths, and its largest part is kept.
     """
-    hundredths = shapely.transform(polygons, lambda xy: np.rint((xy - image[:2]) * 100))
+    hundredths = shapely.transform(polygons, lambda xy: np.rint((xy - image.corner) * 100))
     broken = ~shapely.is_valid(hundredths)
     repaired = shapely.set_precision(shapely.make_valid(hundredths[broken]), 1.0)
     hundredths[broken] = solid(repaired)
