@@ -32,6 +32,11 @@ def text(values: Sequence[str]) -> pa.Array:
     return binary([value.encode() for value in values]).view(pa.string())
 
 
+def index(column: pa.ChunkedArray, names: Sequence[str]) -> pa.ChunkedArray:
+    """Which of `names` each text of a column is: int32 (N,), null for none of them."""
+    return pc.index_in(column, text(names))
+
+
 def array(values: Any, kind: pa.DataType) -> pa.Array:
     """Whichever of these `kind` asks for; an Arrow array as it is."""
     if isinstance(values, pa.Array):

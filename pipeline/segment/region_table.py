@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from pipeline.errors import AnnotationError
 from pipeline.layout import SlideFolder
-from pipeline.segment import annotations, tables
+from pipeline.segment import annotations, arrow, tables
 from pipeline.segment.finished import remedy
 from pipeline.segment.geojson import read_objects
 from pipeline.segment.polygons import Floats, Ints, Polygons
@@ -117,7 +117,7 @@ def _outside_artefacts(nuclei: Path, members: list[Ints]) -> list[Ints]:
 
 def _fractions(nuclei: Path, members: Sequence[Ints], classes: Sequence[str]) -> dict[str, Floats]:
     """The share of each class in each region."""
-    index = pc.index_in(tables.read_nuclei(nuclei, ["class"])["class"], pa.array(classes, pa.string())).to_numpy()
+    index = arrow.index(tables.read_nuclei(nuclei, ["class"])["class"], classes).to_numpy()
     counts = np.array([np.bincount(index[rows], minlength=len(classes)) for rows in members])  # (regions, classes)
     total = counts.sum(1)
     shares = counts.T / np.where(total > 0, total, np.nan)

@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import DTypeLike
 
 from pipeline.config import Export
 from pipeline.files import committed
+from pipeline.segment import arrow
 from pipeline.segment.export.exported import Exported
 from pipeline.segment.tables import NUCLEI, Provenance, iter_nuclei, read_provenance
 
@@ -75,7 +75,7 @@ class _Column:
     def fill(self, here: slice, rows: pa.Table) -> None:
         values = rows[self.name]
         if self.categories is not None:
-            values = pc.index_in(values, pa.array(self.categories, pa.string())).fill_null(-1)
+            values = arrow.index(values, self.categories).fill_null(-1)
         self.array[here] = values.to_numpy()
 
 

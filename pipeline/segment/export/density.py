@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from pipeline.config import Export
 from pipeline.files import committed
 from pipeline.layout import DENSITY
+from pipeline.segment import arrow
 from pipeline.segment.export.exported import Exported, origin, shown
 from pipeline.segment.polygons import Floats
 from pipeline.segment.tables import Provenance, iter_nuclei, read_provenance
@@ -61,7 +60,7 @@ def write_density(nuclei: Path, out: Path, options: Export) -> Exported:
     counts, area_um2 = np.zeros((len(classes), math.prod(squares.shape)), np.int64), np.zeros(math.prod(squares.shape))
     for rows in iter_nuclei(nuclei, ["class", "area_um2", "centroid_x", "centroid_y"]):
         square = squares.of(rows["centroid_x"].to_numpy(), rows["centroid_y"].to_numpy())
-        class_index = pc.index_in(rows["class"], pa.array(classes, pa.string())).to_numpy()
+        class_index = arrow.index(rows["class"], classes).to_numpy()
         np.add.at(counts, (class_index, square), 1)
         area_um2 += np.bincount(square, rows["area_um2"].to_numpy(), len(area_um2))
     mm2 = np.outer(np.diff(squares.edges_y), np.diff(squares.edges_x)).ravel() * math.prod(provenance.um_per_px) / 1e6

@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 
 from pipeline.config import Export
 from pipeline.files import committed
+from pipeline.segment import arrow
 from pipeline.segment.export.exported import Exported, Rings, finite, open_rings, origin
 from pipeline.segment.tables import NUCLEI, Provenance, geometry, iter_nuclei, read_provenance
 
@@ -50,8 +51,7 @@ def _elements(rows: pa.Table, rings: Rings, provenance: Provenance) -> pa.Chunke
         name: json.dumps({"group": name, "label": {"value": name}, "lineColor": f"rgb({r}, {g}, {b})"})[1:-1]
         for name, (r, g, b) in sorted(provenance.colours.items())
     }
-    known = pa.array(list(looks), pa.string())
-    look = pa.array(list(looks.values()), pa.string()).take(pc.index_in(rows["class"], known))
+    look = arrow.text(list(looks.values())).take(arrow.index(rows["class"], list(looks)))
     parts = [
         '{"type": "polyline", "closed": true, ',
         look,

@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import shapely
 import zarr
@@ -26,6 +25,7 @@ from numpy.typing import NDArray
 
 from pipeline.config import Export
 from pipeline.files import committed
+from pipeline.segment import arrow
 from pipeline.segment.export.exported import Exported, shown
 from pipeline.segment.polygons import Floats, count_up, rasterise
 from pipeline.segment.tables import Provenance, geometry, iter_nuclei, read_provenance
@@ -145,7 +145,7 @@ def _sort_by_shard(nuclei: Path, box: Box, scratch: Path, classes: list[str]) ->
     with pa.OSFile(str(scratch), "wb") as sink, pa.ipc.new_file(sink, _OUTLINES) as file:
         for rows in iter_nuclei(nuclei, ["geometry", "class"]):
             labels = np.arange(first, first + rows.num_rows, dtype=np.uint32)
-            class_of[labels] = pc.index_in(rows["class"], pa.array(classes, pa.string())).to_numpy() + 1
+            class_of[labels] = arrow.index(rows["class"], classes).to_numpy() + 1
             encoded = rows["geometry"].combine_chunks()
             row, places = _places(shapely.bounds(geometry(rows)).reshape(-1, 4), box)
             cuts = np.flatnonzero((places[1:] != places[:-1]).any(axis=1)) + 1

@@ -116,8 +116,7 @@ def _features(rows: pa.Table, nuclei: Polygons, cells: Polygons | None, provenan
     """One line of GeoJSON, string (N,), for each row of `NUCLEI`, its outline and its cell, in hundredths."""
     colours = sorted(provenance.colours.items())
     classes = {name: json.dumps({"name": name, "color": colour}) for name, colour in colours}
-    known = arrow.text(list(classes))
-    classification = arrow.text(list(classes.values())).take(pc.index_in(rows["class"], known))
+    classification = arrow.text(list(classes.values())).take(arrow.index(rows["class"], list(classes)))
     numbers = _measured(rows, "" if cells is None else "Nucleus: ")
     if len(classes) > 1:
         numbers["Class probability"] = rows["class_score"]
