@@ -35,7 +35,7 @@ def write_dsa(nuclei: Path, out: Path, options: Export) -> Exported:
         for number, rows in enumerate(iter_nuclei(nuclei)):
             rings = open_rings(geometry(rows), lambda xy: np.rint((xy - corner) * 100))
             area = np.diff(rings.starts) >= 3
-            elements = _elements(rows, rings, provenance).filter(pa.array(area)).to_pylist()
+            elements = _elements(rows, rings, provenance).filter(arrow.numbers(area)).to_pylist()
             head = json.dumps({"name": f"Nuclei {number + 1}", "description": "Nuclei segmented by Nightslide"})
             with (partial / f"nuclei-{number:05d}.json").open("w", encoding="utf-8", newline="\n") as file:
                 file.write(head[:-1] + ', "elements": [\n')
@@ -52,27 +52,20 @@ def _elements(rows: pa.Table, rings: Rings, provenance: Provenance) -> pa.Chunke
         for name, (r, g, b) in sorted(provenance.colours.items())
     }
     look = arrow.text(list(looks.values())).take(arrow.index(rows["class"], list(looks)))
-    parts = [
-        '{"type": "polyline", "closed": true, ',
-        look,
-        ', "points": [',
-        _points(rings),
-        '], "user": {',
-        _user(rows),
-    ]
-    return pc.binary_join_element_wise(*parts, "}}", "")
+    head = '{"type": "polyline", "closed": true, '
+    return arrow.join(head, look, ', "points": [', _points(rings), '], "user": {', _user(rows), "}}", "")
 
 
 def _points(rings: Rings) -> pa.Array:
     """Vertices of every outline: "[x,y,0],[x,y,0],..." in px. string (N,)"""
-    x, y = (pc.cast(pa.array(axis), pa.string()) for axis in (rings.vertices / 100).T)
-    vertices = pc.binary_join_element_wise("[", x, ",", y, ",0]", "")
+    x, y = (pc.cast(arrow.numbers(axis), pa.string()) for axis in (rings.vertices / 100).T)
+    vertices = arrow.join("[", x, ",", y, ",0]", "")
     return pc.binary_join(pa.ListArray.from_arrays(rings.starts.astype(np.int32), vertices), ",")
 
 
 def _user(rows: pa.Table) -> pa.ChunkedArray:
     """ "name": value, ... of every row; a number that is not finite is left out. string (N,)"""
-    items = [pc.binary_join_element_wise('"id": "', rows["id"], '"', "")]
+    items = [arrow.join('"id": "', rows["id"], '"', "")]
     for name in _MEASUREMENTS:
-        items.append(pc.binary_join_element_wise(f'"{name}": ', pc.cast(finite(rows[name]), pa.string()), ""))
-    return pc.binary_join_element_wise(*items, ", ", null_handling="skip")
+        items.append(arrow.join(f'"{name}": ', pc.cast(finite(rows[name]), pa.string()), ""))
+    return arrow.join(*items, ", ", null_handling="skip")
