@@ -251,20 +251,13 @@ def run(
     from pipeline.layout import RunFolder
 
     rows = run_archive(inputs, out, settings, execution, mpp=mpp, force_mpp=force_mpp)
-    failed = [r for r in rows if r.status == "failed"]
     done = [r for r in rows if r.done]
     nuclei = sum(r.nuclei for r in done)
     print(f"{len(done)} of {len(rows)} slides done, {counted_nuclei(nuclei)}; ledger: {RunFolder(out).ledger}")
-    for row in failed:
-        print(f"  failed: {row.slide}: {row.cause}", file=sys.stderr)
-    otherwise = [r for r in rows if r.status == DONE_OTHERWISE]
-    for row in otherwise:
-        print(f"  not done again: {row.slide}: {row.cause}", file=sys.stderr)
-    locked = [r for r in rows if r.status == "locked"]
-    for row in locked:
-        print(f"  left to another run: {row.slide}: {row.cause}")
-    left_out = [r for r in rows if r.status == "skipped"] + locked
-    return 0 if len(done) + len(left_out) == len(rows) and not otherwise else 1
+    for status, words in (("failed", "failed"), (DONE_OTHERWISE, "not done again"), ("locked", "left to another run")):
+        for row in (r for r in rows if r.status == status):
+            print(f"  {words}: {row.slide}: {row.cause}", file=sys.stdout if status == "locked" else sys.stderr)
+    return 0 if {r.status for r in rows} <= {"done", "done before", "skipped", "locked"} else 1
 
 
 @app.command(group=SLIDES)
