@@ -175,13 +175,14 @@ def _regions(objects: Objects, path: Path) -> tuple[NDArray[np.bool_], NDArray[n
     rectangle = shapely.equals(polygons, shapely.box(*bounds.T)) if len(polygons) else region
     if (region & ~rectangle).any():
         raise AnnotationError(f"{path}: a region is no rectangle: draw it with QuPath's rectangle tool")
-    unclassified = np.flatnonzero(annotation & rectangle & (classes == ""))
+    unclassified = annotation & rectangle & (classes == "")
     # an ignored area makes no region of the nucleus around it
     points = shapely.centroid(polygons[~np.char.endswith(classes, "*")])
     centres, points = shapely.get_coordinates(points), shapely.STRtree(points)
-    rectangles = np.flatnonzero(region | np.isin(np.arange(len(polygons)), unclassified))
+    rectangles = np.flatnonzero(region | unclassified)
     boxes = shapely.STRtree(polygons[rectangles])
-    for i in unclassified[np.argsort(-shapely.area(polygons[unclassified]), kind="stable")]:  # outer ones first
+    outer_first = np.argsort(-shapely.area(polygons), kind="stable")
+    for i in outer_first[unclassified[outer_first]]:
         near = centres[points.query(polygons[i])]
         if ((near > bounds[i, :2]) & (near < bounds[i, 2:])).all(1).sum() > 1:  # its own centre is one
             outer = rectangles[boxes.query(polygons[i])]
