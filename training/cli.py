@@ -11,7 +11,7 @@ from cyclopts import Parameter
 
 from pipeline.config import EXECUTION, Architecture, Execution, Settings, StainArchitecture
 from pipeline.errors import ConfigError
-from pipeline.text import counted
+from pipeline.text import counted, counted_nuclei
 from training.config import DATA, NETWORK, OUTPUT, StainTraining, Training
 
 _MPP = "Micrometres per pixel of all images, whatever dataset.json and the files state; without it, what they state"
@@ -129,9 +129,8 @@ def convert(
     _make_folder(out.parent if out.suffix == ".json" else out)
     written = write_coco(dataset, out) if out.suffix == ".json" else write_folder(dataset, out)
     print(
-        f"{out}: {counted(written.images, 'image')}, {counted(written.nuclei, 'nucleus', 'nuclei')}; "
-        f"{written.contested_px} px were inside several "
-        f"nuclei: they belong to the last one"
+        f"{out}: {counted(written.images, 'image')}, {counted_nuclei(written.nuclei)}; "
+        f"{written.contested_px} px were inside several nuclei: they belong to the last one"
     )
     _warn(describe_lost(dataset.name, written.lost))
     if not written.nuclei:
