@@ -89,9 +89,10 @@ def write_results(run: RunFolder, slide: Slide, nuclei: int) -> None:
                 artefact=[""] * count,
             )
     content = {
+        "source": slide.path.name,
         "source_path": str(slide.path.resolve()),
         "quick_hash": slide.quick_hash,
-        "um_per_px": slide.scale,
+        "um_per_px": slide.scale[:2],
     }
     files.write_json(folder.slide_json, content)
     write_ledger(run, [SlideRecord(NAME, "done", tissue_mm2=1.0, work=StageRecord({}, Counts(nuclei=nuclei)))])
