@@ -12,8 +12,7 @@ from typing import NamedTuple, Self, TypeVar
 from pipeline.config import Settings
 from pipeline.errors import LeaseLost
 from pipeline.layout import SlideFolder
-from pipeline.segment.regions import RegionFile, SlideRegions, read_regions
-from slides.geometry import Box
+from pipeline.segment.regions import RegionFile
 from slides.scale import GivenScale
 from slides.slide import Slide
 
@@ -78,10 +77,6 @@ class Job:
     def digest(self) -> str:
         """Names everything that the slide's nuclei.parquet depends on: the settings, and what its regions are."""
         return slide_digest(self.settings, self.regions)
-
-    def read_regions(self, bounds: Box) -> SlideRegions | None:
-        """The regions to which the slide, of these bounds (slide px), is restricted. Raises as `read_regions`."""
-        return None if self.regions is None else read_regions(self.regions, bounds)
 
     def check_lease(self) -> None:
         """Called before anything is committed. Raises LeaseLost once the slide was given back or taken over."""

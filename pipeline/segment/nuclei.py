@@ -13,7 +13,7 @@ from pipeline.segment.job import Job
 from pipeline.segment.plan import Plan
 from pipeline.segment.polygons import Polygons
 from pipeline.segment.record import Counts
-from pipeline.segment.regions import SlideRegions
+from pipeline.segment.regions import SlideRegions, read_regions
 from pipeline.segment.seams import left_out_at_seams
 from slides.artefacts import KINDS, ArtefactMap
 
@@ -40,7 +40,8 @@ def write_nuclei(job: Job, plan: Plan, artefacts: ArtefactMap) -> Counts:
     artefacts: all of the slide. Raises LeaseLost between two blocks.
     """
     classes = detector_architecture(find_weights(job.settings.detector.weights)).classes
-    left_out, regions = left_out_at_seams(job, plan), job.read_regions(plan.bounds)
+    left_out = left_out_at_seams(job, plan)
+    regions = None if job.regions is None else read_regions(job.regions, plan.bounds)
     counts = Counts(seam_duplicates=sum(map(len, left_out.values())))
     with tables.NucleiWriter(job.folder.nuclei, _provenance(job, plan, classes)) as writer:
         for block in job.while_leased(iter(plan.blocks)):
