@@ -195,7 +195,7 @@ def rasterise(polygons: Polygons, shape: tuple[int, int]) -> NDArray[np.int32]:
         owner, row, first, stop = _spans(polygons[part], shape)
         order = np.argsort(-owner, kind="stable")
         owner, row, first, length = owner[order], row[order], first[order], (stop - first)[order]
-        labels[(row * shape[1] + first).repeat(length) + count_up(length)] = (part.start + 1 + owner).repeat(length)
+        labels[(row * shape[1] + first).repeat(length) + count_within(length)] = (part.start + 1 + owner).repeat(length)
     return labels.reshape(shape)
 
 
@@ -218,7 +218,7 @@ def _spans(polygons: Polygons, shape: tuple[int, int]) -> tuple[Ints, Ints, Ints
     top, bottom = (np.ceil(end[:, 1] - 0.5).clip(0, shape[0]).astype(np.int64) for end in (upper, lower))
     crossed = bottom - top
     edge = np.arange(len(crossed)).repeat(crossed)
-    row = top.repeat(crossed) + count_up(crossed)
+    row = top.repeat(crossed) + count_within(crossed)
     run, rise = (lower - upper)[edge].T
     x = upper[edge, 0] + (row + 0.5 - upper[edge, 1]) * (run / rise)
     owner = edges.owner[edges.ring[edge]]
@@ -229,8 +229,8 @@ def _spans(polygons: Polygons, shape: tuple[int, int]) -> tuple[Ints, Ints, Ints
     return owner[enter], row[enter], first, stop
 
 
-def count_up(counts: Ints) -> Ints:
-    """0, 1, ... n - 1 for every n in `counts`, one after another: int64 (counts.sum(),)."""
+def count_within(counts: Ints) -> Ints:
+    """0, 1, ... n - 1 within each group of n, one group after another: int64 (counts.sum(),)."""
     return np.asarray(np.arange(counts.sum()) - (np.cumsum(counts) - counts).repeat(counts))
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import shapely
 from numpy.typing import NDArray
 
-from pipeline.segment.polygons import Bools, Floats, Ints, Polygons, count_up
+from pipeline.segment.polygons import Bools, Floats, Ints, Polygons, count_within
 from slides.geometry import Box, Size
 
 # The outline of a nucleus that is cut by its patch's edge ends up to half a mask cell, plus the tolerance of
@@ -188,6 +188,6 @@ def _in_one_tile(i: Ints, j: Ints, outline: Ints, tile: Ints) -> Bools:
     present = np.unique(outline * tiles + tile)  # every (outline, tile) there is, by outline
     start, stop = np.searchsorted(present, i * tiles), np.searchsorted(present, (i + 1) * tiles)
     pair = np.arange(len(i)).repeat(stop - start)
-    tile_of_i = present[start.repeat(stop - start) + count_up(stop - start)] % tiles
+    tile_of_i = present[start.repeat(stop - start) + count_within(stop - start)] % tiles
     both = np.isin(j[pair] * tiles + tile_of_i, present)
     return np.bincount(pair, both, len(i)) > 0

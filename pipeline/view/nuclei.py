@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 
 from pipeline.errors import RunError
 from pipeline.segment.finished import remedy
-from pipeline.segment.polygons import Polygons, count_up
+from pipeline.segment.polygons import Polygons, count_within
 from pipeline.segment.tables import geometry, iter_nuclei, read_provenance
 from pipeline.text import one_line
 
@@ -117,7 +117,7 @@ class NucleusTiles:
         rows = self._by_tile[self._tile_starts[number] : self._tile_starts[number + 1]]
         lengths = self._starts[rows + 1] - self._starts[rows]
         first = np.concatenate([[0], np.cumsum(lengths)])
-        place = self._starts[rows].repeat(lengths) + count_up(lengths)
+        place = self._starts[rows].repeat(lengths) + count_within(lengths)
         middle = (np.array([col, row]) * TILE_PX + TILE_PX // 2) * _SUBPIXELS
         xy = self._vertices[place] - middle
         coarser = max(1, -(-int(np.abs(xy).max(initial=0)) // _INT16))  # where an outline reaches far out of its tile

@@ -17,7 +17,7 @@ from PIL import Image
 
 from pipeline.errors import AnnotationError
 from pipeline.files import committed, remove, write_json
-from pipeline.segment.polygons import Ints, count_up
+from pipeline.segment.polygons import Ints, count_within
 from training.data.sample import (
     DATASET_FILE,
     SPLITS_FILE,
@@ -217,7 +217,7 @@ def _read(listed: _ImageEntry, masks: Sequence[bytes], class_index: Ints, source
         ends = np.cumsum(counts)
         lengths = counts[1::2]
         starts = ends[: 2 * len(lengths) : 2]
-        at = starts.repeat(lengths) + count_up(lengths)
+        at = starts.repeat(lengths) + count_within(lengths)
         columns[at] = number
         claims[at] = np.minimum(claims[at], 1) + 1
     labels = columns.reshape(listed.width, listed.height).T

@@ -27,7 +27,7 @@ from pipeline.config import Export
 from pipeline.files import committed
 from pipeline.segment import arrow
 from pipeline.segment.export.exported import Exported, shown
-from pipeline.segment.polygons import Floats, count_up, rasterise
+from pipeline.segment.polygons import Floats, count_within, rasterise
 from pipeline.segment.tables import Provenance, geometry, iter_nuclei, read_provenance
 from slides.geometry import Box, Size
 
@@ -169,7 +169,7 @@ def _places(bounds: Floats, box: Box) -> tuple[NDArray[np.int64], NDArray[np.int
     low, high = np.maximum(low, 0), np.minimum(high, last)
     across, down = np.maximum(high - low + 1, 0).T
     index = np.arange(len(bounds)).repeat(across * down)
-    place = count_up(across * down)
+    place = count_within(across * down)
     columns, rows = low[index, 0] + place % across[index], low[index, 1] + place // across[index]
     order = np.lexsort((index, columns, rows))
     return index[order], np.stack([rows, columns], axis=1)[order]
