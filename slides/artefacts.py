@@ -108,7 +108,8 @@ class ArtefactMap(NamedTuple):
         places = []
         for extent, first, cells in zip(kinds.shape, corner[::-1], blurred.shape, strict=True):
             cell = ((np.arange(extent) + 0.5) / size).astype(int) - first
-            places.append((np.flatnonzero((cell >= 0) & (cell < cells)), cell[(cell >= 0) & (cell < cells)]))
+            known = np.flatnonzero((cell >= 0) & (cell < cells))
+            places.append((known, cell[known]))
         (rows, in_rows), (columns, in_columns) = places
         part = kinds[np.ix_(rows, columns)]
         blurry = blurred[np.ix_(in_rows, in_columns)] & self.tissue.mask[np.ix_(rows, columns)]

@@ -109,7 +109,7 @@ def _clear_edges(laplacians: NDArray[np.int32], core: Box, size: Size) -> None:
     for axis, low, high, extent in ((1, core.y0, core.y1, size.height), (2, core.x0, core.x1, size.width)):
         at = np.arange(low // 2, high // 2)
         outside = np.flatnonzero((at < _REACH) | (at >= extent // 2 - _REACH))
-        laplacians[(slice(None), outside) if axis == 1 else (slice(None), slice(None), outside)] = 0
+        np.moveaxis(laplacians, axis, 0)[outside] = 0
 
 
 def _laplacian(grey: NDArray[np.int16], step: int) -> NDArray[np.int16]:
