@@ -15,12 +15,11 @@ from urllib.parse import quote
 import numpy as np
 from PIL import Image, ImageOps
 
-from pipeline import files
 from pipeline.layout import DENSITY, RunFolder
 from pipeline.segment.attempts import Attempt
 from pipeline.segment.pictures import UNREADABLE, reduced
 from pipeline.segment.polygons import Floats
-from pipeline.segment.record import OF_OTHER_SETTINGS, read_record
+from pipeline.segment.record import OF_OTHER_SETTINGS, read_record, read_slide_json
 from pipeline.segment.summary import AREA_EDGES_UM2, QUANTILES, SEAM_EDGES_PX, VERSION
 from pipeline.text import from_csv_cell
 
@@ -116,14 +115,12 @@ def _read(run: RunFolder, row: Mapping[str, Any]) -> SlideResult:
     slide = SlideResult(row, address, overlay, remarks=tuple(filter(None, [str(row.get("remarks") or "")])))
     if slide.state != "done" or not there:
         return slide
-    content = files.read_json(folder.slide_json) or {}
-    summary = content.get("summary") or {}
+    content = read_slide_json(folder) or {}
+    record, summary = read_record(content, name) if content else None, content.get("summary") or {}
     try:
-        whole = files.fits_checksum(content)
-        known = whole and _is_legible(summary)
-        record = read_record(content, name) if whole else None
-    except (KeyError, TypeError, ValueError, AttributeError):  # damaged, or of a version that had none
-        known, record = False, None
+        known = _is_legible(summary)
+    except (KeyError, TypeError, ValueError, AttributeError):  # of a version that had another one, or none
+        known = False
     asked = [f"not done again: {row['cause']}"] if row.get("cause") else []
     asked += [OF_OTHER_SETTINGS] if str(row.get("remarks") or "").startswith(OF_OTHER_SETTINGS) else []
     return dataclasses.replace(

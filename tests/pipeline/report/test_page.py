@@ -93,7 +93,8 @@ def found(near=100):
 def finish(folder, summary, attempts=(), remarks=()) -> None:
     folder.mkdir(parents=True)
     record = SlideRecord("a", "done", remarks=tuple(remarks), attempts=tuple(attempts)).to_json()
-    (folder / "slide.json").write_text(json.dumps({"summary": summary, "record": record}))
+    content = {"digest": "", "quick_hash": "", "files": {}, "record": record, "summary": summary}
+    (folder / "slide.json").write_text(json.dumps(content))
     Image.new("RGB", (400, 300), "pink").save(folder / "overlay.jpg")
 
 

@@ -17,6 +17,7 @@ from pipeline.report.results import FEWEST_SLIDES, read_results, robust_z
 from pipeline.segment.record import OF_OTHER_SETTINGS, SlideRecord
 from pipeline.segment.summary import AREA_EDGES_UM2, SEAM_EDGES_PX, VERSION
 
+WHOLE = {"digest": "", "quick_hash": "", "files": {}}  # what every slide.json has
 SOME = st.lists(st.floats(-1e3, 1e3).map(lambda v: round(v, 3)), min_size=FEWEST_SLIDES, max_size=30)
 
 
@@ -38,7 +39,7 @@ def sizes(quantiles):
 def finish(folder, summary, remarks=()) -> None:
     folder.mkdir(parents=True)
     record = SlideRecord("a", "done", remarks=tuple(remarks)).to_json()
-    (folder / "slide.json").write_text(json.dumps({"summary": summary, "record": record}))
+    (folder / "slide.json").write_text(json.dumps({"summary": summary, "record": record, **WHOLE}))
 
 
 # ------------------------------------------------------------------------------------------------ outliers
@@ -128,7 +129,7 @@ def test_a_good_slide_has_no_remark(tmp_path):
         '{"summary": 3}',
         '{"record": {}}',
         json.dumps({"record": 3, "summary": {"version": VERSION}}),
-        json.dumps({"record": {"slide": "", "status": "done"}, "summary": {"version": VERSION}}),
+        json.dumps({"record": {"slide": "", "status": "done"}, "summary": {"version": VERSION}, **WHOLE}),
     ],
 )
 def test_a_slide_without_legible_summary_is_described_by_its_row(tmp_path, content):
@@ -189,7 +190,8 @@ def test_a_ledger_shows_no_folder_beside_the_run_s(tmp_path, name):
 def test_of_a_damaged_slide_json_nothing_is_believed(tmp_path):
     """One that is still JSON, whose numbers and names may be any."""
     (tmp_path / "a").mkdir()
-    content = with_checksum({"summary": found(), "record": SlideRecord("a", "done", remarks=("lost",)).to_json()})
+    record = SlideRecord("a", "done", remarks=("lost",)).to_json()
+    content = with_checksum({"summary": found(), "record": record, **WHOLE})
     text = json.dumps(content)
     for damaged in (text.replace('"quantiles"', '"quantilez"'), text.replace("lost", "last")):
         (tmp_path / "a" / "slide.json").write_text(damaged)
