@@ -7,7 +7,6 @@ import os
 import runpy
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -79,15 +78,6 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         Image.fromarray(labels.astype(np.uint16)).save(folder / "labels" / f"{name}.png")
     (folder / "splits.json").write_text('{"train": ["a"], "test": ["b"]}')
     return folder
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Two take longer for networks as small as these: on a busy machine they wait for each other at every layer."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def silent(line: str) -> None:
