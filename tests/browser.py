@@ -38,6 +38,10 @@ class Browser:
         """The window, CSS px."""
         self._tell("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
 
+    def medium(self, name: str) -> None:
+        """Lay the page out for `screen` or for `print`."""
+        self._tell("Emulation.setEmulatedMedia", media=name)
+
     def _tell(self, method: str, **parameters: Any) -> dict[str, Any]:
         number = next(self._numbers)
         message = json.dumps({"id": number, "method": method, "params": parameters})

@@ -307,6 +307,19 @@ def test_the_page_is_no_wider_than_the_window(tmp_path):
             assert page.evaluate("document.documentElement.scrollWidth") <= width
 
 
+def test_a_printed_page_has_the_warnings(tmp_path):
+    """The last column: Chromium shrinks a page to two thirds at most, and cuts off what is wider."""
+    classes = {"Connective": 1950, "Inflammatory": 302, "Neoplastic": 55, "Epithelial": 20}
+    finish(tmp_path / "a", {**found(), "classes": classes}, remarks=["artefacts cover much of the tissue " * 3])
+    path = write_report(RunFolder(tmp_path), [row("a", fold_mm2=0.01)])
+    with browser() as page:
+        page.open(path.as_uri())
+        page.wait_for("document.querySelector('#slides .remarks p').textContent")
+        page.resize(718, 1000)  # A4 without its margins
+        page.medium("print")
+        assert page.evaluate("document.documentElement.scrollWidth") < 1.25 * 718
+
+
 def test_a_cause_hides_no_warning(tmp_path):
     """Of a slide whose results are kept, though others were asked for: the row has both in its remarks."""
     warned = row("a", "done otherwise", cause="other regions", remarks="not done again: other regions; blurred")
