@@ -76,6 +76,12 @@ class Browser:
         """Move the mouse, CSS px."""
         self._tell("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
 
+    def press(self, key: str, code: int) -> None:
+        """Press and release a key. code: its virtual key code, as that of its letter."""
+        named = f"Key{key.upper()}" if len(key) == 1 else key
+        for kind in ("keyDown", "keyUp"):
+            self._tell("Input.dispatchKeyEvent", type=kind, key=key, code=named, windowsVirtualKeyCode=code)
+
 
 @contextlib.contextmanager
 def browser() -> Iterator[Browser]:

@@ -4,6 +4,7 @@ import { Density, Outlines } from "./nuclei.js";
 
 const MOST_OUTLINES = 15000; // nuclei in view; with more, and beyond FARTHEST_UM a screen pixel, the density is drawn
 const FARTHEST_UM = 2.5;
+const TURNING_KEYS = [70, 82]; // F and R: OpenSeadragon would mirror and turn the picture, not what is drawn over it
 
 const el = (id) => document.getElementById(id);
 const count = (value) => value.toLocaleString("en");
@@ -65,6 +66,9 @@ function openViewer({ um_per_px, ...tiles }) {
     draw();
   });
   for (const event of ["update-viewport", "resize", "animation"]) viewer.addHandler(event, requestDraw);
+  viewer.addHandler("canvas-key", (event) => {
+    event.preventDefaultAction ||= TURNING_KEYS.includes(event.originalEvent.keyCode);
+  });
   viewer.addHandler("animation-finish", () => history.replaceState(null, "", `#${place()}`));
   new OpenSeadragon.MouseTracker({
     element: viewer.canvas,

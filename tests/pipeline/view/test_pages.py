@@ -130,6 +130,22 @@ def test_the_card_of_a_nucleus_lies_in_the_window(page: Browser, finished: Finis
         assert "artefact" not in words  # it lies in none
 
 
+def test_no_key_turns_or_mirrors_the_picture(page: Browser, finished: Finished) -> None:
+    """The nuclei would stay where they were drawn."""
+    picture = "[...document.querySelectorAll('.openseadragon-canvas')].find((one) => one.querySelector('.nuclei'))"
+    drawn = f"{picture}.querySelector('canvas:not(.nuclei)').toDataURL()"
+    with served(finished.run) as address:
+        page.open(f"{address}slides/0/?keys")
+        page.wait_for(DRAWN)
+        page.evaluate(f"{picture}.focus()")
+        time.sleep(1)  # until the last tile has faded in
+        before = page.evaluate(drawn)
+        for key in "rf":
+            page.press(key, ord(key.upper()))
+            time.sleep(0.5)
+            assert page.evaluate(drawn) == before
+
+
 def set_score(page: Browser, score: float) -> None:
     page.evaluate(
         f"{{ const slider = document.getElementById('score'); slider.value = {score};"
