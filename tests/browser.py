@@ -76,6 +76,11 @@ class Browser:
         """Move the mouse, CSS px."""
         self._tell("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
 
+    def tap(self, x: float, y: float) -> None:
+        """Touch the screen for a moment, CSS px."""
+        self._tell("Input.dispatchTouchEvent", type="touchStart", touchPoints=[{"x": x, "y": y}])
+        self._tell("Input.dispatchTouchEvent", type="touchEnd", touchPoints=[])
+
     def press(self, key: str, code: int) -> None:
         """Press and release a key. code: its virtual key code, as that of its letter."""
         named = f"Key{key.upper()}" if len(key) == 1 else key

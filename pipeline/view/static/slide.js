@@ -5,6 +5,7 @@ import { Density, Outlines } from "./nuclei.js";
 const MOST_OUTLINES = 15000; // nuclei in view; with more, and beyond FARTHEST_UM a screen pixel, the density is drawn
 const FARTHEST_UM = 2.5;
 const TURNING_KEYS = [70, 82]; // F and R: OpenSeadragon would mirror and turn the picture, not what is drawn over it
+const CROSS = new Path2D("M-9 0H9M0 -9V9");
 
 const el = (id) => document.getElementById(id);
 const count = (value) => value.toLocaleString("en");
@@ -66,14 +67,19 @@ function openViewer({ um_per_px, ...tiles }) {
     draw();
   });
   for (const event of ["update-viewport", "resize", "animation"]) viewer.addHandler(event, requestDraw);
+  viewer.canvas.role = "application"; // screen readers leave its keys to it
+  viewer.canvas.ariaLabel = "slide: arrow keys move, + and - zoom, the nucleus in the middle is described";
   viewer.addHandler("canvas-key", (event) => {
     event.preventDefaultAction ||= TURNING_KEYS.includes(event.originalEvent.keyCode);
+    byKeys = true;
+    requestDraw();
   });
   viewer.addHandler("animation-finish", () => history.replaceState(null, "", `#${place()}`));
+  viewer.addHandler("canvas-click", ({ position, quick }) => quick && pointAt(position)); // a finger moves no cursor
   new OpenSeadragon.MouseTracker({
     element: viewer.canvas,
-    moveHandler: ({ position }) => point(position),
-    leaveHandler: () => point(null),
+    moveHandler: ({ position }) => pointAt(position),
+    leaveHandler: ({ pointerType }) => pointerType !== "touch" && pointAt(null), // a finger leaves as it is lifted
   });
 }
 
@@ -133,7 +139,8 @@ function draw() {
   canvas.dataset.drawn = outlined ? outlines.draw(context, view, box) : 0;
   if (heat) density.draw(context, view);
   if (!outlined) point(null);
-  else if (pointed) outlines.highlight(context, view, pointed);
+  else if (byKeys) point(drawCross(context, ratio));
+  if (pointed) outlines.highlight(context, view, pointed);
   el("legend").hidden = !heat;
 }
 
@@ -151,6 +158,18 @@ function drawAreas(context, { x, y, scale }) {
   }
 }
 
+/** Mark the middle of the picture. Returns it, CSS px. */
+function drawCross(context, ratio) {
+  const middle = { x: viewer.container.clientWidth / 2, y: viewer.container.clientHeight / 2 };
+  context.setTransform(ratio, 0, 0, ratio, middle.x * ratio, middle.y * ratio);
+  for (const [width, colour] of [[3, "#ffffff"], [1, "#000000"]]) {
+    context.lineWidth = width;
+    context.strokeStyle = colour;
+    context.stroke(CROSS);
+  }
+  return middle;
+}
+
 /** A bar of 1, 2 or 5 times a power of ten micrometres, at most 160 screen px long. */
 function drawScale(scale) {
   const most = (160 * umPerPx) / scale;
@@ -160,10 +179,17 @@ function drawScale(scale) {
   el("length").textContent = um >= 1000 ? `${um / 1000} mm` : `${um} µm`;
 }
 
-// ---------------------------------------------------------------------------------------- the nucleus under the cursor
+// ------------------------------------------------------- the nucleus under the cursor, or by keyboard in the middle
 
+let byKeys = false; // whether the picture has had a key since the mouse moved
 let cursor = { x: 0, y: 0 }; // where it was last on a nucleus, CSS px
 const measured = new Map(); // row -> a promise of its measurements
+
+function pointAt(position) {
+  if (byKeys) requestDraw(); // without the cross
+  byKeys = false;
+  point(position);
+}
 
 function point(position) {
   let nucleus = null;

@@ -146,6 +146,28 @@ def test_no_key_turns_or_mirrors_the_picture(page: Browser, finished: Finished) 
             assert page.evaluate(drawn) == before
 
 
+def test_a_nucleus_is_described_without_a_mouse(page: Browser, finished: Finished) -> None:
+    """The one in the middle, once the picture has had a key; the one that a finger has tapped."""
+    table = tables.read_nuclei(RunFolder(finished.run).slide(FIRST).nuclei)
+    x, y = (table[f"centroid_{axis}"][0].as_py() for axis in "xy")
+    described = f"document.getElementById('nucleus').textContent.includes('{table['id'][0].as_py()}')"
+    seen = f"!document.getElementById('nucleus').hidden && {described}"
+    with served(finished.run) as address:
+        page.point(0, 0)
+        page.open(f"{address}slides/0/?keyboard#x={x + 10}&y={y}&px=0.2")  # 50 px of the screen right of it
+        page.wait_for(DRAWN)
+        page.press("Tab", 9)
+        page.wait_for("document.activeElement.ariaLabel.includes('arrow keys')")
+        page.press("ArrowLeft", 37)
+        page.wait_for(seen)
+        page.open(f"{address}slides/0/?finger#x={x}&y={y}&px=0.2")
+        page.wait_for(DRAWN)
+        page.tap(SIZE[0] / 2, SIZE[1] / 2)
+        page.wait_for(seen)
+        time.sleep(0.3)
+        assert page.evaluate(seen)
+
+
 def set_score(page: Browser, score: float) -> None:
     page.evaluate(
         f"{{ const slider = document.getElementById('score'); slider.value = {score};"
