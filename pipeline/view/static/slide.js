@@ -265,7 +265,7 @@ function checkbox(parent, text, colour, changed) {
   }
   label.append(text);
   parent.append(label);
-  parent.hidden = false;
+  parent.hidden = el("choices").hidden = false;
   return box;
 }
 
@@ -318,7 +318,7 @@ async function showNuclei() {
   }
   await countChosen();
   el("most").textContent = `${count(Math.round(density.most * density.perMm2))} per mm²`;
-  for (const id of ["layers", "scores"]) el(id).hidden = false;
+  for (const id of ["choices", "layers", "scores"]) el(id).hidden = false;
 }
 
 /** The outlines of tissue or artefacts: QuPath's annotations as GeoJSON. */
@@ -340,6 +340,7 @@ async function showAreas(name) {
 }
 
 async function main() {
+  el("choices").open = innerWidth >= 700; // on a narrow screen they would cover the picture
   const row = await json("about.json");
   el("name").textContent = row.slide;
   document.title = `${row.slide}: Nightslide`;

@@ -168,6 +168,20 @@ def test_a_nucleus_is_described_without_a_mouse(page: Browser, finished: Finishe
         assert page.evaluate(seen)
 
 
+def test_the_panel_leaves_room_for_the_picture(page: Browser, finished: Finished) -> None:
+    """On a narrow screen its choices are folded, and a click or Enter unfolds them."""
+    share = "(({width, height}) => width * height / innerWidth / innerHeight)(%s)"
+    panel = share % "document.querySelector('aside').getBoundingClientRect()"
+    with served(finished.run) as address:
+        for width, folded in ((400, True), (SIZE[0], False)):
+            page.resize(width, 700)
+            page.open(f"{address}slides/0/?{width}")
+            page.wait_for("!document.getElementById('scores').hidden")
+            assert page.evaluate("document.getElementById('score').checkVisibility()") is not folded
+            assert page.evaluate(panel) < 0.2
+    page.resize(*SIZE)
+
+
 def set_score(page: Browser, score: float) -> None:
     page.evaluate(
         f"{{ const slider = document.getElementById('score'); slider.value = {score};"
