@@ -12,6 +12,7 @@ import pytest
 import oracle
 from pipeline.archive.run import run
 from pipeline.config import Execution
+from pipeline.layout import RunFolder
 
 NOTEBOOK = Path(__file__).parents[2] / "workflows" / "examples" / "nuclei.ipynb"
 
@@ -34,12 +35,18 @@ def test_the_notebook_counts_every_nucleus(tmp_path: Path, monkeypatch: pytest.M
     one, silent = Execution(cluster=False), lambda line: None
     (row,) = run([slide], out, oracle.chosen(), one, mpp=0.25, say=silent, detect=oracle.detect)
     assert row.nuclei == count
+    slide_json = RunFolder(out).slide(row.slide).slide_json
+    written = json.loads(slide_json.read_text())
+    width, height = written["size"]
+    slide_json.write_text(json.dumps({**written, "size": [3 * width, 2 * height]}))  # bounds may be a part of the slide
     matplotlib.use("Agg")
     names: dict[str, Any] = {}
     try:
         for cell in code_cells():
             exec("".join(cell["source"]), names)
         assert len(plt.get_fignums()) == 3
+        thumbnail = plt.figure(1).axes[0].images[0]
+        assert list(thumbnail.get_extent()) == [0, width, height, 0]
     finally:
         plt.close("all")
     assert len(names["nuclei"]) == count
