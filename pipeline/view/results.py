@@ -103,7 +103,7 @@ class Results:
                 return DeepZoom(slide)
             except SlideError as error:
                 problems.append(error)
-        raise type(problems[0])(f"{problems[0]}; or say with --slides DIR where the slide is now")
+        raise type(problems[0])(f"{problems[0]}; if the slide has moved, say with --slides DIR where it is")
 
     def _places(self, source: Path, name: str) -> Iterator[Path]:
         """Where a slide may be: wherever --slides holds a file of its name, then where the run read it.

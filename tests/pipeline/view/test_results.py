@@ -97,7 +97,7 @@ def test_results_that_were_made_again_are_read_again(finished: Finished, tmp_pat
 
 def test_a_slide_that_has_moved(finished: Finished, tmp_path: Path) -> None:
     copy = moved(finished, tmp_path)
-    with pytest.raises(SlideNotFound, match=r"gone.*no such file.*--slides DIR"):
+    with pytest.raises(SlideNotFound, match=r"gone.*no such file; if the slide has moved, say with --slides DIR"):
         Results(RunFolder(copy.run)).picture(0)
     elsewhere = tmp_path / "elsewhere" / "deep"
     shutil.copytree(copy.slides, elsewhere)
