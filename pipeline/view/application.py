@@ -26,6 +26,7 @@ from slides.geometry import Box
 _STATIC = Path(__file__).parent / "static"
 _TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
 _FILES = (
+    "ask.js",
     "slides.js",
     "slide.js",
     "nuclei.js",

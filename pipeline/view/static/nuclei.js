@@ -1,5 +1,7 @@
 // The nuclei of a slide: loaded by tile, drawn on a canvas. Positions are slide px from the corner of the slide's bounds.
 
+import { ask } from "./ask.js";
+
 const MOST_TILES = 300; // kept in memory
 
 // Stops of a colour map from few nuclei to many: viridis without its purple, which stains have.
@@ -66,12 +68,13 @@ function contains({ starts, xy, boxes }, i, x, y) {
 export class Outlines {
   /**
    * about: nuclei.json; chosen: {score, classes: a Set of class numbers}, which may change before `choose`;
-   * changed: called when there is more to draw.
+   * changed: called when there is more to draw; failed: called with the error where a tile is not answered.
    */
-  constructor(about, chosen, changed) {
+  constructor(about, chosen, changed, failed) {
     this.about = about;
     this.chosen = chosen;
     this.changed = changed;
+    this.failed = failed;
     this.tiles = new Map(); // "col_row" -> a tile, or null while it is loading; the latest used is the last
     this.colours = about.classes.map(({ colour }) => `rgb(${colour.join(",")})`);
   }
@@ -147,7 +150,7 @@ export class Outlines {
     const tile = this.tiles.get(key);
     if (tile === undefined) {
       this.tiles.set(key, null);
-      this.load(key, col, row);
+      this.load(key, col, row).catch(this.failed);
     } else if (tile) {
       this.tiles.delete(key);
       this.tiles.set(key, tile);
@@ -158,8 +161,7 @@ export class Outlines {
   async load(key, col, row) {
     const { tile_px } = this.about;
     try {
-      const response = await fetch(`nuclei/${key}.bin`);
-      if (!response.ok) throw new Error(`nuclei/${key}.bin: ${response.status}`);
+      const response = await ask(`nuclei/${key}.bin`);
       const tile = decode(await response.arrayBuffer());
       this.tiles.set(key, Object.assign(tile, { x: (col + 0.5) * tile_px, y: (row + 0.5) * tile_px }));
     } catch (error) {
@@ -207,8 +209,7 @@ export class Density {
   async load({ score, classes }) {
     const asked = ++this.asked;
     const query = new URLSearchParams([["score", score], ...[...classes].map((number) => ["class", number])]);
-    const response = await fetch(`density.bin?${query}`);
-    if (!response.ok) throw new Error(`density.bin: ${response.status}`);
+    const response = await ask(`density.bin?${query}`);
     const counts = new Uint32Array(await response.arrayBuffer());
     if (!this.most) {
       const filled = counts.filter((count) => count).sort();

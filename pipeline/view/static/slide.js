@@ -1,5 +1,6 @@
 // A slide with its nuclei. All text of the run is set as textContent: it is never markup.
 
+import { ask } from "./ask.js";
 import { Density, Outlines } from "./nuclei.js";
 
 const MOST_OUTLINES = 15000; // nuclei in view; with more, and beyond FARTHEST_UM a screen pixel, the density is drawn
@@ -10,16 +11,11 @@ const CROSS = new Path2D("M-9 0H9M0 -9V9");
 const el = (id) => document.getElementById(id);
 const count = (value) => value.toLocaleString("en");
 
-async function json(address) {
-  const response = await fetch(address);
-  if (!response.ok) {
-    const said = response.status === 409 ? (await response.json()).problem : `${address}: ${response.status}`;
-    throw new Error(said);
-  }
-  return response.json();
-}
+const json = async (address) => (await ask(address)).json();
 
+/** Show an error, unless it is shown. */
 function report(error) {
+  if ([...el("problems").children].some((line) => line.textContent === error.message)) return;
   const line = document.createElement("span");
   line.textContent = error.message;
   el("problems").append(line);
@@ -217,7 +213,10 @@ function placeCard() {
 async function describe(row) {
   if (measured.size > 1000) measured.clear();
   if (!measured.has(row)) measured.set(row, json(`nuclei/${row}.json`));
-  const values = await measured.get(row);
+  const values = await measured.get(row).catch((error) => {
+    measured.delete(row); // it is asked for again
+    throw error;
+  });
   if (pointed?.row !== row) return;
   const list = document.createElement("dl");
   for (const [column, value] of Object.entries(values)) {
@@ -296,7 +295,7 @@ async function countChosen() {
 
 async function showNuclei() {
   const known = await json("nuclei.json");
-  outlines = new Outlines(known, chosen, requestDraw);
+  outlines = new Outlines(known, chosen, requestDraw, report);
   density = new Density(known);
   const lowest = Math.floor(known.lowest_score * 100) / 100;
   known.classes.forEach(({ name, colour, count: nuclei }, number) => {

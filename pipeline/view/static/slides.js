@@ -1,5 +1,7 @@
 // The list of slides. All text of the run is set as textContent: it is never markup.
 
+import { ask } from "./ask.js";
+
 const summary = document.getElementById("summary");
 const number = (value, digits) =>
   value.toLocaleString("en", { minimumFractionDigits: digits, maximumFractionDigits: digits });
@@ -44,9 +46,7 @@ function show(slide) {
 }
 
 async function main() {
-  const response = await fetch("slides.json");
-  const slides = await response.json();
-  if (!response.ok) throw new Error(slides.problem);
+  const slides = await (await ask("slides.json")).json();
   const rows = slides.map(show);
   const done = slides.filter((slide) => slide.status.startsWith("done"));
   const nuclei = done.reduce((sum, slide) => sum + slide.nuclei, 0);

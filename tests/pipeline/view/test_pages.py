@@ -182,6 +182,17 @@ def test_the_panel_leaves_room_for_the_picture(page: Browser, finished: Finished
     page.resize(*SIZE)
 
 
+def test_a_server_that_has_ended_is_named_once(page: Browser, finished: Finished) -> None:
+    with served(finished.run) as address:
+        page.open(f"{address}slides/0/?ended")
+        page.wait_for(DRAWN)
+    for score in (0.7, 0.8):
+        set_score(page, score)
+        time.sleep(0.4)  # a choice is counted after 0.15 s
+    page.wait_for("document.getElementById('problems').textContent")
+    assert text(page, "problems") == "nightslide view did not answer: reload this page, or start the command again"
+
+
 def set_score(page: Browser, score: float) -> None:
     page.evaluate(
         f"{{ const slider = document.getElementById('score'); slider.value = {score};"

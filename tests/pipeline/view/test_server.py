@@ -47,6 +47,7 @@ ADDRESSES = {
     "slides/0/nuclei/0_0.bin": "application/octet-stream",
     "slides/0/nuclei/0.json": "application/json",
     "slides/0/density.bin?score=0.5&class=0": "application/octet-stream",
+    "static/ask.js": "text/javascript",
     "static/slides.js": "text/javascript",
     "static/slide.js": "text/javascript",
     "static/nuclei.js": "text/javascript",
