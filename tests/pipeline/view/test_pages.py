@@ -128,6 +128,16 @@ def test_the_card_of_a_nucleus_lies_in_the_window(page: Browser, finished: Finis
         words = page.evaluate("[...document.querySelectorAll('#nucleus dt')].map((name) => name.textContent)")
         assert "score" in words
         assert "artefact" not in words  # it lies in none
+        page.resize(700, 400)  # as of a laptop at 200 %
+        page.open(
+            f"{address}slides/0/?low#x={table['centroid_x'][0].as_py()}&y={table['centroid_y'][0].as_py()}&px=0.2"
+        )
+        page.wait_for(DRAWN)
+        page.point(320, 200)
+        page.point(350, 200)
+        page.wait_for("!document.getElementById('nucleus').hidden")
+        assert page.evaluate("document.getElementById('nucleus').getBoundingClientRect().bottom") <= 400
+        page.resize(*SIZE)
 
 
 def test_no_key_turns_or_mirrors_the_picture(page: Browser, finished: Finished) -> None:
