@@ -19,14 +19,14 @@ from slides.artefacts import KINDS, ArtefactMap
 
 COLOURS = (
     (40, 220, 90),
-    (230, 60, 60),
-    (90, 110, 255),
+    (140, 0, 30),
+    (40, 70, 255),
+    (0, 240, 255),
     (240, 160, 30),
-    (40, 120, 220),
     (0, 170, 170),
     (200, 90, 150),
 )
-"Of the classes, in their order in the weights."
+"Of the classes, in their order in the weights. The first four differ for people who cannot tell red from green, too."
 
 _KINDS = np.array(("", *KINDS))  # the column artefact, by the numbers in an `ArtefactMap`
 
