@@ -67,7 +67,7 @@ def features_from(path: Path, start: tuple[int, int], bounds: Box) -> list[dict[
             geometry = feature["geometry"]
             geometry["coordinates"] = _moved(geometry["coordinates"], by)
     except (TypeError, KeyError, ValueError, IndexError, RecursionError) as error:
-        raise AnnotationError(f"{path} is not as it was written ({error!r}): run the slide again") from error
+        raise _damaged(path, error) from error
     return features
 
 
@@ -86,7 +86,13 @@ def _content(path: Path, bounds: Box) -> tuple[list[dict[str, Any]], tuple[int, 
         x, y = content.get("origin_px", bounds.corner)
         return list(content["features"]), (int(x), int(y))
     except (TypeError, KeyError, ValueError) as error:
-        raise AnnotationError(f"{path} is not as it was written ({error!r}): run the slide again") from error
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: Exception) -> AnnotationError:
+    return AnnotationError(
+        f"{path} is not as it was written ({error!r}): put the file back, or run the slide again with --overwrite"
+    )
 
 
 def _moved(coordinates: Any, by: tuple[int, int]) -> Any:

@@ -249,6 +249,8 @@ UNUSABLE = (NightslideError, OSError, KeyError, ValueError, pa.ArrowException, s
 
 def cause(error: Exception, table: Path) -> str:
     """Why a table could not be used, and the remedy; what is neither said by us nor by the system is damage."""
+    if isinstance(error, FileNotFoundError) and not os.path.exists(table):
+        return f"it is missing: {remedy(table)}"
     if isinstance(error, OSError) and error.errno is not None:
         return files.refusal(error) or one_line(error)
     if isinstance(error, NightslideError):

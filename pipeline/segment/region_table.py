@@ -55,9 +55,10 @@ def measure_regions(slide: SlideFolder, file: RegionFile) -> RegionTable:
     kept = _outside_artefacts(slide.nuclei, inside)
     segmented, notes = _segmented(slide, regions, file, provenance.bounds)
     notes = (*_off_the_slide(regions, file, provenance.bounds), *notes)
+    if missing := _missing_outlines(slide):
+        segmented = np.full(len(regions.polygons), None)
+        notes += tuple(f"mm2 of tissue are not known, as {path.name} is missing: {remedy(path)}" for path in missing)
     tissue_px = _tissue_px(slide, segmented, provenance.bounds)
-    if not slide.tissue_annotation.exists():
-        notes += (f"mm2 of tissue are not known, as {slide.tissue_annotation.name} is missing: run the slide again",)
     mm2 = math.prod(provenance.um_per_px) / 1e6  # of a px
     counts = np.array([len(rows) for rows in kept])
     columns: dict[str, Iterable[Any]] = {
@@ -180,12 +181,21 @@ def _segmented(
     return parts, (f"{only}: {which}; no nuclei are known there, and mm2 of tissue are of what was segmented",)
 
 
+def _missing_outlines(slide: SlideFolder) -> list[Path]:
+    """The files without which the area of tissue is not known, and which are not there any more."""
+    written = (files.read_json(slide.slide_json) or {}).get("files", {})
+    needed = [slide.tissue_annotation]
+    if slide.artefact_annotations.name in written:  # a run may not have looked for artefacts
+        needed.append(slide.artefact_annotations)
+    return [path for path in needed if not path.exists()]
+
+
 def _tissue_px(slide: SlideFolder, regions: Polygons, bounds: Box) -> Floats:
-    """The area of tissue without artefacts in each region, float64 (N,), px; NaN where no outline of it is there.
+    """The area of tissue without artefacts in each region, float64 (N,), px; NaN where a region is not known.
 
     regions: object (N,), slide px, None where one is not known; bounds: of the slide
     """
-    if not slide.tissue_annotation.exists() or any(region is None for region in regions):
+    if any(region is None for region in regions):
         return np.full(len(regions), np.nan)
     tissue = _outlines(slide.tissue_annotation, bounds)
     shared = _shared_px(regions, tissue)

@@ -130,6 +130,27 @@ def test_a_damaged_table_is_a_line(place: Path, capsys: pytest.CaptureFixture[st
         assert (place / "out" / "b" / "nuclei.csv").exists()
 
 
+def test_a_table_that_is_gone_is_a_line_with_the_remedy(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    draw(place / "drawn" / "a.geojson", WHOLE)
+    file = place / "out" / "a" / "nuclei.parquet"
+    file.unlink()
+    gone = f"{file} cannot be measured: it is missing: put the file back, or run the slide again with --overwrite"
+    assert measure(place, capsys)[::2] == (1, f"a: FAILED: {gone}\n")
+
+
+@pytest.mark.parametrize("name", ["tissue.geojson", "artefacts.geojson"])
+def test_without_an_outline_the_area_of_tissue_is_not_known(
+    name: str, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without the artefacts, tissue in them would count, and their nuclei not."""
+    draw(place / "drawn" / "a.geojson", WHOLE)
+    (place / "out" / "a" / name).unlink()
+    _, out, _ = measure(place, capsys)
+    assert f"mm2 of tissue are not known, as {name} is missing: put the file back, or run the slide again" in out
+    (row,) = table(place / "out" / "a" / "regions.csv")
+    assert (row["tissue_mm2"], row["per_mm2"]) == ("", "")
+
+
 def test_a_damaged_slide_json_is_no_lack_of_regions(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """It has the slide's own name, a.tif, without which the file of its regions is not found."""
     draw(place / "drawn" / "a.tif.geojson", WHOLE)
