@@ -14,10 +14,10 @@ set -euo pipefail
 case ${1-} in -h | --help) sed -n '2,/^[^#]/s/^# //p' "$0" && exit ;; esac
 usage="usage: machine.sh start|join FILE [CERTIFICATES]"
 role=${1:?$usage} file=${2:?$usage} certificates=${3-}
-cores=$(nproc)
+cores=$(env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc) # which would print those
 
-if [ "${CUDA_VISIBLE_DEVICES+set}" ]; then # none, where it is empty
-    IFS=, read -ra gpus <<< "$CUDA_VISIBLE_DEVICES"
+if [ "${CUDA_VISIBLE_DEVICES+set}" ]; then # none, where it is empty or -1
+    IFS=, read -ra gpus <<< "${CUDA_VISIBLE_DEVICES#-1}"
 else
     # where it fails, it says so on its standard output
     mapfile -t gpus < <(nvidia-smi --query-gpu=index --format=csv,noheader 2> /dev/null | grep -x '[0-9]\+')
@@ -48,7 +48,11 @@ case $role in
 esac
 if [ ${#gpus[@]} -eq 0 ]; then
     cpu_workers=$((cores < 4 ? cores : 4))
-    OMP_NUM_THREADS=$cores "${worker[@]}" --nthreads $((2 + cpu_workers)) --resources "GPU=1 CPU=$cpu_workers" &
+    # the allocator's variables, as Dask sets one of them otherwise, with which detection takes longer
+    mapfile -t allocator < <(
+        python -c 'from pipeline.model.allocator import ENVIRONMENT as e; print(*map("=".join, e.items()), sep="\n")'
+    )
+    env "${allocator[@]}" OMP_NUM_THREADS="$cores" "${worker[@]}" --nthreads $((2 + cpu_workers)) --resources "GPU=1 CPU=$cpu_workers" &
 else
     for gpu in "${gpus[@]}"; do
         OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES=$gpu "${worker[@]}" --nthreads 2 --resources GPU=1 &

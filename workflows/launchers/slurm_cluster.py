@@ -24,6 +24,7 @@ from distributed import Scheduler, Security, SpecCluster
 from tornado.ioloop import PeriodicCallback
 
 from pipeline.cli import main as nightslide
+from pipeline.model.allocator import ENVIRONMENT
 
 CHECK_MS = 60_000  # between checks that all jobs are there
 LEAVE_S = 300  # how long before its time limit a worker hands over its results and ends
@@ -110,7 +111,9 @@ def job(given: argparse.Namespace, options: str, cores: int, threads: int, resou
     from dask_jobqueue.slurm import SLURMJob  # not a dependency of the project: --help works without it
 
     tls = tls_files(given.certificates)
-    computing_threads = cores if "GPU=1 CPU" in resources else 1  # PyTorch's
+    environment = {"OMP_NUM_THREADS": "1"}
+    if "GPU=1 CPU" in resources:  # it detects on all cores; Dask sets the allocator otherwise, which takes longer
+        environment = {"OMP_NUM_THREADS": str(cores), **ENVIRONMENT}
     return {
         "cls": SLURMJob,
         "options": {
@@ -120,7 +123,10 @@ def job(given: argparse.Namespace, options: str, cores: int, threads: int, resou
             "memory": given.memory,
             "walltime": str(round(given.hours * 60)),  # minutes
             "job_extra_directives": [options] if options else [],
-            "job_script_prologue": [*given.prologue, f"export OMP_NUM_THREADS={computing_threads}"],
+            "job_script_prologue": [
+                *given.prologue,
+                *(f"export {name}={value}" for name, value in environment.items()),
+            ],
             "worker_extra_args": [
                 f'--resources "{resources}"',
                 f"--lifetime {max(60, round(given.hours * 3600) - LEAVE_S)}s",
