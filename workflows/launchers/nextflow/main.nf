@@ -17,12 +17,12 @@ params.out = 'results'
 params.flags = ''
 params.suffixes = 'bif,czi,mrxs,ndpi,scn,svs,svslide,tif,tiff,vms,vmu'
 
-// what each task writes of its one slide, and the run of all
-OF_ALL_SLIDES = /results\/(ledger\.csv|report\.html|logs\/.*)/
-
 process SLIDE {
     tag "${slide}"
-    publishDir params.out, mode: 'copy', saveAs: { file -> file ==~ OF_ALL_SLIDES ? null : file - 'results/' }
+    // not what each task writes of its one slide, and the run of all
+    publishDir params.out, mode: 'copy', saveAs: { file ->
+        file ==~ /results\/(ledger\.csv|report\.html|logs\/.*)/ ? null : file - 'results/'
+    }
 
     input:
     tuple env('FOLDER'), path(slide)
