@@ -96,7 +96,7 @@ def test_it_runs_as_no_root_and_checks_itself(stages: list[list[Instruction]], p
     last = stages[-1]
     (user,) = values(last, "USER")
     assert re.fullmatch(r"[1-9]\d*:[1-9]\d*", user)
-    assert f"useradd --uid {user.split(':')[0]} " in " ".join(values(last, "RUN"))
+    assert f"useradd --uid {user.split(':')[0]} --non-unique " in " ".join(values(last, "RUN"))
     after = last[[instruction.name for instruction in last].index("USER") :]
     assert not values(after, "RUN")
     (check,) = values(last, "HEALTHCHECK")
