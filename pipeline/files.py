@@ -54,12 +54,15 @@ _REMEDIES = {
     **dict.fromkeys(FULL_DISK, _FULL),
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), _FORBIDDEN),
     **dict.fromkeys((errno.EIO, errno.ESTALE, errno.ETIMEDOUT), "look whether the disk or file server is in order"),
+    **dict.fromkeys((errno.EEXIST, errno.ENOTDIR), "move away the file that is in the place of a folder"),
+    errno.ENAMETOOLONG: "give it a shorter name",
 }
 
 
 def refusal(error: OSError) -> str:
     """In words: the path, what the system refused there, and the remedy. Empty for other errors than those of a full
-    disk, of files and folders that may not be read or written, and of a disk or file server that fails.
+    disk, of files and folders that may not be read or written, of a disk or file server that fails, and of names that
+    are too long or taken by a file.
     """
     if error.errno not in _REMEDIES:
         return ""
@@ -143,7 +146,7 @@ def mtime_ns(path: Path) -> int | None:
     """When a file was written, by the clock of its file system; None where there is none (any more) that we may see."""
     try:
         return path.stat().st_mtime_ns
-    except (FileNotFoundError, PermissionError):
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
         return None
 
 

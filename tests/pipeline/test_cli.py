@@ -304,6 +304,8 @@ def test_an_unexpected_error_is_a_line_and_a_traceback_only_on_request(
         (errno.EROFS, "Read-only file system: make it a file or folder that may be read and written"),
         (errno.ESTALE, "Stale file handle: look whether the disk or file server is in order, and give the same"),
         (errno.EIO, "Input/output error: look whether the disk or file server is in order, and give the same"),
+        (errno.ENOTDIR, "Not a directory: move away the file that is in the place of a folder, and give the same"),
+        (errno.ENAMETOOLONG, "File name too long: give it a shorter name, and give the same command again"),
     ],
 )
 def test_what_the_system_refuses_is_no_fault_of_ours(

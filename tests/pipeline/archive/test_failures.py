@@ -184,6 +184,18 @@ def test_a_slides_folder_that_may_not_be_entered_costs_the_others_no_row(
     assert any(line.startswith("b: ") and "nuclei" in line for line in said)
 
 
+def test_a_file_in_the_place_of_a_slides_folder_costs_the_others_no_row(archive: Path, tmp_path: Path) -> None:
+    """Law: one slide cannot end a run. No ledger could be written, and the slide's cause had no remedy."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "a").touch()
+    said = list[str]()
+    rows = segment(archive, tmp_path / "out", say=said.append)
+    assert (rows["a"].status, rows["b"].status) == ("failed", "done")
+    assert rows["a"].cause.startswith(f"{tmp_path / 'out' / 'a'}: File exists: move away the file that is in the place")
+    assert "failed" in (tmp_path / "out" / "ledger.csv").read_text()
+    assert not [line for line in said if "could not be written" in line]
+
+
 def test_a_ledger_that_another_program_has_open_costs_no_report(
     archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
