@@ -20,6 +20,7 @@ from pipeline.model import fuse, views
 from pipeline.model.detector import Limits, NucleusDetector
 from pipeline.model.device import autocast, choose_precision
 from pipeline.segment.polygons import from_masks, solid
+from slides.partial import replace
 from training.data.sample import Sample
 from training.measures import Detections, Scores, mean, score
 from training.pictures import draw
@@ -122,8 +123,14 @@ class Log:
 
 
 def append_row(path: Path, row: Mapping[str, float]) -> None:
-    """Add a row to a CSV file. Rows of later steps, of a training that stopped between checkpoints, are dropped."""
-    rows = [r for r in _rows(path) if int(r["step"]) < row["step"]]
+    """Add a row to a CSV file. Rows of later steps, of a training that stopped between checkpoints, are dropped.
+
+    A table that cannot be read is kept beside the new one, as NAME.damaged.
+    """
+    known = _rows(path)
+    if not known and path.exists():
+        replace(path, path.with_name(f"{path.name}.damaged"))
+    rows = [r for r in known if int(r["step"]) < row["step"]]
     with committed(path) as part, part.open("w", newline="") as file:
         writer = csv.DictWriter(file, row)
         writer.writeheader()

@@ -172,6 +172,8 @@ def test_a_table_that_is_damaged_or_saved_otherwise_ends_no_training(
     monitor.append_row(tmp_path / "losses.csv", {"step": 2, "pq": 0.5})
     with (tmp_path / "losses.csv").open() as file:
         assert [row["step"] for row in csv.DictReader(file)] == steps
+    kept = tmp_path / "losses.csv.damaged"
+    assert (kept.read_bytes() == saved) if steps == ["2"] else not kept.exists()
     monitor.curves(tmp_path)
 
 
