@@ -118,8 +118,7 @@ class Leases:
     def _clear(self, lease: Path, now_ns: int) -> bool:
         """Remove what dead owners have left; False where one may be alive. now_ns: mtime of a file just made."""
         for file in _files(lease):
-            owner = _read(file)  # opening it makes NFS fetch its mtime again
-            if not (owner and _is_gone(owner)) and not self._is_expired(file, now_ns):
+            if not _is_dead(file) and not self._is_expired(file, now_ns):  # the first makes NFS fetch its mtime again
                 return False
             file.unlink(missing_ok=True)
             self._watched.pop(file, None)
@@ -179,6 +178,11 @@ class Leases:
                 _touch(file)
 
 
+def may_be_held(folder: Path) -> bool:
+    """Whether a process has a lease on this folder and is not known to have ended."""
+    return not all(map(_is_dead, _files(folder / LEASE)))
+
+
 def _stage(staged: Path, token: str) -> int:
     """Make the folder that may become the lease. Returns the time, by the clock of the file server, in ns."""
     staged.mkdir()
@@ -217,6 +221,12 @@ def _read(file: Path) -> Owner | None:
         return Owner(str(owner.host), int(owner.pid), float(owner.started), str(owner.machine))
     except (OSError, ValueError, TypeError, OverflowError):
         return None
+
+
+def _is_dead(file: Path) -> bool:
+    """Whether a lease is of a process that is known to have ended."""
+    owner = _read(file)
+    return owner is not None and _is_gone(owner)
 
 
 def _is_gone(owner: Owner) -> bool:

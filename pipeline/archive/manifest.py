@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pipeline import files
+from pipeline.archive.lease import may_be_held
 from pipeline.config import CONTEXT_PX, STRIDES, UNDIGESTED, Architecture, Settings, Stain, Tiling, grid_step
 from pipeline.errors import RunError
 from pipeline.layout import LEASE, RunFolder
@@ -216,8 +217,8 @@ def _write(path: Path, settings: Settings, *, keep_first: bool, overwrite: str =
 
 
 def _has_results(run: RunFolder) -> bool:
-    """Whether a slide was finished in this folder, or is being done by another run."""
-    return bool(run.finished()) or any(run.path.rglob(LEASE))
+    """Whether a slide was finished in this folder, or may be being done by another run."""
+    return bool(run.finished()) or any(may_be_held(lease.parent) for lease in run.path.rglob(LEASE))
 
 
 def _read(path: Path) -> dict[str, Any]:

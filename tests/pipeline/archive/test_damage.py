@@ -7,6 +7,8 @@ import json
 import os
 import random
 import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -261,6 +263,26 @@ def test_a_try_in_which_every_slide_failed_does_not_claim_the_folder(slide: Path
     assert segment(slide, tmp_path, chosen()).status == "done"
     with pytest.raises(RunError, match=r"other settings .*tiling\.margin was 20, is 10"):
         segment(slide, tmp_path, refused)
+
+
+def test_a_killed_run_that_finished_no_slide_does_not_claim_the_folder(slide: Path, tmp_path: Path) -> None:
+    """Its leases stay, where they are those of a run that goes on."""
+    unfinished(slide, tmp_path)
+    killed = (
+        "import os, signal, sys; from pathlib import Path; from pipeline.archive.lease import Leases\n"
+        "Leases().take(Path(sys.argv[1])), os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    subprocess.run([sys.executable, "-c", killed, str(tmp_path / "discs")], check=False)
+    assert (tmp_path / "discs" / ".lease").exists()
+    assert segment(slide, tmp_path, chosen(tile=64, block=1)).status == "done"
+
+
+def test_a_folder_in_which_another_run_goes_on_takes_no_other_settings(slide: Path, tmp_path: Path) -> None:
+    unfinished(slide, tmp_path)
+    with Leases() as others:
+        assert others.take(tmp_path / "discs")
+        with pytest.raises(RunError, match="other settings"):
+            segment(slide, tmp_path, chosen(tile=64, block=1))
 
 
 @pytest.mark.parametrize("where", ["file", "file/below", "/proc/nightslide"])
