@@ -16,7 +16,7 @@ from pipeline.report.page import write_report
 from pipeline.segment.finished import UNUSABLE, cause, remedy
 from pipeline.segment.region_table import measure_regions
 from pipeline.segment.regions import RegionFile
-from pipeline.text import csv_cell, printable
+from pipeline.text import csv_cell, one_line, printable
 from slides.errors import NightslideError
 
 
@@ -33,8 +33,8 @@ def measure_slides(folder: Path, regions: config.Regions) -> Iterator[Measured]:
     """Measure the nuclei of every finished slide in its regions, and write the tables; a slide at a time.
 
     folder: of a run, or of one slide of it. A slide without regions, or with regions that cannot be read, stops
-    no other, and keeps no regions.csv of an earlier call. The run's own regions.csv, which is those of all its slides,
-    and its report are written last.
+    no other, and keeps no regions.csv of an earlier call. One whose table cannot be written stops no other. The
+    run's own regions.csv, which is those of all its slides, and its report are written last.
     `pipeline.segment.region_table` says what the columns are.
     Raises RunError for a folder without finished slides, and what `match_regions` raises.
     """
@@ -58,10 +58,13 @@ def measure_slides(folder: Path, regions: config.Regions) -> Iterator[Measured]:
             measured = Measured(name, words=f"{lost}: {remedy(slide.slide_json)}", failed=True)
         else:
             measured = Measured(name, words=f"no file of regions in {regions.folder}")
-        if measured.rows:
-            _write(slide.regions, [{key: _cell(value) for key, value in row.items()} for row in measured.rows])
-        else:
-            slide.regions.unlink(missing_ok=True)
+        try:
+            if measured.rows:
+                _write(slide.regions, [{key: _cell(value) for key, value in row.items()} for row in measured.rows])
+            else:
+                slide.regions.unlink(missing_ok=True)
+        except OSError as error:
+            measured = Measured(name, words=files.refusal(error) or one_line(error), failed=True)
         yield measured
     if [slide.path for slide in finished] != [run.path]:
         _write(run.regions, list(_tables(run)))

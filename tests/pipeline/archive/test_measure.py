@@ -1,7 +1,9 @@
 """`nightslide measure`: tables of a slide and of the run; whatever is wrong with one slide stops no other."""
 
 import csv
+import errno
 import json
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -128,6 +130,25 @@ def test_a_damaged_table_is_a_line(place: Path, capsys: pytest.CaptureFixture[st
         with pytest.raises(ExportFailed, match=re.escape(f"{file} could not be exported: it is damaged (")):
             pipeline.export(place / "out", "csv")
         assert (place / "out" / "b" / "nuclei.csv").exists()
+
+
+def test_a_slide_whose_table_cannot_be_written_stops_no_other(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its folder may be of another user."""
+
+    def refuse(partial: Path, path: Path, replace: Callable[..., None] = os.replace) -> None:
+        if path == place / "out" / "a" / "regions.csv":
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(partial))
+        replace(partial, path)
+
+    monkeypatch.setattr(os, "replace", refuse)
+    for name in ("a", "b"):
+        draw(place / "drawn" / f"{name}.geojson", WHOLE)
+    status, _, err = measure(place, capsys)
+    assert status == 1
+    assert err.startswith(f"a: FAILED: {place}/out/a/regions.csv: Read-only file system: make it a file or folder that")
+    assert [row["slide"] for row in table(place / "out" / "regions.csv")] == ["b"]
 
 
 def test_a_table_that_is_gone_is_a_line_with_the_remedy(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
