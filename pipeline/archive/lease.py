@@ -152,12 +152,13 @@ class Leases:
         """Give a folder back, if it is still ours. What cannot be removed now expires later."""
         with self._lock:
             file = self._held.pop(folder, None)
-        if file is None or not _touch(file):
+        if file is None:
             return
-        with contextlib.suppress(OSError):
+        if _touch(file):
             # of killed processes; one that is just being made fails, as the slide was ours
             for left in folder.glob(f"{LEASE}-*"):
                 shutil.rmtree(left, ignore_errors=True)
+        with contextlib.suppress(OSError):  # what could not be touched a moment ago may be there all the same
             file.unlink()
             file.parent.rmdir()
 

@@ -183,7 +183,7 @@ def _segmented(
 
 def _missing_outlines(slide: SlideFolder) -> list[Path]:
     """The files without which the area of tissue is not known, and which are not there any more."""
-    written = (files.read_json(slide.slide_json) or {}).get("files", {})
+    written = (read_slide_json(slide) or {}).get("files", {})
     needed = [slide.tissue_annotation]
     if slide.artefact_annotations.name in written:  # a run may not have looked for artefacts
         needed.append(slide.artefact_annotations)

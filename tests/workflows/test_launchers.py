@@ -61,7 +61,7 @@ def test_every_gpu_has_a_worker_and_cpus_feed_them(tmp_path: Path) -> None:
     assert "--resources CPU=1" in gpus[""]
     assert all("--nthreads 2 --resources GPU=1" in gpus[gpu] for gpu in "01")
     assert {variables["OMP_NUM_THREADS"] for _, variables in started} == {"1"}
-    assert all("--death-timeout 60" in command for command, _ in started)
+    assert all("--death-timeout 300" in command for command, _ in started)
 
 
 @pytest.mark.parametrize("gpu_jobs", [0, 1])

@@ -27,7 +27,7 @@ cpu_workers=$((cpu_workers < 1 ? 1 : cpu_workers))
 processes=$((${#gpus[@]} + cpu_workers))
 scheduler=(dask scheduler --scheduler-file "$file" --port 0)
 # a worker that is told to end while it starts would wait for the scheduler, which has ended, for ever
-worker=(dask worker --scheduler-file "$file" --death-timeout 60 --memory-limit "$(awk "BEGIN { print 1 / $processes }")")
+worker=(dask worker --scheduler-file "$file" --death-timeout 300 --memory-limit "$(awk "BEGIN { print 1 / $processes }")")
 if [ "$certificates" ]; then
     tls=(--tls-ca-file "$certificates/ca.pem" --tls-cert "$certificates/cert.pem" --tls-key "$certificates/key.pem")
     scheduler+=(--protocol tls "${tls[@]}")

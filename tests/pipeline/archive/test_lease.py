@@ -231,6 +231,16 @@ def test_the_end_of_the_context_releases_and_sweeps(tmp_path: Path) -> None:
     assert leases.take(tmp_path / "b")
 
 
+def test_a_server_that_does_not_answer_once_keeps_no_slide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A lease that stayed would have to expire, for three minutes."""
+    one = Leases()
+    assert one.take(tmp_path)
+    with monkeypatch.context() as away:
+        away.setattr(lease, "_touch", lambda file: False)
+        one.release(tmp_path)
+    assert Leases().take(tmp_path)
+
+
 def test_the_heartbeat_continues_when_a_folder_vanishes(tmp_path: Path) -> None:
     with Leases(beat_s=0.01) as leases:
         assert leases.take(tmp_path / "a")
