@@ -127,7 +127,7 @@ def _class_of(content: Any) -> str:
 def _features(path: Path) -> Iterator[Any]:
     """The features of a FeatureCollection, a list, a single feature, or of all files of a zip."""
     for name, text in _texts(path):
-        content = parse_json(text, name)
+        content = parse_json(text, name, constants=True)  # before 0.5 QuPath wrote measurements that are NaN so
         if isinstance(content, dict):
             content = content.get("features", [content])
         if not isinstance(content, list):
@@ -186,13 +186,17 @@ def _holds_geojson(path: Path) -> bool:
         return False
 
 
-def parse_json(text: bytes, name: str) -> Any:
-    """JSON in `text`, the content of the file `name`. Raises AnnotationError."""
+def parse_json(text: bytes, name: str, *, constants: bool = False) -> Any:
+    """JSON in `text`, the content of the file `name`. Raises AnnotationError.
 
-    def refuse(constant: str) -> None:
-        raise ValueError(f"it holds {constant}")
+    constants: NaN and Infinity, which JSON has not, are None; else they are refused.
+    """
+
+    def constant(value: str) -> None:
+        if not constants:
+            raise ValueError(f"it holds {value}")
 
     try:
-        return json.loads(text, parse_constant=refuse)
+        return json.loads(text, parse_constant=constant)
     except (ValueError, RecursionError) as error:
         raise AnnotationError(f"{name} is not JSON ({error}): export it again") from error

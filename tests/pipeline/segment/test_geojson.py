@@ -109,3 +109,12 @@ def test_a_zip_is_an_export_if_it_holds_one_or_is_given(tmp_path: Path) -> None:
     assert image_name(tmp_path / "x.zip", given=False) == "x"
     assert image_name(tmp_path / "y.zip", given=False) == ""
     assert image_name(tmp_path / "y.zip", given=True) == "y"
+
+
+def test_measurements_that_are_not_finite_do_no_harm(tmp_path: Path) -> None:
+    """QuPath 0.2 to 0.4 writes them as bare NaN and Infinity, as of cells that have no haematoxylin."""
+    path = save(tmp_path / "x.geojson", feature(SQUARE, "detection", measurements={"a": float("nan"), "b": -1e999}))
+    assert "NaN" in path.read_text()
+    assert "-Infinity" in path.read_text()
+    objects, skipped = read_objects(path)
+    assert (len(objects.polygons), +skipped) == (1, {})

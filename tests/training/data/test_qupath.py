@@ -144,7 +144,7 @@ def test_regions_are_images_of_their_own(name: str | None, tmp_path: Path) -> No
         ("[3]", "object 1 is no GeoJSON feature"),
         ('[{"geometry": {"type": "Polygon", "coordinates": [[[0, 0], [1, 1]]]}}]', "an outline is no polygon"),
         ('[{"geometry": {"type": "Polygon", "coordinates": [[["a", 0]]]}}]', "an outline is no polygon"),
-        ('[{"geometry": {"type": "Polygon", "coordinates": [[[0, 0], [1, NaN]]]}}]', "holds NaN"),
+        ('[{"geometry": {"type": "Polygon", "coordinates": [[[0, 0], [1, NaN]]]}}]', "an outline is no polygon"),
         (json.dumps([feature(shapely.box(0, 0, 1e9, 1))]), "reaches beyond 10000000 px"),
         (json.dumps([feature(shapely.box(0, 0, 50, 1))]), "spans 0, 0, 50, 1, its image is 12 x 12 px"),
         (json.dumps([feature(shapely.Point(3, 3).buffer(2), "Region*", "annotation")]), "a region is no rectangle"),
