@@ -135,10 +135,14 @@ def architecture_fields(architecture: Architecture | StainArchitecture) -> dict[
 
 
 def data_fields(datasets: Sequence[Dataset]) -> dict[str, object]:
-    """What a recipe states of its data: of each dataset the number of images, and a digest of which they are."""
+    """What a recipe states of its data: of each dataset the number of images, and a digest of which they are.
+
+    And their order, which decides from which one a random number draws: two objects of JSON are equal in any order.
+    """
     which = {d.name: json.dumps([[image.id, image.mpp, image.group] for image in d.images]) for d in datasets}
     return {
         "data": {d.name: len(d.images) for d in datasets},
+        "data_order": [d.name for d in datasets],
         "images": {name: hashlib.sha256(images.encode()).hexdigest()[:16] for name, images in which.items()},
     }
 

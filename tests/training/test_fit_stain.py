@@ -99,6 +99,15 @@ def test_other_images_do_not_continue(tmp_path: Path) -> None:
             fit_stain([SET._replace(images=tuple(images))], tmp_path, QUICK, TINY, say=silent)
 
 
+def test_another_order_of_the_datasets_does_not_continue(tmp_path: Path) -> None:
+    """Its crops would be of other datasets than those of an uninterrupted training."""
+    sets = [SET, SET._replace(name="others", images=tuple(IMAGES[::-1]))]
+    fit_stain(sets, tmp_path, dataclasses.replace(QUICK, minutes=1e-9), TINY, say=silent)
+    with pytest.raises(ConfigError, match=r"data_order=\['discs', 'others'\], not \['others', 'discs'\]: continue it"):
+        fit_stain(sets[::-1], tmp_path, QUICK, TINY, say=silent)
+    fit_stain(sets, tmp_path, QUICK, TINY, say=silent)
+
+
 def test_the_template_is_the_median_of_single_fits() -> None:
     target = typical_stain([IMAGES[:2], IMAGES[2:], [WHITE]], "macenko", 0.25)
     fits = [fit(picture(s)[None], np.ones((1, 96, 96), bool), "macenko").numbers for s in range(3)]
