@@ -7,7 +7,7 @@ size of a file; a new one replaces the old one by renaming.
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ MAY_DIFFER = frozenset(["minutes", "device", "loaders", "save_every", "licence",
 _DIGESTED = {  # of each dataset only a digest is known
     "images": "other images, or other scales (--mpp) or groups of the same",
     "annotations": "other annotations of the same images",
+    "pixels": "other pixels of the same images, or other ignored areas",
 }
 
 _STATE = "state.json"
@@ -143,8 +144,16 @@ def data_fields(datasets: Sequence[Dataset]) -> dict[str, object]:
     return {
         "data": {d.name: len(d.images) for d in datasets},
         "data_order": [d.name for d in datasets],
-        "images": {name: hashlib.sha256(images.encode()).hexdigest()[:16] for name, images in which.items()},
+        "images": {name: digest([images.encode()]) for name, images in which.items()},
     }
+
+
+def digest(parts: Iterable[bytes]) -> str:
+    """Of all the parts, one after another."""
+    sha256 = hashlib.sha256()
+    for part in parts:
+        sha256.update(part)
+    return sha256.hexdigest()[:16]
 
 
 def _previous(folder: Path) -> Path:

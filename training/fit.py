@@ -94,8 +94,7 @@ def fit(
     average = {k: v.detach().clone() for k, v in model.state_dict().items()}
     optimiser = torch.optim.AdamW(_parameter_groups(model, training.decay), lr=training.rate, fused=True)
     drawn = _crops(trained, training, model.architecture, say)
-    learnt = {d.name: digest for d, digest in zip(datasets, drawn.digests(), strict=True)}
-    recipe = {**_recipe(datasets, training, architecture, process), "annotations": learnt}
+    recipe = {**_recipe(datasets, training, architecture, process), **_learnt(datasets, drawn)}
     first, spent_s = checkpoint.resume(out / checkpoint.FOLDER, model, average, optimiser, recipe)
     results: _Results | None = None  # the other processes write nothing
     if process.rank == 0:
@@ -173,6 +172,17 @@ def _recipe(
     """All that decides the weights; see `checkpoint.resume`."""
     network, data = checkpoint.architecture_fields(architecture), checkpoint.data_fields(datasets)
     return {**_noted_recipe(training), **network, **data, "processes": process.size}
+
+
+def _learnt(datasets: Sequence[Dataset], crops: Crops) -> dict[str, object]:
+    """Digests of the images of each dataset: of all annotated nuclei with their classes, and of the pixels."""
+    annotations, pixels = {}, {}
+    for dataset, groups in zip(datasets, crops.sets, strict=True):
+        images = [image.labelled for group in groups for image in group]
+        annotated = (part.tobytes() for image in images for part in (image.labels, image.class_index))
+        annotations[dataset.name] = checkpoint.digest(annotated)
+        pixels[dataset.name] = checkpoint.digest(image.image.tobytes() for image in images)
+    return {"annotations": annotations, "pixels": pixels}
 
 
 def _noted_recipe(training: Training) -> dict[str, object]:

@@ -69,6 +69,8 @@ def fit_stain(
         _fit_template(template, _as_saved(ClusterNet(architecture)))
     out.mkdir(parents=True, exist_ok=True)
     images = [_stain_images(samples, architecture.mpp, training.crop_px, say) for samples in sets]
+    pixels = (checkpoint.digest(image.pixels.tobytes() for image in of_set) for of_set in images)
+    learnt = {dataset.name: digest for dataset, digest in zip(datasets, pixels, strict=True)}
     images = [of_set for of_set in images if of_set]
     if not images:
         raise AnnotationError(_NO_STAIN)
@@ -78,6 +80,7 @@ def fit_stain(
         **asdict(training),
         **checkpoint.architecture_fields(architecture),
         **checkpoint.data_fields(datasets),
+        "pixels": learnt,
     }
     step = _train(network, images, out, training, recipe, say)
     saved = _as_saved(network)

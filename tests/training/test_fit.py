@@ -309,6 +309,9 @@ def test_another_recipe_is_refused(data: Path, tmp_path: Path) -> None:
     corrected = [sample._replace(read=Corrected(sample)) for sample in images.images]
     with pytest.raises(ConfigError, match=f"other annotations of the same images, in {images.name}: continue it"):
         fit([images._replace(images=tuple(corrected))], tmp_path, settings, TINY, say=silent)
+    painted = [sample._replace(read=Painted(sample)) for sample in images.images]
+    with pytest.raises(ConfigError, match=f"other pixels of the same images, .*, in {images.name}: continue it"):
+        fit([images._replace(images=tuple(painted))], tmp_path, settings, TINY, say=silent)
     state = tmp_path / "checkpoint" / "state.json"
     content = json.loads(state.read_text())
     fields = {field.name for field in dataclasses.fields(QUICK)}
@@ -493,6 +496,19 @@ class Corrected:
         labels = labelled.labels.copy()
         labels[1:][labels[:-1] == 1] = 1
         return labelled._replace(labels=labels)
+
+
+class Painted:
+    """The image with a white corner, as of an ignored area."""
+
+    def __init__(self, sample: Sample) -> None:
+        self.sample = sample
+
+    def __call__(self) -> LabelledImage:
+        labelled = self.sample.read()
+        image = labelled.image.copy()
+        image[:8, :8] = 255
+        return labelled._replace(image=image)
 
 
 class Halves:

@@ -89,11 +89,15 @@ def test_another_recipe_does_not_continue(tmp_path: Path) -> None:
 
 
 def test_other_images_do_not_continue(tmp_path: Path) -> None:
-    """Neither more of them nor as many others: the weights would be of the first, the template of the others."""
+    """Neither more of them nor as many others, nor others of the same names.
+
+    The weights would be of the first, the template of the others.
+    """
     fit_stain([SET._replace(images=tuple(IMAGES[:2]))], tmp_path, QUICK, TINY, say=silent)
     for images, message in (
         (IMAGES, "data={'discs': 2}, not {'discs': 3}: .* another --out"),
         (IMAGES[1:], "other images, .*, in discs: .* another --out"),
+        ([IMAGES[0], IMAGES[1]._replace(read=IMAGES[2].read)], "other pixels of the same images, .*, in discs: "),
     ):
         with pytest.raises(ConfigError, match=message):
             fit_stain([SET._replace(images=tuple(images))], tmp_path, QUICK, TINY, say=silent)

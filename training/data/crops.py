@@ -1,6 +1,5 @@
 """Training crops with their targets, each determined by the seed and its number alone."""
 
-import hashlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -100,15 +99,6 @@ class Crops(data.Dataset[Crop]):
             )
         roots = np.sqrt(nuclei)
         self.probabilities = roots / roots.sum()
-
-    def digests(self) -> list[str]:
-        """Of each dataset, one of all annotated nuclei and their classes."""
-        digests = [hashlib.sha256() for _ in self.sets]
-        for digest, groups in zip(digests, self.sets, strict=True):
-            for image in (image for group in groups for image in group):
-                digest.update(image.labelled.labels.tobytes())
-                digest.update(image.labelled.class_index.tobytes())
-        return [digest.hexdigest()[:16] for digest in digests]
 
     def __getitem__(self, number: int) -> Crop:
         rng = np.random.default_rng((self.training.seed, number))
