@@ -18,6 +18,7 @@ from pipeline.errors import AnnotationError
 _NUMBERS = {1: "i1", 2: "u1", 3: "i2", 4: "u2", 5: "i4", 6: "u4", 7: "f4", 9: "f8", 12: "i8", 13: "u8"}
 _MATRIX, _COMPRESSED = 14, 15
 _NUMERIC_CLASSES = range(6, 16)  # double, single, and whole numbers of 8 to 64 bits
+_OTHER_CLASSES = {1: "a cell array", 2: "a structure", 3: "an object", 4: "text", 5: "a sparse array"}
 _HEADER_BYTES = 128
 _LARGEST_BYTES = 2**30  # of one array, unpacked
 
@@ -37,6 +38,10 @@ def read_mat(path: Path, names: Collection[str]) -> dict[str, NDArray[Any]]:
         return dict(_arrays(memoryview(content)[_HEADER_BYTES:], order, names))
     except AnnotationError:
         raise
+    except TypeError as error:
+        raise AnnotationError(
+            f"{path}: {error}: need a full array of numbers, as full(...) and cell2mat(...) give in MATLAB"
+        ) from error
     except (OSError, ValueError, struct.error, zlib.error) as error:
         raise AnnotationError(f"{path} is a damaged MATLAB file ({error}): copy it again") from error
 
@@ -58,8 +63,8 @@ def _arrays(
             flags, shape, name = (bytes(part) for _, part in _take(parts, 3))
             if (called := name.decode("ascii", "replace")) not in names:
                 continue
-            if struct.unpack_from(order + "I", flags)[0] & 0xFF not in _NUMERIC_CLASSES:
-                raise ValueError(f"{called} is no array of numbers")
+            if (class_ := struct.unpack_from(order + "I", flags)[0] & 0xFF) not in _NUMERIC_CLASSES:
+                raise TypeError(f"{called} is {_OTHER_CLASSES.get(class_, 'no array of numbers')}")
             ((stored, numbers),) = _take(parts, 1)
             if stored not in _NUMBERS:
                 raise ValueError(f"{called} is stored as type {stored}")

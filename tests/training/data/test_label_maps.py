@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from scipy import ndimage
 from scipy.io import savemat
+from scipy.sparse import csc_array
 
 from pipeline.errors import AnnotationError
 from training.data.datasets import read_dataset
@@ -362,9 +363,11 @@ def test_bad_matlab_files_are_named(tmp_path: Path) -> None:
     path.write_bytes(b"nothing" * 40)
     with pytest.raises(AnnotationError, match="not a MATLAB file of level 5"):
         read_dataset(tmp_path, mpp=0.25)
-    savemat(path, {"inst_map": "text"})
-    with pytest.raises(AnnotationError, match=r"damaged MATLAB file \(inst_map is no array of numbers\)"):
-        read_dataset(tmp_path, mpp=0.25)
+    cells = np.array([labels, labels], object)
+    for odd, what in (("text", "text"), (csc_array(labels), "a sparse array"), (cells, "a cell array")):
+        savemat(path, {"inst_map": odd})
+        with pytest.raises(AnnotationError, match=f"a.mat: inst_map is {what}: need a full array of numbers, as full"):
+            read_dataset(tmp_path, mpp=0.25)
     savemat(path, {"inst_map": np.ones((3, 3))})
     with pytest.raises(AnnotationError, match="need one label per pixel"):
         read_dataset(tmp_path, mpp=0.25).images[0].read()
