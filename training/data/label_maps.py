@@ -267,7 +267,9 @@ def _read_map(path: Path) -> NDArray[np.int32]:
         with open_quietly(path) as image:
             values = np.asarray(image)
             sizes = [frame.size for frame in ImageSequence.Iterator(image)]
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+    except Image.DecompressionBombError as error:
+        raise AnnotationError(f"{path} is too large ({error}): cut the image and its map into parts") from error
+    except (OSError, SyntaxError, ValueError, EOFError) as error:
         raise AnnotationError(
             f"{path} is not a readable image ({error}): copy it again, or save it as PNG or TIFF of 8, 16 or 32 bits"
         ) from error

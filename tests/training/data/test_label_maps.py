@@ -148,6 +148,15 @@ def test_a_large_map_is_no_reason_for_a_warning(tmp_path: Path, monkeypatch: pyt
     assert len(read_dataset(folder, mpp=0.25).images[0].read().class_index) == 3
 
 
+def test_a_map_of_more_pixels_than_pillow_reads_is_refused_with_the_remedy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = maps(tmp_path, np.array([[1, 2], [3, 0]], np.uint16))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1)  # it refuses more than twice as many
+    with pytest.raises(AnnotationError, match=r"x_1\.png is too large .*: cut the image and its map into parts"):
+        read_dataset(folder, mpp=0.25).images[0].read()
+
+
 def test_a_map_of_64_bits_is_refused_with_the_remedy(tmp_path: Path) -> None:
     folder = maps(tmp_path, np.array([[1, 2], [3, 0]], np.uint16))
     (folder / "labels" / "x_1.png").unlink()
