@@ -94,10 +94,11 @@ def read_objects(path: Path, wanted: Collection[str] = TYPES) -> tuple[Objects, 
 def image_name(path: Path, given: bool) -> str:
     """The name of the image that an export belongs to: its own without the suffix. Empty for other files.
 
-    given: the user named this file; in a folder a .zip may be anything, and is an export if it holds .geojson files.
+    given: the user named this file; in a folder a .zip may be anything, and is an export if it holds .geojson files,
+    or cannot be read: then `read_objects` says so.
     """
     suffix = next((s for s in _SUFFIXES if path.name.lower().endswith(s)), None)
-    if suffix is None or (suffix == _ZIP and not given and not _holds_geojson(path)):
+    if suffix is None or (suffix == _ZIP and not given and not _may_hold_geojson(path)):
         return ""
     return path.name[: -len(suffix)]
 
@@ -146,7 +147,7 @@ def _texts(path: Path) -> Iterator[tuple[str, bytes]]:
         else:
             yield str(path), path.read_bytes()
     except (OSError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError) as error:
-        raise AnnotationError(f"{path} cannot be read ({error}): export it again") from error
+        raise AnnotationError(f"{path} cannot be read ({error}): export it again, or remove it") from error
 
 
 def _zipped_texts(path: Path) -> Iterator[tuple[str, bytes]]:
@@ -178,12 +179,12 @@ def _read_up_to(file: IO[bytes] | gzip.GzipFile, most: int, path: Path) -> bytes
     return text
 
 
-def _holds_geojson(path: Path) -> bool:
+def _may_hold_geojson(path: Path) -> bool:
     try:
         with zipfile.ZipFile(path) as archive:
             return bool(_geojson_in(archive))
     except (OSError, zipfile.BadZipFile, NotImplementedError):
-        return False
+        return True
 
 
 def parse_json(text: bytes, name: str, *, constants: bool = False) -> Any:

@@ -114,6 +114,16 @@ def test_a_file_that_is_no_geojson_stops_no_other(place: Path, capsys: pytest.Ca
     assert not (place / "out" / "a" / "regions.csv").exists(), "it was of regions that are gone"
 
 
+def test_a_broken_archive_is_named(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Passed over it would leave its slide without regions."""
+    draw(place / "drawn" / "a.geojson", WHOLE)
+    (place / "drawn" / "b.zip").write_bytes(b"PK, of half of which nothing came")
+    status, _, err = measure(place, capsys)
+    assert status == 1
+    assert "b.zip cannot be read (File is not a zip file): export it again, or remove it" in err
+    assert [row["slide"] for row in table(place / "out" / "regions.csv")] == ["a"]
+
+
 def test_a_damaged_table_is_a_line(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Whichever library notices the damage, and by whatever error; no other slide is lost, to measure or to export."""
     draw(place / "drawn" / "a.geojson", WHOLE)
