@@ -23,6 +23,7 @@ from pipeline.model.weights import (
     detector_architecture,
     find_weights,
     read_notes,
+    stain_architecture,
     stain_files,
 )
 from pipeline.text import printable
@@ -64,6 +65,8 @@ def _resolved(stain: Stain) -> Stain:
     """The stain normalisation with the paths and checksums of the files that it reads."""
     given: dict[str, Any] = {}
     for name, path in stain_files(stain).items():
+        if name == "weights":
+            stain_architecture(path)  # `plan` normalises nothing, and would not notice weights of another kind
         given |= {name: str(path), f"{name}_sha256": check_content(path, getattr(stain, f"{name}_sha256"))}
     return dataclasses.replace(stain, **given)
 

@@ -209,5 +209,5 @@ def load(path: Path) -> ClusterNet:
 
     Raises WeightsError where the file is damaged, of another kind, or does not fit the architecture it names.
     """
-    architecture = weights.read_architecture(path, StainArchitecture, "nightslide fit-stain")
+    architecture = weights.stain_architecture(path)
     return tensors.load_into(lambda: ClusterNet(architecture), path).requires_grad_(False)

@@ -169,3 +169,8 @@ def _of_another_kind(architecture: object, kind: type) -> str:
 def detector_architecture(path: Path) -> Architecture:
     """The architecture of a detector, from the notes of its weights file, without loading it. Raises WeightsError."""
     return read_architecture(path, Architecture, "nightslide train")
+
+
+def stain_architecture(path: Path) -> StainArchitecture:
+    """The architecture of dcgmm's network, as `detector_architecture`."""
+    return read_architecture(path, StainArchitecture, "nightslide fit-stain")

@@ -11,8 +11,8 @@ from pipeline import files
 from pipeline.api import CPU_SECONDS_PER_MM2, speed
 from pipeline.archive.manifest import check_seams, check_worker, open_run, resolve, versions
 from pipeline.archive.run import run
-from pipeline.config import Architecture, Detector, Execution, Export, Settings, Tiling
-from pipeline.errors import RunError
+from pipeline.config import Architecture, Detector, Execution, Export, Settings, Stain, Tiling
+from pipeline.errors import RunError, WeightsError
 from pipeline.layout import RunFolder
 from pipeline.model.detector import NucleusDetector, save_weights
 
@@ -46,6 +46,19 @@ def test_a_margin_too_small_for_the_detector_is_said() -> None:
 
 def test_the_default_tiling_needs_no_warning() -> None:
     assert check_seams(Settings()) == ()
+
+
+def test_weights_of_another_kind_are_refused() -> None:
+    """Before any slide: `plan` loads no network."""
+    for settings, kind in (
+        (
+            Settings(detector=Detector(weights="stain")),
+            "the stain normalisation, for --stain.weights: need those of a det",
+        ),
+        (Settings(stain=Stain("dcgmm", weights="nuclei")), "a detector, for --weights: need those of the stain"),
+    ):
+        with pytest.raises(WeightsError, match=f"holds weights of {kind}"):
+            resolve(settings)
 
 
 def test_the_weights_set_the_working_scale_and_the_score(tmp_path: Path) -> None:
