@@ -206,12 +206,17 @@ def evaluate(
     outputs: Outputs = Outputs(),
     say: Callable[[str], None] = lambda line: None,
 ) -> Evaluation:
-    """Segment and score images. Classes count where weights and datasets have some in common.
+    """Segment and score images. Classes count where the weights tell some of the datasets' apart.
 
     Raises AnnotationError, and what `pipeline.archive.run.run` raises.
     """
     trained = detector_architecture(find_weights(settings.detector.weights)).classes
-    classes = images.classes if set(images.classes) & set(trained) else ()
+    classes = images.classes if len(trained) > 1 and set(images.classes) & set(trained) else ()
+    if len(trained) > 1 and images.classes and not classes:
+        say(
+            f"WARNING: classes are not scored, as the weights know {', '.join(trained)}, the annotations "
+            f"{', '.join(images.classes)}: give these the names of those by 'merge' in dataset.json"
+        )
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         started = time.perf_counter()

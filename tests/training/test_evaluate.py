@@ -194,11 +194,24 @@ def test_every_score_of_an_oracle_is_known(tmp_path: Path, settings: Settings) -
 def test_classes_that_the_weights_do_not_know_are_not_scored(tmp_path: Path, settings: Settings) -> None:
     data = draw_dataset(tmp_path / "data", {"a1": 3}, classes=True)
     (data / "dataset.json").write_text(json.dumps({"mpp": 0.25, "classes": ["Round", "Long"]}))
-    found = evaluate(gather([data]), settings, ONE)
+    said = list[str]()
+    found = evaluate(gather([data]), settings, ONE, say=said.append)
     assert found.classes == {}
     assert found.over_classes is None
     assert found.overall.mean.f1 == 1
     assert "class" not in report(found)
+    assert any("are not scored, as the weights know Odd, Even, the annotations Round, Long: " in line for line in said)
+
+
+def test_weights_of_one_class_score_none(tmp_path: Path, settings: Settings) -> None:
+    """They have the name that annotations without a class have, of which QuPath's exports often hold some."""
+    small = Architecture(channels=16, box_hidden=8, mask_channels=8, mask_layers=1)
+    save_weights(NucleusDetector(small), tmp_path / "one.safetensors", {})
+    data = draw_dataset(tmp_path / "data", {"a2": 1}, classes=True)
+    (data / "dataset.json").write_text(json.dumps({"mpp": 0.25, "classes": ["Nucleus", "Tumor"]}))
+    detector = dataclasses.replace(settings.detector, weights=str(tmp_path / "one.safetensors"))
+    found = evaluate(gather([data]), dataclasses.replace(settings, detector=detector), ONE)
+    assert (found.classes, found.over_classes, found.overall.mean.annotated) == ({}, None, 1)
 
 
 def test_an_image_that_cannot_be_segmented_is_named(
