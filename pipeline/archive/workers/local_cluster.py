@@ -37,6 +37,7 @@ def start_cluster(execution: Execution, device: str) -> Iterator[Any]:
     quiet = {
         "distributed.worker.memory.target": False,  # Dask could spill records only, which are small
         "distributed.worker.memory.spill": False,
+        "distributed.worker.profile.enabled": False,  # its samples grow to 100 MB and more in every worker
         # after so long without its process Dask gives a worker up for good, also where that is being started again
         "distributed.deploy.lost-worker-timeout": "1000 days",
         "distributed.nanny.pre-spawn-environ": variables,
