@@ -7,14 +7,14 @@ runs on the same folder, later or at the same time, read it.
 import csv
 import dataclasses
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from pipeline import files
 from pipeline.archive.failures import read_failure
 from pipeline.config import Settings
 from pipeline.errors import RunError
-from pipeline.layout import RunFolder
+from pipeline.layout import RunFolder, SlideFolder
 from pipeline.segment.job import slide_digest
 from pipeline.segment.record import OF_OTHER_SETTINGS, WAITS, SlideRecord, read_record, read_slide_json
 from pipeline.segment.regions import RegionFile
@@ -82,20 +82,23 @@ def other_slides(run: RunFolder, own: Collection[str], settings: Settings) -> Ot
     settings: of the folder now; a slide that was done with others, before --overwrite, has a remark.
     """
     records, names = {}, dict[str, str]()
-    for folder in run.failed():
-        name = run.name_of(folder)
+    for name, folder in _not_of(own, run, run.failed()):
         records[name] = read_failure(folder, name)
-    for folder in run.finished():
-        name = run.name_of(folder)
+    for name, folder in _not_of(own, run, run.finished()):
         content = read_slide_json(folder)
         if content is not None:
             record = read_record(content, name)
             now = slide_digest(settings, RegionFile.from_json(content.get("regions")))
             of_others = () if content["digest"] == now else (OF_OTHER_SETTINGS,)
             records[name] = dataclasses.replace(record, remarks=(*of_others, *record.remarks))
-            if name not in own:
-                names[str(content.get("source_path"))] = name
-    return OtherSlides([records[name] for name in sorted(records) if name not in own], names)
+            names[str(content.get("source_path"))] = name
+    return OtherSlides([records[name] for name in sorted(records)], names)
+
+
+def _not_of(own: Collection[str], run: RunFolder, folders: Iterable[SlideFolder]) -> Iterator[tuple[str, SlideFolder]]:
+    """The folders of other slides, by their names."""
+    named = ((run.name_of(folder), folder) for folder in folders)
+    return ((name, folder) for name, folder in named if name not in own)
 
 
 def read_ledger(run: RunFolder) -> list[dict[str, Any]]:

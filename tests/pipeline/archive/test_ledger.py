@@ -122,3 +122,27 @@ def test_a_slide_json_of_other_content_costs_no_other_slide_its_row(tmp_path: Pa
         for name in "ab"
     }
     assert [bool(lines) for lines in damaged.values()] == [True, False]
+
+
+def test_a_command_reads_what_others_have_left_and_none_of_its_own_slides(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 10,000 slides that are done, which a command is to resume, that would take a third of its time."""
+    run, settings = RunFolder(tmp_path), Settings()
+    for name in ("own", "other"):
+        run.slide(name).path.mkdir()
+        record = SlideRecord("", "done", tissue_mm2=1.0).to_json()
+        content = {"digest": settings.digest, "quick_hash": "1f", "source_path": f"/slides/{name}.svs", "files": {}}
+        files.write_json(run.slide(name).slide_json, files.with_checksum({**content, "record": record}))
+        write_failure(run.slide(f"{name}, failed"), f"{name}, failed", "a.svs", ValueError("damaged"))
+    read, read_json = [], files.read_json
+
+    def reading(path: Path) -> dict[str, Any] | None:
+        read.append(path.parent.name)
+        return read_json(path)
+
+    monkeypatch.setattr(files, "read_json", reading)
+    others = other_slides(run, {"own", "own, failed"}, settings)
+    assert [record.slide for record in others.records] == ["other", "other, failed"]
+    assert others.names == {"/slides/other.svs": "other"}
+    assert set(read) == {"other", "other, failed"}
