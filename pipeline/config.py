@@ -5,6 +5,7 @@ its slides, and its `digest` names that; `Execution` is how the work is schedule
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -306,7 +307,7 @@ class Settings:
     regions: Annotated[Regions, Parameter(name="*", group=REGIONS)] = field(default_factory=Regions)
     export: Annotated[Export, Parameter(group=EXPORT)] = field(default_factory=Export)
 
-    @property
+    @functools.cached_property  # every slide of an archive asks for it several times
     def digest(self) -> str:
         """Names everything that nuclei.parquet depends on: no device, batch, export, and of files the content only.
 

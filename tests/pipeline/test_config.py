@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 import itertools
 import math
+import pickle
 from pathlib import Path
 from typing import Any, cast
 
@@ -208,3 +209,12 @@ def test_the_name_of_a_class_cannot_command_a_terminal(name: str) -> None:
     with pytest.raises(ConfigError, match="need names of a line each, without control characters"):
         Architecture(classes=("nucleus", name))
     assert Architecture(classes=("Tumor: Positive", "Ignore*", "épithélium")).classes[1] == "Ignore*"
+
+
+def test_settings_compute_their_digest_once_and_copies_their_own() -> None:
+    """A run asks for it several times a slide; what a worker unpickles is equal."""
+    settings = Settings()
+    assert settings.digest is settings.digest
+    other = dataclasses.replace(settings, tiling=Tiling(tile=1024))
+    assert other.digest != settings.digest
+    assert pickle.loads(pickle.dumps(settings)) == settings == Settings()
