@@ -26,6 +26,9 @@ _AREAL = (shapely.GeometryType.POLYGON, shapely.GeometryType.MULTIPOLYGON)
 # A pixel that a region touches has its centre within half a diagonal, .707 px, of it. The rest is for tiles whose core
 # ends there: they may claim nuclei in the region, too.
 _REACH_PX = 1.0
+# Outlines are simplified by this, which moves them by less than .2 px: to grow 100,000 steps along pixels, as QuPath's
+# thresholder draws them, takes minutes and 1 GB.
+_DETAIL_PX = 0.1
 
 
 class RegionFile(NamedTuple):
@@ -94,7 +97,7 @@ class SlideRegions(NamedTuple):
 
     def restrict(self, tissue: TissueMap) -> TissueMap:
         """The tissue in pixels that hold a point which `select` takes, and in a few beside them."""
-        in_mask_px = shapely.transform(self.polygons, tissue.frame.to_slide.invert)
+        in_mask_px = shapely.simplify(shapely.transform(self.polygons, tissue.frame.to_slide.invert), _DETAIL_PX)
         kept = np.ones(tissue.mask.shape, bool)
         if self.chosen.any():
             kept = rasterise(shapely.buffer(in_mask_px[self.chosen], _REACH_PX), tissue.mask.shape) > 0

@@ -224,6 +224,27 @@ def test_the_restricted_mask_holds_every_point_that_is_selected(
         assert not restricted.contains(xy[~shapely.intersects_xy(near, *xy.T)]).any()
 
 
+def test_outlines_along_pixels_are_simplified_before_they_are_grown(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As QuPath's thresholder and wand draw them: growing 100,000 steps took 176 s and 1 GB."""
+    radius, grow = 12_500, shapely.buffer
+    x = np.arange(radius + 1)
+    y = np.floor(np.sqrt(radius**2 - x**2))
+    steps = np.stack([np.stack([x[:-1], x[1:]], 1).ravel(), np.repeat(y[:-1], 2)], 1)  # in one quadrant
+    ring = np.concatenate([steps, (steps * [1, -1])[::-1], steps * [-1, -1], (steps * [-1, 1])[::-1]])
+    stepped = shapely.make_valid(shapely.Polygon(ring + 13_000))
+    smooth = grow(shapely.Point(13_000, 13_000), radius, quad_segs=200)
+    work = Frame(Size(26_000, 26_000), 0.25, Affine(1, 1, 0, 0))
+    tissue = TissueMap(np.ones((1625, 1625), bool), Frame(Size(1625, 1625), 4.0, Affine(16, 16, 0, 0)), work)
+
+    def buffer(polygons: Any, distance: float) -> Any:
+        assert shapely.get_num_coordinates(polygons).sum() < 1000
+        return grow(polygons, distance)
+
+    monkeypatch.setattr(shapely, "buffer", buffer)
+    kept, expected = (regions(outline).restrict(tissue).mask for outline in (stepped, smooth))
+    assert np.count_nonzero(kept ^ expected) < 0.002 * np.count_nonzero(expected)
+
+
 def test_in_any_is_the_union() -> None:
     assert in_any([INNER, LEFT_OUT], PROBES).tolist() == [True, False, True, True, False]
     assert not in_any([], PROBES).any()
