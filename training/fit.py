@@ -113,8 +113,8 @@ def fit(
             group["lr"] = group["scale"] * rate
         # torchvision draws its samples from the global state
         torch.manual_seed((training.seed * 1_000_003 + step) * process.size + process.rank)
-        losses, norm = _optimise(wrapped, optimiser, batch, process.device)
-        skipped += not torch.isfinite(norm)
+        losses, norm, finite = _optimise(wrapped, optimiser, batch, process.device)
+        skipped += not finite
         _update_average(average, model, min(training.average, step / (step + 10)))
         stop = step == training.steps or 0 < limit_s <= seconds
         if results:
@@ -395,15 +395,19 @@ def _parameter_groups(model: NucleusDetector, decay: float) -> list[dict[str, An
 
 def _optimise(
     model: nn.Module, optimiser: torch.optim.Optimizer, batch: Batch, device: torch.device
-) -> tuple[dict[str, Tensor], Tensor]:
-    """One step of the optimiser, left out where the gradients are not finite: (losses, norm of the gradients)."""
+) -> tuple[dict[str, Tensor], Tensor, bool]:
+    """One step of the optimiser, left out where the gradients are not finite.
+
+    Returns the losses, the norm of the gradients, and whether that is finite.
+    """
     losses = _losses(model, batch, device)
     optimiser.zero_grad(set_to_none=True)
     torch.stack(list(losses.values())).sum().backward()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), _LARGEST_GRADIENT)
-    if torch.isfinite(norm):
+    finite = bool(torch.isfinite(norm))  # waits for a GPU
+    if finite:
         optimiser.step()
-    return losses, norm
+    return losses, norm, finite
 
 
 def _losses(model: nn.Module, batch: Batch, device: torch.device) -> dict[str, Tensor]:
