@@ -154,9 +154,9 @@ class Leases:
             file = self._held.pop(folder, None)
         if file is None:
             return
-        if _touch(file):
+        with contextlib.suppress(OSError):
             # of killed processes; one that is just being made fails, as the slide was ours
-            for left in folder.glob(f"{LEASE}-*"):
+            for left in folder.glob(f"{LEASE}-*") if _touch(file) else ():
                 shutil.rmtree(left, ignore_errors=True)
         with contextlib.suppress(OSError):  # what could not be touched a moment ago may be there all the same
             file.unlink()

@@ -238,6 +238,14 @@ def test_a_server_that_does_not_answer_once_keeps_no_slide(tmp_path: Path, monke
     with monkeypatch.context() as away:
         away.setattr(lease, "_touch", lambda file: False)
         one.release(tmp_path)
+    other = Leases()
+    assert other.take(tmp_path)
+
+    def gone(folder: Path, pattern: str) -> list[Path]:
+        raise OSError(errno.EIO, "Input/output error", str(folder))
+
+    monkeypatch.setattr(Path, "glob", gone)
+    other.release(tmp_path)
     assert Leases().take(tmp_path)
 
 
