@@ -307,6 +307,39 @@ def test_the_page_is_no_wider_than_the_window(tmp_path):
             assert page.evaluate("document.documentElement.scrollWidth") <= width
 
 
+def test_of_many_slides_a_browser_builds_the_rows_that_it_shows(tmp_path):
+    """All are filtered, sorted and linked to, whatever their names; ten thousand rows would take gigabytes."""
+    rows = [row(f"slide {n:03d}", nuclei=n + 1) for n in range(450)]
+    for n, name in enumerate(HOSTILE):
+        rows[300 + n]["slide"] = name
+    path = write_report(RunFolder(tmp_path), rows)
+    assert len(Page(path.read_text("utf-8")).rows) == 200
+    names = "Array.from(document.querySelectorAll('#slides tbody .name'), (cell) => cell.textContent)"
+    search = "words.value = {}; words.dispatchEvent(new Event('input'))"
+    sort = "document.querySelector('#slides th:nth-child(5) button').click()"  # by nuclei
+    with browser() as page:
+        page.open(path.as_uri())
+        page.wait_for(f"{names}.length")
+        for n, name in enumerate(HOSTILE):
+            page.evaluate(search.format(json.dumps(name)))
+            assert page.evaluate(names) == [name]
+            page.evaluate(f"location.hash = 'slide-{300 + n}'")
+            assert page.wait_for("document.querySelector('#slides .linked .name').textContent") == name
+            assert page.evaluate("words.value") == ""
+            assert page.evaluate("shown.textContent") == "450 of 450 slides"
+        page.evaluate(search.format("''"))
+        shown = []
+        for count in (200, 400, 450):
+            shown.append(page.evaluate(names))
+            assert len(shown[-1]) == count
+            page.evaluate("more.click()")
+        assert shown[-1] == [str(r["slide"]) for r in rows]
+        assert page.evaluate("more.hidden")
+        page.evaluate(sort)
+        page.evaluate(sort)
+        assert page.evaluate(names)[:3] == ["slide 449", "slide 448", "slide 447"]
+
+
 def test_a_printed_page_has_the_warnings(tmp_path):
     """The last column: Chromium shrinks a page to two thirds at most, and cuts off what is wider."""
     classes = {"Connective": 1950, "Inflammatory": 302, "Neoplastic": 55, "Epithelial": 20}
