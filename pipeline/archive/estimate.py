@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from pipeline.archive.inputs.region_files import region_file
 from pipeline.archive.inputs.sources import Source
+from pipeline.archive.workers.machine import count_cores
 from pipeline.archive.workers.processes import ask_each
 from pipeline.config import Settings, Stain
 from pipeline.errors import RunError
@@ -40,9 +41,15 @@ _CRASHED = (
 def estimate_slides(
     sources: Sequence[Source], settings: Settings, seconds_per_mm2: float, *, apart: bool
 ) -> Iterator[SlideEstimate]:
-    """`estimate_slide` of each, one by one. apart: in another process, which a file that crashes its reader ends."""
+    """`estimate_slide` of each, in this order.
+
+    apart: in as many other processes as there are cores; a file that crashes its reader ends one of them
+    """
     questions = [(source, settings, seconds_per_mm2) for source in sources]
-    answers = ask_each(estimate_slide, questions) if apart else itertools.starmap(estimate_slide, questions)
+    if apart:
+        answers = ask_each(estimate_slide, questions, count_cores())
+    else:
+        answers = itertools.starmap(estimate_slide, questions)
     for source, answer in zip(sources, answers, strict=True):
         yield answer or _failing(source, _CRASHED)
 

@@ -345,7 +345,7 @@ def planned(
     for name in names:
         (folder / f"{name}.svs").touch()
     monkeypatch.setattr("pipeline.archive.estimate.estimate_slide", estimate)
-    monkeypatch.setattr("pipeline.archive.estimate.ask_each", itertools.starmap)
+    monkeypatch.setattr("pipeline.archive.estimate.ask_each", lambda ask, each, _: itertools.starmap(ask, each))
     status, out, _ = said(capsys, "plan", str(folder), *tokens)
     assert status == 0
     return out.splitlines()

@@ -3,11 +3,12 @@
 import multiprocessing
 import signal
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from multiprocessing import resource_tracker
+from queue import SimpleQueue
 from typing import Any, TypeVar
 
 from pipeline.errors import RunError
@@ -41,24 +42,36 @@ def ask(apart: bool, function: Callable[..., T], *args: Any) -> T:
             raise RunError("a process that loads torch ended early: need about 0.5 GB of free memory for it") from error
 
 
-def ask_each(function: Callable[..., T], questions: Iterable[tuple[Any, ...]]) -> Iterator[T | None]:
-    """What a function returns for each of these arguments, one after the other in another process; None where it dies.
+def ask_each(function: Callable[..., T], questions: Sequence[tuple[Any, ...]], processes: int) -> Iterator[T | None]:
+    """What a function returns for each of these arguments, in their order; None where the process that was asked dies.
 
     So a file that crashes its reader costs no more than its own answer.
     """
-    pool = _one_process()
-    try:
-        for args in questions:
-            try:
-                with interrupts_kept_from_children():
-                    future = pool.submit(function, *args)
-                yield future.result()
-            except BrokenProcessPool:
-                pool.shutdown()
-                pool = _one_process()
-                yield None
-    finally:
-        pool.shutdown()
+    count = min(processes, len(questions)) or 1
+    idle: SimpleQueue[ProcessPoolExecutor] = SimpleQueue()
+    for _ in range(count):
+        idle.put(_one_process())
+
+    def answer(question: tuple[Any, ...]) -> T | None:
+        pool = idle.get()
+        try:
+            with interrupts_kept_from_children():
+                future = pool.submit(function, *question)
+            return future.result()
+        except BrokenProcessPool:  # which has this question alone
+            pool.shutdown()
+            pool = _one_process()
+            return None
+        finally:
+            idle.put(pool)
+
+    with ThreadPoolExecutor(count) as threads:
+        try:
+            yield from threads.map(answer, questions)
+        finally:
+            threads.shutdown(cancel_futures=True)
+            for _ in range(count):
+                idle.get().shutdown()
 
 
 def _one_process() -> ProcessPoolExecutor:

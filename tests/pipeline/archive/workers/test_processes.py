@@ -1,6 +1,8 @@
 """What loads torch is asked in a process of its own, or here."""
 
 import os
+import time
+from pathlib import Path
 
 import pytest
 
@@ -35,7 +37,23 @@ def end(exit_status: int) -> int:
     return exit_status
 
 
-def test_a_question_that_ends_its_process_costs_no_other_answer() -> None:
-    assert list(ask_each(end, [(status,) for status in (1, 0, 0, 2, 3, 0)])) == [None, 0, 0, None, None, 0]
+@pytest.mark.parametrize("processes", [1, 3])
+def test_a_question_that_ends_its_process_costs_no_other_answer(processes: int) -> None:
+    assert list(ask_each(end, [(status,) for status in (1, 0, 0, 2, 3, 0)], processes)) == [None, 0, 0, None, None, 0]
+    assert list(ask_each(end, [], processes)) == []
     with pytest.raises(ValueError, match="thirteen"):
-        list(ask_each(double, [(13,)]))
+        list(ask_each(double, [(1,), (13,), (2,)], processes))
+
+
+def meet(own: str, other: str) -> bool:
+    """Whether another process has come while this one waits for it."""
+    Path(own).touch()
+    until = time.monotonic() + 60
+    while not Path(other).exists() and time.monotonic() < until:
+        time.sleep(0.02)
+    return Path(other).exists()
+
+
+def test_several_questions_are_asked_at_once(tmp_path: Path) -> None:
+    a, b = str(tmp_path / "a"), str(tmp_path / "b")
+    assert list(ask_each(meet, [(a, b), (b, a)], 2)) == [True, True]
