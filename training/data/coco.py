@@ -53,7 +53,8 @@ def coco(data: Path, metadata: Metadata) -> Catalogue | None:
 
     Images lie beside it, in images/ beside it, or so one folder up. An annotation is a nucleus, in one part or
     several: polygons or run lengths, compressed or not, drawn by pycocotools' own rule. Crowds (iscrowd) stand
-    for no single nucleus: they are skipped and counted. Categories are the classes, in the order of their numbers.
+    for no single nucleus: they are skipped and counted, unless all are, as CVAT writes masks. Categories are the
+    classes, in the order of their numbers.
     `mpp` and `group` of an image are read if they are there; `write_coco` writes them.
     """
     files = [data] if data.is_file() else sorted(p for q in ("*.json", "annotations/*.json") for p in data.glob(q))
@@ -149,8 +150,9 @@ def _catalogue(content: Mapping[str, Any], source: Path, metadata: Metadata) -> 
     masks: dict[Any, list[bytes]] = {id_: [] for id_ in of_id}
     class_index: dict[Any, list[int]] = {id_: [] for id_ in of_id}
     skipped: Counter[str] = Counter()
+    only_crowds = all(entry.get("iscrowd") for entry in content["annotations"])
     for entry in content["annotations"]:
-        if entry.get("iscrowd"):
+        if entry.get("iscrowd") and not only_crowds:
             skipped["a crowd (iscrowd), which is no single nucleus"] += 1
             continue
         where = f"{source}, annotation {entry.get('id')}"
