@@ -474,6 +474,50 @@ def test_the_mean_of_weights_is_that_of_their_tensors(
     assert licence(tmp_path / "new" / "folder" / "one.safetensors") == "CC0 1.0"
 
 
+def test_what_a_training_changed_is_added_to_relatives(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """average.py --plus --minus: where they know one class, all classes get its change; variances stay above 0."""
+    torch.manual_seed(0)
+    networks = (("before", ("x",)), ("after", ("x",)), ("three", ("a", "b", "c")))
+    for name, classes in networks:
+        model = NucleusDetector(dataclasses.replace(TINY, classes=classes))
+        for key, value in model.state_dict().items():
+            if key.endswith("running_var"):
+                value.uniform_(0.001, 1.0)
+        save_weights(model, tmp_path / f"{name}.safetensors", {"licence": name})
+    other = NucleusDetector(dataclasses.replace(TINY, channels=8))
+    save_weights(other, tmp_path / "other.safetensors", {})
+    script = runpy.run_path(str(Path(__file__).parents[2] / "workflows" / "experiments" / "average.py"))
+
+    def changed(out: str, file: str) -> int:
+        files = [str(tmp_path / f"{name}.safetensors") for name in (out, file, "after", "before")]
+        monkeypatch.setattr(sys, "argv", ["average.py", *files[:2], "--plus", files[2], "--minus", files[3]])
+        return int(script["main"]())
+
+    assert changed("new", "three") == 0
+    before, after, three, new = (
+        load_weights(tmp_path / f"{name}.safetensors").state_dict() for name in ("before", "after", "three", "new")
+    )
+    for key, value in new.items():
+        difference = after[key] - before[key]
+        if key.endswith("running_var"):
+            expected = three[key] * after[key] / before[key]
+        elif value.shape == difference.shape:
+            expected = three[key] + difference
+        else:
+            background, nucleus = difference.chunk(2)
+            expected = three[key] + torch.cat([background, nucleus, nucleus, nucleus])
+        torch.testing.assert_close(value, expected, rtol=2**-9, atol=1e-6)  # stored in half precision
+    assert licence(tmp_path / "new.safetensors") == "three; before; after"
+    assert changed("no", "other") == 2
+    assert "differ in their tensors" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", ["average.py", str(tmp_path / "no"), "nuclei", "--plus", "nuclei"])
+    with pytest.raises(SystemExit):
+        script["main"]()
+    assert "--plus and --minus belong together" in capsys.readouterr().err
+
+
 class Empty:
     """The image without its nuclei."""
 

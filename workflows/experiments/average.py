@@ -1,11 +1,15 @@
 """The mean of weights files that come from one another: a "model soup" (Wortsman et al. 2022).
 
-    python workflows/experiments/average.py OUT FILE-OR-NAME... [--score SCORE] [--licence TEXT]
+    python workflows/experiments/average.py OUT FILE-OR-NAME... [--plus AFTER --minus BEFORE]
+        [--score SCORE] [--licence TEXT]
 
 Every tensor becomes the mean of the files' tensors. They must have the same architecture, but for the score threshold
 and the order of the classes, and one must have been trained from another, or all from the same weights: else the mean
 is of no use. The new file states the licences of all, if no other is given, the data of all, and the recipe of the last
 one, in which `choose.py` reads what was held out. One file alone gets another threshold or licence so.
+
+--plus and --minus add what a training of relatives has changed: "task arithmetic" (Ilharco et al. 2023). Their tensors
+need the same shapes; where they know one class, all classes get its change.
 """
 
 import argparse
@@ -15,6 +19,7 @@ import sys
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from pipeline.errors import ConfigError, WeightsError
 from pipeline.files import committed, refuse_folder
@@ -23,10 +28,13 @@ from pipeline.model.weights import find_weights, licence, read_notes
 from training.fit import with_classes
 
 
-def average(files: list[Path], out: Path, terms: str = "", score: float = 0.0) -> None:
+def average(
+    files: list[Path], out: Path, terms: str = "", score: float = 0.0, change: tuple[Path, Path] | None = None
+) -> None:
     """Write the mean of `files` to `out`, whose folder is made.
 
     score: the threshold that the new file states; 0: that of the first
+    change: weights before and after a training, whose difference is added
     Raises WeightsError where they differ in architecture, ConfigError for another score and where `out` is a folder,
     OSError where it cannot be written.
     """
@@ -53,6 +61,8 @@ def average(files: list[Path], out: Path, terms: str = "", score: float = 0.0) -
         name: torch.stack([state[name] for state in states]).mean(0) if value.is_floating_point() else value
         for name, value in states[0].items()
     }
+    if change:
+        mean = _changed(mean, *(_of_classes(file, classes) for file in change))
     models[0].load_state_dict(mean)
     last = read_notes(files[-1])
     kept = ("recipe", "held_out", *(["step", "mean_of"] if len(files) == 1 else []))
@@ -61,21 +71,51 @@ def average(files: list[Path], out: Path, terms: str = "", score: float = 0.0) -
     notes["data"] = json.dumps({name: count for of_file in data for name, count in of_file.items()})
     if len(files) > 1:
         notes["mean_of"] = json.dumps([read_notes(file)["sha256"] for file in files])
-    if terms := terms or "; ".join(dict.fromkeys(filter(None, map(licence, files)))):
+    if change:
+        notes["changed_by"] = json.dumps([read_notes(file)["sha256"] for file in change])
+    if terms := terms or "; ".join(dict.fromkeys(filter(None, map(licence, [*files, *(change or ())])))):
         notes["licence"] = terms
     with committed(out) as part:
         save_weights(models[0], part, notes)
+
+
+def _of_classes(file: Path, classes: tuple[str, ...]) -> dict[str, Tensor]:
+    model = load_weights(file)
+    return with_classes(model.state_dict(), model.architecture.classes, classes)
+
+
+def _changed(of: dict[str, Tensor], before: dict[str, Tensor], after: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors `of` with the difference of two others; variances, which must stay above 0, with their ratio."""
+    if of.keys() != before.keys() or any(
+        v.shape != before[k].shape or v.shape != after[k].shape for k, v in of.items()
+    ):
+        raise WeightsError("the weights of --plus and --minus differ in their tensors from the others: need the same")
+    ratios = {k for k in of if k.endswith("running_var")}
+    return {
+        k: v * (after[k] + 1e-6) / (before[k] + 1e-6)
+        if k in ratios
+        else v + (after[k] - before[k])
+        if v.is_floating_point()
+        else v
+        for k, v in of.items()
+    }
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("weights", nargs="+", help="names of shipped weights, or .safetensors files")
+    parser.add_argument("--plus", help="weights after a training, what it has changed is added")
+    parser.add_argument("--minus", help="weights before that training")
     parser.add_argument("--score", type=float, default=0.0, help="threshold to state (that of the first file)")
     parser.add_argument("--licence", default="", help="what others may do with the mean")
     arguments = parser.parse_args()
+    if bool(arguments.plus) != bool(arguments.minus):
+        parser.error("--plus and --minus belong together")
     try:
-        average([find_weights(w) for w in arguments.weights], arguments.out, arguments.licence, arguments.score)
+        change = (find_weights(arguments.minus), find_weights(arguments.plus)) if arguments.plus else None
+        files = [find_weights(w) for w in arguments.weights]
+        average(files, arguments.out, arguments.licence, arguments.score, change)
     except (ConfigError, WeightsError, OSError) as error:
         print(f"average: {error}", file=sys.stderr)
         return 2
