@@ -28,6 +28,8 @@ class Training:
     "Stop after so many minutes, to be continued by the same command; 0: stop at the last step only. See `steps`."
     init: Annotated[str, Parameter(group=SCHEDULE)] = "imagenet"
     "Weights to start from: imagenet (the backbone only; needs nightslide[train]), random, shipped ones, or a file."
+    keep: Annotated[float, Parameter(group=SCHEDULE)] = 0.0
+    "Share of the weights of `init` in those that are written: half for few images, so that others still do well."
     by_class: Annotated[bool, Parameter(group=SCHEDULE, negative="")] = False
     "Tell the classes of the datasets apart; without it all nuclei are of one class, Nucleus, which most data allows."
     hold_out: Annotated[int, Parameter(group=SCHEDULE)] = 2
@@ -93,6 +95,11 @@ class Training:
         require(self.gamma >= 0, f"gamma={self.gamma}: need 0 or more")
         for name in ("normalise", "mix", "macenko", "rescan", "sharpen", "recompress", "paste"):
             require(0 <= getattr(self, name) <= 1, f"{name}={getattr(self, name)}: need a share, 0 to 1")
+        require(0 <= self.keep < 1, f"keep={self.keep}: need 0 or more, under 1")
+        require(
+            self.keep == 0 or self.init not in ("imagenet", "random"),
+            f"keep={self.keep}: need trained weights to start from, such as --init nuclei, not {self.init}",
+        )
         require(0 <= self.average < 1, f"average={self.average}: need 0 or more, under 1")
         require(self.hold_out >= 0, f"hold_out={self.hold_out}: need 0 or more")
         require(self.loaders >= 0, f"loaders={self.loaders}: need 0 or more")

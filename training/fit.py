@@ -75,8 +75,9 @@ def fit(
 ) -> Path:
     """Train on `datasets` and write weights; continues from `out`/checkpoint if there is one.
 
-    Writes to `out`: checkpoint/ (all that continuing needs), nuclei.safetensors (the averaged weights, half precision;
-    returned), losses.csv, scores.csv and held_out/ (detections of the averaged weights in held-out images), curves.png.
+    Writes to `out`: checkpoint/ (all that continuing needs), nuclei.safetensors (the averaged weights with the share
+    `keep` of the first ones, after Wortsman et al. 2022, "Robust fine-tuning of zero-shot models", in half precision;
+    returned), losses.csv, scores.csv and held_out/ (detections of those weights in held-out images), curves.png.
     Raises AnnotationError for a dataset without nuclei, ConfigError for a checkpoint of another recipe, WeightsError
     for weights or a checkpoint that do not fit.
     Law: stopped and continued, the weights are those of an uninterrupted training (on one kind of machine), where a
@@ -92,6 +93,7 @@ def fit(
     initial = initial_model(training.init, architecture, say)
     model = initial.to(process.device).to(memory_format=torch.channels_last)
     average = {k: v.detach().clone() for k, v in model.state_dict().items()}
+    kept = {k: v.clone() for k, v in average.items()} if training.keep else {}
     optimiser = torch.optim.AdamW(_parameter_groups(model, training.decay), lr=training.rate, fused=True)
     drawn = _crops(trained, training, model.architecture, say)
     recipe = {**_recipe(datasets, training, architecture, process), **_learnt(datasets, drawn)}
@@ -99,7 +101,7 @@ def fit(
     results: _Results | None = None  # the other processes write nothing
     if process.rank == 0:
         crops = [held_out_crop(d.name, image, model.architecture.mpp) for d in held_out for image in d.images]
-        results = _Results(out, recipe, _notes(datasets, held_out, training), crops, Log(out, say))
+        results = _Results(out, recipe, _notes(datasets, held_out, training), crops, Log(out, say), kept, training.keep)
         if first and not results.are_of(first):  # killed after the checkpoint, before the rest
             results.write(model, average, optimiser, first, spent_s)
     loader, wrapped = _loader(drawn, first, training, process), _wrapped(model, process)
@@ -138,6 +140,8 @@ class _Results(NamedTuple):
     notes: Mapping[str, str]  # of the weights
     crops: Sequence[HeldOutCrop]
     log: Log
+    kept: Mapping[str, Tensor]  # the first weights, where they have a share in what is written
+    share: float
 
     def are_of(self, step: int) -> bool:
         """Whether the weights and the last score on the held-out images are of this step."""
@@ -155,9 +159,12 @@ class _Results(NamedTuple):
         step: int,
         seconds: float,
     ) -> None:
-        """The checkpoint, the averaged weights, and how those do on the held-out images."""
+        """The checkpoint, the weights, and how those do on the held-out images."""
         checkpoint.save(self.out / checkpoint.FOLDER, model, average, optimiser, step, self.recipe, seconds)
-        averaged = _averaged(model.architecture, average)
+        moving = {
+            k: v.lerp(self.kept[k], self.share) for k, v in average.items() if self.kept and v.is_floating_point()
+        }
+        averaged = _averaged(model.architecture, {**average, **moving})
         with committed(self.out / WEIGHTS_FILE) as part:
             save_weights(averaged, part, {**self.notes, "step": str(step)})
         if self.crops:

@@ -474,6 +474,25 @@ def test_the_mean_of_weights_is_that_of_their_tensors(
     assert licence(tmp_path / "new" / "folder" / "one.safetensors") == "CC0 1.0"
 
 
+def test_a_share_of_the_first_weights_is_kept(data: Path, tmp_path: Path) -> None:
+    """Law: what is written lies on the way from the first weights to those without it, also where it was continued."""
+    images, first = read_dataset(data, [], 0.25), tmp_path / "first.safetensors"
+    save_weights(NucleusDetector(TINY), first, {})
+    plain = dataclasses.replace(QUICK, steps=3, init=str(first))
+    keeping = dataclasses.replace(plain, keep=0.25)
+    trained = load_weights(fit([images], tmp_path / "plain", plain, TINY, say=silent)).state_dict()
+    fit([images], tmp_path / "keeping", dataclasses.replace(keeping, minutes=1e-9), TINY, say=silent)
+    kept = load_weights(fit([images], tmp_path / "keeping", keeping, TINY, say=silent)).state_dict()
+    before = load_weights(first).state_dict()
+    name = "roi_heads.box_head.layers.0.weight"
+    assert not torch.equal(before[name], trained[name])
+    for key, value in kept.items():
+        expected = 0.75 * trained[key] + 0.25 * before[key] if value.is_floating_point() else trained[key]
+        torch.testing.assert_close(value, expected, rtol=2**-10, atol=1e-6)  # stored in half precision
+    with pytest.raises(ConfigError, match=r"keep=0\.25, not 0\.0"):
+        fit([images], tmp_path / "keeping", plain, TINY, say=silent)
+
+
 def test_what_a_training_changed_is_added_to_relatives(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -659,6 +678,8 @@ def test_weights_to_start_from_must_exist_and_fit(data: Path, tmp_path: Path) ->
         ({"enlarge": 0.9}, "enlarge=0.9: need 1 or more"),
         ({"gamma": -1.0}, "gamma=-1.0: need 0 or more"),
         ({"average": 1.0}, "average=1.0: need 0 or more, under 1"),
+        ({"keep": 1.0, "init": "nuclei"}, "keep=1.0: need 0 or more, under 1"),
+        ({"keep": 0.5}, "keep=0.5: need trained weights to start from, such as --init nuclei, not imagenet"),
         ({"enlarge": float("inf")}, "enlarge=inf: need a finite number"),
         ({"minutes": float("inf")}, "minutes=inf: need a finite number"),
         ({"seed": 10**14}, "seed=100000000000000: need less than 2147483648"),
