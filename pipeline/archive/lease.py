@@ -123,6 +123,8 @@ class Leases:
             file.unlink(missing_ok=True)
             self._watched.pop(file, None)
         with contextlib.suppress(OSError):  # not there, or taken meanwhile
+            for folder in lease.iterdir():  # of a file server that indexes, as @eaDir; a file is of another's lease
+                shutil.rmtree(folder, ignore_errors=True)
             lease.rmdir()  # some file systems do not rename over even an empty folder
         return True
 
@@ -194,7 +196,8 @@ def _stage(staged: Path, token: str) -> int:
 def _files(lease: Path) -> list[Path]:
     """The files in a lease's folder: one, or none."""
     try:
-        return list(lease.iterdir())
+        with os.scandir(lease) as entries:
+            return [Path(entry.path) for entry in entries if not entry.is_dir(follow_symlinks=False)]
     except FileNotFoundError:
         return []
 

@@ -220,6 +220,23 @@ def test_a_lease_is_taken_once_and_given_back(tmp_path: Path) -> None:
     assert other.ours(folder)
 
 
+def test_a_folder_that_an_indexer_makes_in_a_lease_holds_no_slide(tmp_path: Path) -> None:
+    """Such as Synology's @eaDir, while a lease is held and when it is given back."""
+    for held in (False, True):
+        slide = tmp_path / str(held)
+        (slide / LEASE / "@eaDir" / "more").mkdir(parents=True)
+        with Leases() as first, Leases() as second:
+            assert first.take(slide)
+            if held:
+                (slide / LEASE / "@eaDir").mkdir()
+            assert not second.take(slide)
+            assert f"process {os.getpid()}" in first.holder(slide)
+            first.release(slide)
+            assert second.holder(slide) == ""
+            assert not lease.may_be_held(slide)
+            assert second.take(slide)
+
+
 def test_the_end_of_the_context_releases_and_sweeps(tmp_path: Path) -> None:
     with Leases() as leases:
         assert leases.take(tmp_path / "a")
