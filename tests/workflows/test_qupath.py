@@ -157,6 +157,7 @@ def test_a_project_has_every_slide_with_all_that_is_known_of_it(classes: Path, p
     for image, name in zip(done.images, ("a/x", "b/x", "y"), strict=True):
         assert image["uri"].endswith(f"/slides/{name}.png")
         assert image["type"] == "BRIGHTFIELD_H_E"
+        assert image["um_per_px"] == [0.25, 0.25]  # of --mpp: the file states none
         assert objects(image) == nuclei(place, name)
         assert done.said(f"{len(nuclei(place, name))} nuclei")
     first, second, third = done.images
@@ -221,6 +222,18 @@ def test_nuclei_are_imported_into_the_image_that_they_are_of(classes: Path, plac
     ]
     assert done.status == 1
     assert done.said("ERROR y.tiff.png: ", "0 results, need one")
+
+
+def test_an_image_keeps_the_scale_that_it_has(classes: Path, place: Path) -> None:
+    project, script = empty_project(classes, place, place / "slides" / "y.png"), place / "scale.groovy"
+    script.write_text(
+        "import qupath.lib.scripting.QP\nQP.setPixelSizeMicrons(QP.getCurrentImageData(), 0.5, 0.49, null)\n"
+    )
+    qupath(classes, script, project, current=True)
+    done = qupath(classes, SCRIPTS / "import.groovy", project, place / "results", current=True)
+    assert done.images is not None
+    (image,) = done.images
+    assert (objects(image), image["um_per_px"]) == (nuclei(place, "y"), [0.5, 0.49])
 
 
 def test_an_image_of_two_results_needs_to_be_told_which(classes: Path, place: Path) -> None:

@@ -1,5 +1,5 @@
-// The results of nightslide, into the images of a QuPath project: nuclei beneath the tissue's outline, artefacts, and,
-// of an image without a type, H&E with its stains.
+// The results of nightslide, into the images of a QuPath project: nuclei beneath the tissue's outline, artefacts; of an
+// image without a type, H&E with its stains; of one without a scale, that of the run.
 //
 //     QuPath script import.groovy -p project.qpproj -s --args RESULTS
 //
@@ -92,6 +92,7 @@ String importSlide(def imageData, Map slide) {
     if (present && (known || former != null))
         throw new IllegalStateException("${slide.source} has nuclei of another result: delete its detections, and run again")
     setStains(imageData, slide)
+    setScale(imageData, slide)
     addBeneathTissue(hierarchy, nuclei, readAnnotations(slide, 'tissue.geojson'), readAnnotations(slide, 'artefacts.geojson'))
     imageData.setProperty('nightslide', exported.sha256)
     def left = total - nuclei.size()
@@ -161,4 +162,12 @@ void setStains(def imageData, Map slide) {
         "\"Stain 1\" : \"Hematoxylin\", \"Values 1\" : \"${text(fitted.haematoxylin)}\", " +
         "\"Stain 2\" : \"Eosin\", \"Values 2\" : \"${text(fitted.eosin)}\", " +
         "\"Background\" : \" ${text(fitted.white.collect { 255 * it })}\"}"))
+}
+
+/** The scale of the nuclei's measurements (--mpp), of an image that has none: QuPath would measure in pixels beside them. */
+void setScale(def imageData, Map slide) {
+    if (imageData.getServer().getPixelCalibration().hasPixelSizeMicrons())
+        return
+    def (x, y) = slide.um_per_px
+    QP.setPixelSizeMicrons(imageData, x, y, null)
 }

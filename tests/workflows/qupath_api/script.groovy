@@ -36,6 +36,6 @@ def describe = { object -> [type: object.type, name: object.classification, lock
 println 'PROJECT ' + JsonOutput.toJson(!saved.exists() ? null : ProjectIO.loadProject(saved, BufferedImage).imageList.collect {
     def data = it.readImageData()
     [name: it.imageName, uri: it.getURIs()[0].toString(), type: data.imageType.toString(),
-        stains: data.colorDeconvolutionStains?.toString(), objects: data.hierarchy.top.collect(describe)]
+        stains: data.colorDeconvolutionStains?.toString(), um_per_px: data.server.umPerPx, objects: data.hierarchy.top.collect(describe)]
 })
 System.exit(failed ? 1 : 0)

@@ -10,4 +10,8 @@ public class QP {
 
     public static Project<BufferedImage> getProject() { return project; }
     public static ImageData<BufferedImage> getCurrentImageData() { return imageData; }
+    public static boolean setPixelSizeMicrons(ImageData<?> imageData, Number width, Number height, Number zSpacing) {
+        imageData.getServer().umPerPx = new double[] {width.doubleValue(), height.doubleValue()};
+        return true;
+    }
 }
