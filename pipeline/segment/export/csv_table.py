@@ -8,17 +8,23 @@ import pyarrow.csv
 
 from pipeline.config import Export
 from pipeline.files import committed
+from pipeline.segment import arrow
 from pipeline.segment.export.exported import Exported, finite, origin
 from pipeline.segment.tables import NUCLEI, iter_nuclei, read_provenance
+from pipeline.text import csv_cell
 
 
 def write_csv(nuclei: Path, out: Path, options: Export) -> Exported:
     """nuclei.parquet -> CSV in UTF-8, a row a nucleus: id, centroid, class, measurements.
 
     Columns are named as in nuclei.parquet; the centroid is in slide px, from the corner of the slide's bounds
-    if `options.crop`, so that it fits the QuPath export. A value that is not finite is left empty.
+    if `options.crop`, so that it fits the QuPath export. A value that is not finite is left empty. A class that a
+    spreadsheet would evaluate, such as +, has an apostrophe in front (`csv_cell`).
     """
-    x, y = origin(read_provenance(nuclei), options.crop)
+    provenance = read_provenance(nuclei)
+    x, y = origin(provenance, options.crop)
+    classes = list(provenance.colours)
+    class_cells = arrow.text([str(csv_cell(name)) for name in classes])
     first = ["id", "centroid_x", "centroid_y"]
     order = [*first, *(name for name in NUCLEI.names if name not in (*first, "geometry"))]
     schema = pa.schema([NUCLEI.field(name) for name in order])
@@ -30,8 +36,12 @@ def write_csv(nuclei: Path, out: Path, options: Export) -> Exported:
         pyarrow.csv.CSVWriter(stream, schema, write_options=quoting) as file,
     ):
         for rows in iter_nuclei(nuclei, order):
-            corner = {"centroid_x": x, "centroid_y": y}
-            columns = [finite(pc.subtract(rows[n], corner[n]) if n in corner else rows[n]) for n in order]
+            changed = {
+                "centroid_x": pc.subtract(rows["centroid_x"], x),
+                "centroid_y": pc.subtract(rows["centroid_y"], y),
+                "class": class_cells.take(arrow.index(rows["class"], classes)),
+            }
+            columns = [finite(changed.get(name, rows[name])) for name in order]
             file.write_table(pa.table(columns, schema=schema))
             written += rows.num_rows
     return Exported(written)

@@ -1,6 +1,7 @@
 """The table in CSV reads back equal, by a reader that we did not write."""
 
 import csv
+import dataclasses
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from pipeline.config import Export
 from pipeline.segment import tables
 from pipeline.segment.export.csv_table import write_csv
 from pipeline.segment.export.exported import Exported
+from pipeline.text import from_csv_cell
 
 
 @pytest.mark.parametrize("crop", [True, False])
@@ -33,6 +35,17 @@ def test_a_slide_without_nuclei_has_a_header(tmp_path):
     nuclei = write(tmp_path / "nuclei.parquet", blobs(0))
     assert write_csv(nuclei, tmp_path / "n.csv", Export()) == Exported(0)
     assert len((tmp_path / "n.csv").read_text().splitlines()) == 1
+
+
+def test_no_class_is_a_formula(tmp_path):
+    """As in the other tables; a spreadsheet would write an error in the place of the class +."""
+    provenance = dataclasses.replace(PROVENANCE, colours={"+": (1, 2, 3), "=1+1": (1, 2, 3), "CD3+, other": (1, 2, 3)})
+    nuclei = write(tmp_path / "nuclei.parquet", blobs(25), provenance=provenance)
+    write_csv(nuclei, tmp_path / "n.csv", Export())
+    with (tmp_path / "n.csv").open(newline="", encoding="utf-8") as file:
+        back = [row["class"] for row in csv.DictReader(file)]
+    assert set(back) == {"'+", "'=1+1", "CD3+, other"}
+    assert list(map(from_csv_cell, back)) == tables.read_nuclei(nuclei)["class"].to_pylist()
 
 
 def test_numbers_that_are_not_finite_are_left_out(tmp_path):
