@@ -150,6 +150,12 @@ def mtime_ns(path: Path) -> int | None:
         return None
 
 
+def stamp(path: Path) -> tuple[int, ...]:
+    """Size, time of the last change in ns, and inode of a file: another tuple where the file was replaced."""
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns, status.st_ino
+
+
 def write_json(path: Path, content: Any, *, synced: bool = True) -> None:
     """Commit `content` (what JSON holds; tuples become lists) to `path`, in UTF-8, indented."""
     with committed(path, synced=synced) as partial:

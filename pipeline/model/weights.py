@@ -17,7 +17,7 @@ import safetensors
 
 from pipeline.config import Architecture, Settings, Stain, StainArchitecture, build
 from pipeline.errors import WeightsError
-from pipeline.files import file_sha256
+from pipeline.files import file_sha256, stamp
 from slides.errors import SlideNotFound
 
 T = TypeVar("T")
@@ -83,12 +83,6 @@ def content_sha256(path: Path) -> str:
 @functools.lru_cache(maxsize=32)
 def _cached_sha256(path: Path, _stamp: tuple[int, ...]) -> str:
     return file_sha256(path)
-
-
-def stamp(path: Path) -> tuple[int, ...]:
-    """Size, time of the last change in ns, and inode of a file: another tuple where the file was replaced."""
-    status = path.stat()
-    return status.st_size, status.st_mtime_ns, status.st_ino
 
 
 def check_content(path: Path, recorded: str) -> str:

@@ -301,8 +301,7 @@ def load_plan(folder: SlideFolder, digest: str) -> Plan | None:
 def read_plan(folder: SlideFolder, digest: str) -> Plan:
     """The same, read once per process. Raises ScratchLost where it is missing or damaged."""
     try:
-        stat = folder.plan.stat()
-        return _read_plan(folder, digest, (stat.st_mtime_ns, stat.st_size, stat.st_ino))
+        return _read_plan(folder, digest, files.stamp(folder.plan))
     except FileNotFoundError:
         raise ScratchLost(f"{folder.plan} is missing") from None
 

@@ -13,9 +13,10 @@ import numpy as np
 
 from pipeline.config import Stain, Tissue
 from pipeline.errors import StainError
+from pipeline.files import stamp
 from pipeline.model import stain_fit
 from pipeline.model.fitted_stain import TEMPLATE, FittedStain, read_template
-from pipeline.model.weights import check_content, stain_files, stamp
+from pipeline.model.weights import check_content, stain_files
 from pipeline.segment.tissue_map import find_tissue
 from slides.errors import ScaleUnknown
 from slides.geometry import Box

@@ -15,6 +15,7 @@ import functools
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 from uuid import uuid4
 
@@ -50,6 +51,7 @@ from slides import focus
 from slides.artefacts import ArtefactMap
 from slides.grid import Tile
 from slides.patches import PatchStore, cut
+from slides.scale import GivenScale
 from slides.slide import Slide
 
 # A process of more returns what detection left free before a stage of the whole slide, which needs memory of its own.
@@ -170,7 +172,8 @@ def tile_block(job: Job, block: int, before: StageRecord) -> StageRecord:
     store = PatchStore.create(job.folder.patches, plan.grid, job.digest)
     if not store.is_done(block) or _focus(job, block) is None:
         tiles = plan.of_block(block)
-        region, lost = cut(_slide(job.source, job.scale), tiles, plan.grid, plan.frame)
+        slide = _slide(job.source, job.scale, files.stamp(job.source))
+        region, lost = cut(slide, tiles, plan.grid, plan.frame)
         sharpness = focus.measure(store.windows(block, tiles, region), tiles, plan.grid.size, plan.frame.mpp)
         job.check_lease()
         files.write_checked_json(job.folder.focus(block), focus.to_json(sharpness), synced=False)
@@ -178,8 +181,10 @@ def tile_block(job: Job, block: int, before: StageRecord) -> StageRecord:
     return before + _worked("tile", started)
 
 
-_slide = functools.lru_cache(maxsize=4)(Slide)
-"Slides stay open between blocks; a Slide gives every thread a handle of its own."
+@functools.lru_cache(maxsize=4)
+def _slide(source: Path, scale: GivenScale, _stamp: tuple[int, ...]) -> Slide:
+    """A slide stays open between blocks, and gives every thread a handle of its own; a replaced one is opened anew."""
+    return Slide(source, scale)
 
 
 def _is_detected(job: Job, block: int) -> bool:

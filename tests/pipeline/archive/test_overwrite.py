@@ -284,6 +284,16 @@ def test_a_file_that_is_repaired_is_not_taken_for_the_damaged_one(archive: Path,
     assert segment(slide, out, execution=AGAIN)["a"].status == "done"
 
 
+def test_a_slide_that_was_replaced_is_not_read_from_the_former_file(archive: Path, tmp_path: Path) -> None:
+    """A notebook, and the workers of a cluster that outlives a run, had it open still."""
+    slide, other = archive / "a.tif", tmp_path / "other.tif"
+    paint(other, seed=9)
+    expected = segment(other, tmp_path / "expected")["other"].nuclei
+    assert segment(slide, tmp_path / "out")["a"].nuclei != expected
+    os.replace(other, slide)
+    assert segment(slide, tmp_path / "out", execution=AGAIN)["a"].nuclei == expected
+
+
 def test_half_done_work_of_a_file_that_has_changed_is_begun_again(archive: Path, tmp_path: Path) -> None:
     slide, out, seen = archive / "a.tif", tmp_path / "out", [0]
 
