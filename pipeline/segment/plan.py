@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -140,6 +140,8 @@ def _grid(size: Size, settings: Settings) -> TileGrid:
     """The grid of a slide of this size, work px. Raises GridError where its margin is too small."""
     tiling = settings.tiling
     grid = TileGrid(size, tiling.tile, tiling.margin, tiling.block)
+    # all of a block is written and read, the white beside a small slide, too
+    grid = replace(grid, block=min(tiling.block, max(grid.rows, grid.cols)))
     check_margin(
         tiling.margin,
         settings.stitching.max_diameter_um / tiling.mpp,

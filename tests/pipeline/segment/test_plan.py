@@ -60,6 +60,13 @@ def test_views_that_are_shifted_need_a_wider_margin(discs: Slide) -> None:
         plan_slide(discs, dataclasses.replace(settings, detector=Detector(views=2)))
 
 
+@pytest.mark.parametrize(("block", "expected"), [(3, 3), (100, 5)])
+def test_a_block_has_no_more_tiles_than_the_slide(discs: Slide, block: int, expected: int) -> None:
+    """All of a block is written and read, what lies beside the slide, too: here are 4 x 5 tiles."""
+    grid = plan_slide(discs, chosen(block=block)).grid
+    assert (grid.rows, grid.cols, grid.block) == (4, 5, expected)
+
+
 def test_every_field_of_a_plan_reads_back_as_it_was_written(discs: Slide, tmp_path: Path) -> None:
     """A field that were forgotten in the file would have its default afterwards, so here none has it."""
     plan = plan_slide(discs, chosen())
