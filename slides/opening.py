@@ -9,8 +9,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
+import numpy as np
 import openslide
 import tifffile
+from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from slides.errors import SlideError, SlideNotFound, SlideTooLarge, SlideUnreadable, SlideUnsupported
@@ -30,6 +32,12 @@ CONVERT = "convert it to a tiled pyramidal TIFF"
 # Suffixes of slide formats that OpenSlide does not read.
 _FORMATS_NOT_READ = frozenset((".ets", ".isyntax", ".kfb", ".lif", ".mds", ".nd2", ".oir", ".sdpc", ".vsi"))
 
+_WHITE = 255
+
+# Pixels of a plain image that are converted at a time: for more, every strip is given new memory by the system, which
+# takes up to eight times as long as converting it.
+_STRIP_PX = 2**16
+
 _EIGHT_BIT_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr")
 
 
@@ -39,8 +47,8 @@ def _cache(_pid: int) -> openslide.OpenSlideCache:
     return openslide.OpenSlideCache(_CACHE_BYTES)
 
 
-def open_handle(path: Path) -> openslide.AbstractSlide:
-    """OpenSlide's handle, or a plain image's with the same interface.
+def open_handle(path: Path) -> "openslide.OpenSlide | Picture":
+    """OpenSlide's handle, or a plain image.
 
     Raises SlideNotFound, SlideUnreadable, SlideUnsupported, SlideTooLarge.
     """
@@ -74,7 +82,7 @@ def _is_czi(path: Path) -> bool:
         return file.read(10) == b"ZISRAWFILE"
 
 
-def _open_picture(path: Path) -> openslide.ImageSlide:
+def _open_picture(path: Path) -> "Picture":
     """A plain image as a slide of one level. Raises SlideUnreadable, SlideUnsupported, SlideTooLarge."""
     try:
         with open_quietly(path) as picture:
@@ -105,26 +113,58 @@ def open_quietly(path: Path) -> Image.Image:
         return Image.open(path, formats=["PNG", "JPEG", "WEBP", "BMP", "TIFF"])
 
 
-class Picture(openslide.ImageSlide):
-    """A plain image that states its TIFF resolution, description and colour profile in OpenSlide's properties."""
+class Picture:
+    """A plain image, decoded as a whole, with what is asked of OpenSlide's handles.
+
+    pixels: uint8 (h, w, 3), on white
+    properties: its TIFF resolution, description and colour profile, by OpenSlide's names
+    """
+
+    level_downsamples = (1.0,)
 
     def __init__(self, picture: Image.Image) -> None:
         tags = getattr(picture, "tag_v2", {})
         unit = {2: "inch", 3: "centimeter"}.get(tags.get(296, 2), "none")
         resolution = {"tiff.XResolution": tags.get(282), "tiff.YResolution": tags.get(283)}
-        self._stated = {name: str(float(value)) for name, value in resolution.items() if value}
-        self._stated["tiff.ResolutionUnit"] = unit
+        self.properties = {name: str(float(value)) for name, value in resolution.items() if value}
+        self.properties["tiff.ResolutionUnit"] = unit
         # Pillow takes it for Latin-1; OME's XML is UTF-8.
-        self._stated["tiff.ImageDescription"] = (
+        self.properties["tiff.ImageDescription"] = (
             str(tags.get(270, "")).encode("latin-1", "replace").decode(errors="replace")
         )
         if profile := picture.info.get("icc_profile"):
-            self._stated["openslide.icc-size"] = str(len(profile))
-        super().__init__(picture.convert("RGBA"))
+            self.properties["openslide.icc-size"] = str(len(profile))
+        picture.load()  # which turns a TIFF whose tag says so
+        self.level_dimensions = (picture.size,)
+        self.pixels = _on_white_in_strips(picture)
 
-    @property
-    def properties(self) -> Mapping[str, str]:
-        return self._stated
+    def close(self) -> None:
+        """There is no file to close."""
+
+
+def _on_white_in_strips(picture: Image.Image) -> NDArray[np.uint8]:
+    """A decoded picture of any mode: uint8 (h, w, 3). The forms in between would take several times the memory."""
+    width, height = picture.size
+    pixels, rows = np.empty((height, width, 3), np.uint8), max(1, _STRIP_PX // width)
+    for top in range(0, height, rows):
+        strip = picture.crop((0, top, width, min(top + rows, height)))
+        if picture.has_transparency_data:
+            pixels[top : top + rows] = on_white(strip.convert("RGBA"))
+        else:
+            pixels[top : top + rows] = np.asarray(strip.convert("RGB"))
+    return pixels
+
+
+def on_white(image: Image.Image) -> NDArray[np.uint8]:
+    """RGBA, straight alpha -> uint8 (h, w, 3), blended on white."""
+    rgba = np.asarray(image)
+    rgb, alpha = rgba[..., :3], rgba[..., 3:]
+    if alpha.min(initial=255) == 255:
+        # a copy of `rgb` takes five times as long
+        return np.frombuffer(image.tobytes("raw", "RGB"), np.uint8).reshape(rgb.shape)
+    # At most 255 * 255 + 127: fits 16 bits.
+    weight = alpha.astype(np.uint16)
+    return ((rgb * weight + _WHITE * (255 - weight) + 127) // 255).astype(np.uint8)
 
 
 def _reason_unreadable(path: Path) -> str | None:

@@ -9,11 +9,10 @@ from typing import NamedTuple
 import numpy as np
 import openslide
 from numpy.typing import NDArray
-from PIL import Image
 
 from slides.errors import RegionUnreadable
 from slides.geometry import Box, Size, cells
-from slides.opening import Picture, check_levels, check_samples, open_handle, stated_tile
+from slides.opening import Picture, check_levels, check_samples, on_white, open_handle, stated_tile
 from slides.stored_tiles import VENDORS, StoredTiles
 
 Pixels = NDArray[np.uint8]
@@ -48,7 +47,7 @@ class StoredPixels:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._handles: dict[tuple[int, int], openslide.AbstractSlide] = {}
+        self._handles: dict[tuple[int, int], openslide.OpenSlide | Picture] = {}
         self._tiles: dict[int, StoredTiles | None] = {}
         handle = self._handle()
         self.properties: Mapping[str, str] = dict(handle.properties)  # the handle may be dropped later
@@ -175,13 +174,16 @@ class StoredPixels:
         location = self._location(level, box)
         if level in self._passed_over:
             raise self._unreadable(level, box, "a damaged tile")
+        handle = self._handle()
+        if isinstance(handle, Picture):
+            return handle.pixels[box.within((0, 0))]
         try:
-            image = self._handle().read_region(location, level, box.size)
+            image = handle.read_region(location, level, box.size)
         except openslide.OpenSlideError as error:
             # After an error OpenSlide refuses everything else: drop the handle, the next read opens another.
             self._handles.pop((os.getpid(), threading.get_ident())).close()
             raise self._unreadable(level, box, str(error)) from error
-        return _on_white(image)
+        return on_white(image)
 
     def _location(self, level: int, box: Box) -> tuple[int, int]:
         """Where a box of a level starts, level-0 px, as OpenSlide takes it."""
@@ -194,7 +196,7 @@ class StoredPixels:
             f"decoded ({complaint}): the file is damaged there; copy it again, or continue without this region"
         )
 
-    def _handle(self) -> openslide.AbstractSlide:
+    def _handle(self) -> openslide.OpenSlide | Picture:
         """This thread's handle, opened if need be; a forked child opens its own.
 
         A plain picture is decoded as a whole, so all threads of a process share it; nothing changes its pixels.
@@ -221,15 +223,3 @@ def _tile_size(properties: Mapping[str, str], level: int) -> Size:
     width, height = stated = stated_tile(properties, level)
     # Strips, and whole levels stored as one tile, are too large to be lost as a whole.
     return stated if 64 <= min(width, height) <= max(width, height) <= CHUNK else Size(_USUAL_TILE, _USUAL_TILE)
-
-
-def _on_white(image: Image.Image) -> Pixels:
-    """RGBA, straight alpha -> uint8 (h, w, 3), blended on white."""
-    rgba = np.asarray(image)
-    rgb, alpha = rgba[..., :3], rgba[..., 3:]
-    if alpha.min(initial=255) == 255:
-        # a copy of `rgb` takes five times as long
-        return np.frombuffer(image.tobytes("raw", "RGB"), np.uint8).reshape(rgb.shape)
-    # At most 255 * 255 + 127: fits 16 bits.
-    weight = alpha.astype(np.uint16)
-    return ((rgb * weight + _WHITE * (255 - weight) + 127) // 255).astype(np.uint8)

@@ -304,6 +304,21 @@ def test_transparency_is_blended_on_white(tmp_path: Path) -> None:
         assert slide.read(Box(0, 0, 64, 64), slide.frame(0.25))[5, [0, 20, 40], 1].tolist() == [255, 204, 0]
 
 
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr"])
+def test_a_plain_image_is_decoded_in_strips_as_it_is_as_a_whole(
+    tmp_path: Path, picture: np.ndarray, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    """Whatever its mode, and where a TIFF is stored on its side."""
+    monkeypatch.setattr("slides.opening._STRIP_PX", 7 * HEIGHT)
+    path = tmp_path / "image.tif"
+    Image.fromarray(picture).convert(mode).save(path, exif={0x0112: 6})
+    with Image.open(path) as stored, open_slide(path, mpp=0.25) as slide:
+        whole = stored.convert("RGBA")
+        expected = Image.alpha_composite(Image.new("RGBA", whole.size, "white"), whole).convert("RGB")
+        assert slide.size == whole.size
+        assert np.array_equal(slide.read(Box(0, 0, *whole.size), slide.frame(0.25)), np.asarray(expected))
+
+
 # Damage
 
 
