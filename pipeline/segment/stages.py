@@ -395,11 +395,12 @@ def export_slide(job: Job) -> StageRecord:
         if job.settings.tissue.artefacts != "off":
             annotations.write_artefacts(folder.artefact_annotations, plan.quick_hash, artefacts, plan.bounds, crop)
         with job.open() as slide:
-            small = picture_frame(slide, plan, THUMBNAIL_PX)
-            pictures.draw_plan(slide.thumbnail(small), small, artefacts, tissue, plan.tiles, folder.thumbnail)
-            frame = picture_frame(slide, plan, OVERLAY_PX)
-            picture = slide.thumbnail(frame)
-        pictures.draw_overlay(picture, frame, folder.nuclei, folder.overlay)
+            small, large = (picture_frame(slide, plan, longest_px) for longest_px in (THUMBNAIL_PX, OVERLAY_PX))
+            picture = slide.thumbnail(small)
+            pictures.draw_plan(picture, small, artefacts, tissue, plan.tiles, folder.thumbnail)
+            if large != small:  # they are the same of a slide that is smaller than either
+                picture = slide.thumbnail(large)
+        pictures.draw_overlay(picture, large, folder.nuclei, folder.overlay)
     counts = Counts(export_repaired=sum(e.changed for e in exported), export_dropped=sum(e.dropped for e in exported))
     return _worked("export", started, counts)
 

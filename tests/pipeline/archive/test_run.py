@@ -22,6 +22,7 @@ import pytest
 from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from PIL import Image
 
 import oracle
 from oracle import RADIUS, chosen, files, outlines, paint
@@ -30,7 +31,11 @@ from pipeline.config import Execution, Export, ExportFormat, Settings, Stitching
 from pipeline.errors import ConfigError, RunError
 from pipeline.model.fitted_stain import Normalisation
 from pipeline.model.instances import HostInstances, Patches
+from pipeline.segment import stages
 from pipeline.segment.export import FORMATS
+from slides.geometry import Frame
+from slides.slide import Slide
+from slides.stored import Pixels
 
 ONE = Execution(cluster=False, workers=1)
 
@@ -207,6 +212,28 @@ def test_results_are_as_designed(slide: tuple[Path, int], tmp_path: Path) -> Non
     with zipfile.ZipFile(folder / "nuclei.geojson.zip") as archive:
         features = [f for n in archive.namelist() for f in json.loads(archive.read(n))["features"]]
     assert len(features) == slide[1]
+
+
+@pytest.mark.parametrize(("small", "large", "reads"), [(1200, 3000, 1), (200, 400, 2), (200, 3000, 2)])
+def test_one_reading_is_both_pictures_where_they_show_the_same_pixels(
+    slide: tuple[Path, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small: int, large: int, reads: int
+) -> None:
+    """As those of every slide that is smaller than either; this one has 410 x 330 px."""
+    monkeypatch.setattr(stages, "THUMBNAIL_PX", small)
+    monkeypatch.setattr(stages, "OVERLAY_PX", large)
+    read: list[Frame] = []
+    thumbnail = Slide.thumbnail
+
+    def counted(slide: Slide, frame: Frame) -> Pixels:
+        read.append(frame)
+        return thumbnail(slide, frame)
+
+    monkeypatch.setattr(Slide, "thumbnail", counted)
+    results = segment(slide[0], tmp_path / "out", chosen())
+    assert len(read) == 1 + reads  # the first one is that of the plan
+    for name, longest_px in (("thumbnail.jpg", small), ("overlay.jpg", large)):
+        with Image.open(results / name) as picture:
+            assert max(picture.size) == min(longest_px, 410)
 
 
 def test_nuclei_larger_than_the_margin_allows_are_counted(slide: tuple[Path, int], tmp_path: Path) -> None:
