@@ -112,7 +112,8 @@ def test_predictions_that_differ_by_a_pixel_are_counted_once(layout, seed):
     truth, grid = layout
     claimed = Claimed(truth, grid, jitter=1.0, seed=seed)
     score = np.random.default_rng(seed).random(len(claimed.tile))
-    keep = resolve(claimed.shapes, claimed.tile, score, iou=0.3)
+    outside = anchored_outside(centroids(claimed.shapes), claimed.cores, grid.size)
+    keep = resolve(claimed.shapes, claimed.tile, score, iou=0.3, outside=outside)
     assert keep.sum() == len(truth)
     assert shapely.STRtree(claimed.shapes[keep]).query(truth, predicate="intersects").shape[1] == len(truth)
 
@@ -285,7 +286,8 @@ def test_without_tolerance_every_anchor_has_one_owner(anchors, stride):
 
 def test_claiming_reaches_the_tolerance_and_no_further():
     xy = np.array([[8.0, 15], [7.9, 15], [21.9, 15], [22, 15], [15, np.nan]])
-    assert claim(xy, Box(10, 10, 20, 20), tolerance=2.0).tolist() == [True, False, True, False, False]
+    for anchors in (xy, xy[:, ::-1]):
+        assert claim(anchors, Box(10, 10, 20, 20), tolerance=2.0).tolist() == [True, False, True, False, False]
 
 
 def test_only_edges_inside_the_slide_cut():
@@ -405,6 +407,17 @@ def test_of_outlines_that_cover_each_other_the_best_is_kept() -> None:
     assert mask_nms(chain, np.array([0.9, 0.8, 0.7]), share=0.25).tolist() == [True, False, True]
 
 
+def test_of_equal_outlines_in_a_tile_the_first_is_kept() -> None:
+    shapes = squares((0, 0, 8, 8), (9, 0, 17, 8), (0, 0, 8, 8))
+    assert mask_nms(shapes, np.full(3, 0.9), share=1.0).tolist() == [True, True, False]
+
+
+def test_outlines_that_share_just_so_much_are_one() -> None:
+    shapes = squares((0, 0, 16, 16), (4, 0, 12, 32))  # half of each
+    assert mask_nms(shapes, np.array([0.8, 0.9]), share=0.5).tolist() == [False, True]
+    assert mask_nms(shapes, np.array([0.8, 0.9]), share=0.6).all()
+
+
 def test_neighbours_that_touch_and_empty_outlines_are_kept() -> None:
     shapes = np.array([*discs((20, 20, 8), (33, 20, 8)), shapely.Polygon(), shapely.Polygon()], dtype=object)
     assert mask_nms(shapes, np.array([0.9, 0.9, 0.5, 0.5]), share=0.5).all()
@@ -432,6 +445,12 @@ def test_which_outlines_are_kept_does_not_depend_on_their_order(seed: int, count
             assert one.intersection(other).area < share * min(one.area, other.area) + rounding
     for one in shapes[~stays]:
         assert any(one.intersection(k).area >= share * min(one.area, k.area) - rounding for k in kept)
+
+
+def test_small_instances_within_the_tolerance_of_a_core_reach_it() -> None:
+    boxes = np.array([[15, 7, 17, 9], [15, 21, 17, 23], [7, 15, 9, 17], [21, 15, 23, 17]])
+    assert reaches(boxes, Box(10, 10, 20, 20), tolerance=2.0).all()
+    assert not reaches(boxes, Box(10, 10, 20, 20), tolerance=0.5).any()
 
 
 @given(seed=st.integers(0, 2**32 - 1), share=st.sampled_from([0.1, 0.5, 0.9]))
