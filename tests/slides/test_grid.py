@@ -82,6 +82,7 @@ def test_a_known_trimmed_patch() -> None:
     ("numbers", "message"),
     [
         ((Size(9, 9), 1024, 600, 1), "margin=600 leaves no core in a tile of 1024 px: need 2 * margin <"),
+        ((Size(9, 9), 16, 8, 1), "margin=8 leaves no core in a tile of 16 px: need 2 * margin <"),
         ((Size(10, 10), 64, -1, 1), "margin=-1: need margin >= 0"),
         ((Size(10, 10), 64, 8, 0), "block=0: need at least 1"),
         ((Size(0, 10), 64, 8, 1), "size=0 x 10 px is empty"),
