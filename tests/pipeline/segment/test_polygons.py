@@ -1,5 +1,7 @@
 """Outlines are the masks they came from; a solid polygon is one; measures are those of known shapes."""
 
+import re
+
 import numpy as np
 import pytest
 import shapely
@@ -112,9 +114,10 @@ def test_a_level_out_of_range_is_refused(level):
         from_masks(np.zeros((1, 2, 2), dtype=np.float32), unit_boxes(1, 2), level=level)
 
 
-def test_arrays_that_do_not_fit_are_refused():
-    with pytest.raises(ValueError, match=r"masks \(2, 3, 3\), boxes \(1, 4\)"):
-        from_masks(np.zeros((2, 3, 3), dtype=np.float32), unit_boxes(1, 3), level=0.5)
+@pytest.mark.parametrize("shape", [(2, 3, 3), (1, 3, 4), (1, 3)])
+def test_arrays_that_do_not_fit_are_refused(shape):
+    with pytest.raises(ValueError, match=re.escape(f"masks {shape}, boxes (1, 4)")):
+        from_masks(np.zeros(shape, dtype=np.float32), unit_boxes(1, 3), level=0.5)
 
 
 @given(masks(), st.sampled_from([np.float32, np.bool_]))
