@@ -153,8 +153,8 @@ def simplify(polygons: Polygons, tolerance_px: float) -> Polygons:
     quick = shapely.simplify(polygons, tolerance_px, preserve_topology=False)
     simplified = np.array(quick, dtype=object)
     # Much faster than keeping the topology of all, which few outlines need. A new outline that crosses itself is
-    # repaired by GEOS, and may then have a hole or several parts.
-    damaged = ~shapely.is_valid(simplified) | shapely.is_empty(simplified)
+    # repaired by GEOS: it is valid, and may have a hole, several parts or none.
+    damaged = shapely.is_empty(simplified)
     damaged |= shapely.get_type_id(simplified) != shapely.get_type_id(polygons)
     damaged |= shapely.get_num_interior_rings(simplified) != shapely.get_num_interior_rings(polygons)
     simplified[damaged] = shapely.simplify(polygons[damaged], tolerance_px, preserve_topology=True)
@@ -256,7 +256,7 @@ def measure(polygons: Polygons, um_per_px: tuple[float, float]) -> Measures:
     """
     edges, count = _edges(polygons), len(polygons)
     scale = np.asarray(um_per_px, dtype=np.float64)
-    corner = np.nan_to_num(shapely.bounds(polygons)[:, :2])  # small numbers keep their digits
+    corner = shapely.bounds(polygons)[:, :2]  # small numbers keep their digits
     owner = edges.owner[edges.ring]
     (x0, y0), (x1, y1) = (((end - corner[owner]) * scale).T for end in (edges.start, edges.end))
     cross = x0 * y1 - x1 * y0
