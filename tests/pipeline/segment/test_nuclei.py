@@ -19,7 +19,8 @@ from pipeline.model.weights import detector_architecture, find_weights
 from pipeline.segment import stages, tables
 from pipeline.segment.job import Job
 from pipeline.segment.nuclei import COLOURS
-from pipeline.segment.plan import read_plan
+from pipeline.segment.plan import read_plan, write_plan
+from pipeline.segment.polygons import measure
 from pipeline.segment.record import StageRecord
 from slides.scale import GivenScale
 
@@ -59,13 +60,15 @@ def varied(patches: Patches, normalisation: Normalisation, settings: Settings) -
 
 
 def test_what_was_detected_of_a_nucleus_is_in_its_row(tmp_path: Path) -> None:
-    """Through the files of predictions and instances, and whatever is left out at the seams."""
+    """Through the files of predictions and instances, and whatever is left out at the seams; and so is its shape."""
     painted = paint(tmp_path / "discs.png", 0)
     settings = resolve(dataclasses.replace(chosen(), detector=Detector(weights="classes")))
     job = Job(tmp_path / "discs.png", SlideFolder(tmp_path / "out"), settings, GivenScale(0.25))
     stages.make_plan(job)
-    for block in read_plan(job.folder, job.digest).blocks:
+    plan = read_plan(job.folder, job.digest)
+    for block in plan.blocks:
         stages.outline_block(job, block, stages.detect_block(job, block, StageRecord(), varied))
+    write_plan(plan._replace(scale=plan.scale._replace(x=0.25, y=0.5)), job.folder, job.digest)
     counts = stages.stitch_slide(job).counts
     nuclei = tables.read_nuclei(job.folder.nuclei)
     assert counts.nuclei == nuclei.num_rows == painted
@@ -77,6 +80,10 @@ def test_what_was_detected_of_a_nucleus_is_in_its_row(tmp_path: Path) -> None:
     assert nuclei["class_score"].to_pylist() == (key / 256).tolist()
     for i, name in enumerate(tables.STAINS):
         assert nuclei[name].to_pylist() == (key + i).tolist()
+    measured = measure(tables.geometry(nuclei), (0.25, 0.5))
+    for name in ("area_um2", "max_diameter_um", "minor_axis_um"):
+        assert nuclei[name].to_pylist() == getattr(measured, name).tolist()
+    assert np.stack([nuclei["centroid_x"], nuclei["centroid_y"]], 1).tolist() == measured.centroid.tolist()
 
 
 def cielab(rgb: np.ndarray, seen: np.ndarray) -> np.ndarray:
