@@ -14,7 +14,6 @@ from pipeline.segment import arrow, polygons, stitch, tables
 from pipeline.segment.job import Job
 from pipeline.segment.plan import Plan
 from pipeline.segment.polygons import Floats, Ints, Polygons
-from slides.geometry import Size
 
 _TILE, _BOX = ("tile_row", "tile_col"), ("x0", "y0", "x1", "y1")  # columns of the instances
 
@@ -28,8 +27,7 @@ def left_out_at_seams(job: Job, plan: Plan) -> dict[int, Ints]:
         return {}
     near = _near_seams(job, plan, _largest_overhang(job, plan))
     cores = _cores(near.tile, plan.grid.stride)
-    everything = Size(plan.grid.cols * plan.grid.stride, plan.grid.rows * plan.grid.stride)
-    outside = stitch.anchored_outside(polygons.centroids(near.outline), cores, everything)
+    outside = stitch.anchored_outside(polygons.centroids(near.outline), cores, plan.grid.size)
     number = near.tile[:, 0].astype(np.int64) * plan.grid.cols + near.tile[:, 1]
     kept = stitch.resolve(near.outline, number, near.score, iou=job.settings.stitching.iou, outside=outside)
     block, row = near.block[~kept], near.row[~kept]

@@ -111,14 +111,14 @@ def seam_candidates(bounds: Floats, cores: NDArray[np.number], reach: float) -> 
     return np.asarray(overhang(bounds, cores) > -reach)
 
 
-def anchored_outside(anchors: Floats, cores: NDArray[np.number], grid: Size) -> Bools:
-    """Which instances are anchored outside their tile's core; the outer borders of the grid bound nothing.
+def anchored_outside(anchors: Floats, cores: NDArray[np.number], slide: Size) -> Bools:
+    """Which instances are anchored outside their tile's core; a border on or beyond the slide's edge bounds nothing.
 
-    anchors: float64 (N, 2), x y; cores: (N, 4), x0 y0 x1 y1, not clipped to the slide; grid: px that all cores cover
+    anchors: float64 (N, 2), x y; cores: (N, 4), x0 y0 x1 y1; slide: size of the work frame
     """
     (x, y), (x0, y0, x1, y1) = anchors.T, cores.T
     left, upper = (x < x0) & (x0 > 0), (y < y0) & (y0 > 0)
-    right, lower = (x >= x1) & (x1 < grid.width), (y >= y1) & (y1 < grid.height)
+    right, lower = (x >= x1) & (x1 < slide.width), (y >= y1) & (y1 < slide.height)
     return np.asarray(left | upper | right | lower)
 
 
