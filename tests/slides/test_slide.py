@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from scipy import ndimage
 
+from slides import stored
 from slides.errors import (
     RegionUnreadable,
     ScaleUnknown,
@@ -100,6 +101,17 @@ def test_pixels_do_not_depend_on_the_box(slide: Slide, data: st.DataObject, mpp:
     again, lost = slide.read_decodable(box, frame)
     assert np.array_equal(again, pixels)
     assert not lost.any()
+
+
+def test_the_chunks_in_which_a_level_is_read_do_not_show(slide: Slide, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor where its downsample is fractional, and OpenSlide shifts what it reads by a part of a pixel."""
+    monkeypatch.setattr(stored, "CHUNK", 256)
+    pixels = stored.StoredPixels(slide.path)
+    for level, (size, _) in enumerate(pixels.levels[:2]):
+        whole, _ = pixels.read(level, Box(0, 0, *size), strict=True)
+        for x, y in ((1, 2), (100, 150), (250, 0)):
+            part, _ = pixels.read(level, Box(x, y, *size), strict=True)
+            assert np.array_equal(part, whole[y:, x:])
 
 
 def test_level_0_comes_back_unchanged(slide: Slide, picture: np.ndarray) -> None:
