@@ -49,6 +49,7 @@ def summary(median: float = 40.0, suspicious: bool = False) -> dict[str, object]
 def test_a_slide_without_trouble_has_no_remarks() -> None:
     """Nor one with as many cut nuclei, or artefacts, as are usual."""
     assert remarks(done(touching_nuclei=3), summary()) == ()
+    assert remarks(done(), summary(median=8.0)) == remarks(done(), summary(median=150.0)) == ()
     assert remarks(done(blur_mm2=0.06, pen_mm2=0.03, flagged_nuclei=90), summary()) == ()
 
 
@@ -79,6 +80,11 @@ def test_what_a_person_should_look_at(record: SlideRecord, about: dict[str, obje
     assert said in remark
 
 
+def test_a_slide_without_tissue_lacks_no_nuclei() -> None:
+    """That there is no tissue is a note of its plan."""
+    assert remarks(done(tissue_mm2=0.0, nuclei=0), {}, ("no tissue",)) == ("no tissue",)
+
+
 def test_notes_of_the_plan_come_first() -> None:
     assert remarks(done(area_lost_mm2=1.0), summary(), ("not normalised: too few cells",))[0].startswith("not norm")
 
@@ -86,3 +92,5 @@ def test_notes_of_the_plan_come_first() -> None:
 def test_a_mixture_of_devices_is_a_remark() -> None:
     mixed = dataclasses.replace(done(), work=StageRecord({}, Counts(nuclei=1), ("cpu bfloat16", "cuda bfloat16")))
     assert "computed on cpu bfloat16 and cuda bfloat16" in remarks(mixed, summary())[0]
+    alike = dataclasses.replace(mixed, work=StageRecord({}, Counts(nuclei=1), ("cpu bfloat16",)))
+    assert remarks(alike, summary()) == ()

@@ -26,12 +26,14 @@ CORNER = (100, 250)  # of the slide's bounds
 NUCLEI = [((10, 10), 1, "A"), ((30, 10), 2, "A"), ((50, 10), 3, "B"), ((10, 40), 4, "B"), ((70, 70), 5, "A")]
 
 
-def slide(path: Path, nuclei: list[Any] = NUCLEI, artefacts: list[str] | None = None) -> SlideFolder:
+def slide(
+    path: Path, nuclei: list[Any] = NUCLEI, artefacts: list[str] | None = None, classes: str = "AB"
+) -> SlideFolder:
     """A slide of these nuclei; artefacts: the column that says in which kind of artefact each lies."""
     path.mkdir(exist_ok=True)
     folder = SlideFolder(path)
     bounds = Box(*CORNER, CORNER[0] + 100, CORNER[1] + 100)
-    provenance = tables.Provenance("s", (0.5, 0.5), Size(300, 500), bounds, "d", {"A": (9, 0, 0), "B": (0, 9, 0)})
+    provenance = tables.Provenance("s", (0.5, 0.5), Size(300, 500), bounds, "d", dict.fromkeys(classes, (9, 0, 0)))
     xy = np.array([centre for centre, *_ in nuclei], float).reshape(-1, 2) + CORNER
     half = np.array([half for _, half, _ in nuclei], float).reshape(-1, 1)
     with tables.NucleiWriter(folder.nuclei, provenance) as writer:
@@ -98,7 +100,17 @@ def test_counts_worked_out_by_hand(tmp_path: Path) -> None:
     assert [field[f"area_um2_{name}"] for name in ("mean", "q25", "median", "q75")] == pytest.approx(
         [7.5, 3.25, 6.5, 10.75]
     )
-    assert strip["score_mean"] == pytest.approx(0.55)
+    assert (strip["score_mean"], strip["votes_mean"]) == pytest.approx((0.55, 1))
+
+
+def test_the_probability_of_a_class_is_measured_where_there_are_several(tmp_path: Path) -> None:
+    """And all else in any case."""
+    file = draw(tmp_path / "r.geojson", shapely.box(0, 0, 40, 20))
+    one = slide(tmp_path / "one", [nucleus for nucleus in NUCLEI if nucleus[-1] == "A"], classes="A")
+    (row,), (other,) = measure_regions(one, file).rows, measure_regions(slide(tmp_path / "two"), file).rows
+    assert other["class_score_mean"] == 1
+    assert {*other} - {*row} == {"fraction_B", *(f"class_score_{name}" for name in ("mean", "q25", "median", "q75"))}
+    assert row["area_um2_mean"] == other["area_um2_mean"] == 2.5
 
 
 def test_artefacts_are_left_out_of_the_tissue_and_of_all_but_the_count(tmp_path: Path) -> None:
