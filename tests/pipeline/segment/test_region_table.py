@@ -111,6 +111,7 @@ def test_the_probability_of_a_class_is_measured_where_there_are_several(tmp_path
     assert other["class_score_mean"] == 1
     assert {*other} - {*row} == {"fraction_B", *(f"class_score_{name}" for name in ("mean", "q25", "median", "q75"))}
     assert row["area_um2_mean"] == other["area_um2_mean"] == 2.5
+    assert not any(name.startswith("centroid") for name in row)
 
 
 def test_artefacts_are_left_out_of_the_tissue_and_of_all_but_the_count(tmp_path: Path) -> None:
