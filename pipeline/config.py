@@ -175,7 +175,7 @@ class Detector:
     nms: float = 0.3
     "Boxes of one tile, or of several views, that overlap by more than this IoU are one nucleus."
     overlap: float = 0.5
-    "Outlines of one tile that share more than this part of the smaller one's area are one nucleus."
+    "Outlines of one tile that share at least this part of the smaller one's area are one nucleus."
     objectness: float = 0.85
     "Region proposals below this objectness are dropped early; lower it for weights of a short training, which are less certain."
     proposals_per_mm2: int = 92_000

@@ -15,10 +15,12 @@ from oracle import HEIGHT, WIDTH, chosen, paint
 from pipeline.config import Detector, Tissue
 from pipeline.layout import SlideFolder
 from pipeline.model.fitted_stain import TEMPLATE, Normalisation
+from pipeline.model.instances import HostInstances
 from pipeline.segment.plan import Plan, load_plan, plan_slide, write_plan
 from pipeline.segment.record import Counts, StageRecord
 from pipeline.segment.regions import RegionFile
 from pipeline.segment.stages import outline
+from pipeline.segment.tables import bounds
 from slides import slide as slide_module
 from slides.artefacts import PEN
 from slides.errors import GridError
@@ -120,6 +122,31 @@ def test_tiles_whose_tissue_lies_under_artefacts_are_counted(discs: Slide) -> No
     skipping = plan._replace(artefacts=artefacts, tissue=artefacts.clean_tissue())
     assert 0 < len(skipping.tiles) < len(plan.tiles)
     assert skipping.skipped_tiles == len(plan.tiles) - len(skipping.tiles)
+
+
+def test_a_tile_claims_every_nucleus_of_the_tissue_in_its_core_once(discs: Slide) -> None:
+    """Of outlines that cover each other the best; none whose centre lies off the tissue or beyond the core."""
+    plan = plan_slide(discs, chosen())
+    mask = plan.tissue.mask.copy()
+    mask[2, 2] = False  # from 64 to 96 work px
+    plan = plan._replace(tissue=plan.tissue._replace(mask=mask))
+    tile = plan.grid.tile_at(0, 0)
+    assert tile.core == Box(0, 0, 88, 88)
+    boxes = np.array([[12, 10, 32, 30], [10, 10, 30, 30], [40, 40, 60, 60], [70, 70, 80, 80], [82, 20, 102, 40]], float)
+    found = HostInstances(
+        (boxes - (plan.trimmed(tile).corner * 2)).astype(np.float32),
+        np.ones((5, 20, 20), bool),
+        np.array([0.8, 0.9, 0.5, 0.9, 0.9], np.float32),
+        np.zeros(5, np.int64),
+        np.ones(5, np.float32),
+        np.ones(5, np.int64),
+        np.zeros((5, 2, 5), np.float32),
+        False,
+    )
+    rows, touching = outline(found, tile, plan, chosen())
+    assert bounds(rows).tolist() == boxes[[1, 2]].tolist()
+    assert rows["score"].to_pylist() == found.scores[[1, 2]].tolist()
+    assert touching == 0
 
 
 def outlined(slide: Slide, plan: Plan) -> pa.Table:
