@@ -77,7 +77,14 @@ def test_blur_of_three_widths_is_found_on_three_scanners_slides(shared: Path, na
 
 
 def test_what_has_no_structure_is_blurred_and_noise_is_not() -> None:
-    size = Size(900, 900)
-    flat = np.full((900, 900, 3), 128, np.uint8)
-    assert focus.blurred(measured(flat, TileGrid(size, 256, 32, 2)).sums, 243.0, 0.25)[1:3, 1:3].all()
+    """To the edge of the slide; but for glass, and a cell of which most lies beyond the edge."""
+    grid = TileGrid(Size(900, 900), 256, 32, 2)
+    expected = np.ones((4, 4), bool)
+    expected[3, 3] = False
+    assert np.array_equal(focus.blurred(measured(flat(128), grid).sums, 243.0, 0.25), expected)
+    assert not focus.blurred(measured(flat(243), grid).sums, 243.0, 0.25).any()
     assert not focus.blurred(WHOLE.sums, 243.0, 0.25).any()
+
+
+def flat(grey: int) -> np.ndarray:
+    return np.full((900, 900, 3), grey, np.uint8)
