@@ -165,6 +165,14 @@ def test_for_display_of_very_many_stored_pixels(slide: Slide, monkeypatch: pytes
     assert (slide.read_for_display(frame.box, frame) == slide.read_decodable(frame.box, frame)[0]).all()
 
 
+def test_a_frame_has_no_column_for_the_rounding_of_a_division(tmp_path: Path) -> None:
+    """0.3 / 0.1 is a little less than 3."""
+    Image.new("RGB", (600, 300)).save(tmp_path / "x.png")
+    with open_slide(tmp_path / "x.png", mpp=0.1) as slide:
+        assert slide.frame(0.3).size == (200, 100)
+        assert slide.frame(0.299).size == (201, 101)
+
+
 def test_downsampling_is_antialiased(tmp_path: Path) -> None:
     """A fine checkerboard becomes grey, not black or white, also without a pyramid."""
     board = (np.indices((512, 512)).sum(0) % 2 * 255).astype(np.uint8)[..., None].repeat(3, axis=2)
