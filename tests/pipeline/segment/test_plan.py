@@ -7,12 +7,13 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+import shapely
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import oracle
 from oracle import HEIGHT, WIDTH, chosen, paint
-from pipeline.config import Detector, Tissue
+from pipeline.config import Detector, Stitching, Tissue
 from pipeline.layout import SlideFolder
 from pipeline.model.fitted_stain import TEMPLATE, Normalisation
 from pipeline.model.instances import HostInstances
@@ -20,7 +21,7 @@ from pipeline.segment.plan import Plan, load_plan, plan_slide, write_plan
 from pipeline.segment.record import Counts, StageRecord
 from pipeline.segment.regions import RegionFile
 from pipeline.segment.stages import outline
-from pipeline.segment.tables import bounds
+from pipeline.segment.tables import bounds, geometry
 from slides import slide as slide_module
 from slides.artefacts import PEN
 from slides.errors import GridError
@@ -133,20 +134,38 @@ def test_a_tile_claims_every_nucleus_of_the_tissue_in_its_core_once(discs: Slide
     tile = plan.grid.tile_at(0, 0)
     assert tile.core == Box(0, 0, 88, 88)
     boxes = np.array([[12, 10, 32, 30], [10, 10, 30, 30], [40, 40, 60, 60], [70, 70, 80, 80], [82, 20, 102, 40]], float)
-    found = HostInstances(
-        (boxes - (plan.trimmed(tile).corner * 2)).astype(np.float32),
-        np.ones((5, 20, 20), bool),
-        np.array([0.8, 0.9, 0.5, 0.9, 0.9], np.float32),
-        np.zeros(5, np.int64),
-        np.ones(5, np.float32),
-        np.ones(5, np.int64),
-        np.zeros((5, 2, 5), np.float32),
-        False,
-    )
+    found = instances_of(boxes - plan.trimmed(tile).corner * 2, np.ones((5, 20, 20), bool), [0.8, 0.9, 0.5, 0.9, 0.9])
     rows, touching = outline(found, tile, plan, chosen())
     assert bounds(rows).tolist() == boxes[[1, 2]].tolist()
     assert rows["score"].to_pylist() == found.scores[[1, 2]].tolist()
     assert touching == 0
+
+
+def instances_of(boxes: np.ndarray, masks: np.ndarray, scores: list[float]) -> HostInstances:
+    count = len(boxes)
+    return HostInstances(
+        boxes.astype(np.float32),
+        masks,
+        np.array(scores, np.float32),
+        np.zeros(count, np.int64),
+        np.ones(count, np.float32),
+        np.ones(count, np.int64),
+        np.zeros((count, 2, 5), np.float32),
+        False,
+    )
+
+
+def test_outlines_are_as_simple_as_the_settings_say(discs: Slide) -> None:
+    plan = plan_slide(discs, chosen())
+    tile = plan.grid.tile_at(0, 0)
+    y, x = np.mgrid[:20, :20] - 9.5
+    found = instances_of(np.array([[30, 30, 60, 60]]), (x**2 + y**2 < 81)[None], [0.9])
+    vertices = []
+    for simplify_px in (0.0, 2.0):
+        settings = dataclasses.replace(chosen(), stitching=Stitching(simplify_px=simplify_px))
+        (shape,) = geometry(outline(found, tile, plan, settings)[0])
+        vertices.append(shapely.get_num_coordinates(shape))
+    assert vertices[1] < vertices[0]
 
 
 def outlined(slide: Slide, plan: Plan) -> pa.Table:
