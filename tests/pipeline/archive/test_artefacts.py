@@ -85,6 +85,7 @@ def test_nuclei_are_flagged_skipped_or_left_alone(slide: Path, tmp_path: Path) -
     skipped, without = segment(slide, tmp_path / "skip", "skip")
     kept = tables.read_nuclei(without.nuclei)
     assert kept["id"].to_pylist() == rows.filter(pc.equal(rows["artefact"], ""))["id"].to_pylist()
+    assert (set(kept["artefact"].to_pylist()), skipped.work.counts.flagged_nuclei) == ({""}, 0)
     assert skipped.work.counts.skipped_mm2 == pytest.approx(flagged.tissue_mm2 - skipped.tissue_mm2, abs=1e-3)
     assert any("were skipped: pen" in remark for remark in skipped.remarks)
     off, plain = segment(slide, tmp_path / "off", "off")
