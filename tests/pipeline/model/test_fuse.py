@@ -197,6 +197,15 @@ def test_a_view_counts_that_gives_half_the_score_which_is_needed(score: float, v
     assert patch.votes.tolist() == [votes]
 
 
+@pytest.mark.parametrize(("score", "found"), [(0.5, 0), (0.55, 1)])
+def test_a_single_view_needs_the_whole_score(score: float, found: int) -> None:
+    image = torch.zeros(1, 3, 48, 64)
+    image[..., 10:16, 31:37] = 0.5
+    model: Any = Exact((score,))
+    (patch,) = infer(model, image, choose_views(1), limits(40, 30, score=0.55), 16)
+    assert len(patch.boxes) == found
+
+
 def test_a_saturated_patch_is_detected_in_quarters(tiny: NucleusDetector) -> None:
     """With room for few boxes a whole patch is full; its quarters together may hold four times as many."""
     image = torch.rand(1, 3, 256, 256, generator=torch.Generator().manual_seed(2))
