@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -13,15 +14,17 @@ from hypothesis import strategies as st
 
 import oracle
 from oracle import HEIGHT, WIDTH, chosen, paint
-from pipeline.config import Detector, Stitching, Tissue
+from pipeline.config import Detector, Settings, Stitching, Tissue
 from pipeline.layout import SlideFolder
-from pipeline.model.fitted_stain import TEMPLATE, Normalisation
+from pipeline.model.fitted_stain import TEMPLATE, UNCHANGED, Normalisation
 from pipeline.model.instances import HostInstances
+from pipeline.segment import plan as plan_module
 from pipeline.segment.plan import Plan, load_plan, plan_slide, write_plan
 from pipeline.segment.record import Counts, StageRecord
 from pipeline.segment.regions import RegionFile
 from pipeline.segment.stages import outline
 from pipeline.segment.tables import bounds, geometry
+from pipeline.segment.tissue_map import Detected, find_tissue_and_artefacts
 from slides import slide as slide_module
 from slides.artefacts import PEN
 from slides.errors import GridError
@@ -112,6 +115,29 @@ def test_regions_do_not_change_what_the_detector_sees_of_a_tile(discs: Slide, tm
     assert 0 < len(restricted.tiles) < len(whole.tiles)
     assert restricted.tissue.area_mm2 < whole.tissue.area_mm2
     assert [restricted.trimmed(tile) for tile in restricted.tiles] == list(map(whole.trimmed, restricted.tiles))
+
+
+@pytest.mark.parametrize("columns", [slice(0, 2), slice(None)])
+def test_a_stain_is_fitted_without_artefacts_unless_they_cover_all(
+    discs: Slide, monkeypatch: pytest.MonkeyPatch, columns: slice
+) -> None:
+    fitted = []
+
+    def with_pen(*arguments: Any) -> Detected:
+        found = find_tissue_and_artefacts(*arguments)
+        found.artefacts.kinds[:, columns] = PEN
+        return found
+
+    def fit(slide: Slide, tissue: TissueMap, settings: Settings) -> tuple[Normalisation, tuple[str, ...]]:
+        fitted.append(tissue.mask)
+        return UNCHANGED, ()
+
+    monkeypatch.setattr(plan_module, "find_tissue_and_artefacts", with_pen)
+    monkeypatch.setattr(plan_module, "_normalisation", fit)
+    plan = plan_slide(discs, chosen())
+    clean = plan.artefacts.clean_tissue().mask
+    assert clean.any() == (columns.stop is not None)
+    assert np.array_equal(fitted[0], clean if clean.any() else plan.artefacts.tissue.mask)
 
 
 def test_tiles_whose_tissue_lies_under_artefacts_are_counted(discs: Slide) -> None:
