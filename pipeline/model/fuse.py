@@ -64,7 +64,7 @@ def fuse(patches: Sequence[Sequence[Candidates]], limits: Limits, classes: int) 
     best = _best_leaders(per_patch, every[leaders].split(sizes))
     members = _members(best, number % views, len(leaders), views)  # (L, V)
     detected = members < len(every)  # whether the view detected the leader's nucleus
-    members = members.clamp(max=max(len(every) - 1, 0))
+    members = members.clamp(max=len(every) - 1)
     weight = score[members].double() * detected  # (L, V)
     total = weight.sum(1)
     lead = every[leaders].double()
