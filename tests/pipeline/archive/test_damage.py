@@ -355,6 +355,22 @@ def test_what_a_former_owner_removes_is_made_again(
     assert not (out / "discs" / "failure.json").exists()
 
 
+def test_a_round_of_overwriting_continues_its_own_work_and_no_other(slide: Path, tmp_path: Path) -> None:
+    """Work from before may be of another version; without --overwrite it is continued, whichever round it is of."""
+    store = unfinished(slide, tmp_path).instances(0).parent
+    job = job_of(slide, tmp_path)
+    before = sorted(store.iterdir())
+    stages.make_plan(job)
+    assert sorted(store.iterdir()) == before != []
+    first, second = (dataclasses.replace(job, overwrite=name) for name in ("first", "second"))
+    stages.make_plan(first)
+    assert not any(store.iterdir())
+    unfinished(slide, tmp_path)
+    for again, kept in ((first, True), (job, True), (second, False)):
+        stages.make_plan(again)
+        assert any(store.iterdir()) == kept
+
+
 def test_the_work_of_another_owner_is_not_removed(slide: Path, tmp_path: Path) -> None:
     folder = RunFolder(tmp_path).slide("discs")
     with Leases() as leases:
