@@ -12,6 +12,7 @@ from torch import Tensor
 from torchvision.ops import box_iou, nms, roi_align
 
 from pipeline.config import Architecture, Detector
+from pipeline.model import fuse as fuse_module
 from pipeline.model.detector import Candidates, Limits, NucleusDetector, Pyramid
 from pipeline.model.fuse import _best_leader, fuse, infer
 from pipeline.model.views import choose_views
@@ -206,14 +207,21 @@ def test_a_single_view_needs_the_whole_score(score: float, found: int) -> None:
     assert len(patch.boxes) == found
 
 
-def test_a_saturated_patch_is_detected_in_quarters(tiny: NucleusDetector) -> None:
+def test_a_saturated_patch_is_detected_in_quarters(tiny: NucleusDetector, monkeypatch: pytest.MonkeyPatch) -> None:
     """With room for few boxes a whole patch is full; its quarters together may hold four times as many."""
+    divided, in_quarters = [], fuse_module._in_quarters
+
+    def counted(*given: Any) -> Candidates:
+        divided.append(given)
+        return in_quarters(*given)
+
+    monkeypatch.setattr(fuse_module, "_in_quarters", counted)
     image = torch.rand(1, 3, 256, 256, generator=torch.Generator().manual_seed(2))
     with torch.inference_mode():
+        (roomy,) = infer(tiny, image, choose_views(1), limits(10_000, 10_000, score=0.001), 32)
+        assert (roomy.saturated, len(divided)) == (False, 0)
         (crowded,) = infer(tiny, image, choose_views(1), limits(200, 10, score=0.001), 32)
-        (roomy,) = infer(tiny, image, choose_views(1), limits(200, 10_000, score=0.001), 32)
-    assert not roomy.saturated or len(roomy.boxes) > 10
-    assert crowded.saturated
+    assert (crowded.saturated, len(divided)) == (True, 1)
     assert 10 < len(crowded.boxes) <= 40
 
 
