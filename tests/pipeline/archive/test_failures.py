@@ -81,6 +81,17 @@ def test_a_slide_that_changes_while_its_work_is_half_done_is_refused(archive: Pa
     assert rows["b"].status == "done"
 
 
+def test_half_done_work_at_another_scale_is_refused(archive: Path, tmp_path: Path) -> None:
+    """Its nuclei are in pixels of the scale that it was begun at."""
+    out = tmp_path / "out"
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(slide_stages, "STAGES", without_stitching())
+        segment(archive, out)
+    (row, *_) = run([archive / "a.png"], out, chosen(), ONE, mpp=0.26, detect=oracle.detect, say=lambda line: None)
+    assert "work was started at 0.25 um/px (default by --mpp), now it has 0.26" in row.cause
+    assert segment(archive, out)["a"].status == "done"
+
+
 def without_stitching() -> tuple[stages.Stage, ...]:
     """The stages, of which stitching fails."""
 

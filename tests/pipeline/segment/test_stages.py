@@ -1,0 +1,68 @@
+"""What the stages of a block leave behind: what the next one needs, no more, and again where some of it was lost."""
+
+from pathlib import Path
+
+import pytest
+
+import oracle
+from oracle import chosen, paint
+from pipeline.archive.manifest import resolve
+from pipeline.layout import SlideFolder
+from pipeline.segment import stages
+from pipeline.segment.job import Job
+from pipeline.segment.plan import read_plan
+from pipeline.segment.record import StageRecord
+from slides.patches import PatchStore
+from slides.scale import GivenScale
+
+BLOCK = 0
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Job:
+    """A slide that is planned."""
+    paint(tmp_path / "discs.png", 0)
+    job = Job(tmp_path / "discs.png", SlideFolder(tmp_path / "out"), resolve(chosen()), GivenScale(0.25))
+    stages.make_plan(job)
+    return job
+
+
+def is_stored(job: Job) -> bool:
+    return PatchStore.create(job.folder.patches, read_plan(job.folder, job.digest).grid, job.digest).is_done(BLOCK)
+
+
+def test_a_block_leaves_what_the_next_stage_needs(job: Job) -> None:
+    """So scratch space is bounded: patches go when they are detected, predictions when they are outlined."""
+    focus, predictions = job.folder.focus(BLOCK), job.folder.predictions(BLOCK)
+    record = stages.tile_block(job, BLOCK, StageRecord())
+    assert (is_stored(job), focus.exists(), predictions.exists()) == (True, True, False)
+    record = stages.detect_block(job, BLOCK, record, oracle.detect)
+    assert (is_stored(job), focus.exists(), predictions.exists()) == (False, True, True)
+    record = stages.outline_block(job, BLOCK, record)
+    assert (is_stored(job), focus.exists(), predictions.exists()) == (False, False, False)
+    assert not any(predictions.parent.iterdir())
+    assert stages.block_record(job, BLOCK) == record
+
+
+def test_what_is_lost_of_a_block_is_made_again(job: Job) -> None:
+    """A power cut may take any file that was not synced."""
+    record = stages.tile_block(job, BLOCK, StageRecord())
+    focus = job.folder.focus(BLOCK).read_bytes()
+    job.folder.focus(BLOCK).unlink()
+    record = stages.tile_block(job, BLOCK, record)
+    assert job.folder.focus(BLOCK).read_bytes() == focus
+    stages.detect_block(job, BLOCK, record, oracle.detect)
+    before = job.folder.predictions(BLOCK).read_bytes()
+    job.folder.focus(BLOCK).unlink()
+    stages.detect_block(job, BLOCK, record, oracle.detect)
+    assert job.folder.focus(BLOCK).read_bytes() == focus
+    assert len(job.folder.predictions(BLOCK).read_bytes()) == len(before)  # they hold seconds, too
+
+
+def test_a_slide_that_is_taken_up_again_is_swept(job: Job) -> None:
+    """Of what killed processes left half-written."""
+    places = [job.folder.path, job.folder.work, *(f(BLOCK).parent for f in (job.folder.focus, job.folder.instances))]
+    for place in places:
+        (place / ".partial-of-a-killed-process").touch()
+    stages.make_plan(job)
+    assert not [file for place in places for file in place.glob(".partial*")]
