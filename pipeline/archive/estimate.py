@@ -33,6 +33,9 @@ class SlideEstimate(NamedTuple):
     notes: tuple[str, ...] = ()  # what a person should know before the run
 
 
+# Processes that open slides: each takes 0.17 GB, and more of a large slide.
+_AT_ONCE = 16
+
 _CRASHED = (
     "the process that read it ended: the file is damaged, or there is too little memory; copy it again, or leave it out"
 )
@@ -43,11 +46,11 @@ def estimate_slides(
 ) -> Iterator[SlideEstimate]:
     """`estimate_slide` of each, in this order.
 
-    apart: in as many other processes as there are cores; a file that crashes its reader ends one of them
+    apart: in other processes, as many as there are cores, up to _AT_ONCE; a file that crashes its reader ends one
     """
     questions = [(source, settings, seconds_per_mm2) for source in sources]
     if apart:
-        answers = ask_each(estimate_slide, questions, count_cores())
+        answers = ask_each(estimate_slide, questions, min(count_cores(), _AT_ONCE))
     else:
         answers = itertools.starmap(estimate_slide, questions)
     for source, answer in zip(sources, answers, strict=True):
