@@ -86,19 +86,15 @@ def _of_classes(file: Path, classes: tuple[str, ...]) -> dict[str, Tensor]:
 
 def _changed(of: dict[str, Tensor], before: dict[str, Tensor], after: dict[str, Tensor]) -> dict[str, Tensor]:
     """The tensors `of` with the difference of two others; variances, which must stay above 0, with their ratio."""
-    if of.keys() != before.keys() or any(
-        v.shape != before[k].shape or v.shape != after[k].shape for k, v in of.items()
-    ):
-        raise WeightsError("the weights of --plus and --minus differ in their tensors from the others: need the same")
-    ratios = {k for k in of if k.endswith("running_var")}
-    return {
-        k: v * (after[k] + 1e-6) / (before[k] + 1e-6)
-        if k in ratios
-        else v + (after[k] - before[k])
-        if v.is_floating_point()
-        else v
-        for k, v in of.items()
-    }
+    for other in (before, after):
+        if {k: v.shape for k, v in of.items()} != {k: v.shape for k, v in other.items()}:
+            raise WeightsError(
+                "--plus and --minus differ in their tensors from the other weights: need the same shapes"
+            )
+    changed = {k: v + (after[k] - before[k]) if v.is_floating_point() else v for k, v in of.items()}
+    for name in (name for name in of if name.endswith("running_var")):
+        changed[name] = of[name] * (after[name] + 1e-6) / (before[name] + 1e-6)
+    return changed
 
 
 def main() -> int:
