@@ -38,6 +38,19 @@ _WHITE = 255
 # takes up to eight times as long as converting it.
 _STRIP_PX = 2**16
 
+# Pillow turns a TIFF as its tag Orientation (TIFF 6.0, section 8) says. Bio-Formats and ImageIO, by which QuPath reads
+# such files, do not: it is turned back to how it is stored, so that the outlines fit there.
+_ORIENTATION = 274
+_TURN_BACK = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_90,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_270,
+}
+
 _EIGHT_BIT_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr")
 
 
@@ -134,7 +147,10 @@ class Picture:
         )
         if profile := picture.info.get("icc_profile"):
             self.properties["openslide.icc-size"] = str(len(profile))
-        picture.load()  # which turns a TIFF whose tag says so
+        orientation = tags.get(_ORIENTATION)  # which loading removes
+        picture.load()
+        if orientation in _TURN_BACK:
+            picture = picture.transpose(_TURN_BACK[orientation])
         self.level_dimensions = (picture.size,)
         self.pixels = _on_white_in_strips(picture)
 

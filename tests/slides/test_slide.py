@@ -302,6 +302,16 @@ def test_a_colour_profile_is_recorded(tmp_path: Path, picture: np.ndarray) -> No
     assert not open_slide(tmp_path / "without.png", mpp=0.25).has_icc
 
 
+@pytest.mark.parametrize("orientation", range(9))
+def test_a_plain_tiff_is_read_as_it_is_stored_however_it_is_to_be_shown(
+    tmp_path: Path, picture: np.ndarray, orientation: int
+) -> None:
+    path = tmp_path / "strips.tif"
+    tifffile.imwrite(path, picture, photometric="rgb", extratags=[(274, "H", 1, orientation, True)])
+    with open_slide(path, mpp=0.25) as slide:
+        np.testing.assert_array_equal(slide.read(Box(0, 0, *slide.size), slide.frame(0.25)), picture)
+
+
 @pytest.mark.parametrize("tile", [None, (64, 64)], ids=["a plain image", "through OpenSlide"])
 @pytest.mark.parametrize("shape", [(90, 100, 3), (90, 100)], ids=["RGB", "grey"])
 def test_more_than_8_bits_a_channel_are_refused(
@@ -328,10 +338,9 @@ def test_transparency_is_blended_on_white(tmp_path: Path) -> None:
 def test_a_plain_image_is_decoded_in_strips_as_it_is_as_a_whole(
     tmp_path: Path, picture: np.ndarray, monkeypatch: pytest.MonkeyPatch, mode: str
 ) -> None:
-    """Whatever its mode, and where a TIFF is stored on its side."""
     monkeypatch.setattr("slides.opening._STRIP_PX", 7 * HEIGHT)
     path = tmp_path / "image.tif"
-    Image.fromarray(picture).convert(mode).save(path, exif={0x0112: 6})
+    Image.fromarray(picture).convert(mode).save(path)
     with Image.open(path) as stored, open_slide(path, mpp=0.25) as slide:
         whole = stored.convert("RGBA")
         expected = Image.alpha_composite(Image.new("RGBA", whole.size, "white"), whole).convert("RGB")
