@@ -14,7 +14,17 @@ from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from cyclopts import App, CycloptsError, Group, Parameter, Token, UnknownCommandError, UnknownOptionError, convert
+from cyclopts import (
+    App,
+    CycloptsError,
+    Group,
+    Parameter,
+    Token,
+    UnknownCommandError,
+    UnknownOptionError,
+    UnusedCliTokensError,
+    convert,
+)
 from cyclopts.config import Dict
 
 from pipeline.config import (
@@ -129,6 +139,12 @@ def main(tokens: Sequence[str] | None = None) -> None:
     except UnknownOptionError as error:  # its own guess compares whole names, not --tile and tile
         said, _, _ = str(error).partition(" Did you mean ")
         print(f"nightslide: {printable(said)}{_meant(error)}", file=sys.stderr)
+        sys.exit(2)
+    except UnusedCliTokensError as error:
+        left = error.unused_tokens or []
+        remedy = "a flag takes one value and is given again for each further one; files and folders stand together"
+        said = f"{' '.join(left)}: {counted(len(left), 'argument')} too many; {remedy}"
+        print(f"nightslide: {printable(said)}", file=sys.stderr)
         sys.exit(2)
     except (NightslideError, CycloptsError) as error:
         print(f"nightslide: {printable(error)}", file=sys.stderr)

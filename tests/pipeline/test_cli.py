@@ -171,6 +171,10 @@ def test_anchors_are_given_level_by_level() -> None:
         (["run", "x.svs", "--out", "o", "--weigths", "fast"], "Did you mean --weights?"),
         (["export", "o", "--format", "csv"], "Did you mean --formats?"),
         (["run", "x.svs", "--out", "o", "--bogus", "3"], "Unknown option: --bogus"),
+        (
+            ["export", "o", "--formats", "csv", "dsa"],
+            "dsa: 1 argument too many; a flag takes one value and is given again",
+        ),
         (["run", "nowhere.svs", "--out", "o"], "nowhere.svs does not exist"),
         (["run", "x.svs", "--out", ""], "out='': need a path"),
         (["run", "x.svs", "--out="], "out='': need a path"),
