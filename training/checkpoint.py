@@ -29,10 +29,11 @@ PART_BYTES = 12 * 2**20
 # take the place of a number of steps.
 MAY_DIFFER = frozenset(["minutes", "device", "loaders", "save_every", "licence", "architecture.score"])
 
-_DIGESTED = {  # of each dataset only a digest is known
+_DIGESTED = {  # of each dataset, and of weights, only a digest is known
     "images": "other images, or other scales (--mpp) or groups of the same",
     "annotations": "other annotations of the same images",
     "pixels": "other pixels of the same images, or other ignored areas",
+    "kept": "other weights to keep a share of",
 }
 
 _STATE = "state.json"

@@ -28,7 +28,7 @@ from pipeline.model.allocator import keep_freed_memory
 from pipeline.model.detector import NucleusDetector, load_weights, save_weights
 from pipeline.model.device import autocast, choose_device, choose_precision
 from pipeline.model.losses import Targets
-from pipeline.model.weights import find_weights, licence, read_notes
+from pipeline.model.weights import content_sha256, find_weights, licence, read_notes
 from training import checkpoint
 from training.config import StainTraining, Training
 from training.data.crops import Batch, Crops, collate
@@ -97,6 +97,8 @@ def fit(
     optimiser = torch.optim.AdamW(_parameter_groups(model, training.decay), lr=training.rate, fused=True)
     drawn = _crops(trained, training, model.architecture, say)
     recipe = {**_recipe(datasets, training, architecture, process), **_learnt(datasets, drawn)}
+    if kept:  # another file may have taken the place of that which the training began with
+        recipe["kept"] = {Path(training.init).name: content_sha256(find_weights(training.init))}
     first, spent_s = checkpoint.resume(out / checkpoint.FOLDER, model, average, optimiser, recipe)
     results: _Results | None = None  # the other processes write nothing
     if process.rank == 0:

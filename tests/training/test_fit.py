@@ -491,6 +491,10 @@ def test_a_share_of_the_first_weights_is_kept(data: Path, tmp_path: Path) -> Non
         torch.testing.assert_close(value, expected, rtol=2**-10, atol=1e-6)  # stored in half precision
     with pytest.raises(ConfigError, match=r"keep=0\.25, not 0\.0"):
         fit([images], tmp_path / "keeping", plain, TINY, say=silent)
+    first.replace(tmp_path / "elsewhere.safetensors")
+    save_weights(load_weights(tmp_path / "plain" / "nuclei.safetensors"), first, {})
+    with pytest.raises(ConfigError, match=r"other weights to keep a share of, in first\.safetensors: continue it"):
+        fit([images], tmp_path / "keeping", keeping, TINY, say=silent)
 
 
 def test_what_a_training_changed_is_added_to_relatives(
