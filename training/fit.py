@@ -84,6 +84,7 @@ def fit(
     number of steps is given. Without one it continues for the minutes that are left, and no two are the same.
     """
     out.mkdir(parents=True, exist_ok=True)
+    _check_kept_apart(training.init, out / WEIGHTS_FILE)
     process = _this_process(training)
     say = say if process.rank == 0 else _silent
     if training.by_class:
@@ -303,6 +304,12 @@ def _by_name(value: Tensor, before: Sequence[str], after: Sequence[str]) -> Tens
     background, *parts = value.chunk(1 + len(before))
     mean = torch.stack(parts).mean(0)
     return torch.cat([background, *(parts[before.index(name)] if name in before else mean for name in after)])
+
+
+def _check_kept_apart(init: str, written: Path) -> None:
+    """Raise ConfigError where the weights to start from are the file that this training writes."""
+    if Path(init).resolve() == written.resolve():
+        raise ConfigError(f"--init {init} would be replaced by this training: choose another --out")
 
 
 def _licence_of(init: str) -> str:
