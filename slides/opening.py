@@ -126,6 +126,13 @@ def open_quietly(path: Path) -> Image.Image:
         return Image.open(path, formats=["PNG", "JPEG", "WEBP", "BMP", "TIFF"])
 
 
+def as_stored(picture: Image.Image) -> Image.Image:
+    """A picture, decoded, not turned."""
+    orientation = getattr(picture, "tag_v2", {}).get(_ORIENTATION)  # which loading removes
+    picture.load()
+    return picture.transpose(_TURN_BACK[orientation]) if orientation in _TURN_BACK else picture
+
+
 class Picture:
     """A plain image, decoded as a whole, with what is asked of OpenSlide's handles.
 
@@ -147,10 +154,7 @@ class Picture:
         )
         if profile := picture.info.get("icc_profile"):
             self.properties["openslide.icc-size"] = str(len(profile))
-        orientation = tags.get(_ORIENTATION)  # which loading removes
-        picture.load()
-        if orientation in _TURN_BACK:
-            picture = picture.transpose(_TURN_BACK[orientation])
+        picture = as_stored(picture)
         self.level_dimensions = (picture.size,)
         self.pixels = _on_white_in_strips(picture)
 

@@ -16,7 +16,7 @@ from PIL import Image, ImageSequence
 
 from pipeline.errors import AnnotationError
 from pipeline.files import remove, write_json
-from slides.opening import open_quietly
+from slides.opening import as_stored, open_quietly
 from training.data.mat5 import read_mat
 from training.data.sample import (
     DATASET_FILE,
@@ -41,6 +41,10 @@ from training.data.sample import (
 _MAPS = (".png", ".tif", ".tiff")
 _MOST_NUCLEI = 65_535  # of a 16-bit map
 _PIECES_OF_A_MASK = 10  # of one number, where there is no other: nobody annotates one nucleus so
+
+# Where this tag of a TIFF is 0, white is 0 (TIFF 6.0, section 8): ImageJ writes it with masks that it shows black on
+# white. Pillow inverts numbers of 8 bits then.
+_PHOTOMETRIC = 262
 
 # The order of masks.npy in PanNuke (Gamper et al. 2020); the last channel is the background.
 _PANNUKE = ("Neoplastic", "Inflammatory", "Connective", "Dead", "Epithelial")
@@ -265,7 +269,8 @@ def _read_map(path: Path) -> NDArray[np.int32]:
     """An image of one channel (or of equal ones) as numbers, int32 (h, w)."""
     try:
         with open_quietly(path) as image:
-            values = np.asarray(image)
+            inverted = getattr(image, "tag_v2", {}).get(_PHOTOMETRIC) == 0
+            values = np.asarray(as_stored(image))
             sizes = [frame.size for frame in ImageSequence.Iterator(image)]
     except Image.DecompressionBombError as error:
         raise AnnotationError(f"{path} is too large ({error}): cut the image and its map into parts") from error
@@ -275,6 +280,8 @@ def _read_map(path: Path) -> NDArray[np.int32]:
         ) from error
     if (pages := sizes.count(sizes[0])) > 1:  # smaller ones are reduced copies
         raise AnnotationError(f"{path} has {pages} pages of one size, of which one would be read: need one")
+    if inverted and values.dtype in (np.uint8, bool):
+        values = ~values
     if values.ndim == 3 and (values[..., :3] == values[..., :1]).all():
         values = values[..., 0]  # a mask that a painting program saved in colour
     try:

@@ -165,6 +165,23 @@ def test_a_map_of_64_bits_is_refused_with_the_remedy(tmp_path: Path) -> None:
         read_dataset(folder, mpp=0.25).images[0].read()
 
 
+@pytest.mark.parametrize("orientation", range(9))
+def test_a_map_in_tiff_is_read_as_it_is_stored(orientation: int, tmp_path: Path) -> None:
+    """As its image is; and also where the tag says that 0 is white, as ImageJ saves masks."""
+    labels = np.array([[1, 2, 2], [3, 0, 0], [0, 0, 4]], np.uint16)
+    folder = maps(tmp_path, labels)
+    (folder / "labels" / "x_1.png").unlink()
+    for photometric in ("minisblack", "miniswhite"):
+        for values in (labels, labels.astype(np.uint8)):
+            tifffile.imwrite(
+                folder / "labels" / "x_1.tif",
+                values,
+                photometric=photometric,
+                extratags=[(274, "H", 1, orientation, True)],
+            )
+            np.testing.assert_array_equal(only(read_dataset(folder, mpp=0.25)).labels, labels)
+
+
 def test_a_binary_mask_is_no_map_of_one_nucleus(tmp_path: Path) -> None:
     """Of a few pieces it may be one: an annotation that something lies across."""
     mask = np.zeros((9, 9), np.uint16)
