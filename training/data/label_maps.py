@@ -270,6 +270,7 @@ def _read_map(path: Path) -> NDArray[np.int32]:
     try:
         with open_quietly(path) as image:
             inverted = getattr(image, "tag_v2", {}).get(_PHOTOMETRIC) == 0
+            deep = ";16" in str(getattr(image, "tile", ""))  # how Pillow reads it; colours into 8 bits
             values = np.asarray(as_stored(image))
             sizes = [frame.size for frame in ImageSequence.Iterator(image)]
     except Image.DecompressionBombError as error:
@@ -280,6 +281,8 @@ def _read_map(path: Path) -> NDArray[np.int32]:
         ) from error
     if (pages := sizes.count(sizes[0])) > 1:  # smaller ones are reduced copies
         raise AnnotationError(f"{path} has {pages} pages of one size, of which one would be read: need one")
+    if deep and values.ndim == 3:
+        raise AnnotationError(f"{path} has 16 bits a channel, of which 8 would be read: save it with one channel, grey")
     if inverted and values.dtype in (np.uint8, bool):
         values = ~values
     if values.ndim == 3 and (values[..., :3] == values[..., :1]).all():

@@ -182,6 +182,16 @@ def test_a_map_in_tiff_is_read_as_it_is_stored(orientation: int, tmp_path: Path)
             np.testing.assert_array_equal(only(read_dataset(folder, mpp=0.25)).labels, labels)
 
 
+def test_a_map_in_colours_of_16_bits_is_refused(tmp_path: Path) -> None:
+    """Pillow reads the upper 8 bits: numbers below 256 would be background, others would fall together."""
+    labels = np.array([[1, 2, 0], [0, 300, 301]], np.uint16)
+    folder = maps(tmp_path, labels)
+    (folder / "labels" / "x_1.png").unlink()
+    tifffile.imwrite(folder / "labels" / "x_1.tif", np.stack([labels] * 3, 2), photometric="rgb")
+    with pytest.raises(AnnotationError, match=r"x_1\.tif has 16 bits a channel, .*: save it with one channel, grey"):
+        read_dataset(folder, mpp=0.25).images[0].read()
+
+
 def test_a_binary_mask_is_no_map_of_one_nucleus(tmp_path: Path) -> None:
     """Of a few pieces it may be one: an annotation that something lies across."""
     mask = np.zeros((9, 9), np.uint16)
