@@ -127,7 +127,7 @@ def outline(mask: NDArray[np.bool_], frame: Frame, bounds: Box, crop: bool) -> s
     placed = shapely.make_valid(shapely.transform(clipped, lambda xy: np.round(xy - corner, 2)))
     # what touches the edge of the bounds in a line or a point has no area
     areal = [part for part in shapely.get_parts(shapely.get_parts(placed)) if part.geom_type == "Polygon"]
-    return areal[0] if len(areal) == 1 else shapely.multipolygons(areal)
+    return areal[0] if len(areal) == 1 else shapely.multipolygons(np.array(areal, dtype=object))
 
 
 def _feature(

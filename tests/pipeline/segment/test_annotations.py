@@ -41,6 +41,9 @@ def test_what_hangs_over_the_bounds_is_cut_and_coordinates_count_from_their_corn
     whole = outline(np.ones((15, 25), bool), FRAME, bounds, crop=False)
     assert whole.bounds == pytest.approx(bounds)
     assert outline(np.zeros((15, 25), bool), FRAME, bounds, crop=True).is_empty
+    corner = np.zeros((15, 25), bool)
+    corner[-1, -1] = True
+    assert outline(corner, FRAME, Box(100, 250, 876, 706), crop=True).is_empty  # it touches the bounds in a point
 
 
 def test_tissue_and_artefacts_are_annotations(tmp_path: Path) -> None:
