@@ -30,6 +30,7 @@ from training.data.sample import (
     class_names,
     known_classes,
     outlined_image,
+    paint_white,
     read_image,
     read_json_file,
     relative_name,
@@ -53,8 +54,8 @@ def coco(data: Path, metadata: Metadata) -> Catalogue | None:
 
     Images lie beside it, in images/ beside it, or so one folder up. An annotation is a nucleus, in one part or
     several: polygons or run lengths, compressed or not, drawn by pycocotools' own rule. Crowds (iscrowd) stand
-    for no single nucleus: they are skipped and counted, unless all are, as CVAT writes masks. Categories are the
-    classes, in the order of their numbers.
+    for no single nucleus: as in COCO they are ignored, so they are painted white, but for nuclei in them, and
+    counted, unless all are crowds, as CVAT writes masks. Categories are the classes, in the order of their numbers.
     `mpp` and `group` of an image are read if they are there; `write_coco` writes them.
     """
     files = [data] if data.is_file() else sorted(p for q in ("*.json", "annotations/*.json") for p in data.glob(q))
@@ -148,13 +149,11 @@ def _catalogue(content: Mapping[str, Any], source: Path, metadata: Metadata) -> 
     if metadata.classes:
         names = class_names(names, metadata, source)
     masks: dict[Any, list[bytes]] = {id_: [] for id_ in of_id}
+    crowds: dict[Any, list[bytes]] = {id_: [] for id_ in of_id}
     class_index: dict[Any, list[int]] = {id_: [] for id_ in of_id}
     skipped: Counter[str] = Counter()
     only_crowds = all(entry.get("iscrowd") for entry in content["annotations"])
     for entry in content["annotations"]:
-        if entry.get("iscrowd") and not only_crowds:
-            skipped["a crowd (iscrowd), which is no single nucleus"] += 1
-            continue
         where = f"{source}, annotation {entry.get('id')}"
         if entry["image_id"] not in of_id or entry["category_id"] not in categories:
             raise AnnotationError(
@@ -165,13 +164,17 @@ def _catalogue(content: Mapping[str, Any], source: Path, metadata: Metadata) -> 
         if not _counts(mask)[1::2].any():
             skipped["outside the image, or too small to have a pixel"] += 1
             continue
+        if entry.get("iscrowd") and not only_crowds:
+            skipped["a crowd (iscrowd), which is no single nucleus: the area is painted white"] += 1
+            crowds[entry["image_id"]].append(mask)
+            continue
         masks[entry["image_id"]].append(mask)
         class_index[entry["image_id"]].append(names.index(categories[entry["category_id"]]) + 1)
     return Catalogue(
         tuple(
             Entry(
                 listed.path.stem,
-                partial(_read, listed, tuple(masks[id_]), np.array(class_index[id_], np.int64), source),
+                partial(_read, listed, masks[id_], crowds[id_], np.array(class_index[id_], np.int64), source),
                 listed.path,
                 listed.mpp,
                 listed.group,
@@ -204,7 +207,9 @@ def _image_entry(entry: Mapping[str, Any], source: Path) -> _ImageEntry:
     )
 
 
-def _read(listed: _ImageEntry, masks: Sequence[bytes], class_index: Ints, source: Path) -> LabelledImage:
+def _read(
+    listed: _ImageEntry, masks: Sequence[bytes], crowds: Sequence[bytes], class_index: Ints, source: Path
+) -> LabelledImage:
     """Paint the masks in their order: a later one has the pixels that it shares with an earlier one."""
     image = read_image(listed.path)
     if image.shape[:2] != (listed.height, listed.width):
@@ -215,15 +220,25 @@ def _read(listed: _ImageEntry, masks: Sequence[bytes], class_index: Ints, source
     columns = np.zeros(listed.width * listed.height, np.int32)
     claims = np.zeros(len(columns), np.uint8)
     for number, mask in enumerate(masks, 1):
-        counts = _counts(mask)
-        ends = np.cumsum(counts)
-        lengths = counts[1::2]
-        starts = ends[: 2 * len(lengths) : 2]
-        at = starts.repeat(lengths) + count_within(lengths)
+        at = _pixels(mask)
         columns[at] = number
         claims[at] = np.minimum(claims[at], 1) + 1
-    labels = columns.reshape(listed.width, listed.height).T
+    ignored = np.zeros(len(columns), bool)
+    for mask in crowds:
+        ignored[_pixels(mask)] = True
+    shape = listed.width, listed.height
+    labels = columns.reshape(shape).T
+    image = paint_white(image, ignored.reshape(shape).T, labels)
     return outlined_image(image, labels, class_index, int((claims > 1).sum()))
+
+
+def _pixels(mask: bytes) -> Ints:
+    """Where a mask is: the numbers of its pixels, column by column."""
+    counts = _counts(mask)
+    ends = np.cumsum(counts)
+    lengths = counts[1::2]
+    starts = ends[: 2 * len(lengths) : 2]
+    return starts.repeat(lengths) + count_within(lengths)
 
 
 def _compressed(segmentation: Any, height: int, width: int, where: str) -> bytes:

@@ -26,6 +26,7 @@ from training.data.sample import (
     image_size,
     nearby,
     outlined_image,
+    paint_white,
     read_image,
 )
 
@@ -34,7 +35,6 @@ _LARGEST_FIELD_PX = 8192
 _AREA = "an area: Tissue, Artefact, or an annotation around two or more nuclei, or far larger than they are"
 _FEWEST_TO_COMPARE, _LARGEST_TO_MEDIAN = 10, 50  # of nuclei; no nucleus has fifty times the area of the usual one
 _REGIONS = ("region", "training", "validation", "test")
-_WHITE = 255  # of glass
 
 
 class Drawing(NamedTuple):
@@ -94,9 +94,7 @@ def _read_field(
     shape = (box.height, box.width)
     labels, contested = paint(_moved(nuclei.polygons, box), shape)
     colours = read_image(image, box)
-    if len(ignored):
-        colours = colours.copy()
-        colours[(rasterise(_moved(ignored, box), shape) > 0) & (labels == 0)] = _WHITE
+    colours = paint_white(colours, rasterise(_moved(ignored, box), shape) > 0, labels)
     return outlined_image(colours, labels, class_index, contested)
 
 

@@ -33,6 +33,8 @@ _LARGEST_NUMBER = 2**24 - 1
 _USUAL_UM2 = 4.0, 200.0
 _READ_FOR_SIZE = 3
 
+_WHITE = 255  # of glass
+
 # Pixels are taken as stored: read at the scale that the slide is opened with, no slide is resampled.
 _AS_STORED = 1.0
 
@@ -174,6 +176,15 @@ def outlined_image(
     """As `labelled_image`, of a map in which every number up to that of the last class is an outline."""
     read = labelled_image(image, labels, class_index, contested_px)
     return read._replace(lost=len(class_index) - len(read.class_index))
+
+
+def paint_white(image: NDArray[np.uint8], ignored: NDArray[np.bool_], labels: NDArray[np.int32]) -> NDArray[np.uint8]:
+    """The image with areas that are not annotated as white as glass, but for annotated nuclei in them.
+
+    image: (h, w, 3); ignored: (h, w); labels: (h, w)
+    So that neither training nor evaluation counts what is there.
+    """
+    return np.where((ignored & (labels == 0))[..., None], np.uint8(_WHITE), image)
 
 
 def whole_numbers(labels: NDArray[Any]) -> NDArray[np.int32]:

@@ -63,8 +63,8 @@ def given_pixels(read: LabelledImage) -> Dataset:
 def test_masks_are_those_of_pycocotools(
     drawn: list[Any], compressed: bool, crowd: int, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """Polygons and run lengths, the later over the earlier; crowds are left out where others are none; classes in order
-    of their ids.
+    """Polygons and run lengths, the later over the earlier; crowds are white where others are none; classes in order of
+    their ids.
     """
     folder = tmp_path_factory.mktemp("coco")
     nuclei: list[dict[str, Any]] = []
@@ -78,10 +78,12 @@ def test_masks_are_those_of_pycocotools(
     crowd = -1 if len(nuclei) == 1 else crowd  # CVAT calls every mask a crowd
     path = write(folder, nuclei)
     oracle = COCO(path)
-    painted, claims = np.zeros((12, 20), int), np.zeros((12, 20), int)
+    painted, claims, white = np.zeros((12, 20), int), np.zeros((12, 20), int), np.zeros((12, 20), bool)
     for number in range(len(nuclei)):
-        if number != crowd:
-            mask = oracle.annToMask(oracle.anns[number])
+        mask = oracle.annToMask(oracle.anns[number])
+        if number == crowd:
+            white = mask > 0
+        else:
             painted[mask > 0] = number + 1
             claims += mask
     found = read_dataset(folder, mpp=0.25)
@@ -91,7 +93,9 @@ def test_masks_are_those_of_pycocotools(
     assert read.class_index.tolist() == [[1, 2, 3, 2][n - 1] for n in kept]
     assert read.contested_px == (claims > 1).sum()
     assert found.classes == ("a", "b", "c")
-    np.testing.assert_array_equal(read.image, RGB)
+    expected = RGB.copy()
+    expected[white & (painted == 0)] = 255
+    np.testing.assert_array_equal(read.image, expected)
 
 
 @DECODER
