@@ -32,6 +32,15 @@ _SUFFIXES = (_PLAIN + _ZIP, _GZIP, _PLAIN, _ZIP)  # the longer of two that fit c
 TYPES = ("annotation", "detection", "cell")
 "Of the objects that are read."
 
+_TYPES_BY_ID = {
+    "PathAnnotationObject": "annotation",
+    "PathDetectionObject": "detection",
+    "PathCellObject": "cell",
+    "PathTileObject": "tile",
+    "TMACoreObject": "tma_core",
+    "PathRootObject": "root",
+}
+
 
 class Objects(NamedTuple):
     """The objects of an export that have an area on the default plane, in the file's order. Parallel."""
@@ -54,8 +63,9 @@ def read_objects(path: Path, wanted: Collection[str] = TYPES) -> tuple[Objects, 
     for number, feature in enumerate(_features(path), 1):
         try:
             properties = feature.get("properties") or {}
-            # QuPath 0.2 wrote object_type
-            type_ = str(properties.get("objectType", properties.get("object_type", "annotation"))).lower()
+            # QuPath 0.3 wrote object_type, and 0.2 had the type in the id
+            old = properties.get("object_type") or _TYPES_BY_ID.get(feature.get("id"), "annotation")
+            type_ = str(properties.get("objectType", old)).lower()
             geometry = feature.get("nucleusGeometry") if type_ == "cell" else feature["geometry"]
             reason = _reason_to_skip(type_, geometry) if type_ in wanted else f"of type {type_}"
             class_ = _class_of(properties.get("classification"))

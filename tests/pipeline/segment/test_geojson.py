@@ -40,6 +40,24 @@ def test_types_classes_names_and_outlines_are_read(tmp_path: Path) -> None:
     assert not +skipped
 
 
+def test_the_type_in_the_id_is_read(tmp_path: Path) -> None:
+    """As QuPath 0.2 wrote it; a type among the properties comes first, and later ids say nothing."""
+    nucleus = {"nucleusGeometry": json.loads(shapely.to_geojson(SQUARE))}
+    path = save(
+        tmp_path / "x.geojson",
+        feature(HOLED, None) | nucleus | {"id": "PathCellObject"},
+        feature(SQUARE, None) | {"id": "PathDetectionObject"},
+        feature(SQUARE, None) | {"id": "PathAnnotationObject"},
+        feature(SQUARE, "detection") | {"id": "PathCellObject"},
+        feature(SQUARE, None) | {"id": 7},
+        feature(HOLED, None) | {"id": "TMACoreObject"},
+    )
+    objects, skipped = read_objects(path)
+    assert objects.types.tolist() == ["cell", "detection", "annotation", "detection", "annotation"]
+    assert shapely.equals(objects.polygons, SQUARE).all()
+    assert +skipped == {"of type tma_core": 1}
+
+
 def test_an_object_without_a_place_is_counted(tmp_path: Path) -> None:
     """RFC 7946 calls it an unlocated feature."""
     unlocated = {"type": "Feature", "geometry": None, "properties": {"objectType": "annotation"}}
