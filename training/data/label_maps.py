@@ -205,13 +205,18 @@ def pannuke(data: Path, metadata: Metadata) -> Catalogue | None:
 
 def _read_maps(image: Path, labels: Path, classes: Path | None = None) -> LabelledImage:
     labels_ = _read_map(labels)
-    values = np.unique(labels_)
-    if len(values) - (values[0] == 0) == 1 and (pieces := int(_pieces(labels_).max())) >= _PIECES_OF_A_MASK:
+    _check_no_mask(labels_, str(labels))
+    return _named(labels, read_image(image), labels_, None if classes is None else _majority(labels_, classes))
+
+
+def _check_no_mask(labels: NDArray[np.int32], source: str) -> None:
+    """Raise AnnotationError where many pieces have one number, and there is no other."""
+    values = np.unique(labels)
+    if len(values) - (values[0] == 0) == 1 and (pieces := int(_pieces(labels).max())) >= _PIECES_OF_A_MASK:
         raise AnnotationError(
-            f"{labels} is a mask: its {pieces} pieces have one number, {values[-1]}: need another number for each "
+            f"{source} is a mask: its {pieces} pieces have one number, {values[-1]}: need another number for each "
             f"nucleus"
         )
-    return _named(labels, read_image(image), labels_, None if classes is None else _majority(labels_, classes))
 
 
 def _read_mask(image: Path, mask: Path) -> LabelledImage:
@@ -231,6 +236,7 @@ def _pieces(mask: NDArray[np.int32]) -> NDArray[np.int32]:
 
 def _read_matlab(image: Path, path: Path, classes: int) -> LabelledImage:
     labels, class_index = _load(path)
+    _check_no_mask(labels, f"{path}: inst_map")
     pixels = np.bincount(labels.ravel())
     if class_index.size and ((class_index < 1) | (class_index > classes))[pixels[1:] > 0].any():
         raise AnnotationError(f"{path} has a nucleus of class 0 or above {classes}: need 1 to {classes} for each")

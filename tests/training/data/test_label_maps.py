@@ -199,6 +199,12 @@ def test_a_binary_mask_is_no_map_of_one_nucleus(tmp_path: Path) -> None:
     (one,) = read_dataset(maps(tmp_path / "mask", mask), mpp=0.25).images
     with pytest.raises(AnnotationError, match="is a mask: its 25 pieces have one number, 255: need another number"):
         one.read()
+    save(tmp_path / "mat" / "Images" / "x_1.png", RGB)
+    (tmp_path / "mat" / "Labels").mkdir()
+    savemat(tmp_path / "mat" / "Labels" / "x_1.mat", {"inst_map": mask > 0})
+    (one,) = read_dataset(tmp_path / "mat", mpp=0.25).images
+    with pytest.raises(AnnotationError, match=r"x_1\.mat: inst_map is a mask: its 25 pieces have one number, 1: need"):
+        one.read()
     mask[:, 2:] = 0
     (one,) = read_dataset(maps(tmp_path / "pieces", mask), mpp=0.25).images
     assert len(one.read().class_index) == 1
