@@ -21,7 +21,7 @@ from PIL import Image
 from pipeline.archive.run import run
 from pipeline.config import Execution, Settings
 from pipeline.errors import AnnotationError, ConfigError
-from pipeline.files import read_json, refuse_folder
+from pipeline.files import committed, read_json, refuse_folder
 from pipeline.layout import RunFolder
 from pipeline.model.weights import detector_architecture, find_weights
 from pipeline.segment import tables
@@ -132,7 +132,8 @@ def predict(
         for number, image in enumerate(images):
             # the number makes names unique and keeps their order, the rest is for the user
             name = f"{number:06}-{re.sub(r'[^A-Za-z0-9-]+', '_', image.name)[-80:]}.png"
-            Image.fromarray(image.sample.read().image).save(folder / name, compress_level=1)
+            with committed(folder / name, synced=False) as part:
+                Image.fromarray(image.sample.read().image).save(part, compress_level=1)
             writer.writerow([name, repr(image.sample.mpp)])
     results = _run_folder(folder).path
 
@@ -309,7 +310,8 @@ def write_outputs(outputs: Outputs, name: str, labelled: LabelledImage, detected
                 f"{name} holds {detected.max():,} detections, a 16-bit label map {_LARGEST_LABEL:,}: "
                 f"leave out --save-labels, or cut the image"
             )
-        Image.fromarray(detected.astype(np.uint16)).save(_inside(outputs.labels, name))
+        with committed(_inside(outputs.labels, name)) as part:
+            Image.fromarray(detected.astype(np.uint16)).save(part)
     if outputs.pictures is not None:
         draw(labelled.image, labelled.labels, detected, _inside(outputs.pictures, name))
 

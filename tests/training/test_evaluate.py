@@ -1,6 +1,7 @@
 """A dataset down the path of `run`, with an oracle in the detector's place, so that every score is known."""
 
 import dataclasses
+import errno
 import json
 import subprocess
 import sys
@@ -8,6 +9,7 @@ import tempfile
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ from oracle import replace_detector
 from pipeline.archive.inputs.sources import find_slides
 from pipeline.config import Architecture, Detector, Execution, Settings, Stain, Stitching, Tiling, Tissue
 from pipeline.errors import AnnotationError
+from pipeline.files import refusal
 from pipeline.layout import RESULTS
 from pipeline.model.detector import NucleusDetector, save_weights
 from pipeline.model.fitted_stain import Normalisation
@@ -24,6 +27,8 @@ from pipeline.model.instances import STATISTICS, HostInstances, Patches, empty
 from pipeline.model.weights import content_sha256
 from pipeline.segment.record import SlideRecord
 from training import evaluate as evaluating
+from training.data.datasets import read_dataset
+from training.data.label_maps import write_folder
 from training.data.sample import LabelledImage, Sample
 from training.evaluate import (
     COLUMNS,
@@ -312,6 +317,30 @@ def test_more_detections_than_a_label_map_holds_are_refused(tmp_path: Path) -> N
     with pytest.raises(AnnotationError, match="leads out of"):
         write_outputs(Outputs(tmp_path / "in"), "../out", pixels, found % 9)
     write_outputs(Outputs(), "big", pixels, found)
+
+
+def test_a_full_disk_is_named_and_no_file_is_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the file that would have been written, wherever that is: it may be scratch of which nobody knows."""
+    data = draw_dataset(tmp_path / "d", {"a1": 2}, classes=False)
+    (image,) = gather([data]).images
+    folder = tmp_path / "out"
+    folder.mkdir()
+
+    def save(image: Image.Image, path: Path, **options: Any) -> None:
+        path.write_bytes(b"a part")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    labelled = image.sample.read()
+    monkeypatch.setattr(Image.Image, "save", save)
+    for write, named in (
+        (lambda: predict([image], folder, Settings(), ONE, lambda line: None), "000000-a1.png"),
+        (lambda: write_outputs(Outputs(folder), "a1", labelled, labelled.labels), "a1.png"),
+        (lambda: write_folder(read_dataset(data, mpp=0.25), folder / "maps"), "maps/images/a1.png"),
+    ):
+        with pytest.raises(OSError, match="No space") as error:
+            write()
+        assert refusal(error.value).startswith(f"{folder / named}: No space left on device: free some space there")
+        assert not list(folder.rglob("*.png"))
 
 
 def test_a_breakdown_of_every_dataset_and_of_all(tmp_path: Path, settings: Settings) -> None:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageSequence
 
 from pipeline.errors import AnnotationError
-from pipeline.files import remove, write_json
+from pipeline.files import committed, remove, write_json
 from slides.opening import as_stored, open_quietly
 from training.data.mat5 import read_mat
 from training.data.sample import (
@@ -111,7 +111,8 @@ def _write_maps(dataset: Dataset, folder: Path, folders: Sequence[str]) -> Conve
         classes = np.r_[0, read.class_index].astype(np.uint8)[read.labels]
         maps = dict(zip(folders, (read.image, read.labels.astype(np.uint16), classes), strict=False))
         for name, values in maps.items():
-            Image.fromarray(values).save(folder / name / f"{sample.id}.png")
+            with committed(folder / name / f"{sample.id}.png") as part:
+                Image.fromarray(values).save(part)
         nuclei, contested = nuclei + len(read.class_index), contested + read.contested_px
         lost += read.lost
     metadata = {
