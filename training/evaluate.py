@@ -218,6 +218,11 @@ def evaluate(
             f"WARNING: classes are not scored, as the weights know {', '.join(trained)}, the annotations "
             f"{', '.join(images.classes)}: give these the names of those by 'merge' in dataset.json"
         )
+    if strange := [name for name in classes if name not in trained]:
+        say(
+            f"WARNING: nothing is detected as {', '.join(strange)}, as the weights know {', '.join(trained)}: give "
+            f"those the names of these, or none (null), by 'merge' in dataset.json"
+        )
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         started = time.perf_counter()

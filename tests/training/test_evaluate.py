@@ -206,6 +206,10 @@ def test_classes_that_the_weights_do_not_know_are_not_scored(tmp_path: Path, set
     assert found.overall.mean.f1 == 1
     assert "class" not in report(found)
     assert any("are not scored, as the weights know Odd, Even, the annotations Round, Long: " in line for line in said)
+    (data / "dataset.json").write_text(json.dumps({"mpp": 0.25, "classes": ["Odd", "Long"]}))
+    some = evaluate(gather([data]), settings, ONE, say=said.append)
+    assert (some.classes["Odd"].pooled.recall, some.classes["Long"].pooled.recall) == (1, 0)
+    assert any("nothing is detected as Long, as the weights know Odd, Even: give those" in line for line in said)
 
 
 def test_weights_of_one_class_score_none(tmp_path: Path, settings: Settings) -> None:
