@@ -322,17 +322,17 @@ def write_outputs(outputs: Outputs, name: str, labelled: LabelledImage, detected
 
 
 def check_outputs(outputs: Outputs, images: Sequence[EvaluationImage], data: Sequence[Path]) -> None:
-    """Raises ConfigError for one folder of both, or a file that is there, in that of a dataset: it may be its own."""
+    """Raises ConfigError for one folder of both, for one in that of a dataset, whose next reader could take the files
+    for images, and for a file that is an image of a dataset.
+    """
     if outputs.labels and outputs.pictures and outputs.labels.resolve() == outputs.pictures.resolve():
         raise ConfigError(f"label maps and pictures in {outputs.labels} would have the same names: need two folders")
-    of_data = [folder.resolve() for folder in data if folder.is_dir()]
-    own = {image.sample.image.resolve() for image in images if image.sample.image}  # of a file, beside other folders
+    of_data = [path if path.is_dir() else path.parent for path in data]
+    own = {image.sample.image.resolve() for image in images if image.sample.image}  # also beside the folder of a file
     for folder in filter(None, outputs):
-        inside = any(folder.resolve().is_relative_to(of) for of in of_data)
-        for image in images:
-            path = folder / f"{image.name}.png"
-            if path.resolve() in own or (inside and path.exists()):
-                raise ConfigError(f"{path} is there already, in the folder of a dataset: choose another folder")
+        inside = any(folder.resolve().is_relative_to(of.resolve()) for of in of_data)
+        if inside or any((folder / f"{image.name}.png").resolve() in own for image in images):
+            raise ConfigError(f"{folder} is in the folder of a dataset, or holds its images: choose another folder")
 
 
 def check_scores(path: Path) -> None:

@@ -210,16 +210,18 @@ def test_evaluation_takes_the_execution_of_a_configuration_file(
 def test_what_evaluation_writes_takes_no_file_of_the_dataset(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], flag: str
 ) -> None:
+    """Nor a name beside it, by which the dataset would have two images."""
     data = qupath_export(tmp_path / "one", ("detection", "Tumor"))
     before = (data / "x.png").read_bytes()
-    status, _, err = run(capsys, "evaluate", "--data", data, "--mpp", 0.25, flag, data)
-    assert status == 2
-    assert f"{data / 'x.png'} is there already, in the folder of a dataset: choose another folder" in err
+    (tmp_path / "link").mkdir()
+    (tmp_path / "link" / "x.png").symlink_to(data / "x.png")
+    for given in (data, data / "x.geojson"):  # or the annotations alone, with the image beside them
+        for folder in (data, data / "new", tmp_path / "link"):
+            status, _, err = run(capsys, "evaluate", "--data", given, "--mpp", 0.25, flag, folder)
+            assert status == 2
+            assert f"{folder} is in the folder of a dataset, or holds its images: choose another folder" in err
     assert (data / "x.png").read_bytes() == before
-    # the annotations alone, with the image beside them
-    status, _, err = run(capsys, "evaluate", "--data", data / "x.geojson", "--mpp", 0.25, flag, data)
-    assert (status, (data / "x.png").read_bytes()) == (2, before)
-    assert f"{data / 'x.png'} is there already, in the folder of a dataset: choose another folder" in err
+    assert sorted(os.listdir(data)) == ["x.geojson", "x.png"]
 
 
 def test_scores_do_not_take_the_place_of_annotations(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
