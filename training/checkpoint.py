@@ -69,6 +69,15 @@ def save(
     remove(old)
 
 
+def refuse_other_weights(weights: Path) -> None:
+    """Raise ConfigError for weights where a training will write its own, and no checkpoint beside them."""
+    folder = weights.with_name(FOLDER)
+    if weights.exists() and not folder.exists() and not _previous(folder).exists():
+        raise ConfigError(
+            f"{weights} is there already, without its {FOLDER} to continue from: move it away, or choose another --out"
+        )
+
+
 def resume(
     folder: Path,
     model: nn.Module,

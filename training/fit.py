@@ -78,13 +78,13 @@ def fit(
     Writes to `out`: checkpoint/ (all that continuing needs), nuclei.safetensors (the averaged weights with the share
     `keep` of the first ones, after Wortsman et al. 2022, "Robust fine-tuning of zero-shot models", in half precision;
     returned), losses.csv, scores.csv and held_out/ (detections of those weights in held-out images), curves.png.
-    Raises AnnotationError for a dataset without nuclei, ConfigError for a checkpoint of another recipe, WeightsError
-    for weights or a checkpoint that do not fit.
+    Raises AnnotationError for a dataset without nuclei, ConfigError for a checkpoint of another recipe and for weights
+    without one, WeightsError for weights or a checkpoint that do not fit.
     Law: stopped and continued, the weights are those of an uninterrupted training (on one kind of machine), where a
     number of steps is given. Without one it continues for the minutes that are left, and no two are the same.
     """
     out.mkdir(parents=True, exist_ok=True)
-    _check_kept_apart(training.init, out / WEIGHTS_FILE)
+    checkpoint.refuse_other_weights(out / WEIGHTS_FILE)
     process = _this_process(training)
     say = say if process.rank == 0 else _silent
     if training.by_class:
@@ -304,12 +304,6 @@ def _by_name(value: Tensor, before: Sequence[str], after: Sequence[str]) -> Tens
     background, *parts = value.chunk(1 + len(before))
     mean = torch.stack(parts).mean(0)
     return torch.cat([background, *(parts[before.index(name)] if name in before else mean for name in after)])
-
-
-def _check_kept_apart(init: str, written: Path) -> None:
-    """Raise ConfigError where the weights to start from are the file that this training writes."""
-    if Path(init).resolve() == written.resolve():
-        raise ConfigError(f"--init {init} would be replaced by this training: choose another --out")
 
 
 def _licence_of(init: str) -> str:

@@ -58,7 +58,7 @@ def fit_stain(
     the typical one of the training images.
     Writes to `out`: checkpoint/ (parameters, optimiser, step), losses.csv, and stain.safetensors (half precision, with
     the template). Returns the latter's path. Raises AnnotationError where no image shows a stain, StainError and
-    SlideError where the template does not, ConfigError for a checkpoint of another recipe.
+    SlideError where the template does not, ConfigError for a checkpoint of another recipe and for weights without one.
     """
     sets = [dataset.images for dataset in datasets]
     if not all(sets):
@@ -68,6 +68,7 @@ def fit_stain(
     if template is not None:  # now, not after the training: a network that has learnt nothing refuses the same images
         _fit_template(template, _as_saved(ClusterNet(architecture)))
     out.mkdir(parents=True, exist_ok=True)
+    checkpoint.refuse_other_weights(out / WEIGHTS_FILE)
     images = [_stain_images(samples, architecture.mpp, training.crop_px, say) for samples in sets]
     pixels = (checkpoint.digest(image.pixels.tobytes() for image in of_set) for of_set in images)
     learnt = {dataset.name: digest for dataset, digest in zip(datasets, pixels, strict=True)}

@@ -497,13 +497,15 @@ def test_a_share_of_the_first_weights_is_kept(data: Path, tmp_path: Path) -> Non
         fit([images], tmp_path / "keeping", keeping, TINY, say=silent)
 
 
-def test_the_weights_to_start_from_are_not_replaced(data: Path, tmp_path: Path) -> None:
+def test_weights_without_a_checkpoint_are_not_replaced(data: Path, tmp_path: Path) -> None:
+    """They are of a training whose checkpoint was removed, or what this one would start from."""
     first = tmp_path / "nuclei.safetensors"
     save_weights(NucleusDetector(TINY), first, {})
     before = first.read_bytes()
-    settings = dataclasses.replace(QUICK, steps=1, init=str(first))
-    with pytest.raises(ConfigError, match=r"nuclei\.safetensors would be replaced by this training: choose another"):
-        fit([read_dataset(data, [], 0.25)], tmp_path, settings, TINY, say=silent)
+    for init in (str(first), "random"):
+        settings = dataclasses.replace(QUICK, steps=1, init=init)
+        with pytest.raises(ConfigError, match=r"nuclei\.safetensors is there already, without its checkpoint to"):
+            fit([read_dataset(data, [], 0.25)], tmp_path, settings, TINY, say=silent)
     assert first.read_bytes() == before
 
 

@@ -65,6 +65,13 @@ def test_the_loss_falls(tmp_path: Path) -> None:
     assert json.loads(read_notes(weights)["recipe"])["steps"] == 60
 
 
+def test_weights_without_a_checkpoint_are_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / "stain.safetensors").write_bytes(b"of another training")
+    with pytest.raises(ConfigError, match=r"stain\.safetensors is there already, without its checkpoint to continue"):
+        fit_stain([SET], tmp_path, QUICK, TINY, say=silent)
+    assert (tmp_path / "stain.safetensors").read_bytes() == b"of another training"
+
+
 def test_it_continues_exactly(tmp_path: Path) -> None:
     """Law: stopped and continued, the weights and the template are those of an uninterrupted training."""
     whole = fit_stain([SET], tmp_path / "whole", QUICK, TINY, say=silent)
