@@ -9,7 +9,7 @@ import sys
 import typing
 from collections.abc import Sequence
 from difflib import get_close_matches
-from importlib import metadata
+from importlib import import_module, metadata
 from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -90,14 +90,9 @@ app = App(
 app.meta.suppress_keyboard_interrupt = False
 for _flag in ("--help", "--version"):
     app[_flag].group = COMMON
-for _name, _help in {
-    "train": "Train the detector on annotated images, and write its weights.",
-    "evaluate": "Score the detector on annotated images.",
-    "fit-stain": "Fit the network of --stain dcgmm to images.",
-    "convert": "Write a dataset of any form that `train` reads as label maps or COCO JSON.",
-}.items():
-    # named by a string: the module is imported when the command is called
-    app.command(f"training.cli:{_name.replace('-', '_')}", name=_name, help=_help, group=WEIGHTS)
+_training: Any = import_module("training.cli")  # by its name, as imports point down; it loads nothing heavy
+for _command in (_training.train, _training.evaluate, _training.fit_stain, _training.convert):
+    app.command(_command, group=WEIGHTS)
 
 
 _RESUMED = frozenset(["run", "train", "fit-stain"])  # commands

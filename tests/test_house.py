@@ -87,7 +87,7 @@ def test_imports_point_down(name: str) -> None:
     """Law: a module imports its own room and those that stand before it."""
     known = every_module()
     for used in imported_modules(known[name], known):
-        # training's commands are part of the command line, which names them without importing them
+        # training's commands are part of the command line, which imports them by their module's name
         assert room_of(used) <= room_of(name), f"{name} imports {used}"
 
 
