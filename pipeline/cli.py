@@ -264,7 +264,9 @@ def run(
     rows = run_archive(inputs, out, settings, execution, mpp=mpp, force_mpp=force_mpp)
     done = [r for r in rows if r.done]
     nuclei = sum(r.nuclei for r in done)
-    print(f"{len(done)} of {len(rows)} slides done, {counted_nuclei(nuclei)}; ledger: {RunFolder(out).ledger}")
+    print(
+        f"{len(done)} of {counted(len(rows), 'slide')} done, {counted_nuclei(nuclei)}; ledger: {RunFolder(out).ledger}"
+    )
     for status, words in (("failed", "failed"), (DONE_OTHERWISE, "not done again"), ("locked", "left to another run")):
         for row in (r for r in rows if r.status == status):
             print(f"  {words}: {row.slide}: {row.cause}", file=sys.stdout if status == "locked" else sys.stderr)

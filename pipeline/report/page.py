@@ -105,7 +105,7 @@ def _numbers(slides: Sequence[SlideResult]) -> str:
     nuclei = sum(s.number("nuclei") for s in done)
     artefacts = sum(s.number(name) for s in done for name in ARTEFACT_AREAS.values())
     figures = [
-        (f"{len(done):,}", "slides done", ""),
+        (f"{len(done):,}", "slide done" if len(done) == 1 else "slides done", ""),
         (f"{failed:,}", "failed", "bad" if failed else ""),
         (f"{sum(s.state == 'pending' for s in slides):,}", "pending", ""),
         *([(f"{skipped:,}", "skipped", "")] if skipped else []),

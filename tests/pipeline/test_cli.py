@@ -22,6 +22,7 @@ from pipeline.cli import app, main
 from pipeline.config import Execution, Settings, check, read_toml
 from pipeline.errors import ClusterLost, ExportFailed
 from pipeline.layout import RunFolder
+from pipeline.segment.record import SlideRecord
 
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 COMMANDS = (
@@ -267,6 +268,16 @@ def test_wrong_usage_is_named_and_ends_with_2(
     assert message in err
     assert len(err.splitlines()) == 1
     assert [path.name for path in tmp_path.iterdir()] == ["x.svs"], "refused before anything is started"
+
+
+def test_a_run_ends_with_how_many_slides_are_done(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [SlideRecord("a", "done"), SlideRecord("b", "skipped")]
+    monkeypatch.setattr("pipeline.archive.run.run", lambda *_, **__: rows)
+    assert said(capsys, "run", "x", "--out", "o")[:2] == (0, "1 of 2 slides done, 0 nuclei; ledger: o/ledger.csv\n")
+    rows.pop()
+    assert said(capsys, "run", "x", "--out", "o")[:2] == (0, "1 of 1 slide done, 0 nuclei; ledger: o/ledger.csv\n")
 
 
 def test_a_lost_cluster_is_no_wrong_usage(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -50,7 +50,8 @@ async function main() {
   const rows = slides.map(show);
   const done = slides.filter((slide) => slide.status.startsWith("done"));
   const nuclei = done.reduce((sum, slide) => sum + slide.nuclei, 0);
-  summary.textContent = `${done.length} of ${slides.length} slides done · ${number(nuclei, 0)} nuclei`;
+  const all = `${slides.length} ${slides.length === 1 ? "slide" : "slides"}`;
+  summary.textContent = `${done.length} of ${all} done · ${number(nuclei, 0)} nuclei`;
   const words = document.getElementById("words");
   words.addEventListener("input", () => {
     const wanted = words.value.toLowerCase();

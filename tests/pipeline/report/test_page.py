@@ -214,7 +214,7 @@ def test_small_areas_are_not_none(tmp_path):
     """As of slides that were segmented in regions only."""
     finish(tmp_path / "a", found())
     page = read(tmp_path, [row("a", tissue_mm2=0.0421, fold_mm2=0.0042, area_lost_mm2=0.00031)])
-    for words in ("0.042mm² of tissue", "0.0042mm² under artefacts", "0.00031mm² lost"):
+    for words in ("1slide done", "0.042mm² of tissue", "0.0042mm² under artefacts", "0.00031mm² lost"):
         assert words in page.text
 
 
