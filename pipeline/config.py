@@ -355,7 +355,7 @@ class Execution:
     wait: bool = True
     "Wait for slides that another run with the same --out is processing, and take over if it dies; --no-wait: leave them to it."
     keep_work: Annotated[bool, NO_NEGATIVE] = False
-    "Keep the patches and instances of finished slides."
+    "Keep the work folder of finished slides: the plan, and the instances of each block; patches go once they are detected in."
     overwrite: Annotated[bool, NO_NEGATIVE] = False
     "Process slides again that have results, and replace these."
     follow_links: Annotated[bool, NO_NEGATIVE] = False

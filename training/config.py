@@ -63,7 +63,7 @@ class Training:
     normalise: Annotated[float, Parameter(group=AUGMENTATION)] = 0.7
     "Share of crops, 0 to 1, that are first moved towards the stain of another training image, beside `strength`."
     mix: Annotated[float, Parameter(group=AUGMENTATION)] = 1.0
-    "How much of that way may be left, at random: 1, all of it, gives every stain between both; 0: none is left."
+    "How much of the way to that stain may be left out, at random: 1, all of it: every stain in between; 0: nothing."
     macenko: Annotated[float, Parameter(group=AUGMENTATION)] = 0.5
     "Share of those crops, 0 to 1, that Macenko's method moves; Reinhard's the others: they err in different ways."
     rescan: Annotated[float, Parameter(group=AUGMENTATION)] = 0.4
