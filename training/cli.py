@@ -153,7 +153,7 @@ def evaluate(
 ) -> int:
     """Segment a dataset's images as `run` would, and score the result against their annotations.
 
-    Every split and every dataset is scored, and all of them together.
+    All of every image is taken as tissue. Every split and every dataset is scored, and all of them together.
 
     Parameters
     ----------
