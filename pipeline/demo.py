@@ -9,7 +9,7 @@ import shapely
 
 from pipeline import files
 from pipeline.archive.run import run
-from pipeline.config import Execution, Settings
+from pipeline.config import Execution, Settings, require
 from pipeline.errors import RunError
 from pipeline.layout import RunFolder
 from pipeline.model.device import count_gpus, device_kind
@@ -53,9 +53,11 @@ def match(detected: Polygons, true: Polygons) -> Match:
 def run_demo(out: Path, seed: int, settings: Settings) -> int:
     """Draw a slide, run the pipeline on it, and score the result. Returns the exit status.
 
-    Raises RunError where `out` cannot be a folder to write to, ConfigError for a device that is not there.
+    Raises RunError where `out` cannot be a folder to write to, ConfigError for a seed below 0 and for a device that is
+    not there.
     """
     started = time.perf_counter()
+    require(seed >= 0, f"seed={seed}: need 0 or more")
     device_kind(settings.detector.device, count_gpus())
     try:
         out.mkdir(parents=True, exist_ok=True)

@@ -8,7 +8,7 @@ import shapely
 
 from pipeline.config import Settings
 from pipeline.demo import match, run_demo
-from pipeline.errors import RunError
+from pipeline.errors import ConfigError, RunError
 
 
 def test_matching_counts_each_nucleus_once() -> None:
@@ -23,6 +23,12 @@ def test_without_nuclei_there_is_no_division_by_zero() -> None:
     none = np.array([], object)
     assert match(none, none) == (0, 0, 0)
     assert (match(none, none).precision, match(none, none).recall, match(none, none).f1) == (0, 0, 0)
+
+
+def test_a_seed_below_0_is_wrong_usage(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="seed=-1: need 0 or more"):
+        run_demo(tmp_path / "out", -1, Settings())
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("out", ["file", "file/below"])
