@@ -42,6 +42,16 @@ def append(writer: tables.NucleiWriter, shapes: np.ndarray, **columns: Any) -> N
     writer.write(shapes, **{**usual, **columns})
 
 
+def write_not_finite(path: Path) -> Path:
+    """Three nuclei: the eosin of the first and the last, and the score of the second, are not finite."""
+    stains = np.full((3, len(tables.STAINS)), 0.5)
+    stains[:, tables.STAINS.index("eosin")] = np.nan, 0.3, -np.inf
+    scores = np.array([0.5, np.inf, 1e-7])
+    with tables.NucleiWriter(path, PROVENANCE) as writer:
+        append(writer, blobs(3), class_name=["Nucleus"] * 3, score=scores, votes=np.ones(3, dtype=int), stains=stains)
+    return path
+
+
 def blobs(count: int, seed: int = 0) -> np.ndarray:
     rng = np.random.default_rng(seed)
     angle = np.linspace(0, 2 * np.pi, 20, endpoint=False)

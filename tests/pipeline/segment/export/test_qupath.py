@@ -15,7 +15,7 @@ import shapely
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from nuclei_tables import PROVENANCE, append, blobs, write
+from nuclei_tables import PROVENANCE, blobs, write, write_not_finite
 from pipeline.config import Export
 from pipeline.segment import tables
 from pipeline.segment.export import qupath
@@ -293,18 +293,7 @@ def test_a_slide_without_nuclei_exports(tmp_path):
 
 
 def test_numbers_that_are_not_finite_are_left_out(tmp_path):
-    stains = np.full((3, len(tables.STAINS)), 0.5)
-    stains[:, tables.STAINS.index("eosin")] = np.nan, 0.3, -np.inf
-    with tables.NucleiWriter(tmp_path / "nuclei.parquet", PROVENANCE) as writer:
-        append(
-            writer,
-            blobs(3),
-            class_name=["Nucleus"] * 3,
-            score=np.array([0.5, np.inf, 1e-7]),
-            votes=np.ones(3, dtype=int),
-            stains=stains,
-        )
-    qupath.write_qupath(tmp_path / "nuclei.parquet", tmp_path / "n.zip", Export())
+    qupath.write_qupath(write_not_finite(tmp_path / "nuclei.parquet"), tmp_path / "n.zip", Export())
     measured = [f["properties"]["measurements"] for f in check_zip(tmp_path / "n.zip")]
     assert ["Eosin: Mean" in m for m in measured] == [False, True, False]
     assert ["Detection probability" in m for m in measured] == [True, False, True]
