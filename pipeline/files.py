@@ -124,12 +124,10 @@ def _sync_handle(path: Path, flags: int) -> None:
         os.close(handle)
 
 
-def sweep(folder: Path) -> int:
-    """Remove what killed writers left in `folder`, while nobody writes there. Returns how many files and folders."""
-    leftovers = list(folder.glob(f"{PREFIX}*"))
-    for leftover in leftovers:
+def sweep(folder: Path) -> None:
+    """Remove what killed writers left in `folder`, while nobody writes there."""
+    for leftover in list(folder.glob(f"{PREFIX}*")):
         remove(leftover)
-    return len(leftovers)
 
 
 def now_ns(folder: Path) -> int:
