@@ -41,8 +41,8 @@ for choice in ${CHOICES:-$choices}; do
         # shellcheck disable=SC2086 # extra holds several flags
         nightslide train --data "$data" --split train --mpp 0.25 --out "$out/$choice" --steps "$steps" --hold-out 4 \
             --save-every "$steps" $extra "$@"
-        python "$here/choose.py" --data "$data" --split train --mpp 0.25 --tiling.tile "${TILE:-1152}" \
-            --weights "$out/$choice/nuclei.safetensors" >"$table.part"
+        python "$here/choose.py" --data "$data" --split train --mpp 0.25 --weights "$out/$choice/nuclei.safetensors" \
+            >"$table.part"
         mv "$table.part" "$table"
     fi
 done

@@ -24,9 +24,7 @@ for patient in ${PATIENTS:-01 02 03 04 05 06 07}; do
         python "$here/average.py" "$out/$patient/mean.safetensors" "$weights" "$weights" "$MEAN_WITH"
         weights=$out/$patient/mean.safetensors
     fi
-    # a tile whose core holds an image of 512 px
     # shellcheck disable=SC2086 # EVALUATE holds several flags
-    nightslide evaluate --data "$data" --split "bns/patients/$patient" --mpp 0.25 --tiling.tile "${TILE:-640}" \
-        --weights "$weights" --json "$json" ${EVALUATE:-}
+    nightslide evaluate --data "$data" --split "bns/patients/$patient" --mpp 0.25 --weights "$weights" --json "$json" ${EVALUATE:-}
 done
 python "$here/tables.py" "$out" --mean

@@ -3,7 +3,7 @@
 # all images and those of organs seen and not seen in training apart.
 #   workflows/experiments/mosid.sh [--quick] DATA OUT [flags of nightslide evaluate, such as --weights FILE]
 # DATA: the folder of Kumar et al.'s images with its splits.json. OUT: a folder for one weights file; a setting whose
-# JSON it holds is skipped. --quick: one view only. STAINS, VIEWS and TILE (environment) choose others.
+# JSON it holds is skipped. --quick: one view only. STAINS and VIEWS (environment) choose others.
 set -euo pipefail
 case ${1-} in -h | --help) sed -n '2,/^[^#]/s/^# //p' "$0" && exit ;; esac
 here=$(dirname "$0")
@@ -22,9 +22,8 @@ for stain in ${STAINS:-none macenko dcgmm}; do
         if [ -e "$json" ]; then
             continue
         fi
-        # a tile whose core holds an image of 1000 px: the default would read each of them in four
         nightslide evaluate --data "$data" --split test_same_organ --split test_different_organ --mpp 0.25 \
-            --stain "$stain" --views "$view" --tiling.tile "${TILE:-1152}" --json "$json" "$@"
+            --stain "$stain" --views "$view" --json "$json" "$@"
     done
 done
 python "$here/tables.py" "$out"
