@@ -165,7 +165,7 @@ def test_any_size_will_do(network: ClusterNet, height: int, width: int) -> None:
 def test_a_pixel_is_changed_by_its_neighbourhood_only(network: ClusterNet) -> None:
     """Law: what lies farther away than `radius_px` changes nothing, so a tile's core does not show the tiling."""
     radius, side = network.radius_px, 128
-    assert radius <= 32  # the least margin that tiles have by default is 64 px
+    assert radius <= 32  # no margin is smaller than 64 px
     density = noise(0, 1, 1, side, side)
     before, farthest = network(density), 0
     for y, x in ((0, 0), (63, 64), (66, 61), (127, 5)):
