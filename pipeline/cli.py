@@ -198,7 +198,7 @@ def launch(
     Parameters
     ----------
     config
-        TOML file of settings; flags take precedence.
+        TOML file of settings, for run, plan, demo, export, measure and evaluate; flags take precedence.
     debug
         Show the traceback of an unexpected error; the same as NIGHTSLIDE_DEBUG=1.
     """

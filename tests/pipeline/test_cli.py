@@ -97,6 +97,15 @@ def test_the_commands_stand_in_groups_in_the_order_in_which_they_are_needed(caps
         assert f"│ {command} " in out[at[group] : at[group + 1]], command
 
 
+def test_the_help_says_which_commands_take_a_configuration_file(capsys: pytest.CaptureFixture[str]) -> None:
+    """It shows the flag with every command."""
+    _, out, _ = said(capsys, "verify", "--help")
+    line = " ".join(re.sub("[│╮╭]", "", out).split()).partition("--config PATH ")[2]
+    named = re.match(r"TOML file of settings, for ([a-z, ]+);", line)
+    assert named is not None
+    assert set(re.split(", | and ", named[1])) == cli._CONFIGURED
+
+
 def test_no_flag_has_a_negative_that_reads_badly(capsys: pytest.CaptureFixture[str]) -> None:
     out = "".join(said(capsys, command, "--help")[1] for command in OWN_COMMANDS)
     assert set(re.findall(r"--\S*\b(?:no|empty)-[\w-]+", out)) == {
