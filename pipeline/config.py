@@ -179,7 +179,7 @@ class Detector:
     objectness: float = 0.85
     "Region proposals below this objectness are dropped early; lower it for weights of a short training, which are less certain."
     proposals_per_mm2: int = 92_000
-    "Most region proposals per mm2 of a patch: 6,000 in a tile of 1024 px at 0.25 um."
+    "Most region proposals per mm2 of a patch, 6,000 in a tile of 1024 px at 0.25 um: more than three times instances-per-mm2."
     anchors_per_proposal: int = 2
     "Anchors of a pyramid level that enter the proposals' NMS, per proposal: with too few, clear nuclei displace others."
     instances_per_mm2: int = 30_000

@@ -38,8 +38,8 @@ _COLUMNS = {
 
 _LEGEND = (
     '<p class="soft">mm² lost: tissue that could not be read or computed. Saturated tiles hold more nuclei than are '
-    "allowed: raise --detector.instances-per-mm2. Seam ratio: how dense nuclei are near the seams of tiles, compared "
-    "with the tissue around them; 1 where none is cut or there twice.</p>"
+    "allowed. Seam ratio: how dense nuclei are near the seams of tiles, compared with the tissue around them; 1 where "
+    "none is cut or there twice.</p>"
 )
 
 

@@ -255,7 +255,7 @@ def remarks(record: SlideRecord, summary: Mapping[str, Any], notes: tuple[str, .
     if counts.saturated_tiles:
         said.append(
             f"{counted(counts.saturated_tiles, 'tile holds', 'tiles hold')} more nuclei than allowed: "
-            f"raise --detector.instances-per-mm2"
+            f"raise --detector.instances-per-mm2, and --detector.proposals-per-mm2 to more than three times as many"
         )
     if counts.split_tiles:
         said.append(

@@ -59,6 +59,7 @@ def test_a_slide_without_trouble_has_no_remarks() -> None:
         (done(nuclei=0), {}, "no nuclei were found"),
         (done(area_lost_mm2=0.05), summary(), "0.05 mm² of tiles, glass included, have no result"),
         (done(saturated_tiles=3), summary(), "3 tiles hold more nuclei than allowed: raise"),
+        (done(saturated_tiles=3), summary(), "and --detector.proposals-per-mm2 to more than three times as many"),
         (done(saturated_tiles=1), summary(), "1 tile holds more nuclei than allowed"),
         (done(split_tiles=2), summary(), "2 tiles were done in quarters for want of device memory"),
         (done(nuclei=1, touching_nuclei=1), summary(), "1 nucleus reaches the edge of what a tile read"),
