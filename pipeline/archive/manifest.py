@@ -93,7 +93,7 @@ def check_seams(settings: Settings) -> tuple[str, ...]:
         if px % step:
             raise RunError(
                 f"tiling.{name}={px} enlarged by {upscale:g} for {weights.name} is no multiple of {STRIDES[-1]} px: "
-                f"need a multiple of {step}, such as {max(1, round(px / step)) * step}"
+                f"need a multiple of {step}, such as {-(-px // step) * step}"  # not less: a margin may be needed whole
             )
     needed = math.ceil(CONTEXT_PX / upscale)
     if tiling.margin >= needed:

@@ -20,7 +20,8 @@ from pipeline.model.detector import NucleusDetector, save_weights
 @pytest.mark.parametrize(
     ("tile", "margin", "message"),
     [
-        (1056, 128, r"tiling\.tile=1056 enlarged by 1\.5 .* no multiple of 32 px: need a multiple of 64, such as 1024"),
+        (1056, 128, r"tiling\.tile=1056 enlarged by 1\.5 .* no multiple of 32 px: need a multiple of 64, such as 1088"),
+        (1280, 202, r"tiling\.margin=202 enlarged .* need a multiple of 64, such as 256"),
         (1024, 100, r"tiling\.margin=100 enlarged by 1\.5 .* no multiple of 32 px: need a multiple of 64, such as 128"),
     ],
 )
