@@ -41,6 +41,8 @@ _LEAST_DEVIATION = 0.001  # of log10 colours; H&E has, along red-green, 0.002 an
 _LEAST_ANGLE_DEG = 10.0  # between two stains; H&E has 14 and more: less would amplify noise more than stain
 _LEAST_STRENGTH = 0.05  # OD of the 99th percentile; H&E has 0.4 and more
 
+_MORE_TISSUE = "fit it on more tissue (--stain.patches), or give --stain none"
+
 
 class StainSample(NamedTuple):
     """What a stain is fitted on."""
@@ -156,7 +158,7 @@ def _stained(colours: Floats) -> Floats:
     if len(stained) < _FEWEST_CELLS:
         raise StainError(
             f"{len(stained)} of {len(colours)} cells of {_CELL_PX} x {_CELL_PX} pixels are stained (optical "
-            f"density over {TISSUE_OD}): need {_FEWEST_CELLS}; fit on more tissue, or use 'none'"
+            f"density over {TISSUE_OD}): need {_FEWEST_CELLS}; {_MORE_TISSUE}"
         )
     red, green, blue = optical_density(stained).mean(0, dtype=np.float64).tolist()
     mean = (red + green + blue) / 3
@@ -164,7 +166,7 @@ def _stained(colours: Floats) -> Floats:
     if chroma < _LEAST_CHROMA:
         raise StainError(
             f"the tissue's mean colour is grey (HSD chroma {chroma:.3f}): need {_LEAST_CHROMA}; "
-            "is the slide stained with H&E? use 'none'"
+            "is the slide stained with H&E? else give --stain none"
         )
     return stained
 
@@ -180,7 +182,7 @@ def _fit_reinhard(pooled: StainSample) -> Numbers:
     if min(deviation) < _LEAST_DEVIATION:
         raise StainError(
             f"the tissue has nearly one colour (deviations {', '.join(f'{d:.4f}' for d in deviation)} along "
-            f"Ruderman's axes): need {_LEAST_DEVIATION}; fit on more tissue, or use 'none'"
+            f"Ruderman's axes): need {_LEAST_DEVIATION}; {_MORE_TISSUE}"
         )
     return {"mean": tuple(lab.mean(0).tolist()), "deviation": tuple(deviation)}
 
@@ -200,7 +202,7 @@ def _fit_macenko(pooled: StainSample) -> Numbers:
     if math.degrees(high - low) < _LEAST_ANGLE_DEG:
         raise StainError(
             f"the tissue's colours span {math.degrees(high - low):.1f} degrees: need {_LEAST_ANGLE_DEG:.0f} to "
-            "separate two stains; fit on more tissue, or use 'none'"
+            f"separate two stains; {_MORE_TISSUE}"
         )
     ends = np.array([[math.cos(a), math.sin(a)] for a in (low, high)])
     vectors = sorted((ends @ plane.T).tolist(), reverse=True)  # red comes first in a vector
@@ -208,8 +210,7 @@ def _fit_macenko(pooled: StainSample) -> Numbers:
     strength = tuple(_percentile(amount, 0.99) for amount in amounts.T)
     if min(strength) < _LEAST_STRENGTH:
         raise StainError(
-            f"stain densities reach only {strength[0]:.3f} and {strength[1]:.3f}: need {_LEAST_STRENGTH}; "
-            "fit on more tissue, or use 'none'"
+            f"stain densities reach {strength[0]:.3f} and {strength[1]:.3f}: need {_LEAST_STRENGTH}; {_MORE_TISSUE}"
         )
     return {"haematoxylin": tuple(vectors[0]), "eosin": tuple(vectors[1]), "strength": strength}
 
