@@ -28,7 +28,7 @@ from pipeline.model.allocator import keep_freed_memory
 from pipeline.model.detector import NucleusDetector, load_weights, save_weights
 from pipeline.model.device import autocast, choose_device, choose_precision
 from pipeline.model.losses import Targets
-from pipeline.model.weights import content_sha256, find_weights, licence, read_notes
+from pipeline.model.weights import content_sha256, detector_architecture, find_weights, licence, read_notes
 from training import checkpoint
 from training.config import StainTraining, Training
 from training.data.crops import Batch, Crops, collate
@@ -105,7 +105,7 @@ def fit(
     if process.rank == 0:
         crops = [held_out_crop(d.name, image, model.architecture.mpp) for d in held_out for image in d.images]
         results = _Results(out, recipe, _notes(datasets, held_out, training), crops, Log(out, say), kept, training.keep)
-        if first and not results.are_of(first):  # killed after the checkpoint, before the rest
+        if first and not results.are_of(first, model.architecture):  # killed before the rest, or it states others
             results.write(model, average, optimiser, first, spent_s)
     loader, wrapped = _loader(drawn, first, training, process), _wrapped(model, process)
     step, skipped, limit_s = first, 0, 60 * training.minutes
@@ -146,13 +146,16 @@ class _Results(NamedTuple):
     kept: Mapping[str, Tensor]  # the first weights, where they have a share in what is written
     share: float
 
-    def are_of(self, step: int) -> bool:
-        """Whether the weights and the last score on the held-out images are of this step."""
+    def are_of(self, step: int, architecture: Architecture) -> bool:
+        """Whether the weights, what they state, and the last score on the held-out images are of this step."""
+        file = self.out / WEIGHTS_FILE
         try:
-            of_weights = read_notes(self.out / WEIGHTS_FILE).get("step")
+            noted, threshold = read_notes(file), detector_architecture(file).score
         except (WeightsError, OSError):
             return False
-        return of_weights == str(step) and (not self.crops or self.log.last_scored() == step)
+        stated = noted.get("step"), noted.get("licence"), threshold
+        wanted = str(step), self.notes.get("licence"), architecture.score
+        return stated == wanted and (not self.crops or self.log.last_scored() == step)
 
     def write(
         self,

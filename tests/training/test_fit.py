@@ -20,7 +20,7 @@ from pipeline.config import Architecture, Detector, Settings
 from pipeline.errors import AnnotationError, ConfigError, WeightsError
 from pipeline.model.detector import Limits, NucleusDetector, load_weights, save_weights
 from pipeline.model.losses import UNKNOWN
-from pipeline.model.weights import licence, read_notes
+from pipeline.model.weights import detector_architecture, licence, read_notes
 from training import fit as trainer
 from training import monitor
 from training.config import Training
@@ -190,6 +190,16 @@ def test_a_kill_between_checkpoint_and_weights_is_made_good(data: Path, tmp_path
     assert all(torch.equal(value, expected[name]) for name, value in load_weights(again).state_dict().items())
     with (tmp_path / "scores.csv").open() as file:
         assert [row["step"] for row in csv.DictReader(file)] == ["2"]
+
+
+def test_what_weights_state_may_be_changed_when_they_are_trained(data: Path, tmp_path: Path) -> None:
+    """Law: their threshold and terms of use are those of the last command, and the weights stay."""
+    images, settings = read_dataset(data, [], 0.25), dataclasses.replace(QUICK, steps=1, hold_out=1)
+    before = load_weights(fit([images], tmp_path, settings, TINY, say=silent)).state_dict()
+    other = dataclasses.replace(settings, licence="CC0 1.0"), dataclasses.replace(TINY, score=0.35)
+    weights = fit([images], tmp_path, *other, say=silent)
+    assert (licence(weights), detector_architecture(weights).score) == ("CC0 1.0", 0.35)
+    assert all(torch.equal(before[k], v) for k, v in load_weights(weights).state_dict().items())
 
 
 def test_the_minutes_can_be_the_schedule(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
