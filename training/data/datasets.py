@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.errors import AnnotationError
+from pipeline.text import counted
 from slides.scale import NEED_MPP, is_believable
 from training.data.coco import coco
 from training.data.label_maps import folder, matlab, pannuke, tnbc
@@ -143,7 +144,8 @@ def requested_sets(data: Sequence[Path], splits: Sequence[str] = (), mpp: Sequen
     mpp: none (as the datasets say), one for all, or one for each, in order
     """
     if len(mpp) not in (0, 1, len(data)):
-        raise AnnotationError(f"{len(mpp)} values of mpp for {len(data)} datasets: need none, one, or one for each")
+        of = f"{len(mpp)} values of mpp for {counted(len(data), 'dataset')}"
+        raise AnnotationError(f"{of}: need none, one, or one for each")
     scales = list(mpp) if len(mpp) == len(data) else [mpp[0] if mpp else None] * len(data)
     names = [_name(folder) for folder in data]
     if len(set(names)) < len(names):

@@ -26,6 +26,7 @@ from pipeline.archive.slots import Space
 from pipeline.errors import RunError, SlideChanged
 from pipeline.layout import STAGED
 from pipeline.segment.job import Job, Origin
+from pipeline.text import counted
 from slides.errors import SlideNotFound, SlideTooLarge, SlideUnreadable
 from slides.partial import partial_path
 from slides.parts import LocalDirectory, parts
@@ -168,7 +169,7 @@ class Staging:
         size = room.bytes
         if size > self._space.size:
             raise SlideTooLarge(
-                f"the slide has {size / 1e9:.3g} GB in {len(room.parts)} files, --stage-space is "
+                f"the slide has {size / 1e9:.3g} GB in {counted(len(room.parts), 'file')}, --stage-space is "
                 f"{self._space.size / 1e9:.3g} GB: raise it"
             )
         await self._space.take(size)

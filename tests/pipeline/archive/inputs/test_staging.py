@@ -142,7 +142,7 @@ def test_a_slide_that_fails_leaves_no_copy_and_stops_no_other(archive: Path, tmp
     assert rows["0"].status == "done"
     assert rows["broken"].status == rows["large"].status == "failed"
     assert "is not a slide" in rows["broken"].cause
-    assert rows["large"].cause == "the slide has 0.002 GB in 1 files, --stage-space is 0.001 GB: raise it"
+    assert rows["large"].cause == "the slide has 0.002 GB in 1 file, --stage-space is 0.001 GB: raise it"
     assert list(stage.iterdir()) == []
 
 
