@@ -24,7 +24,7 @@ class Certificates(NamedTuple):
     key: Path
 
 
-def write_certificates(folder: Path, days: int = 365) -> Certificates:
+def write_certificates(folder: Path, days: int) -> Certificates:
     """Make an authority and one certificate for the scheduler, the workers and the clients of a cluster.
 
     Dask lets in whoever holds a certificate of the authority, and does not compare host names. The authority's own key

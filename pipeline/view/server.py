@@ -19,7 +19,7 @@ from pipeline.view.results import Results
 HOST = "127.0.0.1"
 
 
-def serve(folder: Path, slides: Path | None = None, port: int = 0) -> None:
+def serve(folder: Path, slides: Path | None, port: int) -> None:
     """Show the results of a run until Ctrl-C; the address is printed.
 
     folder: of a run; slides: where slides are that have moved since; port: 0 for a free one.

@@ -16,7 +16,7 @@ from pipeline.errors import ConfigError
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
-    return write_certificates(tmp_path_factory.mktemp("tls") / "made")
+    return write_certificates(tmp_path_factory.mktemp("tls") / "made", 365)
 
 
 def handshake(server: Certificates, client: Certificates) -> str:
@@ -48,7 +48,7 @@ def handshake(server: Certificates, client: Certificates) -> str:
 
 def test_one_certificate_is_for_both_ends_and_strangers_are_refused(made: Certificates, tmp_path: Path) -> None:
     assert handshake(made, made) == "TLSv1.2"
-    other = write_certificates(tmp_path / "other")
+    other = write_certificates(tmp_path / "other", 365)
     for ends in ((made, other), (other, made)):
         with pytest.raises(ssl.SSLError):
             handshake(*ends)
@@ -64,18 +64,18 @@ def test_only_the_owner_reads_the_key(made: Certificates) -> None:
 def test_what_is_there_is_not_overwritten(made: Certificates) -> None:
     before = made.key.read_bytes()
     with pytest.raises(ConfigError, match=r"ca\.pem.* exist already: choose another --out"):
-        write_certificates(made.key.parent)
+        write_certificates(made.key.parent, 365)
     assert made.key.read_bytes() == before
 
 
 def test_wrong_usage_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match="cannot be written"):
-        write_certificates(tmp_path / "file" / "below")
+        write_certificates(tmp_path / "file" / "below", 365)
     for days in (0, 10**9):
         with pytest.raises(ConfigError, match=f"days={days}: need 1 to 3650"):
             write_certificates(tmp_path / "new", days)
     monkeypatch.setitem(sys.modules, "cryptography", None)
     with pytest.raises(ConfigError, match=r'pip install "nightslide\[tls\]"'):
-        write_certificates(tmp_path / "new")
+        write_certificates(tmp_path / "new", 365)
     assert not (tmp_path / "new").exists()

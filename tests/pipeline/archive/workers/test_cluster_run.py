@@ -308,7 +308,7 @@ def test_a_run_listens_on_this_machine_only(archive: Path, tmp_path: Path) -> No
 def test_a_cluster_with_tls_gives_the_same_bytes_and_lets_nobody_else_in(
     archive: Path, undisturbed: dict[str, dict[str, bytes]], tmp_path: Path
 ) -> None:
-    ours = tls_flags(write_certificates(tmp_path / "ours"))
+    ours = tls_flags(write_certificates(tmp_path / "ours", 365))
     cluster = Cluster(tmp_path, *ours)
     cluster.start()
     try:
@@ -320,7 +320,7 @@ def test_a_cluster_with_tls_gives_the_same_bytes_and_lets_nobody_else_in(
         status, said = finish(nightslide(archive, tmp_path / "out", "--scheduler", address, *ours))
         assert status == 0, said
         assert results(tmp_path / "out") == undisturbed
-        others = tls_flags(write_certificates(tmp_path / "others"))
+        others = tls_flags(write_certificates(tmp_path / "others", 365))
         # Dask tries again and again to connect, within this time
         environment = {"DASK_DISTRIBUTED__COMM__TIMEOUTS__CONNECT": "2s"}
         for flags, message in (
