@@ -506,7 +506,8 @@ class Architecture:
     def __post_init__(self) -> None:
         # timm takes "hf-hub:owner/model" for a model to download, "local-dir:" for a folder to read
         require(
-            re.fullmatch(r"\w+", self.backbone) is not None, f"backbone={self.backbone!r}: need a timm model's name"
+            re.fullmatch(r"\w+", self.backbone) is not None,
+            f"backbone={self.backbone!r}: need a timm model's name, without that of its weights: resnet18, not resnet18.a1_in1k",
         )
         for name, least in {
             "channels": 1,

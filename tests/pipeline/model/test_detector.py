@@ -437,6 +437,7 @@ def test_foreign_files_are_refused(tmp_path: Path) -> None:
     [
         ({"backbone": "hf-hub:timm/resnet18.a1_in1k"}, "need a timm model's name"),
         ({"backbone": "local-dir:/tmp/resnet18"}, "need a timm model's name"),
+        ({"backbone": "resnet18.a1_in1k"}, "without that of its weights: resnet18, not"),
         ({"anchors": ((12, 24), (48,), (96,), (192,))}, "anchors=12,24/48/96/192: need four levels of as many sides"),
         ({"anchors": ()}, "need four levels"),
         ({"mask_size": 27}, "need an even number"),
