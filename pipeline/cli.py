@@ -324,7 +324,7 @@ def plan(
         print(f"WARNING: {unread}")
     bad, others = sum(bool(row.problem) for row in rows), counted(archive.skipped, "other file")
     print(
-        f"{counted(len(rows), 'slide')} ({bad} will fail), {sum(r.tissue_mm2 for r in rows):.1f} mm2 of tissue, "
+        f"{counted(len(rows), 'slide')} ({bad} will fail), {sum(r.tissue_mm2 for r in rows):.2f} mm2 of tissue, "
         f"time {_time(rows)}, disk {sum(r.disk_gb for r in rows):.3f} GB; {others} skipped"
     )
     print(_basis(seconds, seconds_per_mm2 is not None))

@@ -380,7 +380,7 @@ def test_the_time_says_which_device_they_are_for(
 ) -> None:
     _, row, total, basis = planned(capsys, monkeypatch, tmp_path, "--detector.device", "cpu", "--views", "4")
     assert row.split()[4:6] == ["9", "min"]
-    assert "time 9 min, disk 0.042 GB" in total
+    assert "10.00 mm2 of tissue, time 9 min, disk 0.042 GB" in total  # as exact as the table
     assert basis.startswith("time on the CPU, at 13 s per mm2 of tissue and view as measured on two cores; ")
 
 
