@@ -104,16 +104,18 @@ class TileGrid:
         )
 
 
-def trim(tile: Tile, tissue: Box, margin: int, step: int) -> Box:
-    """The part of a tile's patch that shows `tissue`, a part of its core, and `margin` px around it: work px.
+def trim(tile: Tile, tissue: Box, grid: TileGrid, step: int) -> Box:
+    """The part of a tile's patch that shows `tissue`, a part of its core, and the grid's margin around it: work px.
 
+    Nothing beyond the slide is shown but what fills the last step: a detector was trained on crops of images, so it
+    knows nuclei that the edge of its input cuts, and not those that end at a white border.
     Its edges lie at multiples of `step` px from the patch's corner, or are edges of the patch: so a detector's feature
     maps lie on the slide as those of the whole patch do.
-    Law: it holds what lies in the patch and within `margin` of the tissue.
+    Law: it holds what lies in the patch, in the slide and within the margin of the tissue.
     """
     corner = np.array(tile.read.corner)
-    low = np.array(tissue[:2]) - margin - corner
-    high = np.array(tissue[2:]) + margin - corner
+    low = np.maximum(np.array(tissue[:2]) - grid.margin, 0) - corner
+    high = np.minimum(np.array(tissue[2:]) + grid.margin, grid.size) - corner
     low, high = low // step * step + corner, -(-high // step) * step + corner
     return Box(*low.tolist(), *high.tolist()).intersect(tile.read)
 

@@ -67,7 +67,7 @@ class Plan(NamedTuple):
         It is that of the whole slide's tissue also where a run is restricted to regions: a nucleus then looks the same
         to the detector, with regions or without, and has the same outline.
         """
-        return trim(tile, self.whole_tissue.bounds_in(tile.core), self.grid.margin, self.step)
+        return trim(tile, self.whole_tissue.bounds_in(tile.core), self.grid, self.step)
 
     @property
     def blocks(self) -> tuple[int, ...]:
