@@ -136,9 +136,9 @@ def main(tokens: Sequence[str] | None = None) -> None:
         print(f"nightslide: {printable(said)}{_meant(error)}", file=sys.stderr)
         sys.exit(2)
     except UnusedCliTokensError as error:
-        left = error.unused_tokens or []
+        unused = error.unused_tokens or []
         remedy = "a flag takes one value and is given again for each further one; files and folders stand together"
-        said = f"{' '.join(left)}: {counted(len(left), 'argument')} too many; {remedy}"
+        said = f"{' '.join(unused)}: {counted(len(unused), 'argument')} too many; {remedy}"
         print(f"nightslide: {printable(said)}", file=sys.stderr)
         sys.exit(2)
     except (NightslideError, CycloptsError) as error:
