@@ -133,8 +133,8 @@ def test_other_archives_and_hidden_files_are_no_regions(tmp_path: Path) -> None:
 
 def test_what_is_no_file_is_no_region(tmp_path: Path) -> None:
     """To read from a named pipe would wait for ever."""
-    os.mkfifo(tmp_path / "x.svs.geojson")
     made(tmp_path, "a/x.geojson")
+    os.mkfifo(tmp_path / "a/x.svs.geojson")  # the better name of the two
     assert [file.name for file in matched(tmp_path).files.values()] == ["x.geojson"]
 
 
