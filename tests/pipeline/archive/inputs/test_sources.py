@@ -91,6 +91,7 @@ def test_links_out_of_the_input_folder_are_counted_and_followed_only_if_wanted(t
     (archive / "neighbour").symlink_to(tmp_path / "archive2")  # its name begins as the folder's does
     (archive / "notes").symlink_to(tmp_path / "elsewhere" / "notes.txt")
     (archive / "inside").symlink_to(archive / "b")
+    (archive / ".snapshot").symlink_to(tmp_path / "elsewhere")
     (archive / "inside.svs").symlink_to(archive / "v.svs")
     (tmp_path / "alias").symlink_to(archive)
     said = "links lead out of {}: not followed, give --follow-links"
@@ -102,6 +103,8 @@ def test_links_out_of_the_input_folder_are_counted_and_followed_only_if_wanted(t
     both = find_slides([archive, tmp_path / "elsewhere"])
     assert names(both) == ["b/x", "v", "y", "z"], "each by its own folder"
     assert names(find_slides([archive / "out.svs"])) == ["out"], "it is named"
+    twice = [archive / "out.svs", tmp_path / "elsewhere" / "y.svs"]
+    assert names(find_slides(twice)) == names(find_slides(twice[::-1])) == ["out"], "once, by one name"
 
 
 def test_an_entry_that_cannot_be_looked_at_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -288,11 +291,11 @@ def test_manifests_as_spreadsheets_write_them(tmp_path: Path, text: str, encodin
     assert find_slides([path]).sources == (Source(tmp_path / "a b.svs", "a b", GivenScale(0.5, "manifest")),)
 
 
-def test_a_manifest_may_name_what_is_no_text(tmp_path: Path) -> None:
-    name = os.fsdecode(b"caf\xe9.svs")
+@pytest.mark.parametrize(("name", "shown"), [(os.fsdecode(b"caf\xe9.svs"), "caf_xe9"), (" a.svs", " a")])
+def test_a_manifest_may_name_what_is_no_text_or_begins_with_a_space(tmp_path: Path, name: str, shown: str) -> None:
     tree(tmp_path, name)
     assert find_slides([manifest(tmp_path, f"path\n{name}\n")]).sources == (
-        Source(tmp_path / name, "caf_xe9", GivenScale()),
+        Source(tmp_path / name, shown, GivenScale()),
     )
 
 
