@@ -23,6 +23,7 @@ from pipeline.model.detector import NucleusDetector, save_weights
         (1056, 128, r"tiling\.tile=1056 enlarged by 1\.5 .* no multiple of 32 px: need a multiple of 64, such as 1088"),
         (1280, 202, r"tiling\.margin=202 enlarged .* need a multiple of 64, such as 256"),
         (1024, 100, r"tiling\.margin=100 enlarged by 1\.5 .* no multiple of 32 px: need a multiple of 64, such as 128"),
+        (1024, 10, r"tiling\.margin=10 enlarged by 1\.5 .*, such as 64$"),
     ],
 )
 def test_tiles_that_lie_otherwise_on_the_feature_maps_are_refused(
@@ -77,6 +78,21 @@ def test_the_weights_set_the_working_scale_and_the_score(tmp_path: Path) -> None
         resolve(Settings(tiling=Tiling(mpp=0.25), detector=detector))
     assert speed(Settings(detector=Detector(device="cpu"))) == CPU_SECONDS_PER_MM2
     assert speed(Settings(detector=detector)) == CPU_SECONDS_PER_MM2 / 4
+
+
+def test_a_folder_of_the_settings_is_the_same_to_every_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert resolve(Settings(export=Export(dicom_reference="dcm"))).export.dicom_reference == str(tmp_path / "dcm")
+    assert resolve(Settings()).export.dicom_reference == ""
+
+
+def test_a_worker_that_has_another_disk_or_other_versions_is_refused(tmp_path: Path) -> None:
+    """The folder is there, but not that of the run; and other versions give other results."""
+    with pytest.raises(RunError, match=r"does not see .*run\.json: workers need the same file system"):
+        check_worker(versions(), tmp_path / "run.json", None)
+    (tmp_path / "run.json").touch()
+    with pytest.raises(RunError, match=r"^has torch .*, not 1\.0: need the same everywhere"):
+        check_worker({**versions(), "torch": "1.0"}, tmp_path / "run.json", None)
 
 
 def test_a_worker_that_cannot_write_to_the_results_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
