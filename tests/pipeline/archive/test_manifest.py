@@ -131,3 +131,16 @@ def test_of_other_settings_only_those_are_named_that_matter(tmp_path: Path) -> N
     open_run(run, resolve(Settings(export=csv)), overwrite=False)
     with pytest.raises(RunError, match=r"\): tiling\.tile was 1280, is 512\. Choose another --out"):
         open_run(run, resolve(Settings(export=csv, tiling=Tiling(tile=512))), overwrite=False)
+
+
+def test_of_two_runs_that_start_at_once_the_settings_of_one_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = RunFolder(tmp_path)
+    first, second = resolve(Settings()), resolve(Settings(tiling=Tiling(tile=512)))
+    open_run(run, first, overwrite=False)
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "slide.json").write_text("{}")
+    monkeypatch.setattr(Path, "exists", lambda _: False)  # neither has seen the run.json of the other
+    with pytest.raises(RunError, match="holds results of other settings"):
+        open_run(run, second, overwrite=False)
