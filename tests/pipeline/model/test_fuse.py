@@ -101,6 +101,8 @@ def test_copies_of_a_view_agree() -> None:
     assert classes.tolist() == [0, 1]
     torch.testing.assert_close(certain, tensors(view)[3])
     assert votes.tolist() == [4, 4]
+    (kept,) = fuse([seen([view] * 4)], EVERY._replace(score=0.5), 2)
+    assert kept.scores.tolist() == [0.75, 0.5], "at least the score"
 
 
 def test_known_answer() -> None:
