@@ -139,6 +139,16 @@ def test_macenko_scales_each_stain_to_the_strength_of_the_target() -> None:
     torch.testing.assert_close(Normaliser(Normalisation(source, target))(before), after, atol=1e-4, rtol=0)
 
 
+def test_glass_is_kept_tissue_is_moved_and_between_them_half_is() -> None:
+    """Optical densities, on the mean of the colours, of 0.03, 0.15 and 0.09; a slide with twice the template's."""
+    target = TEMPLATE["macenko"]
+    source = FittedStain("macenko", {**target.numbers, "strength": tuple(2 * s for s in target.numbers["strength"])})
+    eosin = torch.tensor(target.numbers["eosin"])
+    before = (-eosin / eosin.mean() * torch.tensor([[0.03], [0.15], [0.09]])).exp().T.reshape(1, 3, 1, 3)
+    left = Normaliser(Normalisation(source, target))(before).log() / before.log()
+    torch.testing.assert_close(left, torch.tensor([1, 0.5, 0.75]).expand_as(left), atol=1e-3, rtol=0)
+
+
 def test_macenko_fits_the_stains_that_were_painted() -> None:
     numbers = fitted(painted(4, PURPLE, PINK, glass=0.1), "macenko").numbers
     for name, vector in (("haematoxylin", PURPLE), ("eosin", PINK)):
