@@ -24,7 +24,7 @@ from pipeline.errors import StainError
 from pipeline.model import dcgmm
 from pipeline.model.dcgmm import ClusterNet, Mixture
 from pipeline.model.deterministic import mix_channels, softmax
-from pipeline.model.fitted_stain import Normalisation, Numbers, check_method
+from pipeline.model.fitted_stain import Normalisation, Numbers
 from pipeline.model.stain_fit import DARKEST, LOG_LMS_TO_LAB, RGB_TO_LMS, TISSUE_OD, check_network
 
 _GLASS_OD = 0.03  # of D
@@ -60,7 +60,6 @@ class Normaliser(nn.Module):
         method = source.method
         if method != target.method:
             raise StainError(f"source is {method}, target {target.method}: need stains of one method")
-        check_method(method)
         check_network(method, network)
         self.transfer: nn.Module | None = None
         if method == "reinhard":
