@@ -143,7 +143,7 @@ def white_point(cells: Floats) -> tuple[float, ...]:
     brightest = [_percentile(channel, _BRIGHTEST) for channel in cells.T]
     level = max(brightest)
     white = brightest if min(brightest) >= (1 - _LARGEST_TINT) * level else [level] * 3
-    return tuple(min(1.0, max(_LEAST_WHITE, v)) for v in white)
+    return tuple(max(_LEAST_WHITE, v) for v in white)
 
 
 def _percentile(values: Floats, share: float) -> float:
