@@ -16,7 +16,7 @@ from pipeline.errors import StainError, WeightsError
 from pipeline.model import dcgmm, load
 from pipeline.model.fitted_stain import METHODS, TEMPLATE, FittedStain, Normalisation, read_template
 from pipeline.model.stain import Normaliser, he_density
-from pipeline.model.stain_fit import fit, white_point
+from pipeline.model.stain_fit import fit, sample, white_point
 from pipeline.model.weights import find_weights
 from pretend_cuda import PretendedCuda
 
@@ -114,6 +114,15 @@ def test_what_cannot_be_read_is_not_fitted(method: str, seed: int) -> None:
 
 
 @pytest.mark.parametrize("method", MOVING)
+def test_how_much_glass_there_is_does_not_matter(method: str) -> None:
+    """Law: the stain is that of the tissue alone."""
+    pixels = painted(16, PURPLE, PINK, glass=0.3)
+    less = np.ones(pixels.shape[:3], bool)
+    less[:, 8:48] = False
+    assert fit(pixels, less, method, NETWORKS.get(method)) == fitted(pixels, method)
+
+
+@pytest.mark.parametrize("method", MOVING)
 def test_a_normalised_image_has_the_targets_stain(method: str) -> None:
     """What was painted in one pair of stains is fitted, after the transfer, as the other pair."""
     source_pixels, target_pixels = painted(2, BLUE, ORANGE, glass=0.1), painted(3, PURPLE, PINK, glass=0.1)
@@ -156,9 +165,21 @@ def test_macenko_fits_the_stains_that_were_painted() -> None:
         assert np.degrees(np.arccos(min(1.0, cosine))) < 5, name
 
 
+def test_macenko_separates_stains_that_are_14_degrees_apart_and_not_9() -> None:
+    """On either side of what they have in common it is half of that. 14 degrees are the least that H&E has."""
+    purple, pink = (np.array(stain) / np.linalg.norm(stain) for stain in (PURPLE, PINK))
+    numbers = fitted(painted(4, PURPLE, tuple(purple + 0.6 * pink), glass=0.1), "macenko").numbers
+    apart = np.degrees(np.arccos(np.dot(numbers["haematoxylin"], numbers["eosin"])))
+    assert apart == pytest.approx(14, abs=1.5)
+    with pytest.raises(StainError, match="need 10 to separate two stains"):
+        fitted(painted(4, PURPLE, tuple(purple + 0.3 * pink), glass=0.1), "macenko")
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_a_stain_survives_json(method: str) -> None:
-    stain = fitted(painted(5, PURPLE, PINK), method)
+    pixels = painted(5, PURPLE, PINK)
+    pixels[:, :8, :8] = 0  # black is not infinitely dense
+    stain = fitted(pixels, method)
     assert FittedStain.from_json(json.loads(json.dumps(stain.to_json()))) == stain
 
 
@@ -168,6 +189,21 @@ def test_pixels_that_show_no_stain_are_refused(method: str, colour: tuple[int, i
     pixels = np.broadcast_to(np.array(colour, np.uint8), (1, 160, 160, 3)).copy()
     with pytest.raises(StainError, match=r"need .* --stain none"):
         fitted(pixels, method)
+
+
+@pytest.mark.parametrize(
+    ("cx", "cy", "grey"), [(0.08, 0, True), (0, 0.08, True), (0.12, 0, False), (-0.12, 0, False), (0, -0.12, False)]
+)
+def test_tissue_that_is_grey_on_the_whole_is_refused(cx: float, cy: float, grey: bool) -> None:
+    """Of a mean colour with these coordinates in the HSD colour space."""
+    density = 0.7 * np.array([cx + 1, (2 - cx + 3**0.5 * cy) / 2, (2 - cx - 3**0.5 * cy) / 2])
+    pixels = np.full((1, 160, 160, 3), 255, np.uint8)
+    pixels[:, 16:] = (255 * np.exp(-density)).round()
+    if grey:
+        with pytest.raises(StainError, match="the tissue's mean colour is grey"):
+            sample(pixels, np.ones((1, 160, 160), bool))
+    else:
+        assert len(sample(pixels, np.ones((1, 160, 160), bool)).cells) == 40 * 36
 
 
 @pytest.mark.parametrize("method", METHODS)
