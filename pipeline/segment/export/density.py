@@ -79,7 +79,7 @@ def _squares(provenance: Provenance, options: Export) -> _Squares:
     area = shown(provenance, options.crop)
     side = options.density_um / provenance.um_per_px[0], options.density_um / provenance.um_per_px[1]
     # an extent that is a whole number of squares, but for rounding, has no column of almost no width after them
-    columns, rows = (max(1, math.ceil(extent / step - _ROUNDING)) for extent, step in zip(area.size, side, strict=True))
+    columns, rows = (math.ceil(extent / step - _ROUNDING) for extent, step in zip(area.size, side, strict=True))
     edges_x, edges_y = (
         np.append(np.arange(count) * step, extent)
         for count, step, extent in zip((columns, rows), side, area.size, strict=True)

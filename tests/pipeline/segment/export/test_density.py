@@ -96,10 +96,10 @@ def test_squares_counted_by_hand(tmp_path: Path) -> None:
 
 def test_uncropped_squares_start_at_the_corner_of_the_whole_slide(tmp_path: Path) -> None:
     nuclei = table(tmp_path / "n.parquet", [(5, 5)], [1], ["A"])
-    write_density(nuclei, tmp_path / "density", Export(density_um=100.0, crop=False))
-    assert picture(tmp_path / "density")[0].shape == (4, 1, 2)
+    write_density(nuclei, tmp_path / "density", Export(density_um=66.667, crop=False))
+    assert picture(tmp_path / "density")[0].shape == (4, 2, 3)
     (tile,) = tiles(tmp_path / "density")
-    assert shapely.from_geojson(json.dumps(tile["geometry"])).bounds == (0, 0, 100, 100)
+    assert shapely.from_geojson(json.dumps(tile["geometry"])).bounds == (0, 0, 66.67, 66.67)
 
 
 @pytest.mark.parametrize(("um_per_px", "width"), [(0.23, 10_000), (0.26, 5000), (0.114, 50_000), (0.25, 1004)])
