@@ -109,7 +109,7 @@ def _sides(patch: NDArray[np.uint8]) -> Sides:
 def _batch_size(settings: Settings) -> int:
     on_gpu = load.detector(settings.detector).device.type == "cuda"
     wanted = settings.detector.batch or (settings.tiling.block**2 if on_gpu else 1)
-    return min(wanted, _batch_that_fits.get(settings, wanted))
+    return _batch_that_fits.get(settings, wanted)
 
 
 _batch_that_fits: dict[Settings, int] = {}  # patches per inference, where more of them were too many for this process
