@@ -119,7 +119,7 @@ def test_what_float32_cannot_hold_is_counted(tmp_path: Path) -> None:
     with tables.NucleiWriter(nuclei, provenance) as writer:
         append(
             writer,
-            np.array([shapely.Polygon(square), shapely.Polygon(speck), shapely.Polygon(square + 20)]),
+            np.array([shapely.Polygon(square), shapely.Polygon(speck), shapely.Polygon(square[:3] + 20)]),
             class_name=["Nucleus"] * 3,
             score=np.array([np.nan, 0.5, 0.25]),
             votes=np.ones(3, int),
@@ -127,7 +127,7 @@ def test_what_float32_cannot_hold_is_counted(tmp_path: Path) -> None:
         )
     assert write_dicom(nuclei, tmp_path / "ann", Export(dicom_reference=str(image))) == Exported(2, dropped=1)
     (group,) = annotations(tmp_path / "ann")[0].get_annotation_groups()
-    assert [len(ring) for ring in group.get_graphic_data("2D")] == [4, 4]
+    assert [len(ring) for ring in group.get_graphic_data("2D")] == [4, 3]
     names, values, _ = group.get_measurements()
     np.testing.assert_array_equal(values[:, [n.meaning for n in names].index("Detection probability")], [np.nan, 0.25])
     assert "Eosin OD mean" not in [n.meaning for n in names]  # none of them is a number

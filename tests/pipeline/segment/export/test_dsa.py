@@ -53,11 +53,11 @@ def test_a_file_holds_so_many_and_no_more(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_what_cannot_be_written_is_left_out(tmp_path: Path) -> None:
     """A number that is not finite; a nucleus that is a point at a hundredth of a pixel, which is counted."""
-    speck = shapely.Polygon([(500, 500), (500.001, 500), (500, 500.001)])
+    triangle, speck = (shapely.Polygon([(500, 500), (500 + a, 500), (500, 500 + a)]) for a in (9, 0.001))
     with tables.NucleiWriter(tmp_path / "nuclei.parquet", PROVENANCE) as writer:
         append(
             writer,
-            np.array([*blobs(1), speck]),
+            np.array([triangle, speck]),
             class_name=["Nucleus"] * 2,
             score=np.array([np.inf, 0.5]),
             votes=np.ones(2, int),
@@ -65,6 +65,7 @@ def test_what_cannot_be_written_is_left_out(tmp_path: Path) -> None:
         )
     assert write_dsa(tmp_path / "nuclei.parquet", tmp_path / "dsa", Export()) == Exported(1, dropped=1)
     (element,) = annotations(tmp_path / "dsa")[0]["elements"]
+    assert len(element["points"]) == 3
     assert "score" not in element["user"]
     assert "eosin" not in element["user"]
     assert element["user"]["haematoxylin"] == 0.5
