@@ -70,6 +70,13 @@ def test_two_discs_meet_halfway() -> None:
     assert alone.area == pytest.approx(np.pi * 64, rel=0.02)
 
 
+def test_two_discs_that_overlap_divide_at_the_middle_of_their_centres() -> None:
+    below, above = everything(np.array([shapely.Point(0, 0).buffer(3), shapely.Point(0, 4).buffer(3)]), 5.0)
+    at = shapely.points([(7, 1.9), (7, 2.1)])
+    assert shapely.covers(below, at).tolist() == [True, False]
+    assert shapely.covers(above, at).tolist() == [False, True]
+
+
 @pytest.mark.parametrize(("group", "um_per_px"), [(4, (0.25, 0.25)), (16, (0.25, 0.5)), (1000, (0.5, 0.25))])
 def test_cells_do_not_depend_on_row_groups_and_parts(tmp_path, monkeypatch, group, um_per_px):
     """And grow by micrometres, where a pixel is no square too."""
