@@ -14,6 +14,7 @@ from hypothesis.extra.numpy import arrays
 from scipy.spatial import cKDTree
 
 from pipeline.segment.polygons import from_masks, rasterise
+from training import measures
 from training.measures import (
     COUNTS,
     MEASURES,
@@ -356,6 +357,14 @@ def outlines(labels: np.ndarray) -> np.ndarray:
     return from_masks(masks, np.tile([0.0, 0.0, side, side], (len(ids), 1)), level=0.5)
 
 
+def test_of_equal_ious_the_detection_that_shares_more_is_taken() -> None:
+    detected = np.zeros((20, 20), np.int32)
+    detected[0, :4], detected[2:8, :4] = 1, 2
+    pairs = overlap(squares((0, 0, 1)), detected)
+    assert pairs.iou.tolist() == [0.25, 0.25]
+    assert aji_sums(pairs) == aji_plus_sums(pairs) == (8, 16 + 4 + 24 - 8)
+
+
 @given(maps, maps)
 def test_apart_is_the_painted_map_where_nothing_overlaps(truth: np.ndarray, detected: np.ndarray) -> None:
     shapes = outlines(detected)
@@ -367,12 +376,18 @@ def test_apart_is_the_painted_map_where_nothing_overlaps(truth: np.ndarray, dete
 boxes = st.lists(st.tuples(st.integers(-3, 18), st.integers(-3, 18), st.sampled_from([0.9, 0.5, 0.5, 0.3])), max_size=6)
 
 
-@given(boxes)
-def test_detections_that_lie_over_each_other_keep_their_pixels(corners: list[tuple[int, int, float]]) -> None:
-    detections = squares_found(*corners)
+@given(boxes, st.sampled_from([measures._MOSAIC_PX, 30]), st.sampled_from([0, 0.4, 0.6]))
+@example([(3, 3, 0.9), (3, 7, 0.5), (12, 12, 0.3)], 30, 0.6)
+def test_detections_that_lie_over_each_other_keep_their_pixels(
+    corners: list[tuple[int, int, float]], at_once_px: int, shift: float
+) -> None:
+    """However few are drawn at once, and wherever they lie between the pixels."""
+    polygons = shapely.transform(squares_found(*corners).polygons, lambda xy: xy + shift)
     truth = squares((3, 3, 1), (3, 7, 2), (12, 12, 5))
-    pairs = overlap_apart(truth, detections.polygons)
-    masks = [rasterise(np.array([p], object), truth.shape) > 0 for p in detections.polygons]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(measures, "_MOSAIC_PX", at_once_px)
+        pairs = overlap_apart(truth, polygons)
+    masks = [rasterise(np.array([p], object), truth.shape) > 0 for p in polygons]
     assert pairs.detected_px.tolist() == [int(m.sum()) for m in masks]
     shared = {(int(pairs.truth_ids[t]), int(f)): int(n) for t, f, n in zip(*pairs[4:], strict=True)}
     expected = {(i, f): int((m & (truth == i)).sum()) for f, m in enumerate(masks) for i in (1, 2, 5)}
