@@ -245,18 +245,14 @@ def rank(pairs: Overlap, scores: Floats) -> Ranking:
     """
     right = np.zeros((len(scores), len(COCO_IOUS)), bool)
     free = np.ones((len(pairs.truth_px), len(COCO_IOUS)), bool)
-    near = np.flatnonzero(pairs.iou >= COCO_IOUS[0])
-    near = near[np.lexsort((pairs.truth[near], pairs.iou[near], pairs.detected[near], -scores[pairs.detected[near]]))]
-    # backwards within a detection: highest IoU first
-    ends = np.flatnonzero(np.diff(pairs.detected[near], append=-1))
-    starts = np.concatenate([[0], ends[:-1] + 1]) if len(ends) else ends
-    iou, least = pairs.iou, np.minimum(COCO_IOUS, 1 - 1e-10)
-    for start, end in zip(starts, ends, strict=True):
-        for pair in near[start : end + 1][::-1]:
-            nucleus, detection = pairs.truth[pair], pairs.detected[pair]
-            taken = free[nucleus] & ~right[detection] & (iou[pair] >= least)
-            right[detection] |= taken
-            free[nucleus] &= ~taken
+    iou = pairs.iou
+    near = np.flatnonzero(iou >= COCO_IOUS[0])
+    near = near[np.lexsort((-pairs.truth[near], -iou[near], pairs.detected[near], -scores[pairs.detected[near]]))]
+    for pair in near:
+        nucleus, detection = pairs.truth[pair], pairs.detected[pair]
+        taken = free[nucleus] & ~right[detection] & (iou[pair] >= COCO_IOUS)
+        right[detection] |= taken
+        free[nucleus] &= ~taken
     return Ranking(scores, right, len(pairs.truth_px))
 
 

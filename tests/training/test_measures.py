@@ -394,6 +394,14 @@ def test_detections_that_lie_over_each_other_keep_their_pixels(
     assert shared == {key: n for key, n in expected.items() if n}
 
 
+def test_a_detection_takes_one_of_two_nuclei_that_it_overlaps_by_half() -> None:
+    """As pycocotools has it: an IoU of exactly .5 is enough, the last of equal nuclei is taken, the other stays free."""
+    truth = squares((0, 0, 1), (0, 4, 2))
+    shapes = np.array([shapely.box(0, 0, 8, 4), shapely.box(0, 0, 4, 4)], object)
+    ranking = rank(overlap_apart(truth, shapes), np.array([0.9, 0.5]))
+    assert ranking.right.tolist() == [[True] + [False] * 9, [True] * 10]
+
+
 def coco_precisions(images: list[tuple[np.ndarray, Detections]]) -> np.ndarray:
     """AP at every IoU by pycocotools itself, without its limit of 100 detections."""
     from pycocotools import mask as rle
