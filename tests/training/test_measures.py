@@ -208,14 +208,18 @@ def test_classes_by_hand() -> None:
 
 
 def test_a_nucleus_of_no_known_class_counts_for_none() -> None:
-    """What is detected of it is neither right nor wrong within a class, in any ranking."""
-    truth = squares((1, 1, 1), (8, 8, 2), (15, 15, 3))
-    detections = squares_found((1, 1, 0.7), (8, 8, 0.9), (15, 15, 0.8), class_index=(1, 1, 2))
-    whole, (first, second) = compare_detections(truth, np.array([1, 0, 2]), detections, 1.0, classes=2)
-    assert measure(tally(whole)).pq == 1
+    """What is detected of it is neither right nor wrong within a class, in any ranking; what touches it may be."""
+    truth = squares((1, 1, 1), (8, 8, 2), (15, 15, 3), (15, 1, 4))
+    detections = squares_found(
+        (1, 1, 0.7), (8, 8, 0.9), (15, 15, 0.8), (15, 4, 0.6), (15, 1, 0.5), class_index=(1, 1, 2, 3, 0)
+    )
+    whole, (first, second, third) = compare_detections(truth, np.array([1, 0, 2, 0]), detections, 1.0, classes=3)
+    scores = measure(tally(whole))
+    assert (scores.recall, scores.class_accuracy) == (1, 1)
     for one in (measure(tally(first)), measure(tally(second))):
         assert (one.precision, one.recall, one.pq) == (1, 1, 1)
         assert one.ap50 == pytest.approx(1)
+    assert measure(tally(third)).detected == len(third.ranking.scores) == 1
 
 
 def test_numbers_need_not_follow_each_other_and_a_number_may_have_several_parts() -> None:
@@ -395,7 +399,7 @@ def test_detections_that_lie_over_each_other_keep_their_pixels(
 
 
 def test_a_detection_takes_one_of_two_nuclei_that_it_overlaps_by_half() -> None:
-    """As pycocotools has it: an IoU of exactly .5 is enough, the last of equal nuclei is taken, the other stays free."""
+    """As pycocotools has it: an IoU of .5 is enough, the last of equal nuclei is taken, the other one stays free."""
     truth = squares((0, 0, 1), (0, 4, 2))
     shapes = np.array([shapely.box(0, 0, 8, 4), shapely.box(0, 0, 4, 4)], object)
     ranking = rank(overlap_apart(truth, shapes), np.array([0.9, 0.5]))
