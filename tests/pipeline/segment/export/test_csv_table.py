@@ -27,8 +27,9 @@ def test_the_csv_reads_back_equal(tmp_path, crop):
         assert [row[name] for row in back] == rows[name].to_pylist()
     for name in ("score", "votes", "area_um2", "eosin"):
         np.testing.assert_array_equal(np.array([row[name] for row in back], np.float32), rows[name])
-    x = np.array([float(row["centroid_x"]) for row in back])
-    np.testing.assert_allclose(x + 100 * crop, rows["centroid_x"])
+    for name, corner in (("centroid_x", 100), ("centroid_y", 250)):
+        written = np.array([float(row[name]) for row in back])
+        np.testing.assert_allclose(written + corner * crop, rows[name])
 
 
 def test_a_slide_without_nuclei_has_a_header(tmp_path):
