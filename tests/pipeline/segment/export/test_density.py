@@ -1,5 +1,6 @@
 """density/: counted by hand, summed to the whole, and read by tifffile and as GeoJSON."""
 
+import dataclasses
 import json
 import math
 from collections.abc import Sequence
@@ -21,6 +22,8 @@ from pipeline.errors import ConfigError
 from pipeline.segment import tables
 from pipeline.segment.export import write_density
 from slides.geometry import Box, Size
+
+OBLONG = dataclasses.replace(PROVENANCE, um_per_px=(0.25, 0.5))  # pixels that are no squares
 
 
 def table(path: Path, centres: Sequence[tuple[float, float]], half: list[float], names: list[str]) -> Path:
@@ -131,11 +134,11 @@ def test_density_times_area_is_the_number_of_nuclei(
 ) -> None:
     """Law, whatever the size of the squares; and tiles and picture say the same."""
     folder = tmp_path_factory.mktemp("density")
-    nuclei = write(folder / "n.parquet", blobs(60))
+    nuclei = write(folder / "n.parquet", blobs(60), provenance=OBLONG)
     write_density(nuclei, folder / "density", Export(density_um=side_um, crop=crop))
     measured = [tile["properties"]["measurements"] for tile in tiles(folder / "density")]
     assert sum(m["Nuclei"] for m in measured) == 60
-    area_mm2 = [shapely.from_geojson(json.dumps(t["geometry"])).area * 0.0625e-6 for t in tiles(folder / "density")]
+    area_mm2 = [shapely.from_geojson(json.dumps(t["geometry"])).area * 0.125e-6 for t in tiles(folder / "density")]
     total = sum(m["Nuclei per mm^2"] * area for m, area in zip(measured, area_mm2, strict=True))
     assert total == pytest.approx(60, rel=0.01)  # corners have two decimals
     density = picture(folder / "density")[0][0]
@@ -143,10 +146,10 @@ def test_density_times_area_is_the_number_of_nuclei(
 
 
 def test_a_slide_without_nuclei_has_a_picture_and_no_tiles(tmp_path: Path) -> None:
-    nuclei = write(tmp_path / "n.parquet", blobs(0))
+    nuclei = write(tmp_path / "n.parquet", blobs(0), provenance=OBLONG)
     assert write_density(nuclei, tmp_path / "density", Export()).written == 0
     channels, *_ = picture(tmp_path / "density")
-    assert channels.shape == (2 + len(PROVENANCE.colours), 15, 13)
+    assert channels.shape == (2 + len(PROVENANCE.colours), 29, 13)
     assert not channels[0].any()
     assert np.isnan(channels[1:]).all()
     assert tiles(tmp_path / "density") == []
