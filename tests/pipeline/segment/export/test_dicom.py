@@ -26,7 +26,7 @@ from pipeline.segment.export import dicom
 from pipeline.segment.export.dicom import Reference, find_reference, write_dicom
 from pipeline.segment.export.exported import Exported
 from pipeline.segment.finished import rewrite_exports
-from slides.geometry import Box, Size
+from slides.geometry import Box
 from slides.scale import GivenScale
 
 pytest.importorskip("highdicom", reason="the extra dicom is not installed")
@@ -62,6 +62,7 @@ def test_the_annotations_read_back_equal(tmp_path: Path, image: Path) -> None:
     rows = tables.read_nuclei(nuclei)
     groups = read.get_annotation_groups()
     assert [group.label for group in groups] == ["Nucleus", 'odd "name" µ/']
+    assert len({group.uid for group in groups}) == 2
     for group, name in zip(groups, sorted(PROVENANCE.colours), strict=True):
         own = rows.filter(np.array(rows["class"].to_pylist()) == name)
         assert group.graphic_type.value == "POLYGON"
@@ -113,7 +114,8 @@ def test_what_float32_cannot_hold_is_counted(tmp_path: Path) -> None:
     """At 100,000 px it has steps of 1/128: vertices that fall together are one, and the last is never the first."""
     square = np.array([[0, 0], [9, 0], [9, 9], [0, 9], [0, 0.001]]) + 100_000
     speck = np.array([[0, 0], [0.001, 0], [0, 0.001]]) + 100_000
-    provenance = dataclasses.replace(PROVENANCE, size=Size(200_000, 200_000), bounds=Box(0, 0, 200_000, 200_000))
+    whole = Box(0, 0, 200_000, 200_000)
+    provenance = dataclasses.replace(PROVENANCE, size=whole.size, bounds=whole, colours={"Nucleus": (9, 9, 9)})
     image = dicom_files.complete(dicom_files.write(tmp_path / "x.dcm", "1.2.3"), provenance.size)
     nuclei = tmp_path / "nuclei.parquet"
     with tables.NucleiWriter(nuclei, provenance) as writer:
@@ -131,6 +133,7 @@ def test_what_float32_cannot_hold_is_counted(tmp_path: Path) -> None:
     names, values, _ = group.get_measurements()
     np.testing.assert_array_equal(values[:, [n.meaning for n in names].index("Detection probability")], [np.nan, 0.25])
     assert "Eosin OD mean" not in [n.meaning for n in names]  # none of them is a number
+    assert "Class probability" not in [n.meaning for n in names]  # there is one class
 
 
 def test_a_slide_without_nuclei_has_no_file(tmp_path: Path, image: Path) -> None:
@@ -163,12 +166,15 @@ def where(place: Path | str) -> Reference:
 
 def test_the_reference_is_the_full_image_of_the_slide(tmp_path: Path, image: Path) -> None:
     """Whichever of its files is named; or by the slide's name in a folder."""
+    another = dicom_files.complete(dicom_files.write(image.with_name("another.dcm"), "1.2.4"), PROVENANCE.size)
     assert where(image) == where(image.with_name("coarse.dcm")) == Reference(image, (0, 0))
-    image.parent.rename(tmp_path / "case7")
-    assert where(tmp_path) == Reference(tmp_path / "case7" / "fine.dcm", (0, 0))
+    another.unlink()
+    (tmp_path / "case7").mkdir()
+    image.parent.rename(tmp_path / "case7" / "series")
+    assert where(tmp_path) == Reference(tmp_path / "case7" / "series" / "fine.dcm", (0, 0))
     dicom_files.write(tmp_path / "case8.dcm", "1.2.4")
     (tmp_path / "case7").rename(tmp_path / "other")
-    (tmp_path / "other" / "fine.dcm").rename(tmp_path / "case7.dcm")
+    (tmp_path / "other" / "series" / "fine.dcm").rename(tmp_path / "case7.dcm")
     assert where(tmp_path) == Reference(tmp_path / "case7.dcm", (0, 0))
 
 
