@@ -9,12 +9,12 @@ from hypothesis import strategies as st
 
 from pipeline import files
 from pipeline.archive.failures import read_failure, write_failure
-from pipeline.archive.ledger import mixed_stains, other_slides, read_ledger, row_of, write_ledger
+from pipeline.archive.ledger import mixed_stains, other_slides, read_ledger, row_of, terminal_lines, write_ledger
 from pipeline.config import Settings
 from pipeline.errors import RunError
 from pipeline.layout import RunFolder
 from pipeline.segment.finished import damaged_results
-from pipeline.segment.record import SlideRecord, StageRecord
+from pipeline.segment.record import Counts, SlideRecord, StageRecord
 from pipeline.text import csv_cell, from_csv_cell
 
 
@@ -30,6 +30,14 @@ def test_the_ledger_reads_back_as_it_was_written(tmp_path: Path) -> None:
     write_ledger(RunFolder(tmp_path), records)
     assert [row_of(records[0])[f"seconds_idle_{name}"] for name in ("tile", "disk", "plan")] == [0.25, 0.0, 0.0]
     assert read_ledger(RunFolder(tmp_path)) == [row_of(record) for record in records]
+
+
+def test_what_was_lost_and_the_time_are_not_rounded_to_whole_numbers() -> None:
+    lost = SlideRecord("a", "done", work=StageRecord({"detect": 2.25}, Counts(area_lost_mm2=0.75)))
+    row = row_of(lost)
+    assert (row["area_lost_mm2"], row["seconds_detect"], row["seconds_work"]) == (0.75, 2.25, 2.25)
+    # that of a slide without tissue, too
+    assert terminal_lines(lost).startswith("a: 0 nuclei in 0.00 mm2, 2.2 s of work (0.0 s/mm2)\n")
 
 
 def test_text_that_is_none_keeps_no_row_from_the_ledger(tmp_path: Path) -> None:
