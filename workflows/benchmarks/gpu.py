@@ -1,6 +1,6 @@
 """The detector on a GPU, measured in this process: is it right, how fast, how much memory. See gpu.sh, which calls it.
 
-    python workflows/benchmarks/gpu.py patches|speed|pair|memory|trace|tables --out OUT ...
+    python workflows/benchmarks/gpu.py patches|speed|ways|pair|memory|trace|tables --out OUT ...
 
 Every command appends rows (what, value) to OUT/gpu.tsv. With --device cpu all of it can be tried without a GPU.
 """
@@ -10,6 +10,7 @@ import csv
 import functools
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +25,7 @@ from torchvision.ops import box_iou
 
 import pipeline
 from pipeline.config import Detector, Settings, Tiling
-from pipeline.model import inference
+from pipeline.model import inference, load
 from pipeline.model.device import compute
 from pipeline.model.fitted_stain import TEMPLATE, Normalisation
 from pipeline.model.instances import HostInstances, Result
@@ -75,19 +76,28 @@ def detect(patches: NDArray[np.uint8], chosen: Settings) -> list[HostInstances]:
     return [result() for result in inference.detect_patches(list(patches), UNCHANGED, chosen)]
 
 
+def share_alike(detected: list[HostInstances], expected: list[HostInstances]) -> str:
+    """How many boxes of the same patches have a partner of IoU above .9, of how many."""
+    matched = nuclei = 0
+    for a, b in zip(detected, expected, strict=True):
+        iou = box_iou(torch.from_numpy(a.boxes), torch.from_numpy(b.boxes))
+        matched += int((iou > 0.9).any(1).sum())
+        nuclei += max(len(a.boxes), len(b.boxes))
+    return f"{matched / nuclei:.4f} of {nuclei}"
+
+
 def compare_patches(given: argparse.Namespace) -> None:
     """Boxes and masks of the device against those of the CPU in float32."""
     patches = cut(given, 4)
     expected = detect(patches, settings(given, device="cpu", precision="float32"))
     for precision in ("float32", "auto"):
-        matched, nuclei, difference = 0, 0, []
-        for a, b in zip(detect(patches, settings(given, precision=precision)), expected, strict=True):
+        difference, detected = [], detect(patches, settings(given, precision=precision))
+        for a, b in zip(detected, expected, strict=True):
             iou, index = box_iou(torch.from_numpy(a.boxes), torch.from_numpy(b.boxes)).max(1)
             same = (iou > 0.9).numpy()
-            matched, nuclei = matched + int(same.sum()), nuclei + max(len(a.boxes), len(b.boxes))
             levels = a.mask_probs[same].astype(float) - b.mask_probs[index.numpy()[same]]
             difference.append(np.abs(levels).mean((1, 2)) / 255)
-        row(given, f"boxes as the CPU's at IoU .9, {precision}", f"{matched / nuclei:.4f} of {nuclei}")
+        row(given, f"boxes as the CPU's at IoU .9, {precision}", share_alike(detected, expected))
         row(given, f"mean difference of their masks, {precision}", f"{np.concatenate(difference).mean():.5f}")
 
 
@@ -136,6 +146,48 @@ def _in_turns(patches: NDArray[np.uint8], batch: int, chosen: Settings, seconds:
 def _timed(queue: Iterator[Result]) -> tuple[list[Result], float]:
     started = time.perf_counter()
     return list(queue), time.perf_counter() - started
+
+
+def measure_ways(given: argparse.Namespace) -> None:
+    """Two ways that a run does not go: threads with a stream each that take no turns, and compiled feature maps."""
+    batch = given.batches[-1]
+    patches, chosen = cut(given, 2 * batch), settings(given, batch=batch, views=1)
+    running = load.detector(chosen.detector)
+    eager = detect(patches[:batch], chosen)
+    for how in ("as it is", "compiled"):
+        if how == "compiled":
+            vars(running.model)["maps"] = torch.compile(running.model.maps)
+            started = time.perf_counter()
+            alike = share_alike(detect(patches[:batch], chosen), eager)
+            row(given, "compiled: seconds of compiling", f"{time.perf_counter() - started:.0f}")
+            row(given, "compiled: boxes as before at IoU .9", alike)
+        for threads in (1, 2, 3):
+            _reset_peak()
+            speed = _without_turns(patches, batch, chosen, given.seconds, threads) * (given.tile * 0.25 / 1000) ** 2
+            reached = f"{speed:.3f} mm2/s, {_peak_gb():.2f} GB at most"
+            row(given, f"{how}, {threads} threads with a stream each", reached)
+
+
+def _without_turns(patches: NDArray[np.uint8], batch: int, chosen: Settings, seconds: float, threads: int) -> float:
+    """Patches per second of threads that each give the device batches on a stream of their own."""
+    ready, done = threading.Barrier(threads), list[int]()
+
+    def detect_for_a_while(number: int) -> float:
+        stream = None if chosen.detector.device == "cpu" else torch.cuda.Stream(chosen.detector.device)
+        with torch.cuda.stream(stream):
+            for _ in range(2):  # each thread plans its convolutions
+                detect(patches[:batch], chosen)
+            ready.wait()
+            started, count = time.perf_counter(), number
+            while time.perf_counter() - started < seconds:
+                detect(patches[(count * batch + np.arange(batch)) % len(patches)], chosen)
+                count += 1
+                done.append(batch)
+        return time.perf_counter() - started
+
+    with ThreadPoolExecutor(threads) as pool:
+        passed = max(pool.map(detect_for_a_while, range(threads)))
+    return sum(done) / passed
 
 
 def measure_pair(given: argparse.Namespace) -> None:
@@ -216,6 +268,7 @@ def _peak_gb() -> float:
 COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "patches": compare_patches,
     "speed": measure_speed,
+    "ways": measure_ways,
     "pair": measure_pair,
     "memory": provoke_shortage,
     "trace": record_trace,
