@@ -85,3 +85,13 @@ def test_a_cpu_job_detects_with_the_allocator_of_a_run(gpu_jobs: int, monkeypatc
     lines = cpu_job(given)["options"]["job_script_prologue"]
     expected = {"OMP_NUM_THREADS": "1"} if gpu_jobs else {"OMP_NUM_THREADS": "4", **ENVIRONMENT}
     assert lines == ["module load x", *(f"export {name}={value}" for name, value in expected.items())]
+
+
+def test_options_of_sbatch_may_be_one_word_that_begins_with_dashes(monkeypatch: pytest.MonkeyPatch) -> None:
+    launcher = runpy.run_path(str(LAUNCHERS / "slurm_cluster.py"))
+    monkeypatch.setitem(launcher["parse"].__globals__, "find_spec", lambda _: object())
+    words = ["--gpu-options", "--gres=gpu:2", "--cpu-options", "-p cpu", "--", "slides", "--gpu-options", "--out"]
+    monkeypatch.setattr(sys, "argv", ["slurm_cluster.py", *words])
+    given = launcher["parse"]()
+    assert (given.gpu_options, given.cpu_options) == ("--gres=gpu:2", "-p cpu")
+    assert given.arguments == ["slides", "--gpu-options", "--out"]

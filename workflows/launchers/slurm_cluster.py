@@ -13,10 +13,13 @@ reach the ports of scheduler and workers can run code there.
 """
 
 import argparse
+import itertools
 import logging
 import os
 import shlex
 import signal
+import sys
+from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Any
 
@@ -72,12 +75,27 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--certificates", default="", help="folder of certificates for TLS, readable on all nodes")
     parser.add_argument("--logs", default="nightslide-jobs", help="folder for the jobs' output (%(default)s)")
     parser.add_argument("arguments", nargs="+", help="arguments of nightslide run")
-    given = parser.parse_args()
+    given = parser.parse_args(joined(sys.argv[1:]))
     if given.gpu_jobs + given.cpu_jobs < 1:
         parser.error("gpu-jobs=0 and cpu-jobs=0: need one job or more")
     if find_spec("dask_jobqueue") is None:
         parser.error("dask-jobqueue is not installed: need it to submit jobs; start with uv run --with dask-jobqueue")
     return given
+
+
+def joined(words: Sequence[str]) -> list[str]:
+    """The command line with options of sbatch joined to their flag, `--gpu-options=--gres=gpu:1`.
+
+    argparse takes a word that begins with a dash for another flag, unless it holds a space. What follows -- stays.
+    """
+    own = list(itertools.takewhile(lambda word: word != "--", words))
+    result: list[str] = []
+    for word in own:
+        if result and result[-1] in ("--gpu-options", "--cpu-options"):
+            result[-1] += f"={word}"
+        else:
+            result.append(word)
+    return [*result, *words[len(own) :]]
 
 
 def tls_files(folder: str) -> dict[str, str]:
