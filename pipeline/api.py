@@ -4,7 +4,7 @@ import os
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -44,15 +44,23 @@ def plan(
     seconds_per_mm2: of tissue in one view, from the ledger of a finished run; see `speed`
     follow_links: as in `Execution`
     Returns an estimate for each slide that is not skipped for want of regions: tissue, tiles, hours (NaN where no speed
-    is known), disk space, or the `problem` with which it would fail. Warns of folders that cannot be read. Raises
-    ConfigError for inputs that cannot be searched.
+    is known), disk space, or the `problem` with which it would fail. Warns as the run would, of folders that cannot be
+    read and of a small margin. Raises ConfigError for inputs that cannot be searched.
     """
     settings = checked("settings", settings, Settings)
     seconds = speed(settings, seconds_per_mm2)
-    archive, estimates = estimate(inputs, settings, seconds, mpp=mpp, force_mpp=force_mpp, follow_links=follow_links)
-    for unread in archive.unread:
-        warnings.warn(unread, stacklevel=2)
-    return list(estimates)
+    planned = estimate(inputs, settings, seconds, mpp=mpp, force_mpp=force_mpp, follow_links=follow_links)
+    for warning in planned.warnings:
+        warnings.warn(warning, stacklevel=2)
+    return list(planned.estimates)
+
+
+class Planned(NamedTuple):
+    """What a run would take."""
+
+    archive: Archive
+    warnings: tuple[str, ...]  # those that the run would begin with
+    estimates: Iterator[SlideEstimate]  # made one by one
 
 
 def estimate(
@@ -64,18 +72,19 @@ def estimate(
     force_mpp: float | None = None,
     follow_links: bool = Execution().follow_links,
     apart: bool = False,
-) -> tuple[Archive, Iterator[SlideEstimate]]:
+) -> Planned:
     """The slides of `inputs`, and their estimates one by one; see `plan`.
 
     apart: as for `estimate_slides`; a script that asks for it needs `if __name__ == "__main__":`
     Raises what `pipeline.archive.run.run` would raise for these settings.
     """
     settings = resolve(settings)
-    check_seams(settings)
+    seams = check_seams(settings)
     archive = find_slides(inputs, mpp=mpp, force_mpp=force_mpp, follow_links=follow_links)
     archive = with_regions(archive, settings.regions)
     sources = [source for source in archive.sources if not source.skip]
-    return archive, estimate_slides(sources, settings, seconds_per_mm2, apart=apart)
+    estimates = estimate_slides(sources, settings, seconds_per_mm2, apart=apart)
+    return Planned(archive, (*seams, *archive.unread), estimates)
 
 
 def speed(settings: Settings, seconds_per_mm2: float | None = None) -> float:

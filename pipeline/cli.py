@@ -305,7 +305,7 @@ def plan(
     from pipeline.api import estimate, speed
 
     seconds = speed(settings, seconds_per_mm2)
-    archive, estimates = estimate(
+    archive, warnings, estimates = estimate(
         inputs, settings, seconds, mpp=mpp, force_mpp=force_mpp, follow_links=follow_links, apart=True
     )
     terminal = Console(stderr=True)
@@ -320,8 +320,8 @@ def plan(
         )
     )
     print("\n".join(_table(rows)))
-    for unread in archive.unread:
-        print(f"WARNING: {unread}")
+    for warning in warnings:
+        print(f"WARNING: {warning}")
     bad, others = sum(bool(row.problem) for row in rows), counted(archive.skipped, "other file")
     print(
         f"{counted(len(rows), 'slide')} ({bad} will fail), {sum(r.tissue_mm2 for r in rows):.2f} mm2 of tissue, "

@@ -526,6 +526,14 @@ def test_a_plan_refuses_what_a_run_refuses(
     assert (status, words in err) == (2, True)
 
 
+def test_a_plan_warns_of_what_a_run_warns_of(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    small = planned(capsys, monkeypatch, tmp_path, "--tiling.margin", "64", "--detector.device", "cpu")
+    assert [line for line in small if line.startswith("WARNING: tiling.margin=64: with less than 128 px, nuclei near")]
+    assert not [line for line in planned(capsys, monkeypatch, tmp_path) if line.startswith("WARNING")]
+
+
 def test_an_export_is_printed_whatever_a_name_holds(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -6,7 +6,7 @@ import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from pipeline.archive.inputs.naming import Place, name_slides
 from pipeline.archive.inputs.remote import RemoteSlide, is_url, without_secrets
@@ -84,7 +84,7 @@ def find_slides(
     for a scale that no slide has; and where no slide is.
     """
     _check_scales({"mpp": mpp, "force-mpp": force_mpp})
-    given_inputs = [inputs] if isinstance(inputs, str | os.PathLike) else list(inputs)
+    given_inputs = _listed(inputs)
     if not given_inputs:  # such as a pattern that no file fits
         raise RunError(f"there is no input: {_NEED_INPUTS}")
     if "" in given_inputs:  # as a path it would be the current folder
@@ -117,6 +117,17 @@ def find_slides(
             f"{' '.join(sorted(SUFFIXES))}" + "".join(f"; not searched: {cause}" for cause in search.unread)
         )
     return Archive(tuple(sorted(sources, key=lambda s: s.name)), search.skipped, tuple(search.unread))
+
+
+def _listed(inputs: Inputs) -> list[str | os.PathLike[str]]:
+    """The inputs one by one. Raises RunError for what is no path, which Python does not refuse before it is run."""
+    if isinstance(inputs, str | os.PathLike):
+        return [inputs]
+    listed: list[Any] = [inputs] if isinstance(inputs, bytes) or not isinstance(inputs, Iterable) else list(inputs)
+    for given in listed:
+        if not isinstance(given, str | os.PathLike):
+            raise RunError(f"an input is {given!r}: {_NEED_INPUTS}, as text or as paths")
+    return listed
 
 
 def _check_scales(given: Mapping[str, float | None]) -> None:

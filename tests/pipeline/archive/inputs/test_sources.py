@@ -372,6 +372,15 @@ def test_inputs_that_are_not_there_are_named(tmp_path: Path) -> None:
         find_slides(tmp_path.glob("*.svs"))
 
 
+@pytest.mark.parametrize(
+    ("inputs", "named"), [(123, "123"), (None, "None"), (b"x.svs", "b'x.svs'"), (["x.svs", 7], "7")]
+)
+def test_what_is_no_path_is_named(inputs: Any, named: str) -> None:
+    """As a script may pass it, whose types nobody checks."""
+    with pytest.raises(RunError, match=f"an input is {named}: need slides, folders of slides"):
+        find_slides(inputs)
+
+
 def test_what_nightslide_has_written_is_no_input(tmp_path: Path) -> None:
     """Results of an earlier run among the slides hold TIFF files, and folders of staged slides copies."""
     copy = ".nightslide-stage-" + "0" * 32
