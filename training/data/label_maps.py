@@ -1,4 +1,4 @@
-"""Annotations drawn as pixels: folders of label maps, TNBC's masks, PanNuke's arrays, CoNSeP's MATLAB files.
+"""Annotations drawn as pixels: label maps, TNBC's masks, PanNuke's arrays, the MATLAB files of CoNSeP and Lizard.
 
 Every reader takes a folder and the content of its dataset.json, and lists the images; None: not this form.
 A pixel that two layers mark belongs to the later one.
@@ -143,10 +143,10 @@ def tnbc(data: Path, metadata: Metadata) -> Catalogue | None:
 
 
 def matlab(data: Path, metadata: Metadata) -> Catalogue | None:
-    """Images/<id>.png with Labels/<id>.mat, as CoNSeP and CPM are published.
+    """Images/<id>.png with Labels/<id>.mat, as CoNSeP and CPM are published, and Lizard once its images lie together.
 
-    A .mat holds `inst_map`, and for classes `type_map` (a class per pixel) or `inst_type` (a class per nucleus,
-    in rising order of their numbers).
+    A .mat holds `inst_map`, and for classes `type_map` (a class per pixel), or `inst_type` or `class` (a class per
+    nucleus, in rising order of their numbers, or in the order of the numbers in `id`).
     """
     images, labels = subfolder(data, "images"), subfolder(data, "labels")
     if images is None or labels is None or not any(p.suffix.lower() == ".mat" for p in labels.iterdir()):
@@ -175,8 +175,10 @@ def pannuke(data: Path, metadata: Metadata) -> Catalogue | None:
     for images in sorted(p for depth in range(4) for p in data.glob("*/" * depth + "images.npy")):
         masks = _masks_of(images, data)
         pictures, layers = _mapped(images), _mapped(masks)
-        if pictures.dtype.kind not in "uif" or layers.dtype.kind not in "uifb":
-            raise AnnotationError(f"{images} is {pictures.dtype}, {masks} {layers.dtype}: need numbers")
+        if pictures.dtype.kind not in "uif" or layers.dtype.kind not in "uif":
+            raise AnnotationError(
+                f"{images} is {pictures.dtype}, {masks} {layers.dtype}: need numbers, another one for each nucleus"
+            )
         if (
             not pictures.size
             or pictures.ndim != 4
@@ -254,6 +256,7 @@ def _read_pannuke(images: Path, masks: Path, index: int) -> LabelledImage:
     try:
         for channel in range(layers.shape[2]):
             layer = whole_numbers(layers[..., channel])
+            _check_no_mask(layer, f"channel {channel}")
             labels = np.where(layer > 0, layer + sum(map(len, class_index)), labels)
             class_index.append(np.full(int(layer.max()), channel + 1))
     except AnnotationError as error:
@@ -334,22 +337,51 @@ def _load(path: Path) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
         if "type_map" in content:
             return labels, _majority(labels, whole_numbers(content["type_map"]))
         if "inst_type" in content:
-            types = np.ravel(content["inst_type"])[None]
-            # an image without nuclei has an empty list
-            return labels, _in_order(labels, whole_numbers(types)[0] if types.size else np.empty(0, np.int32))
+            return labels, _in_order(labels, _listed(content["inst_type"]), "inst_type")
     except AnnotationError as error:
         raise AnnotationError(f"{path}: {error}") from error
-    return labels, np.empty(0, np.int64)
+    return labels, _lizard(path, labels)
 
 
-def _in_order(labels: NDArray[np.int32], types: NDArray[np.int32]) -> NDArray[np.int64]:
+def _lizard(path: Path, labels: NDArray[np.int32]) -> NDArray[np.int64]:
+    """Class of nucleus n at n - 1, empty where the file has none, as Lizard (Graham et al. 2021) states them."""
+    content = read_mat(path, ("class", "id"))
+    if "class" not in content:
+        return np.empty(0, np.int64)
+    try:
+        types = _listed(content["class"])
+        return _by_id(labels, types, _listed(content["id"])) if "id" in content else _in_order(labels, types, "class")
+    except AnnotationError as error:
+        raise AnnotationError(f"{path}: {error}") from error
+
+
+def _listed(values: NDArray[Any]) -> NDArray[np.int32]:
+    """A row or column of whole numbers; of an image without nuclei it is empty. Raises AnnotationError."""
+    return whole_numbers(np.ravel(values)[None])[0] if values.size else np.empty(0, np.int32)
+
+
+def _in_order(labels: NDArray[np.int32], types: NDArray[np.int32], name: str) -> NDArray[np.int64]:
     """Classes of the nuclei in rising order of their numbers -> class of nucleus n at n - 1."""
     numbers = np.flatnonzero(np.bincount(labels.ravel())[1:])
     if len(types) != len(numbers):
-        raise AnnotationError(f"inst_type has {len(types)} classes for {len(numbers)} nuclei: need one for each")
+        raise AnnotationError(f"{name} has {len(types)} classes for {len(numbers)} nuclei: need one for each")
     class_index = np.zeros(int(labels.max()), np.int64)
     class_index[numbers] = types
     return class_index
+
+
+def _by_id(labels: NDArray[np.int32], types: NDArray[np.int32], ids: NDArray[np.int32]) -> NDArray[np.int64]:
+    """Classes of the nuclei that have the numbers `ids` -> class of nucleus n at n - 1."""
+    if len(types) != len(ids) or len(np.unique(ids)) < len(ids):
+        raise AnnotationError(
+            f"class has {len(types)} classes, id {len(np.unique(ids))} different numbers: need one class for each"
+        )
+    numbers = np.flatnonzero(np.bincount(labels.ravel())[1:]) + 1
+    if (bare := ~np.isin(numbers, ids)).any():
+        raise AnnotationError(f"id lacks nucleus {numbers[bare][0]} of inst_map: need the class of each")
+    class_index = np.zeros(max(int(labels.max()), int(ids.max(initial=0))) + 1, np.int64)
+    class_index[ids] = types
+    return class_index[1 : int(labels.max()) + 1]
 
 
 def _masks_of(images: Path, data: Path) -> Path:

@@ -297,6 +297,7 @@ def test_bad_arrays_are_named_and_never_unpickled(tmp_path: Path) -> None:
         ((images, masks.astype(object)), "never unpickled"),
         ((images, masks, np.array(["Breast", "Colon"])), "need 1 texts"),
         ((images + 1j, masks), "complex128.*need numbers"),
+        ((images, masks > 0), "masks.npy bool: need numbers, another one for each nucleus"),
         ((images[:, :0], masks[:, :0]), r"is \(1, 0, 4, 3\).*need \(N, height, width, 3\)"),
     ):
         with pytest.raises(AnnotationError, match=message):
@@ -313,8 +314,39 @@ def test_bad_arrays_are_named_and_never_unpickled(tmp_path: Path) -> None:
         read_dataset(tmp_path, mpp=0.25)
 
 
+def test_masks_of_pannuke_that_number_no_nuclei_are_refused(tmp_path: Path) -> None:
+    """All of a class would be one nucleus."""
+    masks = np.zeros((1, 20, 20, 6), np.uint8)
+    masks[0, ::3, ::3, 2] = 1
+    np.save(tmp_path / "images.npy", np.full((1, 20, 20, 3), 9, np.uint8))
+    np.save(tmp_path / "masks.npy", masks)
+    with pytest.raises(
+        AnnotationError, match=r"masks\.npy\[0\]: channel 2 is a mask: its 49 pieces have one number, 1"
+    ):
+        read_dataset(tmp_path, mpp=0.25).images[0].read()
+
+
 @settings(max_examples=30)
-@given(labels=MAPS, of=st.lists(st.integers(1, 4), min_size=301, max_size=301), by=st.sampled_from(["map", "list", ""]))
+@given(labels=MAPS, of=st.lists(st.integers(1, 6), min_size=301, max_size=301), seed=st.integers(0, 99))
+def test_lizard_reads_back(labels: Ints, of: list[int], seed: int, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Its `class` is in the order of its `id`, which may be any, and may have a nucleus without a pixel."""
+    folder = tmp_path_factory.mktemp("lizard")
+    ids = np.random.default_rng(seed).permutation([*np.unique(labels[labels > 0]), 299])
+    save(folder / "images" / "consep_1.png", RGB[: labels.shape[0], : labels.shape[1]])
+    (folder / "labels").mkdir()
+    content = {"inst_map": labels.astype(np.int32), "id": ids[:, None], "class": np.array(of)[ids][:, None]}
+    savemat(folder / "labels" / "consep_1.mat", {**content, "bbox": np.ones((len(ids), 4)), "centroid": ids + 0.5})
+    read = only(read_dataset(folder, mpp=0.5))
+    np.testing.assert_array_equal(read.labels, numbered(labels))
+    assert read.class_index.tolist() == [of[n] for n in np.unique(labels) if n]
+
+
+@settings(max_examples=30)
+@given(
+    labels=MAPS,
+    of=st.lists(st.integers(1, 4), min_size=301, max_size=301),
+    by=st.sampled_from(["map", "list", "class", ""]),
+)
 def test_matlab_files_read_back(labels: Ints, of: list[int], by: str, tmp_path_factory: pytest.TempPathFactory) -> None:
     """CoNSeP has a class per pixel and per nucleus, in rising order of the numbers; CPM has none."""
     folder = tmp_path_factory.mktemp("consep")
@@ -323,8 +355,8 @@ def test_matlab_files_read_back(labels: Ints, of: list[int], by: str, tmp_path_f
     content: dict[str, Any] = {"inst_map": labels.astype(float)}
     if by == "map":
         content["type_map"] = (np.array(of)[labels] * (labels > 0)).astype(float)
-    elif by == "list":
-        content["inst_type"] = np.array(class_index, float).reshape(-1, 1)
+    elif by:
+        content["inst_type" if by == "list" else by] = np.array(class_index, float).reshape(-1, 1)
     save(folder / "Images" / "train_1.png", RGB[: labels.shape[0], : labels.shape[1]])
     (folder / "Labels").mkdir()
     savemat(folder / "Labels" / "train_1.mat", content)
@@ -388,6 +420,10 @@ def test_bad_matlab_files_are_named(tmp_path: Path) -> None:
         ({"inst_map": labels - 3}, "need 0 to"),
         ({"inst_map": labels, "inst_type": np.array([[1]])}, "inst_type has 1 classes for 2 nuclei"),
         ({"inst_map": labels, "inst_type": np.array([[1], [300]])}, "class 300: need classes of 1 to 255"),
+        ({"inst_map": labels, "class": np.array([[1]])}, "a.mat: class has 1 classes for 2 nuclei"),
+        ({"inst_map": labels, "class": [1, 2], "id": [2, 3]}, "a.mat: id lacks nucleus 1 of inst_map: need the class"),
+        ({"inst_map": labels, "class": [1, 2], "id": [2]}, "class has 2 classes, id 1 different numbers: need one"),
+        ({"inst_map": labels, "class": [1, 2], "id": [2, 2]}, "class has 2 classes, id 1 different numbers: need one"),
         ({"inst_map": labels, "type_map": labels[:1]}, "type_map is .* need one class per pixel"),
         ({"inst_map": labels, "type_map": labels * 0}, "type_map gives nucleus 1 no class"),
     ):
