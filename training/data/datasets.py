@@ -51,7 +51,7 @@ class Form(NamedTuple):
 # Scales that differ by less are the same: x and y of a slide may differ as much.
 _SAME_SCALE = 0.02
 
-# The first one that fits a folder is taken.
+# The first one that fits a folder is taken; the others are said.
 FORMS = (
     Form("MATLAB", "Images/<id>.png with Labels/<id>.mat", matlab),
     Form("label maps", "images/<id>.png with labels/<id>.png", folder),
@@ -76,7 +76,7 @@ def read_dataset(data: Path, splits: Sequence[str] = (), mpp: float | None = Non
     beside = data.parent if data.is_file() else data
     metadata = _read_metadata(beside / DATASET_FILE)
     entries = {}
-    catalogue = _catalogue(data, metadata)
+    catalogue, unread = _catalogue(data, metadata)
     for entry in catalogue.entries:
         if entry.id in entries:
             raise AnnotationError(f"{data} has two images called '{entry.id}': need one name for each")
@@ -98,7 +98,7 @@ def read_dataset(data: Path, splits: Sequence[str] = (), mpp: float | None = Non
         for id_ in _chosen(entries, splits, beside, data)
     )
     overridden = () if mpp is None else _overridden([entries[image.id] for image in images], metadata, mpp)
-    return Dataset(_name(data), images, classes, catalogue.skipped, overridden)
+    return Dataset(_name(data), images, classes, catalogue.skipped, overridden, unread)
 
 
 def _merged(
@@ -208,17 +208,33 @@ def _walk(content: Mapping[str, Any], at: str) -> Iterator[tuple[str, list[str]]
             yield from _walk(inner, f"{at}{name}/")
 
 
-def _catalogue(data: Path, metadata: Metadata) -> Catalogue:
-    """The catalogue of the first form that fits. Raises AnnotationError."""
-    for form in FORMS:
+def _catalogue(data: Path, metadata: Metadata) -> tuple[Catalogue, tuple[str, ...]]:
+    """The catalogue of the first form that fits, and a line for each other one that fits, too. Raises AnnotationError.
+
+    What is not read may be damaged, or lack images: it is passed over.
+    """
+    for at, form in enumerate(FORMS):
         try:
             catalogue = form.reader(data, metadata)
         except AnnotationError as error:
             raise AnnotationError(f"{data}, read as {form.name}: {error}") from error
         if catalogue is not None and catalogue.entries:
-            return catalogue
+            return catalogue, tuple(_unread(data, metadata, form, FORMS[at + 1 :]))
     known = "; ".join(f"{form.needs} ({form.name})" for form in FORMS)
     raise AnnotationError(f"{data} holds no images in a form that is known here: need one of {known}")
+
+
+def _unread(data: Path, metadata: Metadata, read: Form, others: Sequence[Form]) -> Iterator[str]:
+    for form in others:
+        try:
+            catalogue = form.reader(data, metadata)
+        except AnnotationError:
+            continue
+        if catalogue is not None and catalogue.entries:
+            yield (
+                f"read as {read.name} ({read.needs}); {form.name} of {counted(len(catalogue.entries), 'image')}, which "
+                f"lies there too, is not read: keep each form in a folder of its own"
+            )
 
 
 def _chosen(entries: Mapping[str, Entry], splits: Sequence[str], beside: Path, data: Path) -> list[str]:

@@ -67,10 +67,14 @@ class Dataset(NamedTuple):
     classes: tuple[str, ...]
     skipped: Mapping[str, int] = MappingProxyType({})  # annotated objects that are not used, by reason
     overridden: tuple[str, ...] = ()  # images that state another mpp than the user, who is believed
+    unread: tuple[str, ...] = ()  # lines: annotations of other forms in the same folder
 
     def describe_skipped(self) -> list[str]:
-        """A line for each reason for which objects were skipped, and one for scales; none where all are used."""
-        lines = [f"{self.name}: {counted(count, 'object')} skipped: {reason}" for reason, count in self.skipped.items()]
+        """A line for each reason for which objects were skipped, one for scales, and those of other forms, if any."""
+        lines = [f"{self.name}: {line}" for line in self.unread]
+        lines += [
+            f"{self.name}: {counted(count, 'object')} skipped: {reason}" for reason, count in self.skipped.items()
+        ]
         if self.overridden:
             lines.append(
                 f"{self.name}: --mpp is used in place of what {counted(len(self.overridden), 'image')} "

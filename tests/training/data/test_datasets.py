@@ -264,6 +264,23 @@ def test_splits_are_lists_and_folds_of_lists(tmp_path: Path) -> None:
         read_dataset(tmp_path, ["test"], 0.25)
 
 
+def test_annotations_of_a_form_that_is_not_read_are_said(tmp_path: Path) -> None:
+    """Of two forms in a folder one is read; what is no form, or damaged, is none."""
+    for name in "ab":
+        put(tmp_path, name, np.ones((3, 4), np.uint16))
+    (tmp_path / "notes.json").write_text("{")
+    assert read_dataset(tmp_path, mpp=0.25).describe_skipped() == []
+    (tmp_path / "notes.json").unlink()
+    write_coco(read_dataset(tmp_path, mpp=0.25), tmp_path / "coco" / "c.json")
+    (tmp_path / "coco" / "c.json").rename(tmp_path / "c.json")
+    found = read_dataset(tmp_path, mpp=0.25)
+    (line,) = found.describe_skipped()
+    assert line.startswith(
+        f"{tmp_path.name}: read as label maps (images/<id>.png with labels/<id>.png); COCO of 2 images"
+    )
+    assert line.endswith("is not read: keep each form in a folder of its own")
+
+
 def test_an_unknown_form_lists_the_known_ones(tmp_path: Path) -> None:
     with pytest.raises(AnnotationError, match=r"holds no images in a form .* labels/<id>.png .*\(COCO\)"):
         read_dataset(tmp_path, mpp=0.25)
