@@ -38,6 +38,8 @@ _CENTRES = tuple(
 )
 _EDGES = ((0.0, 0.0),)
 
+_OF_MAPS = ("labels", "classes")  # folders; see `training.data.label_maps.folder`
+
 Shifts = tuple[tuple[float, float], ...]
 
 
@@ -112,10 +114,10 @@ def class_index_of(classes: Sequence[str], names: Sequence[str]) -> NDArray[np.i
 
 
 def images_near(data: Path, suffixes: Collection[str]) -> dict[str, list[Path]]:
-    """Images near `data` by their name, with suffix and without."""
+    """Images near `data` by their name, with suffix and without; not label maps, which have the names of images."""
     by_name: dict[str, list[Path]] = {}
     for path in nearby(data.parent if data.is_file() else data):
-        if path.suffix.lower() in suffixes and path.is_file():
+        if path.suffix.lower() in suffixes and path.is_file() and path.parent.name.lower() not in _OF_MAPS:
             for name in (path.stem, path.name):
                 by_name.setdefault(name, []).append(path)
     return by_name

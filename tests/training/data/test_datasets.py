@@ -279,6 +279,12 @@ def test_annotations_of_a_form_that_is_not_read_are_said(tmp_path: Path) -> None
         f"{tmp_path.name}: read as label maps (images/<id>.png with labels/<id>.png); COCO of 2 images"
     )
     assert line.endswith("is not read: keep each form in a folder of its own")
+    square = {"type": "Polygon", "coordinates": [[[0, 0], [2, 0], [2, 2], [0, 0]]]}
+    drawn = {"type": "Feature", "geometry": square, "properties": {"objectType": "detection"}}
+    (tmp_path / "a.geojson").write_text(json.dumps(drawn))
+    assert "QuPath GeoJSON of 1 image" in read_dataset(tmp_path, mpp=0.25).describe_skipped()[0]
+    (one,) = read_dataset(tmp_path / "a.geojson", mpp=0.25).images  # its image, not its label map
+    assert one.image == tmp_path / "images" / "a.png"
 
 
 def test_an_unknown_form_lists_the_known_ones(tmp_path: Path) -> None:
