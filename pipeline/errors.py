@@ -13,7 +13,7 @@
     ├── ScratchLost                                  scratch of a block is missing or damaged: it is made again
     ├── ClusterLost                                  the Dask scheduler is gone
     │   └── DeviceLost                               a GPU does nothing more
-    └── WorkersDied                                  every worker process that tried a task died
+    └── WorkersDied                                  every worker process that tried a task, or one of a training, died
 
 Every message states the value, the rule and the remedy.
 """
@@ -66,4 +66,4 @@ class DeviceLost(ClusterLost):
 
 
 class WorkersDied(NightslideError):
-    """Every worker process that tried a task died of it."""
+    """Every worker process that tried a task died of it, or one that a training needs died."""

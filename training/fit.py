@@ -4,6 +4,7 @@ Runs on a CPU or a GPU, or under torchrun on several: every process then trains 
 step), and the first one writes.
 """
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -22,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Sampler
 
 from pipeline.config import STRIDES, Architecture, side_step
-from pipeline.errors import ConfigError, WeightsError
+from pipeline.errors import ConfigError, WeightsError, WorkersDied
 from pipeline.files import committed
 from pipeline.model.allocator import keep_freed_memory
 from pipeline.model.detector import NucleusDetector, load_weights, save_weights
@@ -66,6 +67,21 @@ class ScheduleSampler(Sampler[int]):
             yield from range(start, start + batch)
 
 
+@contextlib.contextmanager
+def _lost_loaders() -> Iterator[None]:
+    """Raise WorkersDied where a process that prepares crops is gone. Torch notices it anywhere, by a signal."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker (pid"):
+            raise
+        raise WorkersDied(
+            f"a process that prepares crops has ended ({error}): the system ends one where memory runs out; the same "
+            f"command continues from the last checkpoint, with --loaders 0 without such processes"
+        ) from error
+
+
+@_lost_loaders()
 def fit(
     datasets: Sequence[Dataset],
     out: Path,
@@ -79,7 +95,7 @@ def fit(
     `keep` of the first ones, after Wortsman et al. 2022, "Robust fine-tuning of zero-shot models", in half precision;
     returned), losses.csv, scores.csv and held_out/ (detections of those weights in held-out images), curves.png.
     Raises AnnotationError for a dataset without nuclei, ConfigError for a checkpoint of another recipe and for weights
-    without one, WeightsError for weights or a checkpoint that do not fit.
+    without one, WeightsError for weights or a checkpoint that do not fit, WorkersDied.
     Law: stopped and continued, the weights are those of an uninterrupted training (on one kind of machine), where a
     number of steps is given. Without one it continues for the minutes that are left, and no two are the same.
     """

@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+import multiprocessing
 import os
 import runpy
 import subprocess
@@ -17,7 +18,7 @@ import torch
 from PIL import Image
 
 from pipeline.config import Architecture, Detector, Settings
-from pipeline.errors import AnnotationError, ConfigError, WeightsError
+from pipeline.errors import AnnotationError, ConfigError, WeightsError, WorkersDied
 from pipeline.model.detector import Limits, NucleusDetector, load_weights, save_weights
 from pipeline.model.losses import UNKNOWN
 from pipeline.model.weights import detector_architecture, licence, read_notes
@@ -296,6 +297,30 @@ def test_a_damaged_checkpoint_is_named(data: Path, tmp_path: Path) -> None:
     part.write_bytes(part.read_bytes()[:1000])
     with pytest.raises(WeightsError, match="checkpoint cannot be continued"):
         fit([images], tmp_path, settings, TINY, say=silent)
+
+
+def test_a_process_that_prepares_crops_and_is_killed_is_named(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the system does where memory runs out; what is not of such a process is not said to be."""
+
+    def kill(*_: object) -> float:
+        for child in multiprocessing.active_children():
+            child.kill()
+        return 1e-3
+
+    monkeypatch.setattr(trainer, "learning_rate", kill)
+    with pytest.raises(
+        WorkersDied, match=r"a process that prepares crops has ended .*Killed.* with --loaders 0 without"
+    ):
+        fit([read_dataset(data, mpp=0.25)], tmp_path, dataclasses.replace(QUICK, loaders=1), TINY)
+
+    def fail(*_: object) -> float:
+        raise RuntimeError("no such luck")
+
+    monkeypatch.setattr(trainer, "learning_rate", fail)
+    with pytest.raises(RuntimeError, match="no such luck"):
+        fit([read_dataset(data, mpp=0.25)], tmp_path / "other", QUICK, TINY)
 
 
 def test_another_recipe_is_refused(data: Path, tmp_path: Path) -> None:
