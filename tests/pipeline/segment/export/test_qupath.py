@@ -15,7 +15,7 @@ import shapely
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from nuclei_tables import PROVENANCE, blobs, write, write_not_finite
+from nuclei_tables import PROVENANCE, append, blobs, write, write_not_finite
 from pipeline.config import Export
 from pipeline.segment import tables
 from pipeline.segment.export import qupath
@@ -116,7 +116,7 @@ def test_what_was_exported_reads_back_equal(tmp_path, crop):
         moved = shapely.get_coordinates(shape) - np.array([100, 250]) * crop
         np.testing.assert_allclose(back, moved, atol=0.005 + 1e-9)
     measured = [f["properties"]["measurements"] for f in features]
-    assert {tuple(m) for m in measured} == {tuple(NAMES.values())}
+    assert {tuple(m) for m in measured} == {(*NAMES.values(), "In artefact")}
     for column, name in NAMES.items():
         np.testing.assert_array_equal(np.array([m[name] for m in measured], np.float32), rows[column])
 
@@ -125,7 +125,19 @@ def test_one_class_has_no_probability_of_its_own(tmp_path):
     provenance = dataclasses.replace(PROVENANCE, colours={"Nucleus": (200, 30, 30)})
     qupath.write_qupath(write(tmp_path / "nuclei.parquet", blobs(3), 0, provenance), tmp_path / "n.zip", Export())
     for feature in check_zip(tmp_path / "n.zip"):
-        assert list(feature["properties"]["measurements"]) == list(NAMES.values())[:-1]
+        assert list(feature["properties"]["measurements"]) == [*list(NAMES.values())[:-1], "In artefact"]
+
+
+def test_nuclei_in_artefacts_can_be_told(tmp_path):
+    """By a number, as measurements are: which kind it is, the annotation around them says."""
+    nuclei = tmp_path / "nuclei.parquet"
+    stains, kinds = np.full((3, len(tables.STAINS)), 0.5), ["", "pen", ""]
+    with tables.NucleiWriter(nuclei, PROVENANCE) as writer:
+        ones = np.ones(3, dtype=int)
+        append(writer, blobs(3), class_name=["Nucleus"] * 3, score=ones, votes=ones, stains=stains, artefact=kinds)
+    for options in (Export(), Export(cells=3.0)):
+        qupath.write_qupath(nuclei, tmp_path / "n.zip", options)
+        assert [f["properties"]["measurements"]["In artefact"] for f in check_zip(tmp_path / "n.zip")] == [0, 1, 0]
 
 
 def test_geopandas_opens_a_shard(tmp_path):
