@@ -136,14 +136,26 @@ def _class_of(content: Any) -> str:
 
 
 def _features(path: Path) -> Iterator[Any]:
-    """The features of a FeatureCollection, a list, a single feature, or of all files of a zip."""
+    """The features of a FeatureCollection, a list, one feature, or of all files of a zip, and those beneath them."""
     for name, text in _texts(path):
         content = parse_json(text, name, constants=True)  # before 0.5 QuPath wrote measurements that are NaN so
         if isinstance(content, dict):
             content = content.get("features", [content])
         if not isinstance(content, list):
             raise AnnotationError(f"{name} holds no list of features: export it again from QuPath as GeoJSON")
-        yield from content
+        yield from _with_children(content)
+
+
+def _with_children(features: list[Any]) -> Iterator[Any]:
+    """Features, each followed by those beneath it: scripts can have QuPath write a hierarchy."""
+    waiting = features[::-1]
+    while waiting:
+        feature = waiting.pop()
+        yield feature
+        properties = feature.get("properties") if isinstance(feature, dict) else None
+        if isinstance(properties, dict):
+            children = properties.get("childObjects", properties.get("children"))  # QuPath reads either
+            waiting += children[::-1] if isinstance(children, list) else []
 
 
 def _texts(path: Path) -> Iterator[tuple[str, bytes]]:

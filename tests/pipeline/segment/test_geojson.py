@@ -58,6 +58,16 @@ def test_the_type_in_the_id_is_read(tmp_path: Path) -> None:
     assert +skipped == {"of type tma_core": 1}
 
 
+@pytest.mark.parametrize("name", ["childObjects", "children"])
+def test_objects_beneath_others_are_read(name: str, tmp_path: Path) -> None:
+    """As QuPath writes a hierarchy where a script asks for it; the order is that of the file."""
+    inner, middle, outer = (feature(SQUARE, "detection", name=n) for n in ("inner", "middle", "outer"))
+    middle["properties"][name] = [inner]
+    outer["properties"][name] = [middle, feature(SQUARE, "detection", name="other")]
+    objects, _ = read_objects(save(tmp_path / "x.geojson", outer, feature(SQUARE, "annotation", name="last")))
+    assert objects.names.tolist() == ["outer", "middle", "inner", "other", "last"]
+
+
 def test_an_object_without_a_place_is_counted(tmp_path: Path) -> None:
     """RFC 7946 calls it an unlocated feature."""
     unlocated = {"type": "Feature", "geometry": None, "properties": {"objectType": "annotation"}}
