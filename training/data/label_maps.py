@@ -389,10 +389,11 @@ def _masks_of(images: Path, data: Path) -> Path:
     beside = images.with_name("masks.npy")
     parts = ["masks" if part.lower() == "images" else part for part in images.relative_to(data).parent.parts]
     published = data.joinpath(*parts) / "masks.npy"
-    for masks in (beside, published):
+    places = dict.fromkeys((beside, published))  # one where no folder is called images
+    for masks in places:
         if masks.is_file():
             return masks
-    raise AnnotationError(f"{images} has no masks: need {beside} or {published}")
+    raise AnnotationError(f"{images} has no masks: need {' or '.join(map(str, places))}")
 
 
 def _mapped(path: Path) -> NDArray[Any]:

@@ -291,7 +291,7 @@ def test_bad_arrays_are_named_and_never_unpickled(tmp_path: Path) -> None:
         read_dataset(tmp_path, mpp=0.25)
     (tmp_path / "dataset.json").unlink()
     for bad, message in (
-        ((images, None), "has no masks"),
+        ((images, None), r"has no masks: need [^ ]*masks\.npy$"),
         ((images, masks[..., :5]), r"need \(N, height, width, 3\)"),
         ((images, masks, np.array(["Breast"], dtype=object)), "never unpickled: save a plain array"),
         ((images, masks.astype(object)), "never unpickled"),
