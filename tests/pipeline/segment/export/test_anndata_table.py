@@ -1,8 +1,11 @@
 """The table of AnnData reads back equal, by anndata; `test_spatialdata.py` has the same table in Zarr."""
 
+import dataclasses
 import errno
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import anndata
 import numpy as np
@@ -15,6 +18,8 @@ from pipeline.config import Export
 from pipeline.segment import tables
 from pipeline.segment.export.anndata_table import write_h5ad
 from pipeline.segment.export.exported import Exported
+
+README = Path(__file__).parents[4] / "README.md"
 
 MEASUREMENTS = [
     "area_um2",
@@ -110,3 +115,22 @@ def test_another_column_of_text_is_a_category(tmp_path):
     column = anndata.read_h5ad(tmp_path / "n.h5ad").obs["artefact"]
     assert list(column.cat.categories) == ["blur", "pen"]
     assert column.cat.codes.tolist() == [1, -1, 0, 1]
+
+
+def test_the_readme_joins_slides_in_um(tmp_path, monkeypatch):
+    """Of slides with pixels of two sizes."""
+    expected = []
+    for name, um_per_px in (("case7", (0.25, 0.25)), ("case9", (0.5, 0.25))):
+        folder = tmp_path / "results" / name
+        folder.mkdir(parents=True)
+        slide = dataclasses.replace(PROVENANCE, slide=name, um_per_px=um_per_px)
+        nuclei = write(folder / "nuclei.parquet", blobs(5), provenance=slide)
+        write_h5ad(nuclei, folder / "nuclei.h5ad", Export())
+        rows = tables.read_nuclei(nuclei)
+        expected += (np.stack([rows["centroid_x"], rows["centroid_y"]], axis=1) * um_per_px).tolist()
+    monkeypatch.chdir(tmp_path)
+    _, example = re.findall(r"```py\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.S)
+    names = {}
+    exec(compile(example, "README.md", "exec"), names)
+    assert names["nuclei"].obs["slide"].tolist() == ["case7"] * 5 + ["case9"] * 5
+    np.testing.assert_allclose(names["nuclei"].obsm["spatial"], expected)
