@@ -25,7 +25,8 @@ class Cluster:
     def __init__(self, client: Any) -> None:
         self._client = client
         self._asked, self._offered = float("-inf"), {"GPU": 0.0, "CPU": 0.0, "workers": 0.0}
-        self.silent, self.ended = False, 0
+        self.silent = False
+        self.ended: tuple[str, ...] = ()
         self._known: set[str] = set()  # workers on which `run_on_new_workers` has run
         scheduler = client.scheduler_info(n_workers=0)
         self.dashboard: str = client.dashboard_link if "dashboard" in scheduler.get("services", {}) else ""
@@ -66,7 +67,7 @@ class Cluster:
 
     def run_on_new_workers(self, function: Callable[..., Any], *args: Any, retire: bool = False) -> list[str]:
         if (workers := self._workers()) is not None:
-            self.ended += len(self._known - workers.keys())
+            self.ended += tuple(sorted(self._known - workers.keys()))
             self._known &= workers.keys()
         new = [address for address in workers or () if address not in self._known]
         self._known.update(new)

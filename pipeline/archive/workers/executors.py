@@ -17,13 +17,13 @@ class Executor(Protocol):
     """Where tasks run. `dashboard`: address of its web page, `warning`: what is unsafe about it; each may be empty.
 
     silent: its scheduler did not answer when it was last asked, though its machine may: suspended, perhaps.
-    ended: how many of the worker processes that `run_on_new_workers` knew were not there when it was last called.
+    ended: the addresses of worker processes that `run_on_new_workers` knew and, when it was called, were not there.
     """
 
     dashboard: str
     warning: str
     silent: bool
-    ended: int
+    ended: tuple[str, ...]
 
     @property
     def detectors(self) -> int:
@@ -65,7 +65,8 @@ async def run_task(executor: Executor, on_device: bool, function: Callable[..., 
 class Loop:
     """Tasks one after the other, in the caller's thread."""
 
-    dashboard, warning, detectors, feeders, silent, ended = "", "", 1, 1, False, 0
+    dashboard, warning, detectors, feeders, silent = "", "", 1, 1, False
+    ended: tuple[str, ...] = ()
 
     def run_on_new_workers(self, function: Callable[..., Any], *args: Any, retire: bool = False) -> list[str]:
         return []

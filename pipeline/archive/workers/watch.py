@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pipeline.archive.workers.executors import Executor
 from pipeline.text import counted
 
+_SHOWN = 5  # worker processes in a message
 _SILENCE_S = 20 * 60.0  # in which no task ended, until that is said
 
 
@@ -50,7 +51,7 @@ class ExecutorWatch:
 
     def __init__(self, executor: Executor) -> None:
         self._executor = executor
-        self._detectors, self._silent, self._ended = 1, False, 0  # as they were then
+        self._detectors, self._silent, self._ended = 1, False, 0  # as they were then, and how many had ended
 
     def detectors(self) -> Iterator[str]:
         """No worker is left that could detect."""
@@ -67,9 +68,11 @@ class ExecutorWatch:
 
     def ended_workers(self) -> Iterator[str]:
         """Worker processes are gone, as `run_on_new_workers` has found."""
-        before, self._ended = self._ended, self._executor.ended
-        if (lost := self._ended - before) > 0:
+        lost = self._executor.ended[self._ended :]
+        self._ended += len(lost)
+        if lost:
+            shown = ", ".join(lost[:_SHOWN]) + (", ..." if len(lost) > _SHOWN else "")
             yield (
-                f"{counted(lost, 'worker process', 'worker processes')} ended during the run; unfinished "
-                f"work is done again. If nobody ended them: is there memory enough?"
+                f"{counted(len(lost), 'worker process', 'worker processes')} ended during the run ({shown}); "
+                f"unfinished work is done again. If nobody ended them: is there memory enough?"
             )

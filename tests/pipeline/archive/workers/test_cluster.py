@@ -61,16 +61,16 @@ class OfANetwork:
         return dict.fromkeys(workers)
 
 
-def test_workers_that_ended_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workers_that_ended_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each once; a scheduler that does not answer has lost none."""
     answers: list[dict[str, Any] | None] = [{"a": {}, "b": {}}, {"a": {}}, None, {"a": {}, "c": {}}, {}]
     where = Cluster(OfANetwork())
     monkeypatch.setattr(where, "_workers", lambda: answers.pop(0))
-    counts = []
+    ended = []
     while answers:
         where.run_on_new_workers(busy, 0)
-        counts.append(where.ended)
-    assert counts == [0, 1, 1, 1, 3]
+        ended.append(where.ended)
+    assert ended == [(), ("b",), ("b",), ("b",), ("b", "a", "c")]
 
 
 def fits(dask_worker: Any) -> None:
@@ -93,7 +93,7 @@ def test_a_worker_that_is_no_use_is_retired_where_that_is_wanted(retire: bool) -
         assert problem == (f"{said}; it is retired" if retire else said)
         assert (late.address in client.scheduler_info(n_workers=-1)["workers"]) == (not retire)
         assert where.run_on_new_workers(fits, retire=retire) == []
-        assert where.ended == 0, "nobody is told to look for its end"
+        assert where.ended == (), "nobody is told to look for its end"
         client.sync(late.close)  # one that is retired ends by itself, but the loop may not end before that
 
 

@@ -7,7 +7,7 @@ from pipeline.archive.workers.watch import ExecutorWatch, TaskWatch
 
 
 class Changing(Loop):
-    detectors, silent, ended = 1, False, 0
+    detectors, silent = 1, False
 
 
 def test_nothing_is_said_of_an_executor_that_stays_as_it_is() -> None:
@@ -31,10 +31,15 @@ def test_every_change_is_said_once() -> None:
         "the Dask scheduler answers again",
     ]
     lines.clear()
-    for ended in (1, 1, 3):
-        executor.ended = ended
+    gone = [f"tcp://node{number}:1" for number in range(9)]
+    for ended in (1, 1, 3, 9):
+        executor.ended = tuple(gone[:ended])
         lines += watch.ended_workers()
-    assert [line.split(" ended")[0] for line in lines] == ["1 worker process", "2 worker processes"]
+    assert [line.partition(";")[0] for line in lines] == [
+        "1 worker process ended during the run (tcp://node0:1)",
+        "2 worker processes ended during the run (tcp://node1:1, tcp://node2:1)",
+        f"6 worker processes ended during the run ({', '.join(gone[3:8])}, ...)",
+    ]
 
 
 def test_that_no_task_ends_is_said_every_twenty_minutes() -> None:
