@@ -24,7 +24,7 @@ from pipeline.errors import AnnotationError, ConfigError
 from pipeline.files import committed, read_json, refuse_folder
 from pipeline.layout import RunFolder
 from pipeline.model.weights import detector_architecture, find_weights
-from pipeline.segment import tables
+from pipeline.segment import arrow, tables
 from pipeline.segment.record import LOOK, SlideRecord
 from training import breakdown
 from training.breakdown import Breakdown, Rows
@@ -161,7 +161,7 @@ def _run_folder(folder: Path) -> RunFolder:
 def read_detections(nuclei: Path, classes: Sequence[str] = ()) -> Detections:
     """nuclei.parquet of an image, best first; detections of equal score in the file's order."""
     table = tables.read_nuclei(nuclei, ["geometry", "class", "score"])
-    scores = table["score"].to_numpy().astype(np.float64)
+    scores = arrow.values(table["score"]).astype(np.float64)
     order = np.argsort(-scores, kind="stable")
     number = {name: i for i, name in enumerate(classes, 1)}
     class_index = np.array([number.get(name, 0) for name in table["class"].to_pylist()], np.int64)

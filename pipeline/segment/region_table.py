@@ -100,7 +100,7 @@ def _members(nuclei: Path, polygons: Polygons) -> list[Ints]:
     members: list[list[NDArray[np.int32]]] = [[np.zeros(0, np.int32)] for _ in polygons]
     first = 0
     for rows in tables.iter_nuclei(nuclei, _PLACE):
-        xy = np.stack([rows[name].to_numpy() for name in _PLACE], 1)
+        xy = np.stack([arrow.values(rows[name]) for name in _PLACE], 1)
         for polygon, parts in zip(polygons, members, strict=True):
             parts.append((first + contained(polygon, xy)).astype(np.int32))
         first += rows.num_rows
@@ -112,13 +112,13 @@ def _outside_artefacts(nuclei: Path, members: list[Ints]) -> list[Ints]:
     if _ARTEFACT not in pq.read_schema(nuclei).names:
         return members
     kind = tables.read_nuclei(nuclei, [_ARTEFACT])[_ARTEFACT]
-    clean = pc.equal(pc.fill_null(kind, ""), "").to_numpy()
+    clean = arrow.values(pc.binary_length(kind)) == 0
     return [rows[clean[rows]] for rows in members]
 
 
 def _fractions(nuclei: Path, members: Sequence[Ints], classes: Sequence[str]) -> dict[str, Floats]:
     """The share of each class in each region."""
-    index = arrow.index(tables.read_nuclei(nuclei, ["class"])["class"], classes).to_numpy()
+    index = arrow.values(arrow.index(tables.read_nuclei(nuclei, ["class"])["class"], classes))
     counts = np.array([np.bincount(index[rows], minlength=len(classes)) for rows in members])  # (regions, classes)
     total = counts.sum(1)
     shares = counts.T / np.where(total > 0, total, np.nan)
@@ -133,7 +133,7 @@ def _statistics(nuclei: Path, members: Sequence[Ints], *, several_classes: bool)
             continue
         if field.name in _PLACE or not (pa.types.is_floating(field.type) or pa.types.is_integer(field.type)):
             continue
-        values = tables.read_nuclei(nuclei, [field.name])[field.name].to_numpy()
+        values = arrow.values(tables.read_nuclei(nuclei, [field.name])[field.name])
         described = np.array([_describe(values[rows]) for rows in members])  # (regions, statistics)
         columns |= {f"{field.name}_{name}": column for name, column in zip(_STATISTICS, described.T, strict=True)}
     return columns

@@ -27,9 +27,10 @@ import shapely
 from numpy.typing import NDArray
 
 from pipeline.errors import RunError
+from pipeline.segment import arrow
 from pipeline.segment.finished import remedy
 from pipeline.segment.polygons import Polygons, count_within
-from pipeline.segment.tables import geometry, iter_nuclei, read_provenance
+from pipeline.segment.tables import geometry, iter_nuclei, read_nuclei, read_provenance
 from pipeline.text import one_line
 
 TILE_PX = 2048
@@ -73,14 +74,13 @@ class NucleusTiles:
             counts.append(of_each)
             bounds.append(shapely.bounds(shapes) - np.tile(corner, 2))
             tables.append(rows.drop_columns(["geometry"]))
-        self._table = pa.concat_tables(tables) if tables else pq.read_table(path, columns=columns)
+        self._table = pa.concat_tables(tables) if tables else read_nuclei(path, columns)
         self._vertices = np.concatenate([np.zeros((0, 2), np.int32), *vertices])  # sixteenths of a slide px
         self._starts = np.cumsum(np.concatenate(counts))  # (n + 1,), of the vertices of each nucleus
-        self._scores = self._table["score"].to_numpy().astype(np.float32)
+        self._scores = arrow.values(self._table["score"]).astype(np.float32)
         names = sorted(pc.unique(self._table["class"]).to_pylist())
         self.classes = {name: provenance.colours.get(name, _NO_COLOUR) for name in names}
-        numbers = pc.index_in(self._table["class"], pa.array(list(self.classes), pa.string()))
-        self._class_numbers = numbers.to_numpy().astype(np.uint16)
+        self._class_numbers = arrow.values(arrow.index(self._table["class"], list(self.classes))).astype(np.uint16)
         self._place(_centroids(self._table, corner), np.concatenate(bounds))
 
     def _place(self, centroids: NDArray[np.float64], bounds: NDArray[np.float64]) -> None:
@@ -160,7 +160,7 @@ def _vertices(shapes: Polygons, corner: NDArray[np.float64]) -> tuple[NDArray[np
 
 
 def _centroids(rows: pa.Table, corner: NDArray[np.float64]) -> NDArray[np.float64]:
-    centroids = np.stack([rows["centroid_x"].to_numpy(), rows["centroid_y"].to_numpy()], 1) - corner
+    centroids = np.stack([arrow.values(rows["centroid_x"]), arrow.values(rows["centroid_y"])], 1) - corner
     if not np.isfinite(centroids).all():
         raise ValueError("a centroid is not a number")
     return centroids

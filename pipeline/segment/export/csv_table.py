@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
@@ -22,7 +23,7 @@ def write_csv(nuclei: Path, out: Path, options: Export) -> Exported:
     spreadsheet would evaluate, such as +, has an apostrophe in front (`csv_cell`).
     """
     provenance = read_provenance(nuclei)
-    x, y = origin(provenance, options.crop)
+    x, y = arrow.numbers(np.array(origin(provenance, options.crop)))  # scalars of Arrow
     classes = list(provenance.colours)
     class_cells = arrow.text([str(csv_cell(name)) for name in classes])
     first = ["id", "centroid_x", "centroid_y"]

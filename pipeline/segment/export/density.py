@@ -59,10 +59,10 @@ def write_density(nuclei: Path, out: Path, options: Export) -> Exported:
     classes = sorted(provenance.colours)
     counts, area_um2 = np.zeros((len(classes), math.prod(squares.shape)), np.int64), np.zeros(math.prod(squares.shape))
     for rows in iter_nuclei(nuclei, ["class", "area_um2", "centroid_x", "centroid_y"]):
-        square = squares.of(rows["centroid_x"].to_numpy(), rows["centroid_y"].to_numpy())
-        class_index = arrow.index(rows["class"], classes).to_numpy()
+        square = squares.of(arrow.values(rows["centroid_x"]), arrow.values(rows["centroid_y"]))
+        class_index = arrow.values(arrow.index(rows["class"], classes))
         np.add.at(counts, (class_index, square), 1)
-        area_um2 += np.bincount(square, rows["area_um2"].to_numpy(), len(area_um2))
+        area_um2 += np.bincount(square, arrow.values(rows["area_um2"]), len(area_um2))
     mm2 = np.outer(np.diff(squares.edges_y), np.diff(squares.edges_x)).ravel() * math.prod(provenance.um_per_px) / 1e6
     total = counts.sum(0)
     some = np.where(total > 0, total, np.nan)

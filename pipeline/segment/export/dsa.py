@@ -60,7 +60,8 @@ def _points(rings: Rings) -> pa.Array:
     """Vertices of every outline: "[x,y,0],[x,y,0],..." in px. string (N,)"""
     x, y = (pc.cast(arrow.numbers(axis), pa.string()) for axis in (rings.vertices / 100).T)
     vertices = arrow.join("[", x, ",", y, ",0]", "")
-    return pc.binary_join(pa.ListArray.from_arrays(rings.starts.astype(np.int32), vertices), ",")
+    starts = arrow.numbers(rings.starts.astype(np.int32))
+    return pc.binary_join(pa.ListArray.from_arrays(starts, vertices), arrow.text([","])[0])
 
 
 def _user(rows: pa.Table) -> pa.ChunkedArray:

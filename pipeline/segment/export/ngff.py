@@ -145,15 +145,15 @@ def _sort_by_shard(nuclei: Path, box: Box, scratch: Path, classes: list[str]) ->
     with pa.OSFile(str(scratch), "wb") as sink, pa.ipc.new_file(sink, _OUTLINES) as file:
         for rows in iter_nuclei(nuclei, ["geometry", "class"]):
             labels = np.arange(first, first + rows.num_rows, dtype=np.uint32)
-            class_of[labels] = arrow.index(rows["class"], classes).to_numpy() + 1
+            class_of[labels] = arrow.values(arrow.index(rows["class"], classes)) + 1
             encoded = rows["geometry"].combine_chunks()
             row, places = _places(shapely.bounds(geometry(rows)).reshape(-1, 4), box)
             cuts = np.flatnonzero((places[1:] != places[:-1]).any(axis=1)) + 1
             for part in np.split(np.arange(len(row)), cuts) if len(row) else ():
                 batches[tuple(places[part[0]].tolist())].append(written)
-                file.write_batch(
-                    pa.record_batch([pa.array(labels[row[part]]), encoded.take(pa.array(row[part]))], schema=_OUTLINES)
-                )
+                here = row[part]
+                columns = [arrow.numbers(labels[here]), encoded.take(arrow.numbers(here))]
+                file.write_batch(pa.record_batch(columns, schema=_OUTLINES))
                 written += 1
             first += rows.num_rows
     return _Sorted(batches, class_of)
@@ -186,7 +186,7 @@ def _rasteriser(file: pa.NativeFile, box: Box) -> Rasterise:
         rows = pa.Table.from_batches([batches.get_batch(number) for number in numbers])
         corner = np.array([box.x0 + place[1] * _SHARD, box.y0 + place[0] * _SHARD])
         outlines = shapely.transform(geometry(rows), lambda xy: xy - corner)
-        labels = np.append(np.uint32(0), rows["label"].to_numpy())
+        labels = np.append(np.uint32(0), arrow.values(rows["label"]))
         return labels[rasterise(outlines, (_SHARD, _SHARD))]
 
     return labels_in

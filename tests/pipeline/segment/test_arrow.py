@@ -1,5 +1,6 @@
 """Arrow arrays made without pyarrow's own conversions: the same arrays, without pandas."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -67,3 +68,47 @@ def test_a_run_does_not_wait_for_pandas(tmp_path: Path) -> None:
         [sys.executable, "-c", RUN, str(tmp_path)], cwd=ROOT, env=path, capture_output=True, text=True, check=True
     )
     assert done.stdout.splitlines()[-1] == "done done True False False"
+
+
+READ = """
+import sys
+from pathlib import Path
+from pipeline.config import Export, Regions
+from pipeline.archive.measure import measure_slides
+from pipeline.layout import RunFolder
+from pipeline.segment.finished import write_exports
+from pipeline.view.nuclei import NucleusTiles
+from training.evaluate import read_detections
+
+run, drawn = RunFolder(Path(sys.argv[1])), sys.argv[2]
+assert [bool(slide.rows) for slide in measure_slides(run.path, Regions(drawn))] == [True, False]
+print("measure", "pandas" in sys.modules)
+for slide in run.finished():
+    for name in ("qupath", "csv", "density", "dsa", "ngff"):
+        write_exports(slide, Export(formats=(name,)))
+        print(name, "pandas" in sys.modules)
+    NucleusTiles(slide.nuclei).density(0.5, [0])
+    print("view", "pandas" in sys.modules)
+    read_detections(slide.nuclei)
+    print("evaluate", "pandas" in sys.modules)
+"""
+
+
+def test_what_reads_the_tables_does_not_wait_for_pandas(tmp_path: Path) -> None:
+    """Law: neither `measure` nor `view`, `evaluate` and the exports, but those of AnnData and DICOM, import it."""
+    path = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    oracle_run = [sys.executable, "-c", RUN, str(tmp_path)]
+    subprocess.run(oracle_run, cwd=ROOT, env=path, capture_output=True, check=True)
+    corners = [[0, 0], [300, 0], [300, 300], [0, 300], [0, 0]]
+    region = {
+        "type": "Feature",
+        "geometry": {"type": "Polygon", "coordinates": [corners]},
+        "properties": {"objectType": "annotation"},
+    }
+    drawn = tmp_path / "drawn"
+    drawn.mkdir()
+    (drawn / "a.geojson").write_text(json.dumps({"type": "FeatureCollection", "features": [region]}))
+    reading = [sys.executable, "-c", READ, str(tmp_path / "out"), str(drawn)]
+    done = subprocess.run(reading, cwd=ROOT, env=path, capture_output=True, text=True, check=True)
+    assert len(done.stdout.splitlines()) == 1 + 2 * 7
+    assert not [line for line in done.stdout.splitlines() if line.endswith("True")]
