@@ -81,7 +81,10 @@ def gather(data: Sequence[Path], splits: Sequence[str] = (), mpp: Sequence[float
         raise AnnotationError(f"{', '.join(map(str, data))}: no images in {', '.join(splits)}: need at least one")
     classes = {part[0][1].classes for part in parts}
     same = classes.pop() if len(classes) == 1 else ()
-    whole = [read_dataset(one.data, one.splits, one.mpp) for one in requested]  # of all its splits together
+    whole = [  # of all its splits together
+        part[0][1] if len(part) == 1 else read_dataset(one.data, one.splits, one.mpp)
+        for one, part in zip(requested, parts, strict=True)
+    ]
     skipped = [line for dataset in whole for line in (*dataset.describe_skipped(), *dataset.describe_size())]
     if not same and any(len(part[0][1].classes) > 1 for part in parts):
         skipped.append("classes are not scored, as the datasets do not have the same: score them one by one")

@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from pipeline.segment.record import SlideRecord
 from training import evaluate as evaluating
 from training.data.datasets import read_dataset
 from training.data.label_maps import write_folder
-from training.data.sample import LabelledImage, Sample
+from training.data.sample import Dataset, LabelledImage, Sample
 from training.evaluate import (
     COLUMNS,
     EvaluationImage,
@@ -290,6 +290,22 @@ def test_gather_knows_splits_groups_and_datasets(tmp_path: Path) -> None:
     assert gather([two]).classes == CLASSES
     # a split of one dataset leaves the other whole
     assert [m.name for m in gather([one, two], ["two:rest"], [0.5, 0.2]).images] == ["one/a1", "one/b1", "two/c1"]
+
+
+def test_a_dataset_is_read_once_where_it_has_one_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Law: of the images, whose scales are read with it, none is opened twice for one split, or without any."""
+    data, read = draw_dataset(tmp_path / "data", {"a1": 1, "b1": 2}, classes=False), []
+
+    def counted(path: Path, splits: Sequence[str], mpp: float | None) -> Dataset:
+        read.append(tuple(splits))
+        return read_dataset(path, splits, mpp)
+
+    monkeypatch.setattr(evaluating, "read_dataset", counted)
+    assert len(gather([data]).images) == 2
+    assert len(gather([data], ["first"]).images) == 1
+    assert read == [(), ("first",)]
+    gather([data], ["first", "rest"])
+    assert read[2:] == [("first",), ("rest",), ("first", "rest")]
 
 
 def test_what_looks_wrong_is_said_of_the_images_of_every_split(tmp_path: Path) -> None:
