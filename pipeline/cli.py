@@ -7,12 +7,12 @@ import re
 import signal
 import sys
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from difflib import get_close_matches
 from importlib import import_module, metadata
 from io import TextIOWrapper
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from cyclopts import (
     App,
@@ -45,6 +45,8 @@ from slides.errors import NightslideError
 
 if TYPE_CHECKING:
     from pipeline.archive.estimate import SlideEstimate
+
+T = TypeVar("T")
 
 DEBUGGING = Group("Debugging", sort_key=99)
 SLIDES, RESULTS, WEIGHTS, MACHINE = (  # of commands, in the order in which they are needed
@@ -299,26 +301,13 @@ def plan(
     follow_links
         Follow symbolic links in the input folders that lead out of them, too.
     """
-    from rich.console import Console
-    from rich.progress import track
-
     from pipeline.api import estimate, speed
 
     seconds = speed(settings, seconds_per_mm2)
     archive, warnings, estimates = estimate(
         inputs, settings, seconds, mpp=mpp, force_mpp=force_mpp, follow_links=follow_links, apart=True
     )
-    terminal = Console(stderr=True)
-    rows = list(
-        track(
-            estimates,
-            "opening slides",
-            total=sum(not source.skip for source in archive.sources),
-            console=terminal,
-            transient=True,
-            disable=not terminal.is_terminal,
-        )
-    )
+    rows = list(_tracked(estimates, "opening slides", sum(not source.skip for source in archive.sources)))
     print("\n".join(_table(rows)))
     for warning in warnings:
         print(f"WARNING: {warning}")
@@ -329,6 +318,21 @@ def plan(
     )
     print(_basis(seconds, seconds_per_mm2 is not None))
     return 1 if bad else 0
+
+
+def _tracked(items: Iterable[T], doing: str, total: int) -> Iterator[T]:
+    """The items, while a terminal, if there is one, shows how many of `total` have come; doing: in words."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    terminal = Console(stderr=True)
+    with Progress(
+        console=terminal,
+        transient=True,
+        redirect_stdout=sys.stdout.isatty(),  # else what is printed would go to the terminal, not where it should
+        disable=not terminal.is_terminal,
+    ) as bar:
+        yield from bar.track(items, total, description=doing)
 
 
 def _table(rows: Sequence["SlideEstimate"]) -> list[str]:
@@ -486,10 +490,10 @@ def verify(folder: Path, /) -> int:
     folder
         The --out folder of a run, or the folder of one slide in it.
     """
-    from pipeline.archive.verify import verify_results
+    from pipeline.archive.verify import finished_slides, verify_results
 
     whole = slides = 0
-    for slide, problems in verify_results(folder):
+    for slide, problems in _tracked(verify_results(folder), "comparing slides", len(finished_slides(folder))):
         slides, whole = slides + 1, whole + (not problems)
         for problem in problems:
             print(f"{slide}: {problem}")

@@ -17,7 +17,7 @@ def verify_results(folder: Path) -> Iterator[tuple[str, list[str]]]:
     folder: of a run, or of one slide of it. Reads every byte of every result.
     Raises RunError for a folder without a finished slide.
     """
-    slides = _slides(folder)
+    slides = finished_slides(folder)
     if not slides:
         raise RunError(f"{folder} holds no finished slide: need the --out folder of a run")
     for name, slide in slides.items():
@@ -26,11 +26,11 @@ def verify_results(folder: Path) -> Iterator[tuple[str, list[str]]]:
 
 def without_nuclei(folder: Path) -> list[str]:
     """The slides that were finished and have no table of nuclei any more: a line each, with the remedy."""
-    lost = {name: slide for name, slide in _slides(folder).items() if not slide.nuclei.exists()}
+    lost = {name: slide for name, slide in finished_slides(folder).items() if not slide.nuclei.exists()}
     return [f"{name}: {problem}" for name, slide in lost.items() for problem in _problems(slide, thorough=False)]
 
 
-def _slides(folder: Path) -> dict[str, SlideFolder]:
+def finished_slides(folder: Path) -> dict[str, SlideFolder]:
     """The slides that were finished, there or not, by their names."""
     run = RunFolder(folder)
     slides = {slide.path: slide for slide in [*run.finished(), *_in_the_ledger(run)]}

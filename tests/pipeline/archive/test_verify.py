@@ -223,3 +223,19 @@ def test_a_ledger_that_names_other_folders_is_not_followed_there(name: str, tmp_
     folder.slide("a").slide_json.write_text("{}")
     write_ledger(folder, [SlideRecord("a", "done"), SlideRecord(name, "done")])
     assert [slide for slide, _ in verify_results(folder.path)] == ["a"]
+
+
+def test_a_terminal_shows_how_far_it_is(
+    out: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An archive takes hours. What is found goes where it does without a terminal."""
+    RunFolder(out).slide("a").overlay.unlink()
+    plain = said(capsys, out)
+    assert plain[0] == 1
+    assert plain[1][0].startswith("a: overlay.jpg is missing")
+    monkeypatch.setenv("FORCE_COLOR", "1")  # by which rich takes any stream for a terminal
+    with pytest.raises(SystemExit):
+        main(["verify", str(out)])
+    shown, errors = capsys.readouterr()
+    assert shown.splitlines() == plain[1]
+    assert "comparing slides" in errors
