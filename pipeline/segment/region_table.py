@@ -101,8 +101,10 @@ def _members(nuclei: Path, polygons: Polygons) -> list[Ints]:
     first = 0
     for rows in tables.iter_nuclei(nuclei, _PLACE):
         xy = np.stack([arrow.values(rows[name]) for name in _PLACE], 1)
-        for polygon, parts in zip(polygons, members, strict=True):
-            parts.append((first + contained(polygon, xy)).astype(np.int32))
+        # neighbours stand together in a table, so most of many regions lie apart from all nuclei of a row group
+        extent = shapely.box(*np.fmin.reduce(xy), *np.fmax.reduce(xy))
+        for number in np.flatnonzero(shapely.intersects(polygons, extent)):
+            members[number].append((first + contained(polygons[number], xy)).astype(np.int32))
         first += rows.num_rows
     return [np.concatenate(parts) for parts in members]
 
