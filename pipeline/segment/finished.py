@@ -35,15 +35,16 @@ def finish_slide(job: Job, record: SlideRecord) -> SlideRecord:
     with checked_between_groups(job.check_lease):
         summary = summarise(job.folder.nuclei, plan._replace(tissue=tissue))
     record = dataclasses.replace(record, remarks=remarks(record, summary, plan.notes))
-    original = job.origin
+    # as the file was when it was planned: of one that has changed since, the next run asks whether that matters
+    source_bytes, source_mtime_ns = plan.file
     content = {
         "digest": job.digest,
         "overwrite": job.overwrite,
         "regions": job.regions and job.regions.to_json(),
         "source": job.source.name,
-        "source_path": original.place,
-        "source_bytes": original.bytes,
-        "source_mtime_ns": original.mtime_ns,
+        "source_path": job.original.place if job.original else str(job.source),
+        "source_bytes": source_bytes,
+        "source_mtime_ns": source_mtime_ns,
         "quick_hash": plan.quick_hash,
         "vendor": plan.vendor,
         "size": plan.size,

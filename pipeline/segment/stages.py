@@ -83,8 +83,9 @@ def make_plan(job: Job) -> StageRecord:
     started, folder = time.perf_counter(), job.folder
     with job.open() as slide:
         plan, origin = load_plan(folder, job.digest), job.origin
-        if plan is not None and job.overwrite not in ("", plan.overwrite):
-            plan = None
+        now = (job.overwrite, slide.scale, slide.quick_hash)
+        if plan is not None and job.overwrite and (plan.overwrite, plan.scale, plan.quick_hash) != now:
+            plan = None  # not refused, as for --overwrite the remedy would be what was given
         if plan is not None:
             _check_same_slide(plan, slide, job)
         file = (origin.bytes, origin.mtime_ns)
@@ -106,7 +107,10 @@ def make_plan(job: Job) -> StageRecord:
 
 
 def _check_same_slide(plan: Plan, slide: Slide, job: Job) -> None:
-    """Raise SlideChanged where the work in the slide's folder was started on another file, or at another scale."""
+    """Raise SlideChanged where the work in the slide's folder was started on another file, or at another scale.
+
+    Wherever a slide is opened: a file that is replaced during a run would give results of which a part shows another.
+    """
     name = job.source.name
     if plan.scale != slide.scale:
         raise SlideChanged(
@@ -142,6 +146,7 @@ def choose_stain(job: Job, detect: Detect | None = None) -> StageRecord:
     if not plan.trials:
         return plan.trial_work
     with job.open() as slide:
+        _check_same_slide(plan, slide, job)
         patches = [slide.read_decodable(square, plan.frame)[0] for square in plan.trials]
     settings = stain_trial.own_settings(job.settings)
     queues = [_queue(detect)(patches, each, settings) for each in (UNCHANGED, plan.normalisation)]
@@ -164,7 +169,7 @@ def choose_stain(job: Job, detect: Detect | None = None) -> StageRecord:
 
 
 def tile_block(job: Job, block: int, before: StageRecord) -> StageRecord:
-    """Cut a block's patches from the slide into the Zarr store, and measure how sharp they are."""
+    """Cut a block's patches from the slide into the Zarr store, and measure how sharp they are. Raises SlideChanged."""
     started = time.perf_counter()
     if _is_detected(job, block):
         return before
@@ -172,13 +177,20 @@ def tile_block(job: Job, block: int, before: StageRecord) -> StageRecord:
     store = PatchStore.create(job.folder.patches, plan.grid, job.digest)
     if not store.is_done(block) or _focus(job, block) is None:
         tiles = plan.of_block(block)
-        slide = _slide(job.source, job.scale, files.stamp(job.source))
-        region, lost = cut(slide, tiles, plan.grid, plan.frame)
+        region, lost = cut(_planned_slide(job, plan), tiles, plan.grid, plan.frame)
+        _planned_slide(job, plan)  # it may have been replaced while it was read
         sharpness = focus.measure(store.windows(block, tiles, region), tiles, plan.grid.size, plan.frame.mpp)
         job.check_lease()
         files.write_checked_json(job.folder.focus(block), focus.to_json(sharpness), synced=False)
         store.write(block, tiles, region, lost)
     return before + _worked("tile", started)
+
+
+def _planned_slide(job: Job, plan: Plan) -> Slide:
+    """The slide as its file is now. Raises SlideChanged where that is not the one that was planned."""
+    slide = _slide(job.source, job.scale, files.stamp(job.source))
+    _check_same_slide(plan, slide, job)
+    return slide
 
 
 @functools.lru_cache(maxsize=4)
@@ -383,7 +395,7 @@ def _areas(artefacts: ArtefactMap, *, skipped: bool) -> Counts:
 def export_slide(job: Job) -> StageRecord:
     """The files of the chosen formats, made from nuclei.parquet, the annotations, and the pictures.
 
-    Raises LeaseLost, and ScratchLost where the artefacts are missing or damaged.
+    Raises LeaseLost, SlideChanged, and ScratchLost where the artefacts are missing or damaged.
     """
     started, folder, plan = time.perf_counter(), job.folder, read_plan(job.folder, job.digest)
     return_freed_memory(_SLIDE_STAGE_BYTES)
@@ -395,6 +407,7 @@ def export_slide(job: Job) -> StageRecord:
         if job.settings.tissue.artefacts != "off":
             annotations.write_artefacts(folder.artefact_annotations, plan.quick_hash, artefacts, plan.bounds, crop)
         with job.open() as slide:
+            _check_same_slide(plan, slide, job)
             small, large = (picture_frame(slide, plan, longest_px) for longest_px in (THUMBNAIL_PX, OVERLAY_PX))
             picture = slide.thumbnail(small)
             pictures.draw_plan(picture, small, artefacts, tissue, plan.tiles, folder.thumbnail)

@@ -24,7 +24,7 @@ from pipeline.archive import run as archive_run
 from pipeline.archive.lease import Leases
 from pipeline.archive.ledger import mixed_computation, row_of
 from pipeline.config import Execution, Export, Settings, Stain
-from pipeline.errors import LeaseLost, RunError, ScratchLost
+from pipeline.errors import LeaseLost, RunError, ScratchLost, SlideChanged
 from pipeline.layout import RunFolder, SlideFolder
 from pipeline.model.instances import HostInstances
 from pipeline.segment import job as job_module
@@ -369,6 +369,13 @@ def test_a_round_of_overwriting_continues_its_own_work_and_no_other(slide: Path,
     for again, kept in ((first, True), (job, True), (second, False)):
         stages.make_plan(again)
         assert any(store.iterdir()) == kept
+    unfinished(slide, tmp_path)
+    rescaled = dataclasses.replace(second, scale=GivenScale(default_mpp=0.26))
+    with pytest.raises(SlideChanged, match="give the same scale, or --overwrite"):
+        stages.make_plan(dataclasses.replace(rescaled, overwrite=""))
+    assert any(store.iterdir())
+    stages.make_plan(rescaled)
+    assert not any(store.iterdir())
 
 
 def test_the_work_of_another_owner_is_not_removed(slide: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +28,14 @@ from pipeline.archive.ledger import read_ledger
 from pipeline.archive.manifest import resolve
 from pipeline.archive.verify import verify_results
 from pipeline.cli import main
-from pipeline.config import Execution, Regions, Settings
+from pipeline.config import Execution, Regions, Settings, Stain
 from pipeline.errors import ClusterLost, ExportFailed, RunError
 from pipeline.layout import RunFolder
 from pipeline.model.fitted_stain import Normalisation
 from pipeline.model.instances import HostInstances, Patches
 from pipeline.segment import stages
 from pipeline.segment.job import Job
-from pipeline.segment.record import SlideRecord
+from pipeline.segment.record import SlideRecord, StageRecord
 from slides.scale import GivenScale
 
 ONE = Execution(cluster=False, workers=1)
@@ -292,6 +292,80 @@ def test_a_slide_that_was_replaced_is_not_read_from_the_former_file(archive: Pat
     assert segment(slide, tmp_path / "out")["a"].nuclei != expected
     os.replace(other, slide)
     assert segment(slide, tmp_path / "out", execution=AGAIN)["a"].nuclei == expected
+
+
+@pytest.mark.parametrize("stage", ["stain", "tile", "detect", "export"])
+def test_a_slide_that_is_replaced_during_a_run_is_refused(archive: Path, tmp_path: Path, stage: str) -> None:
+    """Law: results show one slide. They had nuclei of both, and the next run said that nothing was amiss."""
+    slide, other, out = archive / "a.tif", archive / "b.tif", tmp_path / "out"
+    expected = segment(other, tmp_path / "expected")["b"].nuclei
+
+    def replacing(run: Callable[..., Any], *arguments: Any) -> Any:
+        """Before the slide is opened in the stage; in `detect`, while other blocks are still to be tiled."""
+        if other.exists():
+            os.replace(other, slide)
+        return run(*arguments)
+
+    replaced = tuple(
+        s._replace(run=functools.partial(replacing, s.run)) if s.name == stage else s for s in stages.STAGES
+    )
+    settings = dataclasses.replace(chosen(), stain=Stain(method="auto")) if stage == "stain" else chosen()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(slide_stages, "STAGES", replaced)
+        row = segment(slide, out, settings)["a"]
+    assert (row.status, "is not the file this work was started on" in row.cause) == ("failed", True)
+    assert not (out / "a" / "slide.json").exists()
+    assert "is not the file" in segment(slide, out, settings)["a"].cause, "nor is it continued"
+    assert segment(slide, out, chosen(), AGAIN)["a"].nuclei == expected
+
+
+def test_a_slide_that_is_replaced_while_a_block_is_read_is_refused(
+    archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cut = stages.cut
+
+    def replacing(*arguments: Any) -> Any:
+        if (archive / "b.tif").exists():
+            os.replace(archive / "b.tif", archive / "a.tif")
+        return cut(*arguments)
+
+    monkeypatch.setattr(stages, "cut", replacing)
+    whole = chosen(block=8)  # all is one block: no other one is read after it
+    assert "is not the file this work was started on" in segment(archive / "a.tif", tmp_path / "out", whole)["a"].cause
+
+
+def test_a_file_that_grows_during_a_run_is_not_taken_for_the_whole_one(archive: Path, tmp_path: Path) -> None:
+    """One that is still being copied into the archive: what was not there yet is area lost, and may be read now."""
+    slide, out = archive / "a.tif", tmp_path / "out"
+
+    def changes(patches: Patches, normalisation: Normalisation, settings: Settings) -> Iterator[HostInstances]:
+        os.utime(slide, (1_700_000_000, 1_700_000_000))
+        for found in oracle.detect(patches, normalisation, settings):
+            yield found._replace(lost=True)
+
+    row = segment(slide, out, detect=changes)["a"]
+    assert (row.status, row.work.counts.area_lost_mm2 > 0) == ("done", True)
+    assert "of it could not be read: give --overwrite to do it again" in segment(slide, out)["a"].cause
+
+
+def test_overwriting_goes_on_with_a_slide_that_has_changed_since_it_was_begun(archive: Path, tmp_path: Path) -> None:
+    """It was refused with the remedy to give --overwrite, which was given, as long as other slides were done."""
+    out, slide = tmp_path / "out", archive / "a.tif"
+
+    def fails(job: Job) -> StageRecord:
+        if job.source == slide:
+            raise RuntimeError("no")
+        return stages.stitch_slide(job)
+
+    failing = tuple(s._replace(run=fails) if s.name == "stitch" else s for s in stages.STAGES)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(slide_stages, "STAGES", failing)
+        rows = segment(archive, out, execution=AGAIN)
+    assert [row.status for row in rows.values()] == ["failed", "done"]
+    paint(slide, seed=9)
+    expected = segment(slide, tmp_path / "expected")["a"].nuclei
+    row = segment(archive, out, execution=AGAIN)["a"]
+    assert (row.status, row.nuclei) == ("done", expected), row.cause
 
 
 def test_half_done_work_of_a_file_that_has_changed_is_begun_again(archive: Path, tmp_path: Path) -> None:
