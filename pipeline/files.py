@@ -161,10 +161,20 @@ def write_json(path: Path, content: Any, *, synced: bool = True) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """The JSON object in a file; None where there is no file, or it holds anything else."""
+    """The JSON object in a file; None where there is no file, it cannot be read, or it holds anything else."""
+    try:
+        return read_json_if_there(path)
+    except OSError:
+        return None
+
+
+def read_json_if_there(path: Path) -> dict[str, Any] | None:
+    """As `read_json`, for what is replaced where there is none. Raises OSError where it is there and cannot be read."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError, MemoryError):  # a damaged file may be of any size
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (ValueError, RecursionError, MemoryError):  # a damaged file may be of any size
         return None
     return content if isinstance(content, dict) else None
 

@@ -69,7 +69,7 @@ class AllSlides:
 
     async def process(self) -> None:
         """Process every slide of the archive. Raises ClusterLost."""
-        await self.records.read_others()
+        await self.records.warn_of_others()
         await self.records.write_ledger()  # for the report and the viewer
         watchers = [asyncio.create_task(watch()) for watch in (self.records.keep_ledger, self._watch_workers)]
         try:
@@ -125,7 +125,7 @@ class AllSlides:
             if self._slides.stopped:  # a task group in which a task fails forgets that it was cancelled
                 raise asyncio.CancelledError
             holder = await asyncio.to_thread(self._leases.holder, self._command.folder.slide(source.name).path)
-            if not self._command.execution.wait:
+            if holder and not self._command.execution.wait:  # where nobody has it by now, it is tried again
                 record = SlideRecord(source.name, "locked", f"by {holder}")
                 break
             since = time.monotonic() if since is None else since

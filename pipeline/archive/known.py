@@ -34,8 +34,8 @@ class KnownSlides:
     def look(self, source: Source, job: Job) -> SlideRecord | None:
         """The record of a slide that is done, or at which another run has failed meanwhile; None for one that is to do.
 
-        Raises RunError for a slide that must not be processed, and for results that are damaged. Those that are whole,
-        but not of this job, are DONE_OTHERWISE.
+        Raises RunError for a slide that must not be processed, and for results that are damaged; OSError for those
+        that cannot be read now. Those that are whole, but not of this job, are DONE_OTHERWISE.
         """
         if source.problem:
             if (record := self.finished(source.name)) is not None:
@@ -45,7 +45,7 @@ class KnownSlides:
         check_run(self._folder, self._settings)
         for link in self._folder.links(source.name):
             raise RunError(f"{link} is a symbolic link, through which nothing is written: remove it")
-        content = files.read_json(job.folder.slide_json)
+        content = files.read_json_if_there(job.folder.slide_json)
         if content is None or not self._counts(content):
             return self._failed(source.name)
         for damage in finished.damaged_results(job.folder, content, thorough=False):

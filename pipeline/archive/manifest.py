@@ -152,7 +152,7 @@ def open_run(run: RunFolder, settings: Settings, overwrite: bool) -> OpenedRun:
         run.path.mkdir(parents=True, exist_ok=True)
         files.now_ns(run.path)  # whether anything can be written, where run.json is there already
         if overwrite:
-            former = files.read_json(run.run_json) or {}
+            former = files.read_json_if_there(run.run_json) or {}
             going_on = former.get("overwrite") if former.get("digest") == settings.digest else None
             _write(run.run_json, settings, keep_first=False, overwrite=str(going_on or uuid.uuid4().hex))
         elif not run.run_json.exists():
@@ -225,7 +225,8 @@ def _has_results(run: RunFolder) -> bool:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    content = files.read_json(path)
+    """The content of run.json. Raises RunError where it is damaged; OSError."""
+    content = files.read_json_if_there(path)
     needed = ("digest", "settings")
     if content is None or not set(needed) <= content.keys():
         cause = "it holds no JSON object" if content is None else f"it lacks one of {', '.join(needed)}"

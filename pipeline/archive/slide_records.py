@@ -1,6 +1,7 @@
 """What became of the slides of a command: in the ledger while it runs, in the ledger and the report at its end."""
 
 import asyncio
+import contextlib
 import time
 from pathlib import Path
 
@@ -23,19 +24,21 @@ class SlideRecords:
         self._command, self._known, self._progress = command, known, progress
         self._begun: set[str] = set()  # slides whose stages have begun
         self._own: dict[str, SlideRecord] = {}
-        self._others: list[SlideRecord] = []
         self._ended = False
 
-    async def read_others(self) -> None:
-        """Read what other commands have left in the folder; where a file has results there by another name, say so."""
-        sources = self._command.archive.sources
-        self._others, names = await asyncio.to_thread(self._known.others, {source.name for source in sources})
-        for source in sources if names else ():
+    async def warn_of_others(self) -> None:
+        """Where a file has results by another name, which another command has left in the folder, say so."""
+        names = (await asyncio.to_thread(self._others)).names
+        for source in self._command.archive.sources if names else ():
             if (name := names.get(source.files.place)) is not None and not (source.skip or source.problem):
                 self._progress.say(
                     f"WARNING: {source.name}: its file has results as {name}, by a command that was given another "
                     f"folder: all its nuclei will be there twice"
                 )
+
+    def _others(self) -> ledger.OtherSlides:
+        """What other commands have left in the folder until now: those that run beside this one, too."""
+        return self._known.others({source.name for source in self._command.archive.sources})
 
     def begin(self, name: str) -> None:
         """The stages of a slide begin."""
@@ -58,8 +61,9 @@ class SlideRecords:
         own = self._own.get(name)
         if own is not None and own.status != "locked":
             return own
-        if (elsewhere := self._known.elsewhere(name)) is not None:
-            return elsewhere
+        with contextlib.suppress(OSError):  # a file server that does not answer for one slide
+            if (elsewhere := self._known.elsewhere(name)) is not None:
+                return elsewhere
         begun = "interrupted" if self._ended else "unfinished"  # which it stays where this process is killed
         return own or SlideRecord(name, begun if name in self._begun else "waiting")
 
@@ -78,7 +82,7 @@ class SlideRecords:
         """Of all slides as they are now; where it cannot be written the run goes on."""
         run = self._command.folder
         try:
-            await asyncio.to_thread(lambda: ledger.write_ledger(run, [*self.all(), *self._others]))
+            await asyncio.to_thread(lambda: ledger.write_ledger(run, [*self.all(), *self._others().records]))
         except OSError as error:
             self._progress.say(_not_written(run.ledger, error))
 
@@ -89,7 +93,7 @@ class SlideRecords:
         the records of the command's slides as they are written.
         """
         run, own = self._command.folder, self.all()
-        records = [*own, *self._others]
+        records = [*own, *self._others().records]
         rows = [ledger.row_of(record) for record in records]
         if warning := ledger.mixed_computation(rows):
             self._progress.say(f"WARNING: {warning}")

@@ -22,11 +22,14 @@ from oracle import chosen, files, paint
 from pipeline.archive import all_slides, slide_stages
 from pipeline.archive import run as archive_run
 from pipeline.archive.lease import Leases
+from pipeline.archive.ledger import read_ledger
+from pipeline.archive.manifest import open_run, resolve
 from pipeline.archive.run import run
 from pipeline.archive.workers import watch
 from pipeline.archive.workers.executors import Loop
 from pipeline.config import Execution, Settings
 from pipeline.errors import RunError
+from pipeline.layout import RunFolder
 from pipeline.model.fitted_stain import Normalisation
 from pipeline.model.instances import HostInstances, Patches, concat
 from pipeline.segment import predictions, stages
@@ -195,6 +198,71 @@ def test_a_slides_folder_that_may_not_be_entered_costs_the_others_no_row(
     assert any(line.startswith("b: ") and "nuclei" in line for line in said)
 
 
+def unreadable(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
+    """Files of these names cannot be read: the disk or the file server fails."""
+    read = Path.read_text
+
+    def refuse(path: Path, *arguments: Any, **options: Any) -> str:
+        if path.name in names:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        return read(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "read_text", refuse)
+
+
+def test_results_that_cannot_be_read_for_a_while_are_not_made_again(
+    archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They counted as missing, and were replaced: by those of another slide, too, where its file had changed."""
+    out = tmp_path / "out"
+    segment(archive, out)
+    before = files(out / "a")
+    paint(archive / "a.png", 2)
+    with monkeypatch.context() as patched:
+        unreadable(patched, "slide.json")
+        rows = segment(archive, out)
+    assert [row.status for row in rows.values()] == ["failed", "failed"]
+    what = "Input/output error: look whether the disk or file server is in order"
+    assert rows["a"].cause == f"{out / 'a' / 'slide.json'}: {what}, and give the same command again"
+    assert files(out / "a") == before
+    assert [row.status for row in segment(archive, out).values()] == ["done otherwise", "done before"]
+
+
+def test_a_round_of_overwriting_that_cannot_be_read_is_not_replaced(
+    archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All that it has done would be done again."""
+    run_json = RunFolder(tmp_path / "out").run_json
+    open_run(RunFolder(tmp_path / "out"), resolve(chosen()), overwrite=True)
+    before = run_json.read_bytes()
+    for overwrite in (True, False):
+        with monkeypatch.context() as patched:
+            unreadable(patched, "run.json")
+            with pytest.raises(RunError, match="Input/output error"):
+                segment(archive, tmp_path / "out", Execution(cluster=False, workers=1, overwrite=overwrite))
+        assert run_json.read_bytes() == before
+
+
+def test_a_slide_that_a_file_server_does_not_show_costs_neither_ledger_nor_report(
+    archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of those that are not done, here as another run has it, it is asked at the end what has become of them."""
+    out, stat = tmp_path / "out", Path.stat
+    with Leases() as other:
+        other.take(out / "a")
+
+        def stale(path: Path, **options: Any) -> os.stat_result:
+            if path == out / "a" / "failure.json" and (out / "b" / "slide.json").is_file():
+                raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
+            return stat(path, **options)
+
+        monkeypatch.setattr(Path, "stat", stale)
+        rows = segment(archive, out, Execution(cluster=False, workers=1, wait=False))
+    assert [row.status for row in rows.values()] == ["locked", "done"]
+    assert [row["status"] for row in read_ledger(RunFolder(out))] == ["locked", "done"]
+    assert (out / "report.html").is_file()
+
+
 def test_a_file_in_the_place_of_a_slides_folder_costs_the_others_no_row(archive: Path, tmp_path: Path) -> None:
     """Law: one slide cannot end a run. No ledger could be written, and the slide's cause had no remedy."""
     (tmp_path / "out").mkdir()
@@ -284,18 +352,43 @@ def test_a_slide_that_another_run_has_is_left_to_it(archive: Path, tmp_path: Pat
     assert segment(archive, out)["a"].status == "done"
 
 
+def test_a_slide_that_another_run_gives_back_is_not_left_to_nobody(
+    archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was called locked, by nobody, and the exit status was 0: each of two runs may have left it to the other."""
+    out, holder = tmp_path / "out", Leases.holder
+    monkeypatch.setattr(all_slides, "_POLL_S", 0.1)
+    with Leases() as other:
+        other.take(out / "a")
+
+        def given_back(leases: Leases, folder: Path) -> str:
+            other.release(out / "a")
+            return holder(leases, folder)
+
+        monkeypatch.setattr(Leases, "holder", given_back)
+        rows = segment(archive, out, Execution(cluster=False, workers=1, wait=False))
+    assert [row.status for row in rows.values()] == ["done", "done"]
+
+
 def test_a_slide_that_was_left_to_another_run_is_done_once_that_has_done_it(
     archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out = tmp_path / "out"
+    out, holder, asked = tmp_path / "out", Leases.holder, threading.Event()
     with Leases() as other:
         other.take(out.resolve() / "a")
 
+        def asks(leases: Leases, folder: Path) -> str:
+            who = holder(leases, folder)
+            asked.set()
+            return who
+
         def another_ends(*_: Any) -> None:  # before b, when a has been left to it
             if other.ours(out.resolve() / "a"):
+                assert asked.wait(30)
                 other.release(out.resolve() / "a")
                 run([archive / "a.png"], out, chosen(), ONE, mpp=0.25, say=lambda line: None, detect=oracle.detect)
 
+        monkeypatch.setattr(Leases, "holder", asks)
         monkeypatch.setattr(slide_stages, "_check_space", another_ends)
         rows = segment(archive, out, Execution(cluster=False, workers=1, wait=False))
     assert [row.status for row in rows.values()] == ["done", "done"]

@@ -83,6 +83,10 @@ def test_a_slide_that_cannot_be_done_again_keeps_its_results(archive: Path, tmp_
     assert all(not problems for _, problems in verify_results(out))
 
 
+def unreadable(path: Path, **_: Any) -> str:
+    raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+
+
 def test_a_stage_that_runs_twice_removes_nothing_new(archive: Path, tmp_path: Path) -> None:
     """Dask may start a task again, whose worker seemed lost: it may come to its end when the slide is done."""
     out, kept = tmp_path / "out", dataclasses.replace(AGAIN, keep_work=True)
@@ -94,6 +98,11 @@ def test_a_stage_that_runs_twice_removes_nothing_new(archive: Path, tmp_path: Pa
     before = (out / "a" / "slide.json").read_bytes()
     job = Job(source, RunFolder(out).slide("a"), manifest, GivenScale(default_mpp=0.25), overwrite=overwrite)
     stages.stitch_slide(job)
+    assert (out / "a" / "slide.json").read_bytes() == before
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "read_text", unreadable)
+        with pytest.raises(OSError, match="Input/output error"):
+            stages._remove_results(job)
     assert (out / "a" / "slide.json").read_bytes() == before
     assert all(not problems for _, problems in verify_results(out))
 
@@ -229,6 +238,23 @@ def test_the_ledger_knows_what_another_run_has_done_meanwhile(archive: Path, tmp
         rows = segment(archive, out)
     assert seen[0] == [("a", "unfinished"), ("b", "done")]
     assert [row.status for row in rows.values()] == ["done", "done before"]
+
+
+def test_the_ledger_has_the_slides_of_a_command_that_ran_beside_this_one(archive: Path, tmp_path: Path) -> None:
+    """Of commands that work on slides of their own, the one that ended last left out those of the others."""
+    out, beside = tmp_path / "out", list[dict[str, SlideRecord]]()
+
+    def starts_another(*_: Any) -> None:
+        if not beside:
+            beside.append({})
+            beside[0] = segment(archive / "b.tif", out)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(slide_stages, "_check_space", starts_another)
+        assert list(segment(archive / "a.tif", out)) == ["a"]
+    assert list(beside[0]) == ["b"]
+    assert [(row["slide"], row["status"]) for row in read_ledger(RunFolder(out))] == [("a", "done"), ("b", "done")]
+    assert '"b/overlay.jpg"' in (out / "report.html").read_text()
 
 
 def test_seconds_and_attempts_outlast_an_interruption(archive: Path, tmp_path: Path) -> None:
