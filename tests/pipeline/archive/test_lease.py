@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+import psutil
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -94,6 +95,7 @@ def elsewhere(pid: int = 1) -> str:
 
 
 OUR_PID = "another machine's process with our pid"  # which is known in the test: ids of tests do not change
+ENDLESS_PID = elsewhere().replace('"pid": 1', '"pid": Infinity')
 LONG_DEAD_S = 180 + 2 * 3600 + 20  # too old even where the clocks of two machines differ by two hours
 
 
@@ -209,7 +211,9 @@ def test_a_lease_is_taken_once_and_given_back(tmp_path: Path) -> None:
     one, other = Leases(), Leases()
     assert one.take(folder)
     assert one.take(folder), "what is ours is ours"
+    assert one.file(folder) == file_of(folder), "by which the tasks of a slide know that it is ours"
     assert not other.take(folder), "a token an object, not a process"
+    assert other.file(folder) is None
     other.release(folder)
     assert one.ours(folder)
     assert one.holder(folder) == other.holder(folder) != ""
@@ -367,7 +371,7 @@ def test_another_host_container_or_user_is_another_machine(
 
 
 @pytest.mark.parametrize(
-    "content", [elsewhere(), OUR_PID, "", "{", "[]", '{"host": "x"}', '{"pid": Infinity}', "\0" * 99]
+    "content", [elsewhere(), OUR_PID, "", "{", "[]", '{"host": "x"}', ENDLESS_PID, "\0" * 99]
 )
 def test_an_owner_that_cannot_be_asked_lives_until_it_expires(tmp_path: Path, content: str) -> None:
     """Another machine's, or a file that tells nothing: whatever its pid means here."""
@@ -394,6 +398,51 @@ def test_a_pid_that_was_given_again_is_another_process(tmp_path: Path) -> None:
     assert not Leases().take(tmp_path / "a")
     make(tmp_path / "b", json.dumps(me._replace(started=me.started - 60)._asdict()))
     assert Leases().take(tmp_path / "b")
+
+
+def test_an_owner_lives_whatever_becomes_of_the_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Set by an hour, it moves the time of the boot and that at which a process started, both since 1970."""
+    assert Leases().take(tmp_path)
+    boot, started = psutil.boot_time(), psutil.Process().create_time()
+    monkeypatch.setattr(psutil, "boot_time", lambda: boot + 3600)
+    monkeypatch.setattr(psutil.Process, "create_time", lambda _: started + 3600)
+    assert not Leases().take(tmp_path)
+
+
+def test_an_owner_that_may_not_be_looked_at_lives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And so does one whose pid is none, as a damaged file may have it."""
+    me = lease._me()
+    make(tmp_path / "none", json.dumps(me._replace(pid=-1)._asdict()))
+    assert not Leases().take(tmp_path / "none")
+    make(tmp_path / "hidden", json.dumps(me._asdict()))
+
+    def hidden(_: psutil.Process) -> str:
+        raise psutil.AccessDenied
+
+    with monkeypatch.context() as patch:
+        patch.setattr(psutil.Process, "status", hidden)
+        assert not Leases().take(tmp_path / "hidden")
+
+
+def test_a_lease_that_is_given_back_while_it_is_read_has_no_known_owner(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the listing of the folder and the reading of the file; the slide is free at the next try."""
+    owner, read = Leases(), Path.read_text
+    assert owner.take(tmp_path)
+
+    def late(path: Path, **options: str) -> str:
+        owner.release(tmp_path)
+        return read(path, **options)
+
+    monkeypatch.setattr(Path, "read_text", late)
+    assert Leases().holder(tmp_path) == "an unknown process"
+    monkeypatch.undo()
+    assert owner.take(tmp_path)
+    monkeypatch.setattr(Path, "read_text", late)
+    other = Leases()
+    assert not other.take(tmp_path)
+    assert other.take(tmp_path)
 
 
 def test_an_owner_whose_process_is_gone_is_dead_at_once(tmp_path: Path) -> None:
