@@ -66,11 +66,14 @@ class KnownSlides:
                 f"{job.folder.path} holds results of other {finished.difference(job, content)}: "
                 f"choose another --out, or give --overwrite"
             )
-        _check_scale(record, source, job)
+        uncopied = source.remote is not None and job.original is None  # it is copied where only its content tells
+        if uncopied and _has_its_own_scale_again(record, job):
+            return False
+        _check_scale(record, job)
         if finished.is_unchanged(job.original or source.files.origin(), content):
             return True
-        if source.remote and job.original is None:
-            return False  # only its content tells, so it is copied
+        if uncopied:
+            return False
         finished.check_same_source(job.source, content)
         if lost := record.work.counts.area_lost_mm2:
             raise RunError(
@@ -121,10 +124,15 @@ def _otherwise(record: SlideRecord, cause: str) -> SlideRecord:
     return dataclasses.replace(record, status=DONE_OTHERWISE, cause=cause, remarks=remarks)
 
 
-def _check_scale(record: SlideRecord, source: Source, job: Job) -> None:
+def _has_its_own_scale_again(record: SlideRecord, job: Job) -> bool:
+    """Whether a slide was done at a scale that was given for it, whatever it states, and now none is given so."""
+    return record.mpp_source in (FORCED, IN_MANIFEST) and job.scale.mpp is None
+
+
+def _check_scale(record: SlideRecord, job: Job) -> None:
     """Raise RunError where a slide was done at another scale than it has now: as is given, or as it states."""
     now = job.scale.default_mpp if record.mpp_source == BY_DEFAULT else job.scale.mpp
-    if now is None and record.mpp_source in (FORCED, IN_MANIFEST) and not source.remote:
-        now = finished.stated_mpp(job.source)
+    if _has_its_own_scale_again(record, job):
+        now = finished.own_mpp(job)
     if now is not None and record.mpp != round(now, 6):
         raise RunError(f"it was done at mpp={record.mpp}, now mpp={now:g}: choose another --out, or --overwrite")

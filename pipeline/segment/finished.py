@@ -86,10 +86,10 @@ def check_same_source(source: Path, content: Mapping[str, Any]) -> None:
         check_same_file(slide, content["quick_hash"], of_results, "put it back, or give --overwrite")
 
 
-def stated_mpp(source: Path) -> float | None:
-    """What a slide states itself, um per px at level 0; None where it states none. Raises SlideError."""
+def own_mpp(job: Job) -> float | None:
+    """The scale of a slide, which is opened, um per px at level 0; None where none is known. Raises SlideError."""
     try:
-        with open_slide(source) as slide:
+        with job.open() as slide:
             return slide.scale.mean
     except ScaleUnknown:
         return None

@@ -370,9 +370,7 @@ def test_another_host_container_or_user_is_another_machine(
 # ----------------------------------------------------------------------------------------------- who is dead
 
 
-@pytest.mark.parametrize(
-    "content", [elsewhere(), OUR_PID, "", "{", "[]", '{"host": "x"}', ENDLESS_PID, "\0" * 99]
-)
+@pytest.mark.parametrize("content", [elsewhere(), OUR_PID, "", "{", "[]", '{"host": "x"}', ENDLESS_PID, "\0" * 99])
 def test_an_owner_that_cannot_be_asked_lives_until_it_expires(tmp_path: Path, content: str) -> None:
     """Another machine's, or a file that tells nothing: whatever its pid means here."""
     leases, file = Leases(), make(tmp_path, elsewhere(pid=os.getpid()) if content is OUR_PID else content)

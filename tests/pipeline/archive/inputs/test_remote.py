@@ -32,6 +32,7 @@ from pipeline.archive.inputs.sources import find_slides
 from pipeline.config import Execution
 from pipeline.errors import ConfigError, RunError, SlideChanged
 from pipeline.files import with_checksum
+from pipeline.segment.record import SlideRecord
 from slides.errors import SlideNotFound, SlideUnreadable
 
 run = functools.partial(archive_run.run, mpp=0.25, detect=oracle.detect)
@@ -149,6 +150,24 @@ def test_a_slide_that_was_uploaded_again_is_done_and_another_one_is_refused(
     (row,) = run(*what, say=print)
     assert row.status == "done otherwise"
     assert "x.tif is not the file that these results are of" in row.cause
+
+
+def test_a_scale_that_is_not_forced_any_more_is_noticed(bucket: S3Store, slide: Path, tmp_path: Path) -> None:
+    """What the slide states is known once it was copied; where the scale is given as before it need not be."""
+    stating, said = tmp_path / "x.tif", list[str]()
+    Image.open(slide).save(stating, resolution=39_000, resolution_unit=3)  # a centimetre: 0.256 um
+    put(bucket, "x.tif", stating)
+
+    def again(**scale: float) -> SlideRecord:
+        what = [url(bucket, "x.tif")], tmp_path / "out", chosen(), staged(tmp_path)
+        (row,) = archive_run.run(*what, say=said.append, detect=oracle.detect, **scale)
+        return row
+
+    assert again(force_mpp=0.25).status == "done"
+    assert again(force_mpp=0.25).status == "done before"
+    assert sum("copied" in line for line in said) == 1
+    assert again().cause.startswith("it was done at mpp=0.25, now mpp=0.256")
+    assert sum("copied" in line for line in said) == 2
 
 
 def test_slides_of_several_files_are_copied_with_all_of_them(bucket: S3Store, shared: Path, tmp_path: Path) -> None:
