@@ -131,7 +131,9 @@ def _has_its_own_scale_again(record: SlideRecord, job: Job) -> bool:
 
 def _check_scale(record: SlideRecord, job: Job) -> None:
     """Raise RunError where a slide was done at another scale than it has now: as is given, or as it states."""
-    now = job.scale.default_mpp if record.mpp_source == BY_DEFAULT else job.scale.mpp
+    now = job.scale.mpp
+    if now is None and record.mpp_source == BY_DEFAULT:
+        now = job.scale.default_mpp
     if _has_its_own_scale_again(record, job):
         now = finished.own_mpp(job)
     if now is not None and record.mpp != round(now, 6):

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 from hypothesis import example, given
@@ -16,7 +16,7 @@ from pipeline.archive.known import DONE_OTHERWISE, KnownSlides
 from pipeline.config import Settings
 from pipeline.errors import RunError
 from pipeline.layout import RunFolder
-from pipeline.segment.job import Job
+from pipeline.segment.job import Job, Origin
 from pipeline.segment.record import Counts, SlideRecord, StageRecord
 from slides.scale import BY_DEFAULT, FORCED, GivenScale
 from slides.slide import open_slide
@@ -39,12 +39,18 @@ class State(NamedTuple):
     same_stamp: bool = True  # the file has the size and date that it had
     same_file: bool = True
     lost: float = 0.0  # mm2
+    where: str = "disk"  # or at a URL: "remote", or "copied" from there
 
     @property
     def scale(self) -> bool:
         """Whether the slide would be done at the same scale."""
         now = self.given.mpp or self.given.default_mpp
         return now is None or now == self.mpp
+
+    @property
+    def is_its_own(self) -> bool:
+        """Whether it has its own scale again, which was not asked for."""
+        return self.mpp_source in (FORCED, IN_MANIFEST) and self.given.mpp is None
 
 
 STATES = st.builds(
@@ -57,11 +63,23 @@ STATES = st.builds(
     settings=st.sampled_from([True, True, True, False]),
     mpp_source=st.sampled_from([BY_DEFAULT, FORCED, IN_MANIFEST]),
     mpp=st.sampled_from([0.25, 0.25, 0.26]),
-    given=st.sampled_from([GivenScale(), GivenScale(default_mpp=0.25)]),
+    given=st.sampled_from([GivenScale(), GivenScale(default_mpp=0.25), GivenScale(mpp=0.25, mpp_source=FORCED)]),
     same_stamp=st.booleans(),
     same_file=st.booleans(),
     lost=st.sampled_from([0.0, 0.5]),
+    where=st.sampled_from(["disk", "disk", "remote", "copied"]),
 )
+
+
+class Remote(NamedTuple):
+    """Stands for a slide at a URL, which may be asked for its size and date before it is copied."""
+
+    path: Path
+    copied: bool
+
+    def origin(self) -> Origin:
+        assert not self.copied, "what was copied may have another date by now"
+        return Origin.of(self.path)
 
 
 class Archive(NamedTuple):
@@ -72,7 +90,14 @@ class Archive(NamedTuple):
     quick_hash: str
 
     def job(self, state: State) -> Job:
-        return Job(self.source.path, self.run.slide("a"), SETTINGS, state.given, overwrite=state.asked)
+        original = Origin.of(self.source.path) if state.where == "copied" else None
+        return Job(
+            self.source.path, self.run.slide("a"), SETTINGS, state.given, original=original, overwrite=state.asked
+        )
+
+    def source_in(self, state: State) -> Source:
+        remote: Any = None if state.where == "disk" else Remote(self.source.path, state.where == "copied")
+        return self.source._replace(remote=remote)
 
 
 @pytest.fixture(scope="module")
@@ -115,8 +140,14 @@ def expected(state: State) -> str:
         return "to do"
     if not (state.whole and state.table):
         return "refused"
-    if not (state.settings and state.scale):
+    if not state.settings:
         return DONE_OTHERWISE
+    if state.where == "remote" and state.is_its_own:
+        return "to do"  # at least to copy, as only the content tells
+    if not state.scale:
+        return DONE_OTHERWISE
+    if state.where == "remote" and not state.same_stamp:
+        return "to do"
     if state.same_stamp or (state.same_file and not state.lost):
         return "done before"
     return DONE_OTHERWISE
@@ -124,7 +155,7 @@ def expected(state: State) -> str:
 
 def found(known: KnownSlides, archive: Archive, state: State) -> str:
     try:
-        record = known.look(archive.source, archive.job(state))
+        record = known.look(archive.source_in(state), archive.job(state))
     except RunError:
         return "refused"
     assert record is None or record.slide == "a"
@@ -138,13 +169,19 @@ def found(known: KnownSlides, archive: Archive, state: State) -> str:
 @example(State(settings=False), False)
 @example(State(mpp_source=FORCED, given=GivenScale(default_mpp=0.26)), False)
 @example(State(mpp_source=FORCED, given=GivenScale(mpp=0.26)), False)
+@example(State(mpp_source=BY_DEFAULT, given=GivenScale(mpp=0.26)), False)
 @example(State(same_stamp=False, lost=0.5), False)
 @example(State(same_stamp=False), False)
+@example(State(same_stamp=False, where="remote"), True)
+@example(State(same_stamp=False, where="copied"), True)
+@example(State(mpp_source=FORCED, where="remote"), False)
+@example(State(mpp_source=FORCED, where="copied"), False)
 @example(State(same_stamp=False, same_file=False), False)
 def test_results_are_done_kept_or_to_be_made(archive: Archive, state: State, failed: bool) -> None:
     """Law: a slide is done again only where there is no slide.json, or one of another round; no result is touched.
 
-    A former failure goes once the slide is done as was asked.
+    One at a URL is to do where only its content tells, and then is looked at again once it is copied. A former failure
+    goes once the slide is done as was asked.
     """
     known, folder = prepare(archive, state), archive.run.slide("a")
     if failed:

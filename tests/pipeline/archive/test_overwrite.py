@@ -429,6 +429,10 @@ def test_a_scale_that_is_not_forced_any_more_is_noticed(archive: Path, tmp_path:
     assert again(force_mpp=0.25).status == "done"
     assert again(mpp=0.26).cause.startswith("it was done at mpp=0.25, now mpp=0.26")
     assert [again(**same).status for same in ({"mpp": 0.25}, {})] == ["done before"] * 2
+    out = tmp_path / "by default"
+    assert again(mpp=0.25).status == "done"
+    assert again(force_mpp=0.26).cause.startswith("it was done at mpp=0.25, now mpp=0.26")
+    assert again(force_mpp=0.25).status == "done before"
 
 
 # ------------------------------------------------------------------------------------------------------------ exports
