@@ -34,7 +34,7 @@ class State(NamedTuple):
     table: bool = True  # nuclei.parquet has the size that was written
     settings: bool = True  # they are those of the command
     mpp_source: str = BY_DEFAULT
-    mpp: float = 0.25  # at which they were made; the slide states nothing
+    mpp: float = 0.25  # at which they were made; the slide states nothing, unless they say that it did
     given: GivenScale = GivenScale(default_mpp=0.25)
     same_stamp: bool = True  # the file has the size and date that it had
     same_file: bool = True
@@ -44,7 +44,7 @@ class State(NamedTuple):
     @property
     def scale(self) -> bool:
         """Whether the slide would be done at the same scale."""
-        now = self.given.mpp or self.given.default_mpp
+        now = self.given.mpp or (self.given.default_mpp if self.mpp_source != "metadata" else None)
         return now is None or now == self.mpp
 
     @property
@@ -61,7 +61,7 @@ STATES = st.builds(
     whole=st.sampled_from([True, True, True, False]),
     table=st.sampled_from([True, True, True, False]),
     settings=st.sampled_from([True, True, True, False]),
-    mpp_source=st.sampled_from([BY_DEFAULT, FORCED, IN_MANIFEST]),
+    mpp_source=st.sampled_from([BY_DEFAULT, FORCED, IN_MANIFEST, "metadata"]),
     mpp=st.sampled_from([0.25, 0.25, 0.26]),
     given=st.sampled_from([GivenScale(), GivenScale(default_mpp=0.25), GivenScale(mpp=0.25, mpp_source=FORCED)]),
     same_stamp=st.booleans(),
@@ -167,6 +167,10 @@ def found(known: KnownSlides, archive: Archive, state: State) -> str:
 @example(State(asked="first", round="first"), True)
 @example(State(asked="first", round="second"), False)
 @example(State(settings=False), False)
+@example(State(mpp=0.26), False)
+@example(State(mpp=0.5, mpp_source="metadata"), True)
+@example(State(where="remote"), True)
+@example(State(mpp_source=FORCED, given=GivenScale(mpp=0.25), where="remote"), True)
 @example(State(mpp_source=FORCED, given=GivenScale(default_mpp=0.26)), False)
 @example(State(mpp_source=FORCED, given=GivenScale(mpp=0.26)), False)
 @example(State(mpp_source=BY_DEFAULT, given=GivenScale(mpp=0.26)), False)
