@@ -395,6 +395,29 @@ def test_a_slide_that_was_left_to_another_run_is_done_once_that_has_done_it(
     assert rows["a"].nuclei > 0
 
 
+def test_a_slide_at_which_another_run_fails_meanwhile_is_not_tried_again(
+    archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its cause is that of the other run; nobody says that it is done."""
+    out, failed, said = tmp_path / "out", list[SlideRecord](), list[str]()
+
+    def fails(*_: Any) -> Iterator[HostInstances]:
+        raise RuntimeError("the other's error")
+
+    def another_fails(*_: Any) -> None:  # while a is done, and b was not looked at since the start
+        if not failed:
+            failed.append(SlideRecord("b", "waiting"))
+            (failed[0],) = run([archive / "b.png"], out, chosen(), ONE, mpp=0.25, say=lambda line: None, detect=fails)
+
+    monkeypatch.setattr(slide_stages, "_check_space", another_fails)
+    monkeypatch.setattr(all_slides.AllSlides, "_open_slides", lambda _: 1)
+    rows = segment(archive, out, say=said.append)
+    assert [row.status for row in rows.values()] == ["done", "failed"]
+    assert rows["b"] == failed[0] == SlideRecord("b", "failed", "the other's error")
+    assert not [line for line in said if line.startswith("b: ")]
+    assert [row.status for row in segment(archive, out).values()] == ["done before", "done"]
+
+
 class KilledWorker(Exception):
     """Named as Dask's error of a task that ended several workers."""
 

@@ -518,6 +518,7 @@ def test_a_command_that_wants_other_results_leaves_those_that_are_there_in_the_l
     assert ended.value.code == 1
     said = capsys.readouterr()
     assert "2 of 2 slides done" in said.out
+    assert "a: NOT DONE AGAIN: it was done at mpp=0.25, now mpp=0.26" in said.out
     assert said.err.count("not done again: ") == 2
     rows = read_ledger(RunFolder(out))
     assert [(row["status"], row["nuclei"]) for row in rows] == [("done otherwise", nuclei[name]) for name in "ab"]

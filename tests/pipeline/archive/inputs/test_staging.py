@@ -340,6 +340,39 @@ def test_a_folder_that_cannot_be_written_is_refused(archive: Path, tmp_path: Pat
     assert not (tmp_path / "out").exists()
 
 
+def test_a_folder_that_may_not_be_written_is_refused(
+    archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is there: each slide failed when it was to be copied."""
+    (tmp_path / "stage").mkdir()
+
+    def touch(path: Path) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    monkeypatch.setattr(Path, "touch", touch)
+    execution = dataclasses.replace(THREADS, stage=str(tmp_path / "stage"))
+    with pytest.raises(RunError, match=r"--stage .*stage cannot be written \(Read-only file system\)"):
+        run([archive / "0.png"], tmp_path / "out", chosen(), execution, say=print)
+
+
+def test_a_slide_that_vanishes_before_it_is_copied_is_named(
+    archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And its copy is neither: no file of the staging folder is in the cause."""
+    slide = tmp_path / "x.png"
+    slide.write_bytes((archive / "0.png").read_bytes())
+    room = Staging.room
+
+    def gone(staging: Staging, files: Any) -> Any:
+        slide.unlink(missing_ok=True)
+        return room(staging, files)
+
+    monkeypatch.setattr(Staging, "room", gone)
+    execution = dataclasses.replace(THREADS, stage=str(tmp_path / "stage"))
+    (row,) = run([slide], tmp_path / "out", chosen(), execution, say=print)
+    assert (row.status, row.cause) == ("failed", f"{slide}: there is no such file")
+
+
 @pytest.mark.parametrize("size", ["", "many", "0GB", "-1GB", "100"])
 def test_a_space_that_is_no_size_is_refused(size: str) -> None:
     with pytest.raises(ConfigError, match="need a size such as 100GB"):
