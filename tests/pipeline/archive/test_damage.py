@@ -244,6 +244,26 @@ def test_exports_are_made_again_from_the_table(slide: Path, tmp_path: Path) -> N
     assert folder.nuclei.stat().st_mtime_ns == table
 
 
+@pytest.mark.parametrize(
+    ("left", "keep"), [("work", False), ("work", True), (".work-abc", False), (".lease", False), (".lease", True)]
+)
+def test_what_a_killed_run_left_beside_results_is_removed(left: str, keep: bool, slide: Path, tmp_path: Path) -> None:
+    """Killed between its last file and its end. Work that is to be kept stays, and what another run has."""
+    assert segment(slide, tmp_path).status == "done"
+    folder = SlideFolder(tmp_path / "discs")
+    whole = {path.name for path in folder.path.iterdir()}
+    (folder.path / left).mkdir()
+    if left != ".lease":
+        (folder.path / left / "plan.json").write_text("{}")
+        with Leases() as others:
+            assert others.take(folder.path)
+            assert segment(slide, tmp_path).status == "done before"
+            assert (folder.path / left / "plan.json").exists()
+    assert segment(slide, tmp_path, execution=KEEP if keep else ONE).status == "done before"
+    kept = {left} if keep and left == "work" else set[str]()
+    assert {path.name for path in folder.path.iterdir()} == whole | kept
+
+
 # -------------------------------------------------------------------------------------------- the out folder
 
 
