@@ -247,8 +247,13 @@ def test_exports_are_made_again_from_the_table(slide: Path, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("left", "keep"), [("work", False), ("work", True), (".work-abc", False), (".lease", False), (".lease", True)]
 )
-def test_what_a_killed_run_left_beside_results_is_removed(left: str, keep: bool, slide: Path, tmp_path: Path) -> None:
-    """Killed between its last file and its end. Work that is to be kept stays, and what another run has."""
+def test_what_a_killed_run_left_beside_results_is_removed(
+    left: str, keep: bool, slide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed between its last file and its end. Work that is to be kept stays, and what another run has.
+
+    The slide is given back at once, not at the end of the run; where nothing is left it is not taken.
+    """
     assert segment(slide, tmp_path).status == "done"
     folder = SlideFolder(tmp_path / "discs")
     whole = {path.name for path in folder.path.iterdir()}
@@ -259,9 +264,15 @@ def test_what_a_killed_run_left_beside_results_is_removed(left: str, keep: bool,
             assert others.take(folder.path)
             assert segment(slide, tmp_path).status == "done before"
             assert (folder.path / left / "plan.json").exists()
-    assert segment(slide, tmp_path, execution=KEEP if keep else ONE).status == "done before"
+    held: list[Path] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(Leases, "release_all", lambda leases: held.extend(leases._held))
+        assert segment(slide, tmp_path, execution=KEEP if keep else ONE).status == "done before"
+    assert not held
     kept = {left} if keep and left == "work" else set[str]()
     assert {path.name for path in folder.path.iterdir()} == whole | kept
+    monkeypatch.delattr(Leases, "take")
+    assert segment(slide, tmp_path, execution=KEEP if keep else ONE).status == "done before"
 
 
 # -------------------------------------------------------------------------------------------- the out folder
