@@ -60,6 +60,20 @@ def test_a_slot_that_is_cancelled_is_given_back() -> None:
     asyncio.run(work())
 
 
+def test_space_that_is_cancelled_is_given_back() -> None:
+    async def work() -> None:
+        space = Space(10)
+        await space.take(10)
+        first, second = asyncio.create_task(space.take(10)), asyncio.create_task(space.take(10))
+        await asyncio.sleep(0)
+        space.give_back(10)  # goes to the first, which is cancelled before it wakes
+        first.cancel()
+        await asyncio.wait_for(second, 5)
+        assert first.cancelled()
+
+    asyncio.run(work())
+
+
 def test_who_waits_behind_a_cancelled_one_is_next() -> None:
     """Nothing is given back when a wait is cancelled, so that it must not be waited for."""
 
@@ -99,7 +113,8 @@ def test_no_more_space_is_taken_than_there_is(asked: list[tuple[int, int, bool]]
         await asyncio.sleep(0)
         for task, (_, _, stop) in zip(tasks, asked, strict=True):
             cancelled += stop and task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        ended = await asyncio.gather(*tasks, return_exceptions=True)
+        assert all(error is None or isinstance(error, asyncio.CancelledError) for error in ended)
         await asyncio.wait_for(space.take(10), timeout=1)  # all was given back
 
     asyncio.run(main())
