@@ -64,3 +64,8 @@ def whole(column: pa.ChunkedArray) -> pa.Array:
 def values(column: pa.ChunkedArray) -> NDArray[Any]:
     """A column of numbers without nulls as a numpy array (N,)."""
     return np.from_dlpack(whole(column))
+
+
+def filled(column: pa.ChunkedArray) -> NDArray[np.bool_]:
+    """Which texts of a column are there, and not empty: bool (N,)."""
+    return values(pc.fill_null(pc.binary_length(column), numbers(np.zeros(1, np.int32))[0])) > 0

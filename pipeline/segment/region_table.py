@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import shapely
 from numpy.typing import NDArray
@@ -100,6 +99,8 @@ def _members(nuclei: Path, polygons: Polygons) -> list[Ints]:
     members: list[list[NDArray[np.int32]]] = [[np.zeros(0, np.int32)] for _ in polygons]
     first = 0
     for rows in tables.iter_nuclei(nuclei, _PLACE):
+        if rows.num_rows == 0:  # a row group without rows, as pyarrow writes it for a table without
+            continue
         xy = np.stack([arrow.values(rows[name]) for name in _PLACE], 1)
         # neighbours stand together in a table, so most of many regions lie apart from all nuclei of a row group
         extent = shapely.box(*np.fmin.reduce(xy), *np.fmax.reduce(xy))
@@ -114,7 +115,7 @@ def _outside_artefacts(nuclei: Path, members: list[Ints]) -> list[Ints]:
     if _ARTEFACT not in pq.read_schema(nuclei).names:
         return members
     kind = tables.read_nuclei(nuclei, [_ARTEFACT])[_ARTEFACT]
-    clean = arrow.values(pc.binary_length(kind)) == 0
+    clean = ~arrow.filled(kind)
     return [rows[clean[rows]] for rows in members]
 
 

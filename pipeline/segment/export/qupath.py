@@ -120,7 +120,7 @@ def _features(rows: pa.Table, nuclei: Polygons, cells: Polygons | None, provenan
     numbers = _measured(rows, "" if cells is None else "Nucleus: ")
     if len(classes) > 1:
         numbers["Class probability"] = rows["class_score"]
-    numbers["In artefact"] = pc.cast(pc.not_equal(rows["artefact"], ""), pa.uint8())  # a measurement is a number
+    numbers["In artefact"] = arrow.numbers(arrow.filled(rows["artefact"]).astype(np.uint8))  # a measurement is a number
     outlines: tuple[pa.Array | str, ...] = (_polygons(nuclei),)
     if cells is not None:
         outlines = (_polygons(cells), ',"nucleusGeometry":', _polygons(nuclei))

@@ -39,6 +39,12 @@ def test_values_are_those_of_all_chunks() -> None:
     assert len(arrow.values(pa.chunked_array([], pa.float32()))) == 0
 
 
+def test_texts_are_filled_where_they_are_there_and_not_empty() -> None:
+    column = pa.chunked_array([["pen", ""], [None, "b"], []], pa.string())
+    assert arrow.filled(column).tolist() == [True, False, False, True]
+    assert arrow.filled(pa.chunked_array([], pa.string())).tolist() == []
+
+
 def test_a_table_without_rows_is_that_of_pyarrow() -> None:
     schema = pa.schema([("a", pa.float32()), ("b", pa.struct([("c", pa.string())]))])
     assert arrow.no_rows(schema).equals(schema.empty_table())
