@@ -401,7 +401,7 @@ def test_a_slide_at_which_another_run_fails_meanwhile_is_not_tried_again(
     """Its cause is that of the other run; nobody says that it is done."""
     out, failed, said = tmp_path / "out", list[SlideRecord](), list[str]()
 
-    def fails(*_: Any) -> Iterator[HostInstances]:
+    def fails(patches: Patches, normalisation: Normalisation, settings: Settings) -> Iterator[HostInstances]:
         raise RuntimeError("the other's error")
 
     def another_fails(*_: Any) -> None:  # while a is done, and b was not looked at since the start

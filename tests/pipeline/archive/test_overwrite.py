@@ -36,6 +36,7 @@ from pipeline.model.instances import HostInstances, Patches
 from pipeline.segment import stages
 from pipeline.segment.job import Job
 from pipeline.segment.record import SlideRecord, StageRecord
+from slides.patches import cut
 from slides.scale import GivenScale
 
 ONE = Execution(cluster=False, workers=1)
@@ -348,8 +349,6 @@ def test_a_slide_that_is_replaced_during_a_run_is_refused(archive: Path, tmp_pat
 def test_a_slide_that_is_replaced_while_a_block_is_read_is_refused(
     archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cut = stages.cut
-
     def replacing(*arguments: Any) -> Any:
         if (archive / "b.tif").exists():
             os.replace(archive / "b.tif", archive / "a.tif")

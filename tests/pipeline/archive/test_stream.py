@@ -42,7 +42,8 @@ def simulate(work: Coroutine[Any, Any, Any]) -> None:
 class Machine:
     """A number of devices, each with two tasks that share it, and feeders."""
 
-    dashboard, warning, silent, ended = "", "", False, 0
+    dashboard, warning, silent = "", "", False
+    ended: tuple[str, ...] = ()
 
     def __init__(self, detectors: int, feeders: int) -> None:
         self.detectors, self.feeders = detectors, feeders

@@ -158,9 +158,9 @@ def test_a_scale_that_is_not_forced_any_more_is_noticed(bucket: S3Store, slide: 
     Image.open(slide).save(stating, resolution=39_000, resolution_unit=3)  # a centimetre: 0.256 um
     put(bucket, "x.tif", stating)
 
-    def again(**scale: float) -> SlideRecord:
+    def again(force_mpp: float | None = None) -> SlideRecord:
         what = [url(bucket, "x.tif")], tmp_path / "out", chosen(), staged(tmp_path)
-        (row,) = archive_run.run(*what, say=said.append, detect=oracle.detect, **scale)
+        (row,) = archive_run.run(*what, say=said.append, detect=oracle.detect, force_mpp=force_mpp)
         return row
 
     assert again(force_mpp=0.25).status == "done"

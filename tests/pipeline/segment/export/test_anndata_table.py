@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import anndata
 import numpy as np
@@ -130,7 +131,7 @@ def test_the_readme_joins_slides_in_um(tmp_path, monkeypatch):
         expected += (np.stack([rows["centroid_x"], rows["centroid_y"]], axis=1) * um_per_px).tolist()
     monkeypatch.chdir(tmp_path)
     _, example = re.findall(r"```py\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.S)
-    names = {}
+    names: dict[str, Any] = {}
     exec(compile(example, "README.md", "exec"), names)
     assert names["nuclei"].obs["slide"].tolist() == ["case7"] * 5 + ["case9"] * 5
     np.testing.assert_allclose(names["nuclei"].obsm["spatial"], expected)
