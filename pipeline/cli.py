@@ -326,11 +326,13 @@ def _tracked(items: Iterable[T], doing: str, total: int) -> Iterator[T]:
     from rich.progress import Progress
 
     terminal = Console(stderr=True)
+    if not terminal.is_terminal:
+        yield from items
+        return
     with Progress(
         console=terminal,
         transient=True,
         redirect_stdout=sys.stdout.isatty(),  # else what is printed would go to the terminal, not where it should
-        disable=not terminal.is_terminal,
     ) as bar:
         yield from bar.track(items, total, description=doing)
 
