@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from rich.console import Console
 
 from pipeline import cli
 from pipeline.archive.estimate import SlideEstimate
@@ -129,7 +130,7 @@ def test_every_setting_is_a_flag_with_its_default(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Law: defaults are written once; the help shows the dataclasses'."""
-    monkeypatch.setenv("COLUMNS", "240")
+    monkeypatch.setattr(app, "console", Console(width=240))  # COLUMNS counts for the first help of a process only
     _, out, _ = said(capsys, "run", "--help")
     for table in dataclasses.fields(Settings):
         values = getattr(Settings(), table.name)

@@ -1,6 +1,6 @@
 """The detector on a GPU, measured in this process: is it right, how fast, how much memory. See gpu.sh, which calls it.
 
-    python workflows/benchmarks/gpu.py patches|speed|ways|pair|memory|trace|tables --out OUT ...
+    python workflows/benchmarks/gpu.py patches|speed|alternatives|pair|memory|trace|tables --out OUT ...
 
 Every command appends rows (what, value) to OUT/gpu.tsv. With --device cpu all of it can be tried without a GPU.
 """
@@ -76,7 +76,7 @@ def detect(patches: NDArray[np.uint8], chosen: Settings) -> list[HostInstances]:
     return [result() for result in inference.detect_patches(list(patches), UNCHANGED, chosen)]
 
 
-def share_alike(detected: list[HostInstances], expected: list[HostInstances]) -> str:
+def matched_share(detected: list[HostInstances], expected: list[HostInstances]) -> str:
     """How many boxes of the same patches have a partner of IoU above .9, of how many."""
     matched = nuclei = 0
     for a, b in zip(detected, expected, strict=True):
@@ -97,7 +97,7 @@ def compare_patches(given: argparse.Namespace) -> None:
             same = (iou > 0.9).numpy()
             levels = a.mask_probs[same].astype(float) - b.mask_probs[index.numpy()[same]]
             difference.append(np.abs(levels).mean((1, 2)) / 255)
-        row(given, f"boxes as the CPU's at IoU .9, {precision}", share_alike(detected, expected))
+        row(given, f"boxes as the CPU's at IoU .9, {precision}", matched_share(detected, expected))
         row(given, f"mean difference of their masks, {precision}", f"{np.concatenate(difference).mean():.5f}")
 
 
@@ -148,8 +148,8 @@ def _timed(queue: Iterator[Result]) -> tuple[list[Result], float]:
     return list(queue), time.perf_counter() - started
 
 
-def measure_ways(given: argparse.Namespace) -> None:
-    """Two ways that a run does not go: threads with a stream each that take no turns, and compiled feature maps."""
+def measure_alternatives(given: argparse.Namespace) -> None:
+    """Two alternatives that a run does not use: a CUDA stream for each thread, without turns; compiled feature maps."""
     batch = given.batches[-1]
     patches, chosen = cut(given, 2 * batch), settings(given, batch=batch, views=1)
     running = load.detector(chosen.detector)
@@ -158,18 +158,18 @@ def measure_ways(given: argparse.Namespace) -> None:
         if how == "compiled":
             vars(running.model)["maps"] = torch.compile(running.model.maps)
             started = time.perf_counter()
-            alike = share_alike(detect(patches[:batch], chosen), eager)
+            alike = matched_share(detect(patches[:batch], chosen), eager)
             row(given, "compiled: seconds of compiling", f"{time.perf_counter() - started:.0f}")
             row(given, "compiled: boxes as before at IoU .9", alike)
         for threads in (1, 2, 3):
             _reset_peak()
             speed = _without_turns(patches, batch, chosen, given.seconds, threads) * (given.tile * 0.25 / 1000) ** 2
             reached = f"{speed:.3f} mm2/s, {_peak_gb():.2f} GB at most"
-            row(given, f"{how}, {threads} threads with a stream each", reached)
+            row(given, f"{how}, {threads} threads, a stream each", reached)
 
 
 def _without_turns(patches: NDArray[np.uint8], batch: int, chosen: Settings, seconds: float, threads: int) -> float:
-    """Patches per second of threads that each give the device batches on a stream of their own."""
+    """Patches per second of threads that compute at the same time, each on a CUDA stream of its own."""
     ready, done = threading.Barrier(threads), list[int]()
 
     def detect_for_a_while(number: int) -> float:
@@ -268,7 +268,7 @@ def _peak_gb() -> float:
 COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "patches": compare_patches,
     "speed": measure_speed,
-    "ways": measure_ways,
+    "alternatives": measure_alternatives,
     "pair": measure_pair,
     "memory": provoke_shortage,
     "trace": record_trace,
