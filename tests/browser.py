@@ -56,7 +56,9 @@ class Browser:
                 self.messages.append(json.dumps(said["params"]))
 
     def open(self, address: str) -> None:
+        """Show a page, and wait until it is read and its scripts have run: before that it has rows, but no handlers."""
         self._tell("Page.navigate", url=address)
+        self.wait_for("document.readyState === 'complete'")
 
     def evaluate(self, expression: str) -> Any:
         """The value of JavaScript on the page."""
