@@ -13,6 +13,7 @@ from pipeline.config import Detector, Stain
 from pipeline.errors import WeightsError
 from pipeline.model import dcgmm, load
 from pipeline.model.detector import load_weights
+from pipeline.model.device import kernels_problem
 from pipeline.model.weights import content_sha256, find_weights, licence, shipped
 from pipeline.text import one_line
 
@@ -27,6 +28,8 @@ def check_up(say: Callable[[str], None] = print) -> int:
     for index in range(torch.cuda.device_count()):
         memory = torch.cuda.get_device_properties(index).total_memory / 2**30
         say(f"cuda:{index} {torch.cuda.get_device_name(index)}, {memory:.0f} GiB")
+        if slower := kernels_problem(torch.device("cuda", index)):
+            say(f"cuda:{index} detects more slowly than it could, without kernels of Triton: {slower}")
     if not torch.cuda.is_available():
         say("no CUDA device: the detector runs on the CPU")
     problems = [*_conflicts(), *_damaged_weights(say), *_smoke_test(say)]

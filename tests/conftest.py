@@ -14,6 +14,9 @@ settings.load_profile("nightslide")
 # Files are tested side by side, and the networks of most tests are so small that threads only wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# Triton's kernels are computed by its interpreter: there is no GPU. Read when Triton is imported.
+os.environ.setdefault("TRITON_INTERPRET", "1")
+
 # A shell that starts the tests in the background has them and all their children ignore Ctrl-C, which is tested.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -19,7 +19,7 @@ from pipeline.segment.attempts import Attempt
 from pipeline.segment.job import Job
 from pipeline.segment.plan import Plan, read_plan
 from pipeline.segment.record import SlideRecord, StageRecord
-from pipeline.segment.stages import STAGES, Detect, Stage, block_record
+from pipeline.segment.stages import STAGES, Detect, Stage, block_record, prepare_detector
 
 _ATTEMPTS = 3  # at a slide whose scratch is damaged while it is processed
 
@@ -35,6 +35,7 @@ class SlideStages:
         self._executor, self._stream, self._progress, self._detect = executor, stream, progress, detect
         self.work = StageRecord()
         self.tasks = TaskWatch()
+        self._prepared = detect is not None
 
     async def process(self, name: str, job: Job) -> SlideRecord:
         """All stages of a slide; again where scratch is damaged or disappears: what is whole is not done again.
@@ -44,6 +45,9 @@ class SlideStages:
         """
         started, began, before = time.time(), time.monotonic(), list[Attempt]()
         await asyncio.to_thread(_check_space, job, self._stream.most)
+        if not self._prepared:
+            self._prepared = True
+            await asyncio.to_thread(self._executor.prepare, prepare_detector, job.settings)
         for attempt in range(_ATTEMPTS):
             try:
                 work, before = await self._stages(name, job, started)

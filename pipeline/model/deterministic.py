@@ -34,7 +34,11 @@ def mix_channels(images: Tensor, matrix: Tensor) -> Tensor:
     if _on_cpu(images):
         images = images.contiguous(memory_format=torch.channels_last)
         return F.conv2d(images, matrix[:, :, None, None], dilation=_DILATION)
-    return torch.einsum("rc,bchw->brhw", matrix, images)  # not a convolution: on a GPU those round to TF32
+    # not a convolution: on a GPU those round to TF32; nor a product, which takes five times as long for so few channels
+    mixed = images[:, :1] * matrix[:, 0, None, None]
+    for number in range(1, matrix.shape[1]):
+        mixed = torch.addcmul(mixed, images[:, number, None], matrix[:, number, None, None])
+    return mixed
 
 
 def pointwise(module: M) -> M:

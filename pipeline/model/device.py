@@ -2,6 +2,7 @@
 
 import ctypes
 import functools
+import importlib.util
 import os
 import sys
 import threading
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from pipeline.config import Detector, check_device_name
 from pipeline.errors import ConfigError, DeviceLost
+from pipeline.text import one_line
 
 if TYPE_CHECKING:
     import torch
@@ -95,6 +97,22 @@ def _cpu_has_bfloat16() -> bool:
 
     capabilities: Mapping[str, Any] = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") or capabilities.get("amx"))
+
+
+@functools.cache
+def kernels_problem(device: "torch.device") -> str | None:
+    """Why `gpu_kernels` cannot be used on a device; None where they were tried there and give what they should."""
+    if device.type != "cuda":
+        return "they are for GPUs"
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    try:
+        from pipeline.model import gpu_kernels
+
+        gpu_kernels.check(device)
+    except Exception as error:  # whatever a driver, a compiler or a disk does not do
+        return one_line(error)
+    return None
 
 
 _computing = threading.Lock()

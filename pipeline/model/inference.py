@@ -15,16 +15,18 @@ from pipeline.config import Settings, side_step
 from pipeline.model import fuse, instances, load, stain, views
 from pipeline.model.allocator import return_freed_memory
 from pipeline.model.detector import Limits
-from pipeline.model.device import choose_device, start_download
-from pipeline.model.fitted_stain import Normalisation
+from pipeline.model.device import choose_device, compute, start_download
+from pipeline.model.fitted_stain import UNCHANGED, Normalisation
 from pipeline.model.instances import HostInstances, Instances, Patches, Result
 from pipeline.model.roi_align import flatten_boxes
 from pipeline.model.split import join, quarters
+from slides.geometry import Size
 
 Sides = tuple[int, int]
 "Height and width, patch px."
 
 _GLASS = 255
+_DRAWN_PX = 512
 
 
 def detect_patches(patches: Patches, normalisation: Normalisation, settings: Settings) -> Iterator[Result]:
@@ -46,6 +48,23 @@ def detect_patches(patches: Patches, normalisation: Normalisation, settings: Set
         alike.setdefault(_usual_sides(_sides(patch), settings) if on_gpu else _sides(patch), []).append(number)
     groups = [_Group(sides, numbers, [patches[n] for n in numbers], on_gpu) for sides, numbers in alike.items()]
     return _detect_groups(groups, normalisation, settings)
+
+
+def warm_up(settings: Settings) -> None:
+    """Load the detector; on a GPU also detect in a whole batch, of drawn nuclei.
+
+    So CUDA's libraries are loaded, kernels compiled, and the convolutions of the size that most batches have planned.
+    """
+    if load.detector(settings.detector).device.type != "cuda":
+        return
+    from slides.phantom import draw
+
+    drawn, tile = draw(Size(_DRAWN_PX, _DRAWN_PX), 0).image, settings.tiling.tile
+    patch = np.tile(drawn, (-(-tile // _DRAWN_PX), -(-tile // _DRAWN_PX), 1))[:tile, :tile]
+    queue = detect_patches([patch] * _batch_size(settings), UNCHANGED, settings)
+    results: list[Result] = compute(settings.detector.device, lambda: list(queue))
+    for result in results:
+        result()
 
 
 class _Group:

@@ -107,10 +107,11 @@ class _Networks(Generic[M]):
 def _load_detector(path: Path, device: torch.device) -> "NucleusDetector":
     # the workers that plan start in half the time without it
     from pipeline.model.detector import load_weights
+    from pipeline.model.gpu_layers import use_gpu_layers
     from pipeline.model.prepare import fold, slice_widest, widen_kernels
 
     model = fold(load_weights(path))
-    return slice_widest(widen_kernels(model)) if device.type == "cpu" else model
+    return slice_widest(widen_kernels(model)) if device.type == "cpu" else use_gpu_layers(model, device)
 
 
 def _load_stain_network(path: Path, _device: torch.device) -> ClusterNet:

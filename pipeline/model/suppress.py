@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 from torchvision.ops import nms
 
-from pipeline.model.device import count_up
+from pipeline.config import STRIDES
+from pipeline.model.device import count_up, kernels_problem
 
-# Compared on a GPU in one go. torchvision walks through its matrix of bits, every box by every other, in one block of
-# threads: on an H200, 24,000 boxes of 16 patches took 40 ms together and 9 ms two patches at a time; of 4,800 boxes,
-# 2.5 ms together and 6 ms one patch at a time.
+# Compared on a GPU in one go by torchvision, which walks through its matrix of bits, every box by every other, in one
+# block of threads: on an H200, 24,000 boxes of 16 patches took 40 ms together and 9 ms two patches at a time; of 4,800
+# boxes, 2.5 ms together and 6 ms one patch at a time.
 _BOXES_AT_ONCE = 1 << 12
 
 # How far boxes may lie left of and above their patch's corner: views are shifted by less (`views`).
@@ -27,7 +28,7 @@ def suppress(
     level: int (N,), or None where all are of one level
     Returns the indices of the boxes that are kept, patch by patch and the best first, and how many each patch keeps.
     On a CPU the patches are taken one by one, which takes less time there, and of equal scores the first is the best.
-    On a GPU as many are taken together as have up to _BOXES_AT_ONCE boxes.
+    On a GPU all are taken together; without `gpu_kernels` as many as have up to _BOXES_AT_ONCE boxes.
     """
     if len(boxes) == 0:
         return patch, [0] * patches
@@ -36,6 +37,9 @@ def suppress(
         levels = [None] * patches if level is None else level.split(sizes)
         each = zip(boxes.split(sizes), scores.split(sizes), levels, strict=True)
         kept = [_by_level(*columns, iou) for columns in each]
+    elif kernels_problem(boxes.device) is None:
+        group = patch.long() if level is None else patch.long() * len(STRIDES) + level
+        kept = [_by_group(boxes, scores, group, patches * (1 if level is None else len(STRIDES)), iou)]
     else:
         # what must not be compared lies apart: patches side by side, levels one below the other
         apart = patch[:, None] if level is None else torch.stack([patch, level, patch, level], 1)
@@ -52,6 +56,18 @@ def suppress(
         return keep, [len(k) for k in kept]
     owner = patch[keep]
     return keep[owner.argsort(stable=True)], counts(owner, patches)
+
+
+def _by_group(boxes: Tensor, scores: Tensor, group: Tensor, groups: int, iou: float) -> Tensor:
+    """Indices of the boxes that no better one of their group overlaps, the best of all first; group: int64 (N,)."""
+    from pipeline.model import gpu_kernels
+
+    best_first = scores.argsort(descending=True, stable=True)
+    ordered, by_group = group[best_first].sort(stable=True)
+    starts = torch.searchsorted(ordered, count_up(groups + 1, boxes.device).long(), out_int32=True)
+    keep = torch.empty(len(boxes), dtype=torch.bool, device=boxes.device)
+    keep[by_group] = gpu_kernels.suppress(boxes[best_first[by_group]].T.contiguous(), starts, iou)
+    return best_first[torch.where(keep)[0]]
 
 
 def _grouped(sizes: list[int]) -> list[int]:

@@ -267,6 +267,13 @@ def _computed(
     return compute(job.settings.detector.device, all_of_them)
 
 
+def prepare_detector(settings: Settings) -> None:
+    """What a process does before it first detects, done while the first slide is planned."""
+    from pipeline.model.inference import warm_up
+
+    warm_up(settings)
+
+
 def _queue(detect: Detect | None) -> Callable[[Patches, Normalisation, Settings], Iterator[Result]]:
     """The detector, or what replaces it, whose instances are known at once."""
     if detect is not None:

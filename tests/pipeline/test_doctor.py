@@ -33,6 +33,20 @@ def test_versions_weights_and_devices_are_listed(monkeypatch: pytest.MonkeyPatch
     assert any(line.startswith("smoke test: the detector runs on ") for line in lines)
 
 
+def test_a_gpu_without_kernels_is_named_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is no problem: all is done, more slowly."""
+    monkeypatch.setattr(metadata, "packages_distributions", dict)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(total_memory=2**34))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "T4")
+    monkeypatch.setattr(doctor, "kernels_problem", lambda device: f"no C compiler for {device}")
+    status, lines = checked()
+    assert status == 0
+    first = lines.index("cuda:0 T4, 16 GiB")
+    assert lines[first + 1].startswith("cuda:0 detects more slowly than it could")
+    assert lines[first + 1].endswith(": no C compiler for cuda:0")
+
+
 def test_a_package_of_the_same_name_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(metadata, "packages_distributions", lambda: {"slides": ["nightslide", "python-slides"]})
     status, lines = checked()

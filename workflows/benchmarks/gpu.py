@@ -10,12 +10,13 @@ import csv
 import functools
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import shapely
@@ -25,7 +26,7 @@ from torchvision.ops import box_iou
 
 import pipeline
 from pipeline.config import Detector, Settings, Tiling
-from pipeline.model import inference, load
+from pipeline.model import gpu_layers, inference, load, suppress
 from pipeline.model.device import compute
 from pipeline.model.fitted_stain import TEMPLATE, Normalisation
 from pipeline.model.instances import HostInstances, Result
@@ -149,45 +150,27 @@ def _timed(queue: Iterator[Result]) -> tuple[list[Result], float]:
 
 
 def measure_alternatives(given: argparse.Namespace) -> None:
-    """Two alternatives that a run does not use: a CUDA stream for each thread, without turns; compiled feature maps."""
-    batch = given.batches[-1]
+    """With torchvision's suppression, and with none of the kernels in Triton, as where that cannot be used."""
+    batch, mm2 = given.batches[-1], (given.tile * 0.25 / 1000) ** 2
     patches, chosen = cut(given, 2 * batch), settings(given, batch=batch, views=1)
-    running = load.detector(chosen.detector)
-    eager = detect(patches[:batch], chosen)
-    for how in ("as it is", "compiled"):
-        if how == "compiled":
-            vars(running.model)["maps"] = torch.compile(running.model.maps)
-            started = time.perf_counter()
-            alike = matched_share(detect(patches[:batch], chosen), eager)
-            row(given, "compiled: seconds of compiling", f"{time.perf_counter() - started:.0f}")
-            row(given, "compiled: boxes as before at IoU .9", alike)
-        for threads in (1, 2, 3):
+    expected: list[HostInstances] = []
+    alternatives: dict[str, list[Any]] = {
+        "as it is": [],
+        "torchvision's suppression": [suppress],
+        "no kernels": [suppress, gpu_layers],
+    }
+    for how, without in alternatives.items():
+        with ExitStack() as stack:
+            for module in without:
+                stack.enter_context(mock.patch.object(module, "kernels_problem", return_value="left out"))
+            load._detectors._loaded.clear()
+            detected = compute(given.device, functools.partial(detect, patches[:batch], chosen))
+            expected = expected or detected
             _reset_peak()
-            speed = _without_turns(patches, batch, chosen, given.seconds, threads) * (given.tile * 0.25 / 1000) ** 2
-            reached = f"{speed:.3f} mm2/s, {_peak_gb():.2f} GB at most"
-            row(given, f"{how}, {threads} threads, a stream each", reached)
-
-
-def _without_turns(patches: NDArray[np.uint8], batch: int, chosen: Settings, seconds: float, threads: int) -> float:
-    """Patches per second of threads that compute at the same time, each on a CUDA stream of its own."""
-    ready, done = threading.Barrier(threads), list[int]()
-
-    def detect_for_a_while(number: int) -> float:
-        stream = None if chosen.detector.device == "cpu" else torch.cuda.Stream(chosen.detector.device)
-        with torch.cuda.stream(stream):
-            for _ in range(2):  # each thread plans its convolutions
-                detect(patches[:batch], chosen)
-            ready.wait()
-            started, count = time.perf_counter(), number
-            while time.perf_counter() - started < seconds:
-                detect(patches[(count * batch + np.arange(batch)) % len(patches)], chosen)
-                count += 1
-                done.append(batch)
-        return time.perf_counter() - started
-
-    with ThreadPoolExecutor(threads) as pool:
-        passed = max(pool.map(detect_for_a_while, range(threads)))
-    return sum(done) / passed
+            passed, turns = _in_turns(patches, batch, chosen, given.seconds)
+            speed, alike = batch * len(turns) * mm2 / passed, matched_share(detected, expected)
+            row(given, how, f"{speed:.3f} mm2/s, {_peak_gb():.2f} GB at most; boxes as it is at IoU .9: {alike}")
+    load._detectors._loaded.clear()
 
 
 def measure_pair(given: argparse.Namespace) -> None:

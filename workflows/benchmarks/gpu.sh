@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# What a GPU does with the detector, in ten minutes: doctor, equality with the CPU, speed by batch and views, and of
-# alternatives that a run does not use (a stream for each thread, compiled feature maps), memory and the lack of it, two
-# processes on one device, a trace, a replicated slide from end to end, and four of them as an archive. One table at the end.
+# What a GPU does with the detector, in ten minutes: doctor, equality with the CPU, speed by batch and views, and
+# without the kernels in Triton, memory and the lack of it, two processes on one device, a trace, a replicated slide from end to
+# end, and four of them as an archive. One table at the end.
 #   workflows/benchmarks/gpu.sh SLIDE OUT
 # SLIDE: CMU-1-Small-Region.svs. OUT: a folder for the table (gpu.tsv), the logs, the trace and the ledgers.
 # Environment: DEVICE (cuda), BATCHES ("1 2 4 8 16 32"), VIEWS ("1 4"), SECONDS_EACH (3), TILE (1280), ACROSS and DOWN

@@ -4,10 +4,12 @@ Tasks for the detector ask for half of the resource GPU, so that two of them sha
 this one computes; the others ask for the resource CPU. A resource that no worker offers is not asked for.
 """
 
+import contextlib
 import ipaddress
 import multiprocessing
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -81,6 +83,12 @@ class Cluster:
         retired = dict.fromkeys(unfit, "; it is retired")
         return [f"the worker at {address} {problem}{retired.get(address, '')}" for address, problem in problems.items()]
 
+    def prepare(self, function: Callable[..., Any], *args: Any) -> None:
+        offered = {address: worker.get("resources", {}) for address, worker in (self._workers() or {}).items()}
+        detecting = [address for address, resources in offered.items() if resources.get("GPU")]
+        if detecting or (offered and not any(offered.values())):
+            self._client.run(_beside_tasks, function, *args, workers=detecting or list(offered), wait=False)
+
     def submit(self, on_device: bool, function: Callable[..., Any], *args: Any) -> Future[Any]:
         offers = self._offers()
         # workers with GPUs may be late, or away: where others offer the resource CPU, these are waited for
@@ -91,6 +99,16 @@ class Cluster:
         call = (_on_device, function) if on_device else (function,)
         future: Future[Any] = executor.submit(*call, *args)
         return future
+
+
+async def _beside_tasks(function: Callable[..., Any], *args: Any) -> None:
+    """Have a thread call a function, which ends with its process. Dask waits for no other than a coroutine."""
+
+    def call() -> None:
+        with contextlib.suppress(Exception):
+            function(*args)
+
+    threading.Thread(target=call, daemon=True).start()
 
 
 def _on_device(function: Callable[..., Any], *args: Any) -> Any:

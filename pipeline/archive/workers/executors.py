@@ -35,6 +35,9 @@ class Executor(Protocol):
 
     def submit(self, on_device: bool, function: Callable[..., Any], *args: Any) -> Future[Any]: ...
 
+    def prepare(self, function: Callable[..., Any], *args: Any) -> None:
+        """Call a function in every process that detects, beside its tasks. Nobody waits for it, or learns of errors."""
+
     def run_on_new_workers(self, function: Callable[..., Any], *args: Any, retire: bool = False) -> list[str]:
         """Call a function once in every process that runs tasks. Returns a line for each in which it raised.
 
@@ -71,6 +74,9 @@ class Loop:
     def run_on_new_workers(self, function: Callable[..., Any], *args: Any, retire: bool = False) -> list[str]:
         return []
 
+    def prepare(self, function: Callable[..., Any], *args: Any) -> None:
+        """Nothing: here the first task would wait for it."""
+
     def submit(self, _on_device: bool, function: Callable[..., Any], *args: Any) -> Future[Any]:
         future: Future[Any] = Future()
         try:
@@ -86,6 +92,9 @@ class Threads(Loop):
     def __init__(self, beside: ThreadPoolExecutor, device: ThreadPoolExecutor, feeders: int) -> None:
         """feeders: threads of `beside`."""
         self._beside, self._device, self.feeders = beside, device, feeders
+
+    def prepare(self, function: Callable[..., Any], *args: Any) -> None:
+        self._device.submit(function, *args)
 
     def submit(self, on_device: bool, function: Callable[..., Any], *args: Any) -> Future[Any]:
         return (self._device if on_device else self._beside).submit(function, *args)

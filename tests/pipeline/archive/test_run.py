@@ -27,8 +27,10 @@ from PIL import Image
 import oracle
 from oracle import RADIUS, chosen, files, outlines, paint
 from pipeline.archive import run as archive_run
-from pipeline.config import Execution, Export, ExportFormat, Settings, Stitching, Tiling
+from pipeline.archive.workers.executors import Loop
+from pipeline.config import Execution, Export, ExportFormat, Settings, Stitching, Tiling, Tissue
 from pipeline.errors import ConfigError, RunError
+from pipeline.model import load
 from pipeline.model.fitted_stain import Normalisation
 from pipeline.model.instances import HostInstances, Patches
 from pipeline.segment import stages
@@ -83,6 +85,29 @@ def test_detections_do_not_depend_on_the_tiling(
     )
     assert len(outlines(expected)) == count
     assert outlines(found) == outlines(expected)
+
+
+def test_what_detects_is_prepared_once_with_the_first_slide(
+    slide: tuple[Path, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And not for what is done already, or for a stand-in."""
+    prepared: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(Loop, "prepare", lambda self, *call: prepared.append(call))
+    segment(slide[0], tmp_path / "stand-in", chosen())
+    assert prepared == []
+    copy = tmp_path / "again.png"
+    copy.write_bytes(slide[0].read_bytes())
+    real = functools.partial(
+        archive_run.run, settings=Settings(tissue=Tissue(everywhere=True)), execution=ONE, mpp=0.25
+    )
+    for _ in range(2):
+        rows = real([slide[0], copy], tmp_path / "real", say=lambda line: None)
+    assert [row.status for row in rows] == ["done before"] * 2
+    ((function, settings),) = prepared
+    assert function is stages.prepare_detector
+    load._detectors._loaded.clear()
+    function(settings)
+    assert len(load._detectors._loaded) == 1
 
 
 def test_loop_threads_and_dask_write_the_same_bytes(slide: tuple[Path, int], tmp_path: Path) -> None:

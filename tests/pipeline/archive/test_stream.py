@@ -53,6 +53,9 @@ class Machine:
     def submit(self, *_: Any) -> Future[Any]:
         raise NotImplementedError
 
+    def prepare(self, *_: Any) -> None:
+        raise NotImplementedError
+
     def run_on_new_workers(self, *_: Any, retire: bool = False) -> list[str]:
         raise NotImplementedError
 

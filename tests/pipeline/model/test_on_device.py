@@ -209,7 +209,20 @@ def test_the_cost_of_a_batch(patches: list[np.ndarray]) -> None:
     assert cuda.uploads == [(8, SIDE, SIDE, 3)]
     assert cuda.total(WAIT, DOWNLOAD, BLOCKING) <= 7
     assert cuda.total(UPLOAD) == 1
-    assert cuda.total(LAUNCH) <= 397  # 26 of them for the statistics of the stains, 12 to thin the anchors
+    assert cuda.total(LAUNCH) <= 399  # 28 of them for the statistics of the stains, 12 to thin the anchors
+
+
+def test_a_device_is_warmed_up_with_a_whole_batch_of_nuclei(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the size that most batches have; a CPU has nothing to plan."""
+    monkeypatch.setattr(inference, "compute", lambda device, function: function())
+    with PretendedCuda() as cuda, mock.patch.object(fuse, "infer", wraps=fuse.infer) as infer:
+        inference.warm_up(chosen("cuda", batch=2))
+        (call,) = infer.call_args_list
+        assert call.args[1].shape == (2, 3, SIDE, SIDE)
+        assert cuda.by_function(DOWNLOAD)
+        infer.reset_mock()
+        inference.warm_up(chosen("cpu"))
+        assert not infer.called
 
 
 def test_float32_is_not_rounded_to_fewer_bits() -> None:

@@ -49,6 +49,33 @@ def test_a_cluster_of_this_machine_leaves_the_environment_as_it_was(monkeypatch:
     assert {name: os.environ[name] for name in allocator.ENVIRONMENT.keys() & os.environ.keys()} == {given: "7"}
 
 
+def leave_a_note(folder: Path) -> None:
+    (folder / f"{os.environ.get('NAME')} {os.getpid()}").touch()
+    raise RuntimeError("nobody is told")
+
+
+@pytest.mark.parametrize("offers", [True, False])
+def test_processes_that_detect_are_prepared_beside_their_tasks(offers: bool, tmp_path: Path) -> None:
+    """Those that offer a GPU; all, where none offers anything. Nobody waits for them."""
+    from distributed import Client, Nanny, SpecCluster
+
+    def worker(name: str, **resources: float) -> dict[str, Any]:
+        options = {"nthreads": 1, "resources": resources if offers else {}, "env": {"NAME": name}, "dashboard": False}
+        return {"cls": Nanny, "options": options}
+
+    workers = {0: worker("detects", GPU=1), 1: worker("feeds", CPU=1)}
+    with SpecCluster(workers) as cluster, Client(cluster, set_as_default=False) as client:
+        client.wait_for_workers(2)
+        Cluster(client).prepare(leave_a_note, tmp_path)
+        expected = ["detects"] if offers else ["detects", "feeds"]
+        until = time.monotonic() + 60
+        while len(list(tmp_path.iterdir())) < len(expected):
+            assert time.monotonic() < until
+            time.sleep(0.05)
+        client.run(busy, 0)
+        assert sorted(note.name.split()[0] for note in tmp_path.iterdir()) == expected
+
+
 class OfANetwork:
     """A client of a scheduler that other machines reach."""
 
