@@ -188,8 +188,16 @@ def write_checked_json(path: Path, content: dict[str, Any], *, synced: bool = Tr
 
 
 def read_checked_json(path: Path) -> dict[str, Any] | None:
-    """What `write_checked_json` wrote; None where the file is missing or damaged in any way."""
-    stored = read_json(path) or {}
+    """What `write_checked_json` wrote; None where the file is missing, cannot be read, or is damaged in any way."""
+    try:
+        return read_checked_json_if_there(path)
+    except OSError:
+        return None
+
+
+def read_checked_json_if_there(path: Path) -> dict[str, Any] | None:
+    """As `read_checked_json`. Raises OSError where the file is there and cannot be read."""
+    stored = read_json_if_there(path) or {}
     content = stored.get("content")
     return content if isinstance(content, dict) and stored.get("sha256") == _digest(content) else None
 
@@ -222,11 +230,19 @@ def checked(path: Path, about: dict[str, Any]) -> Iterator[Path]:
 
 
 def read_checked(path: Path) -> dict[str, Any] | None:
-    """`about` of a file that `checked` wrote; None where it or its checksum is missing or damaged."""
-    stored = read_checked_json(_checksum_file(path))
+    """`about` of a file that `checked` wrote; None where it or its checksum is missing, damaged, or cannot be read."""
+    try:
+        return read_checked_if_there(path)
+    except OSError:
+        return None
+
+
+def read_checked_if_there(path: Path) -> dict[str, Any] | None:
+    """As `read_checked`. Raises OSError where one of the two is there and cannot be read."""
+    stored = read_checked_json_if_there(_checksum_file(path))
     try:
         return stored["about"] if stored is not None and stored["file"] == file_sha256(path) else None
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         return None
 
 

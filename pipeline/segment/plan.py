@@ -287,9 +287,12 @@ def write_plan(plan: Plan, folder: SlideFolder, digest: str) -> None:
 
 
 def load_plan(folder: SlideFolder, digest: str) -> Plan | None:
-    """The plan that `write_plan` wrote; None where it is missing, damaged, or made with other settings."""
-    content = files.read_checked_json(folder.plan)
-    if content is None or content["digest"] != digest or files.read_checked(folder.tissue) is None:
+    """The plan that `write_plan` wrote; None where it is missing, damaged, or made with other settings.
+
+    Raises OSError where it is there and cannot be read: without a plan, all work on the slide is removed.
+    """
+    content = files.read_checked_json_if_there(folder.plan)
+    if content is None or content["digest"] != digest or files.read_checked_if_there(folder.tissue) is None:
         return None
     fields = {name: form.read(content[name]) for name, form in _FORMS.items()}
     tissue_frame = _frame(content["tissue_frame"])

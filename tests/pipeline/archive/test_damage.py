@@ -116,6 +116,36 @@ def test_damaged_scratch_is_made_again(kind: str, slide: Path, whole: dict[str, 
         shutil.rmtree(out)
 
 
+@pytest.mark.parametrize(
+    ("name", "number"),
+    [("plan.json", errno.EIO), ("tissue.npz.checksum", errno.EACCES), ("tissue.npz", errno.ESTALE)],
+)
+def test_a_plan_that_cannot_be_read_for_a_while_costs_no_work(
+    name: str, number: int, slide: Path, whole: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It counted as missing, and all that was done of the slide was removed."""
+    folder = unfinished(slide, tmp_path)
+    before = {path: path.read_bytes() for path in sorted(folder.work.rglob("*")) if path.is_file()}
+
+    def refusing(read: Callable[..., Any]) -> Callable[..., Any]:
+        def refuse(path: Path, *arguments: Any, **options: Any) -> Any:
+            if path == folder.work / name:
+                raise OSError(number, os.strerror(number), str(path))
+            return read(path, *arguments, **options)
+
+        return refuse
+
+    with monkeypatch.context() as patched:
+        for reader in ("open", "read_text"):
+            patched.setattr(Path, reader, refusing(getattr(Path, reader)))
+        record = segment(slide, tmp_path)
+    assert record.status == "failed"
+    assert record.cause.startswith(f"{folder.work / name}: {os.strerror(number)}: ")
+    assert {path: path.read_bytes() for path in before if path.exists()} == before
+    assert segment(slide, tmp_path).status == "done"
+    assert files(folder.path) == whole
+
+
 def test_no_block_waits_for_the_disk(slide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its scratch has checksums, so that it need not be synced; many disks take longer for that than for the bytes."""
     synced: list[int] = []
