@@ -296,8 +296,8 @@ def outline_block(job: Job, block: int, before: StageRecord) -> StageRecord:
     Returns all that was done for the block, by an earlier run too. Raises ScratchLost where it was not detected.
     """
     started, target = time.perf_counter(), job.folder.instances(block)
-    predictions = read_predictions(job.folder.predictions(block))
-    record, sharpness = block_record(job, block), _focus(job, block)
+    predictions, sharpness = read_predictions(job.folder.predictions(block)), _focus(job, block)
+    record = block_record(job, block)  # last: another worker with the same block removes the others once it is there
     if record is None:
         if predictions is None or sharpness is None:
             missing = job.folder.predictions(block) if predictions is None else job.folder.focus(block)

@@ -234,6 +234,34 @@ def test_outlining_twice_at_once_changes_nothing(slide: Path, tmp_path: Path) ->
         stages.outline_block(dataclasses.replace(job, folder=SlideFolder(tmp_path / "other")), 0, StageRecord())
 
 
+def test_a_block_that_another_worker_completes_meanwhile_is_not_missed(
+    slide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between any two of the looks that outlining takes at its files: these went as the record came."""
+    job = job_of(slide, tmp_path)
+    stages.make_plan(job)
+    looks = ("read_predictions", "_focus", "block_record")
+    for look, block in zip(looks, read_plan(job.folder, job.digest).blocks[:3], strict=True):
+        record = stages.detect_block(job, block, stages.tile_block(job, block, StageRecord()), oracle.detect)
+        outlined = functools.partial(stages.outline_block, job, block, record)
+        with monkeypatch.context() as patched:
+            patched.setattr(stages, look, _followed_by(outlined, getattr(stages, look), patched))
+            counts = outlined().counts
+        assert outlined().counts == counts
+
+
+def _followed_by(other: Callable[[], Any], look: Callable[..., Any], patched: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """`look`, after which `other` is done, in the first of its calls."""
+
+    def followed(*arguments: Any) -> Any:
+        found = look(*arguments)
+        patched.undo()
+        other()
+        return found
+
+    return followed
+
+
 # ------------------------------------------------------------------------------------------------- results
 
 
