@@ -41,9 +41,10 @@ def measure_regions(slide: SlideFolder, file: RegionFile) -> RegionTable:
     """Count and measure the nuclei in each region of a finished slide.
 
     Columns: region (its name), class, area_mm2, tissue_mm2 (of what was segmented; NaN where it is not known), nuclei
-    (all whose centroid lies in the region, half-open), nuclei_in_artefacts, per_mm2 (of tissue), fraction_CLASS, and of
-    every measurement in nuclei.parquet its mean, q25, median and q75. Tissue is counted without artefacts, so per_mm2
-    and all that follows are of the nuclei outside of artefacts; NaN where there are none.
+    (all whose centroid lies in the region, half-open), nuclei_in_artefacts, per_mm2 (of tissue), count_CLASS,
+    fraction_CLASS, and of every measurement in nuclei.parquet its mean, q25, median and q75. Tissue is counted without
+    artefacts, so per_mm2 and all that follows are of the nuclei outside of artefacts; but for counts NaN where there
+    are none.
     Memory holds one column of the table, and four bytes for each nucleus in each region.
     Law: counts and areas of regions that partition a slide sum to those of the slide.
     Raises AnnotationError for regions or outlines that cannot be read.
@@ -68,7 +69,7 @@ def measure_regions(slide: SlideFolder, file: RegionFile) -> RegionTable:
         "nuclei": [len(rows) for rows in inside],
         "nuclei_in_artefacts": [len(rows) - len(clean) for rows, clean in zip(inside, kept, strict=True)],
         "per_mm2": counts / np.where(tissue_px > 0, tissue_px * mm2, np.nan),
-        **_fractions(slide.nuclei, kept, sorted(provenance.colours)),
+        **_by_class(slide.nuclei, kept, sorted(provenance.colours)),
         **_statistics(slide.nuclei, kept, several_classes=len(provenance.colours) > 1),
     }
     rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
@@ -119,13 +120,16 @@ def _outside_artefacts(nuclei: Path, members: list[Ints]) -> list[Ints]:
     return [rows[clean[rows]] for rows in members]
 
 
-def _fractions(nuclei: Path, members: Sequence[Ints], classes: Sequence[str]) -> dict[str, Floats]:
-    """The share of each class in each region."""
+def _by_class(nuclei: Path, members: Sequence[Ints], classes: Sequence[str]) -> dict[str, Iterable[Any]]:
+    """How many nuclei of each class are in each region, and their share, which is NaN where there are no nuclei."""
     index = arrow.values(arrow.index(tables.read_nuclei(nuclei, ["class"])["class"], classes))
-    counts = np.array([np.bincount(index[rows], minlength=len(classes)) for rows in members])  # (regions, classes)
-    total = counts.sum(1)
-    shares = counts.T / np.where(total > 0, total, np.nan)
-    return {f"fraction_{name}": share for name, share in zip(classes, shares, strict=True)}
+    counts = np.array([np.bincount(index[rows], minlength=len(classes)) for rows in members]).T  # (classes, regions)
+    total = counts.sum(0)
+    shares = counts / np.where(total > 0, total, np.nan)
+    return {
+        **{f"count_{name}": count.tolist() for name, count in zip(classes, counts, strict=True)},
+        **{f"fraction_{name}": share for name, share in zip(classes, shares, strict=True)},
+    }
 
 
 def _statistics(nuclei: Path, members: Sequence[Ints], *, several_classes: bool) -> dict[str, Floats]:

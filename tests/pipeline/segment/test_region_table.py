@@ -96,6 +96,7 @@ def test_counts_worked_out_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert strip["tissue_mm2"] == pytest.approx(600 * 0.25e-6)
     assert strip["per_mm2"] == pytest.approx(2 / (600 * 0.25e-6))
     assert field["tissue_mm2"] == pytest.approx(1500 * 0.25e-6)
+    assert (strip["count_A"], strip["count_B"], field["count_A"], field["count_B"]) == (2, 0, 2, 2)
     assert (strip["fraction_A"], strip["fraction_B"], field["fraction_A"]) == (1, 0, 0.5)
     # areas of the field: 1, 4, 9 and 16 um2
     assert [field[f"area_um2_{name}"] for name in ("mean", "q25", "median", "q75")] == pytest.approx(
@@ -110,7 +111,8 @@ def test_the_probability_of_a_class_is_measured_where_there_are_several(tmp_path
     one = slide(tmp_path / "one", [nucleus for nucleus in NUCLEI if nucleus[-1] == "A"], classes="A")
     (row,), (other,) = measure_regions(one, file).rows, measure_regions(slide(tmp_path / "two"), file).rows
     assert other["class_score_mean"] == 1
-    assert {*other} - {*row} == {"fraction_B", *(f"class_score_{name}" for name in ("mean", "q25", "median", "q75"))}
+    scores = {f"class_score_{name}" for name in ("mean", "q25", "median", "q75")}
+    assert {*other} - {*row} == {"count_B", "fraction_B", *scores}
     assert row["area_um2_mean"] == other["area_um2_mean"] == 2.5
     assert not any(name.startswith("centroid") for name in row)
 
@@ -122,6 +124,7 @@ def test_artefacts_are_left_out_of_the_tissue_and_of_all_but_the_count(tmp_path:
     file = draw(tmp_path / "r.geojson", shapely.box(0, 0, 40, 20))
     (row,) = measure_regions(folder, file).rows
     assert (row["nuclei"], row["nuclei_in_artefacts"], row["area_um2_mean"]) == (2, 1, 1)
+    assert (row["count_A"], row["count_B"], row["fraction_A"]) == (1, 0, 1)
     # 40 x 20 px without 10 x 20 px of the one artefact, and without 10 x 10 of the other beside it
     assert row["tissue_mm2"] == pytest.approx((800 - 200 - 100) * 0.25e-6)
     assert row["per_mm2"] == pytest.approx(1 / row["tissue_mm2"])
@@ -165,7 +168,7 @@ def test_a_region_without_nuclei_or_tissue(tmp_path: Path, nuclei: list[Any], re
     folder = slide(tmp_path, nuclei, [""] * len(nuclei) if rewritten else None)
     draw(folder.tissue_annotation, shapely.box(0, 0, 5, 5))
     (row,) = measure_regions(folder, draw(tmp_path / "r.geojson", shapely.box(80, 0, 99, 20))).rows
-    assert (row["nuclei"], row["tissue_mm2"]) == (0, 0)
+    assert (row["nuclei"], row["tissue_mm2"], row["count_A"], row["count_B"]) == (0, 0, 0, 0)
     assert all(math.isnan(row[name]) for name in ("per_mm2", "fraction_A", "area_um2_median"))
 
 
@@ -193,5 +196,6 @@ def test_a_partition_of_the_slide_sums_to_the_whole(
     ).rows
     assert whole["nuclei"] == len(centres) == sum(part["nuclei"] for part in parts)
     assert sum(part["tissue_mm2"] for part in parts) == pytest.approx(whole["tissue_mm2"])
-    of_a = [part["nuclei"] * part["fraction_A"] for part in parts if part["nuclei"]]
-    assert sum(of_a) == pytest.approx(whole["nuclei"] * whole["fraction_A"])
+    for name in "AB":
+        assert sum(part[f"count_{name}"] for part in parts) == whole[f"count_{name}"]
+        assert whole[f"count_{name}"] == pytest.approx(whole["nuclei"] * whole[f"fraction_{name}"])
