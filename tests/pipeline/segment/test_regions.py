@@ -227,6 +227,24 @@ def test_the_restricted_mask_holds_every_point_that_is_selected(
         assert not restricted.contains(xy[~shapely.intersects_xy(near, *xy.T)]).any()
 
 
+@given(
+    st.lists(st.tuples(*[st.integers(0, 20)] * 2, *[st.integers(1, 8)] * 2), min_size=1, max_size=8),
+    st.lists(st.sampled_from(["", "Tumor", "Ignore*", "Tissue"]), min_size=8, max_size=8),
+)
+def test_the_part_of_a_polygon_that_is_selected(boxes: list[tuple[int, int, int, int]], classes: list[str]) -> None:
+    """Law: of every pixel it covers, that whose centre is in the polygon and selected; whichever others are near."""
+    outlines = [shapely.box(x, y, x + w, y + h) for x, y, w, h in boxes]
+    drawn = regions(*outlines, classes=tuple(classes[: len(boxes)]))
+    polygons = np.array([*outlines, shapely.box(0, 0, 28, 28), shapely.box(40, 40, 41, 41)], dtype=object)
+    parts = drawn.within(polygons)
+    y, x = np.mgrid[0:42, 0:42] + 0.5
+    selected = drawn.select(np.stack([x.ravel(), y.ravel()], 1)).reshape(x.shape)
+    for polygon, part in zip(polygons, parts, strict=True):
+        np.testing.assert_array_equal(shapely.contains_xy(part, x, y), shapely.contains_xy(polygon, x, y) & selected)
+        assert part.is_valid
+    assert drawn.within(polygons[:0]).shape == (0,)
+
+
 def test_outlines_along_pixels_are_simplified_before_they_are_grown(monkeypatch: pytest.MonkeyPatch) -> None:
     """As QuPath's thresholder and wand draw them: growing 100,000 steps took 176 s and 1 GB."""
     radius, grow = 12_500, shapely.buffer
