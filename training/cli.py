@@ -22,8 +22,8 @@ Datasets = Annotated[
         name="data",
         negative="",
         group=DATA,
-        help="A dataset, a folder or an annotation file: label maps, Aperio XML, COCO, QuPath GeoJSON, TNBC, PanNuke "
-        "or MATLAB. Repeat it for several.",
+        help="A dataset, a folder or an annotation file: label maps, Aperio XML, COCO, QuPath GeoJSON, TNBC, PanNuke, "
+        "CoNIC, Cellpose or MATLAB. Repeat it for several.",
     ),
 ]
 Splits = Annotated[

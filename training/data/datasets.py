@@ -23,7 +23,7 @@ from pipeline.errors import AnnotationError
 from pipeline.text import counted
 from slides.scale import NEED_MPP, is_believable
 from training.data.coco import coco
-from training.data.label_maps import folder, matlab, pannuke, tnbc
+from training.data.label_maps import cellpose, conic, folder, matlab, pannuke, tnbc
 from training.data.outlines import aperio
 from training.data.qupath import qupath
 from training.data.sample import (
@@ -57,9 +57,11 @@ FORMS = (
     Form("label maps", "images/<id>.png with labels/<id>.png", folder),
     Form("TNBC", "Slide_01/<id>.png with GT_01/<id>.png", tnbc),
     Form("PanNuke", "images.npy with masks.npy", pannuke),
+    Form("CoNIC", "images.npy with labels.npy", conic),
     Form("Aperio XML", "<id>.xml with <id>.tif", aperio),
     Form("QuPath GeoJSON", "<image>.geojson, .geojson.gz or .zip with its image or slide", qupath),
     Form("COCO", "a .json with its images", coco),
+    Form("Cellpose", "<id>.png with <id>_masks.png", cellpose),
 )
 
 

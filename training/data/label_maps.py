@@ -1,9 +1,11 @@
-"""Annotations drawn as pixels: label maps, TNBC's masks, PanNuke's arrays, the MATLAB files of CoNSeP and Lizard.
+"""Annotations drawn as pixels: label maps, also as Cellpose names them, TNBC's masks, the arrays of PanNuke and CoNIC,
+the MATLAB files of CoNSeP and Lizard.
 
 Every reader takes a folder and the content of its dataset.json, and lists the images; None: not this form.
 A pixel that two layers mark belongs to the later one.
 """
 
+import csv
 import re
 from collections.abc import Sequence
 from functools import partial
@@ -22,6 +24,7 @@ from training.data.sample import (
     DATASET_FILE,
     MOST_CLASSES,
     NO_CLASSES,
+    SUFFIXES,
     Catalogue,
     Conversion,
     Dataset,
@@ -48,6 +51,12 @@ _PHOTOMETRIC = 262
 
 # The order of masks.npy in PanNuke (Gamper et al. 2020); the last channel is the background.
 _PANNUKE = ("Neoplastic", "Inflammatory", "Connective", "Dead", "Epithelial")
+# The classes 1 to 6 of labels.npy in CoNIC (Graham et al. 2021), in the order of the columns of its counts.csv.
+_CONIC = ("Neutrophil", "Epithelial", "Lymphocyte", "Plasma", "Eosinophil", "Connective")
+
+# What Cellpose trains on, and how the names of files end that it writes beside an image.
+_MASKS, _IMG, _PICKLED = "_masks", "_img", "_seg.npy"
+_COMPUTED = ("_cp_masks", "_cp_outlines", "_cp_output", "_flows", "_outlines")
 
 
 def folder(data: Path, metadata: Metadata) -> Catalogue | None:
@@ -172,7 +181,9 @@ def pannuke(data: Path, metadata: Metadata) -> Catalogue | None:
     """
     entries: list[Entry] = []
     classes = metadata.classes or _PANNUKE
-    for images in sorted(p for depth in range(4) for p in data.glob("*/" * depth + "images.npy")):
+    for images in _image_arrays(data):
+        if _is_conic(images):
+            continue
         masks = _masks_of(images, data)
         pictures, layers = _mapped(images), _mapped(masks)
         if pictures.dtype.kind not in "uif" or layers.dtype.kind not in "uif":
@@ -206,10 +217,91 @@ def pannuke(data: Path, metadata: Metadata) -> Catalogue | None:
     return Catalogue(tuple(entries), classes) if entries else None
 
 
+def conic(data: Path, metadata: Metadata) -> Catalogue | None:
+    """images.npy (N, h, w, 3) with labels.npy (N, h, w, 2) beside it, as CoNIC (Graham et al. 2021) is published.
+
+    The first channel of the labels is an instance map, the second a class per pixel. patch_info.csv, if it is there,
+    has the name of every image, such as consep_1-0000: the image of Lizard that it was cut from is its group.
+    counts.csv, which follows from the labels, is not read. Arrays are memory-mapped, never unpickled.
+    """
+    entries: list[Entry] = []
+    classes = metadata.classes or _CONIC
+    for images in filter(_is_conic, _image_arrays(data)):
+        labels = images.with_name("labels.npy")
+        pictures, maps = _mapped(images), _mapped(labels)
+        if pictures.dtype.kind not in "uif" or maps.dtype.kind not in "uif":
+            raise AnnotationError(
+                f"{images} is {pictures.dtype}, {labels} {maps.dtype}: need numbers, another one for each nucleus"
+            )
+        if not pictures.size or pictures.ndim != 4 or pictures.shape[3] != 3 or maps.shape != (*pictures.shape[:3], 2):
+            raise AnnotationError(
+                f"{images} is {pictures.shape}, {labels} {maps.shape}: need (N, height, width, 3) and "
+                f"(N, height, width, 2), a map of nuclei and one of their classes"
+            )
+        names = _patch_names(images.with_name("patch_info.csv"), len(pictures))
+        prefix = "" if images.parent == data else f"{images.parent.name}_"
+        entries += [
+            Entry(f"{prefix}{i:05d}", partial(_read_conic, images, labels, i, len(classes)), group=name)
+            for i, name in enumerate(names)
+        ]
+    return Catalogue(tuple(entries), classes) if entries else None
+
+
+def cellpose(data: Path, metadata: Metadata) -> Catalogue | None:
+    """<id>.png or <id>_img.png with <id>_masks.png, an instance map, as Cellpose trains on; also in folders.
+
+    What Cellpose has computed itself (<id>_cp_masks.png, <id>_flows.tif, ...) is passed over, and so is <id>_seg.npy
+    where there are masks: it would have to be unpickled. Raises AnnotationError where there is nothing else.
+    """
+    entries: list[Entry] = []
+    pickled = 0
+    for place in (data, *sorted(p for p in data.glob("*") if p.is_dir() and not p.name.startswith("."))):
+        prefix = "" if place == data else f"{place.name}_"
+        pairs, beside = _cellpose_pairs(place)
+        pickled += beside
+        entries += [Entry(f"{prefix}{id_}", partial(_read_maps, image, map_), image) for id_, image, map_ in pairs]
+    if not entries:
+        return None
+    if len(metadata.classes) > 1:
+        raise AnnotationError(
+            f"{DATASET_FILE} names {len(metadata.classes)} classes, but masks of Cellpose have none: need one class"
+        )
+    reason = f"<id>{_PICKLED}, which is never unpickled: its {_MASKS} are read"
+    return Catalogue(tuple(entries), metadata.classes or NO_CLASSES, {reason: pickled} if pickled else {})
+
+
+def _cellpose_pairs(place: Path) -> tuple[list[tuple[str, Path, Path]], int]:
+    """(id, image, masks) of Cellpose's in a folder, sorted, and how many pickled files lie there.
+
+    Raises AnnotationError for an image or masks without the other.
+    """
+    files = [path for path in place.glob("*") if not path.stem.endswith(_COMPUTED)]
+    maps = by_stem((path for path in files if path.stem.endswith(_MASKS)), _MAPS)
+    maps = {stem.removesuffix(_MASKS): path for stem, path in maps.items()}
+    pickled = sorted(p for p in files if p.name.endswith(_PICKLED) and not p.name.startswith("."))
+    never = f"is never unpickled: save the masks as PNG or TIFF in Cellpose, and name them <id>{_MASKS}"
+    if not maps and pickled:
+        raise AnnotationError(f"{pickled[0]} holds Python objects, so it {never}")
+    images: dict[str, Path] = {}
+    for stem, path in by_stem(path for path in files if maps and not path.stem.endswith(_MASKS)).items():
+        id_ = stem if stem in maps else stem.removesuffix(_IMG)
+        if id_ in images:
+            raise AnnotationError(f"'{id_}' is both {images[id_]} and {path}: need one")
+        images[id_] = path
+    for id_ in sorted(maps.keys() - images.keys()):
+        raise AnnotationError(f"{maps[id_]} has no image: need {id_} or {id_}{_IMG} in {', '.join(sorted(SUFFIXES))}")
+    for id_ in sorted(images.keys() - maps.keys()):
+        unread = images[id_].with_name(f"{images[id_].stem}{_PICKLED}")
+        why = f", as {unread} {never}" if unread in pickled else f": need {id_}{_MASKS} in {', '.join(_MAPS)}"
+        raise AnnotationError(f"{images[id_]} has no masks{why}")
+    return [(id_, images[id_], maps[id_]) for id_ in sorted(maps)], len(pickled)
+
+
 def _read_maps(image: Path, labels: Path, classes: Path | None = None) -> LabelledImage:
     labels_ = _read_map(labels)
     _check_no_mask(labels_, str(labels))
-    return _named(labels, read_image(image), labels_, None if classes is None else _majority(labels_, classes))
+    class_index = None if classes is None else _majority(labels_, _read_map(classes), str(classes))
+    return _named(labels, read_image(image), labels_, class_index)
 
 
 def _check_no_mask(labels: NDArray[np.int32], source: str) -> None:
@@ -247,10 +339,7 @@ def _read_matlab(image: Path, path: Path, classes: int) -> LabelledImage:
 
 
 def _read_pannuke(images: Path, masks: Path, index: int) -> LabelledImage:
-    image = np.asarray(_mapped(images)[index])
-    scaled = image.dtype.kind == "f" and 0 < image.max() <= 1
-    if scaled or not (np.isfinite(image) & (image >= 0) & (image <= 255)).all():
-        raise AnnotationError(f"{images}[{index}] goes from {image.min()} to {image.max()}: need colours of 0 to 255")
+    image = _colours(images, index)
     layers = np.asarray(_mapped(masks)[index, ..., :-1])
     labels, class_index = np.zeros(layers.shape[:2], np.int32), [np.empty(0, np.int64)]
     try:
@@ -262,7 +351,30 @@ def _read_pannuke(images: Path, masks: Path, index: int) -> LabelledImage:
     except AnnotationError as error:
         raise AnnotationError(f"{masks}[{index}]: {error}") from error
     contested = int(((layers > 0).sum(2) > 1).sum())
-    return labelled_image(np.rint(image).astype(np.uint8), labels, np.concatenate(class_index), contested)
+    return labelled_image(image, labels, np.concatenate(class_index), contested)
+
+
+def _read_conic(images: Path, labels: Path, index: int, classes: int) -> LabelledImage:
+    image, maps = _colours(images, index), np.asarray(_mapped(labels)[index])
+    try:
+        nuclei, types = (whole_numbers(maps[..., channel]) for channel in range(2))
+        _check_no_mask(nuclei, "channel 0")
+        class_index = _majority(nuclei, types, "channel 1")
+        if class_index.max(initial=0) > classes:
+            raise AnnotationError(f"channel 1 has a nucleus of class {class_index.max()}: need 1 to {classes}")
+        return labelled_image(image, nuclei, class_index)
+    except AnnotationError as error:
+        raise AnnotationError(f"{labels}[{index}]: {error}") from error
+
+
+def _colours(images: Path, index: int) -> NDArray[np.uint8]:
+    """An image of an array (N, h, w, 3) of any numbers from 0 to 255. Raises AnnotationError for others."""
+    image = np.asarray(_mapped(images)[index])
+    scaled = image.dtype.kind == "f" and 0 < image.max() <= 1
+    if scaled or not (np.isfinite(image) & (image >= 0) & (image <= 255)).all():
+        raise AnnotationError(f"{images}[{index}] goes from {image.min()} to {image.max()}: need colours of 0 to 255")
+    colours: NDArray[np.uint8] = np.rint(image).astype(np.uint8)
+    return colours
 
 
 def _named(
@@ -303,9 +415,11 @@ def _read_map(path: Path) -> NDArray[np.int32]:
         raise AnnotationError(f"{path}: {error}") from error
 
 
-def _majority(labels: NDArray[np.int32], classes: Path | NDArray[np.int32]) -> NDArray[np.int64]:
-    """Class of nucleus n at n - 1: what most of its pixels say, 0 apart. Raises AnnotationError where none does."""
-    source, values = (classes, _read_map(classes)) if isinstance(classes, Path) else ("type_map", classes)
+def _majority(labels: NDArray[np.int32], values: NDArray[np.int32], source: str) -> NDArray[np.int64]:
+    """Class of nucleus n at n - 1: what most of its pixels say in `values`, 0 apart; `source` names these in errors.
+
+    Raises AnnotationError where none of them says a class.
+    """
     if values.shape != labels.shape:
         raise AnnotationError(f"{source} is {values.shape}, the labels {labels.shape}: need one class per pixel")
     count, width = int(labels.max()) + 1, int(values.max()) + 1
@@ -335,7 +449,7 @@ def _load(path: Path) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
     try:
         labels = whole_numbers(content["inst_map"])
         if "type_map" in content:
-            return labels, _majority(labels, whole_numbers(content["type_map"]))
+            return labels, _majority(labels, whole_numbers(content["type_map"]), "type_map")
         if "inst_type" in content:
             return labels, _in_order(labels, _listed(content["inst_type"]), "inst_type")
     except AnnotationError as error:
@@ -382,6 +496,30 @@ def _by_id(labels: NDArray[np.int32], types: NDArray[np.int32], ids: NDArray[np.
     class_index = np.zeros(max(int(labels.max()), int(ids.max(initial=0))) + 1, np.int64)
     class_index[ids] = types
     return class_index[1 : int(labels.max()) + 1]
+
+
+def _image_arrays(data: Path) -> list[Path]:
+    """Files images.npy in a folder, and up to three levels below it."""
+    return sorted(path for depth in range(4) for path in data.glob("*/" * depth + "images.npy"))
+
+
+def _is_conic(images: Path) -> bool:
+    """Whether labels.npy lies beside images.npy, and no masks.npy, which would be PanNuke's."""
+    return images.with_name("labels.npy").is_file() and not images.with_name("masks.npy").is_file()
+
+
+def _patch_names(path: Path, count: int) -> list[str | None]:
+    """The image of Lizard that each of CoNIC was cut from, of its patch_info.csv; None where there is no such file."""
+    if not path.is_file():
+        return [None] * count
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            names = [row["patch_info"] or "" for row in csv.DictReader(file)]
+    except (OSError, ValueError, KeyError, csv.Error) as error:
+        raise AnnotationError(f"{path} is no table with a column patch_info ({error}): copy it again") from error
+    if len(names) != count:
+        raise AnnotationError(f"{path} has {len(names)} rows for {count} images: need one for each")
+    return [name.rpartition("-")[0] for name in names]
 
 
 def _masks_of(images: Path, data: Path) -> Path:

@@ -360,7 +360,7 @@ def test_a_class_of_a_nucleus_with_a_large_number_takes_no_memory() -> None:
     labels = np.zeros((20, 20), np.int32)
     labels[2:9, 2:9], labels[12:18, 3:8] = 16_000_000, 7
     tracemalloc.start()
-    of_nuclei = label_maps._majority(labels, np.where(labels == 7, 2, (labels > 0) * 250).astype(np.int32))
+    of_nuclei = label_maps._majority(labels, np.where(labels == 7, 2, (labels > 0) * 250).astype(np.int32), "classes")
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 1e9

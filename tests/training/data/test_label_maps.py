@@ -326,6 +326,152 @@ def test_masks_of_pannuke_that_number_no_nuclei_are_refused(tmp_path: Path) -> N
         read_dataset(tmp_path, mpp=0.25).images[0].read()
 
 
+def put_conic(folder: Path, images: NDArray[Any], labels: NDArray[Any], info: str | None = None) -> Path:
+    """As the training set of the challenge lies in its folder."""
+    np.save(folder / "images.npy", images)
+    np.save(folder / "labels.npy", labels)
+    (folder / "counts.csv").write_text("neutrophil,epithelial,lymphocyte,plasma,eosinophil,connective\n")
+    (folder / "patch_info.csv").unlink(missing_ok=True)
+    if info is not None:
+        (folder / "patch_info.csv").write_text(info)
+    return folder
+
+
+@settings(max_examples=20)
+@given(
+    labels=arrays(np.uint16, (2, 256, 256), elements=st.sampled_from([0, 1, 2, 7, 300]), fill=st.just(0)),
+    of=st.lists(st.integers(1, 6), min_size=301, max_size=301),
+    dtype=st.sampled_from([np.uint16, np.int32, np.float64]),
+)
+def test_conic_reads_back(labels: Ints, of: list[int], dtype: type, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Channel 0 numbers the nuclei, channel 1 has their classes; patch_info.csv says what each was cut from."""
+    folder = tmp_path_factory.mktemp("conic")
+    images = np.random.default_rng(0).integers(0, 256, (2, 256, 256, 3), dtype=np.uint8)
+    types = np.array(of)[labels] * (labels > 0)
+    put_conic(folder, images, np.stack([labels, types], 3).astype(dtype), "patch_info\nconsep_1-0000\ndpath_12-0013\n")
+    found = read_dataset(folder, mpp=0.5)
+    assert [a[:2] for a in found.images] == [("00000", "consep_1"), ("00001", "dpath_12")]
+    assert found.classes == ("Neutrophil", "Epithelial", "Lymphocyte", "Plasma", "Eosinophil", "Connective")
+    for index, annotated in enumerate(found.images):
+        read = pickle.loads(pickle.dumps(annotated)).read()
+        np.testing.assert_array_equal(read.image, images[index])
+        np.testing.assert_array_equal(read.labels, numbered(labels[index]))
+        assert read.class_index.tolist() == [of[n] for n in np.unique(labels[index]) if n]
+    assert not found.unread
+
+
+def test_bad_arrays_of_conic_are_named_and_never_unpickled(tmp_path: Path) -> None:
+    images, labels = np.full((1, 4, 4, 3), 9, np.uint8), np.zeros((1, 4, 4, 2), np.uint16)
+    assert only(read_dataset(put_conic(tmp_path, images, labels), mpp=0.5)).labels.sum() == 0
+    assert read_dataset(tmp_path, mpp=0.5).images[0][:2] == ("00000", "")
+    for bad, message in (
+        (
+            (images, labels[..., :1]),
+            r"need \(N, height, width, 3\) and \(N, height, width, 2\), a map of nuclei and one",
+        ),
+        ((images[:, :0], labels[:, :0]), r"is \(1, 0, 4, 3\).*need \(N, height, width, 3\)"),
+        ((images, labels.astype(object)), r"labels\.npy holds Python objects, which are never unpickled"),
+        ((images.astype(object), labels), r"images\.npy holds Python objects, which are never unpickled"),
+        ((images, labels > 0), r"labels\.npy bool: need numbers"),
+        ((images, labels, "patch_info\na_1-0\na_1-1\n"), r"patch_info\.csv has 2 rows for 1 images: need one for each"),
+        ((images, labels, "other\na_1-0\n"), r"patch_info\.csv is no table with a column patch_info"),
+    ):
+        with pytest.raises(AnnotationError, match=message):
+            read_dataset(put_conic(tmp_path, *bad), mpp=0.5)
+    nucleus = labels.copy()
+    nucleus[0, 0, 0] = 5, 7
+    mask = np.zeros((1, 20, 20, 2), np.uint16)
+    mask[0, ::3, ::3] = 1
+    for bad, message in (
+        ((images / 255, labels), "need colours of 0 to 255"),
+        ((images, nucleus), r"labels\.npy\[0\]: channel 1 has a nucleus of class 7: need 1 to 6"),
+        ((images, nucleus * [1, 0]), r"labels\.npy\[0\]: channel 1 gives nucleus 5 no class"),
+        ((images, nucleus + 0.5), r"labels\.npy\[0\]: the labels hold fractions"),
+        (
+            (np.full((1, 20, 20, 3), 9), mask),
+            r"labels\.npy\[0\]: channel 0 is a mask: its 49 pieces have one number, 1",
+        ),
+    ):
+        with pytest.raises(AnnotationError, match=message):
+            read_dataset(put_conic(tmp_path, *bad), mpp=0.5).images[0].read()
+
+
+def test_arrays_of_pannuke_with_other_labels_beside_are_pannukes(tmp_path: Path) -> None:
+    put_conic(tmp_path, np.full((1, 4, 4, 3), 9, np.uint8), np.zeros((1, 4, 4, 3)))
+    np.save(tmp_path / "masks.npy", np.zeros((1, 4, 4, 6)))
+    assert read_dataset(tmp_path, mpp=0.25).classes[0] == "Neoplastic"
+
+
+@settings(max_examples=30)
+@given(
+    labels=MAPS,
+    image=st.sampled_from(["000_img.png", "000.png", "000.tif"]),
+    masks=st.sampled_from(["000_masks.png", "000_masks.tif"]),
+    place=st.sampled_from(["", "train"]),
+)
+def test_cellpose_reads_back(
+    labels: Ints, image: str, masks: str, place: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Whatever Cellpose has written beside its masks."""
+    folder = tmp_path_factory.mktemp("cellpose")
+    save(folder / place / image, RGB[: labels.shape[0], : labels.shape[1]])
+    save(folder / place / masks, labels)
+    for name in ("cp_masks", "flows", "outlines"):
+        save(folder / place / f"{Path(image).stem}_{name}.png", RGB)
+    (folder / place / f"{Path(image).stem}_seg.npy").write_bytes(b"never opened")
+    (folder / "models").mkdir()
+    found = read_dataset(folder, mpp=0.25)
+    assert [a[:2] for a in found.images] == [(f"{place}_000" if place else "000", place)]
+    assert found.classes == ("Nucleus",)
+    (said,) = found.describe_skipped()
+    assert said.endswith(": 1 object skipped: <id>_seg.npy, which is never unpickled: its _masks are read")
+    read = only(found)
+    np.testing.assert_array_equal(read.image, RGB[: labels.shape[0], : labels.shape[1]])
+    np.testing.assert_array_equal(read.labels, numbered(labels))
+
+
+class Unpickled:
+    """Raises where a file that holds it is unpickled."""
+
+    def __reduce__(self) -> Any:
+        return (pytest.fail, ("it was unpickled",))
+
+
+def test_bad_folders_of_cellpose_are_named_and_never_unpickled(tmp_path: Path) -> None:
+    labels = np.array([[1, 2], [0, 0]], np.uint16)
+    save(tmp_path / "a_img.png", RGB[:2, :2])
+    with pytest.raises(AnnotationError, match=r"<id>\.png with <id>_masks\.png \(Cellpose\)"):
+        read_dataset(tmp_path, mpp=0.25)
+    np.save(tmp_path / "a_img_seg.npy", np.array({"masks": Unpickled()}, dtype=object))
+    with pytest.raises(
+        AnnotationError,
+        match=r"a_img_seg\.npy holds Python objects, so it is never unpickled: save the masks as PNG or TIFF in",
+    ):
+        read_dataset(tmp_path, mpp=0.25)
+    save(tmp_path / "b.png", RGB[:2, :2])
+    save(tmp_path / "b_masks.png", labels)
+    with pytest.raises(AnnotationError, match=r"a_img\.png has no masks, as \S*a_img_seg\.npy is never unpickled: "):
+        read_dataset(tmp_path, mpp=0.25)
+    (tmp_path / "a_img_seg.npy").unlink()
+    with pytest.raises(AnnotationError, match=r"a_img\.png has no masks: need a_masks in \.png, \.tif, \.tiff"):
+        read_dataset(tmp_path, mpp=0.25)
+    (tmp_path / "a_img.png").rename(tmp_path / "b_img.png")
+    with pytest.raises(AnnotationError, match=r"'b' is both \S*b\.png and \S*b_img\.png: need one"):
+        read_dataset(tmp_path, mpp=0.25)
+    (tmp_path / "b_img.png").unlink()
+    (tmp_path / "dataset.json").write_text('{"classes": ["a", "b"]}')
+    with pytest.raises(AnnotationError, match="names 2 classes, but masks of Cellpose have none"):
+        read_dataset(tmp_path, mpp=0.25)
+    (tmp_path / "dataset.json").unlink()
+    save(tmp_path / "c_masks.png", labels)
+    with pytest.raises(AnnotationError, match=r"c_masks\.png has no image: need c or c_img in \.bmp, "):
+        read_dataset(tmp_path, mpp=0.25)
+    (tmp_path / "c_masks.png").unlink()
+    save(tmp_path / "b_masks.png", np.zeros((9, 9), np.uint8) + (np.indices((9, 9)) % 2 == 0).all(0).astype(np.uint8))
+    with pytest.raises(AnnotationError, match=r"b_masks\.png is a mask: its 25 pieces have one number, 1"):
+        read_dataset(tmp_path, mpp=0.25).images[0].read()
+
+
 @settings(max_examples=30)
 @given(labels=MAPS, of=st.lists(st.integers(1, 6), min_size=301, max_size=301), seed=st.integers(0, 99))
 def test_lizard_reads_back(labels: Ints, of: list[int], seed: int, tmp_path_factory: pytest.TempPathFactory) -> None:
