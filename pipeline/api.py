@@ -2,7 +2,7 @@
 
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ from pipeline.archive.lease import Leases
 from pipeline.archive.manifest import check_seams, resolve
 from pipeline.archive.measure import Measured, measure_slides
 from pipeline.archive.verify import without_nuclei
-from pipeline.config import Architecture, Execution, Export, Regions, Settings, build, checked, require
+from pipeline.config import Architecture, Execution, Export, Regions, Settings, build, checked, given_path, require
 from pipeline.errors import ExportFailed, RunError
 from pipeline.layout import RunFolder, SlideFolder
 from pipeline.model.device import count_gpus, device_kind
@@ -27,6 +27,8 @@ from pipeline.segment.tables import read_nuclei as read_table
 
 CPU_SECONDS_PER_MM2 = 13.0
 "Of tissue, all stages but the choice of the stain, in one view: 3.48 mm2 on two cores of an AMD EPYC (README, Cost)."
+
+_RESULTS = "the --out folder of a run, or the folder of one slide in it"
 
 
 def plan(
@@ -95,7 +97,8 @@ def speed(settings: Settings, seconds_per_mm2: float | None = None) -> float:
     and for a speed that is not above 0; WeightsError.
     """
     if seconds_per_mm2 is not None:
-        require(0 < seconds_per_mm2 < float("inf"), f"seconds-per-mm2={seconds_per_mm2}: need more than 0")
+        is_speed = isinstance(seconds_per_mm2, int | float) and 0 < seconds_per_mm2 < float("inf")
+        require(is_speed, f"seconds-per-mm2={seconds_per_mm2!r}: need a number above 0")
         return seconds_per_mm2
     if device_kind(settings.detector.device, count_gpus()) != "cpu":
         return float("nan")
@@ -114,10 +117,11 @@ def export(
     does not exist, RunError for a folder without tables, and, once all others are written, ExportFailed for what could
     not be: tables that are damaged, a full disk, slides that a run is working on.
     """
-    for problem in without_nuclei(Path(folder)):
+    results = given_path("folder", folder, _RESULTS)
+    wanted = _listed("formats", formats, "the name of a format, or several")
+    for problem in without_nuclei(results):
         warnings.warn(f"not exported: {problem}", stacklevel=2)
-    wanted = [formats] if isinstance(formats, str) else list(formats)
-    return dict(export_files(folder, build(Export, {"formats": wanted, **options}, where="export")))
+    return dict(export_files(results, build(Export, {"formats": wanted, **options}, where="export")))
 
 
 def export_files(folder: str | os.PathLike[str], settings: Export) -> Iterator[tuple[Path, Exported]]:
@@ -156,7 +160,9 @@ def measure(
     regions: folder of QuPath's GeoJSON files, named after the slides; crop: as in `Regions`
     Returns what became of each slide; `pipeline.archive.measure.measure_slides` says more, and what is raised.
     """
-    return list(measure_slides(Path(folder), Regions(os.fspath(regions), crop)))
+    results = given_path("folder", folder, _RESULTS)
+    drawn = given_path("regions", regions, "the folder of QuPath's GeoJSON files")
+    return list(measure_slides(results, checked("regions", Regions(str(drawn), crop), Regions)))
 
 
 def read_nuclei(path: str | os.PathLike[str], columns: str | Sequence[str] | None = None) -> pa.Table:
@@ -165,12 +171,14 @@ def read_nuclei(path: str | os.PathLike[str], columns: str | Sequence[str] | Non
     `geopandas.read_parquet` decodes the outlines.
 
     path: nuclei.parquet, or the slide's folder in the results
-    Raises RunError where there is no such table, where it is damaged, and for a column that it does not have.
+    Raises RunError where there is no such table, where it is damaged, and for a column that it does not have;
+    ConfigError for what is no path and no name.
     """
-    table = SlideFolder(Path(path)).nuclei if os.path.isdir(path) else Path(path)
+    given = given_path("path", path, "a finished slide's folder or its nuclei.parquet")
+    wanted = None if columns is None else _listed("columns", columns, "the name of a column, or several")
+    table = SlideFolder(given).nuclei if given.is_dir() else given
     if not table.is_file():
         raise RunError(f"{table} does not exist: need a finished slide's folder or its nuclei.parquet")
-    wanted = [columns] if isinstance(columns, str) else columns
     try:
         there = pq.read_schema(table).names
         lacking = sorted(set(wanted or ()) - {*there, "class_score"})  # which the first tables had not
@@ -179,3 +187,10 @@ def read_nuclei(path: str | os.PathLike[str], columns: str | Sequence[str] | Non
     except UNUSABLE as error:
         raise RunError(f"{table} cannot be read: {cause(error, table)}") from error
     raise RunError(f"{table} has no column {lacking[0]!r}: need some of {', '.join(there)}")
+
+
+def _listed(name: str, values: Any, need: str) -> list[str]:
+    """One text or several, as a list. Raises ConfigError for anything else. name: of the parameter."""
+    listed: list[Any] = [values] if isinstance(values, str) or not isinstance(values, Iterable) else list(values)
+    require(all(isinstance(value, str) for value in listed), f"{name}={values!r}: need {need}, as text")
+    return listed

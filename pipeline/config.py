@@ -616,6 +616,18 @@ def checked(name: str, value: T, kind: type[T]) -> T:
     return build(kind, dataclasses.asdict(typing.cast(Any, value)), name)
 
 
+def given_path(name: str, value: Any, need: str) -> Path:
+    """A path that was given in Python. Raises ConfigError for what is none, and for "", which were the current folder.
+
+    name: of the parameter; need: what it is a path of
+    """
+    is_path = isinstance(value, str | os.PathLike) and isinstance(os.fspath(value), str)
+    require(is_path, f"{name}={value!r}: need {need}, as text or as a path")
+    require(os.fspath(value) != "", f"{name} is empty: need {need}; `.` is this folder")
+    require("\0" not in os.fspath(value), f"{name}={value!r}: need {need}, which has no NUL character in it")
+    return Path(value)
+
+
 def build(kind: type[T], content: Any, where: str) -> T:
     """A dataclass from nested dicts, strictly: as `dataclasses.asdict` gave them, or JSON or TOML."""
     require(isinstance(content, dict), f"{where}: {content!r} is not a table of settings")

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from slides.errors import RegionUnreadable, SlideTooLarge, SlideUnreadable
+from slides.errors import RegionUnreadable, SlideError, SlideTooLarge, SlideUnreadable
 from slides.geometry import Affine, Box, Frame, Size, cells
 from slides.opening import CONVERT, UNSUPPORTED, unsupported
 from slides.scale import GivenScale, find_scale
@@ -274,10 +274,12 @@ def open_slide(
     Its scale, micrometres per pixel at level 0, is the first of: `mpp`; the slide's metadata; its TIFF resolution
     tags; `default_mpp`. `Slide.scale.source` says which; for `mpp` it is `mpp_source`. A stated value
     outside 0.05-5 um counts as unknown.
-    Raises SlideNotFound, SlideUnreadable, SlideUnsupported, SlideTooLarge; and ScaleUnknown, once the slide has
-    proved readable, where no scale is known, where one that is given lies outside 0.05-5 um, and where those that
-    the slide states along x and y differ by more than 2 %.
+    Raises SlideError for what is no path; SlideNotFound, SlideUnreadable, SlideUnsupported, SlideTooLarge; and
+    ScaleUnknown, once the slide has proved readable, where no scale is known, where one that is given lies outside
+    0.05-5 um, and where those that the slide states along x and y differ by more than 2 %.
     """
+    if not (isinstance(path, str | os.PathLike) and isinstance(os.fspath(path), str)):
+        raise SlideError(f"path={path!r}: need that of a slide, as text or as a path")
     return Slide(path, GivenScale(mpp, mpp_source, default_mpp))
 
 

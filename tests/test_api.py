@@ -19,6 +19,7 @@ from pipeline.api import CPU_SECONDS_PER_MM2
 from pipeline.config import Detector, Export, Stain, Tissue
 from pipeline.errors import ConfigError, ExportFailed, RunError
 from slides import phantom
+from slides.errors import SlideError
 from slides.geometry import Size
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
@@ -130,6 +131,56 @@ def test_parameters_of_another_type_are_refused(tmp_path: Path) -> None:
             call()
     with pytest.raises(ConfigError, match=r"execution=\{'views': 4\}: need a pipeline\.Execution"):
         pipeline.run("x.svs", tmp_path, execution=other)
+
+
+@pytest.mark.parametrize("path", [123, None, b"x", "", "x\0y", ["x"]])
+def test_what_is_no_path_is_refused(path: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty text would be the current folder; 1 an open file."""
+    monkeypatch.chdir(tmp_path)
+    what = "is empty" if path == "" else f"={path!r}"
+    for name, call in (
+        ("out", lambda: pipeline.run("x.svs", path)),
+        ("folder", lambda: pipeline.export(path)),
+        ("folder", lambda: pipeline.measure(path, "drawn")),
+        ("regions", lambda: pipeline.measure("out", path)),
+        ("path", lambda: pipeline.read_nuclei(path)),
+    ):
+        with pytest.raises(ConfigError, match=f"^{re.escape(f'{name} {what}' if path == '' else name + what)}: need "):
+            call()
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("path", [123, None, b"x"])
+def test_what_is_no_path_of_a_slide_is_refused(path: Any) -> None:
+    with pytest.raises(SlideError, match=re.escape(f"path={path!r}: need that of a slide, as text or as a path")):
+        slides.open_slide(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "others", "said"),
+    [
+        ("export", ("out", 123), {}, "formats=123: need the name of a format, or several, as text"),
+        ("export", ("out", [1]), {}, "formats=[1]: need the name of a format, or several, as text"),
+        ("measure", ("out", "drawn"), {"crop": "no"}, "regions: crop='no': need bool"),
+        ("read_nuclei", ("out", 123), {}, "columns=123: need the name of a column, or several, as text"),
+        ("plan", ("x.svs",), {"seconds_per_mm2": "3"}, "seconds-per-mm2='3': need a number above 0"),
+        ("run", ("x.svs", "out"), {"say": "quiet"}, "say='quiet': need a function that takes a line"),
+        ("run", ("x.svs", "out"), {"client": "tcp://a:1"}, "client='tcp://a:1': need a dask.distributed.Client; of an"),
+    ],
+)
+def test_values_of_another_type_are_named(
+    name: str,
+    given: tuple[Any, ...],
+    others: dict[str, Any],
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """And nothing is written."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        getattr(pipeline, name)(*given, **others)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

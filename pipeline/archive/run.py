@@ -22,7 +22,7 @@ from pipeline.archive.manifest import (
 from pipeline.archive.progress import Progress
 from pipeline.archive.workers.execution import check_execution, open_executor, starts_processes
 from pipeline.archive.workers.processes import ask, stop_in_a_starting_worker
-from pipeline.config import Execution, Settings, checked
+from pipeline.config import Execution, Settings, checked, given_path, require
 from pipeline.errors import RunError
 from pipeline.layout import RunFolder
 from pipeline.model.weights import licence
@@ -56,9 +56,14 @@ def run(
     """
     settings = checked("settings", settings, Settings)
     execution = checked("execution", execution, Execution)
+    folder = RunFolder(given_path("out", out, "a folder for the results").absolute())
+    require(say is None or callable(say), f"say={say!r}: need a function that takes a line")
+    require(
+        client is None or hasattr(client, "submit"),
+        f"client={client!r}: need a dask.distributed.Client; of an address, give Execution(scheduler=ADDRESS)",
+    )
     if starts_processes(execution, client):
         stop_in_a_starting_worker()
-    folder = RunFolder(Path(out).absolute())
     archive = find_slides(
         inputs,
         folder.path,
