@@ -245,11 +245,11 @@ class RemoteSlide:
             names = parts(self.name, self.folder)
         except OSError as error:
             raise SlideUnreadable(f"{self.place} cannot be read: {error}") from None
-        return [Part(name, entry.bytes, entry.mtime_ns) for name in names for entry in [self.folder.entry(name)]]
+        return [Part(name, *self.folder.entry(name)[1:]) for name in names]
 
     def pieces(self, part: Part) -> Iterator[bytes]:
         entry = self.folder.entry(part.name)
-        if (entry.bytes, entry.mtime_ns) != part[1:]:
+        if entry[1:] != part[1:]:
             raise SlideChanged(f"{self.folder.url(part.name)} changed while it was copied: run the same command again")
         for start in range(0, entry.bytes, _PIECE):
             yield self.folder.read(entry, start, min(start + _PIECE, entry.bytes))

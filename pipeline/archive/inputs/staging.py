@@ -43,6 +43,7 @@ class Part(NamedTuple):
     name: str
     bytes: int
     mtime_ns: int
+    etag: str = ""  # of a store that has tags: another one where the content is another
 
 
 class SlideFiles(Protocol):

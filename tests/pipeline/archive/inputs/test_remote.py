@@ -308,6 +308,26 @@ def test_a_server_that_sends_another_number_of_bytes_is_named(sent: int, slide: 
             at.folder.read(at.folder.entry("x.tif"), 0, 100)
 
 
+def test_a_file_that_is_replaced_before_it_is_copied_is_noticed_by_its_tag() -> None:
+    """Of the same size, by a server that does not say when, or within the second that a store says: of a slide of
+    several files, a copy would hold some from before and some from after.
+    """
+    content = [b"before", b"after."]
+
+    def answer(method: str, part: slice | None) -> Answer:
+        status, headers, sent = whole_or_part(content[0], part)
+        return status, {**headers, "ETag": f'"{content[0].decode()}"'}, sent
+
+    with serving(answer) as address:
+        at = locate(f"{address}/x.svs")
+        assert isinstance(at, RemoteSlide)
+        (part,) = at.parts()
+        assert b"".join(at.pieces(part)) == b"before"
+        content.pop(0)
+        with pytest.raises(SlideChanged, match=r"/x\.svs changed while it was copied: run the same command again"):
+            list(at.pieces(part))
+
+
 def test_a_server_without_byte_ranges_is_named_with_the_remedy(slide: Path) -> None:
     with serving(lambda method, part: (200, {}, slide.read_bytes())) as address:
         at = locate(f"{address}/x.tif")
