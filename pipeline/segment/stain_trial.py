@@ -25,11 +25,14 @@ NOTHING_FOUND = "not normalised: where that was tried, nothing was detected eith
 def squares(tissue: TissueMap, step: int) -> tuple[Box, ...]:
     """Where to try, in work px: spread over the tissue, and no more than cover its area.
 
+    Of a slide that is narrower or lower than they are, they end with the step in which it ends.
     step: sides are a multiple of it, as the detector needs; `config.grid_step`
     """
     side = _side(step)
     cover = tissue.area_mm2 * (1000 / tissue.work.mpp) ** 2 / side**2
-    return tuple(spread(tissue, min(MOST, math.ceil(cover), max(FEWEST, math.ceil(SHARE * cover))), side))
+    tried = spread(tissue, min(MOST, math.ceil(cover), max(FEWEST, math.ceil(SHARE * cover))), side)
+    end = Box(0, 0, *(math.ceil(extent / step) * step for extent in tissue.work.size))
+    return tuple(square.intersect(end) for square in tried)
 
 
 def _side(step: int) -> int:
@@ -38,7 +41,7 @@ def _side(step: int) -> int:
 
 def inference_mm2(tissue: TissueMap, step: int) -> float:
     """How much is detected for a trial: all squares, without normalisation and with it."""
-    return 2 * len(squares(tissue, step)) * (_side(step) * tissue.work.mpp / 1000) ** 2
+    return 2 * sum(square.area for square in squares(tissue, step)) * (tissue.work.mpp / 1000) ** 2
 
 
 def own_settings(settings: Settings) -> Settings:
