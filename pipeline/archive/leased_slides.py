@@ -92,10 +92,15 @@ class LeasedSlides:
         return record
 
     def _failed(self, source: Source, error: Exception) -> SlideRecord:
-        """The record of a slide that failed, noted in its folder; not where a link would lead elsewhere."""
-        if any(self._command.folder.links(source.name)):
+        """The record of a slide that failed, noted in its folder.
+
+        Not where a link would lead elsewhere, nor where the run's folder was removed: what is put back there, or
+        mounted, would meet a new one.
+        """
+        run = self._command.folder
+        if not os.path.exists(run.run_json) or any(run.links(source.name)):
             return SlideRecord(source.name, "failed", one_line(error))
-        return write_failure(self._command.folder.slide(source.name), source.name, source.place, error)
+        return write_failure(run.slide(source.name), source.name, source.place, error)
 
     def _look(self, source: Source, job: Job) -> SlideRecord | None:
         """As `KnownSlides.look`; of a slide that is done, what it lacks is made."""
