@@ -49,14 +49,15 @@ def versions() -> dict[str, str]:
 def resolve(settings: Settings) -> Settings:
     """The same settings, with the path and the checksum of every file that they name, and `as_weights_state`.
 
+    Paths are absolute: workers of a cluster may have been started in another folder.
     Raises WeightsError, RunError where they cannot work together, and WeightsError for a file whose checksum is not the
     one that the settings state already.
     """
     weights, settings = find_weights(settings.detector.weights), as_weights_state(settings)
     _check_fit(settings.tiling, detector_architecture(weights), weights.name)
     sha256, export = check_content(weights, settings.detector.weights_sha256), settings.export
-    detector = dataclasses.replace(settings.detector, weights=str(weights), weights_sha256=sha256)
-    if export.dicom_reference:  # so that it is the same folder to every worker
+    detector = dataclasses.replace(settings.detector, weights=os.path.abspath(weights), weights_sha256=sha256)
+    if export.dicom_reference:
         export = dataclasses.replace(export, dicom_reference=os.path.abspath(export.dicom_reference))
     return dataclasses.replace(settings, detector=detector, stain=_resolved(settings.stain), export=export)
 
@@ -67,7 +68,7 @@ def _resolved(stain: Stain) -> Stain:
     for name, path in stain_files(stain).items():
         if name == "weights":
             stain_architecture(path)  # `plan` normalises nothing, and would not notice weights of another kind
-        given |= {name: str(path), f"{name}_sha256": check_content(path, getattr(stain, f"{name}_sha256"))}
+        given |= {name: os.path.abspath(path), f"{name}_sha256": check_content(path, getattr(stain, f"{name}_sha256"))}
     return dataclasses.replace(stain, **given)
 
 

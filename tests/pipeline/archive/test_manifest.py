@@ -3,9 +3,11 @@
 import dataclasses
 import errno
 import os
+import shutil
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from pipeline import files
 from pipeline.api import CPU_SECONDS_PER_MM2, speed
@@ -15,6 +17,7 @@ from pipeline.config import Architecture, Detector, Execution, Export, Settings,
 from pipeline.errors import RunError, WeightsError
 from pipeline.layout import RunFolder
 from pipeline.model.detector import NucleusDetector, save_weights
+from pipeline.model.weights import find_weights
 
 
 @pytest.mark.parametrize(
@@ -84,6 +87,22 @@ def test_a_folder_of_the_settings_is_the_same_to_every_worker(tmp_path: Path, mo
     monkeypatch.chdir(tmp_path)
     assert resolve(Settings(export=Export(dicom_reference="dcm"))).export.dicom_reference == str(tmp_path / "dcm")
     assert resolve(Settings()).export.dicom_reference == ""
+
+
+def test_files_of_the_settings_are_the_same_to_every_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Law: settings that are resolved stay as they are, from whatever folder a worker was started."""
+    for name in ("nuclei", "stain"):
+        shutil.copy(find_weights(name), tmp_path / f"own {name}.safetensors")
+    Image.new("RGB", (64, 64), (200, 100, 180)).save(tmp_path / "template.png")
+    stain = Stain("dcgmm", weights="own stain.safetensors", template="template.png")
+    given = Settings(detector=Detector(weights="own nuclei.safetensors"), stain=stain)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+
+    monkeypatch.chdir(tmp_path)
+    resolved = resolve(given)
+    monkeypatch.chdir(elsewhere)
+    assert resolve(resolved) == resolved
 
 
 def test_a_worker_that_has_another_disk_or_other_versions_is_refused(tmp_path: Path) -> None:
