@@ -236,8 +236,12 @@ class RemoteSlide:
     def place(self) -> str:
         return self.folder.url(self.name)
 
+    def entry(self) -> Entry:
+        """Of the slide's own file. Raises as `RemoteFolder.entry`."""
+        return self.folder.entry(self.name)
+
     def origin(self) -> Origin:
-        entry = self.folder.entry(self.name)
+        entry = self.entry()
         return Origin(self.place, entry.bytes, entry.mtime_ns)
 
     def parts(self) -> list[Part]:

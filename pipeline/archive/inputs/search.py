@@ -127,7 +127,18 @@ class Search:
     def _add_remote(self, slide: RemoteSlide) -> str:
         place = Place(Path(slide.folder.url("")), slide.name)
         key, _ = self._identify(slide.place, slide.folder)
-        self.slides.setdefault(key, SlideFile(place.path, place, slide))
+        known = self.slides.setdefault(key, SlideFile(place.path, place, slide)).remote
+        if known is not None and known is not slide and known.place == slide.place:
+            try:
+                if known.entry() == slide.entry():
+                    return key
+                problem = (
+                    f"{slide.place} has several URLs, of files that differ: give one, and the others in commands of "
+                    f"their own with another --out"
+                )
+            except SlideError as error:
+                problem = str(error)
+            self.problems[key] = printable(problem)
         return key
 
     def _tree(self, top: Place, real: str) -> None:

@@ -16,6 +16,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import boto3
 import obstore
 import pytest
 from obstore.store import S3Store
@@ -218,6 +219,24 @@ def test_a_manifest_may_name_urls(bucket: S3Store, slide: Path, tmp_path: Path) 
     assert "no file" in sources["none"].problem
     assert "no file" in sources["a"].problem
     assert sources["discs"].remote is None
+
+
+def test_urls_of_several_files_that_have_one_name_without_their_secrets_are_refused(
+    bucket: S3Store, server: str, slide: Path, tmp_path: Path
+) -> None:
+    """Such as two versions in S3: without a word, the second was not done. Of one file, signatures may differ."""
+    name, s3 = bucket.config["bucket"], boto3.client("s3", endpoint_url=server)
+    s3.put_bucket_versioning(Bucket=name, VersioningConfiguration={"Status": "Enabled"})
+    contents = (slide.read_bytes() + bytes(more) for more in (0, 1))
+    uploaded = [s3.put_object(Bucket=name, Key="x.tif", Body=content, ACL="public-read") for content in contents]
+    versions = [f"{server}/{name}/x.tif?versionId={answer['VersionId']}" for answer in uploaded]
+    (tmp_path / "list.csv").write_text("\n".join(["path", *versions]))
+    for inputs in (versions, versions[::-1], tmp_path / "list.csv"):
+        (source,) = find_slides(inputs, urls=True).sources
+        assert source.problem.startswith(f"{server}/{name}/x.tif has several URLs, of files that differ")
+    signed = [f"{versions[0]}&X-Amz-Signature={signature}" for signature in ("one", "other")]
+    (source,) = find_slides(signed, urls=True).sources
+    assert source.problem == ""
 
 
 # ------------------------------------------------------------------------------------------- servers that go wrong
