@@ -159,6 +159,33 @@ def test_a_device_says_what_it_waits_for(feeders: int, window: int, costs: dict[
     assert work.waited[cause] > 0.5 * idle
 
 
+@pytest.mark.parametrize(("window", "feeders"), [(0, 15), (20, 3)])
+def test_a_window_is_waited_for_only_where_it_keeps_feeders_idle(window: int, feeders: int) -> None:
+    """Not where none is given, nor where the few feeders are busy in any case."""
+    work, _, _ = modelled(1, feeders, window)
+    assert work.waited.get("window", 0.0) == 0
+    assert sum(work.waited.values()) > 1
+
+
+def test_a_window_that_is_given_holds_whatever_the_stages_take() -> None:
+    _, _, worked = modelled(detectors=1, feeders=4, window=12, slides=1, detect=8.0)
+    for stream in (Stream(Machine(1, 4), 12), worked):
+        assert stream.size == stream.most == 12
+
+
+def test_what_was_done_before_says_nothing_of_how_long_it_takes() -> None:
+    """Law: stages that return at once, as their blocks were done, and stages of a whole slide change no window."""
+    _, _, stream = modelled(detectors=1, feeders=15, slides=1)
+    size = stream.size
+    assert 4 < size < stream.most
+    of_slides = next(stage for stage in STAGES if stage.on_device and not stage.per_block)
+    for stage, seconds in [(DETECT, 0.0), (TILE, 0.0), (OUTLINE, 0.0), (of_slides, 100.0)]:
+        for _ in range(30):
+            with stream.inside(stage, defaultdict(float)) as took:
+                took(seconds)
+        assert stream.size == size
+
+
 def test_the_use_of_the_device_is_said_in_a_line() -> None:
     busy = StageRecord({"detect": 88.0}, waited={"tile": 12.0, "disk": 0.4})
     said = "the detector computed 88% of the time, and was idle 12%: waiting for tiles; add CPU workers (--workers)"
