@@ -104,11 +104,14 @@ def test_numbers_that_make_no_grid(numbers: tuple[Size, int, int, int], message:
 
 
 def test_outside_the_grid() -> None:
-    grid = TileGrid(Size(100, 100), 64, 8, 2)
-    with pytest.raises(GridError, match=r"tile \(0, 3\) is outside"):
-        grid.tile_at(0, 3)
-    with pytest.raises(GridError, match="need 0 <= block < 4"):
-        grid.tiles_of(4)
+    grid = TileGrid(Size(100, 140), 64, 8, 2)
+    assert grid.tile_at(2, 2).core == Box(96, 96, 100, 140)
+    for row, col in ((0, 3), (3, 0), (0, -1), (-1, 0)):
+        with pytest.raises(GridError, match=rf"tile \({row}, {col}\) is outside a grid of 3 x 3 tiles"):
+            grid.tile_at(row, col)
+    for block in (4, -1):
+        with pytest.raises(GridError, match="need 0 <= block < 4"):
+            grid.tiles_of(block)
 
 
 def test_a_known_grid() -> None:
