@@ -28,11 +28,12 @@ from pipeline.archive.run import run
 from pipeline.archive.workers import watch
 from pipeline.archive.workers.executors import Loop
 from pipeline.config import Execution, Settings
-from pipeline.errors import RunError
+from pipeline.errors import RunError, ScratchLost
 from pipeline.layout import RunFolder
 from pipeline.model.fitted_stain import Normalisation
 from pipeline.model.instances import HostInstances, Patches, concat
 from pipeline.segment import predictions, stages
+from pipeline.segment.job import Job
 from pipeline.segment.record import SlideRecord, StageRecord
 
 ONE = Execution(cluster=False, workers=1)
@@ -102,6 +103,36 @@ def without_stitching() -> tuple[stages.Stage, ...]:
         raise RuntimeError("stitching failed")
 
     return tuple(stage._replace(run=fail) if stage.name == "stitch" else stage for stage in stages.STAGES)
+
+
+@pytest.mark.parametrize(
+    ("error", "cause"),
+    [
+        (ScratchLost("block 3 is damaged"), "block 3 is damaged, again and again: is the disk sound?"),
+        (FileNotFoundError(errno.ENOENT, "gone", "a.parquet"), "[Errno 2] gone: 'a.parquet'"),
+        (RuntimeError("no scratch"), "no scratch"),
+    ],
+)
+@pytest.mark.parametrize("lost", [2, 3])
+def test_scratch_that_is_lost_is_made_again_and_at_the_third_time_the_slide_fails(
+    archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lost: int, error: Exception, cause: str
+) -> None:
+    """Law: any other error fails it at once."""
+    tries: list[str] = []
+
+    def stitch(job: Job) -> StageRecord:
+        tries.append(job.folder.name)
+        if tries.count("a") <= lost and job.folder.name == "a":
+            raise error
+        return stages.stitch_slide(job)
+
+    again = (stage._replace(run=stitch) if stage.name == "stitch" else stage for stage in stages.STAGES)
+    monkeypatch.setattr(slide_stages, "STAGES", tuple(again))
+    rows = segment(archive, tmp_path / "out")
+    is_lost = not isinstance(error, RuntimeError)
+    assert tries.count("a") == (3 if is_lost else 1)
+    assert (rows["a"].status, rows["a"].cause) == (("done", "") if is_lost and lost < 3 else ("failed", cause))
+    assert rows["b"].status == "done"
 
 
 def test_a_full_disk_is_reported_and_what_was_done_stays(

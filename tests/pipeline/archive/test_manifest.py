@@ -110,6 +110,9 @@ def test_a_worker_that_has_another_disk_or_other_versions_is_refused(tmp_path: P
     with pytest.raises(RunError, match=r"does not see .*run\.json: workers need the same file system"):
         check_worker(versions(), tmp_path / "run.json", None)
     (tmp_path / "run.json").touch()
+    check_worker(versions(), tmp_path / "run.json", tmp_path)
+    with pytest.raises(RunError, match=r"does not see .*stage: need a --stage folder that all workers share"):
+        check_worker(versions(), tmp_path / "run.json", tmp_path / "stage")
     with pytest.raises(RunError, match=r"^has torch .*, not 1\.0: need the same everywhere"):
         check_worker({**versions(), "torch": "1.0"}, tmp_path / "run.json", None)
 
@@ -150,6 +153,26 @@ def test_of_other_settings_only_those_are_named_that_matter(tmp_path: Path) -> N
     open_run(run, resolve(Settings(export=csv)), overwrite=False)
     with pytest.raises(RunError, match=r"\): tiling\.tile was 1280, is 512\. Choose another --out"):
         open_run(run, resolve(Settings(export=csv, tiling=Tiling(tile=512))), overwrite=False)
+
+
+def test_a_file_system_without_links_takes_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As exFAT is, and some file servers are."""
+
+    def refuse(source: Path, target: Path) -> None:
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM), str(source))
+
+    monkeypatch.setattr(os, "link", refuse)
+    settings = resolve(Settings())
+    assert open_run(RunFolder(tmp_path), settings, overwrite=False) == ((), "")
+    assert (files.read_json(tmp_path / "run.json") or {})["digest"] == settings.digest
+
+
+@pytest.mark.skipif(os.name == "nt", reason="names are Unicode there")
+def test_a_folder_whose_name_is_no_text_takes_no_run(tmp_path: Path) -> None:
+    folder = tmp_path / os.fsdecode(b"out\xff")
+    with pytest.raises(RunError, match=r"--out .*out\\udcff is not UTF-8, as tables need it: choose another name"):
+        open_run(RunFolder(folder), resolve(Settings()), overwrite=False)
+    assert not folder.exists()
 
 
 def test_of_two_runs_that_start_at_once_the_settings_of_one_count(
