@@ -11,7 +11,7 @@ from PIL import Image
 
 from pipeline import files
 from pipeline.api import CPU_SECONDS_PER_MM2, speed
-from pipeline.archive.manifest import check_seams, check_worker, open_run, resolve, versions
+from pipeline.archive.manifest import check_seams, check_worker, end_overwriting, open_run, resolve, versions
 from pipeline.archive.run import run
 from pipeline.config import Architecture, Detector, Execution, Export, Settings, Stain, Tiling
 from pipeline.errors import RunError, WeightsError
@@ -173,6 +173,23 @@ def test_a_folder_whose_name_is_no_text_takes_no_run(tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"--out .*out\\udcff is not UTF-8, as tables need it: choose another name"):
         open_run(RunFolder(folder), resolve(Settings()), overwrite=False)
     assert not folder.exists()
+
+
+def test_a_round_of_overwriting_goes_on_with_the_same_settings_until_it_ends(tmp_path: Path) -> None:
+    """Law: no command ends the round of another one; with other settings every slide is to be done again."""
+    run = RunFolder(tmp_path)
+    one, other = resolve(Settings()), resolve(Settings(tiling=Tiling(tile=512)))
+    first = open_run(run, one, overwrite=True).overwrite
+    assert first
+    assert open_run(run, one, overwrite=True).overwrite == first
+    assert open_run(run, one, overwrite=False).overwrite == ""
+    second = open_run(run, other, overwrite=True).overwrite
+    assert second not in ("", first)
+    for ended in ("", first):
+        end_overwriting(run, ended)
+        assert open_run(run, other, overwrite=True).overwrite == second
+    end_overwriting(run, second)
+    assert open_run(run, other, overwrite=True).overwrite not in ("", first, second)
 
 
 def test_of_two_runs_that_start_at_once_the_settings_of_one_count(
