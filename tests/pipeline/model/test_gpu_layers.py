@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import importlib
 import math
 from typing import Any
 
@@ -24,7 +25,8 @@ from pipeline.model.weights import detector_architecture, find_weights
 CPU = torch.device("cpu")
 TINY = Architecture(channels=16, semantic=8, box_hidden=16, mask_channels=8, mask_layers=2)
 
-gpu_kernels: Any = pytest.importorskip("pipeline.model.gpu_kernels", reason="needs Triton, which PyTorch has on Linux")
+pytest.importorskip("triton", reason="needs Triton, which PyTorch has on Linux")
+gpu_kernels: Any = importlib.import_module("pipeline.model.gpu_kernels")
 
 
 def maps(*shape: int, seed: int = 0) -> torch.Tensor:
