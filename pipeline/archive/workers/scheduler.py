@@ -6,6 +6,8 @@ One of the three files that import Dask, beside `local_cluster` and `machine`.
 import json
 import logging
 import os
+import ssl
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -60,7 +62,8 @@ def _address(execution: Execution) -> str:
 def _security(execution: Execution, address: str) -> Any:
     """Dask's settings of TLS for a scheduler at `address`: the given files, or those of Dask's configuration.
 
-    Raises ConfigError where files and address do not go together, and for files that are not there or no use.
+    Raises ConfigError where files and address do not go together, and for files that are not there, cannot be used
+    or are not valid any more.
     """
     from distributed import Security
 
@@ -82,9 +85,16 @@ def _security(execution: Execution, address: str) -> Any:
             f"scheduler={address} without its certificates: need --tls-ca-file, --tls-cert and --tls-key, "
             f"the files that the scheduler was started with"
         )
+    files = ", ".join(str(file) for file in of_client.values()) or "those of Dask's configuration"
     try:
-        security.get_connection_args("client")
+        context = security.get_connection_args("client")["ssl_context"]
     except OSError as error:  # ssl.SSLError is one
-        files = ", ".join(str(file) for file in of_client.values()) or "those of Dask's configuration"
         raise ConfigError(f"TLS files {files} cannot be used ({error}): need certificates and key in PEM") from error
+    # of Dask one would hear that they do not match; `nightslide certificates` lets all three end together
+    ends = [certificate["notAfter"] for certificate in context.get_ca_certs()]
+    if ends and max(map(ssl.cert_time_to_seconds, ends)) < time.time():
+        raise ConfigError(
+            f"TLS files {files}: their authority was valid until {ends[-1]}: make new ones with `nightslide "
+            f"certificates`, give them to scheduler and workers, and start these again"
+        )
     return security

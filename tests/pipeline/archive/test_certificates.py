@@ -10,7 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.archive import certificates
 from pipeline.archive.certificates import Certificates, write_certificates
+from pipeline.archive.workers.scheduler import check_scheduler
+from pipeline.config import Execution
 from pipeline.errors import ConfigError
 
 
@@ -66,6 +69,24 @@ def test_what_is_there_is_not_overwritten(made: Certificates) -> None:
     with pytest.raises(ConfigError, match=r"ca\.pem.* exist already: choose another --out"):
         write_certificates(made.key.parent, 365)
     assert made.key.read_bytes() == before
+
+
+def test_a_run_refuses_those_that_have_ended_and_says_so(
+    made: Certificates, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def execution(files: Certificates) -> Execution:
+        return Execution(
+            scheduler="tls://10.0.0.5:8786", tls_ca_file=str(files.ca), tls_cert=str(files.cert), tls_key=str(files.key)
+        )
+
+    check_scheduler(execution(made))
+    monkeypatch.setattr(certificates, "_CLOCKS", 3 * certificates._CLOCKS)
+    ended = certificates._contents(-2)
+    old = Certificates(tmp_path / "ca.pem", tmp_path / "cert.pem", tmp_path / "key.pem")
+    for path, content in zip(old, ended, strict=True):
+        path.write_bytes(content)
+    with pytest.raises(ConfigError, match=r"was valid until .* GMT: make new ones with `nightslide certificates`"):
+        check_scheduler(execution(old))
 
 
 def test_wrong_usage_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
