@@ -52,7 +52,8 @@ class _ImageEntry(NamedTuple):
 def coco(data: Path, metadata: Metadata) -> Catalogue | None:
     """A JSON file with `images` and `annotations`, in the folder or in its annotations/, or that file itself.
 
-    Images lie beside it, in images/ beside it, or so one folder up. An annotation is a nucleus, in one part or
+    Images lie beside it, in images/ beside it, or so one folder up; those of instances_<part>.json also in <part>/ of
+    these, as CVAT exports them, and COCO itself is laid out. An annotation is a nucleus, in one part or
     several: polygons or run lengths, compressed or not, drawn by pycocotools' own rule. Crowds (iscrowd) stand
     for no single nucleus: as in COCO they are ignored, so they are painted white, but for nuclei in them, and
     counted, unless all are crowds, as CVAT writes masks. Categories are the classes, in the order of their numbers.
@@ -191,7 +192,9 @@ def _image_entry(entry: Mapping[str, Any], source: Path) -> _ImageEntry:
     if not all(type(side) is int and 0 < side <= _LARGEST_SIDE_PX for side in (height, width)):
         raise AnnotationError(f"{source}: an image of {width!r} x {height!r} px: need 1 to {_LARGEST_SIDE_PX}")
     name = relative_name(entry["file_name"], source)
-    places = [f / name for up in (source.parent, source.parent.parent) for f in (up, up / "images")]
+    part = source.stem.removeprefix("instances_")
+    folders = ("", "images", f"images/{part}", part)
+    places = [up / folder / name for up in (source.parent, source.parent.parent) for folder in folders]
     path = next((p for p in places if os.path.isfile(p)), None)  # False also for names that no file can have
     if path is None:
         raise AnnotationError(

@@ -151,6 +151,18 @@ def test_images_lie_beside_or_below_or_above(tmp_path: Path) -> None:
         read_dataset(tmp_path, mpp=0.25)
 
 
+@pytest.mark.parametrize("folder", ["images/default", "default"])
+def test_images_of_a_part_lie_in_a_folder_of_its_name(tmp_path: Path, folder: str) -> None:
+    """As CVAT exports them, beside annotations/instances_default.json; and as COCO's own train2017/."""
+    path = write(tmp_path, [])
+    (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "images" / "x_1.png").rename(tmp_path / folder / "x_1.png")
+    (tmp_path / "annotations").mkdir()
+    path = path.rename(tmp_path / "annotations" / "instances_default.json")
+    for data in (tmp_path, path):
+        assert [sample.id for sample in read_dataset(data, mpp=0.25).images] == ["x_1"]
+
+
 def image(**changes: Any) -> dict[str, Any]:
     return {"images": [{"id": 5, "file_name": "x_1.png", "width": 20, "height": 12} | changes]}
 
