@@ -21,9 +21,9 @@ from slides.errors import NightslideError
 
 
 class Measured(NamedTuple):
-    """What became of a slide."""
+    """What became of a slide, or of a file of regions that is not used."""
 
-    slide: str
+    slide: str  # its name in the results; of a file, its path
     rows: Sequence[dict[str, Any]] = ()  # of its regions.csv
     words: str = ""  # for the terminal
     failed: bool = False  # it has regions, but these could not be measured
@@ -33,8 +33,9 @@ def measure_slides(folder: Path, regions: config.Regions) -> Iterator[Measured]:
     """Measure the nuclei of every finished slide in its regions, and write the tables; a slide at a time.
 
     folder: of a run, or of one slide of it. A slide without regions, or with regions that cannot be read, stops
-    no other, and keeps no regions.csv of an earlier call. One whose table cannot be written stops no other. The
-    run's own regions.csv, which is those of all its slides, and its report are written last.
+    no other, and keeps no regions.csv of an earlier call. One whose table cannot be written stops no other. Where
+    `folder` is a run's, files that are of none of its slides have a line each, after the slides. The run's own
+    regions.csv, which is those of all its slides, and its report are written last.
     `pipeline.segment.region_table` says what the columns are.
     Raises RunError for a folder without finished slides, and what `match_regions` raises.
     """
@@ -42,7 +43,8 @@ def measure_slides(folder: Path, regions: config.Regions) -> Iterator[Measured]:
         raise RunError("regions is not given: need --regions with the folder of QuPath's GeoJSON files")
     run = RunFolder(folder)
     finished = run.finished()
-    if [slide.path for slide in finished] == [run.path] and (whole := finished[0].run):
+    one = [slide.path for slide in finished] == [run.path]
+    if one and (whole := finished[0].run):
         run, finished = whole, [SlideFolder(Path(os.path.abspath(folder)))]
     slides = {printable(run.name_of(slide)): slide for slide in finished}
     if not slides:
@@ -66,6 +68,8 @@ def measure_slides(folder: Path, regions: config.Regions) -> Iterator[Measured]:
         except OSError as error:
             measured = Measured(name, words=files.refusal(error) or one_line(error), failed=True)
         yield measured
+    for path in () if one else matches.unused:
+        yield Measured(printable(path), words="not used: it is of no finished slide, or that has another file, too")
     if [slide.path for slide in finished] != [run.path]:
         _write(run.regions, list(_tables(run)))
         with contextlib.suppress(RunError):  # slides of which there is no ledger

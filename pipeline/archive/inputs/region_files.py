@@ -10,6 +10,7 @@ from typing import NamedTuple
 from pipeline import config
 from pipeline.archive.inputs.sources import Archive, Source
 from pipeline.errors import RunError
+from pipeline.layout import DENSITY, RESERVED
 from pipeline.segment.geojson import image_name
 from pipeline.segment.regions import RegionFile
 from pipeline.text import printable
@@ -22,6 +23,7 @@ class Matches(NamedTuple):
 
     files: dict[str, Path]
     problems: dict[str, str]  # several files, or a file that fits several slides
+    unused: tuple[Path, ...] = ()  # other files with such a suffix, but for those that we write ourselves
 
 
 def match_regions(folder: str, slides: Mapping[str, Path]) -> Matches:
@@ -52,7 +54,8 @@ def match_regions(folder: str, slides: Mapping[str, Path]) -> Matches:
             f"regions={folder}: no file there belongs to a slide: need names such as {example}.geojson, as QuPath "
             f"exports them"
         )
-    matches = Matches({}, {})
+    others = (path for key, paths in exports.items() if key not in fitting for path in paths)
+    matches = Matches({}, {}, tuple(path for path in others if path.name not in (*RESERVED, *DENSITY)))
     for key, names in fitting.items():
         files = exports[key]
         rivals = [(Path(name).parent / slides[name].name).as_posix() for name in names]
@@ -120,7 +123,7 @@ def with_regions(archive: Archive, regions: config.Regions) -> Archive:
     if not regions.folder:
         return archive
     slides = {source.name: Path(os.path.abspath(source.path)) for source in archive.sources}
-    files, problems = match_regions(regions.folder, slides)
+    files, problems, _ = match_regions(regions.folder, slides)
     sources = []
     for source in archive.sources:
         file, problem = files.get(source.name), source.problem or problems.get(source.name, "")

@@ -231,6 +231,19 @@ def test_one_slide_by_itself(place: Path, capsys: pytest.CaptureFixture[str]) ->
     assert table(place / "out" / "regions.csv") == [*before[:2], *of_c]
 
 
+def test_a_file_of_no_finished_slide_is_named(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A name with an error in it, or a slide that failed. Where one slide is measured, the others have files, too."""
+    for name in ("a.geojson", "a.tif.geojson", "B7.geojson", "tissue.geojson", "density.geojson"):
+        draw(place / "drawn" / name, WHOLE)
+    status, out, err = measure(place, capsys)
+    assert (status, err) == (0, "")
+    assert [line.partition(": not used: it is of no finished slide")[0] for line in out.splitlines()[3:-1]] == [
+        f"{place}/drawn/B7.geojson",
+        f"{place}/drawn/a.geojson",
+    ]
+    assert "not used" not in measure(place, capsys, "out/a")[1]
+
+
 def test_a_table_in_another_encoding_is_named(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """As a spreadsheet saves it; the run's table is made of those of all slides."""
     for name in ("a", "b"):

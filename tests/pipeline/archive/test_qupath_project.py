@@ -182,7 +182,7 @@ def test_regions_are_found_by_the_names_of_the_images(run: RunFolder, data: Path
     for entry in content(run)["images"]:
         slide(tmp_path / "drawn" / f"{entry['imageName']}.geojson")
     places = {"a/x": data / "a" / "x.svs", "b/x": data / "b" / "x.svs", "µ y": data / "a µ#1" / "y.ome.tif"}
-    files, problems = match_regions(str(tmp_path / "drawn"), places)
+    files, problems, _ = match_regions(str(tmp_path / "drawn"), places)
     assert not problems
     assert {name: file.relative_to(tmp_path / "drawn").as_posix() for name, file in files.items()} == {
         "a/x": "a/x.svs.geojson",

@@ -101,7 +101,7 @@ def test_what_a_slide_is_called_counts_before_the_file_of_a_link(tmp_path: Path)
 def test_a_file_that_fits_two_slides_is_given_to_neither(tmp_path: Path) -> None:
     made(tmp_path, "x.geojson")
     slides = {"x": Path("/scans/x.svs"), "x.tif": Path("/scans/x.tif")}
-    files, problems = matched(tmp_path, slides)
+    files, problems, _ = matched(tmp_path, slides)
     assert files == {}
     assert "x.geojson fits x.svs and x.tif: need one for each, such as x.tif.geojson" in problems["x.tif"]
     made(tmp_path, "x.tif.geojson")
@@ -119,7 +119,7 @@ def test_slides_of_one_name_in_two_folders_need_files_in_these(tmp_path: Path) -
 
 def test_two_files_of_a_slide_are_a_problem(tmp_path: Path) -> None:
     made(tmp_path, "z.geojson", "z.zip", "x.geojson")
-    files, problems = matched(tmp_path)
+    files, problems, _ = matched(tmp_path)
     assert files == {"a/x": tmp_path / "x.geojson"}
     assert problems == {"z": f"regions are in {tmp_path}/z.geojson and in {tmp_path}/z.zip: need one file"}
 
