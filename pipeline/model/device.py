@@ -107,9 +107,12 @@ def kernels_problem(device: "torch.device") -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
     try:
+        import torch
+
         from pipeline.model import gpu_kernels
 
-        gpu_kernels.check(device)
+        with torch.autocast(device.type, enabled=False):  # a caller may compute in another precision
+            gpu_kernels.check(device, (torch.float32, *([torch.bfloat16] if _cuda_has_bfloat16(device) else [])))
     except Exception as error:  # whatever a driver, a compiler or a disk does not do
         return one_line(error)
     return None

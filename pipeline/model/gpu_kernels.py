@@ -5,6 +5,9 @@ first called, for which it needs a C compiler, keeps it in a folder of the user'
 PyTorch's operators do not.
 """
 
+import math
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 import triton
@@ -15,26 +18,42 @@ from torchvision.ops import nms
 _PIXELS, _CHANNELS, _BOXES = 32, 32, 64  # that one program computes at a time
 
 
-def check(device: torch.device) -> None:
-    """Compare all kernels with PyTorch's operators on a device. Raises where one does not work there."""
-    x = torch.linspace(-3, 9, 2 * 40 * 10 * 36).reshape(2, 40, 10, 36).to(device, memory_format=torch.channels_last)
-    weight, bias = torch.linspace(-1, 1, 360).reshape(40, 1, 3, 3).to(device), torch.linspace(-2, 2, 40).to(device)
-    expected = F.conv2d(F.pad(x.clamp(0, 6), (0, 1, 0, 1)), weight, bias, stride=2, groups=40).clamp(0, 6)
-    small = depthwise(x, weight[:, 0].permute(1, 2, 0).contiguous(), bias, (5, 18), (0, 0), 2, 6.0, 6.0)
-    if not torch.allclose(small, expected, rtol=1e-4, atol=1e-4):
-        raise ArithmeticError(f"depthwise is wrong by up to {(small - expected).abs().max():g}")
-    if not torch.equal(add_bias(x.clone(), bias, 6.0), (x + bias[:, None, None]).clamp(0, 6)):
-        raise ArithmeticError("add_bias is wrong")
-    if not torch.equal(add_doubled(x.clone(), small), x + F.interpolate(small, scale_factor=2.0)):
-        raise ArithmeticError("add_doubled is wrong")
-    corners, sizes = torch.linspace(0, 30, 300).frac().reshape(2, 150).to(device) * 40, (100, 0, 50)
-    boxes, starts = torch.cat([corners, corners + 9]), torch.tensor([0, 100, 100, 150], dtype=torch.int32).to(device)
-    best_first = [torch.arange(size, 0, -1.0, device=device) for size in sizes]
+def check(device: torch.device, dtypes: Sequence[torch.dtype]) -> None:
+    """Compare all kernels with what they take the place of, on a device and for maps of these dtypes.
+
+    Raises where one does not work there.
+    """
+    for dtype in dtypes:
+        _check_maps(device, dtype)
+    corners, sizes = torch.linspace(0, 30, 300).frac().reshape(2, 150) * 40, (100, 0, 50)
+    boxes, starts = torch.cat([corners, corners + 9]), torch.tensor([0, 100, 100, 150], dtype=torch.int32)
+    best_first = [torch.arange(size, 0, -1.0) for size in sizes]
     kept = [nms(*group, 0.5).tolist() for group in zip(boxes.T.split(sizes), best_first, strict=True)]
     expected = torch.zeros(150, dtype=torch.bool)
     expected[kept[0] + [100 + n for n in kept[2]]] = True
-    if not torch.equal(suppress(boxes, starts, 0.5).cpu(), expected):
+    if not torch.equal(suppress(boxes.to(device), starts.to(device), 0.5).cpu(), expected):
         raise ArithmeticError("suppress is wrong")
+
+
+def _check_maps(device: torch.device, dtype: torch.dtype) -> None:
+    """What is expected is computed on the CPU, in float32: a GPU's libraries may round to fewer bits."""
+    x = torch.linspace(-3, 9, 2 * 40 * 10 * 36).reshape(2, 40, 10, 36).to(dtype)
+    weight, bias = torch.linspace(-1, 1, 360).reshape(40, 1, 3, 3).to(dtype), torch.linspace(-2, 2, 40).to(dtype)
+    there, bias_there = x.to(device, memory_format=torch.channels_last), bias.to(device)
+    by_pixel = weight[:, 0].permute(1, 2, 0).contiguous().to(device)
+    x, weight, bias = x.float(), weight.float(), bias.float()
+    small = F.conv2d(F.pad(x.clamp(0, 6), (0, 1, 0, 1)), weight, bias, stride=2, groups=40).clamp(0)
+    got = depthwise(there, by_pixel, bias_there, (5, 18), (0, 0), 2, 6.0, math.inf)
+    of_got = F.interpolate(got.cpu().float(), scale_factor=2.0)
+    results = {
+        "depthwise": (got, small),
+        "add_bias": (add_bias(there.clone(), bias_there, 6.0), (x + bias[:, None, None]).clamp(0, 6)),
+        "add_doubled": (add_doubled(there.clone(), got), x + of_got),
+    }
+    tolerance = 1e-4 if dtype == torch.float32 else 1e-2  # a rounding of bfloat16 is up to 0.8 %
+    for name, (given, expected) in results.items():
+        if not torch.allclose(given.cpu().float(), expected, rtol=tolerance, atol=tolerance):
+            raise ArithmeticError(f"{name} is wrong by up to {(given.cpu() - expected).abs().max():g}, in {dtype}")
 
 
 def depthwise(
@@ -63,6 +82,13 @@ def depthwise(
     with torch.cuda.device_of(x):
         _depthwise[grid](*maps, *numbers, stride, len(weight), *limits, _PIXELS, _CHANNELS, enable_fp_fusion=True)
     return out.permute(0, 3, 1, 2)
+
+
+@triton.jit
+def _clamp(values, LIMIT: tl.constexpr):
+    """To 0 and a limit; NaN stays NaN, as with PyTorch."""
+    values = tl.maximum(values, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    return tl.minimum(values, LIMIT, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit(do_not_specialize=["height", "width", "out_height", "out_width", "above", "left"])
@@ -102,11 +128,11 @@ def _depthwise(
             there = ((at_x >= 0) & (at_x < end))[:, None] & own[None, :]
             values = tl.load(line + at_x[:, None] * channels + channel[None, :], there, 0.0).to(tl.float32)
             if CLAMP_IN:
-                values = tl.minimum(tl.maximum(values, 0.0), LIMIT_IN)
+                values = _clamp(values, LIMIT_IN)
             factor = tl.load(weight + (y * SIDE + x_) * channels + channel, own, 0.0).to(tl.float32)
             total += values * factor[None, :]
     if CLAMP_OUT:
-        total = tl.minimum(tl.maximum(total, 0.0), LIMIT_OUT)
+        total = _clamp(total, LIMIT_OUT)
     place = out + tl.program_id(0).to(tl.int64) * out_width * channels
     tl.store(place + column[:, None] * channels + channel[None, :], total, (column < out_width)[:, None] & own[None, :])
 
@@ -143,7 +169,7 @@ def _add_bias(
     total = tl.load(place, there, 0.0).to(tl.float32) + tl.load(bias + channel, own, 0.0).to(tl.float32)[None, :]
     if CLAMP:
         # rounded before it is clamped, as PyTorch does; a limit that has no bits to round gives the same
-        total = tl.minimum(tl.maximum(total, 0.0), LIMIT)
+        total = _clamp(total, LIMIT)
     tl.store(place, total, there)
 
 

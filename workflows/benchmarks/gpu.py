@@ -28,13 +28,11 @@ import pipeline
 from pipeline.config import Detector, Settings, Tiling
 from pipeline.model import gpu_layers, inference, load, suppress
 from pipeline.model.device import compute
-from pipeline.model.fitted_stain import TEMPLATE, Normalisation
+from pipeline.model.fitted_stain import UNCHANGED
 from pipeline.model.instances import HostInstances, Result
 from pipeline.model.weights import as_weights_state
 from slides.geometry import Box
 from slides.slide import open_slide
-
-UNCHANGED = Normalisation(TEMPLATE["none"], TEMPLATE["none"])
 
 
 def main() -> None:

@@ -87,7 +87,9 @@ class Cluster:
         offered = {address: worker.get("resources", {}) for address, worker in (self._workers() or {}).items()}
         detecting = [address for address, resources in offered.items() if resources.get("GPU")]
         if detecting or (offered and not any(offered.values())):
-            self._client.run(_beside_tasks, function, *args, workers=detecting or list(offered), wait=False)
+            chosen = {"workers": detecting or list(offered), "wait": False, "on_error": "ignore"}
+            with contextlib.suppress(Exception):  # of a worker that ends just now, or does not answer
+                self._client.run(_beside_tasks, function, *args, **chosen, callback_timeout=_ANSWER_S)
 
     def submit(self, on_device: bool, function: Callable[..., Any], *args: Any) -> Future[Any]:
         offers = self._offers()

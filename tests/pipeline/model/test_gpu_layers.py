@@ -15,6 +15,7 @@ from timm.layers.conv2d_same import Conv2dSame
 from torchvision.ops import nms
 
 from pipeline.config import Architecture
+from pipeline.model import device as model_device
 from pipeline.model import suppress as model_suppress
 from pipeline.model.detector import NucleusDetector
 from pipeline.model.device import kernels_problem
@@ -23,6 +24,7 @@ from pipeline.model.prepare import fold
 from pipeline.model.weights import detector_architecture, find_weights
 
 CPU = torch.device("cpu")
+BOTH = (torch.float32, torch.bfloat16)
 TINY = Architecture(channels=16, semantic=8, box_hidden=16, mask_channels=8, mask_layers=2)
 
 pytest.importorskip("triton", reason="needs Triton, which PyTorch has on Linux")
@@ -55,13 +57,14 @@ def test_a_depthwise_convolution_pads_clamps_and_adds(side: int, stride: int, hi
 
 @pytest.mark.parametrize("limit", [None, 6.0, math.inf])
 def test_a_bias_is_added_and_clamped_in_place(limit: float | None) -> None:
-    """Law: the same bits. Also of no map at all."""
+    """Law: the same bits. Also of no map at all, and where a value is not a number."""
     for images in (0, 3):
         x, bias = maps(images, 40, 5, 7), maps(40, 1, 1, 1).flatten()
         expected = x + bias[:, None, None]
         expected = expected if limit is None else expected.clamp(0, limit)
+        x[:1, 0, 0, 0], expected[:1, 0, 0, 0] = torch.nan, torch.nan
         assert gpu_kernels.add_bias(x, bias, limit) is x
-        assert torch.equal(x, expected)
+        torch.testing.assert_close(x, expected, rtol=0, atol=0, equal_nan=True)
 
 
 def test_a_smaller_map_is_added_to_a_larger_one() -> None:
@@ -146,9 +149,12 @@ def test_of_the_shipped_detector_few_convolutions_are_left_to_cudnn() -> None:
     assert not any(isinstance(module, torch.nn.ReLU6) for module in model.modules())
 
 
-@pytest.mark.parametrize("backbone", ["resnet18", "res2net50_26w_4s"])
-def test_other_backbones_stay_right(backbone: str) -> None:
-    """Law: the same, within rounding, also where a backbone has none of the blocks that are known here."""
+@pytest.mark.parametrize("backbone", ["resnet18", "res2net50_26w_4s", "ghostnet_050", "efficientnet_b0_g8_gn"])
+def test_other_backbones_stay_right(backbone: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Law: the same, within rounding, also where a backbone has none of the blocks that are known here, or has norms
+    that are not folded.
+    """
+    monkeypatch.setattr(gpu_kernels, "_CHANNELS", 2048)
     torch.manual_seed(1)
     model = fold(NucleusDetector(dataclasses.replace(TINY, backbone=backbone)).eval())
     expected = results(model)
@@ -161,22 +167,28 @@ def test_other_backbones_stay_right(backbone: str) -> None:
 
 def test_kernels_that_are_wrong_or_missing_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     """And the reason is said."""
-    gpu_kernels.check(CPU)
+    gpu_kernels.check(CPU, BOTH)
     assert kernels_problem(CPU) == "they are for GPUs"
     for name in ("depthwise", "add_bias", "add_doubled", "suppress"):
         right = getattr(gpu_kernels, name)
         with monkeypatch.context() as patched:
             patched.setattr(gpu_kernels, name, lambda *args, right=right: right(*args) * 0)
             with pytest.raises(ArithmeticError, match=name):
-                gpu_kernels.check(CPU)
+                gpu_kernels.check(CPU, BOTH)
 
-    def broken(_device: torch.device) -> None:
+    def broken(_device: torch.device, _dtypes: Any) -> None:
+        assert not torch.is_autocast_enabled("cuda")
         raise RuntimeError("Failed to find C compiler.\nPlease install one")
 
     device = torch.device("cuda", 7)
     monkeypatch.setattr(gpu_kernels, "check", broken)
+    monkeypatch.setattr(model_device, "_cuda_has_bfloat16", lambda device: True)
     kernels_problem.cache_clear()
-    assert kernels_problem(device) == "Failed to find C compiler. Please install one"
+    torch.set_autocast_enabled("cuda", True)  # as by a detector that finds out in the midst of a batch
+    try:
+        assert kernels_problem(device) == "Failed to find C compiler. Please install one"
+    finally:
+        torch.set_autocast_enabled("cuda", False)
     kernels_problem.cache_clear()
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert kernels_problem(device) == "Triton is not installed"

@@ -88,6 +88,21 @@ class OfANetwork:
         return dict.fromkeys(workers)
 
 
+def test_a_worker_that_ends_while_it_is_prepared_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, Any]] = []
+
+    class Ending(OfANetwork):
+        def run(self, *_: Any, **options: Any) -> dict[str, Any]:
+            asked.append(options)
+            raise OSError("Timed out trying to connect")
+
+    where = Cluster(Ending())
+    monkeypatch.setattr(where, "_workers", lambda: {"a": {"resources": {"GPU": 1}}, "b": {"resources": {"CPU": 1}}})
+    where.prepare(leave_a_note, Path("nowhere"))
+    assert [options["workers"] for options in asked] == [["a"]]
+    assert asked[0]["callback_timeout"] > 0, "one that is suspended is not waited for"
+
+
 def test_workers_that_ended_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each once; a scheduler that does not answer has lost none."""
     answers: list[dict[str, Any] | None] = [{"a": {}, "b": {}}, {"a": {}}, None, {"a": {}, "c": {}}, {}]
