@@ -200,7 +200,7 @@ def test_anchors_are_given_level_by_level() -> None:
         (["run", "x.svs", "--out", "o", "--mpp=-1"], "mpp=-1.0: need 0.05 to 5"),
         (["run", "x.svs", "--out", "o", "--mpp", "nan"], "mpp=nan: need 0.05 to 5"),
         (["plan", "x.svs", "--mpp", "1e9"], "mpp=1000000000.0: need 0.05 to 5"),
-        (["plan", ".", "--seconds-per-mm2", "0"], "seconds-per-mm2=0.0: need more than 0"),
+        (["plan", ".", "--seconds-per-mm2", "0"], "seconds-per-mm2=0.0: need a number above 0"),
         (
             ["run", "x.svs", "--out", "o", "--stain", "none", "--stain.template", "y.png"],
             "has no effect without stain normalisation",

@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import json
 import re
 import subprocess
 import sys
@@ -127,11 +128,16 @@ def test_the_readme_joins_slides_in_um(tmp_path, monkeypatch):
         slide = dataclasses.replace(PROVENANCE, slide=name, um_per_px=um_per_px)
         nuclei = write(folder / "nuclei.parquet", blobs(5), provenance=slide)
         write_h5ad(nuclei, folder / "nuclei.h5ad", Export())
+        (folder / "slide.json").write_text(json.dumps({"um_per_px": um_per_px}), encoding="utf-8")
         rows = tables.read_nuclei(nuclei)
         expected += (np.stack([rows["centroid_x"], rows["centroid_y"]], axis=1) * um_per_px).tolist()
     monkeypatch.chdir(tmp_path)
-    _, example = re.findall(r"```py\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.S)
+    of_tables, _, example = re.findall(r"```py\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.S)
     names: dict[str, Any] = {}
+    exec(compile(of_tables, "README.md", "exec"), names)
+    joined = names["nuclei"].sort_index(level="slide", sort_remaining=False)
+    assert joined.index.get_level_values("slide").tolist() == ["case7"] * 5 + ["case9"] * 5
+    np.testing.assert_allclose(joined[["x_um", "y_um"]], expected)
     exec(compile(example, "README.md", "exec"), names)
     assert names["nuclei"].obs["slide"].tolist() == ["case7"] * 5 + ["case9"] * 5
     np.testing.assert_allclose(names["nuclei"].obsm["spatial"], expected)

@@ -164,5 +164,5 @@ def test_the_readme_s_example_runs(tmp_path, monkeypatch):
     write_h5ad(nuclei, folder / "nuclei.h5ad", Export())
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MPLBACKEND", "agg")
-    example, _ = re.findall(r"```py\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.S)
+    _, example, _ = re.findall(r"```py\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.S)
     exec(compile(example, "README.md", "exec"), {})
