@@ -57,6 +57,7 @@ def leave_a_note(folder: Path) -> None:
 @pytest.mark.parametrize("offers", [True, False])
 def test_processes_that_detect_are_prepared_beside_their_tasks(offers: bool, tmp_path: Path) -> None:
     """Those that offer a GPU; all, where none offers anything. Nobody waits for them."""
+    import dask
     from distributed import Client, Nanny, SpecCluster
 
     def worker(name: str, **resources: float) -> dict[str, Any]:
@@ -64,7 +65,11 @@ def test_processes_that_detect_are_prepared_beside_their_tasks(offers: bool, tmp
         return {"cls": Nanny, "options": options}
 
     workers = {0: worker("detects", GPU=1), 1: worker("feeds", CPU=1)}
-    with SpecCluster(workers) as cluster, Client(cluster, set_as_default=False) as client:
+    with (
+        dask.config.set({"distributed.nanny.pre-spawn-environ": {}}),  # which Dask would leave in this process
+        SpecCluster(workers) as cluster,
+        Client(cluster, set_as_default=False) as client,
+    ):
         client.wait_for_workers(2)
         Cluster(client).prepare(leave_a_note, tmp_path)
         expected = ["detects"] if offers else ["detects", "feeds"]
