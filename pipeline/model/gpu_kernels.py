@@ -168,7 +168,7 @@ def _add_bias(
     there = (pixel < pixels)[:, None] & own[None, :]
     total = tl.load(place, there, 0.0).to(tl.float32) + tl.load(bias + channel, own, 0.0).to(tl.float32)[None, :]
     if CLAMP:
-        # rounded before it is clamped, as PyTorch does; a limit that has no bits to round gives the same
+        # PyTorch rounds before it clamps; that is the same, as the limits are numbers of bfloat16
         total = _clamp(total, LIMIT)
     tl.store(place, total, there)
 

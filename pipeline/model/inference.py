@@ -26,7 +26,7 @@ Sides = tuple[int, int]
 "Height and width, patch px."
 
 _GLASS = 255
-_DRAWN_PX = 512
+_DRAWN_PX = 512  # side of the drawing of nuclei that fills the patches of `prepare_device`
 
 
 def detect_patches(patches: Patches, normalisation: Normalisation, settings: Settings) -> Iterator[Result]:
@@ -50,7 +50,7 @@ def detect_patches(patches: Patches, normalisation: Normalisation, settings: Set
     return _detect_groups(groups, normalisation, settings)
 
 
-def warm_up(settings: Settings) -> None:
+def prepare_device(settings: Settings) -> None:
     """Load the detector; on a GPU also detect in a whole batch, of drawn nuclei.
 
     So CUDA's libraries are loaded, kernels compiled, and the convolutions of the size that most batches have planned.

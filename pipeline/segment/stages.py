@@ -269,9 +269,9 @@ def _computed(
 
 def prepare_detector(settings: Settings) -> None:
     """What a process does before it first detects, done while the first slide is planned."""
-    from pipeline.model.inference import warm_up
+    from pipeline.model.inference import prepare_device
 
-    warm_up(settings)
+    prepare_device(settings)
 
 
 def _queue(detect: Detect | None) -> Callable[[Patches, Normalisation, Settings], Iterator[Result]]:

@@ -104,7 +104,10 @@ class Cluster:
 
 
 async def _beside_tasks(function: Callable[..., Any], *args: Any) -> None:
-    """Have a thread call a function, which ends with its process. Dask waits for no other than a coroutine."""
+    """Have a thread of a worker call a function; the thread ends with its process.
+
+    A coroutine, as Dask runs nothing else without waiting for it.
+    """
 
     def call() -> None:
         with contextlib.suppress(Exception):

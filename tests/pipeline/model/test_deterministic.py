@@ -57,7 +57,7 @@ def test_threads_do_not_show_and_the_numbers_are_torchs(
 
 
 def test_on_a_gpu_channels_are_mixed_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Within its rounding: not by a convolution, nor by a product, for which a GPU takes five times as long."""
+    """Within its rounding: not in the ten bits that a GPU's convolutions may round to."""
     monkeypatch.setattr(deterministic, "_on_cpu", lambda _: False)
     x = torch.randn((2, 3, 61, 67), generator=torch.Generator().manual_seed(2)) * 4
     exact = torch.einsum("rc,bchw->brhw", MATRIX.double(), x.double())

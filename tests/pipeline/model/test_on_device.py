@@ -212,16 +212,16 @@ def test_the_cost_of_a_batch(patches: list[np.ndarray]) -> None:
     assert cuda.total(LAUNCH) <= 399  # 28 of them for the statistics of the stains, 12 to thin the anchors
 
 
-def test_a_device_is_warmed_up_with_a_whole_batch_of_nuclei(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_device_is_prepared_with_a_whole_batch_of_nuclei(monkeypatch: pytest.MonkeyPatch) -> None:
     """In the size that most batches have; a CPU has nothing to plan."""
     monkeypatch.setattr(inference, "compute", lambda device, function: function())
     with PretendedCuda() as cuda, mock.patch.object(fuse, "infer", wraps=fuse.infer) as infer:
-        inference.warm_up(chosen("cuda", batch=2))
+        inference.prepare_device(chosen("cuda", batch=2))
         (call,) = infer.call_args_list
         assert call.args[1].shape == (2, 3, SIDE, SIDE)
         assert cuda.by_function(DOWNLOAD)
         infer.reset_mock()
-        inference.warm_up(chosen("cpu"))
+        inference.prepare_device(chosen("cpu"))
         assert not infer.called
 
 
