@@ -1,7 +1,8 @@
 """What the folder of results says of a slide: done before, done or failed in another run meanwhile, or still to do."""
 
+import contextlib
 import dataclasses
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from pipeline import files
@@ -13,11 +14,14 @@ from pipeline.config import Settings
 from pipeline.errors import RunError
 from pipeline.layout import RunFolder
 from pipeline.segment import finished
-from pipeline.segment.job import Job
+from pipeline.segment.job import Job, Part
 from pipeline.segment.record import SlideRecord, read_record, read_slide_json
 from pipeline.text import one_line
-from slides.errors import NightslideError
+from slides.errors import NightslideError, SlideNotFound
 from slides.scale import BY_DEFAULT, FORCED
+
+BY_SIZE_ALONE = "taken as done by its size alone, as its server states neither date nor tag"
+"A remark."
 
 DONE_OTHERWISE = "done otherwise"
 "The status of a slide whose results are kept, though the command asked for others, or its file is another: see cause."
@@ -57,7 +61,9 @@ class KnownSlides:
         except NightslideError as error:  # such as a slide of another name
             return _otherwise(record, one_line(error))
         job.folder.failure_json.unlink(missing_ok=True)  # of a command that was refused
-        return dataclasses.replace(record, status="done before")
+        guessed = source.remote is not None and not (content.get("source_mtime_ns") or content.get("source_etag"))
+        remarks = (*([BY_SIZE_ALONE] if guessed else []), *record.remarks)
+        return dataclasses.replace(record, status="done before", remarks=remarks)
 
     def _is_of(self, job: Job, source: Source, record: SlideRecord, content: Mapping[str, Any]) -> bool:
         """Whether results are of this job; False where that is not known yet. Raises SlideError or RunError if not."""
@@ -70,7 +76,9 @@ class KnownSlides:
         if uncopied and _has_its_own_scale_again(record, job):
             return False
         _check_scale(record, job)
-        if finished.is_unchanged(job.original or source.files.origin(), content):
+        then = finished.known_parts(content)
+        parts_unchanged = finished.are_unchanged(_parts(source, job, then), then)
+        if finished.is_unchanged(job.original or source.files.origin(), content) and parts_unchanged:
             return True
         if uncopied:
             return False
@@ -122,6 +130,17 @@ def _otherwise(record: SlideRecord, cause: str) -> SlideRecord:
     """The record of results that are kept, with the reason why those that were asked for are not made."""
     remarks = (f"not done again: {cause}", *record.remarks)
     return dataclasses.replace(record, status=DONE_OTHERWISE, cause=cause, remarks=remarks)
+
+
+def _parts(source: Source, job: Job, known: Iterable[Part]) -> dict[str, Part]:
+    """Those of these files of a slide that are there, as they are now, by their names. Raises SlideError, OSError."""
+    if job.original is not None:
+        return {part.name: part for part in job.original.parts or ()}
+    now = {}
+    for part in known:
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError, SlideNotFound):
+            now[part.name] = source.files.part(part.name)
+    return now
 
 
 def _has_its_own_scale_again(record: SlideRecord, job: Job) -> bool:

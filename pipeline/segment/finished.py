@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from pipeline.errors import AnnotationError, SlideChanged
 from pipeline.layout import EXPORTS, RESULTS, SlideFolder
 from pipeline.segment import annotations, tables
 from pipeline.segment.export import FORMATS, Exported, check_formats
-from pipeline.segment.job import Job, Origin
+from pipeline.segment.job import Job, Origin, Part
 from pipeline.segment.plan import Plan, read_artefacts, read_plan, reported_tissue
 from pipeline.segment.record import SlideRecord, is_whole, read_slide_json, remarks
 from pipeline.segment.regions import RegionFile
@@ -45,6 +45,8 @@ def finish_slide(job: Job, record: SlideRecord) -> SlideRecord:
         "source_path": job.original.place if job.original else str(job.source),
         "source_bytes": source_bytes,
         "source_mtime_ns": source_mtime_ns,
+        "source_etag": job.original.etag if job.original else "",
+        "source_parts": [part._asdict() for part in plan.parts or ()],
         "quick_hash": plan.quick_hash,
         "vendor": plan.vendor,
         "size": plan.size,
@@ -64,8 +66,29 @@ def finish_slide(job: Job, record: SlideRecord) -> SlideRecord:
 
 
 def is_unchanged(origin: Origin, content: Mapping[str, Any]) -> bool:
-    """Whether a slide has the size and date that a slide.json records."""
-    return (origin.bytes, origin.mtime_ns) == (content.get("source_bytes"), content.get("source_mtime_ns"))
+    """Whether a slide's own file has the size and date that a slide.json records; where it has no date, the tag."""
+    if (origin.bytes, origin.mtime_ns) != (content.get("source_bytes"), content.get("source_mtime_ns")):
+        return False
+    return bool(origin.mtime_ns) or origin.etag == content.get("source_etag", origin.etag)
+
+
+def known_parts(content: Mapping[str, Any]) -> tuple[Part, ...]:
+    """The slide's other files, as a slide.json records them; none in one of an earlier version."""
+    return tuple(Part(*(part[name] for name in Part._fields)) for part in content.get("source_parts", ()))
+
+
+def are_unchanged(now: Mapping[str, Part], then: Iterable[Part]) -> bool:
+    """Whether a slide's other files are there, with the sizes and dates that they had. now: by their names.
+
+    Raises SlideChanged for one of another size: it has other content, which the quick hash of a slide need not show.
+    """
+    for part in then:
+        if part.name in now and (size := now[part.name].bytes) != part.bytes:
+            raise SlideChanged(
+                f"{part.name}, a file of the slide, has changed since it was done ({size:,} bytes, was "
+                f"{part.bytes:,}): put it back, or give --overwrite"
+            )
+    return all(part.name in now and now[part.name].mtime_ns == part.mtime_ns for part in then)
 
 
 def check_same_file(slide: Slide, quick_hash: str, file: str, advice: str) -> None:

@@ -1,5 +1,6 @@
 """The slide and the settings of a task: all that it needs on any machine."""
 
+import contextlib
 import errno
 import hashlib
 import os
@@ -13,6 +14,8 @@ from pipeline.config import Settings
 from pipeline.errors import LeaseLost
 from pipeline.layout import SlideFolder
 from pipeline.segment.regions import RegionFile
+from slides.errors import SlideError
+from slides.parts import LocalDirectory, parts
 from slides.scale import GivenScale
 from slides.slide import Slide
 
@@ -21,18 +24,44 @@ LEASE_CHECK_S = 1.0  # between two checks while patches are detected or a slide 
 T = TypeVar("T")
 
 
+class Part(NamedTuple):
+    """A file of a slide, as it was listed; name: relative to the slide's directory, "/" between folders."""
+
+    name: str
+    bytes: int
+    mtime_ns: int  # 0 where a server does not state it
+    etag: str = ""  # of a store that has tags: another one where the content is another
+
+    @classmethod
+    def of(cls, name: str, stat: os.stat_result) -> Self:
+        return cls(name, stat.st_size, stat.st_mtime_ns)
+
+
 class Origin(NamedTuple):
-    """A slide's own file where it was given, as results record it; place: its path, or its URL without secrets."""
+    """A slide's own file where it was given, as results record it; place: its path, or its URL without secrets.
+
+    parts: the slide's other files; None where they were not listed.
+    """
 
     place: str
     bytes: int
-    mtime_ns: int
+    mtime_ns: int  # 0 where a server does not state it
+    etag: str = ""
+    parts: tuple[Part, ...] | None = None
 
     @classmethod
     def of(cls, path: Path) -> Self:
-        """Raises OSError."""
+        """Without the other files. Raises OSError."""
         stat = path.stat()
         return cls(str(path), stat.st_size, stat.st_mtime_ns)
+
+
+def other_parts(path: Path) -> tuple[Part, ...] | None:
+    """The files of a slide on a disk beside its own; None where they cannot be listed, though it may open."""
+    with contextlib.suppress(OSError, SlideError):
+        names = parts(path.name, LocalDirectory(path.parent))[1:]
+        return tuple(Part.of(name, (path.parent / name).stat()) for name in names)
+    return None
 
 
 def slide_digest(settings: Settings, regions: RegionFile | None) -> str:
@@ -70,8 +99,8 @@ class Job:
 
     @property
     def origin(self) -> Origin:
-        """The slide's own file. Raises OSError."""
-        return self.original or Origin.of(self.source)
+        """The slide's own file, and all others that belong to it. Raises OSError."""
+        return self.original or Origin.of(self.source)._replace(parts=other_parts(self.source))
 
     @property
     def digest(self) -> str:

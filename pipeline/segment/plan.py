@@ -15,6 +15,7 @@ from pipeline.layout import SlideFolder
 from pipeline.model.fitted_stain import UNCHANGED, Normalisation
 from pipeline.model.weights import detector_architecture, find_weights
 from pipeline.segment import stain_trial
+from pipeline.segment.job import Part
 from pipeline.segment.record import NO_TISSUE, StageRecord
 from pipeline.segment.regions import RegionFile, SlideRegions, read_regions
 from pipeline.segment.slide_stain import fit_slide, network_of, template_stain
@@ -52,6 +53,7 @@ class Plan(NamedTuple):
     trial_work: StageRecord = StageRecord()  # what that took
     file: tuple[int, int] = (0, 0)  # bytes and mtime (ns) of the slide's own file
     overwrite: str = ""  # as in `Job`
+    parts: tuple[Part, ...] | None = None  # the slide's other files, where they are known
 
     @property
     def tiles(self) -> tuple[Tile, ...]:
@@ -268,6 +270,7 @@ _FORMS: Mapping[str, _Form] = {
     "trial_work": _Form(StageRecord.to_json, StageRecord.from_json),
     "file": _LIST,
     "overwrite": _PLAIN,
+    "parts": _Form(_as_it_is, lambda parts: None if parts is None else tuple(Part(*part) for part in parts)),
 }
 
 
@@ -294,7 +297,7 @@ def load_plan(folder: SlideFolder, digest: str) -> Plan | None:
     content = files.read_checked_json_if_there(folder.plan)
     if content is None or content["digest"] != digest or files.read_checked_if_there(folder.tissue) is None:
         return None
-    fields = {name: form.read(content[name]) for name, form in _FORMS.items()}
+    fields = {name: form.read(content[name]) for name, form in _FORMS.items() if name in content}
     tissue_frame = _frame(content["tissue_frame"])
     with np.load(folder.tissue, allow_pickle=False) as masks:
         names = ("tissue", "whole_tissue", "detected")

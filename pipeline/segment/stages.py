@@ -88,10 +88,12 @@ def make_plan(job: Job) -> StageRecord:
             plan = None  # not refused, as for --overwrite the remedy would be what was given
         if plan is not None:
             _check_same_slide(plan, slide, job)
-        file = (origin.bytes, origin.mtime_ns)
-        if plan is None or plan.file != file:  # a file that was repaired may hold what could not be read
+        file, parts = (origin.bytes, origin.mtime_ns), origin.parts
+        # a file that was repaired may hold what could not be read
+        if plan is None or plan.file != file or (None not in (plan.parts, parts) and plan.parts != parts):
             remove_work(job)
-            plan = plan_slide(slide, job.settings, job.regions)._replace(file=file, overwrite=job.overwrite)
+            plan = plan_slide(slide, job.settings, job.regions)
+            plan = plan._replace(file=file, parts=parts, overwrite=job.overwrite)
             job.check_lease()
             folder.work.mkdir(parents=True, exist_ok=True)
             write_plan(plan, folder, job.digest)

@@ -15,9 +15,8 @@ from datetime import timedelta
 from typing import Any, BinaryIO, NamedTuple, Self
 from urllib.parse import unquote, urlsplit
 
-from pipeline.archive.inputs.staging import Part
 from pipeline.errors import ConfigError, RunError, SlideChanged
-from pipeline.segment.job import Origin
+from pipeline.segment.job import Origin, Part
 from pipeline.text import one_line
 from slides.errors import NightslideError, SlideNotFound, SlideUnreadable
 from slides.parts import parts
@@ -242,14 +241,17 @@ class RemoteSlide:
 
     def origin(self) -> Origin:
         entry = self.entry()
-        return Origin(self.place, entry.bytes, entry.mtime_ns)
+        return Origin(self.place, entry.bytes, entry.mtime_ns, entry.etag)
+
+    def part(self, name: str) -> Part:
+        return Part(name, *self.folder.entry(name)[1:])
 
     def parts(self) -> list[Part]:
         try:
             names = parts(self.name, self.folder)
         except OSError as error:
             raise SlideUnreadable(f"{self.place} cannot be read: {error}") from None
-        return [Part(name, *self.folder.entry(name)[1:]) for name in names]
+        return [self.part(name) for name in names]
 
     def pieces(self, part: Part) -> Iterator[bytes]:
         entry = self.folder.entry(part.name)

@@ -25,7 +25,7 @@ from pipeline.archive.lease import Leases
 from pipeline.archive.slots import Space
 from pipeline.errors import RunError, SlideChanged
 from pipeline.layout import STAGED
-from pipeline.segment.job import Job, Origin
+from pipeline.segment.job import Job, Origin, Part
 from pipeline.text import counted
 from slides.errors import SlideNotFound, SlideTooLarge, SlideUnreadable
 from slides.partial import partial_path
@@ -37,15 +37,6 @@ _COPIES = 2  # at a time: one hides the other's pauses, and more would delay the
 _PIECE = 8 * 2**20  # bytes
 
 
-class Part(NamedTuple):
-    """A file of a slide, as it was listed; name: relative to the slide's directory, "/" between folders."""
-
-    name: str
-    bytes: int
-    mtime_ns: int
-    etag: str = ""  # of a store that has tags: another one where the content is another
-
-
 class SlideFiles(Protocol):
     """Where the files of a slide are, on a disk or elsewhere."""
 
@@ -54,7 +45,10 @@ class SlideFiles(Protocol):
         """The path of its own file, or its URL without secrets."""
 
     def origin(self) -> Origin:
-        """Place, size and date of the slide's own file. Raises SlideError."""
+        """Place, size, date and tag of the slide's own file. Raises SlideError."""
+
+    def part(self, name: str) -> Part:
+        """A file of the slide as it is now, by its name as in `Part`. Raises SlideError, OSError."""
 
     def parts(self) -> list[Part]:
         """All files of the slide, its own first. Raises SlideError, OSError."""
@@ -78,22 +72,20 @@ class LocalSlide(NamedTuple):
         except FileNotFoundError:
             raise SlideNotFound(f"{self.path}: there is no such file") from None
 
+    def part(self, name: str) -> Part:
+        return Part.of(name, (self.path.parent / name).stat())
+
     def parts(self) -> list[Part]:
         self.origin()
-        names = parts(self.path.name, LocalDirectory(self.path.parent))
-        return [_part(name, (self.path.parent / name).stat()) for name in names]
+        return [self.part(name) for name in parts(self.path.name, LocalDirectory(self.path.parent))]
 
     def pieces(self, part: Part) -> Iterator[bytes]:
         path = self.path.parent / part.name
         with path.open("rb") as file:
             while piece := file.read(_PIECE):
                 yield piece
-            if _part(part.name, os.fstat(file.fileno())) != part:
+            if Part.of(part.name, os.fstat(file.fileno())) != part:
                 raise SlideChanged(f"{path} changed while it was copied: run the same command again")
-
-
-def _part(name: str, stat: os.stat_result) -> Part:
-    return Part(name, stat.st_size, stat.st_mtime_ns)
 
 
 class Room(NamedTuple):
@@ -202,8 +194,9 @@ class Staging:
             if error.errno in files.FULL_DISK:
                 error.filename = str(self.folder)  # so that the right disk is named: writing does not tell the file
             raise
-        own = room.parts[0]
-        return dataclasses.replace(job, source=room.file, original=Origin(slide.place, own.bytes, own.mtime_ns))
+        own, *others = room.parts
+        original = Origin(slide.place, own.bytes, own.mtime_ns, own.etag, tuple(others))
+        return dataclasses.replace(job, source=room.file, original=original)
 
 
 def _copy(slide: SlideFiles, room: Room, job: Job) -> None:

@@ -23,14 +23,14 @@ import oracle
 from oracle import chosen, files, paint
 from pipeline.archive import run as archive_run
 from pipeline.archive.inputs import staging
-from pipeline.archive.inputs.staging import LocalSlide, Part, Room, Staging
+from pipeline.archive.inputs.staging import LocalSlide, Room, Staging
 from pipeline.archive.lease import Leases
 from pipeline.archive.manifest import check_worker, versions
 from pipeline.config import Execution
 from pipeline.errors import ConfigError, LeaseLost, RunError, SlideChanged
 from pipeline.layout import SlideFolder
 from pipeline.model.instances import HostInstances, empty
-from pipeline.segment.job import Job
+from pipeline.segment.job import Job, Part
 from slides.errors import SlideTooLarge, SlideUnreadable
 from slides.scale import GivenScale
 
