@@ -12,9 +12,19 @@ class FairSlots:
     """
 
     def __init__(self, size: int) -> None:
-        self.size = size
+        self._size = size
         self._taken, self._number = 0, 0
         self._waiting: list[tuple[int, int, asyncio.Future[None]]] = []
+
+    @property
+    def size(self) -> int:
+        """How many may be taken; those that are taken stay so where it becomes less."""
+        return self._size
+
+    @size.setter
+    def size(self, size: int) -> None:
+        self._size = size
+        self._next()
 
     async def take(self, left: int) -> None:
         """Wait for a slot; `left`: what its slide has to do, such as blocks. To be given back by `give_back`."""

@@ -60,6 +60,28 @@ def test_a_slot_that_is_cancelled_is_given_back() -> None:
     asyncio.run(work())
 
 
+def test_who_waits_gets_a_slot_that_is_new() -> None:
+    """More workers have joined: nothing is given back for minutes, and the new ones must not wait so long."""
+
+    async def work() -> None:
+        slots = FairSlots(1)
+        await slots.take(1)
+        waiting = [asyncio.create_task(slots.take(1)) for _ in range(3)]
+        await asyncio.sleep(0)
+        slots.size = 3
+        await asyncio.wait(waiting, timeout=0.1)
+        assert [one.done() for one in waiting] == [True, True, False]
+        slots.size = 1
+        slots.give_back()
+        slots.give_back()
+        await asyncio.wait(waiting, timeout=0.1)
+        assert not waiting[2].done()
+        slots.give_back()
+        await asyncio.wait_for(waiting[2], 5)
+
+    asyncio.run(work())
+
+
 def test_space_that_is_cancelled_is_given_back() -> None:
     async def work() -> None:
         space = Space(10)
