@@ -15,7 +15,7 @@ from pipeline.archive.known import KnownSlides
 from pipeline.archive.lease import Leases
 from pipeline.archive.leased_slides import LeasedSlides
 from pipeline.archive.manifest import check_worker, versions
-from pipeline.archive.progress import Progress
+from pipeline.archive.progress import Progress, SaidErrors
 from pipeline.archive.slide_records import SlideRecords
 from pipeline.archive.slide_stages import SlideStages
 from pipeline.archive.slots import FairSlots
@@ -144,13 +144,14 @@ class AllSlides:
 
     async def _watch_workers(self) -> None:
         """Follow the number of detectors, check workers that join, and say what changes."""
-        watch = ExecutorWatch(self._executor)
+        watch, errors = ExecutorWatch(self._executor), SaidErrors(self._progress, "the look at the workers")
         while True:
             await asyncio.sleep(_POLL_S)
-            self._stream.slots.size, self._open.size = self._stream.size, self._open_slides()
-            for warning in (*watch.detectors(), *watch.scheduler(), *self._stages.tasks.silence()):
-                self._progress.say(f"WARNING: {warning}")
-            # a worker that fails at every task is soon free for the next: it would get them all
-            problems = await asyncio.to_thread(self.check_workers, retire=True)
-            for warning in (*problems, *watch.ended_workers()):
-                self._progress.say(f"WARNING: {warning}")
+            with errors:
+                self._stream.slots.size, self._open.size = self._stream.size, self._open_slides()
+                for warning in (*watch.detectors(), *watch.scheduler(), *self._stages.tasks.silence()):
+                    self._progress.say(f"WARNING: {warning}")
+                # a worker that fails at every task is soon free for the next: it would get them all
+                problems = await asyncio.to_thread(self.check_workers, retire=True)
+                for warning in (*problems, *watch.ended_workers()):
+                    self._progress.say(f"WARNING: {warning}")

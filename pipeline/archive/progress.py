@@ -15,13 +15,14 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from pathlib import Path
 from statistics import fmean
+from types import TracebackType
 from typing import NamedTuple, Self
 
 from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from pipeline.text import printable
+from pipeline.text import one_line, printable
 
 _RECENT_S = 300.0  # the speed is averaged over this time,
 _RECENT_BLOCKS = 8  # and over at least so many blocks: on a slow machine one takes minutes
@@ -243,3 +244,25 @@ def _writable(line: str, encoding: str | None) -> str:
     """The line with characters that the encoding lacks as escapes, such as bytes of a file's name."""
     encoding = encoding or "utf-8"
     return line.encode(encoding, "backslashreplace").decode(encoding)
+
+
+class SaidErrors:
+    """A context for each step of what goes on beside the slides: no error of a step ends it, each kind is said once."""
+
+    def __init__(self, progress: Progress, what: str) -> None:
+        """what: has failed, for the message."""
+        self._progress, self._what = progress, what
+        self._said: set[type[BaseException]] = set()
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool:
+        if not isinstance(error, Exception):
+            return False
+        if type(error) not in self._said:
+            self._said.add(type(error))
+            cause = f"{type(error).__name__}: {one_line(error)}"
+            self._progress.say(f"WARNING: {self._what} failed ({cause}); it is tried again, this is said once")
+        return True

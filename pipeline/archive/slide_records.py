@@ -9,7 +9,7 @@ from pipeline import files
 from pipeline.archive import ledger
 from pipeline.archive.command import Command
 from pipeline.archive.known import KnownSlides
-from pipeline.archive.progress import Progress
+from pipeline.archive.progress import Progress, SaidErrors
 from pipeline.report.page import write_report
 from pipeline.segment.record import SlideRecord
 
@@ -70,12 +70,15 @@ class SlideRecords:
     async def keep_ledger(self) -> None:
         """Write the ledger again whenever a slide has begun or ended since, but not all the time."""
         written, due = (0, 0), 0.0
+        errors = SaidErrors(self._progress, f"writing {self._command.folder.ledger.name}")
         while True:
             await asyncio.sleep(_POLL_S)
             state = len(self._begun), len(self._own)
             if state != written and time.monotonic() >= due:
-                written, started = state, time.monotonic()
-                await self.write_ledger()
+                started = time.monotonic()
+                with errors:
+                    await self.write_ledger()
+                    written = state
                 due = time.monotonic() + _LEDGER_SHARE * (time.monotonic() - started)
 
     async def write_ledger(self) -> None:

@@ -530,6 +530,34 @@ def test_a_task_that_does_not_end_is_named(archive: Path, tmp_path: Path, monkey
     assert any(re.match(r"WARNING: nothing was done for 0 min: detect of [ab], begun", line) for line in said)
 
 
+def test_an_error_of_the_look_at_the_workers_is_said_once_and_it_goes_on(
+    archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From then on nobody heard of workers that died, or joined."""
+    said, looks, looked = list[str](), [0], threading.Event()
+
+    def check(slides: all_slides.AllSlides, *, retire: bool) -> list[str]:
+        looks[0] += retire
+        if looks[0] == 4:
+            looked.set()
+        if retire:
+            raise OSError(f"the scheduler hung up, look {looks[0]}") if looks[0] < 3 else KeyError("address")
+        return []
+
+    def waits(patches: Patches, normalisation: Normalisation, settings: Settings) -> Iterator[HostInstances]:
+        assert looked.wait(30)
+        yield from oracle.detect(patches, normalisation, settings)
+
+    monkeypatch.setattr(all_slides.AllSlides, "check_workers", check)
+    monkeypatch.setattr(all_slides, "_POLL_S", 0.05)
+    rows = segment(archive, tmp_path / "out", Execution(cluster=False, workers=2), detect=waits, say=said.append)
+    assert [row.status for row in rows.values()] == ["done", "done"]
+    assert [line for line in said if "look at the workers" in line] == [
+        f"WARNING: the look at the workers failed ({cause}); it is tried again, this is said once"
+        for cause in ("OSError: the scheduler hung up, look 1", "KeyError: 'address'")
+    ]
+
+
 def test_what_the_device_had_no_memory_for_is_area_lost(archive: Path, tmp_path: Path) -> None:
     def small(patches: Patches, normalisation: Normalisation, settings: Settings) -> Iterator[HostInstances]:
         for number, found in enumerate(oracle.detect(patches, normalisation, settings)):

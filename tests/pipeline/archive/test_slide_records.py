@@ -124,6 +124,36 @@ def test_the_ledger_is_written_when_a_slide_has_begun_or_ended_but_not_all_the_t
     assert written == [100.0, 1000.0, 1042.0]
 
 
+def test_an_error_of_the_ledger_is_said_once_and_it_is_written_all_the_same(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It stood still from then on, without a word: a folder of another command's slide may hold anything."""
+    tries: list[int] = []
+
+    def write(*_: object) -> None:
+        tries.append(len(tries))
+        if len(tries) < 4:
+            raise ValueError(f"try {len(tries)}")
+
+    monkeypatch.setattr(slide_records, "_POLL_S", 0.001)
+    monkeypatch.setattr(slide_records, "_LEDGER_SHARE", 0)
+    monkeypatch.setattr(ledger, "write_ledger", write)
+    records, _, _, said, _ = make()
+    records.begin("a")
+
+    async def follow() -> None:
+        keeping = asyncio.create_task(records.keep_ledger())
+        await asyncio.sleep(0.5)
+        assert not keeping.done()
+        keeping.cancel()
+
+    asyncio.run(follow())
+    assert len(tries) == 4
+    assert [line for line in said if "ledger" in line] == [
+        "WARNING: writing ledger.csv failed (ValueError: try 1); it is tried again, this is said once"
+    ]
+
+
 def test_what_a_reader_should_know_of_all_slides_is_said_at_the_end(make: Make) -> None:
     """Law: of this command's slides and those that others left; of stains only where the slides choose them."""
     for method in ("none", "auto"):
