@@ -23,6 +23,7 @@ from pipeline.model.weights import (
     detector_architecture,
     find_weights,
     read_notes,
+    same_everywhere,
     stain_architecture,
     stain_files,
 )
@@ -49,14 +50,15 @@ def versions() -> dict[str, str]:
 def resolve(settings: Settings) -> Settings:
     """The same settings, with the path and the checksum of every file that they name, and `as_weights_state`.
 
-    Paths are absolute: workers of a cluster may have been started in another folder.
+    Paths are absolute: workers of a cluster may have been started in another folder. Shipped weights keep their name.
     Raises WeightsError, RunError where they cannot work together, and WeightsError for a file whose checksum is not the
     one that the settings state already.
     """
     weights, settings = find_weights(settings.detector.weights), as_weights_state(settings)
     _check_fit(settings.tiling, detector_architecture(weights), weights.name)
     sha256, export = check_content(weights, settings.detector.weights_sha256), settings.export
-    detector = dataclasses.replace(settings.detector, weights=os.path.abspath(weights), weights_sha256=sha256)
+    own = same_everywhere(settings.detector.weights, weights)
+    detector = dataclasses.replace(settings.detector, weights=own, weights_sha256=sha256)
     if export.dicom_reference:
         export = dataclasses.replace(export, dicom_reference=os.path.abspath(export.dicom_reference))
     return dataclasses.replace(settings, detector=detector, stain=_resolved(settings.stain), export=export)
@@ -68,7 +70,8 @@ def _resolved(stain: Stain) -> Stain:
     for name, path in stain_files(stain).items():
         if name == "weights":
             stain_architecture(path)  # `plan` normalises nothing, and would not notice weights of another kind
-        given |= {name: os.path.abspath(path), f"{name}_sha256": check_content(path, getattr(stain, f"{name}_sha256"))}
+        own = same_everywhere(stain.weights, path) if name == "weights" else str(path)
+        given |= {name: own, f"{name}_sha256": check_content(path, getattr(stain, f"{name}_sha256"))}
     return dataclasses.replace(stain, **given)
 
 
@@ -198,7 +201,7 @@ def end_overwriting(run: RunFolder, overwrite: str) -> None:
 
 def _write(path: Path, settings: Settings, *, keep_first: bool, overwrite: str = "") -> None:
     """Commit run.json. keep_first: of two runs that start in one folder at once, the first one's stays."""
-    weights = Path(settings.detector.weights)
+    weights = find_weights(settings.detector.weights)
     content = {
         "digest": settings.digest,
         "settings": asdict(settings),

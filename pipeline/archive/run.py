@@ -25,7 +25,7 @@ from pipeline.archive.workers.processes import ask, stop_in_a_starting_worker
 from pipeline.config import Execution, Settings, checked, given_path, require
 from pipeline.errors import RunError
 from pipeline.layout import RunFolder
-from pipeline.model.weights import licence
+from pipeline.model.weights import find_weights, licence
 from pipeline.segment.export import check_formats
 from pipeline.segment.record import SlideRecord, device_use
 from pipeline.segment.slide_stain import template_stain
@@ -83,7 +83,7 @@ def run(
     with Progress(folder.logs, len(archive.sources), say) as progress:
         found = f"{counted(len(archive.sources), 'slide')}, {counted(archive.skipped, 'other file')} skipped"
         progress.say(f"{found}; results in {out}")
-        weights = Path(settings.detector.weights)
+        weights = find_weights(settings.detector.weights)
         if terms := licence(weights):
             progress.say(f"weights {weights.stem}: {terms}")
         for warning in (*seams, *opened.warnings, *archive.unread):

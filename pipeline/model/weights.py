@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
@@ -46,6 +47,15 @@ def find_weights(name: str) -> Path:
             f"normalisation {stain})"
         )
     return path
+
+
+def same_everywhere(name: str, path: Path) -> str:
+    """What names weights to every worker, in whatever folder it was started: `path`, absolute, of a file.
+
+    name: that `find_weights` has found at `path`. Of shipped weights it stays, as they lie elsewhere where a worker has
+    another installation than the command.
+    """
+    return name if name in shipped() else os.path.abspath(path)
 
 
 def as_weights_state(settings: Settings) -> Settings:

@@ -16,6 +16,7 @@ from pipeline.archive.run import run
 from pipeline.config import Architecture, Detector, Execution, Export, Settings, Stain, Tiling
 from pipeline.errors import RunError, WeightsError
 from pipeline.layout import RunFolder
+from pipeline.model import load, weights
 from pipeline.model.detector import NucleusDetector, save_weights
 from pipeline.model.weights import find_weights
 
@@ -103,6 +104,22 @@ def test_files_of_the_settings_are_the_same_to_every_worker(tmp_path: Path, monk
     resolved = resolve(given)
     monkeypatch.chdir(elsewhere)
     assert resolve(resolved) == resolved
+
+
+def test_shipped_weights_are_those_of_the_workers_own_installation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Workers in images of their own have their packages elsewhere: every slide failed there. Content is compared."""
+    resolved = resolve(Settings(stain=Stain("dcgmm")))
+    assert (resolved.detector.weights, resolved.stain.weights) == ("nuclei", "stain")
+    elsewhere = tmp_path / "pipeline"
+    shutil.copytree(find_weights("nuclei").parent, elsewhere / "weights")
+    monkeypatch.setattr(weights.resources, "files", lambda package: tmp_path / package)
+    assert resolve(resolved) == resolved
+    assert find_weights(resolved.detector.weights) == elsewhere / "weights" / "nuclei.safetensors"
+    shutil.copy(find_weights("fast"), find_weights("nuclei"))
+    with pytest.raises(WeightsError, match="has other content than when the run was started"):
+        load.detector(resolved.detector)
 
 
 def test_a_worker_that_has_another_disk_or_other_versions_is_refused(tmp_path: Path) -> None:
