@@ -179,9 +179,13 @@ def _thread_of_gpu() -> ThreadPoolExecutor:
 
 
 def computes_on(detector: Detector) -> str:
-    """Kind of device and precision of a detector here, such as "cpu bfloat16": they decide the last bits of results."""
+    """Kind of device and precision of a detector here, such as "cpu bfloat16": they decide the last bits of results.
+
+    And whether a GPU detects without our kernels, which is slower, and gives other last bits.
+    """
     device = choose_device(detector.device)
-    return f"{device.type} {str(choose_precision(detector.precision, device)).removeprefix('torch.')}"
+    kind = f"{device.type} {str(choose_precision(detector.precision, device)).removeprefix('torch.')}"
+    return f"{kind} without Triton" if device.type == "cuda" and kernels_problem(device) else kind
 
 
 @functools.lru_cache(maxsize=256)

@@ -86,7 +86,7 @@ class StageRecord:
     """What stages did for a block or a slide, in a few numbers. Records add up.
 
     seconds: processing time of each stage, by its name, without waiting.
-    computed_on: kinds of device and precisions that detected, such as "cpu bfloat16"; they decide the last bits.
+    computed_on: kinds of device and precisions that detected, as `device.computes_on`; they decide the last bits.
     waited: seconds that detectors had nothing to compute until they got these blocks, by the cause, of `WAITS`.
     """
 

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
+from pipeline.config import Detector
 from pipeline.errors import ConfigError, DeviceLost
 from pipeline.model import device
 from pipeline.model.device import choose_device, choose_precision, count_gpus, device_kind
@@ -37,6 +38,15 @@ def test_gpus_are_counted_by_torch_where_there_is_a_driver(monkeypatch: pytest.M
     for driver, count in ((True, 3), (False, 0)):
         monkeypatch.setattr(device, "has_gpu_driver", lambda driver=driver: driver)
         assert count_gpus() == count
+
+
+def test_a_gpu_without_our_kernels_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is slower, and gives other last bits: in the ledger, and in the warning where some devices have them."""
+    monkeypatch.setattr(device, "choose_device", lambda name: torch.device(name))
+    for problem, said in ((None, "cuda float32"), ("no C compiler", "cuda float32 without Triton")):
+        monkeypatch.setattr(device, "kernels_problem", lambda _, problem=problem: problem)
+        assert device.computes_on(Detector(device="cuda", precision="float32")) == said
+        assert device.computes_on(Detector(device="cpu", precision="bfloat16")) == "cpu bfloat16"
 
 
 def test_one_computes_at_a_time_and_on_a_gpu_always_the_same_thread(monkeypatch: pytest.MonkeyPatch) -> None:
