@@ -9,7 +9,8 @@ Law: a user name, password, query or fragment of a URL, which may be a secret, i
 import contextlib
 import io
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, BinaryIO, NamedTuple, Self
@@ -35,6 +36,7 @@ _PATIENCE: Any = {  # with a store that has answered: of itself obstore tries te
     "backoff": {"init_backoff": timedelta(seconds=1), "max_backoff": timedelta(seconds=15), "base": 2},
 }
 _HEADER = 2**16  # bytes that are read ahead of a DICOM header
+_ASKED_AT_ONCE = 16  # URLs of a manifest: each answer takes a while to come, and a server may refuse many more
 
 
 def is_url(given: object) -> bool:
@@ -64,13 +66,40 @@ class Entry(NamedTuple):
         return cls(meta["path"], meta["size"], mtime_ns, meta["e_tag"] or "")
 
 
-def locate(url: str) -> "RemoteFolder | RemoteSlide":
+Stores = dict[tuple[str, bool], Any]
+"Clients of obstore that are used again: each has connections of its own. By what they are asked for in `_store`."
+
+
+def locate_each(urls: Iterable[str]) -> "dict[str, RemoteFolder | RemoteSlide | RunError]":
+    """What `locate` returns for each URL, or the RunError that it raises. Several are asked at once.
+
+    Raises ConfigError where obstore is not installed.
+    """
+    stores: Stores = {}
+
+    def located(url: str) -> "RemoteFolder | RemoteSlide | RunError":
+        try:
+            return locate(url, stores)
+        except RunError as error:
+            return error
+
+    once = list(dict.fromkeys(urls))
+    threads = ThreadPoolExecutor(_ASKED_AT_ONCE)
+    try:
+        return dict(zip(once, threads.map(located, once), strict=True))
+    finally:
+        threads.shutdown(cancel_futures=True)  # after Ctrl-C, too
+
+
+def locate(url: str, stores: Stores | None = None) -> "RemoteFolder | RemoteSlide":
     """The slide at a URL, or else the folder, which only stores have: all that is stored below it.
 
+    stores: that may be used, and to which those are added that are made for this URL.
     Raises RunError for a URL that cannot be used or does not answer; ConfigError where obstore is not installed.
     """
-    asked, place, key = _store(url)
-    store, _, _ = _store(url, _PATIENCE)
+    stores = {} if stores is None else stores
+    asked, place, key = _store(url, stores)
+    store, _, _ = _store(url, stores, patient=True)
     folder, _, name = key.rpartition("/")
     above = f"{folder}/" if folder else ""
     slide, first = (RemoteSlide(RemoteFolder(each, place, above), name) for each in (store, asked))
@@ -90,10 +119,10 @@ def locate(url: str) -> "RemoteFolder | RemoteSlide":
         raise RunError(str(error)) from None
 
 
-def _store(url: str, retry: Any = None) -> tuple[Any, str, str]:
+def _store(url: str, stores: Stores, *, patient: bool = False) -> tuple[Any, str, str]:
     """The store of a URL; its place, a URL without secrets that ends with "/"; and the key that the URL names.
 
-    retry: how often it is asked again where it does not answer; obstore's own where None
+    patient: whether it is asked again for `_PATIENCE` where it does not answer; else for as long as obstore does
     """
     match = _URL.fullmatch(url)
     scheme, rest = (match[1].lower(), match[2]) if match else ("", "")
@@ -118,7 +147,10 @@ def _store(url: str, retry: Any = None) -> tuple[Any, str, str]:
         key, root = unquote(parsed.path).lstrip("/"), parsed._replace(path="", fragment="").geturl()
         place, options = without_secrets(f"{scheme}://{parsed.netloc}/"), {"allow_http": scheme == "http"}
     with _asked(place, RunError):
-        return from_url(root, client_options=options, retry_config=retry), place, key.rstrip("/")
+        if (root, patient) not in stores:
+            retry = _PATIENCE if patient else None
+            stores[root, patient] = from_url(root, client_options=options, retry_config=retry)
+    return stores[root, patient], place, key.rstrip("/")
 
 
 @contextlib.contextmanager

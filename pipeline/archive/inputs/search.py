@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pipeline.archive.inputs.naming import Place
-from pipeline.archive.inputs.remote import RemoteSlide, locate
+from pipeline.archive.inputs.remote import RemoteFolder, RemoteSlide, locate
 from pipeline.errors import RunError
 from pipeline.layout import STAGED, RunFolder
 from pipeline.text import counted, printable
@@ -110,16 +110,17 @@ class Search:
                 place = Place(Path(found.url("")), name)
                 self._file(place, found.url(name), RemoteSlide(found.inner(folder), file))
 
-    def add_url(self, url: str, path: Path, place: Place) -> str:
-        """A slide that a manifest names by its URL, there or not; path, place: of the URL. Returns its key."""
-        try:
-            found = locate(url)
-        except RunError as error:
-            problem = str(error)
-        else:
-            if isinstance(found, RemoteSlide):
-                return self._add_remote(found)
+    def add_url(self, found: RemoteFolder | RemoteSlide | RunError, path: Path, place: Place) -> str:
+        """A slide that a manifest names by its URL, there or not; path, place: of the URL. Returns its key.
+
+        found: what is there, of `pipeline.archive.inputs.remote.locate_each`
+        """
+        if isinstance(found, RemoteSlide):
+            return self._add_remote(found)
+        if isinstance(found, RemoteFolder):
             problem = f"{found.url('')} is no file: need one, or give the folder itself as an input"
+        else:
+            problem = str(found)
         self.slides[str(path)] = SlideFile(path, place)
         self.problems[str(path)] = printable(problem)
         return str(path)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pipeline.archive.inputs.naming import Place, name_slides
-from pipeline.archive.inputs.remote import RemoteSlide, is_url, without_secrets
+from pipeline.archive.inputs.remote import RemoteSlide, is_url, locate_each, without_secrets
 from pipeline.archive.inputs.search import SUFFIXES, Search
 from pipeline.archive.inputs.staging import LocalSlide, SlideFiles
 from pipeline.errors import RunError
@@ -137,12 +137,13 @@ def _check_scales(given: Mapping[str, float | None]) -> None:
             raise RunError(f"{flag}={scale!r}: {NEED_MPP}")
 
 
-def _add_named(named: Iterable[_Given], search: Search) -> defaultdict[str, set[float]]:
+def _add_named(named: Sequence[_Given], search: Search) -> defaultdict[str, set[float]]:
     """Add the slides that are named to those found, and note what is wrong with them. Returns their scales by key."""
     scales: defaultdict[str, set[float]] = defaultdict(set)
+    found = locate_each(given.url for given in named if given.url)
     for given in named:
         where = (given.path, given.place)
-        key = search.add_url(given.url, *where) if given.url else search.add(*where)
+        key = search.add_url(found[given.url], *where) if given.url else search.add(*where)
         if given.mpp is not None:
             scales[key].add(given.mpp)
         if given.problem:

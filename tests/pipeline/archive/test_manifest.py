@@ -16,7 +16,7 @@ from pipeline.archive.run import run
 from pipeline.config import Architecture, Detector, Execution, Export, Settings, Stain, Tiling
 from pipeline.errors import RunError, WeightsError
 from pipeline.layout import RunFolder
-from pipeline.model import load, weights
+from pipeline.model import load
 from pipeline.model.detector import NucleusDetector, save_weights
 from pipeline.model.weights import find_weights
 
@@ -114,7 +114,7 @@ def test_shipped_weights_are_those_of_the_workers_own_installation(
     assert (resolved.detector.weights, resolved.stain.weights) == ("nuclei", "stain")
     elsewhere = tmp_path / "pipeline"
     shutil.copytree(find_weights("nuclei").parent, elsewhere / "weights")
-    monkeypatch.setattr(weights.resources, "files", lambda package: tmp_path / package)
+    monkeypatch.setattr("importlib.resources.files", lambda package: tmp_path / package)
     assert resolve(resolved) == resolved
     assert find_weights(resolved.detector.weights) == elsewhere / "weights" / "nuclei.safetensors"
     shutil.copy(find_weights("fast"), find_weights("nuclei"))

@@ -245,14 +245,16 @@ Answer = tuple[int, dict[str, str], bytes]  # status, headers, content
 
 
 @contextlib.contextmanager
-def serving(answer: Callable[[str, slice | None], Answer]) -> Iterator[str]:
-    """The address of a web server; answer: of a method and the range that is asked for."""
+def serving(
+    answer: Callable[[str, slice | None], Answer], by_path: Callable[[str], Answer] | None = None
+) -> Iterator[str]:
+    """The address of a web server; answer: of a method and the range that is asked for, or by_path: of the path."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             wanted = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
             part = slice(int(wanted[1]), int(wanted[2]) + 1) if wanted else None
-            status, headers, content = answer(self.command, part)
+            status, headers, content = by_path(self.path) if by_path else answer(self.command, part)
             self.send_response(status)
             for name, value in {"Content-Length": str(len(content)), **headers}.items():
                 self.send_header(name, value)
@@ -297,6 +299,44 @@ def test_a_server_that_is_away_for_a_while_is_waited_for(
         (row,) = run(f"{address}/x.tif", tmp_path / "out", chosen(), staged(tmp_path), say=lambda line: None)
     assert (row.status, row.cause) == ("done", "")
     assert len(asked) > 50
+
+
+def test_the_urls_of_a_manifest_are_asked_for_at_once_by_few_clients(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ten thousand took a quarter of an hour, one after the other. Each has its own answer, as it had alone."""
+    asked, most, lock = 0, 0, threading.Lock()
+    clients, from_url = list[str](), obstore.store.from_url
+
+    def sizes(path: str) -> Answer:
+        nonlocal asked, most
+        with lock:
+            asked += 1
+            most = max(most, asked)
+        time.sleep(0.05)
+        with lock:
+            asked -= 1
+        number = int(path.removeprefix("/x").removesuffix(".tif"))
+        return (404 if number % 10 == 3 else 200), {"Content-Length": str(1000 + number)}, b""
+
+    def counted(root: str, **options: Any) -> Any:
+        clients.append(root)
+        return from_url(root, **options)
+
+    monkeypatch.setattr(obstore.store, "from_url", counted)
+    with serving(lambda method, part: (500, {}, b""), by_path=sizes) as address:
+        paths = [f"{address}/x{number}.tif" for number in range(100)]
+        (tmp_path / "list.csv").write_text("\n".join(["path", *paths, *paths[:5]]))
+        sources = {source.name: source for source in find_slides(tmp_path / "list.csv", urls=True).sources}
+        assert 1 < most <= 16
+        assert sorted(sources) == sorted(f"x{number}" for number in range(100))
+        for number in range(100):
+            source = sources[f"x{number}"]
+            if number % 10 == 3:
+                assert source.problem == f"{address}/x{number}.tif: there is no such file"
+            else:
+                assert (source.problem, source.files.origin().bytes) == ("", 1000 + number)
+    assert len(clients) <= 2 * 16  # threads that come at the same time may each make two
 
 
 def test_a_server_that_does_not_answer_at_first_is_told_soon() -> None:
