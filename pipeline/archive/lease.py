@@ -8,7 +8,8 @@ take     make a folder of our own beside, `.lease-TOKEN`, with our file in it; u
          `.lease`; rename our folder to `.lease`, which a file system does, in one step, only where there is no such
          folder or an empty one. Then check that our file is in it: a server's answer may get lost, the file does not.
 beat     touch our file.
-release  unlink our file, then the folder, which is only removed when it is empty.
+release  unlink our file, then the folder, which is only removed when it is empty. A file that cannot be removed now is
+         for others a lease that expires, and for us none.
 
 Why it holds: whatever removes or touches a lease names its token, so a process that was suspended between its check
 and its action, for however long, cannot remove the lease that another process has made meanwhile; and of many that
@@ -70,6 +71,7 @@ class Leases:
         """beat_s: between heartbeats; expiry_s: the same for all runs, and many beats, as a server may be slow."""
         self._beat_s, self._expiry_s = beat_s, expiry_s
         self._held: dict[Path, Path] = {}  # the folder of a slide -> our file
+        self._left: set[Path] = set()  # files of ours that are no lease any more, and could not be removed
         self._watched: dict[Path, tuple[int, float]] = {}  # another's file -> mtime, and since when (our clock)
         self._lock = threading.Lock()  # of `_held`; never held while the file system is asked
         self._ended = threading.Event()
@@ -110,6 +112,7 @@ class Leases:
         finally:
             shutil.rmtree(staged, ignore_errors=True)
         if not _touch(lease / token):
+            self._left.add(lease / token)  # it may be there, only out of reach now
             return False
         with self._lock:
             self._held[folder] = lease / token
@@ -118,10 +121,12 @@ class Leases:
     def _clear(self, lease: Path, now_ns: int) -> bool:
         """Remove what dead owners have left; False where one may be alive. now_ns: mtime of a file just made."""
         for file in _files(lease):
-            if not _is_dead(file) and not self._is_expired(file, now_ns):  # the first makes NFS fetch its mtime again
+            # the second makes NFS fetch its mtime again
+            if file not in self._left and not _is_dead(file) and not self._is_expired(file, now_ns):
                 return False
             file.unlink(missing_ok=True)
             self._watched.pop(file, None)
+            self._left.discard(file)
         with contextlib.suppress(OSError):  # not there, or taken meanwhile
             for folder in lease.iterdir():  # of a file server that indexes, as @eaDir; a file is of another's lease
                 shutil.rmtree(folder, ignore_errors=True)
@@ -160,14 +165,18 @@ class Leases:
             # of killed processes; one that is just being made fails, as the slide was ours
             for left in folder.glob(f"{LEASE}-*") if _touch(file) else ():
                 shutil.rmtree(left, ignore_errors=True)
+        self._left.add(file)
         with contextlib.suppress(OSError):  # what could not be touched a moment ago may be there all the same
-            file.unlink()
+            file.unlink(missing_ok=True)
+            self._left.discard(file)
             file.parent.rmdir()
 
     def holder(self, folder: Path) -> str:
         """Who has this folder, for a message; "" if nobody has, or a file server does not say."""
         with contextlib.suppress(OSError):
             for file in _files(folder / LEASE):
+                if file in self._left:
+                    continue
                 owner = _read(file)
                 return f"{owner.host}, process {owner.pid}" if owner else "an unknown process"
         return ""

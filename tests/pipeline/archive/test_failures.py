@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import threading
+import time
 from collections import namedtuple
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -399,6 +400,50 @@ def test_a_slide_that_another_run_gives_back_is_not_left_to_nobody(
         monkeypatch.setattr(Leases, "holder", given_back)
         rows = segment(archive, out, Execution(cluster=False, workers=1, wait=False))
     assert [row.status for row in rows.values()] == ["done", "done"]
+
+
+@pytest.mark.parametrize("wait", [True, False])
+def test_results_that_cannot_be_written_for_a_moment_cost_no_slide(
+    wait: bool, archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The lease that could not be given back then was taken for another run's: with --no-wait the slide was left to
+    ourselves, with exit status 0; else it was waited for, three minutes.
+    """
+    out, release, utime, unlink = tmp_path / "out", Leases.release, os.utime, Path.unlink
+    away = [False]
+
+    def refuse(path: Any) -> None:
+        if away[0] and out in Path(path).parents:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    def touches(path: Any, *given: Any) -> None:
+        refuse(path)
+        utime(path, *given)
+
+    def unlinks(path: Path, *given: Any, **named: Any) -> None:
+        refuse(path)
+        unlink(path, *given, **named)
+
+    def comes_back(leases: Leases, folder: Path) -> None:
+        release(leases, folder)
+        away[0] = False
+
+    def goes_away(patches: Patches, normalisation: Normalisation, settings: Settings) -> Iterator[HostInstances]:
+        if not tried:
+            tried.append(1)
+            away[0] = True
+        yield from oracle.detect(patches, normalisation, settings)
+
+    tried = list[int]()
+    monkeypatch.setattr(os, "utime", touches)
+    monkeypatch.setattr(Path, "unlink", unlinks)
+    monkeypatch.setattr(Leases, "release", comes_back)
+    monkeypatch.setattr(all_slides, "_POLL_S", 0.1)
+    since = time.monotonic()
+    one = Execution(cluster=False, workers=1, wait=wait)
+    (row,) = run([archive / "a.png"], out, chosen(), one, mpp=0.25, say=lambda line: None, detect=goes_away)
+    assert (row.status, row.cause) == ("done", "")
+    assert time.monotonic() - since < 100
 
 
 def test_a_slide_that_was_left_to_another_run_is_done_once_that_has_done_it(

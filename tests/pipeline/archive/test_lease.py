@@ -270,6 +270,34 @@ def test_a_server_that_does_not_answer_once_keeps_no_slide(tmp_path: Path, monke
     assert Leases().take(tmp_path)
 
 
+def test_a_lease_that_could_not_be_given_back_is_nobodys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Law: what we have left in a folder that could not be written is not taken for another run's lease."""
+
+    def refuse(path: Path, **_: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+    one = Leases()
+    assert one.take(tmp_path)
+    with monkeypatch.context() as away:
+        away.setattr(Path, "unlink", refuse)
+        one.release(tmp_path)
+    assert not Leases().take(tmp_path), "it is ours until it expires, as far as others know"
+    assert one.holder(tmp_path) == ""
+    assert one.take(tmp_path)
+    one.release(tmp_path)
+    with monkeypatch.context() as away:  # it was taken, and then could not be reached
+        away.setattr(lease, "_touch", lambda file: False)
+        assert not one.take(tmp_path)
+    assert one.holder(tmp_path) == ""
+    assert one.take(tmp_path)
+    other = Leases()
+    other.release(tmp_path)
+    assert not other.take(tmp_path)
+    one.release(tmp_path)
+    assert other.take(tmp_path)
+    assert one.holder(tmp_path) == other.holder(tmp_path) != ""
+
+
 def test_the_heartbeat_continues_when_a_folder_vanishes(tmp_path: Path) -> None:
     with Leases(beat_s=0.01) as leases:
         assert leases.take(tmp_path / "a")
