@@ -366,11 +366,12 @@ def stitch_slide(job: Job) -> StageRecord:
 
 def _remove_results(job: Job) -> None:
     """Whatever an earlier run made of the slide, with other settings perhaps; not what this round has made already."""
-    job.check_lease()
     if (files.read_json_if_there(job.folder.slide_json) or {}).get("overwrite") == job.overwrite:
         return  # a second call of this stage, by a worker that was given up for lost
+    job.check_lease()  # after that: whoever waits long for a file server may be given up, and the slide done meanwhile
     job.folder.slide_json.unlink(missing_ok=True)  # first: without it, nothing else counts as a result
-    for path in (job.folder.regions, *(job.folder.path / name for name in RESULTS)):
+    results = (job.folder.regions, *(job.folder.path / name for name in RESULTS))
+    for path in job.while_leased(iter(results)):
         files.remove(path)
 
 

@@ -20,6 +20,7 @@ from PIL import Image
 import oracle
 import pipeline
 from oracle import chosen, files, paint
+from pipeline import files as file_module
 from pipeline.archive import run as archive_run
 from pipeline.archive import slide_stages
 from pipeline.archive.all_slides import AllSlides
@@ -29,10 +30,11 @@ from pipeline.archive.manifest import resolve
 from pipeline.archive.verify import verify_results
 from pipeline.cli import main
 from pipeline.config import Execution, Regions, Settings, Stain
-from pipeline.errors import ClusterLost, ExportFailed, RunError
+from pipeline.errors import ClusterLost, ExportFailed, LeaseLost, RunError
 from pipeline.layout import RunFolder
 from pipeline.model.fitted_stain import Normalisation
 from pipeline.model.instances import HostInstances, Patches
+from pipeline.segment import job as job_module
 from pipeline.segment import stages
 from pipeline.segment.job import Job
 from pipeline.segment.record import SlideRecord, StageRecord
@@ -106,6 +108,34 @@ def test_a_stage_that_runs_twice_removes_nothing_new(archive: Path, tmp_path: Pa
             stages._remove_results(job)
     assert (out / "a" / "slide.json").read_bytes() == before
     assert all(not problems for _, problems in verify_results(out))
+
+
+@pytest.mark.parametrize("frozen_in", ["read_json_if_there", "remove"])
+def test_a_worker_that_is_frozen_while_it_removes_results_leaves_the_new_ones(
+    frozen_in: str, archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its machine or file server answers again when another worker has done the slide, which was given back."""
+    out = tmp_path / "out"
+    segment(archive, out)
+    folder = RunFolder(out).slide("a")
+    goes_on = getattr(file_module, frozen_in)
+    with Leases() as leases:
+        assert leases.take(folder.path)
+        lease = leases.file(folder.path)
+        job = Job(archive / "a.tif", folder, resolve(chosen()), GivenScale(), lease=lease, overwrite="a round")
+
+        def is_frozen(path: Path) -> Any:
+            found = goes_on(path)
+            leases.release(folder.path)
+            return found
+
+        monkeypatch.setattr(file_module, frozen_in, is_frozen)
+        monkeypatch.setattr(job_module, "LEASE_CHECK_S", 0.0)
+        with pytest.raises(LeaseLost):
+            stages._remove_results(job)
+    monkeypatch.undo()
+    assert folder.nuclei.exists()
+    assert folder.slide_json.exists() == (frozen_in == "read_json_if_there")
 
 
 def test_a_slide_that_is_exported_meanwhile_is_done_again(archive: Path, tmp_path: Path) -> None:
