@@ -1,5 +1,6 @@
 """`plan`, `export`, `measure` and `read_nuclei` for scripts and notebooks; `run` is in `pipeline.archive.run`."""
 
+import functools
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -23,6 +24,7 @@ from pipeline.model.device import count_gpus, device_kind
 from pipeline.model.weights import detector_architecture, find_weights
 from pipeline.segment.export import Exported, check_formats
 from pipeline.segment.finished import UNUSABLE, cause, rewrite_exports
+from pipeline.segment.tables import checked_between_groups
 from pipeline.segment.tables import read_nuclei as read_table
 
 CPU_SECONDS_PER_MM2 = 13.0
@@ -139,7 +141,8 @@ def export_files(folder: str | os.PathLike[str], settings: Export) -> Iterator[t
                     failed.append(f"{slide.path}: a run is working on it ({who}), try again when it is done")
                     continue
                 try:
-                    written = rewrite_exports(slide, settings)
+                    with checked_between_groups(functools.partial(leases.check, slide.path)):
+                        written = rewrite_exports(slide, settings)
                 finally:
                     leases.release(slide.path)
             except UNUSABLE as error:

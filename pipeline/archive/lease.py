@@ -44,6 +44,7 @@ from typing import NamedTuple, Self
 
 import psutil
 
+from pipeline.errors import LeaseLost
 from pipeline.layout import LEASE
 
 # errors where another process was faster: its folder is not empty, or its release has removed ours
@@ -149,6 +150,11 @@ class Leases:
         with self._lock:
             file = self._held.get(folder)
         return file is not None and _touch(file)
+
+    def check(self, folder: Path) -> None:
+        """Called before anything is committed. Raises LeaseLost where the folder is not `ours`."""
+        if not self.ours(folder):
+            raise LeaseLost(f"{folder.name}: another process has taken this slide over")
 
     def file(self, folder: Path) -> Path | None:
         """The file that proves that this folder is ours, as long as it exists; None where we have not taken it."""

@@ -25,6 +25,7 @@ from pipeline.segment import finished
 from pipeline.segment.job import Job
 from pipeline.segment.record import SlideRecord
 from pipeline.segment.stages import remove_work
+from pipeline.segment.tables import checked_between_groups
 from pipeline.text import counted_nuclei, one_line
 
 
@@ -121,7 +122,10 @@ class LeasedSlides:
         if not (untidy or stale) or not self._leases.take(folder.path):
             return
         try:
-            if made := finished.refresh_exports(folder, job.settings.export):
+            job = dataclasses.replace(job, lease=self._leases.file(folder.path))
+            with checked_between_groups(job.check_lease):
+                made = finished.refresh_exports(folder, job.settings.export)
+            if made:
                 self._progress.say(f"{name}: {', '.join(made)} made from {folder.nuclei.name}")
             if not self._command.execution.keep_work:
                 remove_work(job)

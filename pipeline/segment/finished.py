@@ -173,7 +173,10 @@ def stale_exports(folder: SlideFolder, export: Export) -> tuple[ExportFormat, ..
 
 
 def refresh_exports(folder: SlideFolder, export: Export) -> tuple[ExportFormat, ...]:
-    """Make what is stale of a finished slide's exports again, from nuclei.parquet. Returns the names of the formats."""
+    """Make what is stale of a finished slide's exports again, from nuclei.parquet, as `rewrite_exports`.
+
+    Returns the names of the formats.
+    """
     stale = dataclasses.replace(export, formats=stale_exports(folder, export))
     if stale.formats:
         rewrite_exports(folder, stale)
@@ -181,17 +184,20 @@ def refresh_exports(folder: SlideFolder, export: Export) -> tuple[ExportFormat, 
 
 
 def rewrite_exports(folder: SlideFolder, export: Export) -> dict[str, Exported]:
-    """Make exports of a finished slide, there or not, and note them in slide.json; its lease is ours.
+    """Make exports of a finished slide, there or not, and note them in slide.json.
 
+    Its lease is ours, and `tables.checked_between_groups` lasts, with a check of that.
     The outlines of tissue and artefacts get the origin of QuPath's file, over which they are shown, whichever export is
     made; where the slide has none, that of the other exports with a choice of origin.
     """
     content = read_slide_json(folder)
     exported = write_exports(folder, export, Path(content["source_path"]) if content is not None else None)
     if content is not None:
+        tables.check_now()
         placed = _placed(folder, _crop_of_outlines(export, content))
         made = _describe(folder, export, (*placed, *(EXPORTS[name] for name in export.formats)))
         content = {**content, "files": {**content["files"], **made}}
+        tables.check_now()  # who was suspended until now would describe what another run has made
         files.write_json(folder.slide_json, files.with_checksum(content))
     return exported
 

@@ -306,11 +306,16 @@ def checked_between_groups(check: Callable[[], None]) -> Iterator[None]:
         _check.reset(token)
 
 
+def check_now() -> None:
+    """The check of `checked_between_groups`, where that lasts."""
+    _check.get()()
+
+
 def iter_nuclei(path: Path, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
     """As `read_nuclei`, a row group (at most 50,000 rows) at a time. Raises what the check between groups does."""
     with pq.ParquetFile(path) as file:
         for group in range(file.num_row_groups):
-            _check.get()()
+            check_now()
             yield _complete(file, file.read_row_group(group, columns or NUCLEI.names), columns)
 
 

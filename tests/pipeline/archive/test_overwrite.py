@@ -20,22 +20,23 @@ from PIL import Image
 import oracle
 import pipeline
 from oracle import chosen, files, paint
-from pipeline import files as file_module
+from pipeline import files as files_module
+from pipeline.archive import all_slides, slide_stages
 from pipeline.archive import run as archive_run
-from pipeline.archive import slide_stages
 from pipeline.archive.all_slides import AllSlides
 from pipeline.archive.lease import Leases
 from pipeline.archive.ledger import read_ledger
 from pipeline.archive.manifest import resolve
 from pipeline.archive.verify import verify_results
 from pipeline.cli import main
-from pipeline.config import Execution, Regions, Settings, Stain
+from pipeline.config import Execution, Export, Regions, Settings, Stain
 from pipeline.errors import ClusterLost, ExportFailed, LeaseLost, RunError
-from pipeline.layout import RunFolder
+from pipeline.layout import RunFolder, SlideFolder
 from pipeline.model.fitted_stain import Normalisation
 from pipeline.model.instances import HostInstances, Patches
+from pipeline.segment import finished, stages
 from pipeline.segment import job as job_module
-from pipeline.segment import stages
+from pipeline.segment.export import Exported
 from pipeline.segment.job import Job
 from pipeline.segment.record import SlideRecord, StageRecord
 from slides.patches import cut
@@ -118,7 +119,7 @@ def test_a_worker_that_is_frozen_while_it_removes_results_leaves_the_new_ones(
     out = tmp_path / "out"
     segment(archive, out)
     folder = RunFolder(out).slide("a")
-    goes_on = getattr(file_module, frozen_in)
+    goes_on = getattr(files_module, frozen_in)
     with Leases() as leases:
         assert leases.take(folder.path)
         lease = leases.file(folder.path)
@@ -129,7 +130,7 @@ def test_a_worker_that_is_frozen_while_it_removes_results_leaves_the_new_ones(
             leases.release(folder.path)
             return found
 
-        monkeypatch.setattr(file_module, frozen_in, is_frozen)
+        monkeypatch.setattr(files_module, frozen_in, is_frozen)
         monkeypatch.setattr(job_module, "LEASE_CHECK_S", 0.0)
         with pytest.raises(LeaseLost):
             stages._remove_results(job)
@@ -154,6 +155,36 @@ def test_a_slide_that_is_exported_meanwhile_is_done_again(archive: Path, tmp_pat
     assert [row.status for row in rows.values()] == ["done", "done"]
     assert digests(out) == [json.loads((out / "run.json").read_text())["digest"]] * 2
     assert exported
+
+
+@pytest.mark.parametrize("by", ["run", "export"])
+def test_an_export_that_is_frozen_does_not_describe_what_others_have_made_meanwhile(
+    by: str, archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A laptop sleeps, and a run with --overwrite takes the slide over: slide.json stays that run's."""
+    out, write_exports, frozen = tmp_path / "out", finished.write_exports, list[bytes]()
+    segment(archive, out)
+    slide_json = out / "a" / "slide.json"
+
+    def is_frozen(folder: SlideFolder, *given: Any) -> dict[str, Exported]:
+        written = write_exports(folder, *given)
+        if not frozen:
+            shutil.rmtree(folder.lease)
+            content = files_module.with_checksum({**json.loads(slide_json.read_text()), "overwrite": "of another"})
+            files_module.write_json(slide_json, content)
+            frozen.append(slide_json.read_bytes())
+        return written
+
+    monkeypatch.setattr(finished, "write_exports", is_frozen)
+    if by == "export":
+        with pytest.raises(ExportFailed, match="a: another process has taken this slide over"):
+            pipeline.export(out / "a", ["csv"])
+        assert [slide_json.read_bytes()] == frozen
+    else:
+        monkeypatch.setattr(all_slides, "_POLL_S", 0.1)
+        rows = segment(archive, out, dataclasses.replace(chosen(), export=Export(formats=("qupath", "csv"))))
+        assert [row.status for row in rows.values()] == ["done before"] * 2
+        assert json.loads(slide_json.read_text())["overwrite"] == "of another"
 
 
 def test_an_interrupted_round_continues_and_a_finished_one_does_not(archive: Path, tmp_path: Path) -> None:
