@@ -496,7 +496,7 @@ class Architecture:
     "Side of the grid that a mask is predicted on, whatever the size of its box."
     mpp: float = 0.25
     "Working scale it is trained for, in micrometres per pixel."
-    score: float = 0.6
+    score: Annotated[float, Parameter(parse=False)] = 0.6  # `train` has the flag --score
     "The score threshold that suits it: what `--detector.score` is where it is not given."
     classes: Annotated[tuple[str, ...], Parameter(negative="")] = ("Nucleus",)
     "Names of the classes, in the order of the class index."

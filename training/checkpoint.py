@@ -27,7 +27,7 @@ PART_BYTES = 12 * 2**20
 
 # A training may be continued with other values of these: they do not decide what is learnt. But `minutes` do where they
 # take the place of a number of steps.
-MAY_DIFFER = frozenset(["minutes", "device", "loaders", "save_every", "licence", "architecture.score"])
+MAY_DIFFER = frozenset(["minutes", "device", "loaders", "save_every", "licence", "score", "architecture.score"])
 
 _DIGESTED = {  # of each dataset, and of weights, only a digest is known
     "images": "other images, or other scales (--mpp) or groups of the same",

@@ -79,6 +79,8 @@ class Training:
     "cpu, cuda, cuda:N, or auto: the GPU if there is one."
     loaders: Annotated[int, Parameter(group=MACHINE)] = 1
     "Processes that prepare crops, 0: the training process itself; one keeps up with a CPU, a GPU needs more."
+    score: Annotated[float | None, Parameter(group=OUTPUT)] = None
+    "Score threshold that the weights state, for `run` to use; without it that of `init`, or the network's default."
     licence: Annotated[str, Parameter(group=OUTPUT)] = ""
     "Terms of use, kept in the weights file and shown where it is used; without it, those of `init`."
 
@@ -101,6 +103,7 @@ class Training:
             f"keep={self.keep}: need trained weights to start from, such as --init nuclei, not {self.init}",
         )
         require(0 <= self.average < 1, f"average={self.average}: need 0 or more, under 1")
+        require(self.score is None or 0 < self.score < 1, f"score={self.score}: need more than 0, below 1")
         require(self.hold_out >= 0, f"hold_out={self.hold_out}: need 0 or more")
         require(self.loaders >= 0, f"loaders={self.loaders}: need 0 or more")
 

@@ -94,6 +94,8 @@ def fit(
     Writes to `out`: checkpoint/ (all that continuing needs), nuclei.safetensors (the averaged weights with the share
     `keep` of the first ones, after Wortsman et al. 2022, "Robust fine-tuning of zero-shot models", in half precision;
     returned), losses.csv, scores.csv and held_out/ (detections of those weights in held-out images), curves.png.
+    The weights state the score threshold of `training`; without one, that of the weights that they began with; of
+    `architecture` where those are none of a detector.
     Raises AnnotationError for a dataset without nuclei, ConfigError for a checkpoint of another recipe and for weights
     without one, WeightsError for weights or a checkpoint that do not fit, WorkersDied.
     Law: stopped and continued, the weights are those of an uninterrupted training (on one kind of machine), where a
@@ -103,6 +105,7 @@ def fit(
     checkpoint.refuse_other_weights(out / WEIGHTS_FILE)
     process = _this_process(training)
     say = say if process.rank == 0 else _silent
+    architecture = dataclasses.replace(architecture, score=_stated_score(training, architecture))
     if training.by_class:
         architecture = dataclasses.replace(architecture, classes=_common_classes(datasets))
     trained, held_out = _split(datasets, training)
@@ -323,6 +326,15 @@ def _by_name(value: Tensor, before: Sequence[str], after: Sequence[str]) -> Tens
     background, *parts = value.chunk(1 + len(before))
     mean = torch.stack(parts).mean(0)
     return torch.cat([background, *(parts[before.index(name)] if name in before else mean for name in after)])
+
+
+def _stated_score(training: Training, architecture: Architecture) -> float:
+    """The score threshold that the weights are to state; see `fit`."""
+    if training.score is not None:
+        return training.score
+    if training.init in ("imagenet", "random"):
+        return architecture.score
+    return detector_architecture(find_weights(training.init)).score
 
 
 def _licence_of(init: str) -> str:

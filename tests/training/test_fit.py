@@ -197,10 +197,23 @@ def test_what_weights_state_may_be_changed_when_they_are_trained(data: Path, tmp
     """Law: their threshold and terms of use are those of the last command, and the weights stay."""
     images, settings = read_dataset(data, [], 0.25), dataclasses.replace(QUICK, steps=1, hold_out=1)
     before = load_weights(fit([images], tmp_path, settings, TINY, say=silent)).state_dict()
-    other = dataclasses.replace(settings, licence="CC0 1.0"), dataclasses.replace(TINY, score=0.35)
-    weights = fit([images], tmp_path, *other, say=silent)
+    other = dataclasses.replace(settings, licence="CC0 1.0", score=0.35)
+    weights = fit([images], tmp_path, other, TINY, say=silent)
     assert (licence(weights), detector_architecture(weights).score) == ("CC0 1.0", 0.35)
     assert all(torch.equal(before[k], v) for k, v in load_weights(weights).state_dict().items())
+
+
+def test_weights_state_the_threshold_of_those_that_they_began_with(data: Path, tmp_path: Path) -> None:
+    """Unless another one is asked for, also afterwards; `nightslide train` gives the network that of no weights."""
+    images, first = read_dataset(data, [], 0.25), tmp_path / "first.safetensors"
+    save_weights(NucleusDetector(dataclasses.replace(TINY, score=0.35)), first, {})
+    settings, said = dataclasses.replace(QUICK, steps=1, init=str(first)), list[str]()
+    weights = fit([images], tmp_path / "out", settings, TINY, say=said.append)
+    assert detector_architecture(weights).score == 0.35
+    assert not any("score threshold" in line for line in said)
+    fit([images], tmp_path / "out", dataclasses.replace(settings, score=0.8), TINY, say=said.append)
+    assert detector_architecture(weights).score == 0.8
+    assert f"{first} states a score threshold of 0.35; the new weights 0.8" in said
 
 
 def test_the_minutes_can_be_the_schedule(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -733,6 +746,7 @@ def test_weights_to_start_from_must_exist_and_fit(data: Path, tmp_path: Path) ->
         ({"keep": 0.5}, "keep=0.5: need trained weights to start from, such as --init nuclei, not imagenet"),
         ({"enlarge": float("inf")}, "enlarge=inf: need a finite number"),
         ({"minutes": float("inf")}, "minutes=inf: need a finite number"),
+        ({"score": 1.0}, "score=1.0: need more than 0, below 1"),
         ({"seed": 10**14}, "seed=100000000000000: need less than 2147483648"),
     ],
 )
