@@ -67,6 +67,7 @@ def read_objects(path: Path, wanted: Collection[str] = TYPES) -> tuple[Objects, 
             old = properties.get("object_type") or _TYPES_BY_ID.get(feature.get("id"), "annotation")
             type_ = str(properties.get("objectType", old)).lower()
             geometry = feature.get("nucleusGeometry") if type_ == "cell" else feature["geometry"]
+            geometry = _without_collection(geometry) if type_ in wanted else None
             reason = _reason_to_skip(type_, geometry) if type_ in wanted else f"of type {type_}"
             class_ = _class_of(properties.get("classification"))
             name = str(properties.get("name") or "")
@@ -111,6 +112,20 @@ def image_name(path: Path, given: bool) -> str:
     if suffix is None or (suffix == _ZIP and not given and not _may_hold_geojson(path)):
         return ""
     return path.name[: -len(suffix)]
+
+
+def _without_collection(geometry: Any) -> Any:
+    """The polygons in a GeometryCollection, as QuPath takes them: lines and points are left out. Others as they are."""
+    if geometry is None or geometry["type"] != "GeometryCollection":
+        return geometry
+    polygons, waiting = [], [geometry]
+    while waiting:
+        part = waiting.pop()
+        if part["type"] == "GeometryCollection":
+            waiting += part["geometries"][::-1]
+        elif part["type"] in ("Polygon", "MultiPolygon"):
+            polygons += part["coordinates"] if part["type"] == "MultiPolygon" else [part["coordinates"]]
+    return {"type": "MultiPolygon", "coordinates": polygons, "plane": geometry.get("plane")}
 
 
 def _reason_to_skip(type_: str, geometry: Any) -> str:

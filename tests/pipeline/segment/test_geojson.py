@@ -78,6 +78,30 @@ def test_an_object_without_a_place_is_counted(tmp_path: Path) -> None:
         read_objects(save(tmp_path / "x.geojson", unlocated, {"type": "Feature", "properties": {}}))
 
 
+@pytest.mark.parametrize("kind", ["annotation", "cell"])
+def test_the_polygons_of_a_collection_are_read(kind: str, tmp_path: Path) -> None:
+    """QuPath takes them, too, and leaves out the lines and points beside them; parts and holes are kept."""
+    far, line = shapely.box(20, 0, 24, 4), shapely.LineString([(0, 0), (30, 30)])
+    nested = shapely.GeometryCollection([shapely.MultiPolygon([far]), shapely.Point(1, 1)])
+    outlines = [
+        shapely.GeometryCollection([line, HOLED, nested]),
+        shapely.GeometryCollection([SQUARE, line]),
+        shapely.GeometryCollection([line]),
+        shapely.GeometryCollection(),
+    ]
+    objects = [feature(outline, kind) for outline in (*outlines, SQUARE)]
+    objects += [feature(outlines[0], kind, plane={"z": 1})]
+    for cell in objects if kind == "cell" else ():
+        cell["nucleusGeometry"] = cell["geometry"]
+    read, skipped = read_objects(save(tmp_path / "x.geojson", *objects))
+    assert shapely.equals(read.polygons, [shapely.MultiPolygon([HOLED, far]), SQUARE, SQUARE]).all()
+    assert +skipped == {"an outline without an area": 2, "on another plane than z = 0, t = 0": 1}
+    for geometry in ({"type": "GeometryCollection"}, {"type": "GeometryCollection", "geometries": [7]}):
+        cell = {**objects[0], "geometry": geometry, "nucleusGeometry": geometry}
+        with pytest.raises(AnnotationError, match="object 1 is no GeoJSON feature"):
+            read_objects(save(tmp_path / "x.geojson", cell))
+
+
 @pytest.mark.parametrize("properties", [{"name": "n" * 1001}, {"classification": {"name": "c" * 1001}}])
 def test_a_name_that_is_too_long_is_refused(properties: dict[str, Any], tmp_path: Path) -> None:
     """A class of 100,000 characters among 20,000 objects took 15 GB, and a name as long ended every `measure`."""
