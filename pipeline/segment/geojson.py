@@ -118,7 +118,8 @@ def _without_collection(geometry: Any) -> Any:
     """The polygons in a GeometryCollection, as QuPath takes them: lines and points are left out. Others as they are."""
     if geometry is None or geometry["type"] != "GeometryCollection":
         return geometry
-    polygons, waiting = [], [geometry]
+    polygons: list[Any] = []
+    waiting = [geometry]
     while waiting:
         part = waiting.pop()
         if part["type"] == "GeometryCollection":

@@ -48,6 +48,8 @@ class Form(NamedTuple):
     reader: Callable[[Path, Metadata], Catalogue | None]
 
 
+_NAMED = 5  # of the images without annotations
+
 # Scales that differ by less are the same: x and y of a slide may differ as much.
 _SAME_SCALE = 0.02
 
@@ -100,7 +102,18 @@ def read_dataset(data: Path, splits: Sequence[str] = (), mpp: float | None = Non
         for id_ in _chosen(entries, splits, beside, data)
     )
     overridden = () if mpp is None else _overridden([entries[image.id] for image in images], metadata, mpp)
-    return Dataset(_name(data), images, classes, catalogue.skipped, overridden, unread)
+    return Dataset(_name(data), images, classes, catalogue.skipped, overridden, (*unread, *_bare(catalogue.bare)))
+
+
+def _bare(images: Sequence[Path]) -> list[str]:
+    """A line that names images without annotations, the first of many; none where all have some."""
+    if not images:
+        return []
+    named = ", ".join(path.name for path in images[:_NAMED]) + (", ..." if len(images) > _NAMED else "")
+    what = (
+        f"{counted(len(images), 'image')} without annotations {'is' if len(images) == 1 else 'are'} not read: {named}"
+    )
+    return [f"{what}; an image without nuclei needs an empty annotation file"]
 
 
 def _merged(

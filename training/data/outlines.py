@@ -85,7 +85,7 @@ def aperio(data: Path, metadata: Metadata) -> Catalogue | None:
         image = image_of(path.stem, path, images)
         read = partial(_read_aperio, image, path, outlines.polygons, class_index_of(outlines.classes, names))
         entries.append(Entry(path.stem, read, image, _number(root.get("MicronsPerPixel"))))
-    return Catalogue(tuple(entries), names, skipped)
+    return Catalogue(tuple(entries), names, skipped, without_annotations(data, images, entries))
 
 
 def _read_aperio(image: Path, source: Path, polygons: Polygons, class_index: NDArray[np.int64]) -> LabelledImage:
@@ -134,6 +134,12 @@ def image_of(stem: str, source: Path, images: Mapping[str, Sequence[Path]]) -> P
             )
         case several:
             raise AnnotationError(f"{source} has {len(several)} images, {several[0]} and {several[1]}: need one")
+
+
+def without_annotations(data: Path, images: Mapping[str, Sequence[Path]], entries: Sequence[Entry]) -> tuple[Path, ...]:
+    """The images near a folder `data` that no annotation file belongs to, sorted; of one file none are expected."""
+    annotated = {entry.image for entry in entries}
+    return () if data.is_file() else tuple(sorted({p for paths in images.values() for p in paths} - annotated))
 
 
 def _number(text: str | None) -> float | None:

@@ -14,7 +14,15 @@ from pipeline.errors import AnnotationError
 from pipeline.segment.geojson import Objects, image_name, read_objects
 from pipeline.segment.polygons import Polygons, rasterise
 from slides.geometry import Box, Size
-from training.data.outlines import Outlines, check_near, class_index_of, image_of, images_near, paint
+from training.data.outlines import (
+    Outlines,
+    check_near,
+    class_index_of,
+    image_of,
+    images_near,
+    paint,
+    without_annotations,
+)
 from training.data.sample import (
     NO_CLASSES,
     SUFFIXES,
@@ -84,7 +92,7 @@ def qupath(data: Path, metadata: Metadata) -> Catalogue | None:
             entries.append(Entry(f"{image.stem}_{number}" if len(drawing.regions) else image.stem, read, image))
         skipped += drawing.skipped
         skipped["outside every region, or outside the image"] += int((~used).sum())
-    return Catalogue(tuple(entries), names, dict(+skipped))
+    return Catalogue(tuple(entries), names, dict(+skipped), without_annotations(data, images, entries))
 
 
 def _read_field(

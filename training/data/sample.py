@@ -67,10 +67,10 @@ class Dataset(NamedTuple):
     classes: tuple[str, ...]
     skipped: Mapping[str, int] = MappingProxyType({})  # annotated objects that are not used, by reason
     overridden: tuple[str, ...] = ()  # images that state another mpp than the user, who is believed
-    unread: tuple[str, ...] = ()  # lines: annotations of other forms in the same folder
+    unread: tuple[str, ...] = ()  # lines: annotations of other forms, and images without any, in the same folder
 
     def describe_skipped(self) -> list[str]:
-        """A line for each reason for which objects were skipped, one for scales, and those of other forms, if any."""
+        """A line for each reason for which objects were skipped, one for scales, and those of `unread`, if any."""
         lines = [f"{self.name}: {line}" for line in self.unread]
         lines += [
             f"{self.name}: {counted(count, 'object')} skipped: {reason}" for reason, count in self.skipped.items()
@@ -128,6 +128,7 @@ class Catalogue(NamedTuple):
     entries: tuple[Entry, ...]
     classes: tuple[str, ...] = NO_CLASSES
     skipped: Mapping[str, int] = MappingProxyType({})  # annotated objects that are not used, by reason
+    bare: tuple[Path, ...] = ()  # images beside the others that have no annotations
 
 
 class Conversion(NamedTuple):

@@ -145,6 +145,18 @@ def test_the_importer_agrees_with_the_label_maps_of_kumar(shared: Path, tmp_path
         assert 2 * ((read > 0) & (wanted > 0)).sum() > 0.999 * ((read > 0).sum() + (wanted > 0).sum())
 
 
+def test_images_without_annotations_are_named(tmp_path: Path) -> None:
+    aperio(tmp_path / "Annotations" / "a.xml", layer([region(corners(((2, 5), (2, 5))))]))
+    aperio(tmp_path / "Annotations" / "b.xml")
+    for name in ("a", "b", "c"):
+        picture(tmp_path / "Tissue Images" / f"{name}.png")
+    found = read_dataset(tmp_path)
+    assert [image.id for image in found.images] == ["a", "b"]
+    assert len(found.images[1].read().class_index) == 0
+    (line,) = found.describe_skipped()
+    assert "1 image without annotations is not read: c.png" in line
+
+
 def test_nothing_painted_is_nothing() -> None:
     labels, contested = paint(np.empty(0, dtype=object), (3, 4))
     assert (labels.tolist(), contested) == ([[0] * 4] * 3, 0)

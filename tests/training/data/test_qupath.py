@@ -351,6 +351,27 @@ def test_what_lies_outside_every_region_is_counted(tmp_path: Path) -> None:
     assert read_dataset(tmp_path, mpp=0.25).skipped == {"outside every region, or outside the image": 1}
 
 
+def test_images_without_annotations_are_named(tmp_path: Path) -> None:
+    """Nobody has annotated them yet, or their file has another name. An export without objects is an annotation."""
+    (tmp_path / "a.png.geojson").write_text(json.dumps([feature(shapely.box(2, 2, 6, 6))]))
+    (tmp_path / "b.geojson").write_text(json.dumps({"type": "FeatureCollection", "features": []}))
+    for name in ("a", "b"):
+        picture(tmp_path / f"{name}.png")
+    assert read_dataset(tmp_path, mpp=0.25).describe_skipped() == []
+    picture(tmp_path / "more" / "c.png")
+    found = read_dataset(tmp_path, mpp=0.25)
+    assert [image.id for image in found.images] == ["a", "b"]
+    assert found.describe_skipped() == [
+        f"{tmp_path.name}: 1 image without annotations is not read: c.png; an image without nuclei needs an empty "
+        "annotation file"
+    ]
+    for name in "edfgh":
+        picture(tmp_path / f"{name}.png")
+    (line,) = read_dataset(tmp_path, mpp=0.25).describe_skipped()
+    assert "6 images without annotations are not read: d.png, e.png, f.png, g.png, h.png, ...; " in line
+    assert read_dataset(tmp_path / "b.geojson", mpp=0.25).describe_skipped() == []  # that image alone is asked for
+
+
 def test_a_slide_needs_regions(tmp_path: Path) -> None:
     Image.new("L", (9000, 10)).save(tmp_path / "x.png")
     (tmp_path / "x.geojson").write_text(json.dumps([feature(shapely.box(2, 2, 5, 5))]))
