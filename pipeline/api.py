@@ -99,7 +99,8 @@ def speed(settings: Settings, seconds_per_mm2: float | None = None) -> float:
     and for a speed that is not above 0; WeightsError.
     """
     if seconds_per_mm2 is not None:
-        is_speed = isinstance(seconds_per_mm2, int | float) and 0 < seconds_per_mm2 < float("inf")
+        is_number = isinstance(seconds_per_mm2, int | float) and not isinstance(seconds_per_mm2, bool)
+        is_speed = is_number and 0 < seconds_per_mm2 < float("inf")
         require(is_speed, f"seconds-per-mm2={seconds_per_mm2!r}: need a number above 0")
         return seconds_per_mm2
     if device_kind(settings.detector.device, count_gpus()) != "cpu":

@@ -45,8 +45,8 @@ class Scale(NamedTuple):
 
 
 def is_believable(mpp: float) -> bool:
-    """Whether a microscope can have made so many micrometres per pixel; else messages say NEED_MPP."""
-    return _LEAST_MPP <= mpp <= _LARGEST_MPP
+    """Whether a microscope can have made so many micrometres per pixel, a number; else messages say NEED_MPP."""
+    return not isinstance(mpp, bool) and _LEAST_MPP <= mpp <= _LARGEST_MPP
 
 
 def find_scale(path: Path, properties: Mapping[str, str], given: GivenScale) -> Scale:
@@ -54,7 +54,7 @@ def find_scale(path: Path, properties: Mapping[str, str], given: GivenScale) -> 
     mpp, mpp_source, default_mpp = given
     for value in (mpp, default_mpp):
         if value is not None and not is_believable(value):
-            raise ScaleUnknown(f"mpp={value:g} for {path}: {NEED_MPP}")
+            raise ScaleUnknown(f"mpp={value} for {path}: {NEED_MPP}")
     if mpp is not None:
         return Scale(mpp, mpp, mpp_source)
     stated = (_stated_scale(properties), _resolution_scale(properties))

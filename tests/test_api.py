@@ -164,6 +164,7 @@ def test_what_is_no_path_of_a_slide_is_refused(path: Any) -> None:
         ("measure", ("out", "drawn"), {"crop": "no"}, "regions: crop='no': need bool"),
         ("read_nuclei", ("out", 123), {}, "columns=123: need the name of a column, or several, as text"),
         ("plan", ("x.svs",), {"seconds_per_mm2": "3"}, "seconds-per-mm2='3': need a number above 0"),
+        ("plan", ("x.svs",), {"seconds_per_mm2": True}, "seconds-per-mm2=True: need a number above 0"),
         ("run", ("x.svs", "out"), {"say": "quiet"}, "say='quiet': need a function that takes a line"),
         ("run", ("x.svs", "out"), {"client": "tcp://a:1"}, "client='tcp://a:1': need a dask.distributed.Client; of an"),
     ],
@@ -204,10 +205,12 @@ def test_a_wrong_setting_is_named_before_anything_is_done(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("mpp", [0, -1, float("nan"), 1e9, "0.5"])
+@pytest.mark.parametrize("mpp", [0, -1, float("nan"), 1e9, "0.5", True])
 def test_a_scale_that_no_slide_has_is_refused(mpp: Any, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"need 0\.05 to 5 micrometres per pixel"):
         pipeline.run("x.svs", tmp_path / "out", mpp=mpp)
+    with pytest.raises(ConfigError, match=r"need 0\.05 to 5 micrometres per pixel"):
+        pipeline.plan("x.svs", force_mpp=mpp)
     assert not (tmp_path / "out").exists()
 
 

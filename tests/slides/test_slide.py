@@ -238,7 +238,7 @@ def test_what_is_given_for_a_slide_goes_before_what_it_states_and_a_default_afte
     assert copy.scale == (0.26, 0.26, "manifest")
 
 
-@pytest.mark.parametrize("mpp", [250, 0, -1, float("nan"), 1e9, 0.049, 5.1])
+@pytest.mark.parametrize("mpp", [250, 0, -1, float("nan"), 1e9, 0.049, 5.1, True])
 def test_what_is_given_is_checked(pyramid: Writer, mpp: float) -> None:
     path = pyramid("plain.tif", 0.5)
     for scale in (GivenScale(mpp=mpp), GivenScale(default_mpp=mpp)):

@@ -205,7 +205,7 @@ def _image_entry(entry: Mapping[str, Any], source: Path) -> _ImageEntry:
         path,
         height,
         width,
-        float(mpp) if isinstance(mpp, int | float) else None,
+        float(mpp) if isinstance(mpp, int | float) and not isinstance(mpp, bool) else None,
         group if isinstance(group, str) else None,
     )
 

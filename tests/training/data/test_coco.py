@@ -98,6 +98,17 @@ def test_masks_are_those_of_pycocotools(
     np.testing.assert_array_equal(read.image, expected)
 
 
+@pytest.mark.parametrize("stated", [True, None, "0.25"])
+def test_a_scale_that_is_no_number_is_not_stated(stated: Any, tmp_path: Path) -> None:
+    path = write(tmp_path, [])
+    content = json.loads(path.read_text())
+    content["images"][0]["mpp"] = stated
+    path.write_text(json.dumps(content))
+    with pytest.raises(AnnotationError, match="states no resolution: pass --mpp"):
+        read_dataset(path)
+    assert read_dataset(path, mpp=0.5).describe_skipped() == []
+
+
 @DECODER
 @settings(max_examples=40)
 @given(labels=arrays(np.uint16, (7, 9), elements=st.sampled_from([0, 0, 1, 2, 5])))
