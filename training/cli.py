@@ -85,7 +85,7 @@ def train(
 
     datasets = read_datasets(data, split, mpp)
     _make_folder(out)
-    _warn(line for dataset in datasets for line in (*dataset.describe_skipped(), *dataset.describe_size()))
+    _warn(line for dataset in datasets for line in (*dataset.describe_skipped(), *dataset.describe_nuclei()))
     _warn(
         f"{dataset.name} has {counted(len(dataset.images), 'image')}: --hold-out {training.hold_out} leaves none to "
         f"train on, so {len(dataset.images) - 1} will be held out"
@@ -125,7 +125,7 @@ def convert(
     from training.data.sample import describe_lost
 
     dataset = read_dataset(data, split, mpp)
-    _warn([*dataset.describe_skipped(), *dataset.describe_size()])
+    _warn([*dataset.describe_skipped(), *dataset.describe_nuclei()])
     _make_folder(out.parent if out.suffix == ".json" else out)
     written = write_coco(dataset, out) if out.suffix == ".json" else write_folder(dataset, out)
     print(

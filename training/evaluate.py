@@ -85,7 +85,7 @@ def gather(data: Sequence[Path], splits: Sequence[str] = (), mpp: Sequence[float
         part[0][1] if len(part) == 1 else read_dataset(one.data, one.splits, one.mpp)
         for one, part in zip(requested, parts, strict=True)
     ]
-    skipped = [line for dataset in whole for line in (*dataset.describe_skipped(), *dataset.describe_size())]
+    skipped = [line for dataset in whole for line in (*dataset.describe_skipped(), *dataset.describe_nuclei())]
     if not same and any(len(part[0][1].classes) > 1 for part in parts):
         skipped.append("classes are not scored, as the datasets do not have the same: score them one by one")
     return EvaluationSet(tuple(images), same if len(same) > 1 else (), tuple(skipped))

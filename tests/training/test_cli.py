@@ -129,7 +129,7 @@ def test_a_scale_at_which_nuclei_have_a_strange_size_is_said(
     line = (
         f"one: nuclei of 'x' have a median of {area} um2 at {mpp:g} um/px; 4 to 200 um2 is usual: is the scale right?"
     )
-    assert dataset.describe_size() == ([line] if area else [])
+    assert dataset.describe_nuclei() == ([line] if area else [])
     assert gather([data], mpp=[mpp]).skipped == ((line,) if area else ())
     _, _, err = run(capsys, "convert", "--data", data, "--mpp", mpp, "--out", tmp_path / "maps")
     assert err == (f"WARNING: {line}\n" if area else "")

@@ -206,8 +206,14 @@ def test_a_binary_mask_is_no_map_of_one_nucleus(tmp_path: Path) -> None:
     with pytest.raises(AnnotationError, match=r"x_1\.mat: inst_map is a mask: its 25 pieces have one number, 1: need"):
         one.read()
     mask[:, 2:] = 0
-    (one,) = read_dataset(maps(tmp_path / "pieces", mask), mpp=0.25).images
-    assert len(one.read().class_index) == 1
+    dataset = read_dataset(maps(tmp_path / "pieces", mask), mpp=2)
+    assert len(dataset.images[0].read().class_index) == 1
+    assert dataset.describe_nuclei() == [
+        "pieces: the first images have 1 nucleus in 5 separate pieces: need another number for each nucleus; are they "
+        "masks of 0 and 1?"
+    ]
+    mask[::2] = np.arange(1, 6)[:, None] * (mask[::2] > 0)
+    assert read_dataset(maps(tmp_path / "numbered", mask), mpp=2).describe_nuclei() == []
 
 
 @settings(max_examples=30)
