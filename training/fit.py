@@ -42,6 +42,9 @@ WEIGHTS_FILE, HELD_OUT_FOLDER = "nuclei.safetensors", "held_out"
 # Norm beyond which gradients are scaled down, so that one unusual crop does not undo many steps.
 _LARGEST_GRADIENT = 5.0
 
+# How torch begins when there is no room for a tensor that processes share.
+_NO_SHARED_MEMORY = "unable to allocate shared memory"
+
 # Backbones whose ImageNet weights are packages of their own.
 _WITH_IMAGENET = ("tf_efficientnet_lite0", "tf_efficientnet_lite1", "tf_efficientnet_lite2")
 
@@ -69,10 +72,19 @@ class ScheduleSampler(Sampler[int]):
 
 @contextlib.contextmanager
 def _lost_loaders() -> Iterator[None]:
-    """Raise WorkersDied where a process that prepares crops is gone. Torch notices it anywhere, by a signal."""
+    """Raise WorkersDied where a process that prepares crops is gone, or cannot pass them on.
+
+    That one is gone torch notices anywhere, by a signal.
+    """
     try:
         yield
     except RuntimeError as error:
+        if _NO_SHARED_MEMORY in str(error):
+            raise WorkersDied(
+                f"no room in shared memory (/dev/shm) for the crops that processes prepare "
+                f"({str(error).splitlines()[-1].strip()}): need fewer --loaders, a smaller --batch, or more room, in "
+                f"a container by its --shm-size; --loaders 0 needs none"
+            ) from error
         if not str(error).startswith("DataLoader worker (pid"):
             raise
         raise WorkersDied(

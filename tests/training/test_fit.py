@@ -336,6 +336,20 @@ def test_a_process_that_prepares_crops_and_is_killed_is_named(
         fit([read_dataset(data, mpp=0.25)], tmp_path / "other", QUICK, TINY)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="processes are started anew elsewhere, or share files")
+def test_full_shared_memory_ends_a_training_and_is_named(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before, torch failed in a thread of the process that prepares crops, and the training waited for ever."""
+
+    def full(storage: object) -> None:
+        raise RuntimeError("unable to allocate shared memory(shm) for file </x>: No space left on device (28)")
+
+    monkeypatch.setattr(torch.UntypedStorage, "_share_fd_cpu_", full)  # processes that are forked have it, too
+    with pytest.raises(WorkersDied, match=r"no room in shared memory .*No space left .*--loaders 0 needs none"):
+        fit([read_dataset(data, mpp=0.25)], tmp_path, dataclasses.replace(QUICK, loaders=1), TINY)
+
+
 def test_another_recipe_is_refused(data: Path, tmp_path: Path) -> None:
     """Also other data or annotations, and another architecture; a checkpoint of the old form, without, goes on."""
     images = read_dataset(data, [], 0.25)

@@ -49,9 +49,14 @@ def collate(crops: Sequence[Crop]) -> Batch:
     """The crops one after another."""
     images, boxes, labels, nuclei, regions = zip(*crops, strict=True)
     counts = [len(b) for b in boxes]
-    return Batch(
+    batch = Batch(
         torch.stack(images), torch.cat(boxes), torch.cat(labels), torch.stack(nuclei), torch.stack(regions), counts
     )
+    if data.get_worker_info() is not None:
+        # Else it is when a thread sends them: where there is no room, that fails, and the training waits for ever.
+        for part in batch[:-1]:
+            part.share_memory_()
+    return batch
 
 
 class TrainingImage:
