@@ -24,6 +24,8 @@ from training.data.outlines import (
     without_annotations,
 )
 from training.data.sample import (
+    FEWEST_TO_COMPARE,
+    LARGEST_TO_MEDIAN,
     NO_CLASSES,
     SUFFIXES,
     Catalogue,
@@ -41,7 +43,6 @@ from training.data.sample import (
 # A field of 8192 px is 4 mm2 at 0.25 um and a quarter of a GB of labels: larger ones are not annotated by hand.
 _LARGEST_FIELD_PX = 8192
 _AREA = "an area: Tissue, Artefact, or an annotation around two or more nuclei, or far larger than they are"
-_FEWEST_TO_COMPARE, _LARGEST_TO_MEDIAN = 10, 50  # of nuclei; no nucleus has fifty times the area of the usual one
 _REGIONS = ("region", "training", "validation", "test")
 
 
@@ -164,8 +165,8 @@ def _areas(objects: Objects, nuclei: NDArray[np.bool_]) -> NDArray[np.bool_]:
     areas = np.zeros(len(polygons), bool)
     areas[annotations] = np.bincount(around, minlength=len(annotations)) > 1
     sizes = shapely.area(polygons)
-    if len(others) >= _FEWEST_TO_COMPARE:  # else nobody knows how large nuclei are
-        areas[annotations] |= sizes[annotations] > _LARGEST_TO_MEDIAN * np.median(sizes[others])
+    if len(others) >= FEWEST_TO_COMPARE:  # else nobody knows how large nuclei are
+        areas[annotations] |= sizes[annotations] > LARGEST_TO_MEDIAN * np.median(sizes[others])
     ours = (classes == "Tissue") | np.char.startswith(classes, "Artefact")  # of workflows/qupath/import.groovy
     areas |= ours & nuclei & (types == "annotation")
     return areas

@@ -128,6 +128,20 @@ def test_bad_folders_are_named(tmp_path: Path) -> None:
             read_dataset(folder, mpp=0.25).images[0].read()
 
 
+def test_a_background_that_is_numbered_is_said(tmp_path: Path) -> None:
+    """As of a map that counts it from 1, or of a palette in another order: it were a nucleus, without a word."""
+    labels = np.zeros((60, 60), np.uint16)
+    labels[::6, ::6] = np.arange(1, 101).reshape(10, 10)
+    save(tmp_path / "images" / "a.png", np.full((60, 60, 3), 200, np.uint8))
+    save(tmp_path / "labels" / "a.png", labels)
+    assert read_dataset(tmp_path, mpp=4).describe_nuclei() == []
+    save(tmp_path / "labels" / "a.png", labels + np.uint16(1))
+    assert read_dataset(tmp_path, mpp=4).describe_nuclei() == [
+        f"{tmp_path.name}: a nucleus of 'a' has 3,500 px, 3,500 times the median of its nuclei: is it the background, "
+        "which needs the number 0, or an area?"
+    ]
+
+
 def test_a_map_in_several_pages_is_refused(tmp_path: Path) -> None:
     """Its first page may be of another plane, without a nucleus. Reduced copies, as pyramids have, are none."""
     folder = maps(tmp_path, np.array([[1, 2], [3, 0]], np.uint16))
