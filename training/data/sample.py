@@ -78,11 +78,19 @@ class Dataset(NamedTuple):
     unread: tuple[str, ...] = ()  # lines: annotations of other forms, and images without any, in the same folder
 
     def describe_skipped(self) -> list[str]:
-        """A line for each reason for which objects were skipped, one for scales, and those of `unread`, if any."""
+        """Lines: `unread`, the reasons for which objects were skipped, classes that may be one, scales; if any."""
         lines = [f"{self.name}: {line}" for line in self.unread]
         lines += [
             f"{self.name}: {counted(count, 'object')} skipped: {reason}" for reason, count in self.skipped.items()
         ]
+        alike: dict[str, list[str]] = {}
+        for name in self.classes:
+            alike.setdefault(name.strip().casefold(), []).append(name)
+        for names in (names for names in alike.values() if len(names) > 1):
+            lines.append(
+                f"{self.name}: the classes '{names[0]}' and '{names[1]}' are two: "
+                f"'merge' in {DATASET_FILE} makes them one"
+            )
         if self.overridden:
             lines.append(
                 f"{self.name}: --mpp is used in place of what {counted(len(self.overridden), 'image')} "

@@ -372,6 +372,20 @@ def test_images_without_annotations_are_named(tmp_path: Path) -> None:
     assert read_dataset(tmp_path / "b.geojson", mpp=0.25).describe_skipped() == []  # that image alone is asked for
 
 
+def test_classes_that_differ_in_case_are_named(tmp_path: Path) -> None:
+    """They are typed by hand, and would be learnt, and scored, as two. `merge` makes them one."""
+    names = ["Tumor", "tumor ", "Immune", "Stroma"]
+    drawn = [feature(shapely.box(x, 2, x + 2, 4), name) for x, name in zip((0, 3, 6, 9), names, strict=True)]
+    (tmp_path / "a.geojson").write_text(json.dumps(drawn))
+    picture(tmp_path / "a.png")
+    found = read_dataset(tmp_path, mpp=0.25)
+    assert found.describe_skipped() == [
+        f"{tmp_path.name}: the classes 'Tumor' and 'tumor ' are two: 'merge' in dataset.json makes them one"
+    ]
+    (tmp_path / "dataset.json").write_text('{"merge": {"tumor ": "Tumor"}}')
+    assert read_dataset(tmp_path, mpp=0.25).describe_skipped() == []
+
+
 def test_a_slide_needs_regions(tmp_path: Path) -> None:
     Image.new("L", (9000, 10)).save(tmp_path / "x.png")
     (tmp_path / "x.geojson").write_text(json.dumps([feature(shapely.box(2, 2, 5, 5))]))
