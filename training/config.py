@@ -18,6 +18,9 @@ MACHINE = Group("Machine", sort_key=6)
 NETWORK = Group("Network", sort_key=7)
 
 
+UNTRAINED = ("imagenet", "random")  # values of `init` that are no weights of a detector
+
+
 @dataclass(frozen=True)
 class Training:
     """How the detector is trained. Defaults suit two CPU cores; model cards say what the shipped weights had."""
@@ -99,7 +102,7 @@ class Training:
             require(0 <= getattr(self, name) <= 1, f"{name}={getattr(self, name)}: need a share, 0 to 1")
         require(0 <= self.keep < 1, f"keep={self.keep}: need 0 or more, under 1")
         require(
-            self.keep == 0 or self.init not in ("imagenet", "random"),
+            self.keep == 0 or self.init not in UNTRAINED,
             f"keep={self.keep}: need trained weights to start from, such as --init nuclei, not {self.init}",
         )
         require(0 <= self.average < 1, f"average={self.average}: need 0 or more, under 1")

@@ -23,11 +23,13 @@ from pipeline.config import Execution, Settings
 from pipeline.errors import AnnotationError, ConfigError
 from pipeline.files import committed, read_json, refuse_folder
 from pipeline.layout import RunFolder
-from pipeline.model.weights import detector_architecture, find_weights
+from pipeline.model.weights import detector_architecture, find_weights, trained_pixels
 from pipeline.segment import arrow, tables
 from pipeline.segment.record import LOOK, SlideRecord
+from pipeline.text import counted
 from training import breakdown
 from training.breakdown import Breakdown, Rows
+from training.checkpoint import digest
 from training.data.datasets import read_dataset, requested_sets
 from training.data.sample import Dataset, LabelledImage, Sample, describe_lost
 from training.measures import (
@@ -232,10 +234,11 @@ def evaluate(
         rows = predict(images.images, folder, settings, execution, say)
         seconds = time.perf_counter() - started
         tallies, area_mm2 = [], 0.0
-        lost = 0
+        lost, known, trained_on = 0, trained_pixels(find_weights(settings.detector.weights)), list[str]()
         for image, row in zip(images.images, rows, strict=True):
             labelled = image.sample.read()
             lost += labelled.lost
+            trained_on += [image.name] if digest([labelled.image.tobytes()]) in known else []
             detections = read_detections(results_of(folder, row), classes)
             height, width = labelled.labels.shape
             write_outputs(outputs, image.name, labelled, detections.paint((height, width)))
@@ -243,6 +246,12 @@ def evaluate(
             area_mm2 += labelled.labels.size * (image.sample.mpp / 1000) ** 2
         for line in describe_lost("annotations", lost):
             say(f"WARNING: {line}")
+        if trained_on:
+            say(
+                f"WARNING: the weights, or those that they began with, were trained on "
+                f"{counted(len(trained_on), 'image')} of these {len(rows)}, such as {trained_on[0]}, under whatever "
+                f"name: such scores are better than those of new images"
+            )
         about = read_json(_run_folder(folder).run_json) or {}
     about |= {"seconds": round(seconds, 2), "area_mm2": round(area_mm2, 4)}
     return summarise(images.images, classes, tallies, about)

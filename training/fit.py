@@ -29,9 +29,17 @@ from pipeline.model.allocator import keep_freed_memory
 from pipeline.model.detector import NucleusDetector, load_weights, save_weights
 from pipeline.model.device import autocast, choose_device, choose_precision
 from pipeline.model.losses import Targets
-from pipeline.model.weights import content_sha256, detector_architecture, find_weights, licence, read_notes
+from pipeline.model.weights import (
+    NOTES_PIXELS,
+    content_sha256,
+    detector_architecture,
+    find_weights,
+    licence,
+    read_notes,
+    trained_pixels,
+)
 from training import checkpoint
-from training.config import StainTraining, Training
+from training.config import UNTRAINED, StainTraining, Training
 from training.data.crops import Batch, Crops, collate
 from training.data.sample import NO_CLASSES, Dataset, Sample, describe_lost
 from training.depthwise import use_fast_gradients
@@ -135,7 +143,9 @@ def fit(
     results: _Results | None = None  # the other processes write nothing
     if process.rank == 0:
         crops = [held_out_crop(d.name, image, model.architecture.mpp) for d in held_out for image in d.images]
-        results = _Results(out, recipe, _notes(datasets, held_out, training), crops, Log(out, say), kept, training.keep)
+        results = _Results(
+            out, recipe, _notes(datasets, held_out, training, drawn), crops, Log(out, say), kept, training.keep
+        )
         if first and not results.are_of(first, model.architecture):  # killed before the rest, or it states others
             results.write(model, average, optimiser, first, spent_s)
     loader, wrapped = _loader(drawn, first, training, process), _wrapped(model, process)
@@ -234,12 +244,18 @@ def _noted_recipe(training: Training) -> dict[str, object]:
     return {**dataclasses.asdict(training), "init": Path(training.init).name}
 
 
-def _notes(datasets: Sequence[Dataset], held_out: Sequence[Dataset], training: Training) -> dict[str, str]:
+def _notes(
+    datasets: Sequence[Dataset], held_out: Sequence[Dataset], training: Training, drawn: Crops
+) -> dict[str, str]:
     """What the weights file records of its training."""
+    before = frozenset[str]() if training.init in UNTRAINED else trained_pixels(find_weights(training.init))
+    images = (image.labelled.image for groups in drawn.sets for group in groups for image in group)
+    pixels = before | {checkpoint.digest([image.tobytes()]) for image in images}
     notes = {
         "data": json.dumps({d.name: len(d.images) for d in datasets}),
         "held_out": json.dumps({d.name: [image.id for image in d.images] for d in held_out}),
         "recipe": json.dumps(_noted_recipe(training)),
+        NOTES_PIXELS: " ".join(sorted(pixels)),
     }
     terms = training.licence or _licence_of(training.init)
     return {**notes, "licence": terms} if terms else notes
@@ -272,7 +288,7 @@ def initial_model(init: str, architecture: Architecture, say: Callable[[str], No
     start with its weights, the others with the mean of its classes, and the network detects what it detected before.
     What else does not fit starts at random. Raises WeightsError where the architecture differs in more.
     """
-    if init in ("imagenet", "random"):
+    if init in UNTRAINED:
         model = NucleusDetector(architecture)
         if init == "imagenet":
             model.backbone.load_state_dict(imagenet(model.backbone.state_dict(), architecture.backbone))
@@ -344,13 +360,13 @@ def _stated_score(training: Training, architecture: Architecture) -> float:
     """The score threshold that the weights are to state; see `fit`."""
     if training.score is not None:
         return training.score
-    if training.init in ("imagenet", "random"):
+    if training.init in UNTRAINED:
         return architecture.score
     return detector_architecture(find_weights(training.init)).score
 
 
 def _licence_of(init: str) -> str:
-    return "" if init in ("imagenet", "random") else licence(find_weights(init))
+    return "" if init in UNTRAINED else licence(find_weights(init))
 
 
 def imagenet(wanted: dict[str, Tensor], backbone: str) -> dict[str, Tensor]:

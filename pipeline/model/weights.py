@@ -23,6 +23,7 @@ from slides.errors import SlideNotFound
 
 T = TypeVar("T")
 
+NOTES_PIXELS = "trained_pixels"  # the note of the digests of what was trained on, apart by spaces
 NOTES_SHA256 = "notes_sha256"  # the note that holds the checksum of all others
 
 
@@ -132,6 +133,11 @@ def licence(path: Path) -> str:
     line = " ".join(read_notes(path).get("licence", "").split())
     line = "".join(c for c in line if c.isprintable())
     return line if len(line) <= 400 else f"{line[:399]}…"
+
+
+def trained_pixels(path: Path) -> frozenset[str]:
+    """Digests of the images that weights were trained on, of their pixels; none of files that do not state them."""
+    return frozenset(read_notes(path).get(NOTES_PIXELS, "").split())
 
 
 def read_architecture(path: Path, kind: type[T], maker: str) -> T:

@@ -21,12 +21,13 @@ from pipeline.config import Architecture, Detector, Execution, Settings, Stain, 
 from pipeline.errors import AnnotationError
 from pipeline.files import refusal
 from pipeline.layout import RESULTS
-from pipeline.model.detector import NucleusDetector, save_weights
+from pipeline.model.detector import NucleusDetector, load_weights, save_weights
 from pipeline.model.fitted_stain import Normalisation
 from pipeline.model.instances import STATISTICS, HostInstances, Patches, empty
 from pipeline.model.weights import content_sha256
 from pipeline.segment.record import SlideRecord
 from training import evaluate as evaluating
+from training.config import Training
 from training.data.datasets import read_dataset
 from training.data.label_maps import write_folder
 from training.data.sample import Dataset, LabelledImage, Sample
@@ -44,6 +45,7 @@ from training.evaluate import (
     tally_image,
     write_outputs,
 )
+from training.fit import fit
 from training.measures import MEASURES, Detections, score
 
 SIDE = 12  # of a nucleus, a square
@@ -221,6 +223,24 @@ def test_weights_of_one_class_score_none(tmp_path: Path, settings: Settings) -> 
     detector = dataclasses.replace(settings.detector, weights=str(tmp_path / "one.safetensors"))
     found = evaluate(gather([data]), dataclasses.replace(settings, detector=detector), ONE)
     assert (found.classes, found.over_classes, found.overall.mean.annotated) == ({}, None, 1)
+
+
+def test_images_that_the_weights_were_trained_on_are_named(tmp_path: Path, settings: Settings, weights: Path) -> None:
+    """Law: whatever their names, and also where those weights were trained on them that the training began with."""
+    old = draw_dataset(tmp_path / "old", {"a1": 3, "a2": 4}, classes=True)
+    new = draw_dataset(tmp_path / "new", {"b1": 4, "b2": 5}, classes=True)  # b1 has the pixels of a2
+    quick = Training(steps=1, batch=1, crop_px=64, hold_out=0, init=str(weights), loaders=0, device="cpu")
+    architecture = load_weights(weights).architecture
+    first = fit([read_dataset(old)], tmp_path / "first", quick, architecture, say=lambda line: None)
+    again = dataclasses.replace(quick, init=str(first))
+    second = fit([read_dataset(old, ["first"])], tmp_path / "second", again, architecture, say=lambda line: None)
+    images = gather([new])
+    for trained, wanted in ((first, 1), (second, 1), (weights, 0)):
+        said: list[str] = []
+        of = dataclasses.replace(settings, detector=dataclasses.replace(settings.detector, weights=str(trained)))
+        evaluate(images, of, ONE, say=said.append)
+        warned = [line for line in said if "trained on 1 image of these 2, such as b1, under whatever name" in line]
+        assert len(warned) == wanted
 
 
 def test_an_image_that_cannot_be_segmented_is_named(

@@ -21,7 +21,7 @@ from pipeline.config import Architecture, Detector, Settings
 from pipeline.errors import AnnotationError, ConfigError, WeightsError, WorkersDied
 from pipeline.model.detector import Limits, NucleusDetector, load_weights, save_weights
 from pipeline.model.losses import UNKNOWN
-from pipeline.model.weights import detector_architecture, licence, read_notes
+from pipeline.model.weights import detector_architecture, licence, read_notes, trained_pixels
 from training import fit as trainer
 from training import monitor
 from training.config import Training
@@ -494,6 +494,7 @@ def test_the_mean_of_weights_is_that_of_their_tensors(
     torch.manual_seed(0)
     for name, terms in (("a", "CC0 1.0"), ("b", "CC BY 4.0")):
         notes = {"licence": terms, "recipe": name, "data": json.dumps({"of_both": 1, f"of_{name}": 2})}
+        notes["trained_pixels"] = f"both of_{name}"
         save_weights(NucleusDetector(TINY), tmp_path / f"{name}.safetensors", notes)
     other = dataclasses.replace(TINY, channels=8)
     save_weights(NucleusDetector(other), tmp_path / "other.safetensors", {})
@@ -516,6 +517,7 @@ def test_the_mean_of_weights_is_that_of_their_tensors(
     assert licence(tmp_path / "mean.safetensors") == "CC0 1.0; CC BY 4.0"
     assert read_notes(tmp_path / "mean.safetensors")["recipe"] == "b"
     assert json.loads(read_notes(tmp_path / "mean.safetensors")["data"]) == {"of_both": 1, "of_a": 2, "of_b": 2}
+    assert trained_pixels(tmp_path / "mean.safetensors") == {"both", "of_a", "of_b"}
     assert average("strict", "a", "b", score=0.8) == (0, "")
     assert load_weights(tmp_path / "strict.safetensors").architecture.score == 0.8
     assert "score=1.5: need more than 0, below 1" in average("no", "a", "b", score=1.5)[1]

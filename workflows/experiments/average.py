@@ -24,7 +24,7 @@ from torch import Tensor
 from pipeline.errors import ConfigError, WeightsError
 from pipeline.files import committed, refuse_folder
 from pipeline.model.detector import load_weights, save_weights
-from pipeline.model.weights import find_weights, licence, read_notes
+from pipeline.model.weights import NOTES_PIXELS, find_weights, licence, read_notes, trained_pixels
 from training.fit import with_classes
 
 
@@ -69,6 +69,8 @@ def average(
     notes: dict[str, str] = {name: last[name] for name in kept if name in last}
     data = [json.loads(read_notes(file).get("data", "{}")) for file in files]
     notes["data"] = json.dumps({name: count for of_file in data for name, count in of_file.items()})
+    if pixels := frozenset[str]().union(*map(trained_pixels, [*files, *(change or ())])):
+        notes[NOTES_PIXELS] = " ".join(sorted(pixels))
     if len(files) > 1:
         notes["mean_of"] = json.dumps([read_notes(file)["sha256"] for file in files])
     if change:
