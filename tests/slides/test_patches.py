@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from slides import patches
 from slides.errors import GridError, StoreMismatch
 from slides.geometry import Box, Frame, Size
 from slides.grid import Tile, TileGrid
@@ -335,6 +336,35 @@ def test_a_damaged_file_of_any_size_is_damage(tmp_path: Path, file: str) -> None
     _assert_reads(store, 0, GRID.tiles_of(0), content)
 
 
+@pytest.mark.parametrize(
+    "content",
+    [b"[]", b"{}", b'{"attributes": null}', b"[" * 100_000, b'{"attributes": {"digest": 1, "grid": 1, "sha256": 1}}'],
+    ids=["list", "nothing", "null", "nested", "other checksum"],
+)
+def test_damaged_metadata_are_no_other_configuration(tmp_path: Path, content: bytes) -> None:
+    """They are written again, and the blocks stay done."""
+    store = PatchStore.create(tmp_path / "patches.zarr", GRID, "digest")
+    store.write(0, GRID.tiles_of(0), *_content(GRID.tiles_of(0)))
+    (store.path / "zarr.json").write_bytes(content)
+    _assert_reads(PatchStore.create(store.path, GRID, "digest"), 0, GRID.tiles_of(0), _content(GRID.tiles_of(0)))
+    assert zarr.open_group(store.path, mode="r").attrs["digest"] == "digest"
+
+
+def test_a_write_that_fails_leaves_no_partial_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a full disk, which it would keep full."""
+    store = PatchStore.create(tmp_path / "patches.zarr", GRID, "digest")
+    before = sorted(tmp_path.rglob("*"))
+
+    def failing(partial: Path, file: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(patches, "replace", failing)
+    with pytest.raises(OSError, match="No space left"):
+        store.write(0, GRID.tiles_of(0), *_content(GRID.tiles_of(0)))
+    assert [path for path in sorted(tmp_path.rglob("*")) if path.is_file()] == [p for p in before if p.is_file()]
+    assert not store.is_done(0)
+
+
 # Cutting
 
 
@@ -346,22 +376,27 @@ def picture(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("some", [None, {1}, {2, 3}], ids=["all", "a row", "others"])
-def test_patches_are_what_their_reads_hold_and_cores_put_together_are_the_slide(picture: Path, some: Any) -> None:
-    """Also those of some rows of tiles."""
+@pytest.mark.parametrize(
+    ("rows", "columns"),
+    [(range(5), range(7)), ({1}, range(7)), ({2, 3}, range(7)), (range(5), {1, 5}), ({1, 4}, {2, 4, 5})],
+)
+def test_patches_are_what_their_reads_hold_and_cores_put_together_are_the_slide(
+    picture: Path, rows: Container[int], columns: Container[int]
+) -> None:
+    """Also those of some rows and columns of tiles."""
     with open_slide(picture, mpp=0.25) as slide:
         frame = slide.frame(0.25)
         whole = slide.read(frame.box, frame)
         together = np.zeros_like(whole)
         for block in range(GRID.blocks):
-            tiles = tuple(tile for tile in GRID.tiles_of(block) if some is None or tile.row in some)
+            tiles = tuple(tile for tile in GRID.tiles_of(block) if tile.row in rows and tile.col in columns)
             region, lost = cut(slide, tiles, GRID, slide.frame(0.25))
             assert not lost.any()
             assert region.shape == (SIDE, SIDE, 3)
             for tile, patch in zip(tiles, _windows(tiles, region), strict=True):
                 assert np.array_equal(patch, slide.read(tile.read, frame))
                 together[tile.core.within((0, 0))] = patch[tile.core.within((tile.read.x0, tile.read.y0))]
-    if some is None:
+    if rows == range(5) and columns == range(7):
         assert np.array_equal(together, whole)
 
 
