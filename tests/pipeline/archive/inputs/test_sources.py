@@ -14,6 +14,7 @@ from pipeline.archive.inputs.naming import Place
 from pipeline.archive.inputs.search import Search
 from pipeline.archive.inputs.sources import Archive, Source, find_slides
 from pipeline.errors import RunError
+from slides.parts import LocalDirectory
 from slides.scale import GivenScale
 
 
@@ -139,9 +140,9 @@ def test_links_to_nothing_are_named(tmp_path: Path) -> None:
 
 
 def test_the_folder_of_results_is_not_searched_and_holds_no_input(tmp_path: Path) -> None:
-    tree(tmp_path, "in/x.svs", "in/out/y.svs", "in/out/deep/z.svs")
+    tree(tmp_path, "in/x.svs", "in/out/y.svs", "in/out/deep/z.svs", "in/outer/w.svs")
     (tmp_path / "in" / "link").symlink_to(tmp_path / "in" / "out" / "deep")
-    assert names(find_slides([tmp_path / "in"], tmp_path / "in" / "out")) == ["x"]
+    assert names(find_slides([tmp_path / "in"], tmp_path / "in" / "out")) == ["outer/w", "x"]
     for out in (tmp_path, tmp_path / "in"):
         with pytest.raises(RunError, match="need a folder apart from the slides"):
             find_slides([tmp_path / "in"], out)
@@ -163,12 +164,38 @@ def test_an_empty_input_is_not_the_current_folder(
 
 def test_other_files_are_counted_and_rubbish_is_no_slide(tmp_path: Path) -> None:
     tree(tmp_path, "x.svs", "._x.svs", ".DS_Store", "notes.txt", "README", "y.zvi", ".svs", ".case.svs", " .tif")
-    tree(tmp_path, ".Trash-1000/files/old.svs", ".snapshot/hourly.0/x.svs", ".hidden/z.svs")
+    tree(tmp_path, "a/._y.svs", ".Trash-1000/files/old.svs", ".snapshot/hourly.0/x.svs", ".hidden/z.svs")
     os.mkfifo(tmp_path / "pipe.svs")
     archive = find_slides([tmp_path])
     assert names(archive) == ["_", "_case", "_hidden/z", "x"]
-    assert archive.skipped == 6 + 2 + 1
+    assert archive.skipped == 6 + 3 + 1
     assert archive.unread == ()
+
+
+def test_every_suffix_of_openslide_s_formats_is_a_slide_s(tmp_path: Path) -> None:
+    suffixes = ["bif", "czi", "mrxs", "ndpi", "scn", "svs", "svslide", "tif", "tiff", "vms", "vmu"]
+    tree(tmp_path, *(f"{suffix}/x.{suffix}" for suffix in suffixes))
+    assert names(find_slides([tmp_path])) == [f"{suffix}/x" for suffix in suffixes]
+
+
+@pytest.mark.parametrize(
+    "folder",
+    [
+        "$RECYCLE.BIN",
+        ".Trash",
+        ".Trashes",
+        ".Trash-1000",
+        ".snapshot",
+        ".snapshots",
+        ".AppleDouble",
+        "@eaDir",
+        "#recycle",
+        "__MACOSX",
+    ],
+)
+def test_folders_of_snapshots_and_deleted_files_are_not_searched(tmp_path: Path, folder: str) -> None:
+    tree(tmp_path, "x.svs", f"case/{folder}/y.svs")
+    assert names(find_slides([tmp_path])) == ["x"]
 
 
 def test_names_that_are_no_text_are_found(tmp_path: Path) -> None:
@@ -195,6 +222,31 @@ def test_a_folder_that_cannot_be_listed_is_named(tmp_path: Path, monkeypatch: py
     assert archive.unread == (f"{tmp_path / 'secret'}: Permission denied",)
     with pytest.raises(RunError, match=r"not searched: .*secret: Permission denied"):
         find_slides([tmp_path / "secret"])
+
+
+def test_what_is_not_searched_can_be_printed_whatever_it_is_called(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = tree(tmp_path / os.fsdecode(b"caf\xe9"), "a.svs", "old/run.json", "old/ledger.csv", "secret/b.svs", "c.svs")
+    (home / "link.svs").symlink_to(tree(tmp_path, "elsewhere/d.svs") / "elsewhere" / "d.svs")
+    listed, looked = os.scandir, Search._file
+
+    def refusing(path: Any) -> Any:
+        if str(path).endswith("secret"):
+            raise PermissionError(13, "Permission denied", path)
+        return listed(path)
+
+    def failing(search: Search, place: Place, real: str) -> None:
+        if real.endswith("c.svs"):
+            raise OSError(5, "Input/output error", real)
+        looked(search, place, real)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    monkeypatch.setattr(Search, "_file", failing)
+    archive = find_slides([home])
+    assert names(archive) == ["a"]
+    assert len(archive.unread) == 4
+    assert all("caf\\udce9" in cause for cause in archive.unread), archive.unread
 
 
 def test_nothing_is_written_or_opened(tmp_path: Path) -> None:
@@ -228,12 +280,14 @@ def test_a_dicom_series_is_one_slide(tmp_path: Path) -> None:
         ("4", "1.3", 0, "THUMBNAIL"),
     ):
         dicom_files.write(folder / f"{name}.dcm", series, level=level, kind=kind)
+    (folder / "2.dcm").rename(folder / "2.DCM")
     dicom_files.write(folder / "ct.dcm", "1.1", sop_class="1.2.840.10008.5.1.4.1.1.2")
+    (folder / "link.dcm").symlink_to("ct.dcm")
     dicom_files.write(tmp_path / "other.dcm", "1.1")
-    archive = find_slides([tmp_path, folder / "2.dcm", folder / "0label.dcm"])
+    archive = find_slides([tmp_path, folder / "2.DCM", folder / "0label.dcm"])
     assert names(archive) == ["case/1", "case/3", "other"]
     assert archive.skipped == 2  # ct, and the thumbnail that belongs to nothing
-    assert names(find_slides([folder / "0label.dcm", folder / "2.dcm"])) == ["0label"]
+    assert names(find_slides([folder / "0label.dcm", folder / "2.DCM"])) == ["0label"]
 
 
 def test_a_damaged_dicom_header_is_a_slide_that_fails(tmp_path: Path) -> None:
@@ -241,6 +295,19 @@ def test_a_damaged_dicom_header_is_a_slide_that_fails(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:300])
     (source,) = find_slides([tmp_path]).sources
     assert (source.name, source.problem) == ("x", f"{path} is a DICOM file with a damaged header: copy it again")
+
+
+def test_a_dicom_file_that_cannot_be_read_is_a_slide_that_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refusing(folder: LocalDirectory, name: str) -> Any:
+        raise PermissionError(13, "Permission denied", name)
+
+    monkeypatch.setattr(LocalDirectory, "open", refusing)
+    tree(tmp_path, "x.dcm", "y.svs")
+    for inputs in (tmp_path, [tmp_path / "x.dcm", tmp_path / "y.svs"]):
+        x, y = find_slides(inputs).sources
+        assert ("Permission denied" in x.problem, y.problem) == (True, "")
 
 
 def test_the_slides_at_hand(shared: Path) -> None:
@@ -283,6 +350,8 @@ def test_manifests_are_relative_to_themselves_and_may_give_a_scale(tmp_path: Pat
         ("mpp, Path ,note\r\n0.5,a b.svs,fine\r\n\r\n", "utf-8"),
         ('path\tmpp\n"a b.svs"\t"0,5"\n', "utf-8-sig"),
         ('path,mpp\n" a b.svs ","0,5"', "utf-8"),
+        ("mpp;path;note\n0,5;a b.svs;pale, folded, cut, twice\n", "utf-8"),  # the first line tells the separator
+        ("path,mpp\na b.svs, 0.5\na b.svs, \n , \n", "utf-8"),
     ],
 )
 def test_manifests_as_spreadsheets_write_them(tmp_path: Path, text: str, encoding: str) -> None:
@@ -318,6 +387,15 @@ def test_a_pipe_or_a_device_is_no_slide(tmp_path: Path) -> None:
     assert pipe == f"{tmp_path}/pipe.svs is no regular file, but a pipe or a device: need the file of a slide"
 
 
+@pytest.mark.skipif(os.name != "posix", reason="file names are text there")
+@pytest.mark.parametrize("kind", ["folder", "pipe", "link"])
+def test_what_is_no_slide_is_named_so_that_it_can_be_printed(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / os.fsdecode(b"caf\xe9.svs")
+    {"folder": path.mkdir, "pipe": lambda: os.mkfifo(path), "link": lambda: path.symlink_to("nowhere")}[kind]()
+    (source,) = find_slides([manifest(tmp_path, f"path\n{path.name}\n")]).sources
+    assert source.problem.startswith(f"{tmp_path}/caf\\udce9.svs is ")
+
+
 def test_a_wrong_row_is_a_slide_that_fails_and_stops_no_other(tmp_path: Path) -> None:
     tree(tmp_path, "a.svs", "b.svs", "c.svs", "d.svs", "folder/x")
     (tmp_path / "gone.svs").symlink_to("nowhere.svs")
@@ -351,6 +429,9 @@ def test_what_is_no_manifest_is_refused(tmp_path: Path) -> None:
         ("slide\na.svs\n", "utf-8", r"has the columns \['slide'\]: need path"),
         ("", "utf-8", r"has the columns \[\]: need path"),
         ("path,mpp\n,0.5\n", "utf-8", "line 2: need the columns of the first line, and a path"),
+        ("path,mpp\n ,0.5\n", "utf-8", "line 2: need the columns of the first line, and a path"),
+        ("mpp,path\n0.5\n", "utf-8", "line 2: need the columns of the first line, and a path"),
+        ("path,Path\na.svs,b.svs\n", "utf-8", "need one column path and one column mpp"),
         ("path\na, b.svs\nc,d\n", "utf-8", "no slides|line 2: need the columns"),
         ("path\na.svs\n", "utf-16", "holds zero bytes; save it as CSV in UTF-8"),
         ("path,mpp,MPP\nx.svs,1,2\n", "utf-8", "need one column path and one column mpp"),
@@ -358,6 +439,39 @@ def test_what_is_no_manifest_is_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(RunError, match=cause):
             find_slides([manifest(tmp_path, text, encoding)])
+    (tmp_path / "folder.csv").mkdir()
+    with pytest.raises(RunError, match=r"folder\.csv is not a readable CSV manifest: .*directory"):
+        find_slides([tmp_path / "folder.csv"])
+
+
+def test_the_name_of_a_manifest_is_printed_whatever_it_is(tmp_path: Path) -> None:
+    """It is part of what is said of its rows, and may have capitals or bytes that are no text."""
+    path = tmp_path / os.fsdecode(b"caf\xe9.CSV")
+    path.write_text("path,mpp\na.svs,half\nb.svs,9\n")
+    problems = [source.problem.replace(f"{tmp_path}/", "") for source in find_slides([path]).sources]
+    assert problems == [
+        "a.svs does not exist: restore it, or correct the manifest",
+        "b.svs does not exist: restore it, or correct the manifest",
+    ]
+    tree(tmp_path, "a.svs", "b.svs")
+    problems = [source.problem.replace(f"{tmp_path}/", "") for source in find_slides([path]).sources]
+    assert problems == [
+        "caf\\udce9.CSV, line 2: mpp='half' is not a number",
+        "caf\\udce9.CSV, line 3: mpp=9: need 0.05 to 5 micrometres per pixel",
+    ]
+
+
+@pytest.mark.parametrize("scale", [0, 5.01, float("nan"), "0.5"])
+@pytest.mark.parametrize("flag", ["mpp", "force_mpp"])
+def test_a_scale_that_no_slide_has_is_refused(tmp_path: Path, flag: str, scale: Any) -> None:
+    tree(tmp_path, "a.svs")
+    with pytest.raises(RunError, match=f"^{flag.replace('_', '-')}={scale!r}: need 0.05 to 5 micrometres per pixel"):
+        find_slides([tmp_path], **{flag: scale})
+
+
+def test_a_slide_that_is_named_is_not_searched(tmp_path: Path) -> None:
+    tree(tmp_path, "a.svs")
+    assert find_slides([tmp_path / "a.svs"]) == Archive((Source(tmp_path / "a.svs", "a", GivenScale()),), 0, ())
 
 
 def test_inputs_that_are_not_there_are_named(tmp_path: Path) -> None:
