@@ -19,7 +19,7 @@ class Level(NamedTuple):
     rgb: colours are stored as they are; tables: the tables that all tiles share are stored once; replaced: streams that
     stand in place of those of some tiles, by their numbers; reduced: marked as a smaller version of the first level;
     description: what the directory says of it; smaller: versions that the directory refers to
-    (SubIFDs), as OME-TIFF does.
+    (SubIFDs), as OME-TIFF does; strip: stored as one strip in place of tiles.
     """
 
     pixels: np.ndarray
@@ -32,6 +32,7 @@ class Level(NamedTuple):
     reduced: bool = False
     description: str = ""
     smaller: tuple["Level", ...] = ()
+    strip: bool = False
 
 
 def write(path: Path, *levels: Level) -> Path:
@@ -52,7 +53,7 @@ def write(path: Path, *levels: Level) -> Path:
 def _write_level(file: BinaryIO, level: Level) -> int:
     """Write the tiles and the directory of a level, after those of its smaller versions; returns where that is."""
     smaller = [_write_level(file, version) for version in level.smaller]
-    streams = [_encoded(piece, level) for piece in _tiles(level)]
+    streams = [_encoded(piece, level) for piece in ([level.pixels] if level.strip else _tiles(level))]
     tables, streams = _split(streams) if level.tables else (b"", streams)
     for index, stream in level.replaced.items():
         streams[index] = stream
@@ -116,11 +117,11 @@ def _write_tags(
         262: ("H", [level.photometric or (_RGB if level.rgb else _YCBCR)]),
         277: ("H", [3]),
         284: ("H", [1]),
-        322: ("I", [level.tile[0]]),
-        323: ("I", [level.tile[1]]),
-        324: ("I", offsets),
-        325: ("I", lengths),
     }
+    if level.strip:
+        values |= {273: ("I", offsets), 278: ("I", [height]), 279: ("I", lengths)}
+    else:
+        values |= {322: ("I", [level.tile[0]]), 323: ("I", [level.tile[1]]), 324: ("I", offsets), 325: ("I", lengths)}
     if level.description:
         values[270] = ("b", np.frombuffer(level.description.encode() + b"\0", np.int8).tolist())
     if tables:

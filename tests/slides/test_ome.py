@@ -130,7 +130,12 @@ def test_a_damaged_tile_of_a_coarse_level_is_lost_alone(tmp_path: Path, picture:
 
 def test_versions_that_are_larger_or_of_another_form_are_no_levels(tmp_path: Path, picture: np.ndarray) -> None:
     small = smaller(picture, 8)
-    strange = (Level(picture, (128, 128)), Level(small, (128, 128), photometric=1), Level(small, (128, 128)))
+    strange = (
+        *(Level(other, (128, 128)) for other in (picture, picture[:113], picture[:, :163], smaller(picture, 2))),
+        Level(small, (128, 128), photometric=1),
+        Level(smaller(picture, 4), strip=True),
+        Level(small, (128, 128)),
+    )
     path = jpeg_tiff.write(tmp_path / "case7.ome.tif", Level(smaller(picture, 2), (128, 128), smaller=strange))
     with open_slide(path, mpp=0.5) as slide:
         assert [level.size for level in slide.levels] == [Size(652, 452), Size(163, 113)]

@@ -104,14 +104,24 @@ def test_pixels_do_not_depend_on_the_box(slide: Slide, data: st.DataObject, mpp:
 
 
 def test_the_chunks_in_which_a_level_is_read_do_not_show(slide: Slide, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nor where its downsample is fractional, and OpenSlide shifts what it reads by a part of a pixel."""
-    monkeypatch.setattr(stored, "CHUNK", 256)
-    pixels = stored.StoredPixels(slide.path)
+    """Nor where its downsample is fractional, and OpenSlide shifts what it reads by a part of a pixel.
+
+    However large the box, OpenSlide is asked for a chunk at a time: more would fill the memory.
+    """
+    monkeypatch.setattr(stored, "CHUNK", 200)
+    pixels, asked, from_openslide = stored.StoredPixels(slide.path), list[Box](), stored.StoredPixels._from_openslide
+
+    def watched(self: stored.StoredPixels, level: int, box: Box) -> stored.Pixels:
+        asked.append(box)
+        return from_openslide(self, level, box)
+
+    monkeypatch.setattr(stored.StoredPixels, "_from_openslide", watched)
     for level, (size, _) in enumerate(pixels.levels[:2]):
         whole, _ = pixels.read(level, Box(0, 0, *size), strict=True)
         for x, y in ((1, 2), (100, 150), (250, 0)):
             part, _ = pixels.read(level, Box(x, y, *size), strict=True)
             assert np.array_equal(part, whole[y:, x:])
+    assert max(max(box.size) for box in asked) == 200
 
 
 def test_level_0_comes_back_unchanged(slide: Slide, picture: np.ndarray) -> None:

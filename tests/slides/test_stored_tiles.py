@@ -265,6 +265,23 @@ def test_a_damaged_tile_among_those_compared_does_not_count(tmp_path: Path, pict
     assert stored._stored_tiles(0) is not None
 
 
+def test_nor_does_one_that_openslide_alone_cannot_decode(
+    tmp_path: Path, picture: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stored, calls = StoredPixels(jpeg_tiff.write(tmp_path / "x.tif", Level(picture))), list[Box]()
+    from_openslide = StoredPixels._from_openslide
+
+    def failing_at_first(self: StoredPixels, level: int, box: Box) -> np.ndarray:
+        calls.append(box)
+        if len(calls) == 1:
+            raise RegionUnreadable("damaged")
+        return from_openslide(self, level, box)
+
+    monkeypatch.setattr(StoredPixels, "_from_openslide", failing_at_first)
+    assert stored._stored_tiles(0) is not None
+    assert len(calls) > 1
+
+
 def test_only_plain_directories_are_read() -> None:
     """Three samples of 8 bits, side by side, compressed by JPEG, in as many tiles as the level needs, none huge."""
     size, tile = Size(WIDTH, HEIGHT), Size(64, 64)
@@ -296,12 +313,15 @@ def test_only_plain_directories_are_read() -> None:
     assert not stored_tiles._is_readable(cast(Any, SimpleNamespace(**huge)), size, Size(4096, 2048))
 
 
-def test_a_tile_that_is_said_to_end_beyond_the_file_is_left_to_openslide(tmp_path: Path, picture: np.ndarray) -> None:
-    """It may be whole; but OpenSlide does not read it."""
+@pytest.mark.parametrize("beyond", [0, 2**50])
+def test_a_tile_that_is_said_to_end_beyond_the_file_is_left_to_openslide(
+    tmp_path: Path, picture: np.ndarray, beyond: int
+) -> None:
+    """It may be whole; but OpenSlide does not read it. Nor is there memory for all that it is said to have."""
     path = jpeg_tiff.write(tmp_path / "x.tif", Level(picture))
     tiles = StoredTiles.find(path, Size(WIDTH, HEIGHT), Size(64, 64))
     assert tiles is not None
-    tiles._lengths[7] = path.stat().st_size
+    tiles._lengths[7] = path.stat().st_size + beyond
     left = tiles.read(Box(0, 0, WIDTH, HEIGHT), np.empty_like(picture))
     assert left == [Box(128, 64, 192, 128)]
 
@@ -333,6 +353,19 @@ def test_no_file_makes_an_error(tmp_path: Path, picture: np.ndarray) -> None:
             left = tiles.read(Box(0, 0, WIDTH, HEIGHT), np.empty_like(picture))
             assert set(left) <= {Box(0, 0, 256, 223), Box(256, 0, 301, 223)}
     assert 0 < found < 300
+
+
+def test_no_damage_to_an_ome_tiff_makes_an_error(tmp_path: Path, picture: np.ndarray) -> None:
+    """Its smaller versions are found or not."""
+    path, size = tmp_path / "x.tif", Size(WIDTH, HEIGHT)
+    whole = jpeg_tiff.write(path, Level(picture, smaller=(Level(picture[::4, ::4]),))).read_bytes()
+    start = int.from_bytes(whole[4:8], "little")  # of the directory
+    found = set()
+    for at in range(start, len(whole)):
+        path.write_bytes(whole[:at] + b"\xff" + whole[at + 1 :])
+        found.add(len(StoredTiles.smaller_versions(path, size)))
+    assert found == {0, 1}
+    assert StoredTiles.smaller_versions(tmp_path / "none.tif", size) == ()
 
 
 def test_decoded_tiles_take_no_more_memory_than_they_may() -> None:
