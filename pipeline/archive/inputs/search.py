@@ -2,7 +2,7 @@
 
 import itertools
 import os
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -102,11 +102,17 @@ class Search:
             self._add_remote(found)
             return
         names = found.everything()
-        slide_folders = {n.rpartition("/")[0] for n in names if n.rpartition("/")[2].casefold() == _MIRAX_PARTS}
+        held: defaultdict[str, set[str]] = defaultdict(set)
         for name in names:
             folder, _, file = name.rpartition("/")
-            around = set(itertools.accumulate(folder.split("/"), "{}/{}".format))
-            if not around & slide_folders and not any(map(_is_system, folder.split("/"))):
+            held[folder].add(file)
+        of_runs = {folder for folder, files in held.items() if files >= _OF_A_RUN}
+        self.unread += [_results(found.url(folder)) for folder in sorted(of_runs)]
+        left_out = of_runs | {folder for folder, files in held.items() if _MIRAX_PARTS in map(str.casefold, files)}
+        for name in names:
+            folder, _, file = name.rpartition("/")
+            around = {"", *itertools.accumulate(folder.split("/"), "{}/{}".format)}
+            if not around & left_out and not any(map(_is_system, folder.split("/"))):
                 place = Place(Path(found.url("")), name)
                 self._file(place, found.url(name), RemoteSlide(found.inner(folder), file))
 
@@ -166,8 +172,7 @@ class Search:
         if any(name.casefold() == _MIRAX_PARTS for name in names):
             return []
         if names >= _OF_A_RUN:
-            what = f"{path} holds {' and '.join(sorted(_OF_A_RUN))}: results of a run are not searched for slides"
-            self.unread.append(printable(f"{what}; where some lie there, move the results away"))
+            self.unread.append(_results(path))
             return []
         inner = []
         for entry in entries:
@@ -244,6 +249,11 @@ def _is_slide(name: str) -> bool:
 
 def _is_system(name: str) -> bool:
     return name.casefold() in _SYSTEM or name.startswith((".Trash-", STAGED))
+
+
+def _results(folder: object) -> str:
+    what = f"{folder} holds {' and '.join(sorted(_OF_A_RUN))}: results of a run are not searched for slides"
+    return printable(f"{what}; where some lie there, move the results away")
 
 
 def _missing(path: Path) -> str:

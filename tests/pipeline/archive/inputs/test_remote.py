@@ -123,6 +123,24 @@ def test_a_folder_in_a_bucket_gives_the_bytes_of_the_same_folder_on_a_disk(
         assert b"a-secret" not in file.read_bytes()
 
 
+def test_folders_of_a_run_and_of_a_mirax_slide_are_searched_in_a_bucket_as_on_a_disk(
+    bucket: S3Store, slide: Path, tmp_path: Path
+) -> None:
+    names = ("a.tif", "old/run.json", "old/ledger.csv", "old/a/density/density.ome.tif", "half/run.json", "half/b.tif")
+    for name in (*names, "m/SLIDEDAT.INI", "m/in/c.tif", "@eaDir/d.tif", "deep/M/Slidedat.ini", "deep/M/e.tif"):
+        put(bucket, f"site/{name}", slide)
+        (tmp_path / "site" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "site" / name).touch()
+    local, there = find_slides([tmp_path / "site"]), find_slides([url(bucket, "site")], urls=True)
+    assert [source.name for source in there.sources] == [source.name for source in local.sources] == ["a", "half/b"]
+    assert [said.replace(url(bucket), f"{tmp_path}/") for said in there.unread] == list(local.unread)
+    assert len(local.unread) == 1
+    for folder in ("site/m", "site/old"):  # itself is what nobody searches
+        for inputs, urls in ([tmp_path / folder], False), ([url(bucket, folder)], True):
+            with pytest.raises(RunError, match="no slides in"):
+                find_slides(inputs, urls=urls)
+
+
 def test_a_key_that_cannot_be_listed_is_named_with_the_remedy(
     bucket: S3Store, server: str, slide: Path, tmp_path: Path
 ) -> None:
