@@ -225,9 +225,12 @@ def test_a_large_file_is_read_in_pieces(bucket: S3Store, monkeypatch: pytest.Mon
         list(reading)
 
 
-def test_a_manifest_may_name_urls(bucket: S3Store, slide: Path, tmp_path: Path) -> None:
+def test_a_manifest_may_name_urls(
+    bucket: S3Store, slide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # what is not there is no path in it either
     put(bucket, "a/x.tif", slide)
-    rows = [f"{url(bucket, 'a/x.tif')},0.5", f"{url(bucket, 'a/none.tif')},", f"{url(bucket, 'a')},", f"{slide},"]
+    rows = [f" {url(bucket, 'a/x.tif')} ,0.5", f"{url(bucket, 'a/none.tif')},", f"{url(bucket, 'a')},", f"{slide},"]
     (tmp_path / "list.csv").write_text("\n".join(["path,mpp", *rows]))
     archive = find_slides([tmp_path / "list.csv"], urls=True)
     sources = {source.name: source for source in archive.sources}
@@ -439,6 +442,12 @@ def test_a_url_of_another_form_is_refused_without_its_secrets(given: str) -> Non
     with pytest.raises(RunError, match="need s3://BUCKET") as refused:
         locate(given)
     assert "pw" not in str(refused.value)
+
+
+@pytest.mark.parametrize("place", ["s3://bucket/", "gs://bucket/", "az://bucket/", "https://host/", "http://host:80/"])
+def test_the_stores_that_there_are(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_NAME", "an-account")
+    assert remote._store(f"{place}a/x.svs")[1:] == (place, "a/x.svs")
 
 
 def test_what_is_not_there_or_not_allowed_is_said_without_secrets(

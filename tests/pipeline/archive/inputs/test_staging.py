@@ -252,7 +252,7 @@ def test_copying_stops_when_the_lease_is_lost(tmp_path: Path) -> None:
         copied(slide, slide.parts(), tmp_path / "copy", lease=tmp_path / "lost")
 
 
-@pytest.mark.parametrize("name", ["../x.svs", "/etc/x.svs", "x/../../y.dat"])
+@pytest.mark.parametrize("name", ["../x.svs", "/etc/x.svs", "x/../../y.dat", "x\0.svs"])
 def test_no_part_is_written_outside_the_folder(tmp_path: Path, name: str) -> None:
     path = tmp_path / "x.svs"
     path.write_bytes(b"1")
@@ -283,7 +283,7 @@ def test_room_frees_the_space_of_files_that_a_worker_has_open(tmp_path: Path) ->
     (tmp_path / "x.svs").write_bytes(bytes(10))
 
     async def main() -> int:
-        with Leases() as leases, Staging(tmp_path / "stage", 10, leases) as stage:
+        with Leases() as leases, Staging(tmp_path / "local" / "stage", 10, leases) as stage:
             async with stage.room(LocalSlide(tmp_path / "x.svs")) as room:
                 room.file.parent.mkdir(parents=True)
                 shutil.copyfile(tmp_path / "x.svs", room.file)
@@ -306,6 +306,20 @@ def test_a_full_disk_is_named(archive: Path, tmp_path: Path, monkeypatch: pytest
     execution = dataclasses.replace(THREADS, stage=str(stage))
     (row,) = run([archive / "0.png"], tmp_path / "out", chosen(), execution, say=print)
     assert row.cause == f"no space left in {stage}: free some space, and run the same command again"
+
+
+def test_a_slide_whose_disk_fails_is_named_and_not_the_staging_folder(
+    archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(slide: LocalSlide, part: Part) -> Iterator[bytes]:
+        raise OSError(errno.EIO, "Input/output error", str(slide.path))
+
+    monkeypatch.setattr(LocalSlide, "pieces", failing)
+    execution = dataclasses.replace(THREADS, stage=str(tmp_path / "stage"))
+    (row,) = run([archive / "0.png"], tmp_path / "out", chosen(), execution, say=print)
+    assert row.status == "failed"
+    assert str(archive / "0.png") in row.cause
+    assert "stage" not in row.cause
 
 
 def test_room_refuses_a_slide_that_never_fits(tmp_path: Path) -> None:
