@@ -516,8 +516,13 @@ class OneWorker(Loop):
 
 @pytest.mark.parametrize(
     ("deaths", "left", "failed"),
-    [({"a": 9, "b": 1}, {"a": 7, "b": 0}, {"a"}), ({"a": 9}, {"a": 8}, {"a"}), ({"a": 9, "b": 9}, {}, {"a", "b"})],
-    ids=["one is sound", "nobody else's doing", "both are bad"],
+    [
+        ({"a": 9, "b": 1}, {"a": 7, "b": 0}, {"a"}),
+        ({"a": 1, "b": 9}, {"a": 0, "b": 7}, {"b"}),
+        ({"a": 9}, {"a": 8}, {"a"}),
+        ({"a": 9, "b": 9}, {}, {"a", "b"}),
+    ],
+    ids=["one is sound", "the other is sound", "nobody else's doing", "both are bad"],
 )
 def test_a_slide_that_ends_its_workers_costs_no_other_slide(
     deaths: dict[str, int],
@@ -528,9 +533,11 @@ def test_a_slide_that_ends_its_workers_costs_no_other_slide(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Law 13: what died beside a file that crashes its reader is done after all others, alone."""
-    worker = OneWorker(dict(deaths))
+    worker, said = OneWorker(dict(deaths)), list[str]()
     monkeypatch.setattr(archive_run, "open_executor", lambda *_: contextlib.nullcontext(worker))
-    rows = segment(archive, tmp_path / "out")
+    rows = segment(archive, tmp_path / "out", say=said.append)
+    again = [line[0] for line in said if line.endswith("tried once more, with no other slide beside it")]
+    assert sorted(again) == (sorted(deaths) if len(deaths) > 1 else [])
     assert {name for name, row in rows.items() if row.status == "failed"} == failed
     assert all(rows[name].status == "done" for name in rows.keys() - failed)
     assert all("worker processes died in make_plan" in rows[name].cause for name in failed)

@@ -448,6 +448,18 @@ def test_a_url_of_another_form_is_refused_without_its_secrets(given: str) -> Non
 def test_the_stores_that_there_are(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_NAME", "an-account")
     assert remote._store(f"{place}a/x.svs")[1:] == (place, "a/x.svs")
+    scheme, _, rest = place.partition("://")
+    assert remote._store(f"{scheme.upper()}://{rest}a/x.svs/")[1:] == (place, "a/x.svs")
+
+
+def test_a_whole_bucket_is_a_folder(bucket: S3Store, slide: Path) -> None:
+    for key in ("x.tif", "deep/y.tif"):
+        put(bucket, key, slide)
+    for given in (url(bucket), url(bucket).rstrip("/"), url(bucket, "x.tif"), url(bucket, "deep")):
+        places = [source.place for source in find_slides([given], urls=True).sources]
+        assert places == [
+            url(bucket, key) for key in ("deep/y.tif", "x.tif") if url(bucket, key).startswith(given.rstrip("/"))
+        ]
 
 
 def test_what_is_not_there_or_not_allowed_is_said_without_secrets(
