@@ -5,6 +5,7 @@ import contextlib
 import os
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -91,6 +92,70 @@ class OfANetwork:
 
     def run(self, function: Any, *args: Any, workers: list[str], on_error: str) -> dict[str, Any]:
         return dict.fromkeys(workers)
+
+
+class Offering(OfANetwork):
+    """A client of a scheduler that answers with these resources of its workers, one after the other; None: not."""
+
+    scheduler = SimpleNamespace(identity=None)
+
+    def __init__(self, *answers: list[dict[str, float]] | None) -> None:
+        self.answers, self.asked = list(answers), list[dict[str, float]]()
+
+    def sync(self, _: Any, callback_timeout: float) -> dict[str, Any]:
+        answer = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
+        if answer is None:
+            raise TimeoutError
+        return {"workers": {str(number): {"resources": offered} for number, offered in enumerate(answer)}}
+
+    def get_executor(self, *, pure: bool, resources: dict[str, float]) -> Loop:
+        assert not pure, "Dask would take equal calls for one"
+        self.asked.append(resources)
+        return Here()
+
+
+class Here(Loop):
+    def submit(self, function: Any, *args: Any) -> Any:  # type: ignore[override] # as an executor of Python
+        return super().submit(False, function, *args)
+
+
+@pytest.mark.parametrize(
+    ("offered", "detectors", "feeders", "detecting", "beside"),
+    [
+        ([{"GPU": 1}, {"CPU": 4}, {"CPU": 2}], 1, 6, {"GPU": 0.5}, {"CPU": 1}),
+        ([{"GPU": 2}], 2, 1, {"GPU": 0.5}, {}),
+        ([{"CPU": 4}], 0, 4, {"GPU": 0.5}, {"CPU": 1}),
+        ([{}, {}, {}], 3, 3, {}, {}),
+        ([], 0, 0, {}, {}),
+    ],
+    ids=["both", "GPUs alone", "none that detects", "nothing", "no worker"],
+)
+def test_tasks_ask_for_what_the_workers_offer(
+    offered: list[dict[str, float]],
+    detectors: int,
+    feeders: int,
+    detecting: dict[str, float],
+    beside: dict[str, float],
+) -> None:
+    """A resource that nobody offers is not asked for, but where others offer the CPU a GPU is waited for."""
+    client = Offering(offered)
+    where = Cluster(client)
+    assert (where.detectors, where.feeders) == (detectors, feeders)
+    assert [where.submit(on_device, abs, -3).result() for on_device in (True, False)] == [3, 3]
+    assert client.asked == [detecting, beside]
+
+
+def test_a_scheduler_that_does_not_answer_has_the_workers_that_it_had(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is asked again, but not at once."""
+    where = Cluster(Offering([{"GPU": 1}], None, [{"GPU": 3}]))
+    now = [100.0]
+    clock = SimpleNamespace(monotonic=lambda: now[0])
+    monkeypatch.setattr("pipeline.archive.workers.cluster.time", clock)
+    found = []
+    for _ in range(7):
+        found.append((where.detectors, where.silent))
+        now[0] += 2.0
+    assert found == [(1, False)] * 3 + [(1, True)] * 3 + [(3, False)]
 
 
 def test_a_worker_that_ends_while_it_is_prepared_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
