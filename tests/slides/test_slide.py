@@ -1,5 +1,6 @@
 """Slides of all sorts: scale, frames, pixels, damage."""
 
+import io
 import math
 import pickle
 import shutil
@@ -10,6 +11,7 @@ import zlib
 from collections.abc import Callable
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import openslide
@@ -31,6 +33,7 @@ from slides.errors import (
     SlideUnsupported,
 )
 from slides.geometry import Box, Size
+from slides.opening import _bits, _directory_beyond
 from slides.scale import FORCED, GivenScale, find_scale
 from slides.slide import Slide, _shows_the_same, open_slide
 
@@ -298,9 +301,16 @@ def test_plain_images_are_slides_of_one_level(tmp_path: Path, picture: np.ndarra
 
 def test_a_plain_tiff_states_its_resolution(tmp_path: Path, picture: np.ndarray) -> None:
     path = tmp_path / "strips.tif"
-    tifffile.imwrite(path, picture, photometric="rgb", resolution=(40000, 40000), resolutionunit=3)
-    assert open_slide(path).scale.source == "tiff resolution"
-    assert open_slide(path).scale.x == pytest.approx(0.25, rel=1e-6)
+    tifffile.imwrite(path, picture, photometric="rgb", resolution=(40000, 39800), resolutionunit=3)
+    scale = open_slide(path).scale
+    assert scale.source == "tiff resolution"
+    assert (scale.x, scale.y) == pytest.approx((1 / 4, 1 / 3.98), rel=1e-6)
+
+
+def test_a_plain_tiff_may_describe_itself_in_latin_1(tmp_path: Path, picture: np.ndarray) -> None:
+    """OME's XML, which is looked for in its description, is UTF-8."""
+    Image.fromarray(picture).save(tmp_path / "x.tif", tiffinfo={270: "0,25 µm".encode("latin-1")})
+    assert open_slide(tmp_path / "x.tif", mpp=0.25).size == (WIDTH, HEIGHT)
 
 
 def test_a_colour_profile_is_recorded(tmp_path: Path, picture: np.ndarray) -> None:
@@ -377,6 +387,7 @@ def test_no_such_file(tmp_path: Path) -> None:
         ("big.tif", b"MM\0+" + struct.pack(">HHQ", 8, 0, 9999) + bytes(100), "is truncated"),
         ("huge.tif", b"MM\0+" + struct.pack(">HHQ", 8, 0, 2**64 - 1) + bytes(100), "is truncated"),
         ("alone.mrxs", b"\xff\xd8\xff" + bytes(100), "copy the folder 'alone' beside it"),
+        ("ALONE.MRXS", b"\xff\xd8\xff" + bytes(100), "copy the folder 'ALONE' beside it"),
         ("broken.png", b"\x89PNG\r\n\x1a\n" + bytes(50), "is not a slide|is a damaged image"),
     ],
 )
@@ -385,6 +396,63 @@ def test_what_does_not_open_says_why(tmp_path: Path, name: str, content: bytes, 
     with pytest.raises(SlideUnreadable, match=cause) as raised:
         open_slide(tmp_path / name)
     assert name in str(raised.value)
+
+
+def test_a_mirax_file_that_is_none_lacks_no_folder(tmp_path: Path) -> None:
+    (tmp_path / "x.mrxs").write_bytes(b"not a slide")
+    (tmp_path / "x").mkdir()
+    with pytest.raises(SlideUnreadable, match="is not a slide"):
+        open_slide(tmp_path / "x.mrxs")
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*_: Any) -> int:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr("slides.opening._directory_beyond", failing)
+    (tmp_path / "x.svs").write_bytes(b"II*\0")
+    with pytest.raises(SlideUnreadable, match=r"x\.svs cannot be read: Input/output error"):
+        open_slide(tmp_path / "x.svs")
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize(("bigtiff", "count", "entry", "link"), [(False, "H", 12, 4), (True, "Q", 20, 8)])
+def test_the_first_directory_beyond_a_files_end_is_found(
+    order: Literal["<", ">"], bigtiff: bool, count: str, entry: int, link: int
+) -> None:
+    """Also where the file ends in the midst of it; one that ends with the file is there."""
+    stream = io.BytesIO()
+    with tifffile.TiffWriter(stream, bigtiff=bigtiff, byteorder=order) as tiff:
+        for _ in range(3):
+            tiff.write(np.zeros((16, 16, 3), np.uint8), photometric="rgb", metadata=None)
+    whole = stream.getvalue()
+    with tifffile.TiffFile(io.BytesIO(whole)) as tiff:
+        places = [page.offset for page in tiff.pages]
+    for place in places:
+        entries = struct.unpack_from(order + count, whole, place)[0]
+        end = place + struct.calcsize(count) + entries * entry + link
+        for size in (place, place + 1, place + struct.calcsize(count), end - 1):
+            assert _directory_beyond(io.BytesIO(whole[:size]), size) == place
+    assert _directory_beyond(io.BytesIO(whole[:end]), end) is None
+
+
+def test_directories_in_a_circle_end() -> None:
+    assert _directory_beyond(io.BytesIO(b"II*\0" + struct.pack("<IHIHI", 8, 0, 14, 0, 8)), 20) is None
+
+
+def test_what_openslide_says_of_a_damaged_file_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(path: Path) -> openslide.OpenSlide:
+        raise openslide.OpenSlideError("Bad tile header")
+
+    monkeypatch.setattr(openslide, "OpenSlide", failing)
+    (tmp_path / "x.svs").touch()
+    with pytest.raises(SlideUnreadable, match=r"x\.svs is damaged or incomplete: Bad tile header; copy it again$"):
+        open_slide(tmp_path / "x.svs")
+
+
+def test_a_tiff_that_tifffile_does_not_know_has_no_known_bits(tmp_path: Path) -> None:
+    (tmp_path / "x.tif").write_bytes(b"II*\0 and no directory")
+    assert _bits(tmp_path / "x.tif") == 0
 
 
 def test_a_truncated_picture_is_damaged(tmp_path: Path, picture: np.ndarray) -> None:
@@ -492,6 +560,52 @@ def test_unsupported_is_not_damaged(pyramid: Writer, tmp_path: Path) -> None:
             open_slide(path, mpp=0.25)
         assert path.name in str(raised.value)
         assert "damaged" not in str(raised.value)
+
+
+@pytest.mark.parametrize("suffix", [".ets", ".isyntax", ".kfb", ".lif", ".mds", ".nd2", ".oir", ".sdpc", ".VSI"])
+def test_known_formats_that_are_not_read_are_not_damaged(tmp_path: Path, suffix: str) -> None:
+    (tmp_path / f"x{suffix}").write_bytes(b"of a scanner")
+    with pytest.raises(SlideUnsupported, match=r"OpenSlide .* does not read .*convert it"):
+        open_slide(tmp_path / f"x{suffix}", mpp=0.25)
+
+
+def test_a_file_of_several_pictures_is_no_slide(tmp_path: Path, picture: np.ndarray) -> None:
+    """The first may be the label of a slide in a format that OpenSlide lacks."""
+    first = Image.fromarray(picture)
+    first.save(tmp_path / "two.tif", save_all=True, append_images=[first])
+    with pytest.raises(SlideUnsupported, match=r"two\.tif holds 2 image\(s\) of mode RGB .*need a slide, or one image"):
+        open_slide(tmp_path / "two.tif", mpp=0.25)
+
+
+@pytest.mark.parametrize("mode", ["I", "F"])
+def test_a_picture_of_other_numbers_than_bytes_is_refused(tmp_path: Path, mode: str) -> None:
+    Image.new(mode, (90, 80), 100).save(tmp_path / "x.tif")
+    with pytest.raises(SlideUnsupported, match=rf"x\.tif holds 1 image\(s\) of mode {mode} .*8 bits a channel"):
+        open_slide(tmp_path / "x.tif", mpp=0.25)
+
+
+def test_a_picture_that_fills_the_memory_is_refused(
+    tmp_path: Path, picture: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Image.fromarray(picture).save(tmp_path / "x.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", picture[..., 0].size - 1)
+    assert open_slide(tmp_path / "x.png", mpp=0.25).size == (WIDTH, HEIGHT)  # of which Pillow warns
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", picture[..., 0].size // 2 - 1)
+    with pytest.raises(SlideTooLarge, match=r"x\.png: .*convert it to a tiled pyramidal TIFF"):
+        open_slide(tmp_path / "x.png", mpp=0.25)
+
+
+@pytest.mark.parametrize("error", [OSError, SyntaxError, ValueError, TypeError])
+def test_whatever_pillow_raises_for_a_damaged_picture_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+) -> None:
+    def failing(path: Path) -> Image.Image:
+        raise error("broken chunk")
+
+    monkeypatch.setattr("slides.opening.open_quietly", failing)
+    (tmp_path / "x.png").write_bytes(b"PNG")
+    with pytest.raises(SlideUnreadable, match=r"x\.png is a damaged image \(broken chunk\): copy it again"):
+        open_slide(tmp_path / "x.png", mpp=0.25)
 
 
 def _huge(path: Path, width: int, height: int, tile: int) -> Path:
