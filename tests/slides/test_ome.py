@@ -141,6 +141,17 @@ def test_versions_that_are_larger_or_of_another_form_are_no_levels(tmp_path: Pat
         assert [level.size for level in slide.levels] == [Size(652, 452), Size(163, 113)]
 
 
+def test_versions_of_a_picture_that_is_left_to_openslide_are_no_levels(tmp_path: Path, picture: np.ndarray) -> None:
+    """They might have other colours: here the first picture is shown in others than its tiles' headers say."""
+    small = Level(smaller(picture, 4), (128, 128))
+    for photometric, levels in ((0, 2), (2, 1)):
+        path = jpeg_tiff.write(
+            tmp_path / "x.tif", Level(picture, (128, 128), photometric=photometric, smaller=(small,))
+        )
+        with open_slide(path, mpp=0.5) as slide:
+            assert len(slide.levels) == levels
+
+
 def test_channels_that_are_pictures_of_their_own_are_refused(tmp_path: Path, picture: np.ndarray) -> None:
     """OpenSlide shows the first of them, in grey: fluorescence, or the red of a slide of H&E."""
     channels = '<Channel ID="Channel:0:0"/><Channel ID="Channel:0:1"/><Channel ID="Channel:0:2"/>'

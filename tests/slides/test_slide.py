@@ -35,7 +35,7 @@ from slides.errors import (
 from slides.geometry import Box, Size
 from slides.opening import _bits, _directory_beyond
 from slides.scale import FORCED, GivenScale, find_scale
-from slides.slide import Slide, _shows_the_same, open_slide
+from slides.slide import Slide, _bounds, _file_hash, _shows_the_same, open_slide
 
 Writer = Callable[..., Path]
 WIDTH, HEIGHT = 613, 467  # neither is a multiple of anything, so pyramids have fractional downsamples
@@ -125,6 +125,15 @@ def test_the_chunks_in_which_a_level_is_read_do_not_show(slide: Slide, monkeypat
             part, _ = pixels.read(level, Box(x, y, *size), strict=True)
             assert np.array_equal(part, whole[y:, x:])
     assert max(max(box.size) for box in asked) == 200
+
+
+@pytest.mark.parametrize("tile", [(4096, 64), (64, 4096), (16, 16)])
+def test_tiles_of_any_shape_are_read(tmp_path: Path, picture: np.ndarray, tile: tuple[int, int]) -> None:
+    """Also those that are longer than what is read at a time."""
+    tifffile.imwrite(tmp_path / "x.tif", picture, tile=tile, photometric="rgb", compression="adobe_deflate")
+    with open_slide(tmp_path / "x.tif", mpp=0.25) as slide:
+        assert slide.vendor == "generic-tiff"
+        assert np.array_equal(slide.read(Box(0, 0, WIDTH, HEIGHT), slide.frame(0.25)), picture)
 
 
 def test_level_0_comes_back_unchanged(slide: Slide, picture: np.ndarray) -> None:
@@ -578,6 +587,44 @@ def test_a_file_that_opens_but_decodes_nowhere_is_refused(pyramid: Writer, tmp_p
         open_slide(path)
 
 
+@pytest.mark.parametrize(
+    ("stated", "bounds"),
+    [
+        (("10", "20", "30", "40"), Box(10, 20, 40, 60)),
+        (("90", "-5", "30", "40"), Box(90, 0, 100, 35)),
+        (("200", "0", "30", "40"), Box(0, 0, 100, 80)),
+        (("10", "20", "0", "40"), Box(0, 0, 100, 80)),
+        (("10", "20", "30", "about 40"), Box(0, 0, 100, 80)),
+    ],
+    ids=["inside", "hang over", "outside", "empty", "no number"],
+)
+def test_bounds_are_a_part_of_the_slide_or_all_of_it(stated: tuple[str, ...], bounds: Box) -> None:
+    names = [f"openslide.bounds-{side}" for side in ("x", "y", "width", "height")]
+    assert _bounds(dict(zip(names, stated, strict=True)), Size(100, 80)) == bounds
+    assert _bounds(dict(zip(names[:3], stated, strict=False)), Size(100, 80)) == Box(0, 0, 100, 80)
+
+
+def test_another_file_has_another_hash(tmp_path: Path) -> None:
+    """Where it differs in size, in the first MiB or in the last: what lies between is not read."""
+    path, mib = tmp_path / "x.png", 2**20
+    contents = [bytearray(3 * mib) for _ in range(5)] + [bytearray(3 * mib + 1)]
+    for content, place in zip(contents, (0, mib - 1, 2 * mib, 3 * mib - 1), strict=False):
+        content[place] = 1
+    hashes = []
+    for content in contents:
+        path.write_bytes(content)
+        hashes.append(_file_hash(path))
+    assert len(set(hashes)) == 6
+
+
+@pytest.mark.parametrize("sound", range(20))
+def test_a_file_of_which_one_tile_decodes_is_read(pyramid: Writer, tmp_path: Path, sound: int) -> None:
+    path = _spoil(pyramid("flat.tif", 0.5, (1,)), tmp_path / "spoilt.tif", lambda i: i != sound)
+    with open_slide(path) as slide:
+        _, lost = slide.read_decodable(Box(0, 0, WIDTH, HEIGHT), slide.frame(0.5))
+        assert 0 < lost.mean() < 1
+
+
 def test_damage_is_reported_before_a_missing_scale(pyramid: Writer, tmp_path: Path) -> None:
     path = _spoil(pyramid("flat-none.tif", None, (1,)), tmp_path / "both.tif", lambda i: True)
     with pytest.raises(SlideUnreadable):
@@ -802,6 +849,14 @@ def test_shared_slides_read_as_openslide_reads(shared: Path) -> None:
     with open_slide(path) as slide, openslide.OpenSlide(path) as handle:
         expected = np.asarray(handle.read_region((700, 900), 0, (300, 200)).convert("RGB"))
         assert np.array_equal(slide.read(Box(700, 900, 1000, 1100), slide.frame(slide.scale.x)), expected)
+
+
+@pytest.mark.parametrize(
+    ("mpp", "level"), [(0.2, 0), (0.5, 0), (0.9, 0), (0.97, 0), (1.0, 1), (1.5, 1), (1.95, 1), (2.0, 2), (8.0, 2)]
+)
+def test_the_level_that_is_read_is_the_coarsest_that_is_not_too_coarse(slide: Slide, mpp: float, level: int) -> None:
+    """But for the rounding of its size: the second is of 306 x 233 px, not of 306.5 x 233.5."""
+    assert slide._best_level(slide.frame(mpp)) == level
 
 
 def test_a_level_of_another_shape_is_not_read_from(tmp_path: Path, picture: np.ndarray) -> None:
