@@ -32,10 +32,10 @@ from slides.errors import (
     SlideUnreadable,
     SlideUnsupported,
 )
-from slides.geometry import Box, Size
+from slides.geometry import Affine, Box, Size
 from slides.opening import _bits, _directory_beyond
 from slides.scale import FORCED, GivenScale, find_scale
-from slides.slide import Slide, _bounds, _file_hash, _shows_the_same, open_slide
+from slides.slide import Slide, _bounds, _file_hash, _needs_no_filter, _shows_the_same, open_slide
 
 Writer = Callable[..., Path]
 WIDTH, HEIGHT = 613, 467  # neither is a multiple of anything, so pyramids have fractional downsamples
@@ -570,6 +570,28 @@ def test_one_bad_tile_is_lost_alone_and_the_rest_is_kept(pyramid: Writer, tmp_pa
         part, gone = slide.read_decodable(Box(200, 180, 400, 360), slide.frame(0.25))
         assert 0.2 < gone.mean() < 1
         assert (part[ndimage.binary_erosion(gone, iterations=8)] == 255).all()
+
+
+@pytest.mark.parametrize("mpp", [0.25, 0.77, 1.0, 2.0])
+def test_a_pixel_is_lost_where_its_centre_lies_in_a_bad_tile(pyramid: Writer, tmp_path: Path, mpp: float) -> None:
+    """Also in a frame that is resampled, and read in part."""
+    path = _spoil(pyramid("flat.tif", 0.5, (1,)), tmp_path / "spoilt.tif", lambda i: i == 6)
+    with open_slide(path) as slide:
+        frame = slide.frame(mpp)
+        width, height = frame.size
+        centres = [(np.arange(side) + 0.5) * mpp / 0.5 for side in frame.size]
+        bad_x, bad_y = ((x > 128) & (x < 256) for x in centres)
+        _, lost = slide.read_decodable(frame.box, frame)
+        assert np.array_equal(lost, bad_y[:, None] & bad_x)
+        _, part = slide.read_decodable(Box(width // 4, height // 4, width, height), frame)
+        assert np.array_equal(part, lost[height // 4 :, width // 4 :])
+
+
+def test_pixels_between_those_of_a_level_need_the_filter() -> None:
+    """As where the bounds start at an odd pixel, and a level of half the size is read."""
+    assert _needs_no_filter(Affine(1.0, 1.0, 3.0, 5.0))
+    for shifted in (Affine(1.0, 1.0, 2.5, 5.0), Affine(1.0, 1.0, 3.0, 2.5), Affine(1.0, 2.0, 3.0, 5.0)):
+        assert not _needs_no_filter(shifted)
 
 
 def test_for_display_damage_is_white(pyramid: Writer, tmp_path: Path) -> None:
