@@ -447,9 +447,9 @@ def test_a_url_of_another_form_is_refused_without_its_secrets(given: str) -> Non
 @pytest.mark.parametrize("place", ["s3://bucket/", "gs://bucket/", "az://bucket/", "https://host/", "http://host:80/"])
 def test_the_stores_that_there_are(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_NAME", "an-account")
-    assert remote._store(f"{place}a/x.svs")[1:] == (place, "a/x.svs")
+    assert remote._store(f"{place}a/x.svs", {})[1:] == (place, "a/x.svs")
     scheme, _, rest = place.partition("://")
-    assert remote._store(f"{scheme.upper()}://{rest}a/x.svs/")[1:] == (place, "a/x.svs")
+    assert remote._store(f"{scheme.upper()}://{rest}a/x.svs/", {})[1:] == (place, "a/x.svs")
 
 
 def test_a_whole_bucket_is_a_folder(bucket: S3Store, slide: Path) -> None:
