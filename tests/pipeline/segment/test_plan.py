@@ -19,6 +19,7 @@ from pipeline.layout import SlideFolder
 from pipeline.model.fitted_stain import TEMPLATE, UNCHANGED, Normalisation
 from pipeline.model.instances import HostInstances
 from pipeline.segment import plan as plan_module
+from pipeline.segment.job import Part
 from pipeline.segment.plan import Plan, load_plan, plan_slide, write_plan
 from pipeline.segment.record import Counts, StageRecord
 from pipeline.segment.regions import RegionFile
@@ -86,6 +87,7 @@ def test_every_field_of_a_plan_reads_back_as_it_was_written(discs: Slide, tmp_pa
         trial_work=StageRecord({"stain": 1.5}, Counts(nuclei=3), ("cpu float32",)),
         file=(1000, 2**60),
         overwrite="a round",
+        parts=(Part("x/Data0000.dat", 7, 2**60, "a tag"),),
     )
     assert all(getattr(plan, name) != default for name, default in Plan._field_defaults.items())
     folder = SlideFolder(tmp_path)
