@@ -144,7 +144,7 @@ class AllSlides:
 
     async def _watch_workers(self) -> None:
         """Follow the number of detectors, check workers that join, and say what changes."""
-        watch, errors = ExecutorWatch(self._executor), SaidErrors(self._progress, "the look at the workers")
+        watch, errors = ExecutorWatch(self._executor), SaidErrors(self._progress, "checking the workers")
         while True:
             await asyncio.sleep(_POLL_S)
             with errors:

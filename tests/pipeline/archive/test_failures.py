@@ -604,8 +604,8 @@ def test_an_error_of_the_look_at_the_workers_is_said_once_and_it_goes_on(
     monkeypatch.setattr(all_slides, "_POLL_S", 0.05)
     rows = segment(archive, tmp_path / "out", Execution(cluster=False, workers=2), detect=waits, say=said.append)
     assert [row.status for row in rows.values()] == ["done", "done"]
-    assert [line for line in said if "look at the workers" in line] == [
-        f"WARNING: the look at the workers failed ({cause}); it is tried again, this is said once"
+    assert [line for line in said if "checking the workers" in line] == [
+        f"WARNING: checking the workers failed ({cause}); it is tried again, this is said once"
         for cause in ("OSError: the scheduler hung up, look 1", "KeyError: 'address'")
     ]
 
