@@ -38,6 +38,7 @@ from pipeline.model.weights import (
     read_notes,
     trained_pixels,
 )
+from pipeline.text import counted
 from training import checkpoint
 from training.config import UNTRAINED, StainTraining, Training
 from training.data.crops import Batch, Crops, collate
@@ -143,9 +144,10 @@ def fit(
     results: _Results | None = None  # the other processes write nothing
     if process.rank == 0:
         crops = [held_out_crop(d.name, image, model.architecture.mpp) for d in held_out for image in d.images]
-        results = _Results(
-            out, recipe, _notes(datasets, held_out, training, drawn), crops, Log(out, say), kept, training.keep
-        )
+        pixels = _trained_pixels(training, drawn)
+        _warn_of_known(held_out, pixels, say)
+        notes = _notes(datasets, held_out, training, pixels)
+        results = _Results(out, recipe, notes, crops, Log(out, say), kept, training.keep)
         if first and not results.are_of(first, model.architecture):  # killed before the rest, or it states others
             results.write(model, average, optimiser, first, spent_s)
     loader, wrapped = _loader(drawn, first, training, process), _wrapped(model, process)
@@ -245,12 +247,9 @@ def _noted_recipe(training: Training) -> dict[str, object]:
 
 
 def _notes(
-    datasets: Sequence[Dataset], held_out: Sequence[Dataset], training: Training, drawn: Crops
+    datasets: Sequence[Dataset], held_out: Sequence[Dataset], training: Training, pixels: frozenset[str]
 ) -> dict[str, str]:
-    """What the weights file records of its training."""
-    before = frozenset[str]() if training.init in UNTRAINED else trained_pixels(find_weights(training.init))
-    images = (image.labelled.image for groups in drawn.sets for group in groups for image in group)
-    pixels = before | {checkpoint.digest([image.tobytes()]) for image in images}
+    """What the weights file records of its training; pixels: see `_trained_pixels`."""
     notes = {
         "data": json.dumps({d.name: len(d.images) for d in datasets}),
         "held_out": json.dumps({d.name: [image.id for image in d.images] for d in held_out}),
@@ -259,6 +258,25 @@ def _notes(
     }
     terms = training.licence or _licence_of(training.init)
     return {**notes, "licence": terms} if terms else notes
+
+
+def _trained_pixels(training: Training, drawn: Crops) -> frozenset[str]:
+    """Digests of the images that the weights will have been trained on, those of `training.init` included."""
+    before = frozenset[str]() if training.init in UNTRAINED else trained_pixels(find_weights(training.init))
+    images = (image.labelled.image for groups in drawn.sets for group in groups for image in group)
+    return before | {checkpoint.digest([image.tobytes()]) for image in images}
+
+
+def _warn_of_known(held_out: Sequence[Dataset], pixels: frozenset[str], say: Callable[[str], None]) -> None:
+    """Say which held-out images the weights know: a copy under another name, or one that `--init` was trained on."""
+    images = [(f"{d.name}/{image.id}", image.read().image) for d in held_out for image in d.images]
+    known = [name for name, image in images if checkpoint.digest([image.tobytes()]) in pixels]
+    if known:
+        say(
+            f"WARNING: {counted(len(known), 'held-out image')} of {len(images)}, such as {known[0]}, are also trained "
+            f"on, under another name or by the weights that this begins with: their scores are better than those of "
+            f"new images"
+        )
 
 
 def _split(datasets: Sequence[Dataset], training: Training) -> tuple[list[Dataset], list[Dataset]]:

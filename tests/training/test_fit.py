@@ -716,6 +716,24 @@ def test_held_out_images_are_never_trained_on(data: Path) -> None:
     assert split_held_out(images, 2, seed=0) == (trained, held)
 
 
+def test_held_out_images_that_the_weights_know_are_named(data: Path, tmp_path: Path) -> None:
+    """Law: a copy of a trained image under another name, and an image that the first weights were trained on."""
+    images = read_dataset(data, [], 0.25)
+    (trained,), (held,) = split_held_out(images.images, 1, QUICK.seed)
+    said: list[str] = []
+    once = dataclasses.replace(QUICK, steps=1, hold_out=1)
+    first = fit([images], tmp_path / "first", once, TINY, say=said.append)
+    assert not [line for line in said if "WARNING" in line]
+    copy = images._replace(images=tuple(i._replace(read=trained.read) for i in images.images))
+    fit([copy], tmp_path / "copy", once, TINY, say=said.append)
+    (warning,) = (line for line in said if "WARNING" in line)
+    assert f"1 held-out image of 1, such as {images.name}/{held.id}, are also trained on" in warning
+    said.clear()
+    seed = next(seed for seed in range(99) if split_held_out(images.images, 1, seed)[1] == [trained])
+    fit([images], tmp_path / "again", dataclasses.replace(once, init=str(first), seed=seed), TINY, say=said.append)
+    assert [line for line in said if f"such as {images.name}/{trained.id}, are also trained on" in line]
+
+
 def test_the_weights_name_what_was_held_out(data: Path, tmp_path: Path) -> None:
     images = read_dataset(data, [], 0.25)
     weights = fit([images], tmp_path, dataclasses.replace(QUICK, steps=1, hold_out=1), TINY, say=silent)
