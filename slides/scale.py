@@ -1,6 +1,7 @@
 """Micrometres per pixel of a slide, and where they come from."""
 
 from collections.abc import Mapping
+from numbers import Real
 from pathlib import Path
 from typing import NamedTuple
 
@@ -44,9 +45,9 @@ class Scale(NamedTuple):
         return round((self.x + self.y) / 2, 6)
 
 
-def is_believable(mpp: float) -> bool:
-    """Whether a microscope can have made so many micrometres per pixel, a number; else messages say NEED_MPP."""
-    return not isinstance(mpp, bool) and _LEAST_MPP <= mpp <= _LARGEST_MPP
+def is_believable(mpp: object) -> bool:
+    """Whether it is a number of micrometres per pixel that a microscope can have made; else messages say NEED_MPP."""
+    return isinstance(mpp, Real) and not isinstance(mpp, bool) and _LEAST_MPP <= float(mpp) <= _LARGEST_MPP
 
 
 def find_scale(path: Path, properties: Mapping[str, str], given: GivenScale) -> Scale:
@@ -54,9 +55,9 @@ def find_scale(path: Path, properties: Mapping[str, str], given: GivenScale) -> 
     mpp, mpp_source, default_mpp = given
     for value in (mpp, default_mpp):
         if value is not None and not is_believable(value):
-            raise ScaleUnknown(f"mpp={value} for {path}: {NEED_MPP}")
+            raise ScaleUnknown(f"mpp={value!r} for {path}: {NEED_MPP}")
     if mpp is not None:
-        return Scale(mpp, mpp, mpp_source)
+        return Scale(float(mpp), float(mpp), mpp_source)  # JSON knows no numbers of numpy
     stated = (_stated_scale(properties), _resolution_scale(properties))
     for x, y, source in filter(None, stated):
         if not (is_believable(x) and is_believable(y)):
@@ -68,7 +69,7 @@ def find_scale(path: Path, properties: Mapping[str, str], given: GivenScale) -> 
             )
         return Scale(x, y, source)
     if default_mpp is not None:
-        return Scale(default_mpp, default_mpp, BY_DEFAULT)
+        return Scale(float(default_mpp), float(default_mpp), BY_DEFAULT)
     wrong = next((value for scale in stated if scale for value in scale[:2] if not is_believable(value)), None)
     said = "no resolution" if wrong is None else f"{wrong:g} um/px, not between {_LEAST_MPP:g} and {_LARGEST_MPP:g}"
     raise ScaleUnknown(f"{path} states {said}: pass --mpp (micrometres per pixel at level 0)")

@@ -1,7 +1,11 @@
 """The scale of a slide, from what its file states and what is given for it."""
 
+import re
+from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -49,6 +53,20 @@ def test_what_states_no_scale_gets_the_one_by_default_and_is_refused_without(pro
     assert find_scale(SLIDE, properties, SILENT) == (1.0, 1.0, BY_DEFAULT)
     with pytest.raises(ScaleUnknown, match=r"slide\.svs states .*: pass --mpp"):
         find_scale(SLIDE, properties, GivenScale())
+
+
+@pytest.mark.parametrize("wrong", ["0.25", True, np.True_, -1, 0, float("nan"), 1000, [0.25], b"1", 0.25j])
+@pytest.mark.parametrize("field", ["mpp", "default_mpp"])
+def test_what_is_given_must_be_a_number_that_a_microscope_can_have_made(field: str, wrong: Any) -> None:
+    with pytest.raises(ScaleUnknown, match=re.escape(f"mpp={wrong!r} for slide.svs: need 0.05 to 5")):
+        find_scale(SLIDE, {}, GivenScale()._replace(**{field: wrong}))
+
+
+@pytest.mark.parametrize("number", [0.25, np.float32(0.25), np.float64(0.25), np.int64(1), 1, Fraction(1, 4)])
+def test_numbers_of_any_kind_become_floats(number: Any) -> None:
+    for given_scale in (GivenScale(mpp=number), GivenScale(default_mpp=number)):
+        x, y, _ = find_scale(SLIDE, {}, given_scale)
+        assert (type(x), type(y), x, y) == (float, float, number, number)
 
 
 @given(st.floats(0.05, 5.0))

@@ -133,7 +133,7 @@ def _listed(inputs: Inputs) -> list[str | os.PathLike[str]]:
 def _check_scales(given: Mapping[str, float | None]) -> None:
     """Raise RunError for a scale that no slide has. given: by the name of its flag, of any type."""
     for flag, scale in given.items():
-        if scale is not None and not (isinstance(scale, int | float) and is_believable(scale)):
+        if scale is not None and not is_believable(scale):
             raise RunError(f"{flag}={scale!r}: {NEED_MPP}")
 
 
