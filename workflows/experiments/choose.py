@@ -94,7 +94,7 @@ def choose(
     unseen: Annotated[bool, Parameter(negative="")] = False,
     mpp: Scales = (),
     nms: Annotated[tuple[float, ...], Several] = (),
-    score: Annotated[tuple[float, ...], Several] = (0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.7),
+    score: Annotated[tuple[float, ...], Several] = (0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8),
     settings: Annotated[Settings, Flat] = Settings(),
     execution: Annotated[Execution, Flat] = Execution(cluster=False),
 ) -> int:

@@ -553,11 +553,18 @@ def test_who_has_a_slide_that_is_waited_for_is_said_once(
     monkeypatch.setattr(all_slides, "_POLL_S", 0.1)
     with Leases() as other:
         other.take(out.resolve() / "a")
-        later = threading.Timer(2, other.release, [out.resolve() / "a"])
-        later.start()
+        never_said = threading.Timer(60, other.release, [out.resolve() / "a"])
+        later = threading.Timer(1, other.release, [out.resolve() / "a"])  # ten more looks
+
+        def say(line: str) -> None:
+            said.append(line)
+            if line.startswith("a: waiting") and not later.is_alive():
+                later.start()
+
+        never_said.start()
         one = Execution(cluster=False, workers=1)
-        run([archive / "a.png"], out, chosen(), one, mpp=0.25, say=said.append, detect=oracle.detect)
-        later.join()
+        run([archive / "a.png"], out, chosen(), one, mpp=0.25, say=say, detect=oracle.detect)
+        never_said.cancel()
     (line,) = [line for line in said if line.startswith("a: waiting")]
     assert re.search(rf"a: waiting for .*process {os.getpid()}, which has this slide; --no-wait leaves it", line)
 
