@@ -15,7 +15,9 @@ from pipeline.archive.run import run
 from pipeline.config import Execution, Settings, Tissue
 from pipeline.model.fitted_stain import Normalisation
 from pipeline.model.instances import STATISTICS, HostInstances, Patches
-from pipeline.model.weights import find_weights, read_notes
+from pipeline.model.weights import find_weights, read_notes, trained_pixels
+from training import checkpoint
+from training.data.datasets import read_dataset
 from training.evaluate import Outputs, evaluate, gather
 
 EXPECTED = {
@@ -111,3 +113,18 @@ def test_the_shipped_weights_say_how_they_came_to_be() -> None:
     for name, parts in (("nuclei", 4), ("classes", 3)):
         of = json.loads(read_notes(find_weights(name))["mean_of"])
         assert (len(of), len(set(of))) == (parts, parts - 1)
+
+
+def test_the_shipped_weights_know_the_images_that_they_were_trained_on(shared: Path) -> None:
+    """By their pixels, so that `evaluate` can warn of them: those of an open set, but for two, and none of Kumar's."""
+    tnbc, unseen = (
+        {
+            image.id: checkpoint.digest([image.read().image.tobytes()])
+            for image in read_dataset(data, splits, 0.25).images
+        }
+        for data, splits in ((shared / "data" / "tnbc", []), (shared / "data" / "kumar", ["test_same_organ"]))
+    )
+    for name in ("nuclei", "classes", "fast", "research"):
+        known = trained_pixels(find_weights(name))
+        assert {id_ for id_, digest in tnbc.items() if digest not in known} == {"04_2", "05_3"}
+        assert {digest in known for digest in unseen.values()} == {name == "research"}
