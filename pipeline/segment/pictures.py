@@ -69,7 +69,7 @@ def draw_overlay(picture: NDArray[np.uint8], frame: Frame, nuclei: Path, path: P
         xy = frame.to_slide.invert(slide_xy)
         outlines = np.split(xy, np.flatnonzero(np.diff(owner)) + 1)
         for outline, name in zip(outlines, rows["class"].to_pylist(), strict=True) if len(owner) else ():
-            draw.line([(x, y) for x, y in outline.tolist()], fill=colours[name])
+            draw.line(outline.ravel().tolist(), fill=colours[name])
     _save(image, path)
 
 
