@@ -443,12 +443,13 @@ def _crops(
     datasets: Sequence[Dataset], training: Training, architecture: Architecture, say: Callable[[str], None]
 ) -> Crops:
     """The crops to train on. Raises ConfigError for a crop that the feature pyramid cannot halve."""
-    side = round(training.crop_px * architecture.upscale)
-    if training.crop_px % side_step(architecture.upscale):
+    step = side_step(architecture.upscale)
+    if training.crop_px % step:
         raise ConfigError(
-            f"crop_px={training.crop_px} enlarged by {architecture.upscale:g} is {side} px: "
-            f"need a multiple of {STRIDES[-1]}"
+            f"crop_px={training.crop_px} enlarged by {architecture.upscale:g} is no multiple of {STRIDES[-1]} px: "
+            f"need a multiple of {step}, such as {-(-training.crop_px // step) * step}"
         )
+    side = round(training.crop_px * architecture.upscale)
     crops = Crops(datasets, side, architecture.mpp / architecture.upscale, training)
     for dataset, groups in zip(datasets, crops.sets, strict=True):
         for line in describe_lost(dataset.name, sum(image.labelled.lost for group in groups for image in group)):

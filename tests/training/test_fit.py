@@ -790,5 +790,12 @@ def test_a_recipe_that_cannot_be_followed_is_refused(changed: dict[str, Any], me
 
 
 def test_a_crop_that_the_pyramid_cannot_halve_is_refused(data: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="crop_px=100 enlarged by 1 is 100 px: need a multiple of 32"):
-        fit([read_dataset(data, [], 0.25)], tmp_path, dataclasses.replace(QUICK, crop_px=100), TINY, say=silent)
+    images, half_as_large_again = [read_dataset(data, [], 0.25)], dataclasses.replace(TINY, upscale=1.5)
+    for px, architecture, rule in (
+        (100, TINY, r"crop_px=100 enlarged by 1 is no multiple of 32 px: need a multiple of 32, such as 128"),
+        # a multiple of 32 itself, but 144 px once it is enlarged; and 64.5 px, which round to 64
+        (96, half_as_large_again, r"crop_px=96 enlarged by 1\.5 .*: need a multiple of 64, such as 128"),
+        (43, half_as_large_again, r"crop_px=43 enlarged by 1\.5 .*: need a multiple of 64, such as 64"),
+    ):
+        with pytest.raises(ConfigError, match=rule):
+            fit(images, tmp_path, dataclasses.replace(QUICK, crop_px=px), architecture, say=silent)
