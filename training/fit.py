@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Sampler
 
 from pipeline.config import STRIDES, Architecture, side_step
@@ -512,7 +513,8 @@ def _update_average(average: dict[str, Tensor], model: NucleusDetector, keep: fl
     """average = keep * average + (1 - keep) * model, in place; whole numbers are copied."""
     state = model.state_dict()
     moving = [name for name, value in state.items() if value.is_floating_point()]
-    torch._foreach_lerp_([average[name] for name in moving], [state[name] for name in moving], 1 - keep)
+    update = get_ema_multi_avg_fn(keep)
+    update([average[name] for name in moving], [state[name] for name in moving], 0)  # the last one is not used
     for name in state.keys() - moving:
         average[name].copy_(state[name])
 

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from pipeline.archive.inputs.search import SUFFIXES as SLIDES
 from pipeline.errors import AnnotationError
+from pipeline.segment.annotations import TISSUE
 from pipeline.segment.geojson import Objects, image_name, read_objects
 from pipeline.segment.polygons import Polygons, rasterise
 from slides.geometry import Box, Size
@@ -144,7 +145,7 @@ def _drawing(path: Path) -> Drawing:
     objects, skipped = read_objects(path)
     classes, polygons = objects.classes, objects.polygons
     region, surplus = _regions(objects, path)
-    ignored = ~region & ~surplus & np.char.endswith(classes, "*")
+    ignored = ~region & ~surplus & np.strings.endswith(classes, "*")
     skipped["unclassified rectangle inside a region"] += int(surplus.sum())
     skipped["of an ignored class, whose name ends in *: the area is painted white"] += int(ignored.sum())
     nuclei = ~region & ~surplus & ~ignored
@@ -167,7 +168,8 @@ def _areas(objects: Objects, nuclei: NDArray[np.bool_]) -> NDArray[np.bool_]:
     sizes = shapely.area(polygons)
     if len(others) >= FEWEST_TO_COMPARE:  # else nobody knows how large nuclei are
         areas[annotations] |= sizes[annotations] > LARGEST_TO_MEDIAN * np.median(sizes[others])
-    ours = (classes == "Tissue") | np.char.startswith(classes, "Artefact")  # of workflows/qupath/import.groovy
+    # ours, which an export of a whole image holds, too, and whatever else somebody calls an artefact
+    ours = (classes == TISSUE) | np.strings.startswith(classes, "Artefact")
     areas |= ours & nuclei & (types == "annotation")
     return areas
 
@@ -184,7 +186,7 @@ def _regions(objects: Objects, path: Path) -> tuple[NDArray[np.bool_], NDArray[n
         raise AnnotationError(f"{path}: a region is no rectangle: draw it with QuPath's rectangle tool")
     unclassified = annotation & rectangle & (classes == "")
     # an ignored area makes no region of the nucleus around it
-    points = shapely.centroid(polygons[~np.char.endswith(classes, "*")])
+    points = shapely.centroid(polygons[~np.strings.endswith(classes, "*")])
     centres, points = shapely.get_coordinates(points), shapely.STRtree(points)
     rectangles = np.flatnonzero(region | unclassified)
     boxes = shapely.STRtree(polygons[rectangles])
