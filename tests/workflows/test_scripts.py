@@ -6,7 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from pipeline.config import Settings, check, read_toml
 
@@ -41,6 +43,24 @@ def test_help_of_a_python_script_begins_with_what_it_does(
     said = ast.get_docstring(ast.parse(script.read_text(encoding="utf-8")))
     assert said
     assert " ".join(said.split("\n\n")[0].split()) in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(("script", "flags"), [("choose", ["--unseen"]), ("views", ["--choice", "0"])])
+def test_an_experiment_says_in_a_line_what_it_cannot_read(
+    script: str, flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whichever error of ours it is: here one of a slide, which is no wrong setting."""
+    for folder, pixels in (("images", np.full((64, 64, 3), 200, np.uint8)), ("labels", np.eye(64, dtype=np.uint8))):
+        (tmp_path / folder).mkdir()
+        Image.fromarray(pixels).save(tmp_path / folder / "a.png")
+    stain = ["--stain", "macenko", "--stain.template", str(tmp_path / "none.svs")]
+    file = WORKFLOWS / "experiments" / f"{script}.py"
+    monkeypatch.setattr(sys, "argv", [str(file), "--data", str(tmp_path), "--mpp", "0.25", *flags, *stain])
+    monkeypatch.syspath_prepend(str(file.parent))
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(file), run_name="__main__")
+    assert ended.value.code == 2
+    assert f"{script}: {tmp_path / 'none.svs'}: there is no such file" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("script", files("*.sh"), ids=name)

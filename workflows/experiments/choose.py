@@ -22,6 +22,7 @@ from cyclopts import App, Parameter
 from pipeline.config import Detector, Execution, Settings
 from pipeline.errors import ConfigError
 from pipeline.model.weights import find_weights, read_notes
+from slides.errors import NightslideError
 from training.cli import Datasets, Flat, Scales, Splits
 from training.data.datasets import requested_sets
 from training.evaluate import EvaluationSet, gather, predict, read_detections, results_of, whole_images
@@ -136,6 +137,6 @@ def choose(
 if __name__ == "__main__":
     try:
         sys.exit(app())
-    except ConfigError as error:
+    except NightslideError as error:
         print(f"choose: {error}", file=sys.stderr)
         sys.exit(2)

@@ -18,6 +18,7 @@ from cyclopts import App
 from pipeline.config import Execution, Settings
 from pipeline.errors import ConfigError
 from pipeline.model import views
+from slides.errors import NightslideError
 from training.cli import Datasets, Flat, Scales, Splits
 from training.data.datasets import requested_sets
 from training.evaluate import EvaluationSet, gather, whole_images
@@ -67,6 +68,6 @@ def compare(
 if __name__ == "__main__":
     try:
         sys.exit(app())
-    except ConfigError as error:
+    except NightslideError as error:
         print(f"views: {error}", file=sys.stderr)
         sys.exit(2)
