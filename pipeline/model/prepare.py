@@ -91,7 +91,7 @@ def slice_widest(model: NucleusDetector) -> NucleusDetector:
     for name, module in model.backbone.named_modules():
         if type(module) is InvertedResidual and _Sliced.fits(module):
             model.backbone.set_submodule(name, _Sliced(module))
-            break  # the next ones are a quarter of its size
+            break  # the next ones have three eighths of its size, or less
     return model
 
 

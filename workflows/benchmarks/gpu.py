@@ -181,7 +181,7 @@ def measure_pair(given: argparse.Namespace) -> None:
 
 
 def provoke_shortage(given: argparse.Namespace) -> None:
-    """Half the memory that a batch takes, then half of what a patch takes: nothing may be lost."""
+    """Six tenths of the memory that a batch takes, then of what a patch takes: nothing may be lost."""
     if given.device == "cpu":
         row(given, "shortage of memory", "not provoked on a CPU")
         return
