@@ -5,8 +5,8 @@
 
 Every tensor becomes the mean of the files' tensors. They must have the same architecture, but for the score threshold
 and the order of the classes, and one must have been trained from another, or all from the same weights: else the mean
-is of no use. The new file states the licences of all, if no other is given, the data of all, and the recipe of the last
-one, in which `choose.py` reads what was held out. One file alone gets another threshold or licence so.
+is of no use. The new file states the licences of all, if no other is given, the data of all, what all of them held out
+of it, for `choose.py`, and the recipe of the last one. One file alone gets another threshold or licence so.
 
 --plus and --minus add what a training of relatives has changed: "task arithmetic" (Ilharco et al. 2023). Their tensors
 need the same shapes; where they know one class, all classes get its change.
@@ -64,21 +64,38 @@ def average(
     if change:
         mean = _changed(mean, *(_of_classes(file, classes) for file in change))
     models[0].load_state_dict(mean)
+    every = [*files, *(change or ())]
+    kept = ("recipe", *(["held_out", "step", "mean_of"] if len(every) == 1 else []))
     last = read_notes(files[-1])
-    kept = ("recipe", "held_out", *(["step", "mean_of"] if len(files) == 1 else []))
     notes: dict[str, str] = {name: last[name] for name in kept if name in last}
-    data = [json.loads(read_notes(file).get("data", "{}")) for file in files]
+    data = [json.loads(read_notes(file).get("data", "{}")) for file in every]
     notes["data"] = json.dumps({name: count for of_file in data for name, count in of_file.items()})
-    if pixels := frozenset[str]().union(*map(trained_pixels, [*files, *(change or ())])):
+    if pixels := frozenset[str]().union(*map(trained_pixels, every)):
         notes[NOTES_PIXELS] = " ".join(sorted(pixels))
+    if len(every) > 1:
+        notes["held_out"] = json.dumps(_held_out(every, data))
     if len(files) > 1:
         notes["mean_of"] = json.dumps([read_notes(file)["sha256"] for file in files])
     if change:
         notes["changed_by"] = json.dumps([read_notes(file)["sha256"] for file in change])
-    if terms := terms or "; ".join(dict.fromkeys(filter(None, map(licence, [*files, *(change or ())])))):
+    if terms := terms or "; ".join(dict.fromkeys(filter(None, map(licence, every)))):
         notes["licence"] = terms
     with committed(out) as part:
         save_weights(models[0], part, notes)
+
+
+def _held_out(files: list[Path], data: list[dict[str, int]]) -> dict[str, list[str]]:
+    """The images that all trainings held out of each set; a set is left out where one of those on it does not say.
+
+    data: the sets of each file, by name
+    """
+    stated = [json.loads(read_notes(file).get("held_out", "{}")) for file in files]
+    held_out = {}
+    for name in dict.fromkeys(name for of_file in data for name in of_file):
+        aside = [of_file.get(name) for of_file, sets in zip(stated, data, strict=True) if name in sets]
+        if None not in aside:
+            held_out[name] = [image for image in aside[0] if all(image in other for other in aside)]
+    return held_out
 
 
 def _of_classes(file: Path, classes: tuple[str, ...]) -> dict[str, Tensor]:

@@ -39,7 +39,8 @@ def held_out(images: EvaluationSet, weights: str, name: str) -> EvaluationSet:
     """The images of the dataset of that name that the training of `weights` did not use.
 
     The file names them; an older one states how many images there were, of which they are drawn again. Raises
-    ConfigError for none, and where the images are others than those of the training.
+    ConfigError for none, where the images are others than those of the training, and for a mean of several trainings
+    that does not say what all of them held out.
     """
     notes = read_notes(find_weights(weights))
     if "recipe" not in notes:
@@ -49,8 +50,13 @@ def held_out(images: EvaluationSet, weights: str, name: str) -> EvaluationSet:
         raise ConfigError(
             f"{weights} was trained on {', '.join(counts) or 'unknown data'}, not on {name}: give --unseen"
         )
-    if "held_out" in notes:
-        named = set(json.loads(notes["held_out"])[name])
+    if "held_out" in notes or "mean_of" in notes:
+        named = json.loads(notes.get("held_out", "{}")).get(name)
+        if named is None:
+            raise ConfigError(
+                f"{weights} does not state which images of {name} were held out of all its trainings: need weights "
+                f"that do, or images that it was not trained on, with --unseen"
+            )
         if not named:
             raise ConfigError(
                 f"{weights} was trained without held-out images: need a training with --hold-out 1 or more"
