@@ -27,6 +27,8 @@ _LARGEST_PX = 10_000_000  # of any slide; the geometry of larger numbers overflo
 # does not read a longer cell than 131,072 characters.
 _LONGEST_NAME = 1000
 
+_NO_AREA = "an outline without an area"  # why an object is skipped
+
 _PLAIN, _GZIP, _ZIP = ".geojson", ".geojson.gz", ".zip"
 _SUFFIXES = (_PLAIN + _ZIP, _GZIP, _PLAIN, _ZIP)  # the longer of two that fit comes first
 TYPES = ("annotation", "detection", "cell")
@@ -96,7 +98,7 @@ def read_objects(path: Path, wanted: Collection[str] = TYPES) -> tuple[Objects, 
             f"{path}: an outline reaches beyond {_LARGEST_PX} px: need px of the image it was drawn on"
         )
     real = ~shapely.is_empty(polygons)
-    skipped["an outline without an area"] += int((~real).sum())
+    skipped[_NO_AREA] += int((~real).sum())
     return Objects(
         np.array(types, np.str_)[real], np.array(classes, np.str_)[real], np.array(names, object)[real], polygons[real]
     ), skipped
@@ -134,7 +136,7 @@ def _reason_to_skip(type_: str, geometry: Any) -> str:
     if type_ == "cell" and geometry is None:
         return "a cell without an outline of its nucleus"
     if geometry is None or geometry["type"] not in ("Polygon", "MultiPolygon"):
-        return "an outline without an area"
+        return _NO_AREA
     plane = geometry.get("plane") or {}
     if plane.get("z", 0) != 0 or plane.get("t", 0) != 0:
         return "on another plane than z = 0, t = 0"

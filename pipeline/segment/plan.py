@@ -216,10 +216,9 @@ def _tissue_notes(artefacts: ArtefactMap, tissue: TissueMap, without_tissue: str
 def _nothing_in(drawn: SlideRegions, slide: Slide, file: RegionFile, *, found: bool) -> str:
     """Why no tissue lies in regions. found: whether there is tissue elsewhere."""
     if not shapely.intersects(shapely.box(*slide.bounds), drawn.polygons).any():
-        flag = "--regions.no-crop" if file.crop else "--regions.crop"
         return (
             f"the regions lie outside the slide ({slide.bounds.width} x {slide.bounds.height} px): are they another "
-            f"slide's, or is it {flag}?"
+            f"slide's, or is it {file.other_flag}?"
         )
     return "no tissue lies in the regions" if found else NO_TISSUE
 

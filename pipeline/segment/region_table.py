@@ -85,10 +85,9 @@ def _off_the_slide(regions: SlideRegions, file: RegionFile, bounds: Box) -> tupl
     if not beyond:
         return ()
     which = f"{beyond} of {counted(len(regions.names), 'region')} {'lies' if beyond == 1 else 'lie'}"
-    flag = "--regions.no-crop" if file.crop else "--regions.crop"
     return (
         f"{which} outside the slide ({bounds.width} x {bounds.height} px): were they drawn on another one, or is it "
-        f"{flag}?",
+        f"{file.other_flag}?",
     )
 
 

@@ -54,6 +54,11 @@ class RegionFile(NamedTuple):
     def to_json(self) -> dict[str, Any]:
         return {**self._asdict(), "path": str(self.path)}
 
+    @property
+    def other_flag(self) -> str:
+        """The flag with which coordinates start at the other corner."""
+        return "--regions.no-crop" if self.crop else "--regions.crop"
+
 
 class SlideRegions(NamedTuple):
     """The regions of a slide, in the order of their file. Parallel."""

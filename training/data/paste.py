@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from pipeline.model.stain_fit import TISSUE_OD
 from training.data.sample import LabelledImage
 
 MOST = 24  # nuclei pasted into a crop
@@ -19,7 +20,6 @@ BESIDE = 0.75  # share that is pasted beside a nucleus; the others lie anywhere 
 LEAST_PX, LARGEST_PX = 40, 4000  # area of the nuclei that are pasted
 _EDGE_PX = 1.2  # deviation of the Gaussian that softens a pasted edge: about as sharp as optics show one
 _PAD_PX = 4  # of softened edge around a nucleus
-_TISSUE_OD = 0.15  # as in the fitting of stains
 _GAINS = (0.6, 1.5)  # of contrast and of light, when colours are matched
 _LEAST_CONTRAST = 0.1  # of density, as a distance in three channels, between nuclei and what lies around them
 _DENSITY = -np.log((np.arange(256) + 1) / 256)  # natural optical density of a uint8
@@ -136,7 +136,7 @@ def _place(mask: NDArray[np.bool_], crop: LabelledImage, boxes: Sequence[Box], r
         visible = mask & (crop.labels[place] == 0)
         if visible.sum() < least * area or ndimage.label(visible)[1] != 1:
             continue
-        if _DENSITY[crop.image[place][visible]].mean() > _TISSUE_OD:
+        if _DENSITY[crop.image[place][visible]].mean() > TISSUE_OD:
             return place
     return None
 
