@@ -7,6 +7,7 @@ A pixel that two layers mark belongs to the later one.
 
 import csv
 import re
+import struct
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -48,6 +49,9 @@ _PIECES_OF_A_MASK = 10  # of one number, where there is no other: nobody annotat
 # Where this tag of a TIFF is 0, white is 0 (TIFF 6.0, section 8): ImageJ writes it with masks that it shows black on
 # white. Pillow inverts numbers of 8 bits then.
 _PHOTOMETRIC = 262
+
+# What Pillow raises for a damaged picture; those from the fourth on for pages after the first.
+_UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, struct.error)
 
 # The order of masks.npy in PanNuke (Gamper et al. 2020); the last channel is the background.
 _PANNUKE = ("Neoplastic", "Inflammatory", "Connective", "Dead", "Epithelial")
@@ -158,9 +162,9 @@ def matlab(data: Path, metadata: Metadata) -> Catalogue | None:
     nucleus, in rising order of their numbers, or in the order of the numbers in `id`).
     """
     images, labels = subfolder(data, "images"), subfolder(data, "labels")
-    if images is None or labels is None or not any(p.suffix.lower() == ".mat" for p in labels.iterdir()):
+    if images is None or labels is None or not (annotated := by_stem(labels.iterdir(), [".mat"])):
         return None
-    pairs = pair_up(by_stem(images.iterdir()), by_stem(labels.iterdir(), [".mat"]), data, [".mat"])
+    pairs = pair_up(by_stem(images.iterdir()), annotated, data, [".mat"])
     if metadata.classes:
         classes = metadata.classes
     else:
@@ -397,7 +401,7 @@ def _read_map(path: Path) -> NDArray[np.int32]:
             sizes = [frame.size for frame in ImageSequence.Iterator(image)]
     except Image.DecompressionBombError as error:
         raise AnnotationError(f"{path} is too large ({error}): cut the image and its map into parts") from error
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
+    except _UNREADABLE as error:
         raise AnnotationError(
             f"{path} is not a readable image ({error}): copy it again, or save it as PNG or TIFF of 8, 16 or 32 bits"
         ) from error

@@ -155,6 +155,30 @@ def test_a_map_in_several_pages_is_refused(tmp_path: Path) -> None:
         read_dataset(folder, mpp=0.25).images[0].read()
 
 
+def test_a_hidden_file_makes_no_dataset_of_matlab(tmp_path: Path) -> None:
+    """macOS writes ._x_1.mat beside x_1.mat, and leaves it where that is moved away."""
+    (maps(tmp_path, np.eye(4, dtype=np.uint16)) / "labels" / "._x_1.mat").touch()
+    assert len(only(read_dataset(tmp_path, mpp=0.25)).class_index) == 1
+
+
+@pytest.mark.parametrize(("tag", "becomes"), [(256, (300, 3, 1, 2)), (259, (259, 3, 1, 98))])  # width, compression
+def test_a_map_whose_second_page_is_damaged_is_refused(tag: int, becomes: tuple[int, ...], tmp_path: Path) -> None:
+    """Pillow lets the errors of its parser through there: TypeError and KeyError."""
+    path = save(maps(tmp_path, np.eye(4, dtype=np.uint16)) / "labels" / "x_1.png", RGB[:4, :4, 0]).with_suffix(".tif")
+    path.with_suffix(".png").unlink()
+    pages = [Image.fromarray(np.zeros((side, side), np.uint16)) for side in (4, 2)]
+    pages[0].save(path, save_all=True, append_images=pages[1:])
+    content, at = bytearray(path.read_bytes()), 4
+    for _ in pages:
+        first = struct.unpack_from("<I", content, at)[0] + 2
+        at = first + 12 * struct.unpack_from("<H", content, first - 2)[0]  # where the next page's directory is stated
+    entry = next(e for e in range(first, at, 12) if struct.unpack_from("<H", content, e)[0] == tag)
+    struct.pack_into("<HHII", content, entry, *becomes)
+    path.write_bytes(content)
+    with pytest.raises(AnnotationError, match=r"x_1\.tif is not a readable image .*: copy it again"):
+        only(read_dataset(tmp_path, mpp=0.25))
+
+
 def test_a_large_map_is_no_reason_for_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As a large image is none."""
     folder = maps(tmp_path, np.array([[1, 2], [3, 0]], np.uint16))
