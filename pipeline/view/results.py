@@ -81,7 +81,7 @@ class Results:
         """Its nuclei. Raises RunError where there is no table, or it is damaged."""
         written = files.mtime_ns(self.folder(number).nuclei)
         if written is None:
-            raise RunError(f"{self.name(number)} has no table of nuclei: it is not done")
+            raise RunError(f"{self.name(number)} has no table of nuclei, as it is not done: run it again")
         return self._tables(number, written)
 
     def _open_picture(self, number: int, _: int | None) -> DeepZoom:

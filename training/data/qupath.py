@@ -133,7 +133,10 @@ def _fields(regions: Polygons, size: Size, path: Path, image: Path) -> list[Box]
                 f"{_LARGEST_FIELD_PX} px"
             )
         if not box.area:
-            raise AnnotationError(f"{path}: a region lies outside {image.name}, {size.width} x {size.height} px")
+            raise AnnotationError(
+                f"{path}: a region lies outside {image.name}, {size.width} x {size.height} px: need regions within the "
+                f"image that they were drawn on; delete it in QuPath and export again"
+            )
     return boxes
 
 

@@ -365,7 +365,7 @@ WIDE = {"box_hidden": 4096, "mask_channels": 4096}
         (WIDE, {}, r"has the shape \[.*\], not \[.*4096"),
         ({"mask_layers": 16}, {}, r"missing \['roi_heads\.mask_head\..*unknown \[\]"),
         ({}, dict.fromkeys(LARGE), rf"missing \['{LARGE[0]}', '{LARGE[1]}'\], unknown \[\]"),
-        ({}, {"huge": torch.zeros(3)}, r"missing \[\], unknown \['huge'\]"),
+        ({}, {"huge": torch.zeros(3)}, r"missing \[\], unknown \['huge'\]; download or copy it again"),
     ],
     ids=["shapes", "layers", "large tensors", "an unknown tensor"],
 )

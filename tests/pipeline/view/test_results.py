@@ -130,7 +130,7 @@ def test_a_slide_that_is_not_done(finished: Finished) -> None:
     results = Results(RunFolder(finished.run))
     with pytest.raises(RunError, match=f"{FAILED} is not done"):
         results.picture(2)
-    with pytest.raises(RunError, match=f"{FAILED} has no table of nuclei"):
+    with pytest.raises(RunError, match=f"{FAILED} has no table of nuclei, as it is not done: run it again"):
         results.nuclei(2)
 
 
