@@ -11,8 +11,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors.torch
 import torch
+from numpy.typing import NDArray
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
@@ -156,6 +158,11 @@ def data_fields(datasets: Sequence[Dataset]) -> dict[str, object]:
         "data_order": [d.name for d in datasets],
         "images": {name: digest([images.encode()]) for name, images in which.items()},
     }
+
+
+def pixels_digest(image: NDArray[np.uint8]) -> str:
+    """By which weights name an image that they were trained on (`trained_pixels`), whatever it is called."""
+    return digest([image.tobytes()])
 
 
 def digest(parts: Iterable[bytes]) -> str:

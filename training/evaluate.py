@@ -29,7 +29,7 @@ from pipeline.segment.record import LOOK, SlideRecord
 from pipeline.text import counted
 from training import breakdown
 from training.breakdown import Breakdown, Rows
-from training.checkpoint import digest
+from training.checkpoint import pixels_digest
 from training.data.datasets import read_dataset, requested_sets
 from training.data.sample import Dataset, LabelledImage, Sample, describe_lost
 from training.measures import (
@@ -91,6 +91,15 @@ def gather(data: Sequence[Path], splits: Sequence[str] = (), mpp: Sequence[float
     if not same and any(len(part[0][1].classes) > 1 for part in parts):
         skipped.append("classes are not scored, as the datasets do not have the same: score them one by one")
     return EvaluationSet(tuple(images), same if len(same) > 1 else (), tuple(skipped))
+
+
+def known_images(images: EvaluationSet, weights: str) -> list[str]:
+    """The names of the images that weights, by name or file, were trained on, whatever they were called there.
+
+    By their pixels, so every image is read; none of weights that do not state them. Raises WeightsError.
+    """
+    known = trained_pixels(find_weights(weights))
+    return [image.name for image in images.images if known and pixels_digest(image.sample.read().image) in known]
 
 
 def whole_images(settings: Settings) -> Settings:
@@ -238,7 +247,7 @@ def evaluate(
         for image, row in zip(images.images, rows, strict=True):
             labelled = image.sample.read()
             lost += labelled.lost
-            trained_on += [image.name] if digest([labelled.image.tobytes()]) in known else []
+            trained_on += [image.name] if pixels_digest(labelled.image) in known else []
             detections = read_detections(results_of(folder, row), classes)
             height, width = labelled.labels.shape
             write_outputs(outputs, image.name, labelled, detections.paint((height, width)))

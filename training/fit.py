@@ -265,13 +265,13 @@ def _trained_pixels(training: Training, drawn: Crops) -> frozenset[str]:
     """Digests of the images that the weights will have been trained on, those of `training.init` included."""
     before = frozenset[str]() if training.init in UNTRAINED else trained_pixels(find_weights(training.init))
     images = (image.labelled.image for groups in drawn.sets for group in groups for image in group)
-    return before | {checkpoint.digest([image.tobytes()]) for image in images}
+    return before | {checkpoint.pixels_digest(image) for image in images}
 
 
 def _warn_of_known(held_out: Sequence[Dataset], pixels: frozenset[str], say: Callable[[str], None]) -> None:
     """Say which held-out images the weights know: a copy under another name, or one that `--init` was trained on."""
     images = [(f"{d.name}/{image.id}", image.read().image) for d in held_out for image in d.images]
-    known = [name for name, image in images if checkpoint.digest([image.tobytes()]) in pixels]
+    known = [name for name, image in images if checkpoint.pixels_digest(image) in pixels]
     if known:
         say(
             f"WARNING: {counted(len(known), 'held-out image')} of {len(images)}, such as {known[0]}, are also trained "

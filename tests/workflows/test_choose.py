@@ -1,5 +1,6 @@
 """Which images choose.py takes for held out: none that weights were trained on, and none where that is not known."""
 
+import itertools
 import json
 import runpy
 from pathlib import Path
@@ -10,6 +11,7 @@ from safetensors.numpy import save_file
 
 from pipeline.errors import ConfigError
 from pipeline.model.weights import read_notes
+from training import checkpoint
 from training.data.sample import LabelledImage, Sample
 from training.evaluate import EvaluationImage, EvaluationSet
 
@@ -76,3 +78,17 @@ def test_a_mean_states_what_all_its_trainings_held_out(tmp_path: Path) -> None:
     data = [{"discs": 9, "spots": 9, "own": 9}, {"discs": 9, "spots": 9}, {}, {"older": 9}]
     assert held_out(files, data) == {"discs": ["b"], "spots": [], "own": ["o"]}
     assert "held_out" not in read_notes(files[-1])
+
+
+def test_images_that_the_weights_know_under_another_name_are_refused(tmp_path: Path) -> None:
+    from choose import check_unseen
+
+    nuclei = np.ones((4, 4), np.int32), np.ones(1, np.int64)
+    drawn = [LabelledImage(np.full((4, 4, 3), grey, np.uint8), *nuclei) for grey in (10, 20)]
+    samples = [Sample(f"new{i}", "", 0.25, itertools.repeat(image).__next__) for i, image in enumerate(drawn)]
+    images = EvaluationSet(tuple(EvaluationImage(sample.id, sample, ()) for sample in samples), ())
+    known = {"trained_pixels": f"0123 {checkpoint.pixels_digest(drawn[1].image)}"}
+    with pytest.raises(ConfigError, match="knows was trained on 1 image of these 2, such as new1: need"):
+        check_unseen(images, weights(tmp_path / "knows", **known))
+    check_unseen(images, weights(tmp_path / "other", trained_pixels="0123"))
+    check_unseen(IMAGES, weights(tmp_path / "older"))  # nothing is read for weights that do not say

@@ -22,10 +22,11 @@ from cyclopts import App, Parameter
 from pipeline.config import Detector, Execution, Settings
 from pipeline.errors import ConfigError
 from pipeline.model.weights import find_weights, read_notes
+from pipeline.text import counted
 from slides.errors import NightslideError
 from training.cli import Datasets, Flat, Scales, Splits
 from training.data.datasets import requested_sets
-from training.evaluate import EvaluationSet, gather, predict, read_detections, results_of, whole_images
+from training.evaluate import EvaluationSet, gather, known_images, predict, read_detections, results_of, whole_images
 from training.fit import split_held_out
 from training.measures import Scores, compare, mean, measure, tally
 
@@ -77,6 +78,15 @@ def held_out(images: EvaluationSet, weights: str, name: str) -> EvaluationSet:
     return images._replace(images=tuple(m for m in images.images if m.sample.id in ids))
 
 
+def check_unseen(images: EvaluationSet, weights: str) -> None:
+    """Raise ConfigError where the weights state that they were trained on some of the images, under whatever name."""
+    if known := known_images(images, weights):
+        raise ConfigError(
+            f"{weights} was trained on {counted(len(known), 'image')} of these {len(images.images)}, such as "
+            f"{known[0]}: need images that it was not trained on"
+        )
+
+
 def grid(images: EvaluationSet, settings: Settings, scores: tuple[float, ...], execution: Execution) -> list[Scores]:
     """Image means at every score threshold, from one inference at the lowest."""
     at_lowest = replace(settings, detector=replace(settings.detector, score=min(scores)))
@@ -125,6 +135,7 @@ def choose(
         else [held_out(of, settings.detector.weights, s.name) for s, of in zip(requested, sets, strict=True)]
     )
     images = EvaluationSet(tuple(image for c in each for image in c.images), ())
+    check_unseen(images, settings.detector.weights)
     cells: dict[tuple[float, float], Scores] = {}
     for value in nms or (settings.detector.nms,):
         chosen: Detector = replace(settings.detector, nms=value)

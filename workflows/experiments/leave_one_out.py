@@ -26,9 +26,9 @@ from pipeline.files import read_json, write_json
 from pipeline.model.weights import find_weights, read_notes
 from slides.errors import NightslideError
 from training.cli import Flat, Network
-from training.config import Training
+from training.config import UNTRAINED, Training
 from training.data.datasets import read_datasets
-from training.evaluate import EvaluationSet, as_json, evaluate, gather, whole_images
+from training.evaluate import EvaluationSet, as_json, evaluate, gather, known_images, whole_images
 from training.fit import fit, split_held_out
 
 
@@ -72,15 +72,16 @@ def run_fold(fold: Fold, data: Path, out: Path) -> None:
     others = [name for name in SETS if name != fold.left_out]
     splits = [f"{name}:{split}" for name in others for split in SETS[name].splits]
     sets = read_datasets([data / name for name in others], splits, [SETS[name].mpp for name in others])
-    _check_unseen(fold)
+    of = SETS[fold.left_out]
+    left_out = gather([data / fold.left_out], of.splits, [of.mpp])
+    _check_unseen(fold, left_out)
     weights = fit(sets, out / fold.left_out, fold.training, fold.architecture)
     wanted = fold.training.steps
     if (done := int(read_notes(weights).get("step", wanted))) < wanted:
         print(f"{fold.left_out}: stopped at step {done} of {wanted}; the same command continues", file=sys.stderr)
         return
     trained = time.monotonic()
-    of = SETS[fold.left_out]
-    images = some(gather([data / fold.left_out], of.splits, [of.mpp]), fold.images, fold.training.seed)
+    images = some(left_out, fold.images, fold.training.seed)
     settings = Settings(detector=Detector(weights=str(weights), objectness=fold.objectness))
     scores = evaluate(images, whole_images(settings), Execution(cluster=False))
     seconds = {"training_seconds": round(trained - started), "scoring_seconds": round(time.monotonic() - trained)}
@@ -88,12 +89,13 @@ def run_fold(fold: Fold, data: Path, out: Path) -> None:
     write_json(out / f"{fold.left_out}.json", {**content, **seconds, "fold": fold.plain()})
 
 
-def _check_unseen(fold: Fold) -> None:
+def _check_unseen(fold: Fold, left_out: EvaluationSet) -> None:
     """Raise ConfigError for a training that begins from weights which know the set that is left out."""
     init = fold.training.init
-    if init in ("imagenet", "random"):
+    if init in UNTRAINED:
         return
-    if fold.left_out in json.loads(read_notes(find_weights(init)).get("data", "{}")):
+    named = fold.left_out in json.loads(read_notes(find_weights(init)).get("data", "{}"))
+    if named or known_images(left_out, init):  # under another name, or in weights of before, which state no pixels
         raise ConfigError(
             f"--init {init} was trained on {fold.left_out}: need weights that have not seen what is left out"
         )

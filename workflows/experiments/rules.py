@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from choose import held_out
+from choose import check_unseen, held_out
 from cyclopts import App
 from leave_one_out import SETS, some
 from scipy.stats import spearmanr
@@ -84,10 +84,12 @@ def detect(images: EvaluationSet, weights: str, method: StainMethod) -> list[Det
 
 
 def unseen(name: str, data: Path, weights: str) -> EvaluationSet:
-    """The images of a set that the weights were not trained on."""
+    """The images of a set that the weights were not trained on. Raises ConfigError where they are not known."""
     images = gather([data / name], SETS[name].splits, [SETS[name].mpp])
     trained = json.loads(read_notes(find_weights(weights)).get("data", "{}"))
-    return held_out(images, weights, name) if name in trained else images
+    images = held_out(images, weights, name) if name in trained else images
+    check_unseen(images, weights)
+    return images
 
 
 def scores(image: Detected, kept: Bools) -> tuple[float, float]:
