@@ -99,5 +99,5 @@ def _header(name: str, directory: Directory) -> Header | None:
 
 
 def _raise(error: OSError) -> None:
-    if not isinstance(error, FileNotFoundError):
+    if not isinstance(error, FileNotFoundError | NotADirectoryError):  # there is no such folder
         raise error

@@ -97,6 +97,39 @@ def test_a_hamamatsu_slide_is_its_key_file_and_what_that_names(tmp_path: Path) -
     assert parts("case.vms", LocalDirectory(tmp_path / "in")) == ["case.vms"]
 
 
+@pytest.mark.parametrize("name", ["case.vmu", "CASE.VMS"])
+def test_a_key_file_of_either_format_is_known_in_any_case(tmp_path: Path, name: str) -> None:
+    """Of what it names only files count; itself is listed once; a key may be given twice."""
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "b.jpg").touch()
+    (tmp_path / name).write_text(f"[Uncompressed Virtual Microscope Specimen]\nA=b.jpg\nB=folder\nC={name}\nA=b.jpg\n")
+    assert parts(name, LocalDirectory(tmp_path)) == [name, "b.jpg"]
+
+
+def test_a_mirax_slide_has_all_files_of_its_folder_at_any_depth(tmp_path: Path) -> None:
+    for name in ("X.MRXS", "X/b.dat", "X/a/c.dat", "other/d.dat"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    assert parts("X.MRXS", LocalDirectory(tmp_path)) == ["X.MRXS", "X/a/c.dat", "X/b.dat"]
+
+
 def test_a_mirax_slide_without_its_folder_is_its_file_alone(tmp_path: Path) -> None:
+    """Also where a file has the folder's name: what is missing is said when the slide is opened."""
     (tmp_path / "x.mrxs").touch()
     assert parts("x.mrxs", LocalDirectory(tmp_path)) == ["x.mrxs"]
+    (tmp_path / "x").touch()
+    assert parts("x.mrxs", LocalDirectory(tmp_path)) == ["x.mrxs"]
+
+
+def test_a_folder_of_a_mirax_slide_that_cannot_be_listed_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a copy would lack its data."""
+
+    def refuse(path: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    (tmp_path / "x").mkdir()
+    monkeypatch.setattr("os.scandir", refuse)
+    with pytest.raises(PermissionError):
+        parts("x.mrxs", LocalDirectory(tmp_path))
