@@ -226,7 +226,7 @@ def filled(mask: NDArray[np.bool_], area_px: float) -> NDArray[np.bool_]:
     """The mask without its holes under `area_px` pixels. What is open to the picture's edge is no hole."""
     labels, _ = scipy.ndimage.label(np.pad(~mask, 1, constant_values=True))
     small = _sizes(labels) < area_px
-    small[[0, labels[0, 0]]] = False
+    small[labels[0, 0]] = False
     filled: NDArray[np.bool_] = mask | small[labels][1:-1, 1:-1]
     return filled
 

@@ -13,7 +13,7 @@ from slides import tissue
 from slides.geometry import Affine, Box, Frame, Size
 from slides.phantom import draw
 from slides.slide import open_slide
-from slides.tissue import TissueMap, tissue_mask
+from slides.tissue import TissueMap, filled, tissue_mask, without_small
 
 MPP = 8.0
 EOSIN, HAEMATOXYLIN, PALE = (225, 140, 185), (120, 90, 150), (240, 222, 234)
@@ -87,6 +87,58 @@ def test_ink_and_black_borders_are_no_tissue(ink: tuple[int, int, int]) -> None:
     mask = _find(soft)
     assert not mask[:32].any()
     assert mask[MIDDLE].mean() > 0.95
+
+
+def test_ink_across_tissue_is_no_tissue_whatever_is_filled_and_grown() -> None:
+    """A stroke is narrower than the holes that are filled, and than what the margin closes."""
+    stroke = slice(62, 76), slice(80, 110)  # 26,880 um2
+    inked = _with(_glass(), EOSIN, MIDDLE)
+    inked[stroke] = BLUE_INK
+    for margin_um in (0.0, 40.0):
+        mask = _find(inked, margin_um)
+        assert not mask[67:71, 84:106].any()
+        assert mask[42:50, 62:138].all()
+        assert mask[90:98, 62:138].all()
+
+
+@pytest.mark.parametrize(
+    "colour",
+    [(60, 30, 80), (200, 60, 120), (150, 60, 60), (235, 170, 175)],
+    ids=["dense haematoxylin", "dense eosin", "pigment", "pale and red"],
+)
+def test_a_dense_or_reddish_stain_is_no_ink(colour: tuple[int, int, int]) -> None:
+    """Black ink is grey; red ink spares red, absorbs blue as much as green, and is dense."""
+    assert _find(_with(_glass(), colour, MIDDLE))[MIDDLE].mean() > 0.95
+
+
+@pytest.mark.parametrize("colour", [(236, 243, 244), (150, 150, 151)], ids=["a faint tint", "dust"])
+def test_glass_that_is_not_clean_is_no_ink(colour: tuple[int, int, int]) -> None:
+    """From the tissue beside ink its blurred edge is taken, 24 um: here from row 97 on."""
+    tissue = _with(_glass(), EOSIN, MIDDLE)
+    soiled = _with(tissue, colour, (slice(100, 150), slice(0, 200)))
+    assert np.array_equal(_find(soiled)[:99], _find(tissue)[:99])
+
+
+@pytest.mark.parametrize(("ink", "small", "large"), [(BLUE_INK, 12, 16), (BLACK_INK, 10, 13), (RED_INK, 25, 30)])
+def test_what_is_smaller_than_a_stroke_is_part_of_the_tissue(ink: tuple[int, int, int], small: int, large: int) -> None:
+    """Pigment, a fold, or blood if it is red: 6,000 and 40,000 um2 are squares of 9.7 and 25 px in blurred edges."""
+    for side, kept in ((small, True), (large, False)):
+        spotted = _with(_glass(), EOSIN, MIDDLE)
+        spot = slice(60, 60 + side), slice(90, 90 + side)
+        spotted[spot] = ink
+        assert _find(spotted)[spot].all() == kept
+        assert _find(spotted)[spot].any() == kept
+
+
+def test_on_a_grey_slide_tissue_is_what_varies() -> None:
+    """Stain is not to be seen there: glass does not vary within 40 um, however uneven its light."""
+    noise = ndimage.gaussian_filter(np.random.default_rng(2).normal(0, 100, (150, 200)), 1)
+    slide = np.broadcast_to(np.linspace(250, 200, 200), (150, 200)).copy()
+    slide[MIDDLE] += noise[MIDDLE] - 40
+    mask = _find(np.clip(slide, 0, 255).astype(np.uint8)[..., None].repeat(3, axis=2))
+    assert mask[MIDDLE].mean() > 0.95
+    mask[36:104, 56:144] = False
+    assert not mask.any()
 
 
 def test_a_picture_without_glass_is_all_tissue() -> None:
@@ -164,6 +216,27 @@ def test_a_map_is_queried_in_work_pixels() -> None:
     assert tissue.bounds_in(Box(0, 0, 500, 500)) == (64, 32, 96, 64)
     assert tissue.bounds_in(Box(70, -9, 80, 40)) == (70, 32, 80, 40)
     assert tissue.bounds_in(Box(96, 0, 200, 200)).area == tissue.bounds_in(Box(70, 40, 70, 50)).area == 0
+
+
+def test_boxes_beside_the_mask_hold_no_tissue() -> None:
+    tissue = _map(np.ones((3, 4), bool), 8.0, 0.25)  # 128 x 96 work px
+    for x, y in ((-100, 20), (50, -80), (-21, -80), (128, 20), (50, 96)):
+        box = Box(x, y, x + 20, y + 15)
+        assert not tissue.any_in(box)
+        assert tissue.bounds_in(box).area == 0
+        assert not tissue.contains((box.corner, (box.x1 - 1, box.y1 - 1))).any()
+
+
+def test_pieces_and_holes_are_kept_or_not_by_their_pixels() -> None:
+    """Pieces touch by corners, too, holes by sides; what is open to the picture's edge is no hole."""
+    mask = np.ones((7, 9), bool)
+    for y, x in ((1, 1), (1, 2), (2, 3), (3, 8), (5, 5), (5, 6), (5, 7)):
+        mask[y, x] = False
+    for area_px, left in ((2, 6), (3, 4), (100, 1)):
+        assert np.count_nonzero(~filled(mask, area_px)) == left
+        assert not filled(mask, area_px)[3, 8]
+    for area_px, left in ((3, 6), (4, 0)):
+        assert np.count_nonzero(without_small(~mask, area_px)) == left
 
 
 @given(st.integers(0, 2**32 - 1), st.floats(0.2, 3))
