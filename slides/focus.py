@@ -50,7 +50,7 @@ def to_json(focus: Focus) -> dict[str, Any]:
 def from_json(content: Mapping[str, Any]) -> Focus:
     """What `to_json` gave."""
     column, row = content["corner"]
-    return Focus((column, row), np.array(content["sums"], np.int64).reshape(len(content["sums"]), -1, 4))
+    return Focus((column, row), np.array(content["sums"], np.int64))
 
 
 def cell_px(mpp: float) -> int:
