@@ -92,9 +92,10 @@ def _security(execution: Execution, address: str) -> Any:
         raise ConfigError(f"TLS files {files} cannot be used ({error}): need certificates and key in PEM") from error
     # of Dask one would hear that they do not match; `nightslide certificates` lets all three end together
     ends = [certificate["notAfter"] for certificate in context.get_ca_certs()]
-    if ends and max(map(ssl.cert_time_to_seconds, ends)) < time.time():
+    last = max(ends, key=ssl.cert_time_to_seconds, default=None)
+    if last is not None and ssl.cert_time_to_seconds(last) < time.time():
         raise ConfigError(
-            f"TLS files {files}: their authority was valid until {ends[-1]}: make new ones with `nightslide "
+            f"TLS files {files}: their authority was valid until {last}: make new ones with `nightslide "
             f"certificates`, give them to scheduler and workers, and start these again"
         )
     return security

@@ -1,6 +1,7 @@
 """Certificates of a cluster: strict readers take them, only the owner reads the key, nothing is overwritten."""
 
 import contextlib
+import datetime
 import socket
 import ssl
 import stat
@@ -74,19 +75,32 @@ def test_what_is_there_is_not_overwritten(made: Certificates) -> None:
 def test_a_run_refuses_those_that_have_ended_and_says_so(
     made: Certificates, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def execution(files: Certificates) -> Execution:
-        return Execution(
-            scheduler="tls://10.0.0.5:8786", tls_ca_file=str(files.ca), tls_cert=str(files.cert), tls_key=str(files.key)
+    """Of several authorities in a file the one that ends last counts, whatever their order."""
+
+    def check(*authorities: bytes) -> None:
+        files.ca.write_bytes(b"".join(authorities))
+        check_scheduler(
+            Execution(
+                scheduler="tls://10.0.0.5:8786",
+                tls_ca_file=str(files.ca),
+                tls_cert=str(files.cert),
+                tls_key=str(files.key),
+            )
         )
 
-    check_scheduler(execution(made))
-    monkeypatch.setattr(certificates, "_CLOCKS", 3 * certificates._CLOCKS)
-    ended = certificates._contents(-2)
-    old = Certificates(tmp_path / "ca.pem", tmp_path / "cert.pem", tmp_path / "key.pem")
-    for path, content in zip(old, ended, strict=True):
-        path.write_bytes(content)
-    with pytest.raises(ConfigError, match=r"was valid until .* GMT: make new ones with `nightslide certificates`"):
-        check_scheduler(execution(old))
+    files = Certificates(tmp_path / "ca.pem", tmp_path / "cert.pem", tmp_path / "key.pem")
+    for path, whole in zip(files, made, strict=True):
+        path.write_bytes(whole.read_bytes())
+    valid = made.ca.read_bytes()
+    check(valid)
+    monkeypatch.setattr(certificates, "_CLOCKS", datetime.timedelta(days=999))
+    ended, before = (certificates._contents(days)[0] for days in (-2, -400))
+    year = (datetime.datetime.now(datetime.UTC) - datetime.timedelta(days=2)).year
+    for authorities in ((ended,), (ended, before), (before, ended)):
+        with pytest.raises(ConfigError, match=rf"was valid until .* {year} GMT: make new ones with `nightslide"):
+            check(*authorities)
+    check(valid, ended)
+    check(ended, valid)
 
 
 def test_wrong_usage_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -173,6 +173,24 @@ def test_a_worker_that_ends_while_it_is_prepared_is_no_error(monkeypatch: pytest
     assert asked[0]["callback_timeout"] > 0, "one that is suspended is not waited for"
 
 
+def test_where_no_worker_detects_none_is_prepared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that offer only the CPU need no detector; a scheduler that does not answer has none to prepare."""
+
+    asked: list[dict[str, Any]] = []
+
+    class Asked(OfANetwork):
+        def run(self, *_: Any, **options: Any) -> dict[str, Any]:
+            asked.append(options)
+            return {}
+
+    answers: list[dict[str, Any] | None] = [{"a": {"resources": {"CPU": 1}}, "b": {}}, {}, None]
+    where = Cluster(Asked())
+    monkeypatch.setattr(where, "_workers", lambda: answers.pop(0))
+    while answers:
+        where.prepare(leave_a_note, Path("nowhere"))
+    assert asked == []
+
+
 def test_workers_that_ended_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each once; a scheduler that does not answer has lost none."""
     answers: list[dict[str, Any] | None] = [{"a": {}, "b": {}}, {"a": {}}, None, {"a": {}, "c": {}}, {}]
@@ -226,6 +244,7 @@ async def start(worker: Any) -> Any:
         ("tcp://[::1]:8786", False),
         ("tcp://localhost:8786", False),
         ("inproc://10.0.0.5/1/1", False),
+        ("", False),
     ],
 )
 def test_a_scheduler_without_tls_on_a_network_is_warned_of(address: str, open_to_a_network: bool) -> None:
@@ -233,6 +252,19 @@ def test_a_scheduler_without_tls_on_a_network_is_warned_of(address: str, open_to
     warning = exposed(address)
     assert bool(warning) == open_to_a_network
     assert ("can run code" in warning and "nightslide certificates" in warning) == open_to_a_network
+
+
+@pytest.mark.parametrize(("services", "dashboard"), [({"dashboard": 8787}, "http://head:8787/status"), ({}, "")])
+def test_a_dashboard_that_is_not_served_has_no_address(services: dict[str, int], dashboard: str) -> None:
+    """Dask makes one up."""
+
+    class Serving(OfANetwork):
+        dashboard_link = "http://head:8787/status"
+
+        def scheduler_info(self, n_workers: int) -> dict[str, Any]:
+            return {**super().scheduler_info(n_workers), "services": services}
+
+    assert Cluster(Serving()).dashboard == dashboard
 
 
 def test_a_run_says_that_its_scheduler_is_exposed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import dask.distributed  # whose defaults replace what was set before
 import pytest
 
 from pipeline.archive.workers.execution import check_execution, open_executor, starts_processes
@@ -36,12 +37,18 @@ def test_files_of_tls_are_checked_before_anything_is_started(tmp_path: Path) -> 
         (tmp_path / name).write_text("no certificate")
     given: dict[str, Any] = {f"tls_{name}": str(tmp_path / name.split("_")[0]) for name in ("ca_file", "cert", "key")}
     (tmp_path / "scheduler.json").write_text('{"address": "tls://127.0.0.1:9"}')
-    (tmp_path / "empty.json").write_text("{}")
+    for name, text in (("empty", "{}"), ("list", "[1]"), ("text", "no JSON")):
+        (tmp_path / f"{name}.json").write_text(text)
     in_file = str(tmp_path / "scheduler.json")
     for execution, message in (
         (Execution(scheduler="tls://127.0.0.1:9"), "need --tls-ca-file, --tls-cert and --tls-key"),
         (Execution(scheduler_file=in_file), "need --tls-ca-file, --tls-cert and --tls-key"),
-        (Execution(scheduler_file=str(tmp_path / "empty.json")), "holds no address"),
+        *(
+            (Execution(scheduler_file=str(tmp_path / f"{n}.json")), "holds no address")
+            for n in ("empty", "list", "text")
+        ),
+        (Execution(scheduler_file=str(tmp_path)), "holds no address"),
+        (Execution(scheduler="wss://127.0.0.1:9"), "need --tls-ca-file, --tls-cert and --tls-key"),
         (Execution(scheduler="tls://127.0.0.1:9", **given), "need certificates and key in PEM"),
         (Execution(scheduler="tls://127.0.0.1:9", **{**given, "tls_key": "none"}), "tls-key=none does not exist"),
         (Execution(scheduler="tcp://127.0.0.1:9", **given), "need one that was started with them, at tls://"),
@@ -50,3 +57,28 @@ def test_files_of_tls_are_checked_before_anything_is_started(tmp_path: Path) -> 
             check_execution(execution, "auto")
         with pytest.raises(ConfigError, match=message), open_executor(execution):
             pass
+
+
+@pytest.mark.parametrize("lacking", ["ca-file", "client.cert", "client.key"])
+def test_files_of_tls_may_be_those_of_dask_s_configuration_but_all_three(lacking: str, tmp_path: Path) -> None:
+    (tmp_path / "file.pem").touch()
+    tls = {
+        f"distributed.comm.tls.{name}": str(tmp_path / "file.pem") for name in ("ca-file", "client.cert", "client.key")
+    }
+    del tls[f"distributed.comm.tls.{lacking}"]
+    with dask.config.set(tls):
+        with pytest.raises(ConfigError, match="need --tls-ca-file, --tls-cert and --tls-key"):
+            check_execution(Execution(scheduler="tls://127.0.0.1:9"), "auto")
+        check_execution(Execution(scheduler="tcp://127.0.0.1:9"), "auto")
+
+
+@pytest.mark.parametrize("address", ["tcp://127.0.0.1:1", "nothing://127.0.0.1:1"])
+def test_a_scheduler_that_does_not_answer_is_named_with_the_remedy(address: str, tmp_path: Path) -> None:
+    """Nobody listens at the first; the file of the second is of no Dask that is known."""
+    (tmp_path / "scheduler.json").write_text(f'{{"address": "{address}"}}')
+    with (
+        dask.config.set({"distributed.comm.timeouts.connect": "300ms"}),
+        pytest.raises(ConfigError, match=rf"no Dask scheduler answers at {address}: .*is it started, and with TLS\?"),
+        open_executor(Execution(scheduler_file=str(tmp_path / "scheduler.json"))),
+    ):
+        pass

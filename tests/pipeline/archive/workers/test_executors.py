@@ -2,13 +2,15 @@
 
 import asyncio
 import threading
+from concurrent.futures import Future
 from typing import Any
 
 import pytest
 
 from pipeline.archive.workers.execution import open_executor
-from pipeline.archive.workers.executors import Executor, run_task
+from pipeline.archive.workers.executors import Executor, Loop, Threads, open_threads, run_task
 from pipeline.config import Execution
+from pipeline.errors import ClusterLost
 
 HERE = Execution(cluster=False)
 
@@ -60,3 +62,46 @@ def test_when_cancelled_what_waits_is_cancelled_too() -> None:
     with open_executor(Execution(cluster=False, workers=2)) as where, pytest.raises(ExceptionGroup):
         asyncio.run(work(where))
     assert 1 <= len(done) <= 6
+
+
+class Waiting(Loop):
+    """Its task is waited for until somebody cancels it."""
+
+    def __init__(self) -> None:
+        self.task: Future[Any] = Future()
+
+    def submit(self, *_: Any) -> Future[Any]:
+        return self.task
+
+
+@pytest.mark.parametrize(("by_us", "raised"), [(True, asyncio.CancelledError), (False, ClusterLost)])
+def test_a_task_that_is_cancelled_by_dask_has_lost_its_cluster(by_us: bool, raised: type[BaseException]) -> None:
+    async def cancelled() -> None:
+        where = Waiting()
+        task = asyncio.create_task(run_task(where, True, double, 1))
+        await asyncio.sleep(0)
+        (task if by_us else where.task).cancel()
+        await task
+
+    with pytest.raises(raised):
+        asyncio.run(cancelled())
+
+
+def test_tasks_of_the_device_have_threads_of_their_own() -> None:
+    """Two, so that it is never idle; those of the CPU do not wait for it."""
+    with open_threads(3) as cpu, open_threads(2) as device:
+        where = Threads(cpu, device, 3)
+        prepared = threading.Event()
+        where.prepare(prepared.set)
+        assert prepared.wait(60)
+        both, three = threading.Barrier(2), threading.Barrier(3)
+        on_device = [where.submit(True, own_thread, both) for _ in range(2)]
+        beside = [where.submit(False, own_thread, three) for _ in range(3)]
+        idents = [{task.result(60) for task in tasks} for tasks in (on_device, beside)]
+    assert [len(threads) for threads in idents] == [2, 3]
+    assert not idents[0] & idents[1]
+
+
+def own_thread(together: threading.Barrier) -> int:
+    together.wait(60)
+    return threading.get_ident()

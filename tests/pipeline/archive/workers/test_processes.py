@@ -1,12 +1,14 @@
 """What loads torch is asked in a process of its own, or here."""
 
 import os
+import signal
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
-from pipeline.archive.workers.processes import ask, ask_each
+from pipeline.archive.workers.processes import ask, ask_each, interrupts_kept_from_children
 from pipeline.errors import RunError
 
 
@@ -57,3 +59,21 @@ def meet(own: str, other: str) -> bool:
 def test_several_questions_are_asked_at_once(tmp_path: Path) -> None:
     a, b = str(tmp_path / "a"), str(tmp_path / "b")
     assert list(ask_each(meet, [(a, b), (b, a)], 2)) == [True, True]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no such signals")
+def test_signals_of_a_terminal_are_blocked_only_while_processes_are_started() -> None:
+    """Else Ctrl-C would not end the command itself."""
+
+    def blocked() -> set[signal.Signals]:
+        return {signal.Signals(number) for number in signal.pthread_sigmask(signal.SIG_BLOCK, ())}
+
+    def started() -> None:
+        with interrupts_kept_from_children():
+            assert blocked() == before | {signal.SIGINT, signal.SIGHUP}
+            raise KeyError("one that does not start")
+
+    before = blocked()
+    with pytest.raises(KeyError, match="does not start"):
+        started()
+    assert blocked() == before
