@@ -26,8 +26,9 @@ from pipeline.archive.lease import Leases
 from pipeline.archive.ledger import read_ledger
 from pipeline.archive.manifest import open_run, resolve
 from pipeline.archive.run import run
+from pipeline.archive.stream import Stream
 from pipeline.archive.workers import watch
-from pipeline.archive.workers.executors import Loop
+from pipeline.archive.workers.executors import Loop, Threads, open_threads
 from pipeline.config import Execution, Settings
 from pipeline.errors import RunError, ScratchLost
 from pipeline.layout import RunFolder
@@ -545,28 +546,74 @@ def test_a_slide_that_ends_its_workers_costs_no_other_slide(
     assert not (tmp_path / "out" / "b" / "failure.json").exists() or "b" in failed
 
 
+@pytest.mark.parametrize(("patience_s", "times"), [(0.1, 1), (60.0, 0)])
 def test_who_has_a_slide_that_is_waited_for_is_said_once(
-    archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    patience_s: float, times: int, archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out, said = tmp_path / "out", list[str]()
-    monkeypatch.setattr(all_slides, "_PATIENCE_S", 0.1)
+    """And not where it is given back soon."""
+    out, said, asked, holder = tmp_path / "out", list[str](), list[str](), Leases.holder
+    monkeypatch.setattr(all_slides, "_PATIENCE_S", patience_s)
     monkeypatch.setattr(all_slides, "_POLL_S", 0.1)
     with Leases() as other:
         other.take(out.resolve() / "a")
-        never_said = threading.Timer(60, other.release, [out.resolve() / "a"])
-        later = threading.Timer(1, other.release, [out.resolve() / "a"])  # ten more looks
 
-        def say(line: str) -> None:
-            said.append(line)
-            if line.startswith("a: waiting") and not later.is_alive():
-                later.start()
+        def given_back_soon(leases: Leases, folder: Path) -> str:
+            asked.append(holder(leases, folder))
+            if len(asked) == 8:
+                other.release(folder)
+            return asked[-1]
 
-        never_said.start()
+        monkeypatch.setattr(Leases, "holder", given_back_soon)
         one = Execution(cluster=False, workers=1)
-        run([archive / "a.png"], out, chosen(), one, mpp=0.25, say=say, detect=oracle.detect)
-        never_said.cancel()
-    (line,) = [line for line in said if line.startswith("a: waiting")]
-    assert re.search(rf"a: waiting for .*process {os.getpid()}, which has this slide; --no-wait leaves it", line)
+        (row,) = run([archive / "a.png"], out, chosen(), one, mpp=0.25, say=said.append, detect=oracle.detect)
+    assert (row.status, len(asked)) == ("done", 8)
+    lines = [line for line in said if line.startswith("a: waiting")]
+    assert len(lines) == times
+    whose = rf"a: waiting for .*process {os.getpid()}, which has this slide; --no-wait leaves it"
+    assert all(re.search(whose, line) for line in lines)
+
+
+def test_what_becomes_of_the_workers_is_followed_and_said(
+    archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their number decides how many blocks are in flight; a worker that is no use is retired."""
+    said, streams, followed = list[str](), list[Stream](), threading.Event()
+    words = (
+        "no worker offers the GPU",
+        "does not answer",
+        "1 worker process ended",
+        "has another version; it is retired",
+    )
+
+    class Changing(Threads):
+        looks = 0
+
+        def run_on_new_workers(self, function: Callable[..., Any], *args: Any, retire: bool = False) -> list[str]:
+            if not retire:
+                return []
+            self.looks += 1
+            self.detectors, self.silent, self.ended = 6 if self.looks > 1 else 0, True, ("tcp://10.0.0.7:1",)
+            return ["the worker at tcp://10.0.0.8:1 has another version; it is retired"]
+
+    def stream(*given: Any) -> Stream:
+        streams.append(Stream(*given))
+        return streams[-1]
+
+    def waits(patches: Patches, normalisation: Normalisation, settings: Settings) -> Iterator[HostInstances]:
+        until = time.monotonic() + 20
+        while not followed.is_set():
+            assert time.monotonic() < until, said
+            if streams[0].slots.size == 2 + 2 * 6 and all(any(word in line for line in said) for word in words):
+                followed.set()
+            time.sleep(0.02)
+        yield from oracle.detect(patches, normalisation, settings)
+
+    monkeypatch.setattr(all_slides, "_POLL_S", 0.05)
+    monkeypatch.setattr(all_slides, "Stream", stream)
+    with open_threads(2) as pool:
+        monkeypatch.setattr(archive_run, "open_executor", lambda *_: contextlib.nullcontext(Changing(pool, pool, 2)))
+        rows = segment(archive, tmp_path / "out", detect=waits, say=said.append)
+    assert [(row.status, row.cause) for row in rows.values()] == [("done", "")] * 2
 
 
 def test_a_task_that_does_not_end_is_named(archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -106,6 +106,14 @@ def test_a_slide_without_regions_is_skipped_and_said(place: Path) -> None:
     assert "skipped" in (place / "out" / "report.html").read_text()
 
 
+def test_a_slide_that_is_done_and_has_no_regions_any_more_keeps_its_record(place: Path) -> None:
+    draw(place / "drawn" / "y.geojson", BLOB)
+    nuclei = segment(place)["y"].nuclei
+    (place / "drawn" / "y.geojson").unlink()
+    row = segment(place)["y"]
+    assert (row.status, row.nuclei) == ("done", nuclei)
+
+
 def test_a_plan_estimates_what_a_run_would_do(place: Path) -> None:
     """No slide without regions, and of the others the tissue in them."""
     whole = plan(place / "slides", Settings(), mpp=0.25)
