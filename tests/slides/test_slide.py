@@ -33,7 +33,7 @@ from slides.errors import (
     SlideUnsupported,
 )
 from slides.geometry import Affine, Box, Size
-from slides.opening import _bits, _directory_beyond
+from slides.opening import _bits, _directory_beyond, stated_tile
 from slides.scale import FORCED, GivenScale, find_scale
 from slides.slide import Slide, _bounds, _file_hash, _needs_no_filter, _shows_the_same, open_slide
 
@@ -363,6 +363,29 @@ def test_a_plain_tiff_states_its_resolution(tmp_path: Path, picture: np.ndarray)
     assert (scale.x, scale.y) == pytest.approx((1 / 4, 1 / 3.98), rel=1e-6)
 
 
+@pytest.mark.parametrize(("unit", "um"), [(None, 25_400), (2, 25_400), (3, 10_000), (1, None)])
+def test_the_resolution_of_a_plain_tiff_is_per_inch_or_centimetre(
+    tmp_path: Path, picture: np.ndarray, unit: int | None, um: int | None
+) -> None:
+    """Per inch where it does not say (TIFF 6.0); without a unit it is none."""
+    tags = {282: 50_000.0, 283: 50_000.0, **({} if unit is None else {296: unit})}
+    Image.fromarray(picture).save(tmp_path / "x.tif", tiffinfo=tags)
+    with tifffile.TiffFile(tmp_path / "x.tif") as tiff:
+        assert (296 in tiff.pages.first.tags) == (unit is not None)
+    if um is None:
+        with pytest.raises(ScaleUnknown, match="pass --mpp"):
+            open_slide(tmp_path / "x.tif")
+    else:
+        assert open_slide(tmp_path / "x.tif").scale.x == pytest.approx(um / 50_000, rel=1e-5)
+
+
+@pytest.mark.parametrize("suffix", ["gif", "ppm", "tga"])
+def test_plain_images_of_other_formats_are_no_slides(tmp_path: Path, picture: np.ndarray, suffix: str) -> None:
+    Image.fromarray(picture).save(tmp_path / f"x.{suffix}")
+    with pytest.raises(SlideUnreadable, match="is not a slide: OpenSlide and Pillow know no such format"):
+        open_slide(tmp_path / f"x.{suffix}", mpp=0.25)
+
+
 def test_a_plain_tiff_may_describe_itself_in_latin_1(tmp_path: Path, picture: np.ndarray) -> None:
     """OME's XML, which is looked for in its description, is UTF-8."""
     Image.fromarray(picture).save(tmp_path / "x.tif", tiffinfo={270: "0,25 µm".encode("latin-1")})
@@ -405,9 +428,10 @@ def test_transparency_is_blended_on_white(tmp_path: Path) -> None:
     rgba = np.zeros((64, 64, 4), np.uint8)
     rgba[:, 32:, 3] = 255
     rgba[:, 16:32, 3] = 51
+    rgba[:, 8:16] = (100, 100, 100, 127)  # 177.8
     Image.fromarray(rgba).save(tmp_path / "clear.png")
     with open_slide(tmp_path / "clear.png", mpp=0.25) as slide:
-        assert slide.read(Box(0, 0, 64, 64), slide.frame(0.25))[5, [0, 20, 40], 1].tolist() == [255, 204, 0]
+        assert slide.read(Box(0, 0, 64, 64), slide.frame(0.25))[5, [0, 10, 20, 40], 1].tolist() == [255, 178, 204, 0]
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK"])
@@ -490,6 +514,18 @@ def test_the_first_directory_beyond_a_files_end_is_found(
         for size in (place, place + 1, place + struct.calcsize(count), end - 1):
             assert _directory_beyond(io.BytesIO(whole[:size]), size) == place
     assert _directory_beyond(io.BytesIO(whole[:end]), end) is None
+
+
+@pytest.mark.parametrize("content", [b"", b"I", b"II", b"II*\0", b"MM\0*\0\0", b"MM\0+\0\x08\0\0", b"II*\0\0\0\0\0"])
+def test_a_file_that_ends_in_its_head_has_no_directory_beyond(content: bytes) -> None:
+    assert _directory_beyond(io.BytesIO(content), len(content)) is None
+
+
+@pytest.mark.parametrize(("stated", "size"), [("256", (256, 128)), ("-1", (0, 128)), ("²", (0, 128)), ("", (0, 128))])
+def test_a_tile_of_no_stated_size_has_none(stated: str, size: tuple[int, int]) -> None:
+    properties = {"openslide.level[1].tile-width": stated, "openslide.level[1].tile-height": "128"}
+    assert stated_tile(properties, 1) == size
+    assert stated_tile(properties, 0) == (0, 0)
 
 
 def test_directories_in_a_circle_end() -> None:
