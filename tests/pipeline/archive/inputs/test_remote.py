@@ -372,6 +372,21 @@ def test_a_server_that_does_not_answer_at_first_is_told_soon() -> None:
     assert len(asked) < 20
 
 
+def test_a_file_of_a_store_is_read_from_any_place() -> None:
+    """As one on a disk. A server that has no tag for it has an empty one."""
+    content = bytes(range(256)) * 1000
+    with serving(lambda method, part: whole_or_part(content, part)) as address:
+        at = locate(f"{address}/x.svs")
+        assert isinstance(at, RemoteSlide)
+        assert at.origin().etag == ""
+        with at.folder.open("x.svs") as file:
+            assert file.read(3) == content[:3]
+            assert (file.seek(100_000), file.read(5)) == (100_000, content[100_000:100_005])
+            assert (file.seek(-50_000, os.SEEK_CUR), file.read(5)) == (50_005, content[50_005:50_010])
+            assert (file.seek(-4, os.SEEK_END), file.read()) == (len(content) - 4, content[-4:])
+            assert file.read(1) == b""
+
+
 @pytest.mark.parametrize("sent", [-10, 10])
 def test_a_server_that_sends_another_number_of_bytes_is_named(sent: int, slide: Path) -> None:
     content = slide.read_bytes()
@@ -447,7 +462,10 @@ def test_a_url_of_another_form_is_refused_without_its_secrets(given: str) -> Non
 @pytest.mark.parametrize("place", ["s3://bucket/", "gs://bucket/", "az://bucket/", "https://host/", "http://host:80/"])
 def test_the_stores_that_there_are(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_NAME", "an-account")
-    assert remote._store(f"{place}a/x.svs", {})[1:] == (place, "a/x.svs")
+    store, *found = remote._store(f"{place}a/x.svs", {})
+    assert found == [place, "a/x.svs"]
+    if place.startswith("http"):  # none at https:// leads to http://
+        assert str(store.client_options["allow_http"]).lower() == str(place.startswith("http://")).lower()
     scheme, _, rest = place.partition("://")
     assert remote._store(f"{scheme.upper()}://{rest}a/x.svs/", {})[1:] == (place, "a/x.svs")
 
@@ -455,6 +473,8 @@ def test_the_stores_that_there_are(place: str, monkeypatch: pytest.MonkeyPatch) 
 def test_a_whole_bucket_is_a_folder(bucket: S3Store, slide: Path) -> None:
     for key in ("x.tif", "deep/y.tif"):
         put(bucket, key, slide)
+    folder = RemoteFolder(bucket, url(bucket), "")
+    assert (folder.files(), folder.below("deep"), folder.below("none")) == (["x.tif"], ["deep/y.tif"], [])
     for given in (url(bucket), url(bucket).rstrip("/"), url(bucket, "x.tif"), url(bucket, "deep")):
         places = [source.place for source in find_slides([given], urls=True).sources]
         assert places == [
@@ -484,6 +504,7 @@ def test_errors_of_the_store_have_no_secrets(monkeypatch: pytest.MonkeyPatch) ->
     assert "pw" not in str(refused.value)
     assert refused.value.__suppress_context__
     assert "GET https://host/x failed" in str(refused.value)
+    assert "Debug" not in str(refused.value)
 
 
 def test_without_secrets_keeps_the_place() -> None:
