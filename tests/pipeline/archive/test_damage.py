@@ -333,6 +333,15 @@ def test_what_a_killed_run_left_beside_results_is_removed(
     assert segment(slide, tmp_path, execution=KEEP if keep else ONE).status == "done before"
 
 
+def test_work_that_is_kept_stays_when_other_things_are_removed(slide: Path, tmp_path: Path) -> None:
+    assert segment(slide, tmp_path, execution=KEEP).status == "done"
+    folder = SlideFolder(tmp_path / "discs")
+    folder.lease.mkdir()
+    assert segment(slide, tmp_path, execution=KEEP).status == "done before"
+    assert not folder.lease.exists()
+    assert folder.work.exists()
+
+
 # -------------------------------------------------------------------------------------------- the out folder
 
 

@@ -95,7 +95,9 @@ def test_half_done_work_at_another_scale_is_refused(archive: Path, tmp_path: Pat
         segment(archive, out)
     (row, *_) = run([archive / "a.png"], out, chosen(), ONE, mpp=0.26, detect=oracle.detect, say=lambda line: None)
     assert "work was started at 0.25 um/px (default by --mpp), now it has 0.26" in row.cause
+    assert (out / "a" / "failure.json").exists()
     assert segment(archive, out)["a"].status == "done"
+    assert not (out / "a" / "failure.json").exists()
 
 
 def without_stitching() -> tuple[stages.Stage, ...]:
@@ -571,6 +573,38 @@ def test_who_has_a_slide_that_is_waited_for_is_said_once(
     assert len(lines) == times
     whose = rf"a: waiting for .*process {os.getpid()}, which has this slide; --no-wait leaves it"
     assert all(re.search(whose, line) for line in lines)
+
+
+@pytest.mark.parametrize("done", [False, True])
+def test_an_error_of_a_slide_that_another_run_has_taken_over_means_nothing(
+    done: bool, archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That has changed its files: it has its lease now, or, where we took it over ourselves, has done it."""
+    out, holder, taken = tmp_path / "out", Leases.holder, list[bool]()
+    (archive / "list.csv").write_text("path\na.png\n")
+    segment(archive, tmp_path / "other")
+    monkeypatch.setattr(all_slides, "_POLL_S", 0.1)
+    with Leases() as other:
+
+        def fails(patches: Patches, normalisation: Normalisation, settings: Settings) -> Iterator[HostInstances]:
+            if not taken:
+                taken.append(True)
+                if done:
+                    shutil.copytree(tmp_path / "other" / "a", out / "a", dirs_exist_ok=True)
+                else:
+                    shutil.rmtree(out / "a" / ".lease")
+                    assert other.take(out / "a")
+                raise RuntimeError("a file has changed")
+            yield from oracle.detect(patches, normalisation, settings)
+
+        def given_back(leases: Leases, folder: Path) -> str:
+            other.release(out / "a")
+            return holder(leases, folder)
+
+        monkeypatch.setattr(Leases, "holder", given_back)
+        row = segment(archive, out, detect=fails)["a"]
+    assert (row.status, row.cause, taken) == ("done before" if done else "done", "", [True])
+    assert not (out / "a" / "failure.json").exists()
 
 
 def test_what_becomes_of_the_workers_is_followed_and_said(

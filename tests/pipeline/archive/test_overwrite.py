@@ -91,6 +91,16 @@ def unreadable(path: Path, **_: Any) -> str:
     raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
 
 
+def test_what_was_measured_of_slides_as_they_were_is_removed(archive: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    segment(archive, out)
+    RunFolder(out).regions.write_text("rows of a and b")
+    segment(archive, out)
+    assert RunFolder(out).regions.exists()
+    segment(archive, out, execution=AGAIN)
+    assert not RunFolder(out).regions.exists()
+
+
 def test_a_stage_that_runs_twice_removes_nothing_new(archive: Path, tmp_path: Path) -> None:
     """Dask may start a task again, whose worker seemed lost: it may come to its end when the slide is done."""
     out, kept = tmp_path / "out", dataclasses.replace(AGAIN, keep_work=True)
