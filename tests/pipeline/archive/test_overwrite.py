@@ -178,7 +178,7 @@ def test_an_export_that_is_frozen_does_not_describe_what_others_have_made_meanwh
 
     def is_frozen(folder: SlideFolder, *given: Any) -> dict[str, Exported]:
         written = write_exports(folder, *given)
-        if not frozen:
+        if folder.lease.parent.name == "a" and not frozen:  # the slides are exported in any order
             shutil.rmtree(folder.lease)
             content = files_module.with_checksum({**json.loads(slide_json.read_text()), "overwrite": "of another"})
             files_module.write_json(slide_json, content)
