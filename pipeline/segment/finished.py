@@ -12,7 +12,7 @@ import shapely
 
 from pipeline import files
 from pipeline.config import Export, ExportFormat, require
-from pipeline.errors import AnnotationError, SlideChanged
+from pipeline.errors import AnnotationError, RunError, SlideChanged
 from pipeline.layout import EXPORTS, RESULTS, SlideFolder
 from pipeline.segment import annotations, tables
 from pipeline.segment.export import FORMATS, Exported, check_formats
@@ -187,9 +187,11 @@ def rewrite_exports(folder: SlideFolder, export: Export) -> dict[str, Exported]:
     """Make exports of a finished slide, there or not, and note them in slide.json.
 
     Its lease is ours, and `tables.checked_between_groups` lasts, with a check of that.
+    Raises RunError where nuclei.parquet is not as it was written: its exports would be noted as whole.
     The outlines of tissue and artefacts get the origin of QuPath's file, over which they are shown, whichever export is
     made; where the slide has none, that of the other exports with a choice of origin.
     """
+    check_as_written(folder, folder.nuclei)
     content = read_slide_json(folder)
     exported = write_exports(folder, export, Path(content["source_path"]) if content is not None else None)
     if content is not None:
@@ -248,6 +250,17 @@ def damaged_results(folder: SlideFolder, content: Mapping[str, Any], *, thorough
     for name in known if thorough else {folder.nuclei.name} & known.keys():
         if problem := _damage(folder.path / name, known[name], thorough=thorough):
             yield f"{name} {problem}: {remedy(folder.path / name)}"
+
+
+def check_as_written(folder: SlideFolder, *results: Path) -> None:
+    """Raise RunError where one of these results of a slide is there, and is not what slide.json says of it.
+
+    All of it is read. Of a slide without a slide.json that is whole, nothing is known.
+    """
+    known = (read_slide_json(folder) or {}).get("files", {})
+    for path in results:
+        if path.name in known and path.exists() and (problem := _damage(path, known[path.name], thorough=True)):
+            raise RunError(f"{path.name} {problem}: {remedy(path)}")
 
 
 def _damage(file: Path, known: Mapping[str, Any], *, thorough: bool) -> str:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from pipeline.errors import AnnotationError
 from pipeline.layout import SlideFolder
 from pipeline.segment import annotations, arrow, tables
-from pipeline.segment.finished import remedy
+from pipeline.segment.finished import check_as_written, remedy
 from pipeline.segment.geojson import read_objects
 from pipeline.segment.polygons import Floats, Ints, Polygons
 from pipeline.segment.record import read_slide_json
@@ -47,8 +47,10 @@ def measure_regions(slide: SlideFolder, file: RegionFile) -> RegionTable:
     are none.
     Memory holds one column of the table, and four bytes for each nucleus in each region.
     Law: counts and areas of regions that partition a slide sum to those of the slide.
-    Raises AnnotationError for regions or outlines that cannot be read.
+    Raises AnnotationError for regions or outlines that cannot be read, RunError for a table or outlines that are not as
+    they were written.
     """
+    check_as_written(slide, slide.nuclei, slide.tissue_annotation, slide.artefact_annotations)
     provenance = tables.read_provenance(slide.nuclei)
     regions = read_regions(file, provenance.bounds)
     inside = _members(slide.nuclei, regions.polygons)

@@ -17,7 +17,7 @@ import shapely
 import oracle
 import pipeline
 from oracle import chosen, paint
-from pipeline import config
+from pipeline import config, files
 from pipeline.archive.measure import measure_slides
 from pipeline.archive.run import run
 from pipeline.archive.verify import verify_results
@@ -132,6 +132,7 @@ def test_a_damaged_table_is_a_line(place: Path, capsys: pytest.CaptureFixture[st
     metadata = json.dumps({"um_per_px": [0.25, 0.25]})[:9].encode()  # not JSON
     for damaged in (b"PAR1 nothing PAR1", _with_provenance(file, metadata)):
         file.write_bytes(damaged)
+        _describe(file)
         status, out, err = measure(place, capsys)
         assert status == 1
         assert err.startswith(f"a: FAILED: {file} cannot be measured: it is damaged (")
@@ -140,6 +141,42 @@ def test_a_damaged_table_is_a_line(place: Path, capsys: pytest.CaptureFixture[st
         with pytest.raises(ExportFailed, match=re.escape(f"{file} could not be exported: it is damaged (")):
             pipeline.export(place / "out", "csv")
         assert (place / "out" / "b" / "nuclei.csv").exists()
+
+
+def test_nothing_is_made_from_a_table_that_is_not_the_slides(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One of another slide, or a bit that flipped: what was measured and exported was wrong without a word."""
+    draw(place / "drawn" / "a.geojson", WHOLE)
+    draw(place / "drawn" / "b.geojson", WHOLE)
+    file, other = place / "out" / "a" / "nuclei.parquet", place / "out" / "b" / "nuclei.parquet"
+    whole = file.read_bytes()
+    flipped = bytes([whole[0] ^ 1]) + whole[1:]
+    remedy = "put the file back, or run the slide again with --overwrite\n"
+    for content, words in (
+        (other.read_bytes(), f"has {other.stat().st_size:,} bytes, was written with {len(whole):,}"),
+        (flipped, "has other content than was written"),
+    ):
+        file.write_bytes(content)
+        before = (place / "out" / "a" / "nuclei.geojson.zip").read_bytes()
+        assert measure(place, capsys)[::2] == (1, f"a: FAILED: {file.name} {words}: {remedy}")
+        assert [row["slide"] for row in table(place / "out" / "regions.csv")] == ["b"]
+        with pytest.raises(ExportFailed, match=re.escape(f"{file} could not be exported: {file.name} {words}")):
+            pipeline.export(place / "out", ["qupath", "csv"])
+        assert (place / "out" / "a" / "nuclei.geojson.zip").read_bytes() == before
+        assert not (place / "out" / "a" / "nuclei.csv").exists()
+    file.write_bytes(whole)
+    assert measure(place, capsys)[::2] == (0, "")
+
+
+@pytest.mark.parametrize("name", ["tissue.geojson", "artefacts.geojson"])
+def test_the_area_of_tissue_is_not_that_of_another_slide(
+    name: str, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    draw(place / "drawn" / "a.geojson", WHOLE)
+    file = place / "out" / "a" / name
+    file.write_text(file.read_text() + "\n")
+    status, _, err = measure(place, capsys)
+    assert status == 1
+    assert err.startswith(f"a: FAILED: {name} has {file.stat().st_size:,} bytes, was written with ")
 
 
 def test_a_slide_whose_table_cannot_be_written_stops_no_other(
@@ -193,6 +230,14 @@ def test_a_damaged_slide_json_is_no_lack_of_regions(place: Path, capsys: pytest.
     assert err.startswith(f"a: FAILED: {file} is damaged, so which file of regions belongs to the slide is not known: ")
     assert "b: 1 region" in out
     assert "site/c: no file of regions" in out
+
+
+def _describe(file: Path) -> None:
+    """Have slide.json say of a result what it is now, as if it had been damaged before that was written."""
+    slide_json = file.with_name("slide.json")
+    content = json.loads(slide_json.read_text())
+    content["files"][file.name] = {"bytes": file.stat().st_size, "sha256": files.sha256(file)}
+    files.write_json(slide_json, files.with_checksum(content))
 
 
 def _with_provenance(file: Path, text: bytes) -> bytes:
