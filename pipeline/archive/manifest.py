@@ -1,5 +1,6 @@
 """run.json: the settings and files that the results in a folder are made with. Others are refused there."""
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -156,7 +157,7 @@ def open_run(run: RunFolder, settings: Settings, overwrite: bool) -> OpenedRun:
         run.path.mkdir(parents=True, exist_ok=True)
         files.now_ns(run.path)  # whether anything can be written, where run.json is there already
         if overwrite:
-            former = files.read_json_if_there(run.run_json) or {}
+            former = _content(run.run_json) or {}
             going_on = former.get("overwrite") if former.get("digest") == settings.digest else None
             _write(run.run_json, settings, keep_first=False, overwrite=str(going_on or uuid.uuid4().hex))
         elif not run.run_json.exists():
@@ -218,7 +219,8 @@ def _write(path: Path, settings: Settings, *, keep_first: bool, overwrite: str =
             try:
                 os.link(partial, path)
             except FileExistsError:
-                partial.write_bytes(path.read_bytes())
+                with contextlib.suppress(FileNotFoundError):  # a link to a file that is gone, which ours replaces
+                    partial.write_bytes(path.read_bytes())
             except OSError:
                 pass  # a file system without links
 
@@ -228,9 +230,17 @@ def _has_results(run: RunFolder) -> bool:
     return bool(run.finished()) or any(may_be_held(lease.parent) for lease in run.path.rglob(LEASE))
 
 
+def _content(path: Path) -> dict[str, Any] | None:
+    """What run.json holds; None where there is none, or no JSON object. Raises RunError where it cannot be read."""
+    try:
+        return files.read_json_if_there(path)
+    except OSError as error:  # the folder can be written all the same
+        raise RunError(files.refusal(error) or f"{path} cannot be read ({error.strerror or error})") from error
+
+
 def _read(path: Path) -> dict[str, Any]:
-    """The content of run.json. Raises RunError where it is damaged; OSError."""
-    content = files.read_json_if_there(path)
+    """The content of run.json. Raises RunError where it is damaged or cannot be read."""
+    content = _content(path)
     needed = ("digest", "settings")
     if content is None or not set(needed) <= content.keys():
         cause = "it holds no JSON object" if content is None else f"it lacks one of {', '.join(needed)}"

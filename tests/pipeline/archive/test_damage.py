@@ -280,6 +280,37 @@ def test_a_damaged_table_is_named_with_the_remedy(slide: Path, tmp_path: Path) -
     assert segment(slide, tmp_path, execution=dataclasses.replace(ONE, overwrite=True)).status == "done"
 
 
+def test_a_folder_in_the_place_of_slide_json_is_named_with_the_remedy(slide: Path, tmp_path: Path) -> None:
+    assert segment(slide, tmp_path).status == "done"
+    folder = SlideFolder(tmp_path / "discs")
+    content = folder.slide_json.read_bytes()
+    folder.slide_json.unlink()
+    folder.slide_json.mkdir()
+    assert segment(slide, tmp_path).cause == (
+        f"{folder.slide_json}: Is a directory: move away the folder that is in the place of a file, and give the same "
+        f"command again"
+    )
+    folder.slide_json.rmdir()
+    folder.slide_json.write_bytes(content)
+    assert segment(slide, tmp_path).status == "done before"
+
+
+def test_a_damaged_table_makes_no_exports(slide: Path, tmp_path: Path) -> None:
+    """Of the size that was written, so that no look notices: they were noted in slide.json as whole."""
+    assert segment(slide, tmp_path).status == "done"
+    folder = SlideFolder(tmp_path / "discs")
+    whole = folder.nuclei.read_bytes()
+    folder.nuclei.write_bytes(_flipped(whole, 1))
+    folder.export("qupath").unlink()
+    record = segment(slide, tmp_path)
+    assert record.status == "failed"
+    assert record.cause.startswith("nuclei.parquet has other content than was written: put the file back, or run")
+    assert not folder.export("qupath").exists()
+    folder.nuclei.write_bytes(whole)
+    assert segment(slide, tmp_path).status == "done before"
+    assert folder.export("qupath").exists()
+
+
 def test_exports_are_made_again_from_the_table(slide: Path, tmp_path: Path) -> None:
     """One that is missing or damaged, another format, other options: no inference, and the run is the same run."""
     assert segment(slide, tmp_path).status == "done"

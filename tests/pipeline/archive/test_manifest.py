@@ -172,6 +172,37 @@ def test_of_other_settings_only_those_are_named_that_matter(tmp_path: Path) -> N
         open_run(run, resolve(Settings(export=csv, tiling=Tiling(tile=512))), overwrite=False)
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_run_json_that_cannot_be_read_is_named(
+    overwrite: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was said of the whole folder that it cannot be written."""
+    run = RunFolder(tmp_path)
+    run.run_json.mkdir()
+    with pytest.raises(RunError, match=rf"^{run.run_json}: Is a directory: move away the folder that is in"):
+        open_run(run, resolve(Settings()), overwrite)
+    run.run_json.rmdir()
+    open_run(run, resolve(Settings()), overwrite=False)
+
+    def refuse(path: Path, **_: object) -> str:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(Path, "read_text", refuse)
+    with pytest.raises(RunError, match=rf"^{run.run_json}: Permission denied: make it a file or folder that may be"):
+        open_run(run, resolve(Settings()), overwrite)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links need a right there")
+def test_a_link_that_leads_nowhere_is_no_run_json(tmp_path: Path) -> None:
+    """The folder was refused, as one that cannot be written."""
+    run, elsewhere = RunFolder(tmp_path / "out"), tmp_path / "elsewhere.json"
+    run.path.mkdir()
+    run.run_json.symlink_to(elsewhere)
+    open_run(run, resolve(Settings()), overwrite=False)
+    assert not run.run_json.is_symlink()
+    assert not elsewhere.exists()
+
+
 def test_a_file_system_without_links_takes_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As exFAT is, and some file servers are."""
 
