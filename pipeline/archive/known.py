@@ -102,6 +102,20 @@ class KnownSlides:
             return self._failed(name)
         return read_record(content, name) if self._counts(content) else None
 
+    def left_out(self, source: Source) -> SlideRecord:
+        """The record of a slide that the command skips: done before, where it has results to be kept.
+
+        Raises RunError where these are damaged.
+        """
+        folder = self._folder.slide(source.name)
+        content = read_slide_json(folder)
+        if content is None or not self._counts(content):
+            return SlideRecord(source.name, "skipped", source.skip)
+        for damage in finished.damaged_results(folder, content, thorough=False):
+            raise RunError(damage)
+        folder.failure_json.unlink(missing_ok=True)  # of a command that met the damage
+        return dataclasses.replace(read_record(content, source.name), status="done before")
+
     def finished(self, name: str) -> SlideRecord | None:
         """The record of a slide that has results which are not to be made again; they are not looked at."""
         content = read_slide_json(self._folder.slide(name))

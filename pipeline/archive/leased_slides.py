@@ -62,8 +62,7 @@ class LeasedSlides:
         folder = self._command.folder.slide(source.name)
         try:
             if source.skip:
-                known = await asyncio.to_thread(self._known.finished, source.name)
-                return known or SlideRecord(source.name, "skipped", source.skip)
+                return await asyncio.to_thread(self._known.left_out, source)
             # of os.path, as pathlib refuses links in a circle
             regions = await asyncio.to_thread(region_file, source, self._command.settings.regions)
             path = Path(os.path.realpath(source.path))

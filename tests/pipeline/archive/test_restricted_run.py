@@ -111,7 +111,11 @@ def test_a_slide_that_is_done_and_has_no_regions_any_more_keeps_its_record(place
     nuclei = segment(place)["y"].nuclei
     (place / "drawn" / "y.geojson").unlink()
     row = segment(place)["y"]
-    assert (row.status, row.nuclei) == ("done", nuclei)
+    assert (row.status, row.nuclei) == ("done before", nuclei)
+    (place / "out" / "y" / "nuclei.parquet").unlink()
+    row = segment(place)["y"]
+    assert row.status == "failed", "it counted as done"
+    assert row.cause.startswith("nuclei.parquet is missing: put the file back")
 
 
 def test_a_plan_estimates_what_a_run_would_do(place: Path) -> None:
