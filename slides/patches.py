@@ -18,6 +18,7 @@ import functools
 import hashlib
 import json
 import os
+import shutil
 import struct
 import zlib
 from pathlib import Path
@@ -147,7 +148,7 @@ class PatchStore:
         """Delete the block's patches, so that the store stays small. The block is not done any more."""
         names = _names(*self.grid.block_place(block))
         for name in (names.mark, names.region, names.lost):
-            (self.path / name).unlink(missing_ok=True)
+            _remove(self.path / name)
 
     def _files(self, block: int) -> _Files | None:
         """The block's files, if they match its entry in `done`; else None."""
@@ -175,12 +176,14 @@ class PatchStore:
         """
         file = self.path / name
         if not content.size:
-            file.unlink(missing_ok=True)
+            _remove(file)
             return
         partial = partial_path(self.path)
         file.parent.mkdir(parents=True, exist_ok=True)
         try:
             partial.write_bytes(content.data)
+            if file.is_dir():
+                _remove(file)
             replace(partial, file)
         finally:
             partial.unlink(missing_ok=True)
@@ -245,6 +248,16 @@ def _content(file: Path, most: int) -> Pixels:
             return content[:filled]
     except OSError:
         return np.zeros(0, np.uint8)
+
+
+def _remove(file: Path) -> None:
+    """Remove a file, there or not, or what a damaged disk has in its place: a folder."""
+    try:
+        file.unlink(missing_ok=True)
+    except OSError:
+        if not file.is_dir():
+            raise
+        shutil.rmtree(file)
 
 
 def _make_arrays(files: dict[str, Buffer], grid: TileGrid, attributes: dict[str, Any], shape: tuple[int, int]) -> None:

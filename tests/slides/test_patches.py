@@ -275,8 +275,9 @@ def test_what_is_read_while_it_is_rewritten_is_one_of_the_versions_or_nothing(tm
 def _damage(file: Path, kind: str, rng: np.random.Generator) -> None:
     content = bytearray(file.read_bytes())
     at = int(rng.integers(len(content)))
-    if kind == "missing":
-        return file.unlink()
+    if kind in ("missing", "a folder"):
+        file.unlink()
+        return (file / "with").mkdir(parents=True) if kind == "a folder" else None
     if kind == "empty":
         content.clear()
     elif kind == "truncated":
@@ -289,11 +290,14 @@ def _damage(file: Path, kind: str, rng: np.random.Generator) -> None:
     return None
 
 
-@pytest.mark.parametrize("kind", ["missing", "empty", "truncated", "zeroed", "flipped"])
+_KINDS = ["missing", "empty", "truncated", "zeroed", "flipped", "a folder"]
+
+
+@pytest.mark.parametrize("kind", _KINDS)
 @pytest.mark.parametrize("reopen", [True, False])
 def test_damage_is_never_read_and_is_made_good(tmp_path: Path, kind: str, reopen: bool) -> None:
     """Any file of the store, at a random place: blocks read back as written or not at all, and can be written."""
-    rng = np.random.default_rng(["missing", "empty", "truncated", "zeroed", "flipped"].index(kind))
+    rng = np.random.default_rng(_KINDS.index(kind))
     store = PatchStore.create(tmp_path / "patches.zarr", GRID, "digest")
     contents = {block: _content(GRID.tiles_of(block), block) for block in range(3)}
     contents[2] = np.full_like(contents[2][0], 255), np.zeros_like(contents[2][1])  # white: no shard
@@ -301,7 +305,7 @@ def test_damage_is_never_read_and_is_made_good(tmp_path: Path, kind: str, reopen
         store.write(block, GRID.tiles_of(block), *content)
     files = sorted(path for path in store.path.rglob("*") if path.is_file())
     assert len(files) == 4 + 3 + 2 * 2  # metadata, marks, shards and lost shares
-    for file in files * (1 if kind in ("missing", "empty") else 5):
+    for file in files * (1 if kind in ("missing", "empty", "a folder") else 5):
         _damage(file, kind, rng)
         if reopen:
             store = PatchStore.create(store.path, GRID, "digest")
