@@ -136,7 +136,7 @@ class Leases:
 
     def _is_expired(self, file: Path, now_ns: int) -> bool:
         """Whether a file is too old whatever the clocks say, or did not change for `expiry_s` between our looks."""
-        mtime_ns, now_s = file.stat().st_mtime_ns, time.monotonic()
+        mtime_ns, now_s = file.lstat().st_mtime_ns, time.monotonic()  # a link that leads nowhere expires, too
         if now_ns - mtime_ns > self._expiry_s * 1e9 + _CLOCKS_DIFFER_NS:
             return True
         seen_ns, since_s = self._watched.get(file, (None, now_s))
@@ -238,8 +238,8 @@ def _read(file: Path) -> Owner | None:
     try:
         owner = Owner(**json.loads(file.read_text(encoding="utf-8")))
         return Owner(str(owner.host), int(owner.pid), float(owner.started), str(owner.machine))
-    except (OSError, ValueError, TypeError, OverflowError):
-        return None
+    except (OSError, ValueError, TypeError, OverflowError, RecursionError, MemoryError):
+        return None  # a damaged file may hold anything, of any size
 
 
 def _is_dead(file: Path) -> bool:

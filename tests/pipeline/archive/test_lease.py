@@ -381,6 +381,19 @@ def test_a_lease_is_watched_from_its_last_change(tmp_path: Path, monkeypatch: py
     assert other.take(tmp_path)
 
 
+@pytest.mark.skipif(os.name == "nt", reason="links need a right there")
+@pytest.mark.parametrize("leads_to", ["nowhere", "itself"])
+def test_a_link_in_a_lease_is_no_owner_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, leads_to: str) -> None:
+    """It was waited for, or its slide failed, until somebody removed it."""
+    clock, other = Clock(monkeypatch), Leases()
+    (tmp_path / LEASE).mkdir()
+    (tmp_path / LEASE / "itself").symlink_to(leads_to)
+    assert not other.take(tmp_path)
+    assert other.holder(tmp_path) == "an unknown process"
+    clock.now_s += 190
+    assert other.take(tmp_path)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a machine is told by its network address")
 @pytest.mark.parametrize(("where", "name"), [(platform, "node"), (os, "readlink"), (os, "getuid")])
 def test_another_host_container_or_user_is_another_machine(
@@ -398,7 +411,9 @@ def test_another_host_container_or_user_is_another_machine(
 # ----------------------------------------------------------------------------------------------- who is dead
 
 
-@pytest.mark.parametrize("content", [elsewhere(), OUR_PID, "", "{", "[]", '{"host": "x"}', ENDLESS_PID, "\0" * 99])
+@pytest.mark.parametrize(
+    "content", [elsewhere(), OUR_PID, "", "{", "[]", "[" * 9999, '{"host": "x"}', ENDLESS_PID, "\0" * 99]
+)
 def test_an_owner_that_cannot_be_asked_lives_until_it_expires(tmp_path: Path, content: str) -> None:
     """Another machine's, or a file that tells nothing: whatever its pid means here."""
     leases, file = Leases(), make(tmp_path, elsewhere(pid=os.getpid()) if content is OUR_PID else content)
