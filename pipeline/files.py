@@ -55,6 +55,7 @@ _REMEDIES = {
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), _FORBIDDEN),
     **dict.fromkeys((errno.EIO, errno.ESTALE, errno.ETIMEDOUT), "look whether the disk or file server is in order"),
     **dict.fromkeys((errno.EEXIST, errno.ENOTDIR), "move away the file that is in the place of a folder"),
+    errno.ELOOP: "remove the symbolic link that leads to itself",
     errno.EISDIR: "move away the folder that is in the place of a file",
     errno.ENAMETOOLONG: "give it a shorter name",
 }
@@ -63,7 +64,7 @@ _REMEDIES = {
 def refusal(error: OSError) -> str:
     """In words: the path, what the system refused there, and the remedy. Empty for other errors than those of a full
     disk, of files and folders that may not be read or written, of a disk or file server that fails, and of names that
-    are too long, or taken by a file or a folder.
+    are too long, taken by a file or a folder, or links that lead to themselves.
     """
     if error.errno not in _REMEDIES:
         return ""

@@ -185,8 +185,9 @@ def open_run(run: RunFolder, settings: Settings, overwrite: bool) -> OpenedRun:
 
 def check_run(run: RunFolder, settings: Settings) -> None:
     """Raise RunError where run.json is not of these settings any more: another run was started at the same time."""
-    digest = (files.read_json(run.run_json) or {}).get("digest")
-    if digest not in (None, settings.digest):
+    content = files.read_json(run.run_json) or {}
+    digest = content.get("digest")
+    if files.fits_checksum(content) and digest not in (None, settings.digest):
         raise RunError(
             f"another run was started in {run.path} with other settings ({digest}, these are {settings.digest}): "
             f"give each its own --out"
@@ -197,7 +198,8 @@ def end_overwriting(run: RunFolder, overwrite: str) -> None:
     """Note in run.json that this round of --overwrite has done its slides: the next command starts a new one."""
     content = files.read_json(run.run_json) or {}
     if overwrite and content.get("overwrite") == overwrite:
-        files.write_json(run.run_json, {name: value for name, value in content.items() if name != "overwrite"})
+        rest = {name: value for name, value in content.items() if name != "overwrite"}
+        files.write_json(run.run_json, files.with_checksum(rest) if files.fits_checksum(content) else rest)
 
 
 def _write(path: Path, settings: Settings, *, keep_first: bool, overwrite: str = "") -> None:
@@ -214,7 +216,7 @@ def _write(path: Path, settings: Settings, *, keep_first: bool, overwrite: str =
         **({"overwrite": overwrite} if overwrite else {}),
     }
     with files.committed(path) as partial:
-        partial.write_text(json.dumps(content, indent=1), encoding="utf-8")
+        partial.write_text(json.dumps(files.with_checksum(content), indent=1), encoding="utf-8")
         if keep_first:
             try:
                 os.link(partial, path)
@@ -241,14 +243,24 @@ def _content(path: Path) -> dict[str, Any] | None:
 def _read(path: Path) -> dict[str, Any]:
     """The content of run.json. Raises RunError where it is damaged or cannot be read."""
     content = _content(path)
-    needed = ("digest", "settings")
-    if content is None or not set(needed) <= content.keys():
-        cause = "it holds no JSON object" if content is None else f"it lacks one of {', '.join(needed)}"
+    if content is None or not _is_whole(content):
+        cause = "it holds no JSON object" if content is None else "it is not as it was written"
         raise RunError(
             f"{path} is damaged ({cause}): delete it, and the same settings as before continue; finished slides of "
             f"other settings are never overwritten unless you give --overwrite"
         )
     return content
+
+
+def _is_whole(content: Mapping[str, Any]) -> bool:
+    """Whether run.json is as it was written; of a version without its checksum, whether it has what is read of it."""
+    tables = content.get("settings"), content.get("versions", {})
+    return (
+        files.fits_checksum(content)
+        and isinstance(content.get("digest"), str)
+        and all(isinstance(table, dict) for table in tables)
+        and all(isinstance(table, dict) for table in content["settings"].values())
+    )
 
 
 def _differences(before: Mapping[str, Any], settings: Settings) -> str:

@@ -19,6 +19,7 @@ import pytest
 
 import oracle
 from oracle import chosen, files, paint
+from pipeline import files as pipeline_files
 from pipeline.archive import all_slides
 from pipeline.archive import run as archive_run
 from pipeline.archive.lease import Leases
@@ -617,6 +618,6 @@ def test_a_resumed_run_with_other_versions_says_so(slide: Path, tmp_path: Path) 
     assert not any("versions changed" in line for line in said)
     content = json.loads((tmp_path / "run.json").read_text())
     content["versions"]["shapely"] = "1.0"
-    (tmp_path / "run.json").write_text(json.dumps(content))
+    (tmp_path / "run.json").write_text(json.dumps(pipeline_files.with_checksum(content)))
     run([slide], tmp_path, chosen(), ONE)
     assert any("WARNING: versions changed" in line and "shapely 1.0 -> " in line for line in said)

@@ -349,7 +349,16 @@ def test_an_output_folder_that_vanishes_ends_the_run_without_an_error(archive: P
 def test_a_run_json_that_is_damaged_is_reported(archive: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     segment(archive, out)
-    for content in ("", "{}", "[1]", '{"digest": "a'):
+    written = (out / "run.json").read_text()
+    digest = json.loads(written)["digest"]
+    others = {"digest": "another", "settings": {"tiling": {}}}  # as of a version without the checksum
+    damaged = [
+        *("", "{}", "[1]", '{"digest": "a'),
+        written.replace(digest, f"{digest[:-1]}x"),  # it was called one of other settings
+        *(json.dumps({**others, name: value}) for name, value in (("settings", [1]), ("settings", {"tiling": 1}))),
+        json.dumps({**others, "digest": digest, "versions": "x"}),
+    ]
+    for content in damaged:
         (out / "run.json").write_text(content)
         with pytest.raises(RunError, match=r"run\.json is damaged .* delete it"):
             segment(archive, out)

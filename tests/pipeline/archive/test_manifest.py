@@ -237,6 +237,7 @@ def test_a_round_of_overwriting_goes_on_with_the_same_settings_until_it_ends(tmp
         end_overwriting(run, ended)
         assert open_run(run, other, overwrite=True).overwrite == second
     end_overwriting(run, second)
+    open_run(run, other, overwrite=False)
     assert open_run(run, other, overwrite=True).overwrite not in ("", first, second)
 
 

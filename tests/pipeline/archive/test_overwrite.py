@@ -515,9 +515,9 @@ def test_one_damaged_table_stops_no_other_export(archive: Path, tmp_path: Path) 
     with pytest.raises(ExportFailed) as failed:
         pipeline.export(out, ["csv"])
     words = (
-        r"\S+/a/nuclei\.parquet could not be exported: it is damaged \(.+\): put the file back, or run the slide again"
+        r"\S+/a/nuclei\.parquet could not be exported: nuclei\.parquet has 4 bytes, was written with [\d,]+: put the"
     )
-    assert re.fullmatch(f"{words} with --overwrite", str(failed.value))
+    assert re.fullmatch(f"{words} file back, or run the slide again with --overwrite", str(failed.value))
     assert (out / "b" / "nuclei.csv").exists()
     assert not (out / "a" / "nuclei.csv").exists()
 
@@ -645,7 +645,7 @@ def test_a_slide_that_cannot_be_looked_for_keeps_its_row(archive: Path, tmp_path
     (tmp_path / "drawn" / "a.geojson").write_text("[]")
     regions = dataclasses.replace(chosen(), regions=Regions(str(tmp_path / "drawn")))
     b = segment(manifest, out, regions)["b"]
-    assert (b.status, b.nuclei) == ("done", nuclei["b"])
+    assert (b.status, b.nuclei) == ("done before", nuclei["b"])
 
 
 def test_a_round_goes_on_with_the_slides_that_failed(archive: Path, tmp_path: Path) -> None:
