@@ -111,7 +111,7 @@ def read_columns(run: RunFolder, kinds: Mapping[str, type]) -> list[dict[str, An
     try:
         with run.ledger.open(newline="", encoding="utf-8-sig") as file:  # a spreadsheet saves it with a byte order mark
             rows = list(csv.DictReader(file))
-        return [{name: kind(from_csv_cell(row[name])) for name, kind in kinds.items()} for row in rows]
+        return [{name: _value(kind, from_csv_cell(row[name])) for name, kind in kinds.items()} for row in rows]
     except FileNotFoundError as error:
         if run.run_json.exists():
             raise RunError(
@@ -124,8 +124,19 @@ def read_columns(run: RunFolder, kinds: Mapping[str, type]) -> list[dict[str, An
             f"{run.ledger} is not a run's ledger, as it lacks the column {error.args[0]!r}: where a spreadsheet saved "
             f"it otherwise, give the run's command again, which writes it anew; else need the --out folder of a run"
         ) from error
-    except (OSError, ValueError, TypeError, AttributeError, csv.Error) as error:
-        raise RunError(f"{run.ledger} is not a run's ledger ({error}): need the --out folder of a run") from error
+    except (OSError, ValueError, OverflowError, TypeError, AttributeError, csv.Error) as error:
+        raise RunError(
+            f"{run.ledger} is damaged, or not a run's ledger ({error}): give the run's command again, which writes it "
+            f"anew; else need the --out folder of a run"
+        ) from error
+
+
+def _value(kind: type, text: str) -> Any:
+    """A cell as a value. Raises ValueError or OverflowError where it is none, or too large to compute with."""
+    value = kind(text)
+    if kind is int:
+        float(value)
+    return value
 
 
 def terminal_lines(record: SlideRecord) -> str:

@@ -63,7 +63,21 @@ def test_a_row_that_cannot_be_read_is_an_error_that_says_so(damage: str, tmp_pat
     write_ledger(run, [SlideRecord("a", "done"), SlideRecord("b", "done")])
     head, _, last = run.ledger.read_text().splitlines()
     run.ledger.write_text(f"{head}\n{last}\n{damage}\n")
-    with pytest.raises(RunError, match="is not a run's ledger"):
+    with pytest.raises(
+        RunError, match=r"is damaged, or not a run's ledger \(.*\): give the run's command again, which"
+    ):
+        read_ledger(run)
+
+
+@pytest.mark.parametrize("column", ["nuclei", "saturated_tiles", "tiles"])
+def test_a_number_too_large_to_compute_with_is_damage(column: str, tmp_path: Path) -> None:
+    """The report ended with an unexpected OverflowError."""
+    run = RunFolder(tmp_path)
+    write_ledger(run, [SlideRecord("a", "done")])
+    head, row = (line.split(",") for line in run.ledger.read_text().splitlines())
+    row[head.index(column)] = "9" * 400
+    run.ledger.write_text("\n".join(map(",".join, (head, row))))
+    with pytest.raises(RunError, match=r"is damaged, or not a run's ledger .*int too large"):
         read_ledger(run)
 
 
