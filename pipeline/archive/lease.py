@@ -108,7 +108,8 @@ class Leases:
             os.rename(staged, lease)
         except OSError as error:
             if error.errno not in _LOST_RACE:
-                error.filename = str(folder)  # the name of ours says nothing to anybody
+                if error.errno != errno.ENOTDIR:  # else it names the file that is in the place of the lease
+                    error.filename = str(folder)  # the name of ours says nothing to anybody
                 raise
         finally:
             shutil.rmtree(staged, ignore_errors=True)

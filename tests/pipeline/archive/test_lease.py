@@ -503,6 +503,15 @@ def test_without_a_pid_namespace_no_owner_is_known_to_be_dead(monkeypatch: pytes
     assert not lease._is_gone(lease._me()._replace(started=-1.0))
 
 
+def test_a_file_in_the_place_of_a_lease_is_named(tmp_path: Path) -> None:
+    """The slide's folder was called no folder."""
+    (tmp_path / LEASE).touch()
+    with pytest.raises(NotADirectoryError) as refused:
+        Leases().take(tmp_path)
+    assert refused.value.filename == str(tmp_path / LEASE)
+    assert not list(tmp_path.glob(f"{LEASE}-*"))
+
+
 def test_what_cannot_be_written_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A full disk is an error, not another run that was faster; nothing stays."""
 
