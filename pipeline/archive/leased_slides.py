@@ -109,7 +109,10 @@ class LeasedSlides:
             self._progress.say(f"{source.name}: NOT DONE AGAIN: {record.cause}")
         elif record is not None and record.done:
             self._complete(source.name, job)
-            self._progress.say(f"{source.name}: done before, {counted_nuclei(record.nuclei)}")
+            missing = finished.missing_results(job.folder)
+            record = dataclasses.replace(record, remarks=(*missing, *record.remarks))
+            lines = [f"{source.name}: done before, {counted_nuclei(record.nuclei)}"]
+            self._progress.say("\n".join([*lines, *(f"    WARNING: {problem}" for problem in missing)]))
         return record
 
     def _complete(self, name: str, job: Job) -> None:
@@ -158,6 +161,9 @@ class LeasedSlides:
         """The record of a slide, which is ours, after all stages; None where another run has taken it over."""
         try:
             self._records.begin(source.name)
+            if not self._command.overwrite and job.folder.slide_json.exists():  # else it would be done
+                file = job.folder.slide_json.name
+                self._progress.say(f"WARNING: {source.name}: {file} is damaged, so the slide is done again")
             record = await self._stages.process(source.name, job)
             job.folder.failure_json.unlink(missing_ok=True)
             if not self._command.execution.keep_work:

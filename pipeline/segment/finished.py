@@ -252,6 +252,13 @@ def damaged_results(folder: SlideFolder, content: Mapping[str, Any], *, thorough
             yield f"{name} {problem}: {remedy(folder.path / name)}"
 
 
+def missing_results(folder: SlideFolder) -> tuple[str, ...]:
+    """The results of a finished slide that are not there and that no run makes again, a line each, with the remedy."""
+    known = (read_slide_json(folder) or {}).get("files", {})
+    lost = (folder.path / name for name in known if name not in EXPORTS.values())
+    return tuple(f"{path.name} is missing: {remedy(path)}" for path in lost if not path.exists())
+
+
 def check_as_written(folder: SlideFolder, *results: Path) -> None:
     """Raise RunError where one of these results of a slide is there, and is not what slide.json says of it.
 

@@ -296,6 +296,30 @@ def test_a_folder_in_the_place_of_slide_json_is_named_with_the_remedy(slide: Pat
     assert segment(slide, tmp_path).status == "done before"
 
 
+def test_what_is_lost_or_done_again_of_a_finished_slide_is_said(slide: Path, tmp_path: Path) -> None:
+    """Law: nothing is silent. No run makes pictures again, and a slide.json that is no JSON costs all the work."""
+    assert segment(slide, tmp_path).status == "done"
+    folder, said = SlideFolder(tmp_path / "discs"), list[str]()
+    run = functools.partial(archive_run.run, [slide], tmp_path, chosen(), ONE, mpp=0.25, say=said.append)
+    folder.overlay.unlink()
+    folder.export("qupath").unlink()
+    (record,) = run(detect=oracle.detect)
+    lost = "overlay.jpg is missing: put the file back, or run the slide again with --overwrite"
+    assert record.status == "done before"
+    assert record.remarks[0] == lost
+    assert f"discs: done before, {record.nuclei} nuclei\n    WARNING: {lost}" in said
+    assert not any("nuclei.geojson.zip is missing" in line for line in said), "it was made again"
+    said.clear()
+    folder.slide_json.write_bytes(folder.slide_json.read_bytes()[:-5])
+    (record,) = run(detect=oracle.detect)
+    assert record.status == "done"
+    assert "WARNING: discs: slide.json is damaged, so the slide is done again" in said
+    assert folder.overlay.exists()
+    said.clear()
+    (record,) = run(detect=oracle.detect)
+    assert not any("WARNING: " in line and ("missing" in line or "damaged" in line) for line in said)
+
+
 def test_a_damaged_table_makes_no_exports(slide: Path, tmp_path: Path) -> None:
     """Of the size that was written, so that no look notices: they were noted in slide.json as whole."""
     assert segment(slide, tmp_path).status == "done"
