@@ -108,7 +108,7 @@ class Leases:
             os.rename(staged, lease)
         except OSError as error:
             if error.errno not in _LOST_RACE:
-                if error.errno != errno.ENOTDIR:  # else it names the file that is in the place of the lease
+                if staged.name in str(error.filename or staged):
                     error.filename = str(folder)  # the name of ours says nothing to anybody
                 raise
         finally:
