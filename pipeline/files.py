@@ -135,7 +135,11 @@ def sweep(folder: Path) -> None:
 def now_ns(folder: Path) -> int:
     """The time by the clock that stamps the files of `folder`, in ns: the clocks of machines differ."""
     stamp = partial_path(folder / "now")
-    stamp.touch()
+    try:
+        stamp.touch()
+    except OSError as error:
+        error.filename = str(folder)  # the file's own name says nothing to anybody
+        raise
     try:
         return stamp.stat().st_mtime_ns
     finally:

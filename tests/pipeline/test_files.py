@@ -211,3 +211,10 @@ def test_a_file_that_may_not_be_read_keeps_its_name(tmp_path):
     with pytest.raises(OSError, match="No space") as full, files.committed(tmp_path / "table.csv") as partial:
         raise OSError(errno.ENOSPC, "No space left on device", str(partial))
     assert files.refusal(full.value).startswith(f"{tmp_path / 'table.csv'}: No space left on device: free")
+
+
+def test_a_folder_that_does_not_say_the_time_is_named(tmp_path):
+    """Not the file that is made for it."""
+    with pytest.raises(FileNotFoundError) as raised:
+        files.now_ns(tmp_path / "gone")
+    assert raised.value.filename == str(tmp_path / "gone")
