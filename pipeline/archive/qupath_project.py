@@ -7,7 +7,7 @@ import contextlib
 import os
 import re
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -155,9 +155,13 @@ def _read(file: Path) -> dict[str, Any]:
         return {"createTimestamp": _now_ms(), "modifyTimestamp": _now_ms(), "lastID": 0, "images": []}
     try:
         content: Any = files.read_json(file)
-        numbers = [int(entry["entryID"]) for entry in content["images"]]
+        images = content["images"]
+        if not isinstance(images, list):
+            raise TypeError(f"images={images!r}: need a list")
+        numbers = [int(entry["entryID"]) for entry in images]
+        deque(map(_path, _uris(images)), 0)  # raises for one that is no path
         return {**content, "lastID": max([int(content.get("lastID", 0)), *numbers])}
-    except (TypeError, KeyError, ValueError, AttributeError) as error:
+    except (TypeError, KeyError, ValueError, AttributeError, OverflowError, RecursionError) as error:
         raise RunError(f"{file} is no QuPath project: move it away, and it is written again") from error
 
 
@@ -189,7 +193,7 @@ def _add_classes(file: Path, colours: dict[str, tuple[int, int, int]]) -> None:
     content = files.read_json(file) or {}
     known = content.get("pathClasses")
     known = known if isinstance(known, list) else []
-    names = {one.get("name") for one in known if isinstance(one, dict)}
+    names = [one.get("name") for one in known if isinstance(one, dict)]
     ours = [{"name": name, "color": _packed(rgb)} for name, rgb in sorted(colours.items()) if name not in names]
     if ours:
         files.write_json(file, {**content, "pathClasses": known + ours})

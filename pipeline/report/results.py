@@ -26,6 +26,8 @@ from pipeline.text import from_csv_cell
 # An outlier has a robust z score beyond OUTLIER_Z, among FEWEST_SLIDES slides or more.
 OUTLIER_Z, FEWEST_SLIDES = 3.5, 8
 
+_LEAST, _MOST = -1e300, 1e300  # of numbers in a summary: a damaged one may hold those that no float does
+
 _PICTURE_PX, _QUALITY = (180, 130), 60
 
 # Colours of densities, from none to the highest: white to dark violet, in even steps of lightness.
@@ -135,7 +137,7 @@ def _read(run: RunFolder, row: Mapping[str, Any]) -> SlideResult:
 
 
 def _is_legible(summary: Mapping[str, Any]) -> bool:
-    """Whether a summary is of this version, and has what the report reads of it: numbers, and as many as it draws.
+    """Whether a summary is of this version, and has what the report reads of it: finite numbers, as many as it draws.
 
     Raises AttributeError, KeyError or TypeError for some that are not.
     """
@@ -147,7 +149,7 @@ def _is_legible(summary: Mapping[str, Any]) -> bool:
     lists = (quantiles, area["counts"], seams["observed"], seams["expected"], ratio)
     lengths = (len(QUANTILES), len(AREA_EDGES_UM2), len(SEAM_EDGES_PX), len(SEAM_EDGES_PX), 2 if ratio else 0)
     numbers = itertools.chain(*lists, summary.get("classes", {}).values())
-    return tuple(map(len, lists)) == lengths and all(isinstance(number, int | float) for number in numbers)
+    return tuple(map(len, lists)) == lengths and all(_LEAST < number < _MOST for number in numbers)
 
 
 def _small(overlay: Path) -> str:

@@ -107,7 +107,7 @@ class StageRecord:
     def from_json(cls, content: Mapping[str, Any]) -> Self:
         """What `to_json` gave, also of another version: counts that are not known are left out.
 
-        Raises AttributeError, TypeError or ValueError for values of other types.
+        Raises AttributeError, TypeError or ValueError for values of other types, OverflowError for a number too large.
         """
         seconds, waited = (
             {name: float(value) for name, value in content.get(kind, {}).items()} for kind in ("seconds", "waited")
@@ -168,8 +168,8 @@ class SlideRecord:
     def from_json(cls, content: Mapping[str, Any]) -> Self:
         """What `to_json` gave, also of another version: what is not known is left out.
 
-        Raises AttributeError, TypeError or ValueError for values of other types: the ledger and the report have this
-        slide beside all others, and may not meet them later.
+        Raises AttributeError, TypeError or ValueError for values of other types, OverflowError for a number too large:
+        the ledger and the report have this slide beside all others, and may not meet them later.
         """
         values = _plain_values(cls, content)
         values["work"] = StageRecord.from_json(content.get("work", {}))
@@ -181,21 +181,23 @@ class SlideRecord:
 def read_record(content: Mapping[str, Any], name: str) -> SlideRecord:
     """The record in a slide.json; name: of the slide now, as its folder may have been renamed since.
 
-    Raises AttributeError, KeyError, TypeError or ValueError where it is none.
+    Raises AttributeError, KeyError, TypeError, ValueError or OverflowError where it is none.
     """
     return dataclasses.replace(SlideRecord.from_json(content["record"]), slide=name)
 
 
 def is_whole(content: Mapping[str, Any]) -> bool:
     """Whether a slide.json is as `finished` wrote it, and holds what others read of it and of every file."""
-    known, regions = content.get("files"), content.get("regions")
+    known, regions, parts = content.get("files"), content.get("regions"), content.get("source_parts", [])
     try:
         read_record(content, "")
-    except (AttributeError, KeyError, TypeError, ValueError):
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError):
         return False
     return (
         files.fits_checksum(content)
-        and {"digest", "quick_hash"} <= content.keys()
+        and _holds(content, {"digest": str, "quick_hash": str})
+        and isinstance(parts, list)
+        and all(_holds(part, {"name": str, "bytes": int, "mtime_ns": int, "etag": str}) for part in parts)
         and (regions is None or _holds(regions, {"path": str, "crop": bool, "sha256": str}))
         and isinstance(known, dict)
         and all(_holds(about, {"bytes": int, "sha256": str}) for about in known.values())

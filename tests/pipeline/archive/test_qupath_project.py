@@ -144,7 +144,8 @@ def test_what_cannot_be_a_project_is_refused(run: RunFolder, tmp_path: Path) -> 
     with pytest.raises(RunError, match=r"has no finished slides: need the --out folder of a run"):
         write_project(RunFolder(run.slide("µ y").path))
     run.qupath_project.parent.mkdir()
-    for text in ("[]", '{"images": 3}', "no JSON"):
+    image = '{"images": [{"entryID": 1, "serverBuilder": {"uri": "%s"}}], "lastID": %s}'
+    for text in ("[]", '{"images": 3}', '{"images": {}}', "no JSON", image % (r"\udcff", 1), image % ("x", "1e999")):
         run.qupath_project.write_text(text)
         with pytest.raises(RunError, match="is no QuPath project: move it away"):
             write_project(run)
@@ -255,6 +256,15 @@ def test_copies_of_slides_are_images_whose_place_is_unknown_here(tmp_path: Path,
     (entry,) = content(run)["images"]
     assert entry["serverBuilder"]["uri"] == f"file://{copies}/b/x%20y.png"
     assert write_project(run, copies)[1:] == (1, 0, ())
+
+
+def test_classes_of_no_name_are_no_error(run: RunFolder) -> None:
+    run.qupath_classes.parent.mkdir(parents=True)
+    run.qupath_classes.write_text('{"pathClasses": [{"name": {}}, {"name": []}, 3]}')
+    write_project(run)
+    kept = json.loads(run.qupath_classes.read_text())["pathClasses"]
+    assert kept[:3] == [{"name": {}}, {"name": []}, 3]
+    assert "Nucleus" in [one["name"] for one in kept[3:]]
 
 
 def test_an_image_that_has_moved_since_is_said(run: RunFolder, data: Path) -> None:

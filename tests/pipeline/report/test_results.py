@@ -199,6 +199,23 @@ def test_of_a_damaged_slide_json_nothing_is_believed(tmp_path):
         assert (slide.summary, slide.density, slide.remarks) == ({}, 3000.0, ())
 
 
+@pytest.mark.parametrize("number", [10**400, float("nan"), float("inf"), "x"], ids=["too large", "nan", "inf", "text"])
+@pytest.mark.parametrize("where", ["ratio", "classes", "quantiles"])
+def test_a_number_that_nothing_is_computed_with_is_left_out(tmp_path, where, number):
+    """The report of all slides ended with an unexpected error."""
+    summary = found(classes={"Nucleus": 1})
+    if where == "ratio":
+        summary["seams"]["ratio"] = number
+    elif where == "classes":
+        summary["classes"]["Nucleus"] = number
+    else:
+        summary["area_um2"]["quantiles"][2] = number
+    finish(tmp_path / "a", summary)
+    (slide,) = read_results(RunFolder(tmp_path), [done()])
+    assert slide.summary == {}
+    write_report(RunFolder(tmp_path), [done()])
+
+
 @pytest.mark.parametrize(
     ("status", "state"),
     [("done before", "done"), ("failed", "failed"), ("interrupted", "pending"), ("locked", "pending")],

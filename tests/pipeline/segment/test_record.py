@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.segment.record import Counts, SlideRecord, StageRecord, remarks
+from pipeline.segment.record import Counts, SlideRecord, StageRecord, is_whole, remarks
 
 COUNTS = st.builds(Counts, *(st.integers(0, 99) for _ in dataclasses.fields(Counts)))
 WORK = st.builds(
@@ -95,3 +95,26 @@ def test_a_mixture_of_devices_is_a_remark() -> None:
     assert "computed on cpu bfloat16 and cuda bfloat16" in remarks(mixed, summary())[0]
     alike = dataclasses.replace(mixed, work=StageRecord({}, Counts(nuclei=1), ("cpu bfloat16",)))
     assert remarks(alike, summary()) == ()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("digest", None),
+        ("quick_hash", 1),
+        ("source_parts", None),
+        ("source_parts", ["x"]),
+        ("source_parts", [{"name": "x"}]),
+        ("record", {"slide": "", "status": "done", "mpp": 10**400}),
+        ("record", {"slide": "", "status": "done", "work": {"seconds": {"plan": 10**400}}}),
+        ("record", {"slide": "", "status": "done", "work": {"counts": {"blur_mm2": 10**400}}}),
+    ],
+)
+def test_a_slide_json_with_what_nobody_can_read_is_damaged(name: str, value: object) -> None:
+    """Of a version without a checksum, too: one slide ended the run, the report and `verify` of all."""
+    part = {"name": "x", "bytes": 1, "mtime_ns": 1, "etag": ""}
+    record = SlideRecord("", "done").to_json()
+    content = {"digest": "d", "quick_hash": "q", "files": {}, "source_parts": [part], "record": record}
+    assert is_whole(content)
+    assert is_whole({key: kept for key, kept in content.items() if key != "source_parts"})
+    assert not is_whole({**content, name: value})
