@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -22,6 +23,10 @@ case $1 in
 esac
 exec sleep 60
 """
+# as Debian's mawk, in a language that writes numbers with a comma
+AWK = """#!/bin/sh
+if [ "$LC_ALL" = C ]; then exec /usr/bin/awk "$@"; else /usr/bin/awk "$@" | tr . ,; fi
+"""
 
 
 def workers(folder: Path, number: int, **environment: str) -> list[tuple[str, dict[str, str]]]:
@@ -29,7 +34,7 @@ def workers(folder: Path, number: int, **environment: str) -> list[tuple[str, di
     commands, seen = folder / "bin", folder / "seen"
     commands.mkdir()
     seen.mkdir()
-    for name, text in (("dask", DASK), ("nvidia-smi", "#!/bin/sh\nprintf '0\\n1\\n'\n")):
+    for name, text in (("dask", DASK), ("awk", AWK), ("nvidia-smi", "#!/bin/sh\nprintf '0\\n1\\n'\n")):
         (commands / name).write_text(text)
         (commands / name).chmod(0o755)
     (commands / "python").symlink_to(sys.executable)
@@ -62,6 +67,13 @@ def test_every_gpu_has_a_worker_and_cpus_feed_them(tmp_path: Path) -> None:
     assert all("--nthreads 2 --resources GPU=1" in gpus[gpu] for gpu in "01")
     assert {variables["OMP_NUM_THREADS"] for _, variables in started} == {"1"}
     assert all("--death-timeout 300" in command for command, _ in started)
+
+
+def test_the_share_of_the_memory_is_a_number_that_dask_reads(tmp_path: Path) -> None:
+    """Whatever the language: 0,333 is none, and no worker would start."""
+    shares = {re.findall(r"--memory-limit (\S+)", command)[0] for command, _ in workers(tmp_path, 3)}
+    assert len(shares) == 1
+    assert 0 < float(shares.pop()) <= 1 / 3
 
 
 @pytest.mark.parametrize("gpu_jobs", [0, 1])

@@ -26,8 +26,9 @@ cpu_workers=$((cores - ${#gpus[@]} < 6 * ${#gpus[@]} ? cores - ${#gpus[@]} : 6 *
 cpu_workers=$((cpu_workers < 1 ? 1 : cpu_workers))
 processes=$((${#gpus[@]} + cpu_workers))
 scheduler=(dask scheduler --scheduler-file "$file" --port 0)
+share=$(LC_ALL=C awk "BEGIN { print 1 / $processes }") # some write 0,5 where that is the language's way, which Dask refuses
 # a worker that is told to end while it starts would wait for the scheduler, which has ended, for ever
-worker=(dask worker --scheduler-file "$file" --death-timeout 300 --memory-limit "$(awk "BEGIN { print 1 / $processes }")")
+worker=(dask worker --scheduler-file "$file" --death-timeout 300 --memory-limit "$share")
 if [ "$certificates" ]; then
     tls=(--tls-ca-file "$certificates/ca.pem" --tls-cert "$certificates/cert.pem" --tls-key "$certificates/key.pem")
     scheduler+=(--protocol tls "${tls[@]}")

@@ -17,7 +17,7 @@
 #   sbatch --array=1 --dependency=afterany:JOB workflows/launchers/slurm_array.sh slides/ --out results --stain macenko
 # Other batch systems need only the command, any number of times, with SIGTERM before the time limit:
 #   qsub -J 1-8 (PBS), bsub -J "nightslide[1-8]" (LSF), or, without any:
-#   for host in a b c; do ssh "$host" "cd $PWD && nightslide run slides/ --out results" & done; wait
+#   for host in a b c; do ssh "$host" "cd '$PWD' && nightslide run slides/ --out results" & done; wait
 set -uo pipefail
 case ${1-} in -h | --help) sed -n '2,/^[^#]/s/^# //p' "$0" && exit ;; esac
 
