@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import save_file
 
 from pipeline.config import Settings, check, read_toml
 
@@ -61,6 +62,50 @@ def test_an_experiment_says_in_a_line_what_it_cannot_read(
         runpy.run_path(str(file), run_name="__main__")
     assert ended.value.code == 2
     assert f"{script}: {tmp_path / 'none.svs'}: there is no such file" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore:Cyclopts application invoked without tokens")  # scripts read sys.argv
+@pytest.mark.parametrize(
+    ("script", "there", "flags"), [("constancy", "kumar", []), ("rules", "nuinsseg", ["--weights", "w.safetensors"])]
+)
+def test_a_set_that_is_missing_is_named_before_anything_is_computed(
+    script: str,
+    there: str,
+    flags: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Not after hours, and in a line; the one that is there comes first."""
+
+    def too_late(*_: object) -> None:
+        raise AssertionError("an image was computed")
+
+    monkeypatch.setattr("training.evaluate.predict", too_late)
+    monkeypatch.setattr("pipeline.model.stain_fit.fit", too_late)
+    for folder, pixels in (("images", np.full((64, 64, 3), 200, np.uint8)), ("labels", np.eye(64, dtype=np.uint8))):
+        (tmp_path / there / folder).mkdir(parents=True)
+        Image.fromarray(pixels).save(tmp_path / there / folder / "a.png")
+    save_file({"x": np.zeros(1)}, tmp_path / "w.safetensors", {})  # which know no images
+    monkeypatch.chdir(tmp_path)
+    file = WORKFLOWS / "experiments" / f"{script}.py"
+    monkeypatch.setattr(sys, "argv", [str(file), "--data", str(tmp_path), *flags])
+    monkeypatch.syspath_prepend(str(file.parent))
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(file), run_name="__main__")
+    assert ended.value.code == 2
+    assert f"{script}: {tmp_path / 'tnbc'} does not exist: need a dataset's folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("script", ["choose", "views"])
+def test_a_flag_of_the_execution_starts_no_cluster(script: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Law: what is not given stays as it is without the flag, and as --help says."""
+    folder = WORKFLOWS / "experiments"
+    monkeypatch.syspath_prepend(str(folder))
+    app = runpy.run_path(str(folder / f"{script}.py"))["app"]
+    _, bound, _ = app.parse_args(["--data", "d", "--workers", "2"], exit_on_error=False, print_error=False)
+    execution = bound.arguments["execution"]
+    assert (execution.workers, execution.cluster) == (2, False)
 
 
 @pytest.mark.parametrize("script", files("*.sh"), ids=name)

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.config import Execution, Settings, Stain
+from pipeline.config import Settings, Stain
 from pipeline.errors import ConfigError
 from pipeline.model import fuse, views
+from training.cli import EvaluationExecution
 
 SCRIPTS = Path(__file__).parents[2] / "workflows" / "experiments"
 
@@ -38,7 +39,7 @@ def test_each_choice_is_what_the_detector_is_shown(
     assert shown == [every[:1], (every[0], every[5])]
     assert [line.split(" | ")[0] for line in capsys.readouterr().out.splitlines()[2:]] == ["| 0", "| 0,5"]
     with pytest.raises(ConfigError, match="need --stain none"):
-        script.compare(data=[tmp_path], mpp=(0.25,), settings=plain, execution=Execution(cluster=True))
+        script.compare(data=[tmp_path], mpp=(0.25,), settings=plain, execution=EvaluationExecution(cluster=True))
     with pytest.raises(ConfigError, match="need --stain none"):
         script.compare(data=[tmp_path], mpp=(0.25,))
     for wrong in ("0,0", "0,8", "0,1,2", "", "0,x"):

@@ -24,7 +24,7 @@ from pipeline.errors import ConfigError
 from pipeline.model.weights import find_weights, read_notes
 from pipeline.text import counted
 from slides.errors import NightslideError
-from training.cli import Datasets, Flat, Scales, Splits
+from training.cli import Datasets, EvaluationExecution, Flat, Scales, Splits
 from training.data.datasets import requested_sets
 from training.evaluate import EvaluationSet, gather, known_images, predict, read_detections, results_of, whole_images
 from training.fit import split_held_out
@@ -113,7 +113,7 @@ def choose(
     nms: Annotated[tuple[float, ...], Several] = (),
     score: Annotated[tuple[float, ...], Several] = (0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8),
     settings: Annotated[Settings, Flat] = Settings(),
-    execution: Annotated[Execution, Flat] = Execution(cluster=False),
+    execution: Annotated[EvaluationExecution, Flat] = EvaluationExecution(),
 ) -> int:
     """Score a grid of thresholds on held-out images; --data, --split and --mpp as they were given to `train`.
 

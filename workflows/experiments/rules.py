@@ -252,12 +252,15 @@ def compare_rules(*, data: Path, weights: str = Detector.weights, folds: Path | 
     images
         At most so many images of a set; 0: all.
     """
+    sets = {}
+    for name in SETS:  # what is missing is said now, not after hours
+        own = str(folds / name / "nuclei.safetensors") if folds else weights
+        find_weights(own)
+        of_set = gather([data / name], SETS[name].splits, [SETS[name].mpp]) if folds else unseen(name, data, own)
+        sets[name] = own, some(of_set, images, 0)
     detected: dict[StainMethod, dict[str, list[Detected]]] = {"none": {}, "macenko": {}}
     counts = []
-    for name in SETS:
-        own = str(folds / name / "nuclei.safetensors") if folds else weights
-        chosen = gather([data / name], SETS[name].splits, [SETS[name].mpp]) if folds else unseen(name, data, own)
-        chosen = some(chosen, images, 0)
+    for name, (own, chosen) in sets.items():
         for method, of_sets in detected.items():
             print(f"{name}, {method}: {len(chosen.images)} images", file=sys.stderr)
             of_sets[name] = detect(chosen, own, method)

@@ -15,11 +15,11 @@ from unittest import mock
 from choose import Several, grid
 from cyclopts import App
 
-from pipeline.config import Execution, Settings
+from pipeline.config import Settings
 from pipeline.errors import ConfigError
 from pipeline.model import views
 from slides.errors import NightslideError
-from training.cli import Datasets, Flat, Scales, Splits
+from training.cli import Datasets, EvaluationExecution, Flat, Scales, Splits
 from training.data.datasets import requested_sets
 from training.evaluate import EvaluationSet, gather, whole_images
 
@@ -44,7 +44,7 @@ def compare(
     choice: Annotated[tuple[str, ...], Several] = ("0", "0,1", "0,1,2,3", "0,1,2,3,4,5,6,7"),
     score: Annotated[tuple[float, ...], Several] = (0.6, 0.7),
     settings: Annotated[Settings, Flat] = Settings(),
-    execution: Annotated[Execution, Flat] = Execution(cluster=False),
+    execution: Annotated[EvaluationExecution, Flat] = EvaluationExecution(),
 ) -> int:
     """Score choices of views."""
     if execution.cluster or execution.scheduler or execution.scheduler_file or settings.stain.method == "auto":
