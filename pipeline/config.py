@@ -331,7 +331,7 @@ class Execution:
     workers: int = 0
     "Worker processes that read, tile, outline and export, beside those that detect, or threads with --no-cluster; 0: as many as this machine can use."
     gpus: int = -1
-    "GPUs of this machine to use, one process each; -1: all."
+    "GPUs of this machine to use, one process each; -1: all; 0: none, but the CPU."
     memory_limit: str = "auto"
     "Memory at which a worker process is restarted, such as 8GB, at least 1GB; auto: its share of this machine's, twice as much for one that detects, four times on a GPU."
     cluster: bool = True

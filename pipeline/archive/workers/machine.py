@@ -35,7 +35,9 @@ def worker_specs(workers: int, cores: int, gpus: list[str]) -> list[WorkerSpec]:
         return detecting + [_beside(1)] * beside
     count = max(1, cores // 8)
     beside = workers or count
-    detecting = [_detecting({"OMP_NUM_THREADS": str(max(1, cores // count))}, memory=2)] * count
+    # none is visible: with --gpus 0, those of the machine would be computed on all the same
+    environment = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": str(max(1, cores // count))}
+    detecting = [_detecting(environment, memory=2)] * count
     return detecting + [_beside(min(4, max(1, cores // beside)))] * beside
 
 
@@ -54,11 +56,17 @@ def count_cores() -> int:
 
 
 def usable_gpus(execution: Execution, device: str) -> list[str]:
-    """The GPUs to use, as CUDA_VISIBLE_DEVICES names them. Raises ConfigError for those that are not there."""
+    """The GPUs to use, as CUDA_VISIBLE_DEVICES names them.
+
+    Raises ConfigError for those that are not there, and for a device that is one where none is to be used.
+    """
     count = 0 if device == "cpu" or not has_gpu_driver() else _count_gpus(execution.cluster)
     device_kind(device, count)
     if execution.gpus > count:
         raise ConfigError(f"gpus={execution.gpus}: this machine has {count} to use with --detector.device {device}")
+    if execution.gpus == 0 and count and (device != "auto" or not execution.cluster):
+        # a device that is named, or this process, which may have looked for GPUs already
+        raise ConfigError(f"gpus=0, but with --detector.device {device} one is used: need --detector.device cpu")
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = visible.split(",") if visible else [str(number) for number in range(count)]
     if count and ":" in device:

@@ -29,12 +29,15 @@ def test_machines_are_sized(
     offers: list[dict[str, float]],
     of_the_detector: int,
 ) -> None:
-    """of_the_detector: threads of its arithmetic; on a GPU it needs none, and one for each task beside it is enough."""
+    """of_the_detector: threads of its arithmetic; on a GPU it needs none, and one for each task beside it is enough.
+
+    Without GPUs to use, as with --gpus 0, a process that detects sees none.
+    """
     chosen = worker_specs(workers, cores, gpus)
     assert [s.threads for s in chosen] == threads
     assert [s.resources for s in chosen] == offers
     detecting = [s.environment for s in chosen if s.resources == {"GPU": 1}]
-    assert [e.get("CUDA_VISIBLE_DEVICES", "all") for e in detecting] == (gpus or ["all"] * len(detecting))
+    assert [e["CUDA_VISIBLE_DEVICES"] for e in detecting] == (gpus or [""] * len(detecting))
     assert {e["OMP_NUM_THREADS"] for e in detecting} == {str(of_the_detector)}
     beside = [s.environment for s in chosen if "CPU" in s.resources]
     assert all(e == {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} for e in beside)
@@ -102,6 +105,8 @@ def test_a_process_for_each_gpu_that_is_wanted(
         (0, -1, "cuda", "device='cuda': this machine shows 0 CUDA devices"),
         (None, -1, "cuda", "device='cuda': this machine shows 0 CUDA devices"),
         (1, -1, "cuda:1", "device='cuda:1': this machine shows 1 CUDA devices"),
+        (2, 0, "cuda", "gpus=0, but with --detector.device cuda one is used: need --detector.device cpu"),
+        (2, 0, "cuda:1", "gpus=0, but with --detector.device cuda:1 one is used: need --detector.device cpu"),
     ],
 )
 def test_gpus_that_are_not_there_are_refused(
@@ -110,3 +115,12 @@ def test_gpus_that_are_not_there_are_refused(
     has_gpus(monkeypatch, count, None)
     with pytest.raises(ConfigError, match=message):
         usable_gpus(Execution(gpus=gpus), device)
+
+
+def test_without_worker_processes_no_gpu_is_a_matter_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As this process sees the GPUs, whatever --gpus says."""
+    has_gpus(monkeypatch, 1, None)
+    with pytest.raises(ConfigError, match="gpus=0, but with --detector\\.device auto"):
+        usable_gpus(Execution(gpus=0, cluster=False), "auto")
+    assert usable_gpus(Execution(gpus=0, cluster=False), "cpu") == []
+    assert usable_gpus(Execution(cluster=False), "auto") == ["0"]
