@@ -1,10 +1,13 @@
 """Every script says what it does, every launcher is valid shell, every configuration is valid."""
 
 import ast
+import os
+import re
 import runpy
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -22,6 +25,13 @@ def files(pattern: str) -> list[Path]:
 
 def name(path: Path) -> str:
     return path.name
+
+
+def keep_this_process_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What scripts do to their own process, which here is that of all tests."""
+    for function in ("keep_freed_memory", "keep_few_prepared_layers"):
+        monkeypatch.setattr(f"pipeline.model.allocator.{function}", lambda: None)
+    monkeypatch.setattr("torch.set_num_threads", lambda _: None)
 
 
 def test_the_scripts_are_found() -> None:
@@ -64,6 +74,33 @@ def test_an_experiment_says_in_a_line_what_it_cannot_read(
     assert f"{script}: {tmp_path / 'none.svs'}: there is no such file" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("script", "flags"),
+    [
+        ("feed", ["none.svs", "work"]),
+        ("gpu", ["patches", "--out", ".", "--slide", "none.svs", "--device", "cpu"]),
+        ("memory", ["none.svs"]),
+        ("replicate", ["none.svs", "giant.tif"]),
+        ("tilings", ["none.svs", "--out", "out", "1280/128", "512/128"]),
+        ("trainer", ["--data", "none.svs"]),
+        ("viewer", ["none.svs", "work"]),
+    ],
+)
+def test_a_benchmark_says_in_a_line_that_its_input_is_not_there(
+    script: str, flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = WORKFLOWS / "benchmarks" / f"{script}.py"
+    keep_this_process_as_it_is(monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [str(file), *flags])
+    monkeypatch.syspath_prepend(str(file.parent))
+    with mock.patch.dict(os.environ), pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(file), run_name="__main__")
+    assert ended.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.match(rf"{script}: none\.svs.* (there is no such file|does not exist)", line)
+
+
 @pytest.mark.filterwarnings("ignore:Cyclopts application invoked without tokens")  # scripts read sys.argv
 @pytest.mark.parametrize(
     ("script", "there", "flags"), [("constancy", "kumar", []), ("rules", "nuinsseg", ["--weights", "w.safetensors"])]
@@ -81,6 +118,7 @@ def test_a_set_that_is_missing_is_named_before_anything_is_computed(
     def too_late(*_: object) -> None:
         raise AssertionError("an image was computed")
 
+    keep_this_process_as_it_is(monkeypatch)
     monkeypatch.setattr("training.evaluate.predict", too_late)
     monkeypatch.setattr("pipeline.model.stain_fit.fit", too_late)
     for folder, pixels in (("images", np.full((64, 64, 3), 200, np.uint8)), ("labels", np.eye(64, dtype=np.uint8))):

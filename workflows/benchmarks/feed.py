@@ -35,6 +35,7 @@ from pipeline.model.fitted_stain import UNCHANGED, Normalisation
 from pipeline.model.instances import HostInstances, Instances, Patches, select
 from pipeline.segment import stages, tables
 from slides import focus
+from slides.errors import NightslideError
 from slides.geometry import Box
 from slides.patches import PatchStore
 from slides.slide import Slide, open_slide
@@ -221,4 +222,8 @@ def measure(path: Path, given: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except NightslideError as error:
+        print(f"feed: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -31,6 +31,7 @@ from pipeline.model.device import compute
 from pipeline.model.fitted_stain import UNCHANGED
 from pipeline.model.instances import HostInstances, Result
 from pipeline.model.weights import as_weights_state
+from slides.errors import NightslideError
 from slides.geometry import Box
 from slides.slide import open_slide
 
@@ -258,4 +259,8 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except NightslideError as error:
+        print(f"gpu: {error}", file=sys.stderr)
+        sys.exit(2)

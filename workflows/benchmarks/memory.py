@@ -10,6 +10,7 @@ all, and the CPU seconds of detection after the first tile.
 import argparse
 import ctypes
 import functools
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -27,6 +28,7 @@ from pipeline.model.fitted_stain import UNCHANGED
 from pipeline.model.roi_align import FeatureTable
 from pipeline.model.weights import as_weights_state
 from pipeline.segment.plan import plan_slide
+from slides.errors import NightslideError
 from slides.slide import open_slide
 
 
@@ -150,4 +152,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except NightslideError as error:
+        print(f"memory: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -10,6 +10,7 @@ written here because tifffile takes no encoded JPEG tiles unless it has a JPEG e
 import argparse
 import math
 import struct
+import sys
 from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
@@ -19,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from slides.errors import NightslideError
 from slides.geometry import Size
 from slides.slide import open_slide
 
@@ -123,4 +125,8 @@ def write_tags(
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except NightslideError as error:
+        print(f"replicate: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -9,6 +9,7 @@ near a seam of either tiling (their centroid within 64 px of it) and among all o
 
 import argparse
 import itertools
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ import pipeline
 from pipeline.config import Architecture, Execution, Settings, Tiling
 from pipeline.layout import RunFolder
 from pipeline.segment.tables import geometry, read_nuclei
+from slides.errors import NightslideError
 from slides.slide import open_slide
 
 NEAR_PX = 64  # work px
@@ -74,4 +76,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except NightslideError as error:
+        print(f"tilings: {error}", file=sys.stderr)
+        sys.exit(2)

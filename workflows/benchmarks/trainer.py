@@ -10,6 +10,7 @@ import argparse
 import functools
 import itertools
 import os
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from torch import nn
 
 from pipeline.config import Architecture
 from pipeline.model import detector
+from slides.errors import NightslideError
 from training import fit
 from training.config import Training
 from training.data.datasets import read_datasets
@@ -147,4 +149,8 @@ def _tensors(result: Any) -> list[torch.Tensor]:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except NightslideError as error:
+        print(f"trainer: {error}", file=sys.stderr)
+        sys.exit(2)

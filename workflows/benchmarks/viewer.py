@@ -28,6 +28,7 @@ from pipeline.archive.ledger import write_ledger
 from pipeline.layout import RunFolder
 from pipeline.segment.record import Counts, SlideRecord, StageRecord
 from pipeline.segment.tables import STAINS, NucleiWriter, Provenance
+from slides.errors import NightslideError
 from slides.slide import Slide, open_slide
 
 NAME = "slide"
@@ -176,4 +177,8 @@ def peak_gb(pid: int) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except NightslideError as error:
+        print(f"viewer: {error}", file=sys.stderr)
+        sys.exit(2)
