@@ -49,7 +49,8 @@ def plan(
     follow_links: as in `Execution`
     Returns an estimate for each slide that is not skipped for want of regions: tissue, tiles, hours (NaN where no speed
     is known), disk space, or the `problem` with which it would fail. Warns as the run would, of folders that cannot be
-    read and of a small margin. Raises ConfigError for inputs that cannot be searched.
+    read, of a small margin, and of settings that have no effect. Raises ConfigError for inputs that cannot be searched
+    and for settings, SlideError for a `stain.template` that is not there.
     """
     settings = checked("settings", settings, Settings)
     seconds = speed(settings, seconds_per_mm2)
@@ -82,13 +83,13 @@ def estimate(
     apart: as for `estimate_slides`; a script that asks for it needs `if __name__ == "__main__":`
     Raises what `pipeline.archive.run.run` would raise for these settings.
     """
-    settings = resolve(settings)
+    unused, settings = settings.unused, resolve(settings)
     seams = check_seams(settings)
     archive = find_slides(inputs, mpp=mpp, force_mpp=force_mpp, follow_links=follow_links)
     archive = with_regions(archive, settings.regions)
     sources = [source for source in archive.sources if not source.skip]
     estimates = estimate_slides(sources, settings, seconds_per_mm2, apart=apart)
-    return Planned(archive, (*seams, *archive.unread), estimates)
+    return Planned(archive, (*seams, *unused, *archive.unread), estimates)
 
 
 def speed(settings: Settings, seconds_per_mm2: float | None = None) -> float:
@@ -116,15 +117,17 @@ def export(
 
     folder: of a run, or of one slide of it
     formats: one or several; options: the other fields of `Export`, such as crop=False
-    Returns the number of nuclei by file. Warns of slides whose table is missing. Raises ConfigError for a format that
-    does not exist, RunError for a folder without tables, and, once all others are written, ExportFailed for what could
-    not be: tables that are damaged, a full disk, slides that a run is working on.
+    Returns the number of nuclei by file. Warns of slides whose table is missing, and of options of formats that are not
+    written. Raises ConfigError for a format that does not exist, RunError for a folder without tables, and, once all
+    others are written, ExportFailed for what could not be: tables that are damaged, a full disk, slides that a run is
+    working on.
     """
     results = given_path("folder", folder, _RESULTS)
     wanted = _listed("formats", formats, "the name of a format, or several")
-    for problem in without_nuclei(results):
-        warnings.warn(f"not exported: {problem}", stacklevel=2)
-    return dict(export_files(results, build(Export, {"formats": wanted, **options}, where="export")))
+    settings = build(Export, {"formats": wanted, **options}, where="export")
+    for problem in (*settings.unused, *(f"not exported: {problem}" for problem in without_nuclei(results))):
+        warnings.warn(problem, stacklevel=2)
+    return dict(export_files(results, settings))
 
 
 def export_files(folder: str | os.PathLike[str], settings: Export) -> Iterator[tuple[Path, Exported]]:

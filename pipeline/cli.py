@@ -390,8 +390,8 @@ def export(folder: Path, /, *, settings: Annotated[Export, Parameter(name="*", g
     from pipeline.layout import RunFolder
     from pipeline.segment.finished import unnoted_exports
 
-    for problem in without_nuclei(folder):
-        print(f"WARNING: not exported: {problem}", file=sys.stderr)
+    for problem in (*settings.unused, *(f"not exported: {problem}" for problem in without_nuclei(folder))):
+        print(f"WARNING: {problem}", file=sys.stderr)
     for path, exported in export_files(folder, settings):
         print(f"{printable(path)}: {exported}")
     for problem in filter(None, map(unnoted_exports, RunFolder(folder).with_nuclei())):

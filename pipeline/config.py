@@ -70,6 +70,11 @@ def _require_mpp(value: float) -> None:
     require(0.05 <= value <= 5, f"mpp={value}: need 0.05 to 5 um per pixel")
 
 
+def _no_effect(settings: Any, name: str, where: str) -> str:
+    """The warning of a field whose value changes nothing."""
+    return f"{name.replace('_', '-')}={getattr(settings, name)} has no effect {where}"
+
+
 def check_device_name(name: str) -> None:
     """Raise ConfigError for what is no name of a device, there or not."""
     require(re.fullmatch(r"auto|cpu|cuda(:\d+)?", name) is not None, f"device={name!r}: need cpu, cuda, cuda:N or auto")
@@ -284,6 +289,16 @@ class Export:
         require(0 <= self.cells <= 50, f"cells={self.cells}: need 0 to 50 um")
         require(10 <= self.density_um <= 10_000, f"density-um={self.density_um}: need 10 to 10000 um")
 
+    @property
+    def unused(self) -> tuple[str, ...]:
+        """What was chosen and changes nothing, a line each."""
+        of_format = {"cells": "qupath", "dicom_reference": "dicom", "density_um": "density"}
+        return tuple(
+            _no_effect(self, name, f"without the format {needed}")
+            for name, needed in of_format.items()
+            if getattr(self, name) != getattr(Export, name) and needed not in self.formats
+        )
+
 
 WORK_FORMAT = 12
 "Version of the files in a slide's work folder: raised with every change after which older ones must not be continued."
@@ -306,6 +321,16 @@ class Settings:
     # "*": else --regions would stand for the table
     regions: Annotated[Regions, Parameter(name="*", group=REGIONS)] = field(default_factory=Regions)
     export: Annotated[Export, Parameter(group=EXPORT)] = field(default_factory=Export)
+
+    @property
+    def unused(self) -> tuple[str, ...]:
+        """What was chosen and changes nothing, a line each; of settings as they were given, before they are resolved."""
+        lines = list(self.export.unused)
+        if self.stain.weights != Stain.weights and self.stain.method != "dcgmm":
+            lines.append(_no_effect(self.stain, "weights", "on the stain without --stain dcgmm"))
+        if not self.regions.crop and not self.regions.folder:
+            lines.append("regions.no-crop has no effect without --regions")
+        return tuple(lines)
 
     @functools.cached_property  # every slide of an archive asks for it several times
     def digest(self) -> str:
@@ -388,6 +413,21 @@ class Execution:
         require(
             self.stage_space_bytes > 0, f"stage-space={self.stage_space!r}: need a size such as 100GB, 500GiB or 2TB"
         )
+
+    @property
+    def unused(self) -> tuple[str, ...]:
+        """What was chosen and changes nothing, a line each."""
+        chosen = [
+            name for name in ("workers", "gpus", "memory_limit") if getattr(self, name) != getattr(Execution, name)
+        ]
+        lines = []
+        if self.scheduler or self.scheduler_file:
+            lines = [_no_effect(self, name, "with a scheduler, which has its workers") for name in chosen]
+        elif not self.cluster:  # --workers is the number of threads, and --gpus 0 is refused where there are any
+            lines = [_no_effect(self, name, "with --no-cluster") for name in chosen if name == "memory_limit"]
+        if self.stage_space != Execution.stage_space and not self.stage:
+            lines.append(_no_effect(self, "stage_space", "without --stage"))
+        return tuple(lines)
 
     @property
     def stage_space_bytes(self) -> float:

@@ -98,6 +98,8 @@ def test_an_export_counts_the_nuclei_by_file(place: Path) -> None:
     }
     (path,) = pipeline.export(place / "results", "csv")
     assert path.name == "nuclei.csv"
+    with pytest.warns(UserWarning, match="cells=5.* has no effect without the format qupath"):
+        pipeline.export(place / "results", "csv", cells=5)
     with pytest.raises(ConfigError, match="need one of qupath, csv"):
         pipeline.export(place / "results", ["shapefile"])
     with pytest.raises(RunError, match=r"holds no nuclei\.parquet"):

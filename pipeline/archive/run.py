@@ -52,7 +52,8 @@ def run(
     for. That one starts processes: a script that calls `run` needs `if __name__ == "__main__":`, a notebook nothing.
     say: takes the lines that would go to the terminal. detect: replaces the detector, in tests.
     What is done is kept: a second call continues at the block. A slide that fails does not stop the others.
-    Raises RunError, WeightsError, StainError or ConfigError before anything is started; ClusterLost.
+    Raises ConfigError (RunError, WeightsError), and StainError or SlideError of a `stain.template`, before anything is
+    started; ClusterLost.
     """
     settings = checked("settings", settings, Settings)
     execution = checked("execution", execution, Execution)
@@ -73,6 +74,7 @@ def run(
         urls=bool(execution.stage),
     )
     archive = with_regions(archive, settings.regions)
+    unused = (*settings.unused, *(execution.unused if client is None else ()))
     settings = resolve(settings)
     check_formats(settings.export.formats)
     seams = check_seams(settings) if detect is None else ()
@@ -86,7 +88,7 @@ def run(
         weights = find_weights(settings.detector.weights)
         if terms := licence(weights):
             progress.say(f"weights {weights.stem}: {terms}")
-        for warning in (*seams, *opened.warnings, *archive.unread):
+        for warning in (*seams, *unused, *opened.warnings, *archive.unread):
             progress.say(f"WARNING: {warning}")
         with (
             open_executor(execution, settings.detector.device, client) as executor,

@@ -532,6 +532,8 @@ def test_a_plan_warns_of_what_a_run_warns_of(
 ) -> None:
     small = planned(capsys, monkeypatch, tmp_path, "--tiling.margin", "64", "--detector.device", "cpu")
     assert [line for line in small if line.startswith("WARNING: tiling.margin=64: with less than 128 px, nuclei near")]
+    unused = planned(capsys, monkeypatch, tmp_path, "--export.density-um", "50", "--detector.device", "cpu")
+    assert "WARNING: density-um=50.0 has no effect without the format density" in unused
     assert not [line for line in planned(capsys, monkeypatch, tmp_path) if line.startswith("WARNING")]
 
 

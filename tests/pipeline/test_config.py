@@ -23,6 +23,7 @@ from pipeline.config import (
     Regions,
     Sampling,
     Settings,
+    Stain,
     StainArchitecture,
     Tiling,
     Tissue,
@@ -218,3 +219,30 @@ def test_settings_compute_their_digest_once_and_copies_their_own() -> None:
     other = dataclasses.replace(settings, tiling=Tiling(tile=1024))
     assert other.digest != settings.digest
     assert pickle.loads(pickle.dumps(settings)) == settings == Settings()
+
+
+@pytest.mark.parametrize(
+    ("settings", "line"),
+    [
+        (Settings(), None),
+        (Execution(), None),
+        (Export(density_um=50), "density-um=50 has no effect without the format density"),
+        (Export(("qupath", "density"), density_um=50, cells=5), None),
+        (Export(("csv",), cells=5), "cells=5 has no effect without the format qupath"),
+        (Export(dicom_reference="d"), "dicom-reference=d has no effect without the format dicom"),
+        (Settings(export=Export(("csv",), cells=5)), "cells=5 has no effect without the format qupath"),
+        (Settings(stain=Stain(weights="w")), "weights=w has no effect on the stain without --stain dcgmm"),
+        (Settings(stain=Stain("dcgmm", weights="w")), None),
+        (Settings(regions=Regions(crop=False)), "regions.no-crop has no effect without --regions"),
+        (Settings(regions=Regions("drawn", crop=False)), None),
+        (Execution(scheduler="tcp://h:1", gpus=1), "gpus=1 has no effect with a scheduler, which has its workers"),
+        (Execution(scheduler_file="f", workers=4), "workers=4 has no effect with a scheduler, which has its workers"),
+        (Execution(cluster=False, memory_limit="8GB"), "memory-limit=8GB has no effect with --no-cluster"),
+        (Execution(cluster=False, workers=2), None),
+        (Execution(workers=2, gpus=1, memory_limit="8GB"), None),
+        (Execution(stage_space="1TB"), "stage-space=1TB has no effect without --stage"),
+        (Execution(stage_space="1TB", stage="/scratch"), None),
+    ],
+)  # fmt: skip
+def test_what_is_chosen_and_changes_nothing_is_named(settings: Settings | Export | Execution, line: str | None) -> None:
+    assert settings.unused == (() if line is None else (line,))

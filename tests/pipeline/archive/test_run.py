@@ -320,3 +320,17 @@ def test_tiles_at_a_limit_and_tiles_in_quarters_are_counted_apart(slide: tuple[P
     (row,) = archive_run.run([slide[0]], tmp_path, chosen(block=9), ONE, mpp=0.25, detect=detect, say=lambda _: None)
     assert (row.work.counts.saturated_tiles, row.work.counts.split_tiles) == (1, row.tiles - 1)
     assert row.tiles > 5
+
+
+def test_what_was_chosen_and_changes_nothing_is_said(slide: tuple[Path, int], tmp_path: Path) -> None:
+    """Of the settings and of the execution, once, before the first slide."""
+    lines: list[str] = []
+    settings, execution = chosen(tile=256, margin=64, block=2), dataclasses.replace(ONE, stage_space="1TB")
+    settings = dataclasses.replace(settings, export=Export(("csv",), cells=5))
+    run([slide[0]], tmp_path, settings, execution, mpp=0.25, say=lines.append)
+    unused = [line for line in lines if "has no effect" in line]
+    assert unused == [
+        "WARNING: cells=5.0 has no effect without the format qupath",
+        "WARNING: stage-space=1TB has no effect without --stage",
+    ]
+    assert lines.index(unused[0]) < 3
