@@ -66,7 +66,7 @@ def open_handle(path: Path) -> "openslide.OpenSlide | Picture":
     Raises SlideNotFound, SlideUnreadable, SlideUnsupported, SlideTooLarge.
     """
     if not path.is_file():
-        raise SlideNotFound(f"{path}: there is no such file")
+        raise SlideNotFound(f"{path}: {'a folder: need a file in it' if path.is_dir() else 'there is no such file'}")
     try:
         handle = openslide.OpenSlide(path)
         handle.set_cache(_cache(os.getpid()))

@@ -456,6 +456,8 @@ def test_no_such_file(tmp_path: Path) -> None:
         open_slide(tmp_path / "lost.svs")
     with pytest.raises(FileNotFoundError):
         open_slide(tmp_path)
+    with pytest.raises(SlideNotFound, match="a folder: need a file in it"):
+        open_slide(tmp_path)
 
 
 @pytest.mark.parametrize(
