@@ -146,6 +146,16 @@ def test_a_flag_of_the_execution_starts_no_cluster(script: str, monkeypatch: pyt
     assert (execution.workers, execution.cluster) == (2, False)
 
 
+def test_a_row_of_image_means_is_in_no_table_of_pooled_scores(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["tables.py", str(tmp_path), "--mean", "--pooled"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(WORKFLOWS / "experiments" / "tables.py"), run_name="__main__")
+    assert ended.value.code == 2
+    assert "--mean is a row of image means: leave --pooled out" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("script", files("*.sh"), ids=name)
 def test_help_of_a_shell_script_is_its_first_comment(script: Path) -> None:
     """And nothing else of it runs: no command of the project is on the path."""

@@ -59,6 +59,8 @@ def main() -> int:
     parser.add_argument("--mean", action="store_true", help="a last row: the mean over the images of all files")
     parser.add_argument("--pooled", action="store_true", help="pooled scores instead of image means")
     arguments = parser.parse_args()
+    if arguments.mean and arguments.pooled:
+        parser.error("--mean is a row of image means: leave --pooled out")
     files = sorted(arguments.folder.glob("*.json"))
     if not files:
         print(f"{arguments.folder} holds no .json: need files of nightslide evaluate --json", file=sys.stderr)
