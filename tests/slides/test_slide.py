@@ -140,9 +140,14 @@ def test_level_0_comes_back_unchanged(slide: Slide, picture: np.ndarray) -> None
     assert np.array_equal(slide.read(Box(0, 0, WIDTH, HEIGHT), slide.frame(slide.scale.x)), picture)
 
 
-@pytest.mark.parametrize("mpp", [0.25, 0.5, 0.8, 2.0, 3.7])
-def test_points_of_a_frame_lie_where_the_affine_says(pyramid: Writer, mpp: float) -> None:
-    """A disc's centre of mass, found in px of the frame, is its centre on the slide: no half pixel is lost."""
+@pytest.mark.parametrize(
+    ("mpp", "aspect"), [(0.25, 1.0), (0.5, 1.0), (0.8, 1.0), (2.0, 1.0), (3.7, 1.0), (0.5, 1.019), (0.8, 0.982)]
+)
+def test_points_of_a_frame_lie_where_the_affine_says(pyramid: Writer, mpp: float, aspect: float) -> None:
+    """A disc's centre of mass, found in px of the frame, is its centre on the slide: no half pixel is lost.
+
+    Pixels of the frame are square, also where those of the slide are not: along y, `aspect` times as large as along x.
+    """
     path = pyramid("plain.tif", 0.5).with_name("disc.tif")
     y, x = np.mgrid[:600, :800] + 0.5
     disc = (255 * (np.hypot(x - 321.3, y - 222.6) > 60)).astype(np.uint8)[..., None].repeat(3, axis=2)
@@ -155,7 +160,7 @@ def test_points_of_a_frame_lie_where_the_affine_says(pyramid: Writer, mpp: float
                 photometric="rgb",
                 subfiletype=int(factor > 1),
                 metadata=None,
-                resolution=(20000, 20000),
+                resolution=(20000, 20000 / aspect),
                 resolutionunit=3,
             )
     with open_slide(path) as slide:
@@ -164,6 +169,14 @@ def test_points_of_a_frame_lie_where_the_affine_says(pyramid: Writer, mpp: float
     row, col = ndimage.center_of_mass(dark)
     centre = frame.to_slide.apply((col + 0.5, row + 0.5))
     np.testing.assert_allclose(centre, (321.3, 222.6), atol=0.1)
+    down, across = (
+        np.sqrt(np.average((at - mean) ** 2, weights=dark))
+        for at, mean in zip(np.indices(dark.shape), (row, col), strict=True)
+    )
+    assert down / across == pytest.approx(aspect, abs=0.003)
+    beyond = frame.to_slide.apply(frame.size) - slide.size
+    assert (beyond > -1e-3).all(), "the frame covers the slide"
+    assert (beyond < frame.to_slide[:2]).all(), "no row or column of it lies beyond the slide"
 
 
 @pytest.mark.parametrize("mpp", [0.25, 0.5, 0.7, 1.0, 2.0, 6.0])
