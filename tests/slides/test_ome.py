@@ -104,6 +104,7 @@ def test_an_ome_tiff_has_its_scale_and_its_levels(tmp_path: Path, picture: np.nd
     with open_slide(pyramid(tmp_path / "case7.ome.tif", picture[:900, :1301])) as slide:
         assert slide.scale == (MPP, MPP, "metadata")
         assert [level.size for level in slide.levels] == [Size(1301, 900), Size(650, 450), Size(162, 112)]
+        assert [level.downsample for level in slide.levels] == [1, 1301 / 650, 1301 / 162]
 
 
 @pytest.mark.parametrize("times", [2, 8])
@@ -134,7 +135,7 @@ def test_versions_that_are_larger_or_of_another_form_are_no_levels(tmp_path: Pat
         *(Level(other, (128, 128)) for other in (picture, picture[:113], picture[:, :163], smaller(picture, 2))),
         Level(small, (128, 128), photometric=1),
         Level(smaller(picture, 4), strip=True),
-        Level(small, (128, 128)),
+        Level(small, (128, 64)),
     )
     path = jpeg_tiff.write(tmp_path / "case7.ome.tif", Level(smaller(picture, 2), (128, 128), smaller=strange))
     with open_slide(path, mpp=0.5) as slide:
