@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from pipeline.archive.workers.execution import open_executor
-from pipeline.archive.workers.executors import Executor, Loop, Threads, open_threads, run_task
+from pipeline.archive.workers.executors import Executor, Loop, run_task
 from pipeline.config import Execution
 from pipeline.errors import ClusterLost
 
@@ -89,8 +89,7 @@ def test_a_task_that_is_cancelled_by_dask_has_lost_its_cluster(by_us: bool, rais
 
 def test_tasks_of_the_device_have_threads_of_their_own() -> None:
     """Two, so that it is never idle; those of the CPU do not wait for it."""
-    with open_threads(3) as cpu, open_threads(2) as device:
-        where = Threads(cpu, device, 3)
+    with open_executor(Execution(cluster=False, workers=3)) as where:
         prepared = threading.Event()
         where.prepare(prepared.set)
         assert prepared.wait(60)
@@ -100,6 +99,16 @@ def test_tasks_of_the_device_have_threads_of_their_own() -> None:
         idents = [{task.result(60) for task in tasks} for tasks in (on_device, beside)]
     assert [len(threads) for threads in idents] == [2, 3]
     assert not idents[0] & idents[1]
+
+
+@pytest.mark.parametrize(("cores", "threads"), [(1, 1), (3, 3), (64, 4)])
+def test_without_a_cluster_a_few_threads_feed_the_device(
+    monkeypatch: pytest.MonkeyPatch, cores: int, threads: int
+) -> None:
+    """More would hold more blocks in memory than the device waits for."""
+    monkeypatch.setattr("pipeline.archive.workers.execution.count_cores", lambda: cores)
+    with open_executor(HERE) as where:
+        assert where.feeders == threads
 
 
 def own_thread(together: threading.Barrier) -> int:

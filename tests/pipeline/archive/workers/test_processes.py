@@ -1,5 +1,6 @@
 """What loads torch is asked in a process of its own, or here."""
 
+import multiprocessing
 import os
 import signal
 import sys
@@ -59,6 +60,22 @@ def meet(own: str, other: str) -> bool:
 def test_several_questions_are_asked_at_once(tmp_path: Path) -> None:
     a, b = str(tmp_path / "a"), str(tmp_path / "b")
     assert list(ask_each(meet, [(a, b), (b, a)], 2)) == [True, True]
+
+
+def note(folder: str, number: int) -> None:
+    (Path(folder) / str(number)).touch()
+    time.sleep(0.05)
+
+
+def test_when_no_more_answers_are_wanted_no_more_is_asked_and_the_processes_end(tmp_path: Path) -> None:
+    """As when `plan` of many slides is interrupted."""
+    before = set(multiprocessing.active_children())
+    answers = ask_each(note, [(str(tmp_path), number) for number in range(60)], 2)
+    next(answers)
+    assert len(set(multiprocessing.active_children()) - before) == 2
+    answers.close()  # type: ignore[attr-defined] # a generator
+    assert set(multiprocessing.active_children()) == before
+    assert len(list(tmp_path.iterdir())) < 60
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there are no such signals")
