@@ -88,6 +88,8 @@ def test_nuclei_are_flagged_skipped_or_left_alone(slide: Path, tmp_path: Path) -
     assert (set(kept["artefact"].to_pylist()), skipped.work.counts.flagged_nuclei) == ({""}, 0)
     assert skipped.work.counts.skipped_mm2 == pytest.approx(flagged.tissue_mm2 - skipped.tissue_mm2, abs=1e-3)
     assert any("were skipped: pen" in remark for remark in skipped.remarks)
+    summary = json.loads(without.slide_json.read_text())["summary"]
+    assert summary["per_mm2"] == pytest.approx(skipped.nuclei / skipped.tissue_mm2, rel=1e-3), "of what was segmented"
     off, plain = segment(slide, tmp_path / "off", "off")
     assert tables.read_nuclei(plain.nuclei)["id"].to_pylist() == rows["id"].to_pylist()
     assert off.work.counts.artefact_mm2 == {}

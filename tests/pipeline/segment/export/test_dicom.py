@@ -258,5 +258,11 @@ def test_a_run_refuses_a_slide_without_reference_before_inference(tmp_path: Path
     before = file.read_bytes()
     rewrite_exports(SlideFolder(tmp_path / "out" / "a"), settings.export)  # finds the slide by slide.json
     assert file.read_bytes() == before
+    (tmp_path / "named").mkdir()
+    with pytest.raises(RunError, match="named holds none"):  # and not where it is told to look elsewhere
+        rewrite_exports(
+            SlideFolder(tmp_path / "out" / "a"),
+            dataclasses.replace(settings.export, dicom_reference=str(tmp_path / "named")),
+        )
     source = Source(tmp_path / "slides" / "case7.png", "case7", GivenScale(default_mpp=0.25))
     assert "case7.png is none" in estimate_slide(source, settings, 42.0).problem
