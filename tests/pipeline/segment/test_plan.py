@@ -143,7 +143,13 @@ def test_a_stain_is_fitted_without_artefacts_unless_they_cover_all(
 
 
 def test_tiles_whose_tissue_lies_under_artefacts_are_counted(discs: Slide) -> None:
-    plan = plan_slide(discs, chosen())
+    """Not those without tissue, as are all at the left here; blocks without tiles are not gone through."""
+    plan = plan_slide(discs, chosen(block=1))
+    mask = np.ones_like(plan.tissue.mask)
+    mask[:, :5] = False  # 160 of 410 work px
+    tissue = plan.tissue._replace(mask=mask)
+    plan = plan._replace(tissue=tissue, artefacts=plan.artefacts._replace(tissue=tissue))
+    assert 0 < len(plan.tiles) < plan.grid.rows * plan.grid.cols
     assert plan.skipped_tiles == 0
     kinds = np.full_like(plan.artefacts.kinds, PEN)
     kinds[:, -1] = 0
@@ -151,6 +157,7 @@ def test_tiles_whose_tissue_lies_under_artefacts_are_counted(discs: Slide) -> No
     skipping = plan._replace(artefacts=artefacts, tissue=artefacts.clean_tissue())
     assert 0 < len(skipping.tiles) < len(plan.tiles)
     assert skipping.skipped_tiles == len(plan.tiles) - len(skipping.tiles)
+    assert len(skipping.blocks) == len(skipping.tiles), "a block has one tile here"
 
 
 def test_a_tile_claims_every_nucleus_of_the_tissue_in_its_core_once(discs: Slide) -> None:
