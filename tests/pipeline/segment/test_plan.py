@@ -29,7 +29,7 @@ from pipeline.segment.tissue_map import Detected, find_tissue_and_artefacts
 from slides import slide as slide_module
 from slides.artefacts import PEN
 from slides.errors import GridError
-from slides.geometry import Box
+from slides.geometry import Box, Size
 from slides.slide import Slide, open_slide
 from slides.tissue import TissueMap
 
@@ -72,6 +72,7 @@ def test_a_block_has_no_more_tiles_than_the_slide(discs: Slide, block: int, expe
     """All of a block is written and read, what lies beside the slide, too: here are 4 x 5 tiles."""
     grid = plan_slide(discs, chosen(block=block)).grid
     assert (grid.rows, grid.cols, grid.block) == (4, 5, expected)
+    assert plan_module._grid(Size(HEIGHT, WIDTH), chosen(block=block)).block == expected, "of 5 x 4 tiles, too"
 
 
 def test_every_field_of_a_plan_reads_back_as_it_was_written(discs: Slide, tmp_path: Path) -> None:
