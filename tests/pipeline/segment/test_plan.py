@@ -9,12 +9,13 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import shapely
+import tifffile
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import oracle
 from oracle import HEIGHT, WIDTH, chosen, paint
-from pipeline.config import Detector, Settings, Stitching, Tissue
+from pipeline.config import Artefacts, Detector, Settings, Stitching, Tissue
 from pipeline.layout import SlideFolder
 from pipeline.model.fitted_stain import TEMPLATE, UNCHANGED, Normalisation
 from pipeline.model.instances import HostInstances
@@ -30,6 +31,7 @@ from slides import slide as slide_module
 from slides.artefacts import PEN
 from slides.errors import GridError
 from slides.geometry import Box, Size
+from slides.scale import FORCED
 from slides.slide import Slide, open_slide
 from slides.tissue import TissueMap
 
@@ -141,6 +143,65 @@ def test_a_stain_is_fitted_without_artefacts_unless_they_cover_all(
     clean = plan.artefacts.clean_tissue().mask
     assert clean.any() == (columns.stop is not None)
     assert np.array_equal(fitted[0], clean if clean.any() else plan.artefacts.tissue.mask)
+
+
+def test_what_a_person_should_know_of_the_scale_and_the_levels_is_said(tmp_path: Path) -> None:
+    """Law: nothing is silent."""
+    with tifffile.TiffWriter(tmp_path / "x.tif") as tiff:
+        for number, shape in enumerate(((330, 410, 3), (150, 60, 3), (20, 40, 3))):
+            pixels = np.full(shape, 200, np.uint8)
+            tiff.write(pixels, tile=(64, 64), photometric="rgb", subfiletype=int(number > 0), metadata=None)
+    with open_slide(tmp_path / "x.tif", mpp=0.25, mpp_source=FORCED) as slide:
+        assert sorted(plan_slide(slide, chosen()).notes) == [
+            "a level of 60 x 150 and one of 40 x 20 px is of another shape: not read from",
+            "its scale is 0.25 µm/px by --force-mpp, whatever it states",
+        ]
+
+
+@pytest.mark.parametrize(
+    ("tissue", "pen", "artefacts", "regions", "said"),
+    [
+        ("all", False, "flag", False, ""),
+        ("none", False, "flag", False, "no tissue was found: --tissue.everywhere takes the whole slide"),
+        ("all", True, "flag", False, ""),
+        ("all", True, "skip", False, "artefacts cover all tissue: --artefacts flag reports the nuclei there, too"),
+        ("none", True, "skip", False, "no tissue was found: --tissue.everywhere takes the whole slide"),
+        ("right", False, "flag", True, "no tissue lies in the regions"),
+        ("none", False, "flag", True, "no tissue was found: --tissue.everywhere takes the whole slide"),
+        ("all", True, "skip", True, "artefacts cover all tissue: --artefacts flag reports the nuclei there, too"),
+    ],
+)
+def test_why_there_is_no_tissue_is_said(
+    discs: Slide,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tissue: str,
+    pen: bool,
+    artefacts: Artefacts,
+    regions: bool,
+    said: str,
+) -> None:
+    """The region, where there is one, lies at the left."""
+
+    def detected(*arguments: Any) -> Detected:
+        found = find_tissue_and_artefacts(*arguments)
+        found.artefacts.kinds[:] = PEN * pen
+        mask = np.full_like(found.artefacts.tissue.mask, tissue == "all")
+        mask[:, -1] |= tissue == "right"
+        return found._replace(
+            artefacts=found.artefacts._replace(tissue=found.artefacts.tissue._replace(mask=mask)), notes=()
+        )
+
+    monkeypatch.setattr(plan_module, "find_tissue_and_artefacts", detected)
+    outline = {"type": "Polygon", "coordinates": [[[100, 100], [140, 100], [140, 140], [100, 140], [100, 100]]]}
+    (tmp_path / "x.geojson").write_text(json.dumps({"type": "Feature", "geometry": outline, "properties": {}}))
+    drawn = RegionFile.of(tmp_path / "x.geojson", crop=True) if regions else None
+    settings = dataclasses.replace(chosen(), tissue=Tissue(everywhere=True, artefacts=artefacts))
+    plan = plan_slide(discs, settings, drawn)
+    notes = [note for note in plan.notes if not note.startswith("restricted to 1 region of x.geojson")]
+    assert len(plan.notes) - len(notes) == regions
+    assert bool(plan.tiles) == (not said)
+    assert [note.startswith(said) for note in notes] == [True] * bool(said)
 
 
 def test_tiles_whose_tissue_lies_under_artefacts_are_counted(discs: Slide) -> None:
