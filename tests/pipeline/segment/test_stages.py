@@ -1,5 +1,6 @@
 """What the stages of a block leave behind: what the next one needs, no more, and again where some of it was lost."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,10 @@ import pytest
 import oracle
 from oracle import chosen, paint
 from pipeline.archive.manifest import resolve
+from pipeline.config import Settings
 from pipeline.layout import SlideFolder
+from pipeline.model.fitted_stain import Normalisation
+from pipeline.model.instances import HostInstances, Patches
 from pipeline.segment import stages
 from pipeline.segment.job import Job
 from pipeline.segment.plan import read_plan
@@ -43,6 +47,23 @@ def test_a_block_leaves_what_the_next_stage_needs(job: Job) -> None:
     assert (is_stored(job), focus.exists(), predictions.exists()) == (False, False, False)
     assert not any(predictions.parent.iterdir())
     assert stages.block_record(job, BLOCK) == record
+
+
+def test_what_is_done_of_a_block_is_not_done_again(job: Job) -> None:
+    """After a restart no part of the slide is read, or given to the detector, a second time."""
+
+    def not_asked(patches: Patches, normalisation: Normalisation, settings: Settings) -> Iterator[HostInstances]:
+        raise AssertionError("it was detected before")
+
+    record = stages.tile_block(job, BLOCK, StageRecord())
+    job.source.unlink()
+    stages.tile_block(job, BLOCK, record)
+    record = stages.detect_block(job, BLOCK, record, oracle.detect)
+    for _ in range(2):
+        assert stages.tile_block(job, BLOCK, record) == record
+        assert stages.detect_block(job, BLOCK, record, not_asked) == record
+        assert not is_stored(job)
+        record = stages.outline_block(job, BLOCK, record)
 
 
 def test_what_is_lost_of_a_block_is_made_again(job: Job) -> None:
