@@ -6,6 +6,7 @@ import functools
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -22,6 +23,7 @@ from PIL import Image
 
 from pipeline.archive.run import run
 from pipeline.config import Execution, Settings, Stain, Stitching, Tiling, Tissue
+from pipeline.errors import SlideChanged
 from pipeline.layout import RunFolder
 from pipeline.model.fitted_stain import UNCHANGED, Normalisation
 from pipeline.model.instances import HostInstances, Patches, empty
@@ -252,6 +254,20 @@ def test_what_another_worker_has_decided_meanwhile_stays(slide: Path, tmp_path: 
     stages.choose_stain(job, slower)
     decided = read_plan(job.folder, job.digest)
     assert (decided.normalisation.source.method, decided.trial_scores) == ("macenko", (0.8, 0.9))
+
+
+def test_another_file_in_the_place_of_the_slide_decides_nothing(slide: Path, tmp_path: Path) -> None:
+    """Replaced since it was planned: the stain of all nuclei would be chosen by pixels of another slide."""
+    own = tmp_path / "own.png"
+    shutil.copy(slide, own)
+    job = Job(own, RunFolder(tmp_path).slide("own"), chosen(), GivenScale(default_mpp=0.25))
+    stages.make_plan(job)
+    undecided = read_plan(job.folder, job.digest)
+    with Image.open(slide) as image:
+        image.transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(own)
+    with pytest.raises(SlideChanged, match="is not the file this work was started on"):
+        stages.choose_stain(job, detector(none=0.9, macenko=0.8))
+    assert read_plan(job.folder, job.digest).trials == undecided.trials != ()
 
 
 def test_a_plan_that_was_written_within_one_tick_of_the_clock_is_read_again(slide: Path, tmp_path: Path) -> None:
