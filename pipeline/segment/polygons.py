@@ -13,6 +13,8 @@ import numpy as np
 import shapely
 from numpy.typing import NDArray
 
+from pipeline.segment import hulls
+
 Polygons = NDArray[np.object_]
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -21,7 +23,6 @@ Bools = NDArray[np.bool_]
 _MOSAIC_CELLS = 1 << 22  # float64 cells outlined in one call: 32 MiB
 _MOSAIC_ROWS = 1 << 13  # whose coordinates are made together
 _PAINTED_PX = 1 << 22  # pixels listed at once when rasterising: 32 MiB an index
-_PAIRS = 1 << 20  # of an edge and a vertex, compared at once: 8 MiB a number
 
 
 def from_masks(mask_probs: NDArray[Any], boxes: NDArray[np.floating], *, level: float) -> Polygons:
@@ -274,8 +275,7 @@ def measure(polygons: Polygons, um_per_px: tuple[float, float]) -> Measures:
     cov = total((x0 * y1 + 2 * x0 * y0 + 2 * x1 * y1 + x1 * y0) * cross) / 24 / some - mean_x * mean_y
     mean, spread = (var_x + var_y) / 2, np.hypot((var_x - var_y) / 2, cov)
     perimeter = total(np.hypot(x1 - x0, y1 - y0))
-    hulls = shapely.convex_hull(shapely.transform(polygons, lambda xy: xy * scale))
-    hull_area = shapely.area(hulls)
+    hull_area, max_diameter, min_diameter = _measure_hulls(polygons, corner, scale)
 
     def column(values: Floats) -> NDArray[np.float32]:
         return np.nan_to_num(values).astype(np.float32)
@@ -287,30 +287,22 @@ def measure(polygons: Polygons, um_per_px: tuple[float, float]) -> Measures:
         major_axis_um=column(4 * np.sqrt(np.maximum(mean + spread, 0))),
         minor_axis_um=column(4 * np.sqrt(np.maximum(mean - spread, 0))),
         solidity=column(area / np.where(hull_area > 0, hull_area, np.nan)),
-        max_diameter_um=column(2 * shapely.minimum_bounding_radius(hulls)),
-        min_diameter_um=column(_least_width(hulls)),
+        max_diameter_um=column(max_diameter),
+        min_diameter_um=column(min_diameter),
         centroid=np.stack([mean_x, mean_y], axis=1) / scale + corner,
     )
 
 
-def _least_width(hulls: Polygons) -> Floats:
-    """The least distance between two parallel lines that enclose each convex polygon: float64 (N,), 0 without an area.
+def _measure_hulls(polygons: Polygons, corner: Floats, scale: Floats) -> Floats:
+    """Of each convex hull the area, and the diameters of `Measures`: float64 (3, N), 0 where there is none.
 
-    One of the two lines runs along an edge (Houle & Toussaint 1988), so it is the least, over the edges, of the
-    distance to the farthest vertex.
+    corner: (N, 2), from which vertices are counted, px; scale: um per px
     """
-    width = np.zeros(len(hulls))
-    convex = np.flatnonzero(shapely.area(hulls) > 0)
-    rings = shapely.get_exterior_ring(hulls[convex])
-    count, xy = shapely.get_num_coordinates(rings), shapely.get_coordinates(rings)
-    first = np.cumsum(count) - count
-    for n in np.unique(count):  # polygons of as many vertices at once
-        chosen = np.flatnonzero(count == n)
-        for part in np.array_split(chosen, -(-len(chosen) * int(n) ** 2 // _PAIRS)):
-            ring = xy[first[part, None] + np.arange(n)]  # (P, n, 2), the first vertex comes again as the last
-            start, edge = ring[:, :-1], np.diff(ring, axis=1)
-            edge = edge / np.hypot(edge[..., 0], edge[..., 1])[..., None]
-            x, y = (start[:, None, :, axis] - start[:, :, None, axis] for axis in (0, 1))  # (P, edges, vertices)
-            distance = np.abs(edge[..., 0, None] * y - edge[..., 1, None] * x)
-            width[convex[part]] = distance.max(2).min(1)
-    return width
+    xy, counts = hulls.convex_hulls(polygons)
+    xy = (xy - corner.repeat(counts, axis=0)) * scale
+    measured = np.zeros((3, len(polygons)))
+    some = counts > 0
+    measured[:2, some] = hulls.areas(xy, counts[some]), 2 * hulls.smallest_circles(xy, counts[some])
+    wide = measured[0] > 0
+    measured[2, wide] = hulls.least_widths(xy[wide.repeat(counts)], counts[wide])
+    return measured
