@@ -12,6 +12,7 @@ bytes. Scratch that is damaged counts as missing.
 
 import contextlib
 import functools
+import gc
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -56,6 +57,7 @@ from slides.slide import Slide
 
 # A process of more returns what detection left free before a stage of the whole slide, which needs memory of its own.
 _SLIDE_STAGE_BYTES = 1e9
+_NEW_OBJECTS = 50_000  # after which Python looks for garbage again
 THUMBNAIL_PX, OVERLAY_PX = 1200, 3000  # longest sides of thumbnail.jpg and overlay.jpg
 
 
@@ -65,6 +67,17 @@ class Detect(Protocol):
     def __call__(
         self, patches: Patches, normalisation: Normalisation, settings: Settings
     ) -> Iterator[HostInstances]: ...
+
+
+def _seldom_look_for_garbage() -> None:
+    """Have this process look for objects that are in cycles, and that nobody needs, less often than Python does.
+
+    A geometry is an object, and in no cycle. After every 700 new ones Python looks, now and then at all that there are,
+    which takes a twentieth of the time around the detector (`workflows/benchmarks/feed.py`). No cycle holds an array.
+    """
+    often, *seldom = gc.get_threshold()
+    if 0 < often < _NEW_OBJECTS:  # 0: it never looks
+        gc.set_threshold(_NEW_OBJECTS, *seldom)
 
 
 def _worked(stage: str, since: float, counts: Counts = Counts(), computed_on: tuple[str, ...] = ()) -> StageRecord:
@@ -298,6 +311,7 @@ def outline_block(job: Job, block: int, before: StageRecord) -> StageRecord:
     Returns all that was done for the block, by an earlier run too. Raises ScratchLost where it was not detected.
     """
     started, target = time.perf_counter(), job.folder.instances(block)
+    _seldom_look_for_garbage()
     predictions, sharpness = read_predictions(job.folder.predictions(block)), _focus(job, block)
     record = block_record(job, block)  # last: another worker with the same block removes the others once it is there
     if record is None:
@@ -356,6 +370,7 @@ def stitch_slide(job: Job) -> StageRecord:
     """
     started = time.perf_counter()
     return_freed_memory(_SLIDE_STAGE_BYTES)
+    _seldom_look_for_garbage()
     plan = read_plan(job.folder, job.digest)
     if job.overwrite:
         _remove_results(job)
@@ -409,6 +424,7 @@ def export_slide(job: Job) -> StageRecord:
     """
     started, folder, plan = time.perf_counter(), job.folder, read_plan(job.folder, job.digest)
     return_freed_memory(_SLIDE_STAGE_BYTES)
+    _seldom_look_for_garbage()
     artefacts, crop = read_artefacts(folder, plan), job.settings.export.crop
     tissue = reported_tissue(artefacts, job.settings)
     with tables.checked_between_groups(job.check_lease):

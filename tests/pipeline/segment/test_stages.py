@@ -1,5 +1,6 @@
 """What the stages of a block leave behind: what the next one needs, no more, and again where some of it was lost."""
 
+import gc
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -88,3 +89,18 @@ def test_a_slide_that_is_taken_up_again_is_swept(job: Job) -> None:
         (place / ".partial-of-a-killed-process").touch()
     stages.make_plan(job)
     assert not [file for place in places for file in place.glob(".partial*")]
+
+
+@pytest.mark.parametrize(("before", "after"), [((700, 10, 10), (50_000, 10, 10)), ((0, 10, 10), (0, 10, 10))])
+def test_python_seldom_looks_for_garbage_while_outlines_are_made(
+    job: Job, before: tuple[int, int, int], after: tuple[int, int, int]
+) -> None:
+    """And never where it was told so."""
+    record = stages.detect_block(job, BLOCK, stages.tile_block(job, BLOCK, StageRecord()), oracle.detect)
+    usual = gc.get_threshold()
+    gc.set_threshold(*before)
+    try:
+        stages.outline_block(job, BLOCK, record)
+        assert gc.get_threshold() == after
+    finally:
+        gc.set_threshold(*usual)
