@@ -179,19 +179,16 @@ class Slide:
         for group in cells(_snapped(inside, cell_side).intersect(whole), (group_side, group_side)):
             source, _ = self._source(group, to_level)
             stored, undecoded = self._read_source(level, source, strict=strict)
-            image, resampled = Image.fromarray(stored), Image.new("RGB", group.size)
+            image, some_lost = Image.fromarray(stored), undecoded.any()
             for cell in cells(group, (cell_side, cell_side)):
                 around, window = self._source(cell, to_level)
                 piece = image.crop(around.shift(-source.x0, -source.y0))
                 piece = piece.resize(cell.size, Image.Resampling.BICUBIC, box=window)
-                resampled.paste(piece, (cell.x0 - group.x0, cell.y0 - group.y0))
-                at = around.within(source.corner)
-                if undecoded[at].any():
-                    part = cell.intersect(inside)
-                    nearest = undecoded[at][_nearest(window, cell.size)]
+                part = cell.intersect(inside)
+                pixels[part.within(inside.corner)] = np.asarray(piece)[part.within(cell.corner)]
+                if some_lost:
+                    nearest = undecoded[around.within(source.corner)][_nearest(window, cell.size)]
                     lost[part.within(inside.corner)] = nearest[part.within(cell.corner)]
-            part = group.intersect(inside)
-            pixels[part.within(inside.corner)] = np.asarray(resampled)[part.within(group.corner)]
         return pixels, lost
 
     def _source(self, piece: Box, to_level: Affine) -> tuple[Box, Window]:
