@@ -389,6 +389,10 @@ class Execution:
     def __post_init__(self) -> None:
         require(0 <= self.workers <= 1024, f"workers={self.workers}: need 0 (automatic) to 1024")
         require(self.gpus >= -1, f"gpus={self.gpus}: need -1 (all) or more")
+        require(
+            self.cluster or self.gpus <= 1,
+            f"gpus={self.gpus} with --no-cluster: one process detects on one GPU; need --cluster, or --gpus 1",
+        )
         require(self.window >= 0, f"window={self.window}: need 0 (automatic) or more")
         require(
             not (self.scheduler and self.scheduler_file),

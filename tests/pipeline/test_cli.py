@@ -231,10 +231,13 @@ def test_anchors_are_given_level_by_level() -> None:
         (["run", "x.svs", "--out", "o", "--workers", "1.5"], "workers=1.5: need a whole number"),
         (["run", "x.svs", "--out", "o", "--gpus=-2"], "gpus=-2: need -1 (all) or more"),
         (["run", "x.svs", "--out", "o", "--gpus", "99"], "gpus=99: this machine has"),
-        (["run", "x.svs", "--out", "o", "--gpus", "99", "--no-cluster"], "gpus=99: this machine has"),
         (
             ["run", "x.svs", "--out", "o", "--gpus", "1", "--detector.device", "cpu"],
             "gpus=1: this machine has 0 to use",
+        ),
+        (
+            ["run", "x.svs", "--out", "o", "--gpus=2", "--no-cluster"],
+            "gpus=2 with --no-cluster: one process detects on",
         ),
         (["run", "x.svs", "--out", "o", "--window=-1"], "window=-1: need 0 (automatic) or more"),
         (["run", "x.svs", "--out", "o", "--scheduler", "head"], "scheduler='head': need an address such as tcp://"),
