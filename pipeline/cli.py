@@ -411,11 +411,12 @@ def qupath(folder: Path, /, *, slides: MovedSlides = None) -> int:
     from pipeline.archive.qupath_project import write_project
     from pipeline.layout import RunFolder
 
-    written = write_project(RunFolder(folder), slides)
+    run = RunFolder(folder)
+    written = write_project(run, slides)
     print(f"{written.file}: {counted(written.images, 'image')}, {written.added} of them new")
     for warning in written.warnings:
         print(f"WARNING: {warning}", file=sys.stderr)
-    command = ["QuPath", "script", "workflows/qupath/import.groovy", "-p", str(written.file), "-s"]
+    command = ["QuPath", "script", str(run.qupath_script), "-p", str(written.file), "-s"]
     print(f"their nuclei: {shell_command(command)}")
     return 0
 

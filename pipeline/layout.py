@@ -188,6 +188,11 @@ class RunFolder:
         """The classes of QuPath's project; QuPath fixes the name."""
         return self.path / _QUPATH / "classifiers" / "classes.json"
 
+    @property
+    def qupath_script(self) -> Path:
+        """Adds the nuclei to the project's images. QuPath lists what is in a folder of this name."""
+        return self.path / _QUPATH / "scripts" / "import.groovy"
+
     def slide(self, name: str) -> SlideFolder:
         """The folder of the slide of this name; names may hold "/"."""
         return SlideFolder(self.path / name)

@@ -1,6 +1,6 @@
-"""A QuPath project of a run: every finished slide as an image, and the classes of their nuclei.
+"""A QuPath project of a run: every finished slide as an image, the classes of their nuclei, and a script.
 
-The nuclei themselves are added by QuPath (workflows/qupath/import.groovy): its data files are Java's serialisation.
+The script adds the nuclei, in QuPath: its data files are Java's serialisation.
 """
 
 import contextlib
@@ -27,6 +27,8 @@ from pipeline.segment.finished import check_same_source, remedy
 from pipeline.text import one_line
 from slides.errors import NightslideError, SlideError
 
+_SCRIPT = "import.groovy"
+
 
 class Written(NamedTuple):
     """A project, and how many of its images it got now."""
@@ -38,7 +40,7 @@ class Written(NamedTuple):
 
 
 def write_project(run: RunFolder, slides: Path | None = None) -> Written:
-    """Write the project of a run, or add to it what it lacks: what is in a project stays as it is.
+    """Write the project of a run, or add to it what it lacks: what is in a project stays as it is, but our script.
 
     slides: a folder in which slides are looked for that are not where the run read them. An image has the name of its
     slide's results with the suffix of its file, as that of its regions may have: a/x.svs.
@@ -70,6 +72,7 @@ def write_project(run: RunFolder, slides: Path | None = None) -> Written:
         raise RunError(f"no slide of {run.path} can be an image of a project: {'; '.join(left_out)}")
     run.qupath_classes.parent.mkdir(parents=True, exist_ok=True)
     _add_classes(run.qupath_classes, colours)
+    _add_script(run.qupath_script)
     if added:
         project |= {"modifyTimestamp": _now_ms(), "uri": run.qupath_project.absolute().as_uri()}
         files.write_json(run.qupath_project, project)
@@ -197,6 +200,17 @@ def _add_classes(file: Path, colours: dict[str, tuple[int, int, int]]) -> None:
     ours = [{"name": name, "color": _packed(rgb)} for name, rgb in sorted(colours.items()) if name not in names]
     if ours:
         files.write_json(file, {**content, "pathClasses": known + ours})
+
+
+def _add_script(file: Path) -> None:
+    """The script of this version; one of another version is replaced."""
+    installed = Path(__file__).with_name(_SCRIPT)  # where a wheel has it; else this is a source tree
+    script = installed if installed.exists() else Path(__file__).parents[2] / "workflows" / "qupath" / _SCRIPT
+    content = script.read_bytes()
+    if not file.is_file() or file.read_bytes() != content:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with files.committed(file) as partial:
+            partial.write_bytes(content)
 
 
 def _packed(rgb: tuple[int, int, int]) -> int:

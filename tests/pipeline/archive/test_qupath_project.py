@@ -66,7 +66,7 @@ def test_every_finished_slide_is_an_image(run: RunFolder, data: Path, capsys: py
     assert ended.value.code == 0
     said, advice = capsys.readouterr().out.splitlines()
     assert said == f"{run.qupath_project}: 3 images, 3 of them new"
-    assert shlex.split(advice)[-3:] == ["-p", str(run.qupath_project), "-s"]
+    assert shlex.split(advice)[-4:] == [str(run.qupath_script), "-p", str(run.qupath_project), "-s"]
     project = content(run)
     assert project["lastID"] == 3
     assert project["createTimestamp"] <= project["modifyTimestamp"]
@@ -87,6 +87,16 @@ def test_classes_have_the_colours_of_the_nuclei(run: RunFolder) -> None:
     for one in classes:
         assert -(2**31) <= one["color"] < 0
         assert (one["color"] % 2**32).to_bytes(4, "big") == bytes([255, *PROVENANCE.colours[one["name"]]])
+
+
+def test_a_project_has_the_script_that_adds_the_nuclei(run: RunFolder) -> None:
+    """Of this version, among the scripts that QuPath lists."""
+    script = Path(__file__).parents[3] / "workflows" / "qupath" / "import.groovy"
+    write_project(run)
+    assert run.qupath_script.read_text() == script.read_text()
+    run.qupath_script.write_text("// of another version")
+    write_project(run)
+    assert run.qupath_script.read_text() == script.read_text()
 
 
 def test_what_is_in_a_project_stays(run: RunFolder, data: Path) -> None:
@@ -115,7 +125,8 @@ def test_what_is_in_a_project_stays(run: RunFolder, data: Path) -> None:
 
 def test_a_second_run_writes_nothing(run: RunFolder) -> None:
     write_project(run)
-    before = {path: path.stat().st_mtime_ns for path in (run.qupath_project, run.qupath_classes)}
+    made = (run.qupath_project, run.qupath_classes, run.qupath_script)
+    before = {path: path.stat().st_mtime_ns for path in made}
     assert write_project(run)[1:] == (3, 0, ())
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
