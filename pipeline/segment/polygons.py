@@ -37,7 +37,8 @@ def from_masks(mask_probs: NDArray[Any], boxes: NDArray[np.floating], *, level: 
     Returns object (N,), Polygon or MultiPolygon with holes, with all parts; POLYGON EMPTY where nothing
     exceeds `level`. Outlines never cross themselves but may touch themselves at a point; see `solid`.
     Raises ValueError for a level out of range or arrays that do not fit together.
-    Law: for a binary mask in a box of M x M px, `rasterise` of the polygon gives the mask back.
+    Laws: for a binary mask in a box of M x M px, `rasterise` of the polygon gives the mask back. An outline does not
+    depend, not in its last digit, on the other masks.
     """
     if not 0 < level < 1:
         raise ValueError(f"level={level}: need 0 < level < 1")
@@ -68,20 +69,43 @@ def _outline(mask_probs: NDArray[Any], boxes: Floats, level: float) -> Polygons:
         name="serial",
         fill_type=contourpy.FillType.ChunkCombinedOffsetOffset,
     )
-    filled: Any = generator.filled(level * (255 if mask_probs.dtype == np.uint8 else 1), np.inf)
+    level *= 255 if mask_probs.dtype == np.uint8 else 1
+    filled: Any = generator.filled(level, np.inf)
     points, ring_starts, part_starts = (chunk[0] for chunk in filled)
     if points is None:
         return np.full(count, shapely.Polygon(), dtype=object)
     # A ring lies strictly between the rows of zeros around its mask, so any point of it tells which mask it is of.
     owner = (points[ring_starts[part_starts[:-1]], 1] // step).astype(np.int64)
     point_owner = owner.repeat(np.diff(ring_starts[part_starts]))
-    cells = points - np.stack([np.zeros(len(points)), point_owner * step], axis=1)
-    cells = cells - 0.5 if samples == 1 else cells // 2  # from the box's corner, in cells
+    above = point_owner * step  # rows of the mosaic before the mask's own
+    if samples == 1:
+        cells = _crossings(points, above, mosaic, level) - 0.5  # from the box's corner
+    else:
+        cells = np.stack([points[:, 0], points[:, 1] - above], axis=1) // 2
     corner, extent = boxes[point_owner, :2], boxes[point_owner, 2:] - boxes[point_owner, :2]
     parts = shapely.from_ragged_array(
         shapely.GeometryType.POLYGON, corner + cells * (extent / side), (ring_starts, part_starts)
     )
     return _gather(parts if samples == 1 else shapely.remove_repeated_points(parts), owner, count)
+
+
+def _crossings(points: Floats, above: Ints, mosaic: Floats, level: float) -> Floats:
+    """Where an outline crosses the edges of a grid, found again from the two values of each edge.
+
+    contourpy rounds to the digits that the row of the mosaic leaves, so an outline depended on what is above its mask.
+    points: float64 (P, 2), x y in the mosaic, each on an edge; above: int64 (P,), rows that are not counted
+    mosaic: float64 (rows, columns). Returns float64 (P, 2).
+    """
+    x, y = points.T
+    column, row = np.rint(x), np.rint(y)
+    across = np.abs(x - column) >= np.abs(y - row)  # between two columns; else between two rows
+    column, row = np.where(across, np.floor(x), column), np.where(across, row, np.floor(y))
+    values, width = mosaic.reshape(-1), mosaic.shape[1]
+    start = (row * width + column).astype(np.int64)
+    at_start, at_end = values[start], values[start + np.where(across, 1, width)]
+    rise = np.where(at_end == at_start, np.inf, at_end - at_start)  # where it passes through a corner of the grid
+    share = (level - at_start) / rise
+    return np.stack([column + across * share, row - above + ~across * share], axis=1)
 
 
 @functools.lru_cache(maxsize=1)

@@ -342,11 +342,11 @@ def outline(instances: HostInstances, tile: Tile, plan: Plan, settings: Settings
 
     A claimed instance is anchored (by its centroid) in the tile's core and in the tissue, and no better one covers it.
     """
-    outlines = polygons.from_masks(instances.mask_probs, instances.boxes, level=0.5)
     patch = plan.trimmed(tile)
     core = tile.core.shift(-patch.x0, -patch.y0)
     decisive = stitch.reaches(instances.boxes, core, tolerance=settings.stitching.tolerance_px)
-    instances, shapes = select(instances, decisive), polygons.solid(outlines[decisive])
+    instances = select(instances, np.flatnonzero(decisive))
+    shapes = polygons.solid(polygons.from_masks(instances.mask_probs, instances.boxes, level=0.5))
     shapes = polygons.simplify(shapes, settings.stitching.simplify_px)
     shapes = shapely.transform(shapes, lambda xy: xy + np.array(patch[:2], float))
     anchors = polygons.centroids(shapes)  # NaN where nothing was outlined

@@ -4,6 +4,7 @@ import gc
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import oracle
@@ -12,7 +13,7 @@ from pipeline.archive.manifest import resolve
 from pipeline.config import Settings
 from pipeline.layout import SlideFolder
 from pipeline.model.fitted_stain import Normalisation
-from pipeline.model.instances import HostInstances, Patches
+from pipeline.model.instances import HostInstances, Patches, select
 from pipeline.segment import stages
 from pipeline.segment.job import Job
 from pipeline.segment.plan import read_plan
@@ -104,3 +105,25 @@ def test_python_seldom_looks_for_garbage_while_outlines_are_made(
         assert gc.get_threshold() == after
     finally:
         gc.set_threshold(*usual)
+
+
+def test_a_nucleus_keeps_its_outline_where_others_are_not_detected(job: Job) -> None:
+    """Law: in all its bytes, as its id follows from them. Of masks in 256 levels, as a network gives them."""
+    found: list[HostInstances] = []
+
+    def grey(patches: Patches, normalisation: Normalisation, settings: Settings) -> Iterator[HostInstances]:
+        for instances in oracle.detect(patches, normalisation, settings):
+            levels = np.random.default_rng(0).integers(128, 256, instances.mask_probs.shape)
+            found.append(instances._replace(mask_probs=(instances.mask_probs * levels).astype(np.uint8)))
+            yield found[-1]
+
+    stages.detect_block(job, BLOCK, stages.tile_block(job, BLOCK, StageRecord()), grey)
+    plan = read_plan(job.folder, job.digest)
+    outlines: dict[str, list[bytes]] = {"all": [], "fewer": []}
+    for tile, instances in zip(plan.of_block(BLOCK), found, strict=True):
+        last = select(instances, np.arange(len(instances.boxes) // 2, len(instances.boxes)))
+        for which, some in (("all", instances), ("fewer", last)):
+            rows, _ = stages.outline(some, tile, plan, job.settings)
+            outlines[which] += rows["geometry"].to_pylist()
+    assert len(outlines["all"]) > len(outlines["fewer"]) > 3
+    assert set(outlines["all"]).issuperset(outlines["fewer"])
