@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from slides.partial import PREFIX, intended_name
+
 EXPORTS = {
     "qupath": "nuclei.geojson.zip",
     "csv": "nuclei.csv",
@@ -114,6 +116,11 @@ class SlideFolder:
     def all_discarded_work(self) -> list[Path]:
         """The renamed work folders whose removal was interrupted."""
         return list(self.path.glob(self.discarded_work("*").name))
+
+    def half_written(self) -> list[Path]:
+        """What killed writers left of files and folders that only the owner of the slide's lease writes."""
+        names = {_SLIDE, *RESULTS}
+        return [path for path in self.path.glob(f"{PREFIX}*") if intended_name(path) in names]
 
     @property
     def plan(self) -> Path:

@@ -16,6 +16,12 @@ def partial_path(path: Path) -> Path:
     return path.with_name(f"{PREFIX}{uuid4().hex[:12]}-{path.name}")
 
 
+def intended_name(partial: Path) -> str:
+    """The name of what a file or folder of `partial_path` was to become; empty for one of another name."""
+    token, _, name = partial.name.removeprefix(PREFIX).partition("-")
+    return name if partial.name.startswith(PREFIX) and len(token) == 12 else ""
+
+
 def replace(partial: Path, path: Path) -> None:
     """Rename over what is there, on Windows once the programs that have it open have closed it. Raises OSError."""
     end_s = time.monotonic() + _PATIENCE_S

@@ -118,7 +118,7 @@ class LeasedSlides:
     def _complete(self, name: str, job: Job) -> None:
         """Make the exports that a finished slide lacks, and remove what a killed run left beside it."""
         folder = job.folder
-        leftovers = [*folder.all_discarded_work(), *folder.path.glob(folder.lease.name)]
+        leftovers = [*folder.all_discarded_work(), *folder.half_written(), *folder.path.glob(folder.lease.name)]
         untidy = leftovers or (folder.work.exists() and not self._command.execution.keep_work)
         stale = finished.stale_exports(folder, job.settings.export)
         if not (untidy or stale) or not self._leases.take(folder.path):
@@ -127,6 +127,7 @@ class LeasedSlides:
             job = dataclasses.replace(job, lease=self._leases.file(folder.path))
             with checked_between_groups(job.check_lease):
                 made = finished.refresh_exports(folder, job.settings.export)
+            finished.remove_half_written(folder)
             if made:
                 self._progress.say(f"{name}: {', '.join(made)} made from {folder.nuclei.name}")
             if not self._command.execution.keep_work:

@@ -186,12 +186,14 @@ def refresh_exports(folder: SlideFolder, export: Export) -> tuple[ExportFormat, 
 def rewrite_exports(folder: SlideFolder, export: Export) -> dict[str, Exported]:
     """Make exports of a finished slide, there or not, and note them in slide.json.
 
-    Its lease is ours, and `tables.checked_between_groups` lasts, with a check of that.
+    Its lease is ours, and `tables.checked_between_groups` lasts, with a check of that. What a killed export left
+    half-written goes first, as it takes space.
     Raises RunError where nuclei.parquet is not as it was written: its exports would be noted as whole.
     The outlines of tissue and artefacts get the origin of QuPath's file, over which they are shown, whichever export is
     made; where the slide has none, that of the other exports with a choice of origin.
     """
     check_as_written(folder, folder.nuclei)
+    remove_half_written(folder)
     content = read_slide_json(folder)
     exported = write_exports(folder, export, Path(content["source_path"]) if content is not None else None)
     if content is not None:
@@ -202,6 +204,12 @@ def rewrite_exports(folder: SlideFolder, export: Export) -> dict[str, Exported]:
         tables.check_now()  # who was suspended until now would describe what another run has made
         files.write_json(folder.slide_json, files.with_checksum(content))
     return exported
+
+
+def remove_half_written(folder: SlideFolder) -> None:
+    """Remove what killed writers left beside the results of a slide, whose lease is ours."""
+    for leftover in folder.half_written():
+        files.remove(leftover)
 
 
 def _crop_of_outlines(export: Export, content: Mapping[str, Any]) -> bool | None:

@@ -7,6 +7,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -19,6 +20,7 @@ import pytest
 
 import oracle
 from oracle import chosen, files, paint
+from pipeline import api
 from pipeline import files as pipeline_files
 from pipeline.archive import all_slides
 from pipeline.archive import run as archive_run
@@ -37,6 +39,7 @@ from pipeline.segment.record import SlideRecord, StageRecord
 from slides.patches import PatchStore
 from slides.scale import GivenScale
 
+ROOT = Path(oracle.__file__).parents[1]
 ONE = Execution(cluster=False, workers=1)
 KEEP = dataclasses.replace(ONE, keep_work=True)
 
@@ -388,6 +391,32 @@ def test_what_a_killed_run_left_beside_results_is_removed(
     assert {path.name for path in folder.path.iterdir()} == whole | kept
     monkeypatch.delattr(Leases, "take")
     assert segment(slide, tmp_path, execution=KEEP if keep else ONE).status == "done before"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs SIGKILL")
+@pytest.mark.parametrize("again", ["export", "run"])
+def test_what_a_killed_export_left_is_removed_by_the_next_command(again: str, slide: Path, tmp_path: Path) -> None:
+    """It stayed for ever, and is as large as the export. Who writes without a lease, as `measure`, is not disturbed."""
+    assert segment(slide, tmp_path).status == "done"
+    folder = SlideFolder(tmp_path / "discs")
+    whole = {path.name for path in folder.path.iterdir()}
+    code = (
+        "import os, signal, sys\n"
+        "from pipeline import api, files\n"
+        "files._sync = lambda path: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "api.export(*sys.argv[1:])\n"
+    )
+    killed = subprocess.run([sys.executable, "-c", code, str(tmp_path), "spatialdata"], cwd=ROOT, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert len(list(folder.path.glob(".partial-*-nuclei.spatialdata.zarr"))) == 1
+    others = {f".partial-0123456789ab-{name}" for name in ("regions.csv", "failure.json", "notes.txt")}
+    for name in others:
+        (folder.path / name).touch()
+    if again == "export":
+        api.export(tmp_path, "dsa")
+    else:
+        assert segment(slide, tmp_path).status == "done before"
+    assert {path.name for path in folder.path.iterdir()} - {"nuclei.dsa"} == whole | others
 
 
 def test_work_that_is_kept_stays_when_other_things_are_removed(slide: Path, tmp_path: Path) -> None:
