@@ -173,12 +173,15 @@ class Staging:
             self._space.give_back(size)
 
     def of_original(self, error: Exception, place: str) -> Exception:
-        """An error that names the slide's own place, where it names that of its copy."""
+        """An error that names the slide's own place, where it names that of its copy.
+
+        A copy that is not found was removed by somebody else: the slide's own file may well be there.
+        """
         folder = re.compile(re.escape(f"{self.folder}{os.sep}") + "[0-9a-f]{32}" + re.escape(f"{os.sep}{_COPY}"))
         text = folder.sub(lambda _: os.path.dirname(place), str(error))
         if text == str(error):
             return error
-        renamed = RunError(text)
+        renamed = RunError(self._gone("the copy of this slide") if isinstance(error, SlideNotFound) else text)
         renamed.__cause__ = error
         return renamed
 
@@ -191,6 +194,8 @@ class Staging:
             async with self._copying:
                 await asyncio.to_thread(_copy, slide, room, job)
         except OSError as error:
+            if not self.folder.exists():
+                raise RunError(self._gone("the folder of this run")) from error
             if error.errno in files.FULL_DISK:
                 error.filename = str(self.folder)  # so that the right disk is named: writing does not tell the file
             raise
@@ -198,8 +203,12 @@ class Staging:
         original = Origin(slide.place, own.bytes, own.mtime_ns, own.etag, tuple(others))
         return dataclasses.replace(job, source=room.file, original=original)
 
+    def _gone(self, what: str) -> str:
+        return f"{what} in --stage {self._home} was removed during the run: give the same command again"
+
 
 def _copy(slide: SlideFiles, room: Room, job: Job) -> None:
+    room.folder.mkdir()  # in the folder of the run, which is not made again: without its lease it would be nobody's
     target = room.file.parent
     partial = partial_path(target)
     for part in room.parts:

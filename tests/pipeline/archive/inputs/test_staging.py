@@ -146,6 +146,31 @@ def test_a_slide_that_fails_leaves_no_copy_and_stops_no_other(archive: Path, tmp
     assert list(stage.iterdir()) == []
 
 
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_stage_that_is_removed_during_a_run_is_the_cause_and_not_made_again(
+    archive: Path, in_place: Path, tmp_path: Path, whole: bool
+) -> None:
+    """The cause said that the slide's own file was not there, and later copies lay in a folder without a lease."""
+    stage = tmp_path / "stage"
+
+    def remove(patches: Any, normalisation: Any, settings: Any) -> Iterator[HostInstances]:
+        for folder in [stage] if whole else list(stage.glob("*")):
+            shutil.rmtree(folder, ignore_errors=True)
+        yield from oracle.detect(patches, normalisation, settings)
+
+    largest = max((archive / f"{seed}.png").stat().st_size for seed in range(SLIDES))
+    execution = dataclasses.replace(THREADS, workers=1, stage=str(stage), stage_space=f"{1.5 * largest / 1e6:.4f}MB")
+    rows = archive_run.run([archive / "list.csv"], tmp_path / "out", chosen(), execution, mpp=0.25, detect=remove)
+    why = f"in --stage {stage} was removed during the run: give the same command again"
+    causes = sorted(row.cause for row in rows)
+    assert causes == [f"the copy of this slide {why}", *[f"the folder of this run {why}"] * (SLIDES - 1)]
+    assert stage.exists() != whole
+    assert not list(stage.glob("*"))
+    rows = run([archive / "list.csv"], tmp_path / "out", chosen(), execution, say=print)
+    assert [row.status for row in rows] == ["done"] * SLIDES
+    assert results(tmp_path / "out") == results(in_place)
+
+
 def command(archive: Path, out: Path, stage: Path, seconds: float) -> subprocess.Popen[str]:
     flags = ["--mpp", "0.25", "--tissue.everywhere", "--tiling.tile", "128", "--tiling.margin", "20"]
     flags += ["--tiling.block", "2", "--stitching.max-diameter-um", "4.5", "--stitching.simplify-px", "0"]
