@@ -58,13 +58,15 @@ _REMEDIES = {
     errno.ELOOP: "remove the symbolic link that leads to itself",
     errno.EISDIR: "move away the folder that is in the place of a file",
     errno.ENAMETOOLONG: "give it a shorter name",
+    errno.EFBIG: "use a disk that takes larger files, or raise the limit of `ulimit -f`",
 }
 
 
 def refusal(error: OSError) -> str:
     """In words: the path, what the system refused there, and the remedy. Empty for other errors than those of a full
-    disk, of files and folders that may not be read or written, of a disk or file server that fails, and of names that
-    are too long, taken by a file or a folder, or links that lead to themselves.
+    disk, of files that are larger than it takes, of files and folders that may not be read or written, of a disk or
+    file server that fails, and of names that are too long, taken by a file or a folder, or links that lead to
+    themselves.
     """
     if error.errno not in _REMEDIES:
         return ""
@@ -76,12 +78,17 @@ def refusal(error: OSError) -> str:
 
 
 def _replace(partial: Path, path: Path) -> None:
-    """Rename over what is there. A folder that is there is moved away first: nothing can be renamed over it."""
+    """Rename over what is there: a file over a file, a folder over a folder, either over a link.
+
+    A folder or link in the place of a folder is moved away first: no folder can be renamed over it. A folder in the
+    place of a file is not ours, nor is a file in the place of a folder: IsADirectoryError or NotADirectoryError, on
+    Windows PermissionError.
+    """
     while True:
         try:
             return replace(partial, path)
         except OSError:
-            if not partial.exists() or not (partial.is_dir() or path.is_dir()) or not path.exists():
+            if not (partial.is_dir() and (path.is_dir() or path.is_symlink())):
                 raise
             former = partial_path(path)
             with contextlib.suppress(FileNotFoundError):  # another writer was faster

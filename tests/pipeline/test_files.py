@@ -79,6 +79,27 @@ def test_a_killed_writer_leaves_nothing_that_looks_complete(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.skipif(os.name != "posix", reason="needs a limit of the size of files")
+def test_a_file_that_is_too_large_is_named_with_the_remedy(tmp_path):
+    """For its disk, such as one of FAT, or for a limit."""
+    import resource
+
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def write() -> None:
+        with files.committed(tmp_path / "t") as partial:
+            partial.write_bytes(bytes(2000))
+
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large") as raised:
+            write()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert files.refusal(raised.value).startswith(f"{tmp_path / 't'}: File too large: use a disk that takes larger")
+    assert os.listdir(tmp_path) == []
+
+
 def test_sweeping_spares_complete_files(tmp_path):
     (tmp_path / "nuclei.parquet").write_text("whole")
     files.sweep(tmp_path)
@@ -93,28 +114,53 @@ def make_folder(path: Path, text: str) -> None:
     (path / "a" / "b" / "c.txt").write_text(text)
 
 
-@pytest.mark.parametrize("there", ["nothing", "a folder", "a file"])
+LINKS = ("a link to a folder", "a link to a file", "a link to nothing")
+
+
+@pytest.mark.parametrize("there", ["nothing", "a folder", *LINKS])
 def test_a_folder_replaces_what_is_there(tmp_path, there):
-    target = tmp_path / "t.zarr"
+    (tmp_path / "out").mkdir()
+    target = tmp_path / "out" / "t.zarr"
+    make_folder(tmp_path / "folder", "of somebody")
+    (tmp_path / "file").write_text("of somebody")
     if there == "a folder":
         make_folder(target, "old")
         (target / "more.txt").write_text("old")
-    elif there == "a file":
-        target.write_text("old")
+    elif there in LINKS:
+        target.symlink_to(tmp_path / there.removeprefix("a link to a "))
     with files.committed(target) as partial:
         make_folder(partial, "new")
         assert partial.suffix == ".zarr"
     assert [str(path.relative_to(target)) for path in target.rglob("*.txt")] == ["a/b/c.txt"]
     assert (target / "a" / "b" / "c.txt").read_text() == "new"
-    assert os.listdir(tmp_path) == ["t.zarr"]
+    assert not target.is_symlink()
+    assert os.listdir(tmp_path / "out") == ["t.zarr"]
+    assert (tmp_path / "folder" / "a" / "b" / "c.txt").read_text() == "of somebody"
+    assert (tmp_path / "file").read_text() == "of somebody"
 
 
-def test_a_file_replaces_a_folder(tmp_path):
-    make_folder(tmp_path / "t", "old")
-    with files.committed(tmp_path / "t") as partial:
-        partial.write_text("new")
-    assert (tmp_path / "t").read_text() == "new"
-    assert os.listdir(tmp_path) == ["t"]
+@pytest.mark.skipif(os.name != "posix", reason="on Windows both are a PermissionError")
+def test_a_file_does_not_replace_a_folder_nor_a_folder_a_file(tmp_path):
+    """We never make the one in the place of the other: what was in it was lost."""
+    make_folder(tmp_path / "folder", "of somebody")
+    (tmp_path / "file").write_text("of somebody")
+
+    def write(name: str) -> None:
+        with files.committed(tmp_path / name) as partial:
+            if name == "file":
+                make_folder(partial, "new")
+            else:
+                partial.write_text("new")
+
+    with pytest.raises(IsADirectoryError) as over_folder:
+        write("folder")
+    assert files.refusal(over_folder.value).startswith(f"{tmp_path / 'folder'}: Is a directory: move away the folder")
+    with pytest.raises(NotADirectoryError) as over_file:
+        write("file")
+    assert files.refusal(over_file.value).startswith(f"{tmp_path / 'file'}: Not a directory: move away the file")
+    assert (tmp_path / "folder" / "a" / "b" / "c.txt").read_text() == "of somebody"
+    assert (tmp_path / "file").read_text() == "of somebody"
+    assert sorted(os.listdir(tmp_path)) == ["file", "folder"]
 
 
 def held_open(monkeypatch, times):
