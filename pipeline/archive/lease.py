@@ -202,6 +202,12 @@ def may_be_held(folder: Path) -> bool:
     return not all(map(_is_dead, _files(folder / LEASE)))
 
 
+def has_ended(folder: Path) -> bool:
+    """Whether a process has a lease on this folder, and is known to have ended."""
+    owners = _files(folder / LEASE)
+    return bool(owners) and all(map(_is_dead, owners))
+
+
 def _stage(staged: Path, token: str) -> int:
     """Make the folder that may become the lease. Returns the time, by the clock of the file server, in ns."""
     staged.mkdir()

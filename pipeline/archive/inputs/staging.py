@@ -21,7 +21,7 @@ from pathlib import Path, PurePath
 from typing import NamedTuple, Protocol, Self
 
 from pipeline import files
-from pipeline.archive.lease import Leases
+from pipeline.archive.lease import Leases, has_ended
 from pipeline.archive.slots import Space
 from pipeline.errors import RunError, SlideChanged
 from pipeline.layout import STAGED
@@ -139,8 +139,12 @@ class Staging:
         while True:
             folder = self._home / f"{STAGED}{uuid.uuid4().hex}"
             folder.mkdir(mode=0o700)
-            if self._leases.take(folder):
-                return folder
+            try:
+                if self._leases.take(folder):
+                    return folder
+            except OSError:  # such as a full disk
+                shutil.rmtree(folder, ignore_errors=True)
+                raise
 
     def _remove_leftovers(self) -> None:
         """Remove the folders of runs that have died; those of others cannot be leased."""
@@ -148,7 +152,10 @@ class Staging:
             if _OWN.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False):
                 folder = Path(entry.path)
                 with contextlib.suppress(PermissionError):  # of another user
-                    if self._leases.take(folder):
+                    # who is known to have ended needs no lease, for which a disk full of the copies has no space
+                    if has_ended(folder):
+                        shutil.rmtree(folder, ignore_errors=True)
+                    elif self._leases.take(folder):
                         shutil.rmtree(folder, ignore_errors=True)
                         self._leases.release(folder)
 

@@ -21,6 +21,7 @@ import pytest
 
 import oracle
 from oracle import chosen, files, paint
+from pipeline.archive import lease
 from pipeline.archive import run as archive_run
 from pipeline.archive.inputs import staging
 from pipeline.archive.inputs.staging import LocalSlide, Room, Staging
@@ -243,12 +244,53 @@ def test_the_folder_of_a_run_that_is_alive_is_left_alone(tmp_path: Path) -> None
     assert sorted(path.name for path in stage.iterdir()) == [link.name, ".nightslide-stage-linked"]
 
 
+def test_what_a_killed_run_left_is_removed_from_a_disk_that_it_fills(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No lease can be written there before: the same command ended, until somebody removed the folder by hand."""
+    code = (
+        "import os, signal, sys\n"
+        "from pathlib import Path\n"
+        "from pipeline.archive.inputs.staging import Staging\n"
+        "from pipeline.archive.lease import Leases\n"
+        "with Leases() as leases, Staging(Path(sys.argv[1]), 10, leases):\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    killed = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    (left,) = tmp_path.glob(".nightslide-stage-*")
+    stage = lease._stage
+
+    def write(staged: Path, token: str) -> int:
+        if left.exists():
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(staged))
+        return stage(staged, token)
+
+    monkeypatch.setattr(lease, "_stage", write)
+    with Leases() as leases, Staging(tmp_path, 10, leases) as staged:
+        assert not left.exists()
+        assert staged.folder.is_dir()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_stage_that_has_no_space_from_the_start_is_left_empty(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write(staged: Path, token: str) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(staged))
+
+    monkeypatch.setattr(lease, "_stage", write)
+    with pytest.raises(OSError, match="No space left"), Leases() as leases, Staging(tmp_path, 10, leases):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
 # ------------------------------------------------------------------------------------------------------- the copy
 
 
-def copied(slide: Any, parts: list[Part], folder: Path, lease: Path | None = None) -> Room:
+def copied(slide: Any, parts: list[Part], folder: Path, leased: Path | None = None) -> Room:
     room = Room(folder, parts)
-    job = Job(room.file, SlideFolder(folder), chosen(), GivenScale(), lease=lease)
+    job = Job(room.file, SlideFolder(folder), chosen(), GivenScale(), lease=leased)
     staging._copy(slide, room, job)
     return room
 
@@ -274,7 +316,7 @@ def test_copying_stops_when_the_lease_is_lost(tmp_path: Path) -> None:
     path.write_bytes(bytes(1000))
     slide = LocalSlide(path)
     with pytest.raises(LeaseLost):
-        copied(slide, slide.parts(), tmp_path / "copy", lease=tmp_path / "lost")
+        copied(slide, slide.parts(), tmp_path / "copy", leased=tmp_path / "lost")
 
 
 @pytest.mark.parametrize("name", ["../x.svs", "/etc/x.svs", "x/../../y.dat", "x\0.svs"])
