@@ -192,8 +192,14 @@ def _reason_unreadable(path: Path) -> str | None:
     size = path.stat().st_size
     if size == 0:
         return "is empty (0 bytes): copy it again"
-    if path.suffix.lower() == ".mrxs" and not path.with_suffix("").is_dir():
-        return f"lacks its data: copy the folder {path.stem!r} beside it"
+    if path.suffix.lower() == ".mrxs":  # the file itself is a picture, which must not be taken for the slide
+        folder = path.with_suffix("")
+        if not folder.is_dir():
+            return f"lacks its data: copy the folder {path.stem!r} beside it"
+        if not (folder / "Slidedat.ini").is_file():
+            return f"lacks its data, as there is no Slidedat.ini in {path.stem!r}: copy that folder again"
+        if path.suffix != ".mrxs":
+            return f"has a suffix by which OpenSlide does not know MIRAX: call it {path.stem}.mrxs"
     try:
         with path.open("rb") as file:
             beyond = _directory_beyond(file, size)

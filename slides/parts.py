@@ -6,6 +6,7 @@ is copied with its parts, under their names, opens as the original does.
 
 import configparser
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, Protocol
@@ -45,6 +46,7 @@ class LocalDirectory:
             os.path.relpath(os.path.join(folder, file), self.path)
             for folder, _, files in os.walk(self.path / name, onerror=_raise)
             for file in files
+            if _is_file(os.path.join(folder, file))
         ]
         return sorted(path.replace(os.sep, "/") for path in found)
 
@@ -96,6 +98,14 @@ def _of_series(series: str, name: str, directory: Directory) -> Iterator[str]:
 def _header(name: str, directory: Directory) -> Header | None:
     with directory.open(name) as file:
         return read_header(file, name)
+
+
+def _is_file(path: str) -> bool:
+    """Not so a link to nothing, nor a pipe, which would be waited for. Raises OSError for one that is not given."""
+    try:
+        return stat.S_ISREG(os.stat(path).st_mode)
+    except FileNotFoundError:
+        return False
 
 
 def _raise(error: OSError) -> None:

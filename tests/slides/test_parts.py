@@ -1,5 +1,6 @@
 """Which files a slide consists of. Law: a copy of these, and of nothing else, is the same slide."""
 
+import os
 import shutil
 from pathlib import Path
 from typing import BinaryIO
@@ -39,6 +40,20 @@ def test_a_copy_of_its_parts_is_the_same_slide(shared: Path, tmp_path: Path, nam
     slide = shared / "slides" / name
     assert len(parts(name, LocalDirectory(slide.parent))) == count
     assert_same_slide(slide, copy(slide, tmp_path))
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs links and pipes")
+def test_what_is_no_file_is_no_part(shared: Path, tmp_path: Path) -> None:
+    """An editor's link to nothing failed the copy of a slide, and a pipe was waited for, for ever."""
+    shutil.copy(shared / "slides" / "mirax-sparse.mrxs", tmp_path / "m.mrxs")
+    shutil.copytree(shared / "slides" / "mirax-sparse", tmp_path / "m")
+    whole = parts("m.mrxs", LocalDirectory(tmp_path))
+    (tmp_path / "m" / ".#lock").symlink_to("nobody@nowhere.123")
+    os.mkfifo(tmp_path / "m" / "pipe")
+    assert parts("m.mrxs", LocalDirectory(tmp_path)) == whole
+    (tmp_path / "m" / "Data0000.dat").rename(tmp_path / "elsewhere")
+    (tmp_path / "m" / "Data0000.dat").symlink_to(tmp_path / "elsewhere")
+    assert parts("m.mrxs", LocalDirectory(tmp_path)) == whole
 
 
 def test_a_dicom_slide_is_the_files_of_its_series_whatever_their_names(tmp_path: Path) -> None:

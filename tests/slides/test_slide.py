@@ -493,11 +493,22 @@ def test_what_does_not_open_says_why(tmp_path: Path, name: str, content: bytes, 
     assert name in str(raised.value)
 
 
-def test_a_mirax_file_that_is_none_lacks_no_folder(tmp_path: Path) -> None:
-    (tmp_path / "x.mrxs").write_bytes(b"not a slide")
-    (tmp_path / "x").mkdir()
-    with pytest.raises(SlideUnreadable, match="is not a slide"):
-        open_slide(tmp_path / "x.mrxs")
+@pytest.mark.parametrize("mpp", [None, 0.5])
+def test_the_picture_of_a_mirax_slide_is_not_taken_for_the_slide(
+    shared: Path, tmp_path: Path, mpp: float | None
+) -> None:
+    """Where only a part of its folder is there, or its suffix is in capitals: a thumbnail was segmented with --mpp."""
+    picture, folder = shared / "slides" / "mirax-sparse.mrxs", tmp_path / "x"
+    shutil.copy(picture, tmp_path / "x.mrxs")
+    folder.mkdir()
+    shutil.copy(picture.with_suffix("") / "Data0000.dat", folder)
+    with pytest.raises(SlideUnreadable, match=r"x\.mrxs lacks its data, as there is no Slidedat\.ini in 'x': copy"):
+        open_slide(tmp_path / "x.mrxs", mpp=mpp)
+    shutil.copytree(picture.with_suffix(""), folder, dirs_exist_ok=True)
+    open_slide(tmp_path / "x.mrxs", mpp=mpp).close()
+    (tmp_path / "x.mrxs").rename(tmp_path / "x.MRXS")
+    with pytest.raises(SlideUnreadable, match=r"x\.MRXS has a suffix .*: call it x\.mrxs"):
+        open_slide(tmp_path / "x.MRXS", mpp=mpp)
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
