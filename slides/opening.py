@@ -192,21 +192,27 @@ def _reason_unreadable(path: Path) -> str | None:
     size = path.stat().st_size
     if size == 0:
         return "is empty (0 bytes): copy it again"
-    if path.suffix.lower() == ".mrxs":  # the file itself is a picture, which must not be taken for the slide
-        folder = path.with_suffix("")
-        if not folder.is_dir():
-            return f"lacks its data: copy the folder {path.stem!r} beside it"
-        if not (folder / "Slidedat.ini").is_file():
-            return f"lacks its data, as there is no Slidedat.ini in {path.stem!r}: copy that folder again"
-        if path.suffix != ".mrxs":
-            return f"has a suffix by which OpenSlide does not know MIRAX: call it {path.stem}.mrxs"
     try:
+        if path.suffix.lower() == ".mrxs" and (complaint := _reason_no_mirax(path)):
+            return complaint
         with path.open("rb") as file:
             beyond = _directory_beyond(file, size)
     except OSError as error:
         return f"cannot be read: {error.strerror}"
     if beyond is not None:
         return f"is truncated: it has {size} bytes, its directory is at byte {beyond}; copy it again"
+    return None
+
+
+def _reason_no_mirax(path: Path) -> str | None:
+    """Why OpenSlide does not know a .mrxs file, which is a picture that must not be taken for the slide. See above."""
+    folder = path.with_suffix("")
+    if not folder.is_dir():
+        return f"lacks its data: copy the folder {path.stem!r} beside it"
+    if not (folder / "Slidedat.ini").is_file():
+        return f"lacks its data, as there is no Slidedat.ini in {path.stem!r}: copy that folder again"
+    if path.suffix != ".mrxs":
+        return f"has a suffix by which OpenSlide does not know MIRAX: call it {path.stem}.mrxs"
     return None
 
 

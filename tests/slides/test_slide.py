@@ -1,5 +1,6 @@
 """Slides of all sorts: scale, frames, pixels, damage."""
 
+import errno
 import io
 import math
 import pickle
@@ -519,6 +520,23 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest
     (tmp_path / "x.svs").write_bytes(b"II*\0")
     with pytest.raises(SlideUnreadable, match=r"x\.svs cannot be read: Input/output error"):
         open_slide(tmp_path / "x.svs")
+
+
+def test_a_folder_of_a_mirax_slide_that_cannot_be_read_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    is_file = Path.is_file
+
+    def refuse(path: Path) -> bool:
+        if path.name == "Slidedat.ini":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return is_file(path)
+
+    monkeypatch.setattr(Path, "is_file", refuse)
+    (tmp_path / "x.mrxs").write_bytes(b"\xff\xd8\xff")
+    (tmp_path / "x").mkdir()
+    with pytest.raises(SlideUnreadable, match=r"x\.mrxs cannot be read: Permission denied"):
+        open_slide(tmp_path / "x.mrxs")
 
 
 @pytest.mark.parametrize("order", ["<", ">"])
