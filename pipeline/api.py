@@ -1,5 +1,6 @@
 """`plan`, `export`, `measure` and `read_nuclei` for scripts and notebooks; `run` is in `pipeline.archive.run`."""
 
+import dataclasses
 import functools
 import os
 import warnings
@@ -131,7 +132,7 @@ def export(
 
 
 def export_files(folder: str | os.PathLike[str], settings: Export) -> Iterator[tuple[Path, Exported]]:
-    """`export`, a slide at a time: each file with its count, when the slide's files are written."""
+    """`export`, a slide at a time: each file with its count, once the slide's are written, or one could not be."""
     check_formats(settings.formats)
     slides = RunFolder(Path(folder)).with_nuclei()
     if not slides:
@@ -139,6 +140,7 @@ def export_files(folder: str | os.PathLike[str], settings: Export) -> Iterator[t
     failed = []
     with Leases() as leases:
         for slide in slides:
+            written: dict[str, Exported] = {}
             try:
                 if not leases.take(slide.path):  # a run with --overwrite would remove what slide.json is written for
                     who = leases.holder(slide.path)
@@ -146,12 +148,12 @@ def export_files(folder: str | os.PathLike[str], settings: Export) -> Iterator[t
                     continue
                 try:
                     with checked_between_groups(functools.partial(leases.check, slide.path)):
-                        written = rewrite_exports(slide, settings)
+                        for wanted in settings.formats:  # one by one: what is made is noted, should the next one fail
+                            written |= rewrite_exports(slide, dataclasses.replace(settings, formats=(wanted,)))
                 finally:
                     leases.release(slide.path)
             except UNUSABLE as error:
                 failed.append(f"{slide.nuclei} could not be exported: {cause(error, slide.nuclei)}")
-                continue
             for name, exported in written.items():
                 yield slide.export(name), exported
     if failed:

@@ -1,8 +1,10 @@
 """What a script or a notebook calls: light to import, and as the README shows it."""
 
+import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 import typing
@@ -15,7 +17,8 @@ import pytest
 
 import pipeline
 import slides
-from pipeline.api import CPU_SECONDS_PER_MM2
+from pipeline.api import CPU_SECONDS_PER_MM2, export_files
+from pipeline.archive.verify import verify_results
 from pipeline.config import Detector, Export, Stain, Tissue
 from pipeline.errors import ConfigError, ExportFailed, RunError
 from slides import phantom
@@ -87,6 +90,22 @@ def test_a_plan_counts_what_the_choice_of_the_stain_takes(place: Path) -> None:
     )
     squares = (chosen.hours - named.hours) * 3600 / CPU_SECONDS_PER_MM2 / 2 / 0.128**2
     assert squares == pytest.approx(min(4, math.ceil(chosen.tissue_mm2 / 0.128**2)))
+
+
+def test_what_was_exported_before_another_format_failed_is_noted(place: Path, tmp_path: Path) -> None:
+    """And said: with other options, `verify` took it for damaged; a new format was in no checksum."""
+    pytest.importorskip("h5py", reason="the extra anndata is not installed")
+    results = shutil.copytree(place / "results", tmp_path / "results")
+    pipeline.export(results, "density")
+    (results / "case7" / "nuclei.h5ad").mkdir()
+    exports = export_files(results, Export(formats=("density", "dsa", "h5ad", "csv"), density_um=50.0))
+    assert [next(exports)[0].name for _ in range(2)] == ["density", "nuclei.dsa"]
+    with pytest.raises(ExportFailed, match="Is a directory"):
+        next(exports)
+    noted = json.loads((results / "case7" / "slide.json").read_text())["files"]
+    assert noted["density"]["options"]["density_um"] == 50
+    assert "nuclei.dsa" in noted
+    assert [problems for _, problems in verify_results(results)] == [[]]
 
 
 def test_an_export_counts_the_nuclei_by_file(place: Path) -> None:

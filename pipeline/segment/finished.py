@@ -177,10 +177,10 @@ def refresh_exports(folder: SlideFolder, export: Export) -> tuple[ExportFormat, 
 
     Returns the names of the formats.
     """
-    stale = dataclasses.replace(export, formats=stale_exports(folder, export))
-    if stale.formats:
-        rewrite_exports(folder, stale)
-    return stale.formats
+    stale = stale_exports(folder, export)
+    for name in stale:  # one by one: what is made is noted, should the next one fail
+        rewrite_exports(folder, dataclasses.replace(export, formats=(name,)))
+    return stale
 
 
 def rewrite_exports(folder: SlideFolder, export: Export) -> dict[str, Exported]:
