@@ -95,7 +95,8 @@ def least_widths(xy: Floats, counts: Ints) -> Floats:
     turned = np.cumsum(turn) / (2 * np.pi)
     turned -= turned[first].repeat(counts)  # since the hull's first edge, in whole turns
     farthest = np.searchsorted(owner + turned.clip(0, 1 - _ROUNDING), owner + (turned + 0.5) % 1)
-    farthest = np.where(farthest < (first + counts)[owner], farthest, first[owner])
+    inside = (first[owner] <= farthest) & (farthest < (first + counts)[owner])
+    farthest = np.where(inside, farthest, first[owner])  # a whole turn is none, and rounds to either
     # Rounding can choose the wrong end of an edge that is parallel to this one.
     candidates = (before[farthest], farthest, after[farthest])
     distance = np.max([np.abs(_cross(edge, xy[vertex] - xy)) for vertex in candidates], axis=0)

@@ -77,3 +77,12 @@ def test_a_needle_is_as_long_and_as_thin_as_it_is() -> None:
     xy, counts = np.concatenate([needle, bent]), np.array([3, 3])
     np.testing.assert_allclose(hulls.smallest_circles(xy, counts), [500, np.hypot(0.1, 0.3)], rtol=1e-9)
     np.testing.assert_allclose(hulls.least_widths(needle, counts[:1]), 1e-6, rtol=1e-6)
+
+
+def test_a_hull_is_measured_by_its_own_vertices() -> None:
+    """However many come before it, here each beside one that turns so little at its first vertex that it rounds off."""
+    bent = np.array([(5, 3 - 1e-12), (10, 3), (5, 20), (0, 3.1), (1, 3)])
+    oblong = np.array([(0, 0), (7, 0), (7, 3), (0, 3)])
+    xy, counts = np.tile(np.concatenate([bent, oblong]), (10_000, 1)), np.array([5, 4] * 10_000)
+    np.testing.assert_allclose(hulls.least_widths(xy, counts)[::2], least_width(bent), rtol=1e-9)
+    np.testing.assert_allclose(hulls.least_widths(xy, counts)[1::2], 3, rtol=1e-9)
