@@ -79,7 +79,8 @@ def test_what_is_copied_is_in_the_checkout_and_not_ignored(
     assert set(copied) == allowed
     assert all((ROOT / source).exists() for source in copied)
     wheel = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
-    needed = {"pyproject.toml", project["readme"], *project["license-files"], *wheel["packages"]}
+    needed = {"pyproject.toml", project["readme"], *project["license-files"]}
+    needed |= {*wheel["packages"], *wheel["force-include"]}
     assert all({file, *map(str, Path(file).parents)} & set(copied) for file in needed)
 
 
