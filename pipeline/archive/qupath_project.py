@@ -40,7 +40,7 @@ class Written(NamedTuple):
 
 
 def write_project(run: RunFolder, slides: Path | None = None) -> Written:
-    """Write the project of a run, or add to it what it lacks: what is in a project stays as it is, but our script.
+    """Write the project of a run, or add to it what it lacks: what is in a project stays as it is.
 
     slides: a folder in which slides are looked for that are not where the run read them. An image has the name of its
     slide's results with the suffix of its file, as that of its regions may have: a/x.svs.
@@ -72,7 +72,7 @@ def write_project(run: RunFolder, slides: Path | None = None) -> Written:
         raise RunError(f"no slide of {run.path} can be an image of a project: {'; '.join(left_out)}")
     run.qupath_classes.parent.mkdir(parents=True, exist_ok=True)
     _add_classes(run.qupath_classes, colours)
-    _add_script(run.qupath_script)
+    warnings += _add_script(run.qupath_script)
     if added:
         project |= {"modifyTimestamp": _now_ms(), "uri": run.qupath_project.absolute().as_uri()}
         files.write_json(run.qupath_project, project)
@@ -202,15 +202,18 @@ def _add_classes(file: Path, colours: dict[str, tuple[int, int, int]]) -> None:
         files.write_json(file, {**content, "pathClasses": known + ours})
 
 
-def _add_script(file: Path) -> None:
-    """The script of this version; one of another version is replaced."""
+def _add_script(file: Path) -> tuple[str, ...]:
+    """The script of this version, and a warning where something else is in its place, which a person made perhaps."""
     installed = Path(__file__).with_name(_SCRIPT)  # where a wheel has it; else this is a source tree
     script = installed if installed.exists() else Path(__file__).parents[2] / "workflows" / "qupath" / _SCRIPT
     content = script.read_bytes()
-    if not file.is_file() or file.read_bytes() != content:
+    if not os.path.lexists(file):
         file.parent.mkdir(parents=True, exist_ok=True)
         with files.committed(file) as partial:
             partial.write_bytes(content)
+    elif not file.is_file() or file.read_bytes() != content:
+        return (f"{file} is not the script of this version: move it away, and it is written again",)
+    return ()
 
 
 def _packed(rgb: tuple[int, int, int]) -> int:

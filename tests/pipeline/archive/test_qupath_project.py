@@ -90,13 +90,18 @@ def test_classes_have_the_colours_of_the_nuclei(run: RunFolder) -> None:
 
 
 def test_a_project_has_the_script_that_adds_the_nuclei(run: RunFolder) -> None:
-    """Of this version, among the scripts that QuPath lists."""
+    """Among the scripts that QuPath lists; what a person saves there in its place stays."""
     script = Path(__file__).parents[3] / "workflows" / "qupath" / "import.groovy"
-    write_project(run)
+    assert write_project(run).warnings == ()
     assert run.qupath_script.read_text() == script.read_text()
-    run.qupath_script.write_text("// of another version")
-    write_project(run)
-    assert run.qupath_script.read_text() == script.read_text()
+    run.qupath_script.write_text("// changed in QuPath")
+    (warning,) = write_project(run).warnings
+    assert warning.startswith(f"{run.qupath_script} is not the script of this version: move it away")
+    assert run.qupath_script.read_text() == "// changed in QuPath"
+    run.qupath_script.unlink()
+    (run.qupath_script / "notes").mkdir(parents=True)
+    assert write_project(run).warnings == (warning,)
+    assert (run.qupath_script / "notes").is_dir()
 
 
 def test_what_is_in_a_project_stays(run: RunFolder, data: Path) -> None:
