@@ -31,6 +31,17 @@ def test_circles_are_those_of_geos(shapes: list[list[tuple[float, float]]]) -> N
     np.testing.assert_allclose(hulls.smallest_circles(xy, counts), expected, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("corners", [4, 6, 12, 40])
+def test_circles_that_grow_in_many_steps(corners: int) -> None:
+    """Around points near a circle, each step goes through other ones of the last: all of its cases come up."""
+    rng = np.random.default_rng(corners)
+    angle = rng.uniform(0, 2 * np.pi, (3000, corners, 1))
+    points = np.concatenate([np.cos(angle), np.sin(angle)], axis=2) * rng.uniform(0.9, 1, angle.shape)
+    expected = shapely.minimum_bounding_radius(shapely.multipoints(points))
+    found = hulls.smallest_circles(points.reshape(-1, 2), np.full(len(points), corners))
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
+
+
 @given(SHAPES, st.booleans())
 def test_areas_and_widths_are_those_of_the_definitions(shapes: list[list[tuple[float, float]]], reverse: bool) -> None:
     """Whichever way a hull turns, and whatever is measured beside it."""
