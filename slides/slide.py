@@ -230,11 +230,11 @@ class Slide:
         return self.size.width / width, self.size.height / height
 
     def _level_bounds(self, level: int) -> Box:
-        """The bounds in px of a level, whole pixels, at least one."""
+        """The bounds in px of a level: all pixels that show a part of them."""
         x, y = self._level_ratio(level)
         x0, y0 = math.floor(self.bounds.x0 / x), math.floor(self.bounds.y0 / y)
         x1, y1 = math.ceil(self.bounds.x1 / x), math.ceil(self.bounds.y1 / y)
-        return Box(x0, y0, max(x1, x0 + 1), max(y1, y0 + 1)).intersect(Box(0, 0, *self.levels[level].size))
+        return Box(x0, y0, x1, y1).intersect(Box(0, 0, *self.levels[level].size))
 
     def _check_readable(self) -> None:
         """Raise SlideUnreadable if none of 49 pixels spread over the coarsest level and level 0 decodes.

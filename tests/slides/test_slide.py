@@ -18,7 +18,7 @@ import numpy as np
 import openslide
 import pytest
 import tifffile
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from scipy import ndimage
@@ -704,6 +704,28 @@ def test_bounds_are_a_part_of_the_slide_or_all_of_it(stated: tuple[str, ...], bo
     names = [f"openslide.bounds-{side}" for side in ("x", "y", "width", "height")]
     assert _bounds(dict(zip(names, stated, strict=True)), Size(100, 80)) == bounds
     assert _bounds(dict(zip(names[:3], stated, strict=False)), Size(100, 80)) == Box(0, 0, 100, 80)
+
+
+@given(
+    x=st.tuples(st.integers(0, WIDTH - 1), st.integers(1, WIDTH)),
+    y=st.tuples(st.integers(0, HEIGHT - 1), st.integers(1, HEIGHT)),
+)
+@example(x=(0, WIDTH), y=(0, HEIGHT))  # of whose second level the quotient rounds to more rows than there are
+def test_on_a_coarse_level_bounds_are_all_pixels_that_show_a_part_of_them(
+    slide: Slide, x: tuple[int, int], y: tuple[int, int]
+) -> None:
+    bounds = Box(x[0], y[0], max(x[0] + 1, x[1]), max(y[0] + 1, y[1]))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(slide, "bounds", bounds)
+        for level, (size, _) in enumerate(slide.levels):
+            columns, rows = (
+                [i for i in range(stored) if i * whole < last * stored and (i + 1) * whole > first * stored]
+                for stored, whole, first, last in (
+                    (size.width, WIDTH, bounds.x0, bounds.x1),
+                    (size.height, HEIGHT, bounds.y0, bounds.y1),
+                )
+            )
+            assert slide._level_bounds(level) == Box(columns[0], rows[0], columns[-1] + 1, rows[-1] + 1)
 
 
 def test_another_file_has_another_hash(tmp_path: Path) -> None:
