@@ -616,11 +616,12 @@ def test_a_missing_part_is_named_wherever_the_slide_lies(tmp_path: Path) -> None
         open_slide(path)
 
 
-def _spoil(path: Path, target: Path, tiles: Callable[[int], bool]) -> Path:
-    """Copy a tiled TIFF with some tiles of its first level overwritten."""
-    shutil.copy(path, target)
+def _spoil(path: Path, target: Path, tiles: Callable[[int], bool], level: int = 0) -> Path:
+    """Copy a tiled TIFF with some tiles of a level overwritten."""
+    if target != path:
+        shutil.copy(path, target)
     with tifffile.TiffFile(path) as tiff:
-        page = tiff.pages[0]
+        page = tiff.pages[level]
         places = list(zip(page.dataoffsets, page.databytecounts, strict=True))
     with target.open("r+b") as file:
         for i, (offset, length) in enumerate(places):
@@ -747,6 +748,17 @@ def test_a_file_of_which_one_tile_decodes_is_read(pyramid: Writer, tmp_path: Pat
     with open_slide(path) as slide:
         _, lost = slide.read_decodable(Box(0, 0, WIDTH, HEIGHT), slide.frame(0.5))
         assert 0 < lost.mean() < 1
+
+
+@pytest.mark.parametrize("sound", [0, 2])
+def test_a_file_of_which_one_level_decodes_is_read(pyramid: Writer, tmp_path: Path, sound: int) -> None:
+    """The coarsest, from which its tissue is found, or that of the nuclei."""
+    path = _spoil(pyramid("plain.tif", 0.5), tmp_path / "spoilt.tif", lambda i: False)
+    for level in {0, 1, 2} - {sound}:
+        _spoil(path, path, lambda i: True, level)
+    with open_slide(path) as slide:
+        for level, frame in enumerate(map(slide.frame, (0.5, 1.0, 2.0))):
+            assert slide.read_decodable(frame.box, frame)[1].any() == (level != sound)
 
 
 def test_damage_is_reported_before_a_missing_scale(pyramid: Writer, tmp_path: Path) -> None:
