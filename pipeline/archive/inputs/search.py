@@ -69,15 +69,27 @@ class Search:
     _links: deque[Place] = field(default_factory=deque)
     _searched: set[str] = field(default_factory=set)  # real paths of folders
     _outward: Counter[Path] = field(default_factory=Counter)  # input folder -> links that lead out of it
+    _given: dict[Path, str] = field(default_factory=dict)  # input folder -> its real path, or URL
+    _settled: set[Path] = field(default_factory=set)  # input folders with a slide, or of which something else is said
 
     @property
     def skipped(self) -> int:
         """How many files are no slides; those that belong to a DICOM slide, or are added by name, are not counted."""
         return sum(key not in self.slides for key in self._others.values())
 
+    @property
+    def bare(self) -> list[str]:
+        """A line for each input folder in which there is no slide, found there or by way of another input."""
+        slides = [os.path.realpath(slide.path) for slide in self.slides.values() if slide.remote is None]
+        bare = [real for home, real in self._given.items() if home not in self._settled]
+        bare = [real for real in bare if not any(Path(slide).is_relative_to(real) for slide in slides)]
+        need = "need files with a suffix of slides; is its disk there?"
+        return [printable(f"no slides in {real}: {need}") for real in sorted(bare)]
+
     def folders(self, given: Iterable[Path]) -> None:
         """Search folders to any depth: outer ones before those inside them, and the targets of links at last."""
         for real, path in sorted((os.path.realpath(p), os.path.abspath(p)) for p in given):
+            self._given[Path(path)] = real
             self._tree(Place(Path(path), ""), real)
         while self._links:
             self._link(self._links.popleft())
@@ -87,6 +99,7 @@ class Search:
 
     def add(self, path: Path, place: Place) -> str:
         """A slide that is given by name, whatever its suffix, whether it exists or not. Returns its key."""
+        self._settled.add(place.home)
         key = real = os.path.realpath(path)
         if os.path.isfile(real):
             key, _ = self._identify(real, LocalDirectory(Path(real).parent))
@@ -101,6 +114,7 @@ class Search:
         if isinstance(found, RemoteSlide):
             self._add_remote(found)
             return
+        self._given[Path(found.url(""))] = found.url("")
         names = found.everything()
         held: defaultdict[str, set[str]] = defaultdict(set)
         for name in names:
@@ -166,13 +180,13 @@ class Search:
             with os.scandir(path) as scan:
                 entries = sorted(scan, key=lambda entry: entry.name)
         except OSError as error:
-            self.unread.append(printable(f"{path}: {error.strerror}"))
+            self._say(home, relative, printable(f"{path}: {error.strerror}"))
             return []
         names = {entry.name for entry in entries}
         if any(name.casefold() == _MIRAX_PARTS for name in names):
             return []
         if names >= _OF_A_RUN:
-            self.unread.append(_results(path))
+            self._say(home, relative, _results(path))
             return []
         inner = []
         for entry in entries:
@@ -183,6 +197,12 @@ class Search:
             except OSError as error:
                 self.unread.append(printable(f"{place.path}: {error.strerror}"))
         return inner[::-1]
+
+    def _say(self, home: Path, relative: str, why: str) -> None:
+        """Note why a folder is not searched."""
+        self.unread.append(why)
+        if not relative:
+            self._settled.add(home)
 
     def _entry(self, entry: os.DirEntry[str], place: Place, real: str) -> bool:
         """Note what lies in a folder; whether it is a folder to search. Raises OSError."""
@@ -204,6 +224,8 @@ class Search:
         if wanted and not self.follow_links and not Path(real).is_relative_to(os.path.realpath(place.home)):
             self._outward[place.home] += 1
         elif os.path.isdir(real) and not _is_system(path.name):
+            if real in self._searched:  # by way of another folder, which has its slides
+                self._settled.add(place.home)
             self._tree(place, real)
         elif os.path.isfile(real):
             self._file(place, real)
@@ -221,6 +243,7 @@ class Search:
             return
         key, opens = self._identify(real, remote.folder if remote else LocalDirectory(Path(real).parent))
         if opens:
+            self._settled.add(place.home)
             self.slides.setdefault(key, SlideFile(place.path, place, remote))
         else:
             self._other(real, key)

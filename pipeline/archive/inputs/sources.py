@@ -49,7 +49,7 @@ class Archive(NamedTuple):
 
     sources: tuple[Source, ...]
     skipped: int  # files in the folders that are no slides
-    unread: tuple[str, ...] = ()  # what is left out, and why: folders, links that were not followed, slides to skip
+    unread: tuple[str, ...] = ()  # what is left out, and why: folders, those without slides, links, slides to skip
 
 
 class _Given(NamedTuple):
@@ -116,7 +116,7 @@ def find_slides(
             f"no slides in {searched}: {search.skipped} other files were skipped; folders are searched for "
             f"{' '.join(sorted(SUFFIXES))}" + "".join(f"; not searched: {cause}" for cause in search.unread)
         )
-    return Archive(tuple(sorted(sources, key=lambda s: s.name)), search.skipped, tuple(search.unread))
+    return Archive(tuple(sorted(sources, key=lambda s: s.name)), search.skipped, (*search.unread, *search.bare))
 
 
 def _listed(inputs: Inputs) -> list[str | os.PathLike[str]]:

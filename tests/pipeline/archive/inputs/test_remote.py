@@ -488,6 +488,8 @@ def test_what_is_not_there_or_not_allowed_is_said_without_secrets(
     put(bucket, "x.tif", slide)
     with pytest.raises(RunError, match=r"no slides in s3://bucket\d+/none"):
         find_slides([url(bucket, "none")], urls=True)
+    (said,) = find_slides([url(bucket, "none"), url(bucket)], urls=True).unread
+    assert said.startswith(f"no slides in {url(bucket, 'none')}")
     signed = f"{server}/{bucket.config['bucket']}/x.tif?X-Sig=sig-nature"
     flags = ["--stage", str(tmp_path / "stage"), "--out", str(tmp_path / "out")]
     with pytest.raises(SystemExit) as ended:

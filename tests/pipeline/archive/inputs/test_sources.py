@@ -486,6 +486,25 @@ def test_inputs_that_are_not_there_are_named(tmp_path: Path) -> None:
         find_slides(tmp_path.glob("*.svs"))
 
 
+def test_a_folder_without_slides_is_named_among_others(tmp_path: Path) -> None:
+    """A disk that is not there leaves an empty folder. Not so one whose slides are reached by way of another input."""
+    tree(tmp_path, "slides/a.svs", "slides/inner/b.svs", "notes/x.txt", "named/y.png")
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "a.svs").symlink_to(tmp_path / "slides" / "a.svs")
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "whole" / "inner").symlink_to(tmp_path / "slides" / "inner")
+    names = ("slides", "slides/inner", "notes", "named", "named/y.png", "disk", "links", "whole")
+    inputs = [tmp_path / name for name in names]
+    for order in (inputs, inputs[::-1]):
+        archive = find_slides(order, follow_links=True)
+        assert [source.name for source in archive.sources] == ["a", "inner/b", "y"]
+        assert archive.unread == tuple(
+            f"no slides in {tmp_path / name}: need files with a suffix of slides; is its disk there?"
+            for name in ("disk", "notes")
+        )
+
+
 @pytest.mark.parametrize(
     ("inputs", "named"), [(123, "123"), (None, "None"), (b"x.svs", "b'x.svs'"), (["x.svs", 7], "7")]
 )
