@@ -80,10 +80,11 @@ class Search:
     @property
     def bare(self) -> list[str]:
         """A line for each input folder in which there is no slide, found there or by way of another input."""
-        slides = [os.path.realpath(slide.path) for slide in self.slides.values() if slide.remote is None]
         bare = [real for home, real in self._given.items() if home not in self._settled]
-        bare = [real for real in bare if not any(Path(slide).is_relative_to(real) for slide in slides)]
-        need = "need files with a suffix of slides; is its disk there?"
+        if bare:  # else thousands of slides would be looked up on their disks once more
+            slides = [Path(os.path.realpath(slide.path)) for slide in self.slides.values() if slide.remote is None]
+            bare = [real for real in bare if not any(slide.is_relative_to(real) for slide in slides)]
+        need = "need files with a suffix such as .svs or .tiff; its disk may not be mounted"
         return [printable(f"no slides in {real}: {need}") for real in sorted(bare)]
 
     def folders(self, given: Iterable[Path]) -> None:

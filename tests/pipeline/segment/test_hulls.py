@@ -10,7 +10,7 @@ from pipeline.segment import hulls
 
 COORDINATES = st.one_of(
     st.integers(-4, 4).map(float),  # many on one line, on one circle, or equal
-    st.integers(-300, 300).map(lambda eighths: eighths * 0.1247),  # as those of a slide's px in um
+    st.integers(-300, 300).map(lambda px: px * 0.2494),  # as those of a slide's px in um
     st.floats(-1e3, 1e3).filter(lambda value: value == 0 or abs(value) > 1e-3),
 )
 SHAPES = st.lists(st.lists(st.tuples(COORDINATES, COORDINATES), min_size=1, max_size=24), min_size=1, max_size=6)

@@ -499,10 +499,8 @@ def test_a_folder_without_slides_is_named_among_others(tmp_path: Path) -> None:
     for order in (inputs, inputs[::-1]):
         archive = find_slides(order, follow_links=True)
         assert [source.name for source in archive.sources] == ["a", "inner/b", "y"]
-        assert archive.unread == tuple(
-            f"no slides in {tmp_path / name}: need files with a suffix of slides; is its disk there?"
-            for name in ("disk", "notes")
-        )
+        need = "need files with a suffix such as .svs or .tiff; its disk may not be mounted"
+        assert archive.unread == tuple(f"no slides in {tmp_path / name}: {need}" for name in ("disk", "notes"))
 
 
 @pytest.mark.parametrize(
